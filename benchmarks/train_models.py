@@ -1,0 +1,119 @@
+"""Train the bundled flow models and the feature classifier, from the raw data.
+
+    python benchmarks/train_models.py digits  [--minutes 4]
+    python benchmarks/train_models.py fashion [--minutes 30] [--data-dir FOLDER]
+    python benchmarks/train_models.py classifier [--minutes 3]
+
+Conditional flow matching: x_t = (1-t) x_0 + t x_1, loss |v(x_t, t) - (x_1 - x_0)|^2, AdamW, cosine decay, EMA.
+Training stops at the time given; the learning rate follows the clock, so it always ends at zero.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from datasets import digits, fashion
+from torch import nn
+from tqdm import tqdm
+
+from flowkernels.models import BUNDLED, ResidualMLP, UNet, save_network
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def on_the_clock(minutes: float, optimizer, lr: float, warmup: int = 200):
+    """Yield iteration numbers until the time is over, with warm-up and a cosine decay on elapsed time."""
+    start, it = time.monotonic(), 0
+    bar = tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}")
+    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (it + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
+        yield it, bar
+        bar.update(round(100 * done - bar.n, 1))
+        it += 1
+    bar.close()
+
+
+def train_flow(net, images, minutes, batch, lr, out, flip, autocast):
+    torch.manual_seed(0)
+    net.train()
+    ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+    running = None
+    for it, bar in on_the_clock(minutes, opt, lr):
+        x1 = images[torch.randint(len(images), (batch,))]
+        if flip:
+            x1 = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, x1.flip(-1), x1)
+        x0, t = torch.randn_like(x1), (torch.rand(1) + torch.arange(batch) / batch) % 1  # stratified times
+        s = t[:, None, None, None]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            v = net((1 - s) * x0 + s * x1, t)
+        loss = (v.float() - (x1 - x0)).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        ema.update_parameters(net)
+        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        bar.set_postfix_str(f"it {it} loss {running:.4f}")
+    save_network(ema.module, out, iterations=it + 1, batch=batch, lr=lr, minutes=minutes, loss=running)
+    print(f"{out}: {sum(p.numel() for p in net.parameters()):,} parameters, {it + 1} iterations, loss {running:.4f}")
+
+
+class Classifier(nn.Sequential):
+    """Small Fashion-MNIST classifier; its penultimate layer (64 features) is the feature space of Frechet distances."""
+
+    def __init__(self):
+        def conv(cin, cout):
+            return [nn.Conv2d(cin, cout, 3, padding=1), nn.BatchNorm2d(cout), nn.ReLU(), nn.MaxPool2d(2)]
+
+        features = nn.Sequential(
+            *conv(1, 32), *conv(32, 64), *conv(64, 64), nn.Flatten(), nn.Linear(576, 64), nn.ReLU()
+        )
+        super().__init__(features, nn.Linear(64, 10))
+        self.config = {}
+
+
+def train_classifier(minutes, folder, out):
+    torch.manual_seed(0)
+    images, labels = fashion("train", folder)
+    test, truth = fashion("t10k", folder)
+    net = Classifier()
+    opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.05)
+    for it, bar in on_the_clock(minutes, opt, 3e-3):
+        pick = torch.randint(len(images), (256,))
+        x = images[pick]
+        x = torch.where(torch.rand(256, 1, 1, 1) < 0.5, x.flip(-1), x)
+        loss = nn.functional.cross_entropy(net(x), labels[pick], label_smoothing=0.05)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        bar.set_postfix_str(f"it {it} loss {loss.item():.3f}")
+    net.eval()
+    with torch.no_grad():
+        accuracy = (net(test).argmax(1) == truth).float().mean().item()
+    save_network(net, out, iterations=it + 1, test_accuracy=accuracy)
+    print(f"{out}: test accuracy {accuracy:.4f}, {it + 1} iterations")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["digits", "fashion", "classifier"])
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--data-dir", help="folder of the original Fashion-MNIST idx files, gzipped or not")
+    args = parser.parse_args()
+    out = ROOT / (BUNDLED[args.model].source if args.model in BUNDLED else "benchmarks/fashion")
+    if args.model == "digits":
+        train_flow(ResidualMLP(), digits()[0], args.minutes or 4, 256, 2e-3, out / "digits.safetensors", False, False)
+    elif args.model == "fashion":
+        images, _ = fashion("train", args.data_dir)
+        net = UNet()
+        train_flow(net, images, args.minutes or 30, 64, 1e-3, out / "fashion.safetensors", True, True)
+    else:
+        train_classifier(args.minutes or 3, args.data_dir, out / "classifier.safetensors")
+
+
+if __name__ == "__main__":
+    main()

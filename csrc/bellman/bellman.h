@@ -1,0 +1,21 @@
+// The N-step path of least cost for every N: J(s, k) = min_j J(s-1, j) + c(j, k).
+#pragma once
+
+#include <stdint.h>
+
+#include "common/isa.h"
+
+namespace fk {
+
+struct BellmanArgs {
+  const double* cost;  // [n, n], contiguous; only k > j is read
+  int64_t n;           // knots, K + 1
+  int64_t steps;       // largest number of steps
+  double* value;       // [steps + 1, n] out: J(s, k), infinite where k cannot be reached in s steps
+  int64_t* parent;     // [steps + 1, n] out: the smallest j that attains J(s, k), -1 where there is none
+};
+
+using bellman_fn = void(const BellmanArgs&);
+FK_DECLARE(bellman_fn, bellman)
+
+}  // namespace fk

@@ -1,0 +1,230 @@
+// One pass over the velocities. A chunk of columns is differenced into a tile that stays in L2, and the tile's rows are
+// multiplied with each other, upper triangle only, 4 x NJ dot products at a time in registers.
+//
+//   v [K, M]  --chunk of columns-->  tile [R, chunk]  -->  G[j, i] += <tile_j, tile_i>, i <= j
+//
+// float32 accumulates along a chunk of at most 1,024 columns (64 products a lane), then moves to float64.
+#include "velocity_gram/velocity_gram.h"
+
+#include <unistd.h>
+
+#include "common/memory.h"
+#include "common/simd.h"
+#include "common/threads.h"
+
+namespace fk {
+namespace FK_ISA {
+namespace {
+
+constexpr int kRows = 4;
+#if defined(__AVX512F__)
+constexpr int kCols = 6;  // 24 accumulators + 4 + 1 of 32 registers
+#else
+constexpr int kCols = 2;  // 8 accumulators + 4 + 1 of 16 registers
+#endif
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class T>
+struct Lanes {
+  static constexpr int n = kVectorBytes / int(sizeof(T));
+};
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = vf;
+};
+template <>
+struct VectorOf<double> {
+  using type = vd;
+};
+
+// G[j0+b, i0+a] += <A_a, B_b> over n columns, n a multiple of the vector length
+template <class T, int NJ>
+FK_INLINE void dot_tile(const T* A,      // kRows rows, ld apart
+                        const T* B,      // NJ rows, ld apart
+                        int64_t ld, int64_t n,
+                        double* G,       // row j0, column i0
+                        int64_t ldg) {
+  using V = typename VectorOf<T>::type;
+  V acc[kRows][NJ];
+#pragma GCC unroll 8
+  for (int a = 0; a < kRows; a++)
+#pragma GCC unroll 8
+    for (int b = 0; b < NJ; b++) acc[a][b] = V{};
+  for (int64_t c = 0; c < n; c += Lanes<T>::n) {
+    V av[kRows];
+#pragma GCC unroll 8
+    for (int a = 0; a < kRows; a++) av[a] = load(A + a * ld + c);
+#pragma GCC unroll 8
+    for (int b = 0; b < NJ; b++) {
+      const V bv = load(B + b * ld + c);
+#pragma GCC unroll 8
+      for (int a = 0; a < kRows; a++) acc[a][b] += av[a] * bv;
+    }
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < NJ; b++) add_lane_sums(G + b * ldg, acc[0][b], acc[1][b], acc[2][b], acc[3][b]);
+}
+
+template <class T>
+void dot_tile_edge(int nj, const T* A, const T* B, int64_t ld, int64_t n, double* G, int64_t ldg) {
+  switch (nj) {
+    case 1: return dot_tile<T, 1>(A, B, ld, n, G, ldg);
+#if defined(__AVX512F__)
+    case 2: return dot_tile<T, 2>(A, B, ld, n, G, ldg);
+    case 3: return dot_tile<T, 3>(A, B, ld, n, G, ldg);
+    case 4: return dot_tile<T, 4>(A, B, ld, n, G, ldg);
+    case 5: return dot_tile<T, 5>(A, B, ld, n, G, ldg);
+#endif
+  }
+}
+
+// Asks for the next chunk's rows while this one is multiplied: a few cache lines before each tile of dot products.
+struct Prefetcher {
+  const char* base;  // the next chunk's columns in row 0
+  int64_t pitch;     // bytes between rows
+  int64_t rows;      // 0: nothing to fetch
+  int64_t lines;     // cache lines a row
+  int64_t row = 0, line = 0;
+};
+
+FK_INLINE void prefetch(Prefetcher& p, int64_t count) {
+  for (; count > 0 && p.row < p.rows; count--) {
+    __builtin_prefetch(p.base + p.row * p.pitch + p.line * 64, 0, 2);
+    if (++p.line == p.lines) p.line = 0, p.row++;
+  }
+}
+
+template <class T>
+void gram_of_tile(const T* tile, int64_t rows, int64_t ld, int64_t n, double* G, int64_t ldg, Prefetcher& next) {
+  const int64_t tiles = larger(1, (rows / kRows + 1) * (rows / kCols + 2) / 2);
+  const int64_t share = (next.rows * next.lines + tiles - 1) / tiles;
+  for (int64_t i = 0; i < rows; i += kRows)  // rows up to the next multiple of kRows are zero
+    for (int64_t j = i; j < rows; j += kCols) {
+      prefetch(next, share);
+      if (rows - j >= kCols)
+        dot_tile<T, kCols>(tile + i * ld, tile + j * ld, ld, n, G + j * ldg + i, ldg);
+      else
+        dot_tile_edge<T>(int(rows - j), tile + i * ld, tile + j * ld, ld, n, G + j * ldg + i, ldg);
+    }
+}
+
+// ---- increments into the tile: n columns, zero up to a whole vector ----
+template <class T, class V>
+void difference(const V* lo, const V* hi, T* out, int64_t n) {
+  constexpr int L = Lanes<T>::n;
+  int64_t c = 0;
+  for (; c + L <= n; c += L) store(out + c, load(hi + c) - load(lo + c));
+  if (c < n) {  // through a padded copy, so that the arithmetic is the same
+    V a[L] = {}, b[L] = {};
+    memcpy(a, lo + c, (n - c) * sizeof(V));
+    memcpy(b, hi + c, (n - c) * sizeof(V));
+    store(out + c, load(b) - load(a));
+  }
+}
+
+FK_INLINE double scalar(float v) { return v; }
+FK_INLINE double scalar(double v) { return v; }
+FK_INLINE double scalar(bf16 v) {
+  const uint32_t u = uint32_t(v.bits) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+FK_INLINE double scalar(f16 v) {
+  f16 padded[kFloats] = {v};
+  return double(load(padded)[0]);
+}
+
+template <class T, class V>
+void pack_euler(const VelocityGramArgs& g, int64_t m, int64_t n, T* tile, int64_t ld) {
+  const V* v = static_cast<const V*>(g.v) + m;
+  for (int64_t i = 1; i < g.K; i++) difference(v + (i - 1) * g.v_stride, v + i * g.v_stride, tile + (i - 1) * ld, n);
+}
+
+// Secants u_i = (x_{i+1} - x_i) / h_i: rows u_m - u_{m-1}, then u_j - v_j. In double, since u_m and u_{m-1} nearly agree.
+// States have the tile's type.
+template <class T, class V>
+void pack_secant(const VelocityGramArgs& g, int64_t m, int64_t n, T* tile, int64_t ld) {
+  const T* x = static_cast<const T*>(g.x) + m;
+  const V* v = static_cast<const V*>(g.v) + m;
+  T* e = tile + (g.K - 1) * ld;
+  for (int64_t i = 0; i < g.K; i++) {
+    const T *here = x + i * g.x_stride, *next = here + g.x_stride, *last = here - g.x_stride;
+    const V* vi = v + i * g.v_stride;
+    const double h = g.times[i + 1] - g.times[i];
+    for (int64_t c = 0; c < n; c++) e[i * ld + c] = T((double(next[c]) - double(here[c])) / h - scalar(vi[c]));
+    if (i == 0) continue;
+    const double h_last = g.times[i] - g.times[i - 1];
+    for (int64_t c = 0; c < n; c++)
+      tile[(i - 1) * ld + c] =
+          T((double(next[c]) - double(here[c])) / h - (double(here[c]) - double(last[c])) / h_last);
+  }
+  for (int64_t r = 0; r < 2 * g.K - 1; r++)
+    for (int64_t c = n; c % Lanes<T>::n; c++) tile[r * ld + c] = 0;
+}
+
+int64_t chunk_columns(int64_t rows, int64_t M, int threads, int element) {
+  const long l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  const int64_t budget = (l2 > 0 ? int64_t(l2) : int64_t(1) << 20) * 5 / 8;
+  const int64_t fits = budget / (larger(rows, 1) * element) / 64 * 64;
+  const int64_t share = round_up(larger((M + threads - 1) / threads, 1), 64);
+  return smaller(smaller(larger(fits, 128), 1024), share);
+}
+
+template <class T, class V>
+void run(const VelocityGramArgs& g) {
+  const int64_t R = g.x ? 2 * g.K - 1 : g.K - 1, rows = round_up(R, kRows);
+  const int64_t chunk = chunk_columns(rows, g.M, g.threads, sizeof(T)), chunks = (g.M + chunk - 1) / chunk;
+  const int parts = int(larger(1, smaller(g.threads, chunks)));
+  // an odd number of cache lines a row, so that rows do not compete for the same sets
+  const int64_t ld = round_up(chunk, 64 / int64_t(sizeof(T))) + 64 / int64_t(sizeof(T));
+  const size_t tile_bytes = size_t(round_up(rows * ld * int64_t(sizeof(T)), 64));
+  const size_t gram_bytes = size_t(round_up(rows * rows * 8, 64));
+  char* scratch = static_cast<char*>(allocate((tile_bytes + gram_bytes) * size_t(parts)));
+  auto part_gram = [&](int p) { return reinterpret_cast<double*>(scratch + (tile_bytes + gram_bytes) * p + tile_bytes); };
+
+  parallel(parts, [&](int p) {
+    T* tile = reinterpret_cast<T*>(scratch + (tile_bytes + gram_bytes) * p);
+    double* G = part_gram(p);
+    memset(static_cast<void*>(tile), 0, tile_bytes);
+    memset(G, 0, gram_bytes);
+    const int64_t end = chunks * (p + 1) / parts;
+    for (int64_t b = chunks * p / parts; b < end; b++) {
+      const int64_t m = b * chunk, n = smaller(chunk, g.M - m), padded = round_up(n, Lanes<T>::n);
+      if (g.x)
+        pack_secant<T, V>(g, m, n, tile, ld);
+      else
+        pack_euler<T, V>(g, m, n, tile, ld);
+      Prefetcher next{reinterpret_cast<const char*>(static_cast<const V*>(g.v) + m + n), g.v_stride * int64_t(sizeof(V)),
+                      b + 1 < end ? g.K : 0, round_up(smaller(chunk, g.M - m - n) * int64_t(sizeof(V)), 64) / 64};
+      gram_of_tile(tile, R, ld, padded, G, rows, next);
+    }
+  });
+
+  for (int64_t j = 0; j < R; j++)
+    for (int64_t i = 0; i <= j; i++) {
+      double s = 0;
+      for (int p = 0; p < parts; p++) s += part_gram(p)[j * rows + i];
+      g.gram[j * R + i] = g.gram[i * R + j] = s;
+    }
+  release(scratch);
+}
+
+}  // namespace
+
+void velocity_gram(const VelocityGramArgs& g) {
+  switch (g.v_type) {
+    case Dtype::f32: return run<float, float>(g);
+    case Dtype::f64: return run<double, double>(g);
+    case Dtype::bf16: return run<float, bf16>(g);
+    case Dtype::f16: return run<float, f16>(g);
+  }
+}
+
+}  // namespace FK_ISA
+}  // namespace fk

@@ -1,0 +1,27 @@
+// Gram matrix of velocity increments; see flowkernels/ops/velocity_gram/__init__.py for the mathematics.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace fk {
+
+struct VelocityGramArgs {
+  const void* v;         // [K, M], rows v_stride elements apart
+  Dtype v_type;          // f32, f64, bf16, f16
+  int64_t K;             // velocities, >= 1
+  int64_t M;             // elements of a velocity: samples * features
+  int64_t v_stride;      //
+  const void* x;         // [K+1, M] states, f64 if v is and else f32; null for an Euler teacher
+  int64_t x_stride;      //
+  const double* times;   // [K+1], with x
+  double* gram;          // [R, R] out, R = K-1, or 2K-1 with x: rows a_1..a_{K-1}, then e_0..e_{K-1}
+  int threads;           // parts of the fixed-order reduction
+};
+
+using velocity_gram_fn = void(const VelocityGramArgs&);
+FK_DECLARE(velocity_gram_fn, velocity_gram)
+
+}  // namespace fk

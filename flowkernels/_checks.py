@@ -1,0 +1,69 @@
+"""Argument checks: every message names the argument, what was expected and what came."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def describe(value) -> str:
+    """A value as an error message shows it."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{type(value).__name__} {text[:77]}..."
+
+
+def expect(ok: bool, name: str, expected: str, got, error: type[Exception] = ValueError) -> None:
+    """Raise `error` unless `ok`."""
+    if not ok:
+        raise error(f"{name}: expected {expected}, got {got if isinstance(got, str) else describe(got)}")
+
+
+def expect_tensor(value, name: str, dtypes: Sequence[torch.dtype] | None = None) -> Tensor:
+    expect(isinstance(value, Tensor), name, "a torch.Tensor", f"{type(value).__name__} {describe(value)}", TypeError)
+    if dtypes is not None and value.dtype not in dtypes:
+        expect(False, name, " or ".join(str(d) for d in dtypes), value, TypeError)
+    return value
+
+
+def expect_positive_int(value, name: str) -> int:
+    expect(isinstance(value, int) and not isinstance(value, bool), name, "an integer", value, TypeError)
+    expect(value >= 1, name, "at least 1", value)
+    return value
+
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def expect_noise(noise, name: str = "noise") -> Tensor:
+    """Noise `[n, *shape]`: floating point, not empty, finite."""
+    expect_tensor(noise, name, FLOATS)
+    expect(noise.dim() >= 2, name, "shape [n, *shape] with at least 2 dimensions", noise)
+    expect(noise.numel() > 0, name, "at least one sample and one feature", noise)
+    if not torch.isfinite(noise).all():
+        bad = (~torch.isfinite(noise.flatten(1)).all(1)).nonzero()[0].item()
+        expect(False, name, "finite values", f"NaN or Inf in sample {bad}")
+    return noise
+
+
+def expect_times(times, name: str) -> Tensor:
+    """Times as float64 on the CPU: strictly increasing from 0 to 1. An integer K means K uniform steps."""
+    if isinstance(times, int) and not isinstance(times, bool):
+        expect(times >= 1, name, "at least 1 step", times)
+        return torch.linspace(0, 1, times + 1, dtype=torch.float64)
+    try:
+        t = torch.as_tensor(times, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        expect(False, name, "a number of steps or a sequence of times", times, TypeError)
+    expect(t.dim() == 1 and len(t) >= 2, name, "a number of steps or at least two times in one dimension", times)
+    finite = bool(torch.isfinite(t).all())
+    expect(finite, name, "finite times", times)
+    steps = t.diff()
+    if not bool((steps > 0).all()):
+        i = int((steps <= 0).nonzero()[0])
+        expect(False, name, "strictly increasing times", f"times[{i}] = {t[i]:.9g}, times[{i + 1}] = {t[i + 1]:.9g}")
+    ends = math.isclose(t[0], 0, abs_tol=1e-12) and math.isclose(t[-1], 1, abs_tol=1e-12)
+    expect(ends, name, "times from 0 (noise) to 1 (data)", f"times from {t[0]:.9g} to {t[-1]:.9g}")
+    return t

@@ -1,0 +1,96 @@
+"""Which backend runs a call, and why.
+
+`auto` takes the compiled CPU kernels for CPU tensors and the torch reference elsewhere. A backend that is asked for
+(`with backend("cpu")`, or FLOWKERNELS_BACKEND) and cannot run the call raises. Decisions are logged at DEBUG level.
+"""
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import logging
+import os
+
+BACKENDS = ("cpu", "reference")
+log = logging.getLogger("flowkernels")
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for cannot run the call."""
+
+
+@functools.cache
+def extension():
+    """The compiled module, or None; `extension_error()` says why not."""
+    return _load()[0]
+
+
+def extension_error() -> str | None:
+    """Why the compiled module is missing, or None."""
+    return _load()[1]
+
+
+@functools.cache
+def _load():
+    try:
+        module = importlib.import_module("flowkernels._C")
+        module.isa()  # an unknown FLOWKERNELS_ISA shows here, not in the middle of a call
+        return module, None
+    except (ImportError, RuntimeError) as e:
+        return None, f"{type(e).__name__}: {e}"
+
+
+def _checked(name: str | None, source: str) -> str | None:
+    if name in (None, "", "auto"):
+        return None
+    if name not in BACKENDS:
+        raise BackendError(f"{source}: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("flowkernels_backend", default=None)
+
+
+@contextlib.contextmanager
+def backend(name: str):
+    """Run the ops inside the `with` block on this backend: "auto", "cpu" or "reference"."""
+    token = _requested.set(_checked(name, "backend") or "auto")
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def why_not(name: str, device: str) -> str | None:
+    """Why the backend cannot run on tensors of this device type, or None if it can."""
+    if name == "reference":
+        return None
+    if device != "cpu":
+        return f"the tensors are on {device}; move them to the CPU or use backend 'reference'"
+    if extension() is None:
+        return f"the compiled module is missing ({extension_error()}); reinstall flowkernels with a C++ compiler"
+    return None
+
+
+def choose(op: str, device: str) -> str:
+    """The backend for one call of `op` on tensors of this device type."""
+    requested = _requested.get()
+    if requested is None:
+        requested = _checked(os.environ.get("FLOWKERNELS_BACKEND"), "FLOWKERNELS_BACKEND") or "auto"
+    return _decide(op, device, requested)
+
+
+@functools.cache
+def _decide(op: str, device: str, requested: str) -> str:
+    if requested != "auto":
+        if reason := why_not(requested, device):
+            raise BackendError(f"{op}: backend {requested!r} was asked for, but {reason}")
+        log.debug("%s on %s: %s, as asked", op, device, requested)
+        return requested
+    reasons = []
+    for name in BACKENDS:
+        if (reason := why_not(name, device)) is None:
+            log.debug("%s on %s: %s%s", op, device, name, f" ({'; '.join(reasons)})" if reasons else "")
+            return name
+        reasons.append(f"not {name}: {reason}")
+    raise BackendError(f"{op}: no backend can run it: {'; '.join(reasons)}")

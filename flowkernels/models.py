@@ -1,0 +1,203 @@
+"""Velocity networks that ship with the package: real, small flow models to calibrate and to test on.
+
+`digits` (a residual MLP on 8x8 images) and `fashion` (a UNet on 28x28 images) have checkpoints;
+`EmpiricalVelocity` is the closed-form velocity of a data set, a deterministic teacher without a network.
+All follow the library's convention: `net(x, t)` with x `[n, *shape]`, t `[n]`, t = 0 noise, t = 1 data.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def sinusoidal_embedding(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
+    """cos and sin of t at `dim // 2` frequencies from 1 to 1e-4, `[n] -> [n, dim]`."""
+    freqs = torch.exp(-math.log(1e4) / (dim // 2) * torch.arange(dim // 2, device=t.device, dtype=torch.float32))
+    angles = (scale * t.float())[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """t `[n]` -> features `[n, width]`: sinusoids and a two-layer MLP."""
+
+    def __init__(self, frequencies: int, width: int):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(sinusoidal_embedding(t, self.frequencies).to(self.mlp[0].weight.dtype))
+
+
+class ResidualMLP(nn.Module):
+    """Residual MLP velocity; every block is scaled and shifted by the time embedding.
+
+    x `[n, *shape]` with prod(shape) = dim; returns the velocity in x's shape.
+    """
+
+    def __init__(self, dim: int = 64, width: int = 256, blocks: int = 3, time_width: int = 128):
+        super().__init__()
+        self.config = dict(dim=dim, width=width, blocks=blocks, time_width=time_width)
+        self.time = TimeEmbedding(64, time_width)
+        self.input = nn.Linear(dim, width)
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks):
+            block = nn.Module()
+            block.norm = nn.LayerNorm(width, elementwise_affine=False)
+            block.film = nn.Linear(time_width, 2 * width)
+            block.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for last in (block.film, block.mlp[-1]):
+                nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+            self.blocks.append(block)
+        self.output = nn.Linear(width, dim)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        emb = self.time(t)
+        h = self.input(x.flatten(1))
+        for block in self.blocks:
+            scale, shift = block.film(emb).chunk(2, dim=-1)
+            h = h + block.mlp(block.norm(h) * (1 + scale) + shift)
+        return self.output(h).view(x.shape)
+
+
+class _ConvBlock(nn.Module):
+    def __init__(self, cin: int, cout: int, time_width: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.film = nn.Linear(time_width, 2 * cout)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        for last in (self.film, self.conv2):
+            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(nn.functional.silu(self.norm1(x)))
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv2(nn.functional.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.skip(x) + h
+
+
+class _Attention(nn.Module):
+    def __init__(self, channels: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.proj.weight), nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n, 3, self.heads, c // self.heads, h * w).transpose(-1, -2).unbind(1)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(y.transpose(-1, -2).reshape(n, c, h, w))
+
+
+class UNet(nn.Module):
+    """Small UNet velocity for `[n, channels, H, W]` images, H and W multiples of 4."""
+
+    def __init__(self, channels: int = 1, widths: tuple = (32, 64, 96), time_width: int = 128):
+        super().__init__()
+        self.config = dict(channels=channels, widths=list(widths), time_width=time_width)
+        a, b, c = widths
+        self.time = TimeEmbedding(64, time_width)
+        self.stem = nn.Conv2d(channels, a, 3, padding=1)
+        self.down1, self.pool1 = _ConvBlock(a, a, time_width), nn.Conv2d(a, b, 3, stride=2, padding=1)
+        self.down2, self.pool2 = _ConvBlock(b, b, time_width), nn.Conv2d(b, c, 3, stride=2, padding=1)
+        self.mid1, self.attention, self.mid2 = _ConvBlock(c, c, time_width), _Attention(c), _ConvBlock(c, c, time_width)
+        self.unpool2, self.up2 = nn.Conv2d(c, b, 3, padding=1), _ConvBlock(2 * b, b, time_width)
+        self.unpool1, self.up1 = nn.Conv2d(b, a, 3, padding=1), _ConvBlock(2 * a, a, time_width)
+        self.norm, self.head = nn.GroupNorm(8, a), nn.Conv2d(a, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        emb = self.time(t)
+        h1 = self.down1(self.stem(x), emb)
+        h2 = self.down2(self.pool1(h1), emb)
+        h = self.mid2(self.attention(self.mid1(self.pool2(h2), emb)), emb)
+        h = self.unpool2(nn.functional.interpolate(h, scale_factor=2.0))
+        h = self.unpool1(nn.functional.interpolate(self.up2(torch.cat([h, h2], 1), emb), scale_factor=2.0))
+        h = self.up1(torch.cat([h, h1], 1), emb)
+        return self.head(nn.functional.silu(self.norm(h)))
+
+
+class EmpiricalVelocity(nn.Module):
+    """Closed-form velocity of the empirical distribution of `data` `[m, *shape]`.
+
+    `v(x, t) = (softmax(-|x - t X|^2 / (2 (1-t)^2)) X - x) / (1 - t)`, the minimiser of the flow-matching loss
+    on a finite data set (Lipman et al. 2023, marginal velocity of Gaussian conditional paths). Needs t < 1.
+    """
+
+    def __init__(self, data: Tensor):
+        super().__init__()
+        self.register_buffer("data", data.flatten(1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        flat, s = x.flatten(1), t.to(x.dtype)[:, None]
+        # |x - tX|^2 without its x^2 term, which the softmax does not see
+        logits = (2 * s * flat @ self.data.T - s**2 * self.data.square().sum(1)) / (2 * (1 - s) ** 2)
+        return ((logits.softmax(1) @ self.data - flat) / (1 - s)).view(x.shape)
+
+
+_ARCHITECTURES = {"ResidualMLP": ResidualMLP, "UNet": UNet}
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A shipped model: where its checkpoint is and the shape of one sample."""
+
+    name: str
+    file: str
+    source: str
+    shape: tuple[int, ...]
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint inside the installed package, or in the source tree's benchmarks/ folder."""
+        here = Path(__file__).resolve().parent
+        candidates = [here / "data" / self.file, here.parent / self.source / self.file]
+        for path in candidates:
+            if path.is_file():
+                return path
+        raise FileNotFoundError(f"model {self.name!r}: no checkpoint at {' or '.join(map(str, candidates))}")
+
+    def load(self) -> nn.Module:
+        """The network with its trained weights, in eval mode."""
+        return load_network(self.path)
+
+
+BUNDLED = {
+    "digits": Bundled("digits", "digits.safetensors", "flowkernels/data", (1, 8, 8)),
+    "fashion": Bundled("fashion", "fashion.safetensors", "benchmarks/fashion", (1, 28, 28)),
+}
+
+
+def save_network(net: nn.Module, path: str | Path, **notes) -> None:
+    """Write a bundled architecture's weights with its configuration, as one safetensors file."""
+    meta = dict(architecture=type(net).__name__, config=json.dumps(net.config), notes=json.dumps(notes))
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    save_file({k: v.detach().float().contiguous() for k, v in net.state_dict().items()}, partial, metadata=meta)
+    partial.replace(path)
+
+
+def load_network(path: str | Path) -> nn.Module:
+    """Rebuild a network written by `save_network`, in eval mode. ValueError if the file is not one."""
+    try:
+        with safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+            state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is not a dict)
+    except SafetensorError as e:
+        raise ValueError(f"path: expected a safetensors checkpoint, {path} is not one ({e})") from e
+    if meta.get("architecture") not in _ARCHITECTURES:
+        raise ValueError(
+            f"path: expected a checkpoint of {' or '.join(_ARCHITECTURES)}, "
+            f"{path} says architecture {meta.get('architecture')!r}"
+        )
+    net = _ARCHITECTURES[meta["architecture"]](**json.loads(meta["config"]))
+    net.load_state_dict(state)
+    return net.eval()

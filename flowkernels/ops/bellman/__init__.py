@@ -1,0 +1,52 @@
+"""The Bellman recursion over step costs: the best N-step path for every N, from one table."""
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import expect, expect_positive_int, expect_tensor
+from flowkernels.ops._library import register
+from flowkernels.ops.bellman import reference
+
+
+def bellman(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Least cost of reaching each knot in exactly s steps, for s = 0..steps.
+
+    `J(s, k) = min_j J(s-1, j) + c(j, k)`, `J(0, 0) = 0`. Ties go to the smaller j.
+
+    Args:
+        cost: float64 `[K+1, K+1]`; entry [j, k] is the cost of one step from knot j to knot k. Only k > j is read;
+            +Inf there forbids the step. NaN or -Inf raise.
+        steps: the largest number of steps, 1..K.
+
+    Returns:
+        `(value, parent)`, both `[steps + 1, K+1]`: J in float64, Inf where a knot cannot be reached in s steps, and the
+        index j that attains it in int64, -1 where there is none.
+
+    Source: BOSS (arXiv 2312.16414), equation of optimality in section 3.
+    """
+    expect_tensor(cost, "cost", (torch.float64,))
+    expect(cost.dim() == 2 and cost.shape[0] == cost.shape[1] >= 2, "cost", "shape [K+1, K+1] with K >= 1", cost)
+    expect_positive_int(steps, "steps")
+    expect(steps <= cost.shape[0] - 1, "steps", f"at most K = {cost.shape[0] - 1}", steps)
+    if not torch.compiler.is_compiling():
+        bad = (torch.isnan(cost) | (cost == -torch.inf)).triu(1)
+        if bool(bad.any()):
+            j, k = bad.nonzero()[0].tolist()
+            expect(False, "cost", "no NaN or -Inf above the diagonal", f"cost[{j}, {k}] = {cost[j, k].item()}")
+    return torch.ops.flowkernels.bellman(cost, steps)
+
+
+def _kernel(C, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    cost, n = cost.contiguous(), cost.shape[0]
+    value = torch.empty(steps + 1, n, dtype=torch.float64)
+    parent = torch.empty(steps + 1, n, dtype=torch.int64)
+    C.bellman(cost.data_ptr(), n, steps, value.data_ptr(), parent.data_ptr())
+    return value, parent
+
+
+def _fake(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    shape = (steps + 1, cost.shape[0])
+    return cost.new_empty(shape), cost.new_empty(shape, dtype=torch.int64)
+
+
+register("bellman(Tensor cost, int steps) -> (Tensor, Tensor)", _kernel, reference.bellman, _fake)

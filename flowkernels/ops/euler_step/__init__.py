@@ -1,0 +1,160 @@
+"""One Euler step of the flow, with classifier-free guidance and a low-precision copy for the next model call."""
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import FLOATS, expect, expect_tensor
+from flowkernels.ops._library import DTYPE_CODES, LIBRARY, register
+from flowkernels.ops.euler_step import reference
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def euler_step(
+    x: Tensor,
+    v: Tensor,
+    h: float,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance: float = 1.0,
+    out: Tensor | None = None,
+    low: torch.dtype | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`x + h (v_uncond + w (v - v_uncond))`, or `x + h v` without `v_uncond`.
+
+    The state stays in float32 whatever the model computes in (design: a bfloat16 state loses 4-5 % at 100 steps).
+
+    Args:
+        x: state, any shape, float32 or float64.
+        v: velocity of x's shape: float32, bfloat16 or float16; float64 only with a float64 state.
+        h: step size, in units of time.
+        v_uncond: unconditional velocity of v's shape and dtype; then `v` is the conditional one.
+        guidance: the guidance weight w; 1 means no guidance.
+        out: where the new state goes. `out=x` steps in place; None allocates. Other overlap with an input is undefined.
+        low: bfloat16 or float16 for a second output, the new state rounded for the next model call; or a tensor of
+            that dtype and x's shape to write it to.
+
+    Returns:
+        The new state, in x's dtype; with `low`, the pair (state, copy). Differentiable in x, v and v_uncond unless
+        `out` or a tensor `low` is given; asking for both raises.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    expect_tensor(x, "x", (torch.float32, torch.float64))
+    allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *_LOW)
+    expect_tensor(v, "v", allowed)
+    _match(v, "v", x)
+    if v_uncond is not None:
+        expect_tensor(v_uncond, "v_uncond", (v.dtype,))
+        _match(v_uncond, "v_uncond", x)
+    else:
+        expect(guidance == 1.0, "guidance", "1 without v_uncond", guidance)
+    wants_low = low is not None
+    if isinstance(low, Tensor):
+        expect_tensor(low, "low", _LOW)
+        _match(low, "low", x)
+    elif wants_low:
+        expect(low in _LOW, "low", "torch.bfloat16, torch.float16 or a tensor of one of them", low, TypeError)
+
+    if out is None and not isinstance(low, Tensor):
+        new, copy = torch.ops.flowkernels.euler_step(x, v, h, v_uncond, guidance, low)
+        return (new, copy) if wants_low else new
+
+    if torch.is_grad_enabled():
+        for name, t in (("x", x), ("v", v), ("v_uncond", v_uncond), ("out", out)):
+            expect(t is None or not t.requires_grad, name, "no gradient with out= or a tensor low=", "requires_grad")
+    if out is None:
+        out = torch.empty_like(x)
+    expect_tensor(out, "out", (x.dtype,))
+    _match(out, "out", x)
+    if wants_low and not isinstance(low, Tensor):
+        low = torch.empty_like(x, dtype=low)
+    torch.ops.flowkernels.euler_step_out(x, v, h, v_uncond, guidance, out, low)
+    return (out, low) if wants_low else out
+
+
+def _match(t: Tensor, name: str, x: Tensor) -> None:
+    if t.shape != x.shape or t.device != x.device:
+        expect(False, name, f"x's shape {list(x.shape)} on {x.device}", t)
+
+
+def _kernel_out(C, x, v, h, v_uncond, guidance, out, low) -> None:
+    """Elementwise on memory in storage order, where all tensors share one dense layout; on contiguous copies else."""
+    tensors = [t for t in (x, v, v_uncond, out, low) if t is not None]
+    if not all(t.is_contiguous() for t in tensors):
+        strides = x.stride()
+        dense = torch.empty_like(x).stride() == strides  # empty_like keeps the strides of dense tensors only
+        if not dense or any(t.stride() != strides for t in tensors):
+            to, copy = torch.empty(x.shape, dtype=x.dtype), None
+            if low is not None:
+                copy = torch.empty(x.shape, dtype=low.dtype)
+            u = None if v_uncond is None else v_uncond.contiguous()
+            _kernel_out(C, x.contiguous(), v.contiguous(), h, u, guidance, to, copy)
+            out.copy_(to)
+            if low is not None:
+                low.copy_(copy)
+            return
+    C.euler_step(
+        *(x.data_ptr(), v.data_ptr(), 0 if v_uncond is None else v_uncond.data_ptr(), out.data_ptr()),
+        *(0 if low is None else low.data_ptr(), DTYPE_CODES[x.dtype], DTYPE_CODES[v.dtype]),
+        *(0 if low is None else DTYPE_CODES[low.dtype], x.numel(), h, guidance, torch.get_num_threads()),
+    )
+
+
+def _reference_out(x, v, h, v_uncond, guidance, out, low) -> None:
+    new = reference.euler_step(x, v, h, v_uncond, guidance)
+    out.copy_(new)
+    if low is not None:
+        low.copy_(new)
+
+
+def _empty(x: Tensor, low: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(0) if low is None else torch.empty_like(x, dtype=low)
+
+
+def _kernel(C, x, v, h, v_uncond, guidance, low) -> tuple[Tensor, Tensor]:
+    new, copy = _empty(x, low)
+    _kernel_out(C, x, v, h, v_uncond, guidance, new, None if low is None else copy)
+    return new, copy
+
+
+def _reference(x, v, h, v_uncond, guidance, low) -> tuple[Tensor, Tensor]:
+    new = reference.euler_step(x, v, h, v_uncond, guidance)
+    out, copy = _empty(x, low)
+    out.copy_(new)
+    return out, copy if low is None else copy.copy_(new)
+
+
+def _fake(x, v, h, v_uncond, guidance, low) -> tuple[Tensor, Tensor]:
+    return _empty(x, low)
+
+
+def _fake_out(x, v, h, v_uncond, guidance, out, low) -> None:
+    return None
+
+
+_ARGS = "Tensor x, Tensor v, float h, Tensor? v_uncond, float guidance"
+register(f"euler_step({_ARGS}, ScalarType? low) -> (Tensor, Tensor)", _kernel, _reference, _fake)
+register(f"euler_step_out({_ARGS}, Tensor(a!) out, Tensor(b!)? low) -> ()", _kernel_out, _reference_out, _fake_out)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, v, ctx.h, v_uncond, ctx.guidance, _ = inputs
+    ctx.v_dtype, ctx.guided = v.dtype, v_uncond is not None
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_low):
+    if grad_low is not None and grad_low.numel():
+        low = grad_low.to(grad.dtype if grad is not None else torch.float32)
+        grad = low if grad is None else grad + low
+    if grad is None:
+        return (None,) * 6
+    weight = ctx.guidance if ctx.guided else 1.0
+    dv = (grad * (ctx.h * weight)).to(ctx.v_dtype)
+    du = (grad * (ctx.h * (1 - weight))).to(ctx.v_dtype) if ctx.guided else None
+    return grad, dv, None, du, None, None
+
+
+torch.library.register_autograd("flowkernels::euler_step", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -1,0 +1,67 @@
+"""Builds flowkernels._C with CMake and Ninja; the rest of the metadata is in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent.resolve()
+MINIMUM_CMAKE = (3, 24)
+
+
+def cmake() -> str:
+    """The first cmake that is new enough: PATH first, then the one from PyPI."""
+    candidates = [shutil.which("cmake")]
+    try:
+        import cmake as pypi
+
+        candidates.append(str(Path(pypi.CMAKE_BIN_DIR) / "cmake"))
+    except ImportError:
+        pass
+    for path in filter(None, candidates):
+        try:
+            words = subprocess.check_output([path, "--version"], text=True).split()
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        if tuple(int(p) for p in words[2].split(".")[:2]) >= MINIMUM_CMAKE:
+            return path
+    sys.exit("flowkernels: building needs cmake >= 3.24: pip install cmake")
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        import pybind11
+
+        out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        tmp = Path(self.build_temp).resolve()
+        tmp.mkdir(parents=True, exist_ok=True)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        configure = [
+            *("-S", str(ROOT), "-B", str(tmp), "-G", "Ninja"),
+            f"-DCMAKE_INSTALL_PREFIX={out}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        subprocess.check_call([cmake(), *configure])
+        subprocess.check_call([cmake(), "--build", str(tmp), "-j", jobs])
+        subprocess.check_call([cmake(), "--install", str(tmp)])
+
+
+class BuildPy(build_py):
+    """Adds the fashion checkpoint, which lives beside the script that trains it, to the package's data."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "flowkernels", "data")
+            self.mkpath(str(target))
+            self.copy_file(str(ROOT / "benchmarks/fashion/fashion.safetensors"), str(target / "fashion.safetensors"))
+
+
+setup(ext_modules=[Extension("flowkernels._C", [])], cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy})
