@@ -1,0 +1,39 @@
+"""flowkernels: few-step sampling of flow-matching models, on kernels of its own.
+
+cal = fk.calibrate(velocity, noise)            # the best schedule for each number of steps
+x1 = fk.sample(velocity, noise, cal[4])        # four evaluations
+result = fk.straighten(None, velocity, cal[4], noise=(3, 32, 32), iterations=2000)
+"""
+
+from flowkernels import ops
+from flowkernels._version import __version__
+from flowkernels.backends import BackendError, backend
+from flowkernels.calibrate import Calibration, calibrate, load
+from flowkernels.ops import euler_step, velocity_gram
+from flowkernels.rollout import Trajectory, rollout
+from flowkernels.sample import sample
+from flowkernels.schedule import Schedule, StepCost, bellman, step_cost
+from flowkernels.straighten import Straightened, straighten
+from flowkernels.velocity_field import VelocityField
+
+__all__ = [
+    "BackendError",
+    "Calibration",
+    "Schedule",
+    "StepCost",
+    "Straightened",
+    "Trajectory",
+    "VelocityField",
+    "__version__",
+    "backend",
+    "bellman",
+    "calibrate",
+    "euler_step",
+    "load",
+    "ops",
+    "rollout",
+    "sample",
+    "step_cost",
+    "straighten",
+    "velocity_gram",
+]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flowkernels._checks import FLOATS, expect, expect_tensor
+from flowkernels._checks import expect, expect_tensor
 from flowkernels.ops._library import DTYPE_CODES, LIBRARY, register
 from flowkernels.ops.euler_step import reference
 

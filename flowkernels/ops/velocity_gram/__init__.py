@@ -18,8 +18,8 @@ def velocity_gram(v: Tensor, *, x: Tensor | None = None, times: Tensor | None = 
         v: velocities `[K, n, *shape]` (any dimensions after the first), float32, float64, bfloat16 or float16, K >= 1.
             A layout whose trailing dimensions are dense in any order is read in place; any other is copied first.
         x: states `[K+1, n, *shape]` where they are not Euler steps of `v` (a Heun teacher, a recorded pipeline).
-            float32, or float64 if either is. Then the secants `u_i = (x_{i+1} - x_i) / h_i` take the place of `v` in the
-            increments, and rows `e_j = u_j - v_j` follow.
+            float32, or float64 if either is. Then the secants `u_i = (x_{i+1} - x_i) / h_i` take the place of `v` in
+            the increments, and rows `e_j = u_j - v_j` follow.
         times: the K+1 knots, needed with `x` only.
 
     Returns:

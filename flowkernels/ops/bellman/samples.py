@@ -1,0 +1,45 @@
+"""Sample inputs of `bellman` and the error allowed on them, for its tests and its benchmark."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowkernels.ops.bellman import reference
+
+
+class Sample(NamedTuple):
+    id: str
+    args: tuple
+    kwargs: dict
+
+
+def _costs(n: int, generator: torch.Generator) -> Tensor:
+    """Random costs `[n, n]`; on and below the diagonal, which is not read, NaN."""
+    cost = torch.rand(n, n, generator=generator, dtype=torch.float64)
+    return torch.where(torch.ones(n, n, dtype=torch.bool).triu(1), cost, math.nan)
+
+
+def sample_inputs() -> Iterator[Sample]:
+    """Knots around the vector lengths 2, 4 and 8; ties, forbidden steps, and layouts that are copied first."""
+    g = torch.Generator().manual_seed(0)
+    for n, steps in [(2, 1), (3, 2), (4, 1), (8, 7), (9, 4), (16, 15), (17, 3), (65, 64), (101, 10)]:
+        yield Sample(f"{n}-steps{steps}", (_costs(n, g), steps), {})
+    yield Sample("17-ties", ((4 * _costs(17, g)).floor(), 16), {})
+    cost = _costs(17, g)
+    yield Sample("17-forbidden", (cost.masked_fill(cost < 0.7, math.inf), 16), {})
+    yield Sample("17-unreachable", (torch.full((17, 17), math.inf, dtype=torch.float64), 16), {})
+    yield Sample("17-constant-expanded", (torch.ones(1, 1, dtype=torch.float64).expand(17, 17), 16), {})
+    yield Sample("17-transposed", (_costs(17, g).t().contiguous().t(), 16), {})
+    wide = torch.full((17, 21), math.nan, dtype=torch.float64)
+    yield Sample("17-sliced", (wide[:, 1:18].copy_(_costs(17, g)), 16), {})
+    flat = torch.full((17 * 17 + 1,), math.nan, dtype=torch.float64)
+    yield Sample("17-misaligned", (flat[1:].view(17, 17).copy_(_costs(17, g)), 16), {})
+
+
+def error_and_bound(sample: Sample, got: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """How many entries differ from the reference's, and none: a sum of two and a minimum round alike everywhere."""
+    value, parent = reference.bellman(*sample.args)
+    return float((got[0] != value).sum() + (got[1] != parent).sum()), 0.0

@@ -1,0 +1,79 @@
+"""Sample inputs of `euler_step` and the error allowed on them, for its tests and its benchmark."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flowkernels.ops.euler_step import reference
+from flowkernels.ops.velocity_gram.samples import Sample, arrange
+
+
+def sample_inputs() -> Iterator[Sample]:
+    """Sizes around the vectors of 4, 8 and 16 lanes and around the 16,384 elements of a thread."""
+    f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    g = torch.Generator().manual_seed(0)
+
+    def sample(shape, v_dtype, guidance=None, low=None, layouts=("contiguous",) * 3):
+        x, v, u = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(3))
+        x = arrange(x.to(f64 if v_dtype == f64 else f32), layouts[0])
+        v, u = arrange(v.to(v_dtype), layouts[1]), arrange(u.to(v_dtype), layouts[2])
+        name = f"{'x'.join(map(str, shape)) or 'scalar'}-{str(v_dtype)[6:]}"
+        if set(layouts) != {"contiguous"}:
+            name += "-" + "-".join(dict.fromkeys(layouts))
+        kwargs = {}
+        if guidance is not None:
+            name, kwargs = f"{name}-w{guidance}", dict(v_uncond=u, guidance=guidance)
+        if low is not None:
+            name, kwargs = f"{name}-low_{str(low)[6:]}", dict(kwargs, low=low)
+        return Sample(name, (x, v, 0.37), kwargs)
+
+    for shape in [(), (0,), (1,), (3,), (4,), (15,), (16,), (17,), (3, 0, 5), (2, 3, 7, 5), (16385,), (5, 6561)]:
+        yield sample(shape, f32)
+    yield sample((33,), f32, 3.5, bf16)
+    yield sample((0,), bf16, 3.5, bf16)
+    for v_dtype in (f64, bf16, f16):
+        yield sample((1,), v_dtype)
+        yield sample((5, 13), v_dtype, 7.5)
+        yield sample((31,), v_dtype, low=bf16)
+        yield sample((33,), v_dtype, -1.5, f16)
+    yield sample((16385,), bf16, 2.0, bf16)
+
+    same = ["misaligned", "sliced", "permuted", "channels_last"]
+    for layouts in [(s, s, s) for s in same] + [
+        ("contiguous", "permuted", "contiguous"),
+        ("channels_last", "contiguous", "channels_last"),
+        ("permuted", "expanded", "sliced"),
+        ("expanded", "misaligned", "expanded"),
+    ]:
+        yield sample((2, 3, 5, 7), f32, 2.0, bf16, layouts)
+    for layouts in [("misaligned",) * 3, ("sliced", "channels_last", "permuted")]:
+        yield sample((2, 3, 5, 7), bf16, 2.0, bf16, layouts)
+
+
+def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """The largest error of the new state against float64, and the largest allowed, relative to the formula's terms.
+
+    The terms are `|x| + |h| (|u| + |w| (|v| + |u|))`. Allowed: twice the error of the reference in the same dtype, plus
+    4 ulp: h, w and the five operations round to half an ulp each. The low-precision copy is to be the new state,
+    rounded: anything else is an infinite error.
+    """
+    x, v, h = sample.args
+    u, w, low = (sample.kwargs.get(k) for k in ("v_uncond", "guidance", "low"))
+    w = 1.0 if w is None else w
+    state, copy = got if low is not None else (got, None)
+    wide = [None if t is None else t.double() for t in (x, v, u)]
+    truth = reference.euler_step(wide[0], wide[1], h, wide[2], w)
+    base = torch.zeros_like(truth) if u is None else wide[2].abs()
+    scale = wide[0].abs() + abs(h) * (base + abs(w) * (wide[1].abs() + base))
+
+    def error(new):
+        worst = ((new - truth).abs() / scale.clamp(min=torch.finfo(torch.float64).tiny)).max().item()
+        return worst if worst == worst else math.inf
+
+    if copy is not None and not torch.equal(copy, state.to(low)):
+        return math.inf, 0.0
+    if x.numel() == 0:
+        return 0.0, 0.0
+    return error(state), 2 * error(reference.euler_step(x, v, h, u, w)) + 4 * torch.finfo(x.dtype).eps

@@ -1,0 +1,96 @@
+"""Roll the teacher out on a fine grid."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flowkernels._checks import expect, expect_noise, expect_times
+from flowkernels.ops import euler_step
+from flowkernels.ops.euler_step.reference import guided
+from flowkernels.velocity_field import evaluate, warn_if_training
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A rolled-out flow: knots, states and velocities.
+
+    times: float64 `[K+1]`. x: states `[K+1, n, *shape]`, float32 (float64 for float64 noise).
+    v: velocities `[K, n, *shape]` in the dtype of the network's output; float32 when guided.
+    """
+
+    times: Tensor
+    x: Tensor
+    v: Tensor
+
+
+def initial_state(noise: Tensor) -> Tensor:
+    """The state in float32, whatever the model computes in; float64 noise stays float64."""
+    return noise if noise.dtype == torch.float64 else noise.float()
+
+
+def euler(
+    velocity, x: Tensor, times: Tensor, out: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
+    """Euler steps on `times`; yields (new state, v, v_uncond, guidance) for each step.
+
+    The state is stepped in place in a buffer of its own, or into the rows of `out` `[K+1, n, *shape]`.
+    """
+    t = times.tolist()
+    x = x.clone(memory_format=torch.contiguous_format) if out is None else out[0].copy_(x)
+    for i in range(len(t) - 1):
+        v, v_uncond, w = evaluate(velocity, x, t[i])
+        x = euler_step(x, v, t[i + 1] - t[i], v_uncond=v_uncond, guidance=w, out=x if out is None else out[i + 1])
+        yield x, v, v_uncond, w
+
+
+def expect_finite_flow(x: Tensor, v: Tensor | None, times: Tensor, first: int = 0) -> None:
+    """Raise unless the final state x `[n, *shape]` is finite; with v `[K, n, *shape]` say where it began.
+
+    Samples are counted from `first`.
+    An element that is not finite stays so under further steps, so the last state answers for all of them.
+    """
+    if torch.isfinite(x).all():
+        return
+    sample = int((~torch.isfinite(x.flatten(1)).all(1)).nonzero()[0])
+    where = f"NaN or Inf in sample {first + sample}"
+    if v is not None:
+        bad = (~torch.isfinite(v[:, sample].flatten(1)).all(1)).nonzero()
+        step = int(bad[0]) if len(bad) else None
+        where += f" at step {step} (t = {times[step]:.6g})" if step is not None else ": the state overflows"
+    expect(False, "velocity", "finite velocities", where)
+
+
+@torch.no_grad()
+def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, progress: bool = False) -> Trajectory:
+    """Euler steps of `velocity` from `noise` on a fine grid, keeping every state and velocity.
+
+    Args:
+        velocity: callable `velocity(x, t)` with x `[n, *shape]`, t `[n]`; networks with another convention go through
+            `VelocityField`.
+        noise: `[n, *shape]`, the state at t = 0.
+        grid: K for K uniform steps, or K+1 increasing times from 0 to 1.
+        progress: show a progress bar.
+
+    Returns:
+        Trajectory of K steps. Memory: 2K+1 states.
+
+    Raises:
+        TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
+    """
+    times = expect_times(grid, "grid")
+    x0 = initial_state(expect_noise(noise))
+    warn_if_training(velocity)
+    K = len(times) - 1
+    states = torch.empty(K + 1, *noise.shape, dtype=x0.dtype, device=x0.device)
+    velocities = None
+    steps = enumerate(euler(velocity, x0, times, out=states))
+    for i, (_, v, v_uncond, w) in tqdm(steps, "rollout", K, disable=not progress, leave=False):
+        v = v if v_uncond is None else guided(v, v_uncond, w, x0.dtype)
+        if velocities is None:
+            velocities = torch.empty(K, *v.shape, dtype=v.dtype, device=v.device)
+        velocities[i] = v
+    expect_finite_flow(states[-1], velocities, times)
+    return Trajectory(times, states, velocities)

@@ -1,0 +1,252 @@
+"""Step costs from Gram matrices, and schedules of least cost from step costs."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowkernels import ops
+from flowkernels._checks import expect, expect_positive_int, expect_tensor, expect_times
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The knots of an N-step sampler.
+
+    times: float64 `[N+1]`, from 0 (noise) to 1 (data).
+    grid: float64 `[K+1]`, the fine grid they were chosen from; None for times that come from no grid.
+    indices: the knots' places in the grid; None without a grid.
+    cost: sum of the step costs along the schedule; uniform_cost: of the uniform schedule on the same grid.
+    """
+
+    times: Tensor
+    grid: Tensor | None = None
+    indices: tuple[int, ...] | None = None
+    cost: float | None = None
+    uniform_cost: float | None = None
+
+    @classmethod
+    def uniform(cls, steps: int) -> "Schedule":
+        """N equal steps, on no grid."""
+        return cls(expect_times(expect_positive_int(steps, "steps"), "steps"))
+
+    @property
+    def steps(self) -> int:
+        """N, the number of velocity evaluations (NFE)."""
+        return len(self.times) - 1
+
+    @property
+    def step_sizes(self) -> Tensor:
+        """float64 `[N]`."""
+        return self.times.diff()
+
+    @property
+    def sigmas(self) -> Tensor:
+        """1 - t, float64 `[N+1]`, from 1 to 0: the convention of diffusers' flow-matching schedulers."""
+        return 1 - self.times
+
+    @property
+    def ratio(self) -> float | None:
+        """cost / uniform_cost, at most 1 for a schedule of least cost; 1 where both are zero."""
+        if self.cost is None or self.uniform_cost is None:
+            return None
+        return self.cost / self.uniform_cost if self.uniform_cost > 0 else 1.0
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, Schedule):
+            return NotImplemented
+        grids = (self.grid is None) == (other.grid is None) and (
+            self.grid is None or torch.equal(self.grid, other.grid)
+        )
+        mine, theirs = ((s.indices, s.cost, s.uniform_cost) for s in (self, other))
+        return torch.equal(self.times, other.times) and grids and mine == theirs
+
+    def __repr__(self) -> str:
+        knots = ", ".join(f"{t:.3g}" for t in self.times)
+        costs = "" if self.cost is None else f", cost={self.cost:.4g}, uniform_cost={self.uniform_cost:.4g}"
+        return f"Schedule(steps={self.steps}, times=[{knots}]{costs})"
+
+
+def uniform_indices(times: Tensor, steps: int) -> tuple[int, ...]:
+    """The grid's knots nearest to 0, 1/N, ..., 1, kept strictly increasing."""
+    K = len(times) - 1
+    nearest = (times[None] - torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None]).abs().argmin(1).tolist()
+    nearest[0], nearest[-1] = 0, K
+    for i in range(1, steps + 1):  # on a grid with large gaps two may share a knot
+        nearest[i] = max(nearest[i], nearest[i - 1] + 1)
+    for i in range(steps - 1, -1, -1):
+        nearest[i] = min(nearest[i], nearest[i + 1] - 1, K - (steps - i))
+    return tuple(nearest)
+
+
+class StepCost:
+    """Step costs of a teacher, accumulated over chunks of samples.
+
+        costs = StepCost(times)
+        for chunk in chunks: costs.update(chunk.v)
+        c = costs.cost()
+
+    The whole state is `costs.state`, one float64 vector `(sum of Gram matrices, number of samples)`. To combine
+    devices, `torch.distributed.all_reduce(costs.state)` and nothing else; in one process, `costs.merge(other)`.
+
+    Args:
+        times: K for a uniform grid, or K+1 increasing times from 0 to 1.
+        states: True if `update` is given states that are not Euler steps of the velocities.
+        device: where the accumulated Gram matrix lives.
+    """
+
+    def __init__(self, times: int | Sequence[float] | Tensor, *, states: bool = False, device=None):
+        self.times = expect_times(times, "times")
+        self.states = states
+        K = len(self.times) - 1
+        self._rows = 2 * K - 1 if states else K - 1
+        self.state = torch.zeros(self._rows**2 + 1, dtype=torch.float64, device=device)
+
+    @property
+    def gram(self) -> Tensor:
+        """Sum over samples of the Gram matrix of increments (a view of `state`)."""
+        return self.state[:-1].view(self._rows, self._rows)
+
+    @property
+    def count(self) -> int:
+        """Number of samples so far."""
+        return int(self.state[-1].item())
+
+    def update(self, v: Tensor, x: Tensor | None = None) -> "StepCost":
+        """Add samples: velocities `[K, n, *shape]`, with `states=True` also states `[K+1, n, *shape]`.
+
+        Raises ValueError naming sample and step if a velocity or state is NaN or Inf; nothing is added then.
+        """
+        K = len(self.times) - 1
+        expect_tensor(v, "v")
+        expect(v.dim() >= 3, "v", "velocities of shape [K, n, *shape]", v)
+        expect(len(v) == K, "v", f"K = {K} velocities, one for each step of times", v)
+        expect(v.numel() > 0, "v", "at least one sample and one feature", v)
+        expect(
+            (x is not None) == self.states, "x", "states" if self.states else "None, unless made with states=True", x
+        )
+        gram = ops.velocity_gram(v, x=x, times=self.times if self.states else None)
+        # A[m, m] sees v_m and v_{m-1}, so a finite Gram matrix means finite velocities; K = 1 has no increments
+        if not (torch.isfinite(gram).all() and (K > 1 or torch.isfinite(v).all())):
+            for name, value in (("v", v), ("x", x)):
+                if value is not None and not torch.isfinite(value).all():
+                    step, n = (~torch.isfinite(value.flatten(2)).all(2)).nonzero()[0].tolist()
+                    expect(False, name, "finite values", f"NaN or Inf in sample {n} at step {step}")
+            expect(False, "v", "velocities whose squared increments are finite", "an overflow")
+        self.gram.add_(gram.to(self.state.device))
+        self.state[-1] += v.shape[1]
+        return self
+
+    def merge(self, other: "StepCost") -> "StepCost":
+        """Add another accumulator's samples to this one's."""
+        same = isinstance(other, StepCost) and self.states == other.states and torch.equal(self.times, other.times)
+        expect(same, "other", "a StepCost on the same times and of the same kind", other)
+        self.state.add_(other.state.to(self.state.device))
+        return self
+
+    def cost(self) -> Tensor:
+        """Step costs `[K+1, K+1]` in float64 on the CPU: entry [j, k], k > j, is
+        `c(j, k) = mean over samples |x_k - x_j - (t_k - t_j) v_j|^2`; Inf where k <= j."""
+        expect(self.count > 0, "StepCost", "at least one update", "none")
+        return cost_from_gram(self.gram.cpu() / self.count, self.times, self.states)
+
+
+def cost_from_gram(gram: Tensor, times: Tensor, states: bool) -> Tensor:
+    """All step costs from the mean Gram matrix of increments, by prefix sums.
+
+    With S(j, k) = sum_{j<m<k} (t_k - t_m) a_m, the residual of the step j -> k, and B(j, k) = sum_{j<m<=k} a_m:
+    S(j, k+1) = S(j, k) + h_k B(j, k), so |S|^2, <S, B> and |B|^2 each follow from the last by adding along k.
+    """
+    K = len(times) - 1
+    h = times.diff()
+    A = torch.zeros(K + 1, K + 1, dtype=torch.float64)  # indexed by m = 1..K-1
+    A[1:K, 1:K] = gram[: K - 1, : K - 1]
+    inside = torch.ones(K + 1, K + 1, dtype=torch.bool).triu(1)  # m < m', or j < k
+
+    def tail_sums(rows: Tensor) -> Tensor:  # [j, k] = sum of rows m = j+1..k-1 in column k
+        sums = torch.where(inside, rows, 0.0).flip(0).cumsum(0).flip(0)
+        return torch.cat([sums[1:], torch.zeros(1, K + 1, dtype=torch.float64)])
+
+    def along_k(steps: Tensor) -> Tensor:  # [j, k] = sum of steps[j, k'] over j < k' <= k
+        return torch.where(inside, steps, 0.0).cumsum(1)
+
+    def before(t: Tensor) -> Tensor:  # shift by one in k: entry [j, k] becomes that of [j, k-1]
+        return torch.cat([torch.zeros(len(t), 1, dtype=torch.float64), t[:, :-1]], 1)
+
+    h_last = torch.cat([torch.zeros(1, dtype=torch.float64), h])  # h_{k-1} at k
+    BB = along_k(2 * tail_sums(A) + A.diagonal())  # |B(j, k)|^2
+    SB = along_k(h_last * before(BB) + tail_sums((times[None, :] - times[:, None]) * A))  # <S(j, k), B(j, k)>
+    SS = along_k(2 * h_last * before(SB) + h_last**2 * before(BB))  # |S(j, k)|^2
+    if states:  # the residual is S(j, k) + (t_k - t_j) e_j
+        E = torch.zeros(K + 1, K + 1, dtype=torch.float64)
+        E[:K, 1:K] = gram[K - 1 :, : K - 1]  # <e_j, a_m> at [j, m]
+        Be = along_k(E)
+        Se = along_k(h_last * before(Be))
+        span = times[None, :] - times[:, None]
+        ee = torch.cat([gram.diagonal()[K - 1 :], torch.zeros(1, dtype=torch.float64)])[:, None]
+        SS = SS + 2 * span * Se + span**2 * ee
+    return torch.where(inside, SS.clamp_min(0), torch.inf)  # rounding may leave a residual of zero at -1e-17
+
+
+def step_cost(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | None = None) -> Tensor:
+    """Cost of every possible step, the mean squared error of one jump `t_j -> t_k`.
+
+    `c(j, k) = mean over samples |x_k - x_j - (t_k - t_j) v_j|^2`, the norm over all features.
+
+    Args:
+        v: velocities `[K, n, *shape]`, float32, float64, bfloat16 or float16.
+        times: the K+1 knots (or K for a uniform grid).
+        x: states `[K+1, n, *shape]`, where they are not the Euler steps of `v` on `times`.
+
+    Returns:
+        float64 `[K+1, K+1]` on the CPU, Inf where k <= j.
+
+    Source: BOSS (arXiv 2312.16414), the objective of its dynamic programme.
+    """
+    return StepCost(times, states=x is not None).update(v, x).cost()
+
+
+def bellman(
+    cost: Tensor, times: int | Sequence[float] | Tensor, steps: int | Iterable[int] = range(1, 11)
+) -> dict[int, Schedule]:
+    """The schedule of least total cost for each number of steps N, all from one table.
+
+    Args:
+        cost: float64 `[K+1, K+1]` from `step_cost`; Inf above the diagonal forbids a step.
+        times: the K+1 knots.
+        steps: the numbers of steps wanted, each 1..K.
+
+    Returns:
+        {N: Schedule}. Ties go to the smaller knot. No schedule costs more than the uniform one on the same grid.
+
+    Raises:
+        ValueError: also if no path of N allowed steps exists.
+    """
+    t = expect_times(times, "times")
+    expect_tensor(cost, "cost")
+    expect(tuple(cost.shape) == (len(t), len(t)), "cost", f"shape [{len(t)}, {len(t)}], one row a knot", cost)
+    wanted = expect_steps(steps, len(t) - 1)
+    value, parent = ops.bellman(cost.double().cpu(), max(wanted))
+    schedules = {}
+    for n in wanted:
+        expect(bool(value[n, -1] < torch.inf), "cost", f"a path of {n} steps of finite cost", "none")
+        path = [len(t) - 1]
+        for s in range(n, 0, -1):
+            path.append(int(parent[s, path[-1]]))
+        indices = tuple(reversed(path))
+        even = uniform_indices(t, n)
+        uniform_cost = sum(cost[j, k].item() for j, k in itertools.pairwise(even))
+        schedules[n] = Schedule(t[list(indices)], t, indices, value[n, -1].item(), uniform_cost)
+    return schedules
+
+
+def expect_steps(steps: int | Iterable[int], K: int) -> list[int]:
+    """The wanted numbers of steps, each an integer in 1..K."""
+    wanted = [steps] if isinstance(steps, int) else list(steps)
+    expect(len(wanted) > 0, "steps", "at least one number of steps", "none")
+    for n in wanted:
+        expect_positive_int(n, "steps")
+        expect(n <= K, "steps", f"at most K = {K}, the steps of the grid", n)
+    return sorted(set(wanted))

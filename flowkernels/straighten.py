@@ -1,0 +1,389 @@
+"""Straighten: fine-tune a student so that each interval of a schedule is one exact Euler step."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flowkernels._checks import expect, expect_noise, expect_positive_int, expect_times
+from flowkernels._files import whole_file
+from flowkernels.rollout import euler, expect_finite_flow, initial_state
+from flowkernels.schedule import Schedule
+from flowkernels.velocity_field import VelocityField, parameter_hash, velocity_rows, warn_if_training
+
+FORMAT = "flowkernels.straighten"
+
+
+@dataclass(frozen=True)
+class Straightened:
+    """What `straighten` returns.
+
+    student: the trained network in eval mode, with its averaged weights when `ema` is on.
+    history: lists of equal length: iteration, loss, lr, grad_norm; and `interval_loss`, one list of N a row, the mean
+    loss of each interval since the last row (NaN for one that was not drawn).
+    """
+
+    student: nn.Module
+    history: dict[str, list] = field(repr=False)
+
+
+@torch.no_grad()
+def knots(velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: int, progress: bool = False) -> Tensor:
+    """The teacher's states at the knots `[N+1, n, *shape]`, rolled out on the fine grid, `chunk` samples at a time."""
+    n, places = len(noise), {k: i for i, k in enumerate(indices)}
+    kept = torch.empty(len(indices), *noise.shape, dtype=initial_state(noise[:0]).dtype, device=noise.device)
+    kept[0] = noise
+    bar = tqdm(total=-(-n // chunk) * (len(grid) - 1), desc="teacher", disable=not progress, leave=False, unit="eval")
+    with bar:
+        for start in range(0, n, chunk):
+            rows = slice(start, min(start + chunk, n))
+            for k, (x, *_) in enumerate(euler(velocity_rows(velocity, rows, n), kept[0, rows], grid), start=1):
+                if k in places:
+                    kept[places[k], rows] = x
+                bar.update()
+            expect_finite_flow(x, None, grid, first=start)
+    return kept
+
+
+def straightening_loss(
+    v: Tensor, x_a: Tensor, x_b: Tensor, h: Tensor, loss: str = "l2", huber_c: float = 0.03
+) -> Tensor:
+    """Loss of each sample `[n]`: `|e|^2 / D`, or the pseudo-Huber `sqrt(|e|^2 / D + c^2) - c`; e = v - (x_b - x_a) / h.
+
+    v, x_a, x_b: `[n, *shape]`; h: step sizes `[n]`. D is the number of features, so that the learning rate does not
+    depend on it. Pseudo-Huber as in Song & Dhariwal 2023 (arXiv 2310.14189), equation 7, on the mean over features.
+    """
+    target = (x_b - x_a) / h.view(-1, *[1] * (x_a.dim() - 1))
+    error = (v.to(target.dtype) - target).square().flatten(1).mean(1)
+    return error if loss == "l2" else (error + huber_c**2).sqrt() - huber_c
+
+
+def straighten(
+    student: nn.Module | None,
+    velocity,
+    schedule: Schedule,
+    *,
+    noise: Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor],
+    iterations: int,
+    batch: int = 128,
+    bank: int = 1024,
+    refresh: int | None = None,
+    u: str = "start",
+    loss: str = "l2",
+    huber_c: float = 0.03,
+    weight: Sequence[float] | Tensor | None = None,
+    init: str | Mapping[str, Tensor] | None = None,
+    lr: float = 2e-4,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    warmup: int = 100,
+    decay: str = "cosine",
+    clip: float | None = 1.0,
+    ema: float | None = 0.999,
+    grid: int | Sequence[float] | Tensor | None = None,
+    seed: int = 0,
+    log_every: int = 10,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 500,
+    resume: bool = True,
+    progress: bool = True,
+) -> Straightened:
+    """Fine-tune `student` so that on every interval of `schedule` it is the teacher's straight line.
+
+    On an interval `[t_a, t_b]` with teacher states x_a, x_b: input `x = (1-u) x_a + u x_b` at
+    `t = t_a + u (t_b - t_a)`, target `(x_b - x_a) / (t_b - t_a)`. Intervals and samples are drawn uniformly. The
+    teacher's trajectories are rolled out on the schedule's fine grid, in memory; only the N+1 knots are kept.
+
+    Args:
+        student: the network to train, in place; None trains a copy of the teacher (its conditional field, if guided).
+        velocity: the teacher; `VelocityField` or any callable `velocity(x, t)`.
+        schedule: from `calibrate`; its grid is the teacher's.
+        noise: a tensor `[bank, *shape]` (a fixed bank of that many samples), a shape (standard normal noise of it), or
+            a function `(n, generator) -> [n, *shape]`, the generator on the CPU. Per-sample conditioning of a
+            `VelocityField` needs a tensor of as many samples.
+        iterations: optimiser steps in all; a resumed run counts those before.
+        batch: samples an iteration. bank: trajectories kept, where `noise` is not a tensor.
+        refresh: iterations after which the bank is rolled out anew from fresh noise; None never.
+        u: "start", u = 0, BOSS as published; or "uniform", u in [0, 1], piecewise reflow.
+        loss: "l2" or "huber" (pseudo-Huber with constant `huber_c`); see `straightening_loss`.
+        weight: a factor on the loss of each interval, N numbers; None weighs all alike.
+        init: what the student starts from: "teacher" its weights, "keep" the student's own, or a state dict, such as
+            EMA weights. None: the teacher's where it has any, else the student's own.
+        lr, warmup, decay: peak learning rate, iterations of linear warm-up, then "cosine" to zero or "none".
+        optimizer: parameters -> optimiser; None is Adam. Its learning rate is set to the schedule above.
+        clip: largest norm of the gradient, or None.
+        ema: decay of the averaged weights that are returned, or None to return the last ones.
+        grid: the teacher's fine grid, for a schedule that has none.
+        seed: of noise, samples, intervals and u.
+        log_every: iterations a row of the history.
+        checkpoint: file that keeps the whole state of the training, written every `checkpoint_every` iterations and at
+            the end; whole or not at all.
+        resume: go on from `checkpoint` if it exists; on the same machine the result is that of an uninterrupted run,
+            bit for bit. An interrupted run loses the iterations since its last checkpoint.
+        progress: show a progress bar.
+
+    Returns:
+        Straightened(student, history).
+
+    Raises:
+        TypeError, ValueError: naming the argument, before any work is done; for NaN or Inf in the loss, the iteration.
+
+    Source: BOSS (arXiv 2312.16414), straightening stage; `u="uniform"` is piecewise rectified flow, and on the one
+    interval [0, 1] rectified flow (arXiv 2209.03003).
+    """
+    expect(isinstance(schedule, Schedule), "schedule", "a Schedule, such as cal[4]", schedule, TypeError)
+    teacher_grid, indices = _teacher_grid(schedule, grid)
+    for name, value in dict(iterations=iterations, batch=batch, bank=bank, log_every=log_every).items():
+        expect_positive_int(value, name)
+    expect_positive_int(checkpoint_every, "checkpoint_every")
+    if refresh is not None:
+        expect_positive_int(refresh, "refresh")
+        expect(not isinstance(noise, Tensor), "noise", "a shape or a function, with refresh", noise)
+    expect(u in ("start", "uniform"), "u", "'start' or 'uniform'", u)
+    expect(loss in ("l2", "huber"), "loss", "'l2' or 'huber'", loss)
+    expect(huber_c > 0, "huber_c", "a positive number", huber_c)
+    expect(decay in ("cosine", "none"), "decay", "'cosine' or 'none'", decay)
+    expect(lr > 0, "lr", "a positive number", lr)
+    expect(warmup >= 0, "warmup", "a number of iterations", warmup)
+    expect(clip is None or clip > 0, "clip", "a positive number or None", clip)
+    expect(ema is None or 0 <= ema < 1, "ema", "a number in [0, 1) or None", ema)
+    N = schedule.steps
+    if weight is not None:
+        weight = torch.as_tensor(weight, dtype=torch.float32)
+        ok = weight.shape == (N,) and bool((weight >= 0).all()) and bool(torch.isfinite(weight).all())
+        expect(ok, "weight", f"{N} finite numbers >= 0, one for each interval", weight)
+    if checkpoint is not None:
+        checkpoint = Path(checkpoint)
+        expect(checkpoint.parent.is_dir(), "checkpoint", "a path in a folder that exists", str(checkpoint))
+
+    size = len(noise) if isinstance(noise, Tensor) else bank
+    student = _own_student(student, velocity)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    expect(len(parameters) > 0, "student", "a module with trainable parameters", type(student).__name__)
+    device = parameters[0].device
+    draw_noise = _noise_source(noise, device)
+    setting = dict(
+        **dict(times=schedule.times.tolist(), grid=teacher_grid.tolist(), iterations=iterations),
+        **dict(batch=batch, bank=size, refresh=refresh, u=u, loss=loss, huber_c=huber_c, lr=lr, warmup=warmup),
+        **dict(decay=decay, clip=clip, ema=ema, seed=seed, log_every=log_every),
+        weight=None if weight is None else weight.tolist(),
+        teacher=parameter_hash(velocity),
+    )
+    saved = None
+    if checkpoint is not None and resume and checkpoint.exists():
+        saved = _read_checkpoint(checkpoint, setting)
+    _initialise(student, velocity, init)
+    warn_if_training(velocity)
+
+    def teacher_knots() -> Tensor:
+        return knots(velocity, draw_noise(size, generator), teacher_grid, indices, batch, progress)
+
+    opt = optimizer(parameters) if optimizer else torch.optim.Adam(parameters, lr=lr)
+    average = None
+    if ema is not None:
+        average = torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=_warmed_up_average(ema))
+    generator = torch.Generator().manual_seed(seed)
+    history = {k: [] for k in ("iteration", "loss", "lr", "grad_norm", "interval_loss")}
+    times = schedule.times.to(device)
+    h = times.diff().to(torch.float32)
+    start, totals, counts = 0, torch.zeros(N), torch.zeros(N)
+    if saved is not None:
+        _load_weights(student, saved["student"], "checkpoint")
+        opt.load_state_dict(saved["optimizer"])
+        if average is not None:
+            average.load_state_dict(saved["average"])
+        history, start, totals, counts = (saved[k] for k in ("history", "iteration", "totals", "counts"))
+        generator.set_state(saved["bank_rng"])  # the bank is rolled out again, from the noise it was made of
+    bank_rng = generator.get_state()
+    states = teacher_knots() if start < iterations else None
+    if saved is not None:
+        generator.set_state(saved["rng"])
+        _restore_global_rng(saved["global_rng"])
+
+    def save(iteration: int) -> None:
+        state = dict(
+            **dict(format=FORMAT, version=1, setting=setting, iteration=iteration, history=history),
+            **dict(student=student.state_dict(), optimizer=opt.state_dict()),
+            average=None if average is None else average.state_dict(),
+            **dict(bank_rng=bank_rng, rng=generator.get_state(), global_rng=_global_rng()),
+            **dict(totals=totals, counts=counts),
+        )
+        with whole_file(checkpoint) as partial:
+            torch.save(state, partial)
+
+    student.train()
+    bar = tqdm(total=iterations, initial=start, desc="straighten", disable=not progress, leave=False, unit="it")
+    with bar:
+        for it in range(start, iterations):
+            if refresh is not None and it and it % refresh == 0:
+                bank_rng = generator.get_state()
+                states = teacher_knots()
+            rate = lr * _rate(it, iterations, warmup, decay)
+            for group in opt.param_groups:
+                group["lr"] = rate
+
+            interval = torch.randint(N, (batch,), generator=generator)
+            pick = torch.randint(size, (batch,), generator=generator)
+            where = torch.rand(batch, generator=generator) if u == "uniform" else torch.zeros(batch)
+            i, s = interval.to(device), pick.to(device)
+            x_a, x_b, span = states[i, s], states[i + 1, s], h[i]
+            x, t = x_a, times[i]
+            if u == "uniform":
+                where = where.to(device)
+                x = torch.lerp(x_a, x_b, where.view(-1, *[1] * (x_a.dim() - 1)).to(x_a.dtype))
+                t = t + where * span
+            v = velocity_rows(student, s, size)(x, t.to(torch.float32))
+            if v.shape != x.shape:
+                expect(False, "student", f"a velocity of x's shape {list(x.shape)}", v)
+            each = straightening_loss(v, x_a, x_b, span, loss, huber_c)
+            mean = (each if weight is None else each * weight.to(device)[i]).mean()
+            opt.zero_grad(set_to_none=True)
+            mean.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+            value = mean.item()
+            if not (math.isfinite(value) and math.isfinite(norm.item())):
+                got = f"loss {value}, gradient norm {norm.item()} at iteration {it}"
+                expect(False, "student", "a finite loss and gradient (a smaller lr?)", got)
+            opt.step()
+            if average is not None:
+                average.update_parameters(student)
+
+            totals.index_add_(0, interval, each.detach().float().cpu())
+            counts.index_add_(0, interval, torch.ones(batch))
+            if it % log_every == 0 or it == iterations - 1:
+                row = dict(
+                    iteration=it, loss=value, lr=rate, grad_norm=norm.item(), interval_loss=(totals / counts).tolist()
+                )
+                for key, entry in row.items():
+                    history[key].append(entry)
+                totals.zero_(), counts.zero_()
+                bar.set_postfix(loss=f"{value:.4g}")
+            bar.update()
+            if checkpoint is not None and ((it + 1) % checkpoint_every == 0 or it == iterations - 1):
+                save(it + 1)
+
+    if average is not None:
+        result = copy.deepcopy(student)
+        result.load_state_dict(average.module.state_dict())
+        return Straightened(result.eval(), history)
+    return Straightened(student.eval(), history)
+
+
+def _rate(it: int, iterations: int, warmup: int, decay: str) -> float:
+    if it < warmup:
+        return (it + 1) / warmup
+    if decay == "none":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (it - warmup) / max(1, iterations - warmup)))
+
+
+def _teacher_grid(schedule: Schedule, grid) -> tuple[Tensor, list[int]]:
+    """The fine grid, and the places of the schedule's knots in it."""
+    if grid is None:
+        expect(schedule.grid is not None, "grid", "the teacher's fine grid, for a schedule that has none", "None")
+        return schedule.grid, list(schedule.indices)
+    fine = expect_times(grid, "grid")
+    distance, nearest = (fine[None] - schedule.times[:, None]).abs().min(1)
+    expect(bool((distance < 1e-9).all()), "grid", "a grid that contains every time of the schedule", fine)
+    return fine, nearest.tolist()
+
+
+def _warmed_up_average(decay: float):
+    """Exponential moving average whose decay grows to `decay` as (1+n)/(10+n), so that short runs are not held back."""
+
+    def average(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
+        rate = min(decay, (1 + n.item()) / (10 + n.item()))
+        for a, c in zip(averaged, current, strict=True):
+            a.lerp_(c.to(a.dtype), 1 - rate)
+
+    return average
+
+
+def _noise_source(noise, device: torch.device) -> Callable[[int, torch.Generator], Tensor]:
+    if isinstance(noise, Tensor):
+        expect(expect_noise(noise).device == device, "noise", f"a tensor on the student's device {device}", noise)
+        return lambda n, generator: noise
+    if callable(noise):
+
+        def drawn(n: int, generator: torch.Generator) -> Tensor:
+            x = expect_noise(noise(n, generator), "noise(n, generator)")
+            expect(len(x) == n, "noise", f"a function that returns n = {n} samples", x)
+            return x.to(device)
+
+        return drawn
+    try:
+        shape = tuple(int(d) for d in noise)
+    except (TypeError, ValueError):
+        expect(False, "noise", "a tensor, a shape or a function (n, generator)", noise, TypeError)
+    expect(len(shape) >= 1 and min(shape) >= 1, "noise", "a shape of at least one dimension, each >= 1", shape)
+    return lambda n, generator: torch.randn(n, *shape, generator=generator).to(device)
+
+
+def _own_student(student, velocity) -> nn.Module:
+    """The module to train: the one given, or a copy of the teacher."""
+    teacher_is_module = isinstance(velocity, nn.Module)
+    if student is None:
+        expect(teacher_is_module, "student", "a module, where the teacher is not one to copy", "None")
+        student = velocity.without_guidance() if isinstance(velocity, VelocityField) else velocity
+        return copy.deepcopy(student).requires_grad_(True)
+    expect(isinstance(student, nn.Module), "student", "an nn.Module or None", student, TypeError)
+    if teacher_is_module:
+        shared = set(map(id, student.parameters())) & set(map(id, velocity.parameters()))
+        got = f"{len(shared)} parameters of the teacher's"
+        expect(not shared, "student", "weights of its own (None trains a copy of the teacher)", got)
+    return student
+
+
+def _initialise(student: nn.Module, velocity, init) -> None:
+    """Load the weights that training starts from."""
+    if isinstance(init, Mapping):
+        return _load_weights(_network(student), init, "init")
+    expect(init in (None, "teacher", "keep"), "init", "'teacher', 'keep', a state dict or None", init)
+    has_weights = isinstance(velocity, nn.Module) and any(True for _ in velocity.parameters())
+    expect(init != "teacher" or has_weights, "init", "a teacher with weights, for 'teacher'", velocity)
+    if has_weights and init != "keep":
+        _load_weights(_network(student), _network(velocity).state_dict(), "student")
+
+
+def _network(module: nn.Module) -> nn.Module:
+    return module.net if isinstance(module, VelocityField) else module
+
+
+def _load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    own = module.state_dict()
+    for key in own.keys() | state.keys():
+        have, want = state.get(key), own.get(key)
+        if have is None or want is None or have.shape != want.shape:
+            got, expected = ("none" if t is None else str(list(t.shape)) for t in (have, want))
+            way_out = "; init='keep' starts from the student's own weights" if name == "student" else ""
+            expect(False, name, f"weights that fit the student{way_out}", f"{key!r} of shape {got} for {expected}")
+    module.load_state_dict(state)
+
+
+def _read_checkpoint(path: Path, setting: dict) -> dict:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        kind = saved["format"]
+    except Exception as e:  # torch.load raises whatever its pickle holds
+        raise ValueError(f"checkpoint: expected a training checkpoint, {path} is truncated or not one ({e})") from e
+    expect(kind == FORMAT, "checkpoint", f"a file of format {FORMAT!r}", f"{path} of format {kind!r}")
+    for key, value in setting.items():
+        if saved["setting"].get(key) != value:
+            got = f"{key} = {saved['setting'].get(key)!r}"
+            expect(False, "checkpoint", f"one of this run ({key} = {value!r}); resume=False starts anew", got)
+    return saved
+
+
+def _global_rng() -> dict:
+    """Random states outside the generator: dropout draws from them."""
+    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+
+
+def _restore_global_rng(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,208 @@
+"""Adapts a network's own convention to the library's: `velocity(x, t)`, t = 0 noise, t = 1 data, v = dx/dt."""
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowkernels._checks import expect
+from flowkernels.ops.euler_step.reference import guided
+
+
+class VelocityField(nn.Module):
+    """A network seen as a velocity field `v(x, t)`; call it with x `[n, *shape]` and t `[n]`.
+
+    What the network is called with is `time_scale * t`, or `time_scale * (1 - t)` with `reverse_time`.
+    Diffusers' SD3 and Flux, trained on sigma = 1 - t in thousandths and predicting noise - data:
+    `VelocityField(net, reverse_time=True, time_scale=1000, x_name="hidden_states", time_name="timestep", ...)`.
+
+    Args:
+        net: any callable `net(x, t, **conditioning)`; an `nn.Module` becomes a submodule. Returns a tensor, a tuple
+            whose first entry is one, or an object with `.sample`.
+        reverse_time: the network's time runs from data to noise.
+        time_scale: factor on the time, such as 1000.
+        sign: +1 if the network predicts dx/dt, -1 if it predicts -dx/dt. None: -1 with `reverse_time`, else +1.
+        x_name, time_name: keyword names of the two inputs; None passes them by position.
+        conditioning: further keyword arguments. A tensor whose first dimension is the number of samples is one row a
+            sample, and follows them when samples are chunked or shuffled (`rows`); one of first dimension 1 is shared
+            by all samples and expanded; anything else is passed on as it is.
+        guidance: classifier-free guidance weight w, `v = v_uncond + w (v_cond - v_uncond)`; 1 means no guidance.
+        unconditional: the keyword arguments of the unconditional call that replace those of `conditioning`; needed
+            with guidance.
+        packed: the two velocities of guidance come from one call on a doubled batch (conditional half first), else from
+            two calls.
+        dtype: what x is cast to before the call (bfloat16 for a bfloat16 network); None passes the state as it is.
+    """
+
+    def __init__(
+        self,
+        net: Any,
+        *,
+        reverse_time: bool = False,
+        time_scale: float = 1.0,
+        sign: int | None = None,
+        x_name: str | None = None,
+        time_name: str | None = None,
+        conditioning: Mapping[str, Any] | None = None,
+        guidance: float = 1.0,
+        unconditional: Mapping[str, Any] | None = None,
+        packed: bool = True,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        expect(callable(net), "net", "a callable net(x, t)", net, TypeError)
+        expect(sign in (None, 1, -1), "sign", "1, -1 or None", sign)
+        expect(time_scale > 0, "time_scale", "a positive number", time_scale)
+        expect(x_name is None or time_name is not None, "time_name", "a name as well, with x_name", time_name)
+        expect(guidance == 1.0 or unconditional is not None, "unconditional", "a mapping with guidance", unconditional)
+        unknown = set(unconditional or {}) - set(conditioning or {})
+        expect(not unknown, "unconditional", f"keys of conditioning {sorted(conditioning or {})}", f"{sorted(unknown)}")
+        self.net = net
+        self.reverse_time, self.time_scale = reverse_time, float(time_scale)
+        self.sign = sign if sign is not None else (-1 if reverse_time else 1)
+        self.x_name, self.time_name = x_name, time_name
+        self.conditioning, self.unconditional = dict(conditioning or {}), dict(unconditional or {})
+        self.guidance, self.packed, self.dtype = float(guidance), packed, dtype
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance != 1.0
+
+    def convention(self) -> dict:
+        """What identifies this adapter beside the network's weights, for a calibration's provenance."""
+        return dict(
+            reverse_time=self.reverse_time,
+            time_scale=self.time_scale,
+            sign=self.sign,
+            guidance=self.guidance,
+            dtype=None if self.dtype is None else str(self.dtype),
+        )
+
+    def _replace(self, **changes) -> "VelocityField":
+        settings = dict(
+            **dict(reverse_time=self.reverse_time, time_scale=self.time_scale, sign=self.sign),
+            **dict(x_name=self.x_name, time_name=self.time_name, packed=self.packed, dtype=self.dtype),
+            **dict(conditioning=self.conditioning, unconditional=self.unconditional, guidance=self.guidance),
+        )
+        return VelocityField(self.net, **(settings | changes)).train(self.training)
+
+    def rows(self, index: Tensor | slice, n: int) -> "VelocityField":
+        """The same field for the samples `index` of n: conditioning that has one row a sample is indexed."""
+
+        def pick(kwargs):
+            return {k: v[index] if _per_sample(v, n) else v for k, v in kwargs.items()}
+
+        return self._replace(conditioning=pick(self.conditioning), unconditional=pick(self.unconditional))
+
+    def without_guidance(self) -> "VelocityField":
+        """The conditional field alone: what a student is that has guidance distilled into it."""
+        return self._replace(guidance=1.0, unconditional=None)
+
+    def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        n = len(x)
+        t = self.time_scale * (1 - t if self.reverse_time else t)
+        x = x if self.dtype is None else x.to(self.dtype)
+        expanded = {
+            k: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v
+            for k, v in kwargs.items()
+        }
+        args = () if self.time_name else (t,)
+        if self.time_name:
+            expanded[self.time_name] = t
+        if self.x_name:
+            expanded[self.x_name] = x
+        else:
+            args = (x, *args)
+        v = self.net(*args, **expanded)
+        v = getattr(v, "sample", v)
+        v = v[0] if isinstance(v, tuple) else v
+        expect(isinstance(v, Tensor), "net", "a tensor, a tuple of tensors or an object with .sample", v, TypeError)
+        return v if self.sign == 1 else -v
+
+    def pair(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(conditional velocity, unconditional velocity), the second None without guidance."""
+        if not self.is_guided:
+            return self._call(x, t, self.conditioning), None
+        other = self.conditioning | self.unconditional
+        if not self.packed:
+            return self._call(x, t, self.conditioning), self._call(x, t, other)
+        n, both = len(x), {}
+        for k, cond in self.conditioning.items():
+            uncond = other[k]
+            if not isinstance(cond, Tensor):
+                expect(cond is uncond or cond == uncond, k, "a tensor in a packed call (or packed=False)", uncond)
+                both[k] = cond
+            elif cond.dim() == 0:
+                both[k] = cond
+            else:
+                both[k] = torch.cat([c.expand(n, *c.shape[1:]) if len(c) == 1 else c for c in (cond, uncond)])
+        v = self._call(torch.cat([x, x]), torch.cat([t, t]), both)
+        return v[:n], v[n:]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        v, v_uncond = self.pair(x, t)
+        return v if v_uncond is None else guided(v, v_uncond, self.guidance, x.dtype)
+
+
+def _per_sample(value: Any, n: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == n and n > 1
+
+
+def velocity_rows(velocity, index: Tensor | slice, n: int):
+    """`velocity` for the samples `index` of n; a callable without per-sample conditioning is itself."""
+    return velocity.rows(index, n) if isinstance(velocity, VelocityField) else velocity
+
+
+def evaluate(velocity, x: Tensor, t: float) -> tuple[Tensor, Tensor | None, float]:
+    """`(v, v_uncond or None, guidance)` at one time for all samples, checked for shape."""
+    times = torch.full(
+        (len(x),), t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
+    )
+    if isinstance(velocity, VelocityField):
+        v, v_uncond = velocity.pair(x, times)
+        weight = velocity.guidance
+    else:
+        v, v_uncond, weight = velocity(x, times), None, 1.0
+    expect(isinstance(v, Tensor), "velocity", f"a tensor of shape {list(x.shape)}", type(v).__name__, TypeError)
+    for part in (v, v_uncond):
+        if part is not None and (part.shape != x.shape or part.device != x.device):
+            expect(False, "velocity", f"x's shape {list(x.shape)} on {x.device}, at t = {t:.6g}", part)
+    if x.dtype == torch.float64 and v.dtype != torch.float64:  # a float64 state with a narrower network
+        v, v_uncond = v.double(), None if v_uncond is None else v_uncond.double()
+    elif x.dtype == torch.float32 and v.dtype == torch.float64:
+        v, v_uncond = v.float(), None if v_uncond is None else v_uncond.float()
+    return v, v_uncond, weight
+
+
+def warn_if_training(velocity) -> None:
+    """Dropout or batch statistics make a velocity random: warn if a network is left in training mode."""
+    if not isinstance(velocity, nn.Module):
+        return
+    for name, module in velocity.named_modules():
+        random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if module.training and (random or isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            warnings.warn(
+                f"velocity: expected a network in eval mode, got {type(module).__name__} {name!r} in training mode; "
+                "call .eval() first",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
+
+
+def parameter_hash(velocity) -> str | None:
+    """SHA-256 over a module's state (names, dtypes, shapes, bytes) and its convention; None if it is not a module."""
+    if not isinstance(velocity, nn.Module):
+        return None
+    field = velocity if isinstance(velocity, VelocityField) else VelocityField(velocity)
+    if not isinstance(field.net, nn.Module):
+        return None
+    digest = hashlib.sha256(repr(sorted(field.convention().items())).encode())
+    for name, value in sorted(field.net.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
