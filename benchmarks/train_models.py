@@ -18,7 +18,7 @@ from datasets import digits, fashion
 from torch import nn
 from tqdm import tqdm
 
-from flowkernels.models import BUNDLED, ResidualMLP, UNet, save_network
+from flowkernels.models import BUNDLED, ResidualMLP, UNet, load_network, network_notes, save_network
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,8 +36,13 @@ def on_the_clock(minutes: float, optimizer, lr: float, warmup: int = 200):
     bar.close()
 
 
-def train_flow(net, images, minutes, batch, lr, out, flip, autocast):
+def train_flow(net, images, minutes, batch, lr, out, flip, autocast, go_on):
     torch.manual_seed(0)
+    before = 0
+    if go_on:
+        net.load_state_dict(load_network(out).state_dict())
+        before = network_notes(out)["iterations"]
+        torch.manual_seed(before)
     net.train()
     ema = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
     opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
@@ -58,8 +63,9 @@ def train_flow(net, images, minutes, batch, lr, out, flip, autocast):
         ema.update_parameters(net)
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         bar.set_postfix_str(f"it {it} loss {running:.4f}")
-    save_network(ema.module, out, iterations=it + 1, batch=batch, lr=lr, minutes=minutes, loss=running)
-    print(f"{out}: {sum(p.numel() for p in net.parameters()):,} parameters, {it + 1} iterations, loss {running:.4f}")
+    total = before + it + 1
+    save_network(ema.module, out, iterations=total, batch=batch, lr=lr, loss=running)
+    print(f"{out}: {sum(p.numel() for p in net.parameters()):,} parameters, {total} iterations, loss {running:.4f}")
 
 
 class Classifier(nn.Sequential):
@@ -102,15 +108,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["digits", "fashion", "classifier"])
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--go-on", action="store_true", help="start from the checkpoint's weights (digits, fashion)")
     parser.add_argument("--data-dir", help="folder of the original Fashion-MNIST idx files, gzipped or not")
     args = parser.parse_args()
     out = ROOT / (BUNDLED[args.model].source if args.model in BUNDLED else "benchmarks/fashion")
     if args.model == "digits":
-        train_flow(ResidualMLP(), digits()[0], args.minutes or 4, 256, 2e-3, out / "digits.safetensors", False, False)
+        train_flow(
+            ResidualMLP(),
+            digits()[0],
+            args.minutes or 4,
+            256,
+            2e-3,
+            out / "digits.safetensors",
+            False,
+            False,
+            args.go_on,
+        )
     elif args.model == "fashion":
         images, _ = fashion("train", args.data_dir)
         net = UNet()
-        train_flow(net, images, args.minutes or 30, 64, 1e-3, out / "fashion.safetensors", True, True)
+        train_flow(net, images, args.minutes or 30, 64, 1e-3, out / "fashion.safetensors", True, True, args.go_on)
     else:
         train_classifier(args.minutes or 3, args.data_dir, out / "classifier.safetensors")
 

@@ -28,6 +28,13 @@ def expect_tensor(value, name: str, dtypes: Sequence[torch.dtype] | None = None)
     return value
 
 
+def expect_values(value, name: str, dtypes: Sequence[torch.dtype] | None = None) -> Tensor:
+    """A tensor that holds numbers, which one on the meta device does not."""
+    expect_tensor(value, name, dtypes)
+    expect(value.device.type != "meta", name, "a tensor with data, on the CPU or a GPU", value)
+    return value
+
+
 def expect_positive_int(value, name: str) -> int:
     expect(isinstance(value, int) and not isinstance(value, bool), name, "an integer", value, TypeError)
     expect(value >= 1, name, "at least 1", value)
@@ -39,7 +46,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def expect_noise(noise, name: str = "noise") -> Tensor:
     """Noise `[n, *shape]`: floating point, not empty, finite."""
-    expect_tensor(noise, name, FLOATS)
+    expect_values(noise, name, FLOATS)
     expect(noise.dim() >= 2, name, "shape [n, *shape] with at least 2 dimensions", noise)
     expect(noise.numel() > 0, name, "at least one sample and one feature", noise)
     if not torch.isfinite(noise).all():

@@ -125,7 +125,7 @@ def load(path: str | Path, velocity=None) -> Calibration:
                 times[list(indices)], times, indices, float(s["cost"]), float(s["uniform_cost"])
             )
         cal = Calibration(times, cost, schedules, dict(data["provenance"]))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
         raise ValueError(f"path: expected a whole calibration file, {path} is damaged ({e})") from e
     if velocity is not None:
         made_for, given = cal.provenance.get("parameters_sha256"), parameter_hash(velocity)

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flowkernels._files import whole_file
+
 
 def sinusoidal_embedding(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
     """cos and sin of t at `dim // 2` frequencies from 1 to 1e-4, `[n] -> [n, dim]`."""
@@ -179,10 +181,14 @@ BUNDLED = {
 def save_network(net: nn.Module, path: str | Path, **notes) -> None:
     """Write a bundled architecture's weights with its configuration, as one safetensors file."""
     meta = dict(architecture=type(net).__name__, config=json.dumps(net.config), notes=json.dumps(notes))
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: v.detach().float().contiguous() for k, v in net.state_dict().items()}, partial, metadata=meta)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file({k: v.detach().contiguous() for k, v in net.state_dict().items()}, partial, metadata=meta)
+
+
+def network_notes(path: str | Path) -> dict:
+    """What `save_network` was told about the training, such as the iterations."""
+    with safe_open(path, "pt") as f:
+        return json.loads((f.metadata() or {}).get("notes", "{}"))
 
 
 def load_network(path: str | Path) -> nn.Module:

@@ -1,6 +1,6 @@
 """Roll the teacher out on a fine grid."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,25 +42,38 @@ def euler(
     x = x.clone(memory_format=torch.contiguous_format) if out is None else out[0].copy_(x)
     for i in range(len(t) - 1):
         v, v_uncond, w = evaluate(velocity, x, t[i])
+        if out is None:  # a velocity that is a view of the state would change with it
+            v, v_uncond = (_apart(part, x) for part in (v, v_uncond))
         x = euler_step(x, v, t[i + 1] - t[i], v_uncond=v_uncond, guidance=w, out=x if out is None else out[i + 1])
         yield x, v, v_uncond, w
 
 
-def expect_finite_flow(x: Tensor, v: Tensor | None, times: Tensor, first: int = 0) -> None:
-    """Raise unless the final state x `[n, *shape]` is finite; with v `[K, n, *shape]` say where it began.
+def _apart(v: Tensor | None, x: Tensor) -> Tensor | None:
+    """v, in memory of its own."""
+    if v is None or v.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+        return v
+    return v.clone()
 
-    Samples are counted from `first`.
-    An element that is not finite stays so under further steps, so the last state answers for all of them.
+
+def expect_finite_flow(x: Tensor, v: Iterable[Tensor], times: Tensor, first: int = 0) -> None:
+    """Raise unless the final state x `[n, *shape]` is finite, naming the sample, counted from `first`, and the step.
+
+    An element that is not finite stays so under further steps, so the last state answers for all of them. The
+    velocities v, step by step, are looked at on failure only: `replay` computes them again where none were kept.
     """
     if torch.isfinite(x).all():
         return
     sample = int((~torch.isfinite(x.flatten(1)).all(1)).nonzero()[0])
-    where = f"NaN or Inf in sample {first + sample}"
-    if v is not None:
-        bad = (~torch.isfinite(v[:, sample].flatten(1)).all(1)).nonzero()
-        step = int(bad[0]) if len(bad) else None
-        where += f" at step {step} (t = {times[step]:.6g})" if step is not None else ": the state overflows"
-    expect(False, "velocity", "finite velocities", where)
+    bad = (step for step, part in enumerate(v) if not torch.isfinite(part[sample]).all())
+    step = next(bad, None)
+    where = f" at step {step} (t = {times[step]:.6g})" if step is not None else ": the state overflows"
+    expect(False, "velocity", "finite velocities", f"NaN or Inf in sample {first + sample}{where}")
+
+
+def replay(velocity, x: Tensor, times: Tensor) -> Iterator[Tensor]:
+    """The velocities of the Euler steps from x on `times`, guidance applied."""
+    for x, v, v_uncond, w in euler(velocity, x, times):
+        yield guided(v, v_uncond, w, x.dtype)
 
 
 @torch.no_grad()

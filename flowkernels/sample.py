@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels._checks import expect_noise, expect_times
-from flowkernels.rollout import euler, expect_finite_flow, initial_state
+from flowkernels.rollout import euler, expect_finite_flow, initial_state, replay
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import warn_if_training
 
@@ -36,5 +36,5 @@ def sample(
     warn_if_training(velocity)
     for step in tqdm(euler(velocity, x0, times), "sample", len(times) - 1, disable=not progress, leave=False):
         x1 = step[0]
-    expect_finite_flow(x1, None, times)
+    expect_finite_flow(x1, replay(velocity, x0, times), times)
     return x1

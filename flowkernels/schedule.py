@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowkernels import ops
-from flowkernels._checks import expect, expect_positive_int, expect_tensor, expect_times
+from flowkernels._checks import expect, expect_positive_int, expect_times, expect_values
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,15 @@ class Schedule:
     indices: tuple[int, ...] | None = None
     cost: float | None = None
     uniform_cost: float | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "times", expect_times(self.times, "times"))
+        expect((self.grid is None) == (self.indices is None), "indices", "given with a grid, and only then", self.indices)
+        if self.grid is not None:
+            object.__setattr__(self, "grid", expect_times(self.grid, "grid"))
+            fits = len(self.indices) == len(self.times) and max(self.indices) < len(self.grid)
+            fits = fits and torch.equal(self.grid[list(self.indices)], self.times)
+            expect(fits, "indices", f"the places of the {len(self.times)} times in the grid", self.indices)
 
     @classmethod
     def uniform(cls, steps: int) -> "Schedule":
@@ -63,10 +72,14 @@ class Schedule:
         mine, theirs = ((s.indices, s.cost, s.uniform_cost) for s in (self, other))
         return torch.equal(self.times, other.times) and grids and mine == theirs
 
+    def __hash__(self) -> int:
+        return hash((tuple(self.times.tolist()), self.indices))
+
     def __repr__(self) -> str:
         knots = ", ".join(f"{t:.3g}" for t in self.times)
-        costs = "" if self.cost is None else f", cost={self.cost:.4g}, uniform_cost={self.uniform_cost:.4g}"
-        return f"Schedule(steps={self.steps}, times=[{knots}]{costs})"
+        costs = {"cost": self.cost, "uniform_cost": self.uniform_cost}
+        known = "".join(f", {name}={c:.4g}" for name, c in costs.items() if c is not None)
+        return f"Schedule(steps={self.steps}, times=[{knots}]{known})"
 
 
 def uniform_indices(times: Tensor, steps: int) -> tuple[int, ...]:
@@ -74,7 +87,7 @@ def uniform_indices(times: Tensor, steps: int) -> tuple[int, ...]:
     K = len(times) - 1
     nearest = (times[None] - torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None]).abs().argmin(1).tolist()
     nearest[0], nearest[-1] = 0, K
-    for i in range(1, steps + 1):  # on a grid with large gaps two may share a knot
+    for i in range(1, steps):  # on a grid with large gaps two may share a knot
         nearest[i] = max(nearest[i], nearest[i - 1] + 1)
     for i in range(steps - 1, -1, -1):
         nearest[i] = min(nearest[i], nearest[i + 1] - 1, K - (steps - i))
@@ -120,7 +133,7 @@ class StepCost:
         Raises ValueError naming sample and step if a velocity or state is NaN or Inf; nothing is added then.
         """
         K = len(self.times) - 1
-        expect_tensor(v, "v")
+        expect_values(v, "v")
         expect(v.dim() >= 3, "v", "velocities of shape [K, n, *shape]", v)
         expect(len(v) == K, "v", f"K = {K} velocities, one for each step of times", v)
         expect(v.numel() > 0, "v", "at least one sample and one feature", v)
@@ -225,7 +238,7 @@ def bellman(
         ValueError: also if no path of N allowed steps exists.
     """
     t = expect_times(times, "times")
-    expect_tensor(cost, "cost")
+    expect_values(cost, "cost")
     expect(tuple(cost.shape) == (len(t), len(t)), "cost", f"shape [{len(t)}, {len(t)}], one row a knot", cost)
     wanted = expect_steps(steps, len(t) - 1)
     value, parent = ops.bellman(cost.double().cpu(), max(wanted))
@@ -244,6 +257,8 @@ def bellman(
 
 def expect_steps(steps: int | Iterable[int], K: int) -> list[int]:
     """The wanted numbers of steps, each an integer in 1..K."""
+    integers = isinstance(steps, (int, Iterable))
+    expect(integers, "steps", "a number of steps or several", steps, TypeError)
     wanted = [steps] if isinstance(steps, int) else list(steps)
     expect(len(wanted) > 0, "steps", "at least one number of steps", "none")
     for n in wanted:

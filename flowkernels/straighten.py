@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from flowkernels._checks import expect, expect_noise, expect_positive_int, expect_times
 from flowkernels._files import whole_file
-from flowkernels.rollout import euler, expect_finite_flow, initial_state
+from flowkernels.rollout import euler, expect_finite_flow, initial_state, replay
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import VelocityField, parameter_hash, velocity_rows, warn_if_training
 
@@ -42,11 +42,12 @@ def knots(velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: 
     with bar:
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
-            for k, (x, *_) in enumerate(euler(velocity_rows(velocity, rows, n), kept[0, rows], grid), start=1):
+            teacher, x0 = velocity_rows(velocity, rows, n), kept[0, rows]
+            for k, (x, *_) in enumerate(euler(teacher, x0, grid), start=1):
                 if k in places:
                     kept[places[k], rows] = x
                 bar.update()
-            expect_finite_flow(x, None, grid, first=start)
+            expect_finite_flow(x, replay(teacher, x0, grid), grid, first=start)
     return kept
 
 
@@ -177,7 +178,7 @@ def straighten(
     if checkpoint is not None and resume and checkpoint.exists():
         saved = _read_checkpoint(checkpoint, setting)
     _initialise(student, velocity, init)
-    warn_if_training(velocity)
+    warn_if_training(velocity, stacklevel=3)
 
     def teacher_knots() -> Tensor:
         return knots(velocity, draw_noise(size, generator), teacher_grid, indices, batch, progress)
@@ -237,7 +238,7 @@ def straighten(
                 x = torch.lerp(x_a, x_b, where.view(-1, *[1] * (x_a.dim() - 1)).to(x_a.dtype))
                 t = t + where * span
             v = velocity_rows(student, s, size)(x, t.to(torch.float32))
-            if v.shape != x.shape:
+            if not isinstance(v, Tensor) or v.shape != x.shape:
                 expect(False, "student", f"a velocity of x's shape {list(x.shape)}", v)
             each = straightening_loss(v, x_a, x_b, span, loss, huber_c)
             mean = (each if weight is None else each * weight.to(device)[i]).mean()
@@ -371,6 +372,7 @@ def _read_checkpoint(path: Path, setting: dict) -> dict:
     except Exception as e:  # torch.load raises whatever its pickle holds
         raise ValueError(f"checkpoint: expected a training checkpoint, {path} is truncated or not one ({e})") from e
     expect(kind == FORMAT, "checkpoint", f"a file of format {FORMAT!r}", f"{path} of format {kind!r}")
+    expect(saved.get("version") == 1, "checkpoint", "version 1", f"{path} of version {saved.get('version')!r}")
     for key, value in setting.items():
         if saved["setting"].get(key) != value:
             got = f"{key} = {saved['setting'].get(key)!r}"

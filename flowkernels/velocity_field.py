@@ -87,7 +87,9 @@ class VelocityField(nn.Module):
             **dict(x_name=self.x_name, time_name=self.time_name, packed=self.packed, dtype=self.dtype),
             **dict(conditioning=self.conditioning, unconditional=self.unconditional, guidance=self.guidance),
         )
-        return VelocityField(self.net, **(settings | changes)).train(self.training)
+        field = VelocityField(self.net, **(settings | changes))
+        field.training = self.training  # not train(): the network is shared, and keeps its own mode
+        return field
 
     def rows(self, index: Tensor | slice, n: int) -> "VelocityField":
         """The same field for the samples `index` of n: conditioning that has one row a sample is indexed."""
@@ -132,19 +134,24 @@ class VelocityField(nn.Module):
         n, both = len(x), {}
         for k, cond in self.conditioning.items():
             uncond = other[k]
-            if not isinstance(cond, Tensor):
-                expect(cond is uncond or cond == uncond, k, "a tensor in a packed call (or packed=False)", uncond)
-                both[k] = cond
-            elif cond.dim() == 0:
-                both[k] = cond
+            if all(isinstance(c, Tensor) and c.dim() and len(c) in (1, n) for c in (cond, uncond)):
+                both[k] = torch.cat([c.expand(n, *c.shape[1:]) for c in (cond, uncond)])
             else:
-                both[k] = torch.cat([c.expand(n, *c.shape[1:]) if len(c) == 1 else c for c in (cond, uncond)])
+                expected = f"rows for 1 or {n} samples, or the same for both, in a packed call (or packed=False)"
+                expect(_same(cond, uncond), f"unconditional[{k!r}]", expected, uncond)
+                both[k] = cond
         v = self._call(torch.cat([x, x]), torch.cat([t, t]), both)
         return v[:n], v[n:]
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         v, v_uncond = self.pair(x, t)
         return v if v_uncond is None else guided(v, v_uncond, self.guidance, x.dtype)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or torch.equal(a, b)
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
 
 
 def _per_sample(value: Any, n: int) -> bool:
@@ -177,8 +184,11 @@ def evaluate(velocity, x: Tensor, t: float) -> tuple[Tensor, Tensor | None, floa
     return v, v_uncond, weight
 
 
-def warn_if_training(velocity) -> None:
-    """Dropout or batch statistics make a velocity random: warn if a network is left in training mode."""
+def warn_if_training(velocity, stacklevel: int = 4) -> None:
+    """Dropout or batch statistics make a velocity random: warn if a network is left in training mode.
+
+    The warning points at the caller of the stage that asks, below the frame of its `torch.no_grad` decorator.
+    """
     if not isinstance(velocity, nn.Module):
         return
     for name, module in velocity.named_modules():
@@ -188,7 +198,7 @@ def warn_if_training(velocity) -> None:
                 f"velocity: expected a network in eval mode, got {type(module).__name__} {name!r} in training mode; "
                 "call .eval() first",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
             return
 

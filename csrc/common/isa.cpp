@@ -41,6 +41,8 @@ Isa isa() {
   return chosen;
 }
 
-const char* isa_name(Isa i) { return i == Isa::avx512 ? "avx512" : i == Isa::avx2 ? "avx2" : "baseline"; }
+const char* isa_name(Isa i) {
+  return i == Isa::avx512 ? "avx512" : i == Isa::avx2 ? "avx2" : "baseline";
+}
 
 }  // namespace fk

@@ -24,7 +24,7 @@ const char* isa_name(Isa);
   namespace avx512 {         \
   type fn;                   \
   }
-#define FK_SELECT(fn)                              \
+#define FK_SELECT(fn)                                  \
   (::fk::isa() == ::fk::Isa::avx512 ? ::fk::avx512::fn \
    : ::fk::isa() == ::fk::Isa::avx2 ? ::fk::avx2::fn   \
                                     : ::fk::baseline::fn)

@@ -11,6 +11,8 @@ void* allocate(size_t bytes) {
   return p;
 }
 
-void release(void* p) { std::free(p); }
+void release(void* p) {
+  std::free(p);
+}
 
 }  // namespace fk

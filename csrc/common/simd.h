@@ -38,13 +38,23 @@ struct f16 {
   uint16_t bits;
 };
 
-FK_INLINE vf as_float(vu u) { return (vf)u; }
-FK_INLINE vu as_bits(vf f) { return (vu)f; }
+FK_INLINE vf as_float(vu u) {
+  return (vf)u;
+}
+FK_INLINE vu as_bits(vf f) {
+  return (vu)f;
+}
 
 // ---- loads: kFloats elements as float, or kVectorBytes / 8 as double ----
-FK_INLINE vf load(const float* p) { return *(const vf_mem*)p; }
-FK_INLINE vd load(const double* p) { return *(const vd_mem*)p; }
-FK_INLINE vf load(const bf16* p) { return as_float(__builtin_convertvector(*(const vh_mem*)p, vu) << 16); }
+FK_INLINE vf load(const float* p) {
+  return *(const vf_mem*)p;
+}
+FK_INLINE vd load(const double* p) {
+  return *(const vd_mem*)p;
+}
+FK_INLINE vf load(const bf16* p) {
+  return as_float(__builtin_convertvector(*(const vh_mem*)p, vu) << 16);
+}
 FK_INLINE vf load(const f16* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -59,8 +69,12 @@ FK_INLINE vf load(const f16* p) {
 }
 
 // ---- stores ----
-FK_INLINE void store(float* p, vf v) { *(vf_mem*)p = v; }
-FK_INLINE void store(double* p, vd v) { *(vd_mem*)p = v; }
+FK_INLINE void store(float* p, vf v) {
+  *(vf_mem*)p = v;
+}
+FK_INLINE void store(double* p, vd v) {
+  *(vd_mem*)p = v;
+}
 FK_INLINE void store(bf16* p, vf v) {  // to nearest, ties to even; NaN stays NaN
   const vu u = as_bits(v);
   const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;

@@ -85,6 +85,8 @@ void run_parts(int parts, void (*body)(void*, int), void* ctx) {
       &job, unsigned(parts), 0);
 }
 
-const char* thread_runtime() { return runtime().path.c_str(); }
+const char* thread_runtime() {
+  return runtime().path.c_str();
+}
 
 }  // namespace fk

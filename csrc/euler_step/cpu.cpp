@@ -1,8 +1,7 @@
 // Memory bound: every input is read once and every output written once.
-#include "euler_step/euler_step.h"
-
 #include "common/simd.h"
 #include "common/threads.h"
+#include "euler_step/euler_step.h"
 
 namespace fk {
 namespace FK_ISA {
@@ -56,7 +55,7 @@ FK_INLINE void step(const X* x, const V* v, const V* u, X* out, Low* low, X h, X
 template <class X, class V, bool Guided, class Low>
 void range(const EulerStepArgs& a, int64_t begin, int64_t end) {
   constexpr int L = kVectorBytes / int(sizeof(X));
-  const X *x = static_cast<const X*>(a.x);
+  const X* x = static_cast<const X*>(a.x);
   const V *v = static_cast<const V*>(a.v), *u = static_cast<const V*>(a.v_uncond);
   X* out = static_cast<X*>(a.out);
   Low* low = static_cast<Low*>(a.low);

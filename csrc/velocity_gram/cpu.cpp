@@ -4,13 +4,12 @@
 //   v [K, M]  --chunk of columns-->  tile [R, chunk]  -->  G[j, i] += <tile_j, tile_i>, i <= j
 //
 // float32 accumulates along a chunk of at most 1,024 columns (64 products a lane), then moves to float64.
-#include "velocity_gram/velocity_gram.h"
-
 #include <unistd.h>
 
 #include "common/memory.h"
 #include "common/simd.h"
 #include "common/threads.h"
+#include "velocity_gram/velocity_gram.h"
 
 namespace fk {
 namespace FK_ISA {
@@ -23,9 +22,15 @@ constexpr int kCols = 6;  // 24 accumulators + 4 + 1 of 32 registers
 constexpr int kCols = 2;  // 8 accumulators + 4 + 1 of 16 registers
 #endif
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
 
 template <class T>
 struct Lanes {
@@ -44,10 +49,10 @@ struct VectorOf<double> {
 
 // G[j0+b, i0+a] += <A_a, B_b> over n columns, n a multiple of the vector length
 template <class T, int NJ>
-FK_INLINE void dot_tile(const T* A,      // kRows rows, ld apart
-                        const T* B,      // NJ rows, ld apart
+FK_INLINE void dot_tile(const T* A,  // kRows rows, ld apart
+                        const T* B,  // NJ rows, ld apart
                         int64_t ld, int64_t n,
-                        double* G,       // row j0, column i0
+                        double* G,  // row j0, column i0
                         int64_t ldg) {
   using V = typename VectorOf<T>::type;
   V acc[kRows][NJ];
@@ -86,9 +91,9 @@ void dot_tile_edge(int nj, const T* A, const T* B, int64_t ld, int64_t n, double
 // Asks for the next chunk's rows while this one is multiplied: a few cache lines before each tile of dot products.
 struct Prefetcher {
   const char* base;  // the next chunk's columns in row 0
-  int64_t pitch;     // bytes between rows
-  int64_t rows;      // 0: nothing to fetch
-  int64_t lines;     // cache lines a row
+  int64_t pitch;  // bytes between rows
+  int64_t rows;  // 0: nothing to fetch
+  int64_t lines;  // cache lines a row
   int64_t row = 0, line = 0;
 };
 
@@ -127,8 +132,12 @@ void difference(const V* lo, const V* hi, T* out, int64_t n) {
   }
 }
 
-FK_INLINE double scalar(float v) { return v; }
-FK_INLINE double scalar(double v) { return v; }
+FK_INLINE double scalar(float v) {
+  return v;
+}
+FK_INLINE double scalar(double v) {
+  return v;
+}
 FK_INLINE double scalar(bf16 v) {
   const uint32_t u = uint32_t(v.bits) << 16;
   float f;
@@ -146,8 +155,8 @@ void pack_euler(const VelocityGramArgs& g, int64_t m, int64_t n, T* tile, int64_
   for (int64_t i = 1; i < g.K; i++) difference(v + (i - 1) * g.v_stride, v + i * g.v_stride, tile + (i - 1) * ld, n);
 }
 
-// Secants u_i = (x_{i+1} - x_i) / h_i: rows u_m - u_{m-1}, then u_j - v_j. In double, since u_m and u_{m-1} nearly agree.
-// States have the tile's type.
+// Secants u_i = (x_{i+1} - x_i) / h_i: rows u_m - u_{m-1}, then u_j - v_j. In double, since u_m and u_{m-1} nearly
+// agree. States have the tile's type.
 template <class T, class V>
 void pack_secant(const VelocityGramArgs& g, int64_t m, int64_t n, T* tile, int64_t ld) {
   const T* x = static_cast<const T*>(g.x) + m;
@@ -186,7 +195,9 @@ void run(const VelocityGramArgs& g) {
   const size_t tile_bytes = size_t(round_up(rows * ld * int64_t(sizeof(T)), 64));
   const size_t gram_bytes = size_t(round_up(rows * rows * 8, 64));
   char* scratch = static_cast<char*>(allocate((tile_bytes + gram_bytes) * size_t(parts)));
-  auto part_gram = [&](int p) { return reinterpret_cast<double*>(scratch + (tile_bytes + gram_bytes) * p + tile_bytes); };
+  auto part_gram = [&](int p) {
+    return reinterpret_cast<double*>(scratch + (tile_bytes + gram_bytes) * p + tile_bytes);
+  };
 
   parallel(parts, [&](int p) {
     T* tile = reinterpret_cast<T*>(scratch + (tile_bytes + gram_bytes) * p);
@@ -200,8 +211,9 @@ void run(const VelocityGramArgs& g) {
         pack_secant<T, V>(g, m, n, tile, ld);
       else
         pack_euler<T, V>(g, m, n, tile, ld);
-      Prefetcher next{reinterpret_cast<const char*>(static_cast<const V*>(g.v) + m + n), g.v_stride * int64_t(sizeof(V)),
-                      b + 1 < end ? g.K : 0, round_up(smaller(chunk, g.M - m - n) * int64_t(sizeof(V)), 64) / 64};
+      Prefetcher next{reinterpret_cast<const char*>(static_cast<const V*>(g.v) + m + n),
+                      g.v_stride * int64_t(sizeof(V)), b + 1 < end ? g.K : 0,
+                      round_up(smaller(chunk, g.M - m - n) * int64_t(sizeof(V)), 64) / 64};
       gram_of_tile(tile, R, ld, padded, G, rows, next);
     }
   });

@@ -29,7 +29,7 @@ def bellman(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     expect_positive_int(steps, "steps")
     expect(steps <= cost.shape[0] - 1, "steps", f"at most K = {cost.shape[0] - 1}", steps)
     if not torch.compiler.is_compiling():
-        bad = (torch.isnan(cost) | (cost == -torch.inf)).triu(1)
+        bad = (~(cost > -torch.inf)).triu(1)
         if bool(bad.any()):
             j, k = bad.nonzero()[0].tolist()
             expect(False, "cost", "no NaN or -Inf above the diagonal", f"cost[{j}, {k}] = {cost[j, k].item()}")
