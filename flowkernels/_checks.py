@@ -35,8 +35,13 @@ def expect_values(value, name: str, dtypes: Sequence[torch.dtype] | None = None)
     return value
 
 
+def expect_number(value, name: str) -> None:
+    number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
+    expect(number, name, "a number", describe(value), TypeError)
+
+
 def expect_positive_int(value, name: str) -> int:
-    expect(isinstance(value, int) and not isinstance(value, bool), name, "an integer", value, TypeError)
+    expect(isinstance(value, int) and not isinstance(value, bool), name, "an integer", describe(value), TypeError)
     expect(value >= 1, name, "at least 1", value)
     return value
 
@@ -65,6 +70,8 @@ def expect_times(times, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         expect(False, name, "a number of steps or a sequence of times", times, TypeError)
     expect(t.dim() == 1 and len(t) >= 2, name, "a number of steps or at least two times in one dimension", times)
+    if torch.compiler.is_compiling():  # values are not known yet
+        return t
     finite = bool(torch.isfinite(t).all())
     expect(finite, name, "finite times", times)
     steps = t.diff()

@@ -34,10 +34,13 @@ def extension_error() -> str | None:
 def _load():
     try:
         module = importlib.import_module("flowkernels._C")
-        module.isa()  # an unknown FLOWKERNELS_ISA shows here, not in the middle of a call
-        return module, None
-    except (ImportError, RuntimeError) as e:
+    except ImportError as e:
         return None, f"{type(e).__name__}: {e}"
+    try:
+        module.isa()
+    except RuntimeError as e:  # FLOWKERNELS_ISA names a set that is unknown or that the processor lacks
+        raise BackendError(str(e)) from None
+    return module, None
 
 
 def _checked(name: str | None, source: str) -> str | None:

@@ -72,7 +72,7 @@ def expect_finite_flow(x: Tensor, v: Iterable[Tensor], times: Tensor, first: int
 
 def replay(velocity, x: Tensor, times: Tensor) -> Iterator[Tensor]:
     """The velocities of the Euler steps from x on `times`, guidance applied."""
-    for x, v, v_uncond, w in euler(velocity, x, times):
+    for _, v, v_uncond, w in euler(velocity, x, times):
         yield guided(v, v_uncond, w, x.dtype)
 
 

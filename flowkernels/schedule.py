@@ -29,7 +29,8 @@ class Schedule:
 
     def __post_init__(self):
         object.__setattr__(self, "times", expect_times(self.times, "times"))
-        expect((self.grid is None) == (self.indices is None), "indices", "given with a grid, and only then", self.indices)
+        together = (self.grid is None) == (self.indices is None)
+        expect(together, "indices", "the knots' places with a grid, and None without", self.indices)
         if self.grid is not None:
             object.__setattr__(self, "grid", expect_times(self.grid, "grid"))
             fits = len(self.indices) == len(self.times) and max(self.indices) < len(self.grid)
@@ -140,7 +141,8 @@ class StepCost:
         expect(
             (x is not None) == self.states, "x", "states" if self.states else "None, unless made with states=True", x
         )
-        gram = ops.velocity_gram(v, x=x, times=self.times if self.states else None)
+        # secants carry the rounding of the states, which only float64 sums cancel again
+        gram = ops.velocity_gram(v.double(), x=x, times=self.times) if self.states else ops.velocity_gram(v)
         # A[m, m] sees v_m and v_{m-1}, so a finite Gram matrix means finite velocities; K = 1 has no increments
         if not (torch.isfinite(gram).all() and (K > 1 or torch.isfinite(v).all())):
             for name, value in (("v", v), ("x", x)):

@@ -152,7 +152,10 @@ def straighten(
     expect(warmup >= 0, "warmup", "a number of iterations", warmup)
     expect(clip is None or clip > 0, "clip", "a positive number or None", clip)
     expect(ema is None or 0 <= ema < 1, "ema", "a number in [0, 1) or None", ema)
-    N = schedule.steps
+    expect(isinstance(seed, int), "seed", "an integer", seed, TypeError)
+    # plain numbers: a checkpoint with numpy's would not load
+    lr, huber_c, clip, ema = (None if a is None else float(a) for a in (lr, huber_c, clip, ema))
+    warmup, N = int(warmup), schedule.steps
     if weight is not None:
         weight = torch.as_tensor(weight, dtype=torch.float32)
         ok = weight.shape == (N,) and bool((weight >= 0).all()) and bool(torch.isfinite(weight).all())
@@ -161,12 +164,12 @@ def straighten(
         checkpoint = Path(checkpoint)
         expect(checkpoint.parent.is_dir(), "checkpoint", "a path in a folder that exists", str(checkpoint))
 
-    size = len(noise) if isinstance(noise, Tensor) else bank
     student = _own_student(student, velocity)
     parameters = [p for p in student.parameters() if p.requires_grad]
     expect(len(parameters) > 0, "student", "a module with trainable parameters", type(student).__name__)
     device = parameters[0].device
     draw_noise = _noise_source(noise, device)
+    size = len(noise) if isinstance(noise, Tensor) else bank
     setting = dict(
         **dict(times=schedule.times.tolist(), grid=teacher_grid.tolist(), iterations=iterations),
         **dict(batch=batch, bank=size, refresh=refresh, u=u, loss=loss, huber_c=huber_c, lr=lr, warmup=warmup),

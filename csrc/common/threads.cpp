@@ -23,6 +23,9 @@ struct Runtime {
 
 std::atomic<bool> forked{false};
 
+// From when the module is loaded: the team that does not survive may be torch's, and no kernel may have run before.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 bool bind(Runtime& r, const char* path, int flags) {
   void* lib = dlopen(path, RTLD_LAZY | flags);
   if (!lib) return false;
@@ -53,7 +56,6 @@ Runtime find() {
       },
       &mapped);
   if (mapped.empty() || !bind(r, mapped.c_str(), RTLD_NOLOAD)) bind(r, "libgomp.so.1", 0);
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
   return r;
 }
 

@@ -1,8 +1,14 @@
 """The torch.library namespace of the ops, and what their registrations share."""
 
+import contextlib
+import importlib
+
 import torch
 
 from flowkernels import backends
+
+with contextlib.suppress(ImportError):
+    importlib.import_module("flowkernels._C")  # now, not at the first call: it has to know of forks before they happen
 
 LIBRARY = torch.library.Library("flowkernels", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect, expect_tensor
+from flowkernels._checks import expect, expect_number, expect_tensor
 from flowkernels.ops._library import DTYPE_CODES, LIBRARY, register
 from flowkernels.ops.euler_step import reference
 
@@ -45,6 +45,8 @@ def euler_step(
     allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *_LOW)
     expect_tensor(v, "v", allowed)
     _match(v, "v", x)
+    expect_number(h, "h")
+    expect_number(guidance, "guidance")
     if v_uncond is not None:
         expect_tensor(v_uncond, "v_uncond", (v.dtype,))
         _match(v_uncond, "v_uncond", x)
@@ -61,15 +63,15 @@ def euler_step(
         new, copy = torch.ops.flowkernels.euler_step(x, v, h, v_uncond, guidance, low)
         return (new, copy) if wants_low else new
 
-    if torch.is_grad_enabled():
-        for name, t in (("x", x), ("v", v), ("v_uncond", v_uncond), ("out", out)):
-            expect(t is None or not t.requires_grad, name, "no gradient with out= or a tensor low=", "requires_grad")
     if out is None:
         out = torch.empty_like(x)
     expect_tensor(out, "out", (x.dtype,))
     _match(out, "out", x)
     if wants_low and not isinstance(low, Tensor):
         low = torch.empty_like(x, dtype=low)
+    if torch.is_grad_enabled():
+        for name, t in (("x", x), ("v", v), ("v_uncond", v_uncond), ("out", out), ("low", low)):
+            expect(t is None or not t.requires_grad, name, "no gradient with out= or a tensor low=", "requires_grad")
     torch.ops.flowkernels.euler_step_out(x, v, h, v_uncond, guidance, out, low)
     return (out, low) if wants_low else out
 
@@ -100,6 +102,8 @@ def _kernel_out(C, x, v, h, v_uncond, guidance, out, low) -> None:
         *(0 if low is None else low.data_ptr(), DTYPE_CODES[x.dtype], DTYPE_CODES[v.dtype]),
         *(0 if low is None else DTYPE_CODES[low.dtype], x.numel(), h, guidance, torch.get_num_threads()),
     )
+    # autograd must see that these were written, as it does for torch's own operations
+    torch.autograd.graph.increment_version([t for t in (out, low) if t is not None])
 
 
 def _reference_out(x, v, h, v_uncond, guidance, out, low) -> None:

@@ -1,0 +1,20 @@
+import os
+
+# before torch: idle threads sleep, since on a busy machine spinning ones hold back those that work
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("flowkernels", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.load_profile("flowkernels")
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Two threads whatever the machine has, so that every run splits the work in the same parts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

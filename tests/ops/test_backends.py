@@ -1,0 +1,193 @@
+"""Which backend runs a call: the context, the environment, what is missing, and what the errors say."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from flowkernels import backends
+from flowkernels.backends import BACKENDS, BackendError, backend, choose, why_not
+from flowkernels.ops import OPS, bellman, euler_step, velocity_gram
+
+CACHES = (backends.extension, backends._load, backends._decide)
+
+
+def forget():
+    for cached in CACHES:
+        getattr(cached, "cache_clear", lambda: None)()
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked_for(monkeypatch):
+    monkeypatch.delenv("FLOWKERNELS_BACKEND", raising=False)
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    """The compiled module cannot be imported."""
+    monkeypatch.setitem(sys.modules, "flowkernels._C", None)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls that reach the compiled module."""
+
+    class Counting:
+        seen = 0
+
+        def __getattr__(self, name):
+            Counting.seen += 1
+            return getattr(module, name)
+
+    module = backends.extension()
+    monkeypatch.setattr(backends, "extension", Counting)
+    return Counting
+
+
+def call_all():
+    x = torch.ones(3, 4)
+    return velocity_gram(x), *bellman(torch.ones(3, 3, dtype=torch.float64), 2), euler_step(x, x, 0.5)
+
+
+def test_auto_takes_the_kernels_for_cpu_tensors_and_the_reference_elsewhere():
+    for op in OPS:
+        assert choose(op, "cpu") == "cpu"
+        assert choose(op, "cuda") == choose(op, "mps") == "reference"
+
+
+def test_the_chosen_backend_is_the_one_that_runs(calls):
+    call_all()
+    assert calls.seen == 3
+    with backend("cpu"):
+        call_all()
+    assert calls.seen == 6
+    with backend("reference"):
+        call_all()
+    assert calls.seen == 6
+
+
+def test_context_nests_and_ends():
+    assert choose("bellman", "cpu") == "cpu"
+    with backend("reference"):
+        assert choose("bellman", "cpu") == "reference"
+        with backend("cpu"):
+            assert choose("bellman", "cpu") == "cpu"
+        with backend("auto"):
+            assert choose("bellman", "cpu") == "cpu"
+        assert choose("bellman", "cpu") == "reference"
+    assert choose("bellman", "cpu") == "cpu"
+    with pytest.raises(KeyError), backend("reference"):
+        raise KeyError
+    assert choose("bellman", "cpu") == "cpu"
+
+
+def test_context_belongs_to_its_thread_and_task():
+    seen = []
+    with backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(choose("bellman", "cpu")))
+        thread.start()
+        thread.join()
+
+    async def task(name):
+        with backend(name):
+            await asyncio.sleep(0)
+            return choose("bellman", "cpu")
+
+    async def both():
+        return await asyncio.gather(task("reference"), task("cpu"))
+
+    assert seen == ["cpu"]
+    assert asyncio.run(both()) == ["reference", "cpu"]
+
+
+def test_environment_variable(monkeypatch, calls):
+    monkeypatch.setenv("FLOWKERNELS_BACKEND", "reference")
+    assert choose("bellman", "cpu") == "reference"
+    call_all()
+    assert calls.seen == 0
+    with backend("cpu"):
+        assert choose("bellman", "cpu") == "cpu"
+    with backend("auto"):
+        assert choose("bellman", "cpu") == "cpu"
+    for name in ("auto", ""):
+        monkeypatch.setenv("FLOWKERNELS_BACKEND", name)
+        assert choose("bellman", "cpu") == "cpu"
+
+
+def test_unknown_names(monkeypatch):
+    message = "expected one of auto, " + ", ".join(BACKENDS) + ", got 'fast'"
+    with pytest.raises(BackendError, match="backend: " + message), backend("fast"):
+        pass
+    monkeypatch.setenv("FLOWKERNELS_BACKEND", "fast")
+    with pytest.raises(BackendError, match="FLOWKERNELS_BACKEND: " + message):
+        call_all()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_backend_that_cannot_run_the_device_raises(op):
+    reason = f"{op}: backend 'cpu' was asked for, but the tensors are on cuda; move them to the CPU or use backend"
+    for _ in range(2):  # an error is not remembered as a choice
+        with backend("cpu"), pytest.raises(BackendError, match=reason):
+            choose(op, "cuda")
+    assert why_not("cpu", "cuda").startswith("the tensors are on cuda")
+    for device in ("cpu", "cuda"):
+        assert why_not("reference", device) is None
+
+
+def test_without_the_compiled_module(no_extension):
+    expected = "ModuleNotFoundError: .*flowkernels._C"
+    assert backends.extension() is None
+    with pytest.raises(AssertionError, match=expected):
+        raise AssertionError(backends.extension_error())
+    assert choose("euler_step", "cpu") == "reference"
+    results = call_all()
+    with backend("cpu"), pytest.raises(BackendError, match=r"the compiled module is missing \(" + expected):
+        call_all()
+    with backend("cpu"), pytest.raises(BackendError, match=r"reinstall flowkernels with a C\+\+ compiler"):
+        choose("euler_step", "cpu")
+    with backend("reference"):
+        assert all(torch.equal(a, b) for a, b in zip(call_all(), results, strict=True))
+
+
+def test_with_the_compiled_module():
+    assert backends.extension_error() is None
+    assert backends.extension().isa() in ("baseline", "avx2", "avx512")
+    assert why_not("cpu", "cpu") is None
+
+
+def test_choices_are_logged_once_with_the_reason(caplog, no_extension):
+    with caplog.at_level(logging.DEBUG, logger="flowkernels"):
+        for _ in range(3):
+            choose("bellman", "cpu")
+        with backend("reference"):
+            choose("bellman", "cpu")
+    first, second = (r.getMessage() for r in caplog.records if r.name == "flowkernels")
+    assert first.startswith("bellman on cpu: reference (not cpu: the compiled module is missing")
+    assert second == "bellman on cpu: reference, as asked"
+
+
+IMPORT = """
+import sys
+sys.modules["flowkernels._C"] = None
+import flowkernels
+from flowkernels import backends, ops
+import torch
+x = torch.arange(6.0).view(3, 2)
+assert torch.equal(ops.euler_step(x, x, 0.5), 1.5 * x)
+assert torch.equal(ops.velocity_gram(x), torch.full((2, 2), 8.0, dtype=torch.float64))
+assert ops.bellman(torch.ones(3, 3, dtype=torch.float64), 2)[0][2, 2] == 2
+assert "halted; None in sys.modules" in backends.extension_error()
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_import_without_the_compiled_module():
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,174 @@
+"""What every op goes through: all its sample inputs on every backend, against float64 and under torch.compile."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from flowkernels.backends import BACKENDS, backend
+from flowkernels.ops import OPS, bellman, euler_step, velocity_gram
+from flowkernels.ops.bellman import samples as bellman_samples
+from flowkernels.ops.euler_step import samples as euler_step_samples
+from flowkernels.ops.velocity_gram import samples as velocity_gram_samples
+
+SAMPLES = {"velocity_gram": velocity_gram_samples, "bellman": bellman_samples, "euler_step": euler_step_samples}
+FUNCTIONS = {"velocity_gram": velocity_gram, "bellman": bellman, "euler_step": euler_step}
+CASES = [(op, s) for op in OPS for s in SAMPLES[op].sample_inputs()]
+
+
+def over(cases):
+    return pytest.mark.parametrize(("op", "sample"), [pytest.param(op, s, id=f"{op}-{s.id}") for op, s in cases])
+
+
+def call(op, sample):
+    return FUNCTIONS[op](*sample.args, **sample.kwargs)
+
+
+def op_args(op, sample):
+    """The sample's arguments as the registered op takes them."""
+    if op == "velocity_gram":
+        return (*sample.args, sample.kwargs.get("x"), sample.kwargs.get("times"))
+    if op == "bellman":
+        return sample.args
+    k = sample.kwargs
+    return (*sample.args, k.get("v_uncond"), k.get("guidance", 1.0), k.get("low"))
+
+
+def tensors(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def identical(a, b):
+    """Equal bit for bit, NaN included."""
+    return all(
+        p.dtype == q.dtype
+        and p.shape == q.shape
+        and torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (p, q)))
+        for p, q in zip(tensors(a), tensors(b), strict=True)
+    )
+
+
+@pytest.fixture
+def poisoned():
+    """Every torch.empty holds NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_every_op_has_samples():
+    assert set(OPS) == set(SAMPLES) == set(FUNCTIONS)
+    for op in OPS:
+        ids = [s.id for o, s in CASES if o == op]
+        assert len(ids) == len(set(ids)) >= 10
+        assert all(
+            identical(a.args[0], b.args[0]) for a, b in zip(*(SAMPLES[op].sample_inputs() for _ in "ab"), strict=True)
+        )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", BACKENDS)
+@over(CASES)
+def test_against_float64(op, sample, name, threads):
+    torch.set_num_threads(threads)
+    with backend(name):
+        error, bound = SAMPLES[op].error_and_bound(sample, call(op, sample))
+    assert error <= bound
+
+
+@over(CASES)
+def test_same_bits_every_run_from_poisoned_memory(op, sample, poisoned):
+    with backend("cpu"):
+        first, second = call(op, sample), call(op, sample)
+        torch.use_deterministic_algorithms(False)
+        third = call(op, sample)
+    assert identical(first, second)
+    assert identical(first, third)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@over(CASES)
+def test_opcheck(op, sample):
+    args = op_args(op, sample)
+    if op == "euler_step":
+        args = tuple(a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args)
+    torch.library.opcheck(getattr(torch.ops.flowkernels, op).default, args)
+
+
+# every fourth sample is one of each dtype and most layouts; a compilation takes 0.2 s
+@over(CASES[::4])
+def test_compiles_in_one_graph(op, sample):
+    torch._dynamo.reset()
+    compiled = torch.compile(FUNCTIONS[op], fullgraph=True, backend="aot_eager")
+    got, expected = compiled(*sample.args, **sample.kwargs), call(op, sample)
+    assert identical(got, expected)
+    assert [t.stride() for t in tensors(got)] == [t.stride() for t in tensors(expected)]
+
+
+@over([next(c for c in CASES if c[0] == op and c[1].args[0].numel() > 3) for op in OPS])
+def test_compiles_with_inductor(op, sample):
+    torch._dynamo.reset()
+    compiled = torch.compile(FUNCTIONS[op], fullgraph=True, backend="inductor")
+    assert identical(compiled(*sample.args, **sample.kwargs), call(op, sample))
+
+
+@over([c for c in CASES if c[1].id in ("14x5x205-bfloat16", "65-steps64", "5x6561-float32")])
+def test_calls_from_several_python_threads(op, sample):
+    expected = call(op, sample)
+
+    def run(_):
+        torch.set_num_threads(2)  # a setting of the calling thread
+        return [call(op, sample) for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as pool:
+        results = [r for results in pool.map(run, range(4)) for r in results]
+    assert len(results) == 20
+    assert all(identical(r, expected) for r in results)
+
+
+# a torch operation on two threads would hang in the children, so there the kernels alone touch what is large
+FORK = """
+import mmap, multiprocessing, sys
+import numpy, torch
+from flowkernels.ops import euler_step, velocity_gram
+
+n = 1 << 17
+torch.set_num_threads(2)
+x = torch.from_numpy(numpy.sin(numpy.arange(n, dtype=numpy.float32)))
+
+def run(gram, state):
+    gram.copy_(velocity_gram(x.view(8, -1)).view(-1))
+    euler_step(x, x, 0.1, out=state)
+
+def run_in_child():
+    out = torch.frombuffer(mmap.mmap(-1, 4 * (n + 49)), dtype=torch.float32).split([49, n])
+    child = multiprocessing.get_context("fork").Process(target=run, args=out)
+    child.start()
+    child.join(20)
+    if child.is_alive():
+        child.kill()
+        sys.exit("the child hangs")
+    assert child.exitcode == 0
+    return out
+
+before = run_in_child()
+print("forked before any use of threads", flush=True)
+assert (x.exp() + 1).sum() > 0
+after_torch = run_in_child()
+print("forked after torch has used them", flush=True)
+expected = torch.empty(49), torch.empty(n)
+run(*expected)
+after_kernels = run_in_child()
+print("forked after the kernels have used them", flush=True)
+for got in (before, after_torch, after_kernels):
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+"""
+
+
+def test_runs_in_a_forked_child():
+    """With two threads set. What is printed tells how far it came."""
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr

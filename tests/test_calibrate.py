@@ -1,0 +1,424 @@
+"""Calibration: the streamed stages against the single ones, and the file that keeps the result."""
+
+import base64
+import json
+import platform
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from _flows import (
+    Counted,
+    ElementwiseField,
+    RowField,
+    digits_teacher,
+    direct_cost,
+    even_grid,
+    linear_field,
+    normal,
+    relative_error,
+    uneven_grid,
+)
+from torch import nn
+
+import flowkernels as fk
+from flowkernels._files import whole_file
+from flowkernels.models import BUNDLED
+
+
+def same(a, b):
+    """Everything that two calibrations hold, exactly."""
+    return a == b and torch.equal(a.cost, b.cost) and torch.equal(a.times, b.times) and a.provenance == b.provenance
+
+
+def small(seed=0, **settings):
+    settings = dict(grid=12, steps=[2, 4], progress=False) | settings
+    return fk.calibrate(linear_field(seed=seed), normal(6, 4), **settings)
+
+
+@pytest.mark.parametrize("grid", [even_grid(30), uneven_grid(25)], ids=["even", "uneven"])
+@pytest.mark.parametrize(
+    "make", [digits_teacher, lambda: lambda x, t: x, BUNDLED["digits"].load], ids=["closed", "x", "net"]
+)
+def test_the_three_stages_in_one_call(make, grid):
+    velocity, noise = make(), normal(9, 1, 8, 8)
+    cal = fk.calibrate(velocity, noise, grid, range(1, 8), progress=False)
+    traj = fk.rollout(velocity, noise, grid)
+    cost = fk.step_cost(traj.v, traj.times)
+    assert torch.equal(cal.cost, cost)
+    assert torch.equal(cal.times, grid)
+    assert dict(cal) == fk.bellman(cost, traj.times, range(1, 8))
+
+
+def test_defaults():
+    velocity = Counted(ElementwiseField())
+    cal = fk.calibrate(velocity, normal(4, 3))
+    assert velocity.calls == 100
+    assert list(cal) == list(range(1, 11))
+    assert torch.equal(cal.times, even_grid(100))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 8, 100])
+def test_chunks_give_the_same_costs(chunk):
+    noise = normal(8, 4, dtype=torch.float64)
+    velocity = Counted(linear_field())
+    whole = fk.calibrate(velocity, noise, 20, progress=False)
+    calls, velocity.calls = velocity.calls, 0
+    chunked = fk.calibrate(velocity, noise, 20, chunk=chunk, progress=False)
+    assert (calls, velocity.calls) == (20, 20 * -(-8 // chunk))
+    pairs = torch.ones(21, 21, dtype=torch.bool).triu(2)
+    assert torch.allclose(chunked.cost[pairs], whole.cost[pairs], rtol=1e-10, atol=0)
+    assert [s.indices for s in chunked.values()] == [s.indices for s in whole.values()]
+    assert chunked.provenance == whole.provenance
+
+
+def test_chunks_of_a_network_agree_with_float64():
+    velocity, noise = BUNDLED["digits"].load(), normal(10, 1, 8, 8)
+    cal = fk.calibrate(velocity, noise, 20, chunk=4, progress=False)
+    v = torch.cat([fk.rollout(velocity, part, 20).v for part in noise.split(4)], 1)
+    expected = direct_cost(v, cal.times)
+    expected.diagonal(1).zero_()
+    assert relative_error(cal.cost, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_conditioning_follows_the_chunks(packed):
+    class Turning(nn.Module):
+        def forward(self, x, t, turn):
+            return (x + turn * t[:, None]).sin() * turn
+
+    turns = normal(8, 3, seed=5, dtype=torch.float64)
+    field = fk.VelocityField(
+        Turning(),
+        **dict(conditioning={"turn": turns}, unconditional={"turn": torch.zeros(1, 3, dtype=torch.float64)}),
+        **dict(guidance=1.5, packed=packed),
+    )
+    noise = normal(8, 3, dtype=torch.float64)
+    whole = fk.calibrate(field, noise, 15, chunk=8, progress=False)
+    pairs = torch.ones(16, 16, dtype=torch.bool).triu(2)
+    for chunk in (1, 3, 7):
+        chunked = fk.calibrate(field, noise, 15, chunk=chunk, progress=False)
+        assert torch.allclose(chunked.cost[pairs], whole.cost[pairs], rtol=1e-10, atol=0)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    shuffled = fk.calibrate(field, noise[order], 15, progress=False)
+    assert not torch.allclose(shuffled.cost[pairs], whole.cost[pairs], rtol=1e-3)
+    moved = fk.calibrate(field.rows(order, 8), noise[order], 15, progress=False)
+    assert torch.allclose(moved.cost[pairs], whole.cost[pairs], rtol=1e-10, atol=0)
+
+
+def test_a_straight_flow_costs_nothing():
+    rows = normal(6, 4)
+    cal = fk.calibrate(fk.VelocityField(RowField(), conditioning={"rows": rows}), normal(6, 4), 10, 3, progress=False)
+    assert cal[3].cost == cal[3].uniform_cost == 0
+    assert cal[3].ratio == 1
+    assert cal[3].indices == (0, 1, 2, 10)
+
+
+def test_never_worse_than_uniform():
+    for cal in (small(), fk.calibrate(digits_teacher(), normal(16, 1, 8, 8), 40, progress=False)):
+        assert all(s.cost <= s.uniform_cost for s in cal.values())
+    assert cal[4].ratio < 0.99
+
+
+def test_mapping_and_table():
+    cal = small()
+    assert len(cal) == 2
+    assert 4 in cal
+    assert 3 not in cal
+    with pytest.raises(KeyError, match=r"expected one of \[2, 4\], got 3; plan\(3\) adds it"):
+        cal[3]
+    lines = str(cal).splitlines()
+    assert lines[0].split() == ["N", "cost", "uniform", "ratio", "knots"]
+    assert [int(line.split()[0]) for line in lines[1:]] == [2, 4]
+    assert float(lines[2].split()[3]) == pytest.approx(cal[4].ratio, abs=1e-3)
+    assert lines[2].split()[4:] == [f"{t:.3g}" for t in cal[4].times]
+
+
+def test_plan():
+    cal = small()
+    assert cal.plan([3, 4]) == {n: small(steps=[n])[n] for n in (3, 4)}
+    assert sorted(cal) == [2, 3, 4]
+    assert cal[3] == small(steps=3)[3]
+    with pytest.raises(ValueError, match=r"^steps: expected at most K = 12"):
+        cal.plan(13)
+    assert sorted(cal) == [2, 3, 4]
+
+
+def test_provenance():
+    net = BUNDLED["digits"].load()
+    noise = normal(5, 1, 8, 8)
+    cal = fk.calibrate(net, noise, 10, 2, seed=17, progress=False)
+    expected = dict(K=10, n=5, seed=17, shape=[1, 8, 8], device="cpu", guidance=1.0)
+    assert {key: cal.provenance[key] for key in expected} == expected
+    assert cal.provenance["state_dtype"] == cal.provenance["velocity_dtype"] == "torch.float32"
+    versions = dict(flowkernels=fk.__version__, torch=torch.__version__, python=platform.python_version())
+    assert cal.provenance["versions"] == versions
+    assert len(cal.provenance["parameters_sha256"]) == 64
+
+
+def test_provenance_of_an_adapted_network():
+    class Labelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x, time, label):
+            return (x * self.weight.to(x.dtype) * label[:, None]).to(x.dtype)
+
+    field = fk.VelocityField(
+        Labelled(),
+        **dict(reverse_time=True, time_scale=1000, time_name="time", dtype=torch.bfloat16, guidance=3.0),
+        **dict(conditioning={"label": torch.ones(1)}, unconditional={"label": torch.zeros(1)}),
+    )
+    found = fk.calibrate(field, normal(4, 3, dtype=torch.float64), 5, 2, progress=False).provenance
+    assert found["guidance"] == 3.0
+    assert found["convention"] == field.convention()
+    assert found["convention"]["time_scale"] == 1000
+    assert (found["state_dtype"], found["velocity_dtype"]) == ("torch.float64", "torch.float64")
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_parameter_hash_tells_models_apart():
+    def digest(velocity):
+        return fk.calibrate(velocity, normal(3, 4), 4, 2, progress=False).provenance["parameters_sha256"]
+
+    field = linear_field()
+    first = digest(field)
+    assert first == digest(linear_field()) == digest(fk.VelocityField(field))  # plain is the default convention
+    assert first != digest(linear_field(seed=9))
+    assert first != digest(fk.VelocityField(field, sign=-1))
+    with torch.no_grad():
+        field.matrix[0, 0] += 1e-6
+    assert first != digest(field)
+    assert digest(lambda x, t: x) is None
+
+
+@pytest.mark.parametrize("grid", [even_grid(12), uneven_grid(31)], ids=["even", "uneven"])
+def test_round_trip_is_exact(tmp_path, grid):
+    cal = small(grid=grid, steps=range(1, 11), seed=5)
+    path = tmp_path / "model.boss.json"
+    cal.save(path)
+    again = fk.load(path)
+    assert same(cal, again)
+    assert again.plan(11) == cal.plan(11)
+    again.save(str(path))
+    assert same(cal, fk.load(str(path)))
+
+
+def test_saving_overwrites(tmp_path):
+    path = tmp_path / "a.json"
+    small().save(path)
+    longer = small(steps=range(1, 11))
+    longer.save(path)
+    assert same(fk.load(path), longer)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_saved_file_has_the_permissions_of_any_other(tmp_path):
+    small().save(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text("")
+    assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "b.json").stat().st_mode
+
+
+def test_saving_into_a_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        small().save(tmp_path / "missing" / "a.json")
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["over an old file", "new file"])
+@pytest.mark.parametrize("failing", ["dumps", "write", "fsync", "rename"])
+def test_a_crash_while_saving_leaves_the_old_file(tmp_path, monkeypatch, failing, old):
+    path = tmp_path / "a.json"
+    if old:
+        small().save(path)
+    before = path.read_bytes() if old else None
+    cal = small(steps=range(1, 11))
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    def half(self, text):
+        with open(self, "w") as f:
+            f.write(text[: len(text) // 2])
+        fail()
+
+    target, name, action = {
+        "dumps": (json, "dumps", lambda *_, **__: fail()),
+        "write": (Path, "write_text", half),
+        "fsync": ("flowkernels._files.os", "fsync", fail),
+        "rename": (Path, "replace", fail),
+    }[failing]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{target}.{name}", action) if isinstance(target, str) else patch.setattr(target, name, action)
+        with pytest.raises(OSError, match="no space left"):
+            cal.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == (["a.json"] if old else [])
+    if old:
+        assert path.read_bytes() == before
+        assert same(fk.load(path), small())
+
+
+def test_an_interrupt_while_saving_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    small().save(path)
+    before = path.read_bytes()
+
+    def interrupted():
+        with whole_file(path) as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model.boss.json"
+    small().save(path)
+    return path
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_file(saved, kept):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(ValueError, match=r"^path: expected a whole calibration file, .*model.boss.json is truncated"):
+        fk.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe", "not JSON"),
+        (b"schedule: [0, 1]", "not JSON"),
+        (b"[1, 2, 3]", "of format 'list'"),
+        (b"null", "of format 'NoneType'"),
+        (b"{}", "of format None"),
+        (b'{"format": "another", "version": 1}', "of format 'another'"),
+        (b'{"format": "flowkernels.calibration"}', "of version None"),
+        (b'{"format": "flowkernels.calibration", "version": 2}', "expected version 1, got .* of version 2"),
+        (b'{"format": "flowkernels.calibration", "version": 1}', "is damaged"),
+    ],
+)
+def test_foreign_file(tmp_path, content, message):
+    path = tmp_path / "model.boss.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^path: .*model.boss.json.*{message}|^path: {message}"):
+        fk.load(path)
+
+
+def change(*keys, to):
+    def edit(data):
+        for key in keys[:-1]:
+            data = data[key]
+        data[keys[-1]] = to
+
+    return edit
+
+
+def remove(*keys):
+    def edit(data):
+        for key in keys[:-1]:
+            data = data[key]
+        del data[keys[-1]]
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        remove("times"),
+        remove("cost"),
+        remove("cost", "data"),
+        remove("schedules"),
+        remove("provenance"),
+        remove("schedules", "4", "indices"),
+        remove("schedules", "4", "cost"),
+        change("times", to=None),
+        change("times", to=[0, 0.5, 0.2, 1]),
+        change("times", to=[0, "a", 1]),
+        change("times", to=[0, 0.5, 1]),
+        change("cost", to=3),
+        change("cost", "data", to="not base64"),
+        change("cost", "data", to=base64.b64encode(b"1234567").decode()),
+        change("cost", "data", to=base64.b64encode(bytes(8 * 77)).decode()),
+        change("schedules", to=[1]),
+        change("schedules", "two", to={"indices": [0, 12], "cost": 1, "uniform_cost": 1}),
+        change("schedules", "4", to=None),
+        change("schedules", "4", "indices", to=[]),
+        change("schedules", "4", "indices", to=[0, 1, 2, 12]),
+        change("schedules", "4", "indices", to=[0, 1, 3, 2, 12]),
+        change("schedules", "4", "indices", to=[0, 1, 2, 3, 13]),
+        change("schedules", "4", "indices", to=[1, 2, 3, 4, 12]),
+        change("schedules", "4", "indices", to=[0, 1, 2, float("inf"), 12]),
+        change("schedules", "4", "indices", to=[0, 1, 2, None, 12]),
+        change("schedules", "4", "cost", to="much"),
+        change("provenance", to="me"),
+        change("provenance", to=4),
+    ],
+)
+def test_damaged_file(saved, damage):
+    data = json.loads(saved.read_text())
+    damage(data)
+    saved.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"^path: expected a whole calibration file, .*model.boss.json is damaged"):
+        fk.load(saved)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        fk.load(tmp_path / "none.json")
+
+
+def test_loading_for_a_model(saved):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for velocity in (None, linear_field(seed=0), fk.VelocityField(linear_field(seed=0))):
+            assert same(fk.load(saved, velocity), small())
+    for other in (linear_field(seed=1), fk.VelocityField(linear_field(seed=0), sign=-1), lambda x, t: x):
+        with pytest.warns(UserWarning, match=r"^velocity: expected the model that .* was made for") as seen:
+            assert same(fk.load(saved, other), small())
+        assert seen[0].filename == __file__
+
+
+def test_loading_for_another_guidance(tmp_path):
+    class Scaled(nn.Module):
+        def forward(self, x, t, scale):
+            return scale * x
+
+    def field(guidance):
+        return fk.VelocityField(
+            Scaled(), conditioning={"scale": 1.0}, unconditional={"scale": 0.5}, guidance=guidance, packed=False
+        )
+
+    path = tmp_path / "a.json"
+    fk.calibrate(field(2.0), normal(4, 4), 5, 2, progress=False).save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fk.load(path, field(2.0))
+    with pytest.warns(UserWarning, match="got another one"):
+        fk.load(path, field(3.0))
+
+
+def test_a_calibration_without_a_module_says_so(tmp_path):
+    path = tmp_path / "a.json"
+    fk.calibrate(lambda x, t: x, normal(4, 4), 5, 2, progress=False).save(path)
+    with pytest.warns(UserWarning, match="unknown: not a module"):
+        fk.load(path, linear_field())
+
+
+def test_gradients_stay_out():
+    field = linear_field()
+    cal = fk.calibrate(field, normal(4, 4).requires_grad_(), 5, 2, progress=False)
+    assert field.matrix.grad is None
+    assert not cal.cost.requires_grad
+
+
+def test_progress_bar_changes_nothing(capsys):
+    assert same(small(progress=True), small())
+    assert "calibrate" in capsys.readouterr().err

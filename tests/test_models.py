@@ -1,0 +1,167 @@
+"""The networks that ship with the package, and the closed-form velocity."""
+
+import json
+
+import pytest
+import torch
+from _flows import digits, normal
+from safetensors.torch import save_file
+
+import flowkernels as fk
+from flowkernels.models import (
+    BUNDLED,
+    Bundled,
+    EmpiricalVelocity,
+    ResidualMLP,
+    UNet,
+    load_network,
+    save_network,
+    sinusoidal_embedding,
+)
+
+
+def scrambled(net):
+    """Weights away from their zero initialisation."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net.eval()
+
+
+NETWORKS = {
+    "mlp": (lambda: ResidualMLP(12, width=16, blocks=2, time_width=8), (3, 4)),
+    "unet": (lambda: UNet(channels=2, widths=(8, 16, 24), time_width=8), (2, 8, 12)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name):
+    make, shape = NETWORKS[name]
+    net = scrambled(make())
+    x, t = normal(3, *shape), torch.tensor([0.0, 0.4, 1.0])
+    v = net(x, t)
+    assert v.shape == x.shape
+    assert torch.isfinite(v).all()
+    assert not torch.equal(v, net(x, t.flip(0)))  # time matters
+    alone = torch.cat([net(x[i : i + 1], t[i : i + 1]) for i in range(3)])
+    assert torch.allclose(v, alone, rtol=1e-4, atol=1e-5)  # samples do not mix
+    v.square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_in_bfloat16(name):
+    make, shape = NETWORKS[name]
+    net = scrambled(make())
+    x, t = normal(3, *shape), torch.tensor([0.0, 0.4, 1.0])
+    expected = net(x, t)
+    narrow = net.bfloat16()(x.bfloat16(), t)
+    assert narrow.dtype == torch.bfloat16
+    assert (narrow.float() - expected).square().mean() < 0.01 * expected.square().mean()
+
+
+def test_sinusoidal_embedding():
+    t = torch.rand(5, generator=torch.Generator().manual_seed(0))
+    emb = sinusoidal_embedding(t, 8)
+    freqs = torch.tensor([1e4 ** (-i / 4) for i in range(4)], dtype=torch.float64)
+    angles = 1000 * t.double()[:, None] * freqs
+    assert emb.shape == (5, 8)
+    assert torch.allclose(emb.double(), torch.cat([angles.cos(), angles.sin()], 1), atol=1e-4)
+
+
+def test_closed_form_velocity():
+    """Against the posterior mean of the data, written out in float64."""
+    data, x = normal(9, 2, 3, seed=1, dtype=torch.float64), normal(5, 2, 3, dtype=torch.float64)
+    field = EmpiricalVelocity(data)
+    for t in (0.0, 0.3, 0.9, 0.99):
+        distance = (x[:, None] - t * data[None]).flatten(2).square().sum(2)
+        weights = (-distance / (2 * (1 - t) ** 2)).softmax(1)
+        expected = ((weights @ data.flatten(1)).view_as(x) - x) / (1 - t)
+        assert torch.allclose(field(x, torch.full((5,), t, dtype=torch.float64)), expected, rtol=1e-9, atol=1e-9)
+    at_noise = field(x, torch.zeros(5, dtype=torch.float64))
+    assert torch.allclose(at_noise, data.mean(0) - x)
+
+
+def test_closed_form_samples_are_the_data():
+    data = digits(50)
+    x1 = fk.sample(EmpiricalVelocity(data), normal(8, 1, 8, 8), 100)
+    nearest = torch.cdist(x1.flatten(1), data.flatten(1)).min(1).values
+    assert nearest.max() < 1e-3
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_checkpoint_round_trip(tmp_path, name):
+    make, shape = NETWORKS[name]
+    net, path = scrambled(make()), tmp_path / "net.safetensors"
+    save_network(net, path, steps=3)
+    again = load_network(path)
+    assert type(again) is type(net)
+    assert not again.training
+    x, t = normal(3, *shape), torch.rand(3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(net(x, t), again(x, t))
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+def test_bundled_digits():
+    digits_model = BUNDLED["digits"]
+    assert digits_model.shape == (1, 8, 8)
+    assert digits_model.path.stat().st_size <= 3_000_000
+    net = digits_model.load()
+    assert not net.training
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    # it has learned what the closed form knows of the same data: where the flow goes
+    data, x0 = digits(1797), normal(64, 1, 8, 8)
+    for t in (0.1, 0.4, 0.7):
+        x = (1 - t) * x0 + t * data[:64]
+        times = torch.full((64,), t)
+        exact = EmpiricalVelocity(data)(x, times)
+        error = (net(x, times) - exact).square().mean() / exact.square().mean()
+        assert error < 0.2
+
+
+def test_missing_checkpoint_is_named():
+    with pytest.raises(FileNotFoundError, match=r"model 'none': no checkpoint at .*none\.safetensors"):
+        Bundled("none", "none.safetensors", "nowhere", (1,)).load()
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "is not one"),
+        (lambda path: path.write_bytes(b"not a checkpoint at all"), "is not one"),
+        (lambda path: path.write_text(json.dumps({"format": "other"})), "is not one"),
+        (lambda path: save_file({"w": torch.ones(2)}, path), "says architecture None"),
+        (
+            lambda path: save_file({"w": torch.ones(2)}, path, metadata={"architecture": "Linear"}),
+            "architecture 'Linear'",
+        ),
+    ],
+    ids=["empty", "text", "json", "no architecture", "another architecture"],
+)
+def test_foreign_checkpoint(tmp_path, write, message):
+    path = tmp_path / "net.safetensors"
+    write(path)
+    with pytest.raises(ValueError, match=f"^path: expected .*net.safetensors {message}|^path: expected .*{message}"):
+        load_network(path)
+
+
+def test_truncated_checkpoint(tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_network(ResidualMLP(4, 8, 1, 8), path)
+    whole = path.read_bytes()
+    for kept in (4, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=r"^path: expected a safetensors checkpoint"):
+            load_network(path)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "net.safetensors"
+    net = ResidualMLP(4, 8, 1, 8)
+    save_network(net, path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        save_network(net, path, notes_that_json_cannot_hold=object())
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]

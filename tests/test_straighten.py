@@ -1,0 +1,788 @@
+"""Straightening: what it learns, from which inputs, and that no interruption changes the result."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from _flows import (
+    ConstantField,
+    ElementwiseField,
+    LinearField,
+    RowField,
+    even_grid,
+    linear_field,
+    normal,
+    uneven_grid,
+)
+from torch import nn
+
+import flowkernels as fk
+from flowkernels.models import BUNDLED, ResidualMLP
+from flowkernels.schedule import Schedule
+from flowkernels.straighten import straightening_loss
+
+QUIET = dict(progress=False)
+
+
+def schedule_on(grid, *indices):
+    return Schedule(grid[list(indices)], grid, indices)
+
+
+class Recorder(nn.Module):
+    """A student that keeps its inputs and answers with one trainable number."""
+
+    def __init__(self, answer=0.0):
+        super().__init__()
+        self.answer, self.inputs = nn.Parameter(torch.tensor(answer)), []
+
+    def forward(self, x, t, **kwargs):
+        self.inputs.append((x.clone(), t.clone(), kwargs))
+        return self.answer.expand_as(x)
+
+
+def recorded(velocity, schedule, noise, iterations=1, answer=0.0, **settings):
+    """The student's inputs over some iterations at a learning rate that moves nothing, and the history."""
+    student = Recorder(answer)
+    settings = dict(iterations=iterations, batch=32, lr=1e-30, log_every=1, ema=None) | settings
+    result = fk.straighten(student, velocity, schedule, noise=noise, **settings, **QUIET)
+    return student.inputs, result.history
+
+
+def small_net(seed=0, dropout=0.0):
+    torch.manual_seed(seed)
+    net = ResidualMLP(4, width=16, blocks=1, time_width=8)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return DropoutNet(net, dropout) if dropout else net
+
+
+class DropoutNet(nn.Module):
+    def __init__(self, net, p):
+        super().__init__()
+        self.net, self.drop = net, nn.Dropout(p)
+
+    def forward(self, x, t):
+        return self.net(self.drop(x), t)
+
+
+# ---- what it learns ----
+
+
+def test_a_few_steps_come_close_to_the_teacher():
+    """On the shipped digits model: far closer than the schedule alone, on noise it has not seen."""
+    teacher = BUNDLED["digits"].load()
+    cal = fk.calibrate(teacher, normal(128, 1, 8, 8), 20, 4, **QUIET)
+    noise = normal(256, 1, 8, 8, seed=99)
+    target = fk.rollout(teacher, noise, 20).x[-1]
+
+    def error(velocity, schedule):
+        return (fk.sample(velocity, noise, schedule) - target).square().mean().item()
+
+    result = fk.straighten(
+        *(None, teacher, cal[4]),
+        **dict(noise=(1, 8, 8), bank=512, iterations=150, batch=128, lr=5e-4, warmup=10, ema=0.98, **QUIET),
+    )
+    before, after = error(teacher, cal[4]), error(result.student, cal[4])
+    assert after < 0.5 * before
+    losses = result.history["loss"]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_one_step_of_a_linear_flow_is_learned_exactly():
+    """exp(A) - 1 is itself a linear field: reflow on the one interval [0, 1] finds it."""
+    teacher = linear_field()
+    grid = even_grid(20)
+    noise = normal(64, 4)
+    result = fk.straighten(
+        *(LinearField(torch.zeros(4, 4)), teacher, schedule_on(grid, 0, 20)),
+        **dict(noise=noise, iterations=400, batch=64, lr=0.05, init="keep", clip=None, ema=None, **QUIET),
+    )
+    x1 = fk.rollout(teacher, noise, 20).x[-1]
+    assert torch.allclose(fk.sample(result.student, noise, 1), x1, rtol=1e-3, atol=1e-3)
+
+
+def test_a_straight_flow_is_learned_before_it_starts():
+    teacher = ConstantField(torch.tensor([0.5, -1.25, 2.0, 0.0]))  # exact in float32, as are the knots and the noise
+    noise = (16 * normal(20, 4)).round() / 16
+    result = fk.straighten(
+        *(None, teacher, schedule_on(even_grid(8), 0, 2, 3, 8)),
+        **dict(noise=noise, iterations=5, batch=16, init="teacher", log_every=1, **QUIET),
+    )
+    assert result.history["loss"] == [0.0] * 5
+    assert torch.equal(result.student.velocity, teacher.velocity)
+
+
+# ---- what it trains on ----
+
+
+@pytest.mark.parametrize("grid", [even_grid(20), uneven_grid(20)], ids=["even", "uneven"])
+def test_the_inputs_are_the_teachers_knots(grid):
+    teacher, noise, places = ElementwiseField(), normal(24, 3), (0, 3, 11, 20)
+    schedule = schedule_on(grid, *places)
+    states = fk.rollout(teacher, noise, grid).x
+    inputs, _ = recorded(teacher, schedule, noise, iterations=6, batch=50)
+    seen = set()
+    for x, t, _ in inputs:
+        for row, time in zip(x, t, strict=True):
+            interval = int((schedule.times[:-1].float() == time).nonzero())
+            match = (states[places[interval]] == row).all(1)
+            assert match.sum() == 1
+            seen.add((interval, int(match.nonzero())))
+    assert {i for i, _ in seen} == {0, 1, 2}
+    assert {s for _, s in seen} == set(range(24))
+
+
+def test_uniform_u_lies_on_the_chords():
+    grid, places = uneven_grid(20), (0, 4, 9, 20)
+    teacher, noise, schedule = ElementwiseField(), normal(12, 5), schedule_on(grid, *places)
+    states = fk.rollout(teacher, noise, grid).x.double()
+    inputs, _ = recorded(teacher, schedule, noise, iterations=6, batch=50, u="uniform")
+    us = []
+    for x, t, _ in inputs:
+        for row, time in zip(x.double(), t.double(), strict=True):
+            i = int((schedule.times[1:-1] <= time).sum())
+            a, b = schedule.times[i], schedule.times[i + 1]
+            u = (time - a) / (b - a)
+            chord = torch.lerp(states[places[i]], states[places[i + 1]], u)
+            assert (chord - row).abs().amax(1).min() < 1e-5
+            us.append(u.item())
+    assert min(us) < 0.05
+    assert max(us) > 0.95
+    assert np.mean(us) == pytest.approx(0.5, abs=5 / math.sqrt(12 * len(us)))
+
+
+def matched(inputs, schedule, states, places):
+    """For each input of the first iteration: its interval and the two ends of its chord, in float64."""
+    x, t, _ = inputs[0]
+    rows = []
+    for row, time in zip(x, t, strict=True):
+        i = int((schedule.times[:-1].float() == time).nonzero())
+        s = int((states[places[i]] == row).all(1).nonzero())
+        rows.append((i, states[places[i], s].double(), states[places[i + 1], s].double()))
+    return rows
+
+
+@pytest.mark.parametrize("weight", [None, [1.0, 0.0, 2.5]], ids=["alike", "weighted"])
+@pytest.mark.parametrize("loss", ["l2", "huber"])
+def test_the_loss_in_float64(loss, weight):
+    grid, places, c = uneven_grid(20), (0, 4, 9, 20), 0.3
+    teacher, noise, schedule = ElementwiseField(), normal(12, 5), schedule_on(grid, *places)
+    states = fk.rollout(teacher, noise, grid).x
+    inputs, history = recorded(teacher, schedule, noise, answer=0.7, loss=loss, huber_c=c, weight=weight)
+    losses, intervals = [], []
+    for i, a, b in matched(inputs, schedule, states, places):
+        error = 0.7 - (b - a) / (schedule.times[i + 1] - schedule.times[i])
+        each = error.square().mean().item()
+        losses.append(math.sqrt(each + c * c) - c if loss == "huber" else each)
+        intervals.append(i)
+    factors = weight or [1.0] * 3
+    expected = np.mean([factors[i] * each for i, each in zip(intervals, losses, strict=True)])
+    assert history["loss"][0] == pytest.approx(expected, rel=1e-5)
+    for i, found in enumerate(history["interval_loss"][0]):
+        assert found == pytest.approx(np.mean([e for j, e in zip(intervals, losses, strict=True) if j == i]), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["l2", "huber"])
+def test_loss_function(loss):
+    v, a, b = (normal(6, 2, 3, seed=seed) for seed in range(3))
+    h = torch.linspace(0.1, 0.6, 6)
+    error = v.double() - (b.double() - a.double()) / h.double()[:, None, None]
+    expected = error.flatten(1).square().sum(1) / 6
+    if loss == "huber":
+        expected = (expected + 0.05**2).sqrt() - 0.05
+    found = straightening_loss(v, a, b, h, loss, 0.05)
+    assert found.shape == (6,)
+    assert torch.allclose(found.double(), expected, rtol=1e-5)
+
+
+def test_conditioning_follows_the_samples():
+    rows = normal(10, 3, seed=4)
+    teacher = fk.VelocityField(RowField(), conditioning={"rows": rows})
+    noise, schedule = normal(10, 3), schedule_on(even_grid(8), 0, 8)
+    student = Recorder()
+    field = fk.VelocityField(student, conditioning={"rows": rows, "shared": torch.ones(1, 2)})
+    fk.straighten(field, teacher, schedule, noise=noise, iterations=3, batch=16, init="keep", **QUIET)
+    for x, _, seen in student.inputs:
+        picks = (x[:, None] == noise[None]).all(2).float().argmax(1)
+        assert torch.equal(x, noise[picks])
+        assert torch.equal(seen["rows"], rows[picks])
+        assert seen["shared"].shape == (16, 2)
+
+
+def test_the_teacher_of_each_sample_is_its_own():
+    """Straight trajectories with a velocity a sample: the student that knows it has no loss."""
+    rows = (8 * normal(10, 3, seed=4)).round() / 8
+    teacher = fk.VelocityField(RowField(), conditioning={"rows": rows})
+
+    class Knowing(RowField):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t, rows):
+            return super().forward(x, t, rows) + self.shift
+
+    student = fk.VelocityField(Knowing(), conditioning={"rows": rows})
+    noise = (8 * normal(10, 3)).round() / 8
+    result = fk.straighten(
+        *(student, teacher, schedule_on(even_grid(8), 0, 3, 8)),
+        **dict(noise=noise, iterations=3, batch=7, init="keep", log_every=1, **QUIET),  # 10 samples in chunks of 7
+    )
+    assert result.history["loss"] == [0.0] * 3
+
+
+def test_refresh_draws_new_noise():
+    drawn = []
+
+    def noise(n, generator):
+        drawn.append(torch.randn(n, 3, generator=generator))
+        return drawn[-1]
+
+    inputs, _ = recorded(
+        *(ElementwiseField(), schedule_on(even_grid(4), 0, 4), noise), iterations=6, bank=20, refresh=2, batch=8
+    )
+    assert len(drawn) == 3
+    assert not torch.equal(drawn[0], drawn[1])
+    for it, (x, _, _) in enumerate(inputs):
+        assert (x[:, None] == drawn[it // 2][None]).all(2).any(1).all()
+
+
+def test_a_shape_means_standard_normal_noise():
+    inputs, _ = recorded(
+        ElementwiseField(), schedule_on(even_grid(4), 0, 4), (2, 3), iterations=1, bank=500, batch=2000
+    )
+    x = inputs[0][0]
+    assert x.shape == (2000, 2, 3)
+    assert x.mean().abs() < 0.1
+    assert x.var().item() == pytest.approx(1, abs=0.1)
+    assert len(x.flatten(1).unique(dim=0)) <= 500
+
+
+def test_seeds():
+    def first(seed):
+        inputs, _ = recorded(ElementwiseField(), schedule_on(even_grid(6), 0, 3, 6), (3,), seed=seed)
+        return inputs[0][0]
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+def test_a_schedule_without_a_grid_needs_one():
+    teacher, noise, grid = ElementwiseField(), normal(6, 3), [0, 0.1, 0.25, 0.5, 0.7, 1]
+    inputs, _ = recorded(teacher, Schedule([0, 0.25, 1]), noise, grid=grid)
+    states = fk.rollout(teacher, noise, grid).x
+    for x, t in zip(*inputs[0][:2], strict=True):
+        assert (states[0 if t == 0 else 2] == x).all(1).any()
+
+
+# ---- training ----
+
+
+def test_learning_rate_and_history():
+    teacher = small_net()
+    result = fk.straighten(
+        *(None, teacher, schedule_on(even_grid(4), 0, 2, 4)),
+        **dict(noise=(4,), iterations=21, warmup=5, lr=1e-2, log_every=4, bank=16, batch=8, **QUIET),
+    )
+    history = result.history
+    assert history["iteration"] == [0, 4, 8, 12, 16, 20]
+    assert all(len(column) == 6 for column in history.values())
+    expected = [
+        1e-2 * ((it + 1) / 5 if it < 5 else 0.5 * (1 + math.cos(math.pi * (it - 5) / 16)))
+        for it in history["iteration"]
+    ]
+    assert history["lr"] == pytest.approx(expected)
+    assert all(len(row) == 2 for row in history["interval_loss"])
+    assert all(norm > 0 for norm in history["grad_norm"])
+    flat = fk.straighten(
+        *(None, teacher, schedule_on(even_grid(4), 0, 2, 4)),
+        **dict(noise=(4,), iterations=3, warmup=0, decay="none", lr=1e-2, log_every=1, bank=16, batch=8, **QUIET),
+    )
+    assert flat.history["lr"] == [1e-2] * 3
+
+
+def test_clipping_bounds_the_step():
+    def moved(clip):
+        student = ConstantField(torch.zeros(3))
+        fk.straighten(
+            *(student, ConstantField(torch.full((3,), 100.0)), schedule_on(even_grid(4), 0, 4)),
+            **dict(noise=(3,), iterations=1, warmup=0, bank=8, batch=8, clip=clip, ema=None, init="keep", **QUIET),
+            **dict(lr=1.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.0)),
+        )
+        return student.velocity.norm().item()
+
+    assert moved(0.25) == pytest.approx(0.25, rel=1e-4)
+    assert moved(None) == pytest.approx(200 / 3 * math.sqrt(3), rel=1e-4)  # the gradient of the mean over features
+
+
+def test_averaged_weights():
+    """The returned weights are the moving average of the trained ones, whose decay grows as (1 + n) / (10 + n)."""
+    trail = []
+
+    class Following(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            trail.append(self.param_groups[0]["params"][0].detach().clone())
+
+    def train(ema):
+        student = ConstantField(torch.zeros(3))
+        result = fk.straighten(
+            *(student, ConstantField(torch.ones(3)), schedule_on(even_grid(4), 0, 4)),
+            **dict(noise=(3,), iterations=30, warmup=0, bank=8, batch=8, lr=0.05, init="keep", ema=ema, **QUIET),
+            optimizer=lambda p: Following(p, lr=0.0),
+        )
+        return student, result.student
+
+    student, last = train(None)
+    assert last is student
+    assert torch.equal(last.velocity, trail[-1])
+    trail.clear()
+    student, averaged = train(0.9)
+    assert averaged is not student
+    assert not averaged.training
+    average = trail[0].double()
+    for n, weights in enumerate(trail[1:], start=1):
+        average = torch.lerp(weights.double(), average, min(0.9, (1 + n) / (10 + n)))
+    assert torch.allclose(averaged.velocity.double(), average, rtol=1e-5)
+    assert torch.equal(student.velocity, trail[-1])
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_the_teacher_is_never_touched(ema):
+    teacher = small_net().eval()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    result = fk.straighten(
+        *(None, teacher, schedule_on(even_grid(8), 0, 2, 8)),
+        **dict(noise=(4,), iterations=10, bank=16, batch=8, refresh=4, lr=0.01, ema=ema, **QUIET),
+    )
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not teacher.training
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in result.student.parameters()}
+    assert not torch.equal(result.student.output.weight, teacher.output.weight)
+    assert not result.student.training
+
+
+class Labelled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mix = nn.Embedding(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x, t, label):
+        return self.mix(x + self.embed(label))
+
+
+def test_guidance_is_distilled_into_an_unguided_student():
+    teacher = fk.VelocityField(
+        Labelled(),
+        **dict(conditioning={"label": torch.arange(12) % 2}, unconditional={"label": torch.tensor([2])}, guidance=3.0),
+    )
+    noise, schedule = normal(12, 4), schedule_on(even_grid(8), 0, 4, 8)
+    start = fk.straighten(None, teacher, schedule, noise=noise, iterations=1, lr=1e-30, ema=None, **QUIET)
+    assert isinstance(start.student, fk.VelocityField)
+    assert not start.student.is_guided
+    for key, value in teacher.net.state_dict().items():
+        assert torch.equal(start.student.net.state_dict()[key], value)
+    result = fk.straighten(
+        *(None, teacher, schedule), noise=noise, iterations=200, batch=24, lr=1e-2, warmup=0, ema=None, **QUIET
+    )
+    target = fk.rollout(teacher, noise, 8).x[-1]
+    errors = [(fk.sample(v, noise, schedule) - target).square().mean() for v in (start.student, result.student)]
+    assert errors[1] < 0.2 * errors[0]
+    assert teacher.guidance == 3.0
+
+
+# ---- where the student starts ----
+
+
+def starting_weights(student, teacher, init):
+    settings = dict(noise=(4,), iterations=1, lr=1e-30, bank=4, batch=4, ema=None, init=init, **QUIET)
+    return fk.straighten(student, teacher, schedule_on(even_grid(4), 0, 4), **settings).student
+
+
+def test_init_variants():
+    teacher, other = small_net(1), small_net(2)
+    weights = {k: v.clone() for k, v in other.state_dict().items()}
+
+    def equal(net, state):
+        return all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+    for init in (None, "teacher"):
+        assert equal(starting_weights(small_net(3), teacher, init), teacher.state_dict())
+        assert equal(starting_weights(None, teacher, init), teacher.state_dict())
+    assert equal(starting_weights(small_net(2), teacher, "keep"), weights)
+    assert equal(starting_weights(small_net(3), teacher, weights), weights)
+    assert equal(starting_weights(None, teacher, weights), weights)
+    assert equal(starting_weights(small_net(2), ElementwiseField(), None), weights)  # a teacher without any
+    assert equal(
+        starting_weights(fk.VelocityField(small_net(3)), fk.VelocityField(teacher), None).net, teacher.state_dict()
+    )
+    assert equal(other, weights)
+
+
+@pytest.mark.parametrize("init", [None, "teacher", "state"])
+def test_weights_that_do_not_fit(init):
+    teacher = small_net()
+    student = ResidualMLP(4, width=8, blocks=1, time_width=8)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    name = "init" if init == "state" else "student"
+    with pytest.raises(ValueError, match=rf"^{name}: expected weights that fit the student.* of shape .* for "):
+        starting_weights(student, teacher, teacher.state_dict() if init == "state" else init)
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    with pytest.raises(ValueError, match=r"^init: expected weights that fit the student.*shape none"):
+        starting_weights(small_net(), teacher, {})
+
+
+# ---- checkpoints ----
+
+RUN = dict(iterations=24, bank=24, batch=8, lr=1e-2, warmup=4, log_every=3, noise=(4,), seed=3, **QUIET)
+VARIANTS = {
+    "plain": {},
+    "refresh": dict(refresh=5),
+    "refresh at the checkpoint": dict(refresh=7),
+    "uniform u": dict(u="uniform"),
+    "no average": dict(ema=None),
+    "fixed bank": dict(noise=normal(24, 4, seed=8)),
+    "huber and weights": dict(loss="huber", weight=[1.0, 2.0], refresh=4, u="uniform"),
+    "momentum": dict(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(calls, how=Stopped):
+    """A pre-forward hook that raises on a later call."""
+    left = [calls]
+
+    def hook(*_):
+        left[0] -= 1
+        if left[0] < 0:
+            raise how
+
+    return hook
+
+
+def same_result(a, b):
+    weights = all(torch.equal(v, b.student.state_dict()[k]) for k, v in a.student.state_dict().items())
+    return weights and json.dumps(a.history) == json.dumps(b.history)  # NaN equals NaN here
+
+
+def trained(student=None, **settings):
+    torch.manual_seed(7)
+    schedule = schedule_on(even_grid(6), 0, 2, 6)
+    return fk.straighten(student or small_net(1), small_net(0).eval(), schedule, **(RUN | settings))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain net", "dropout"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resuming_is_bit_for_bit(tmp_path, variant, dropout):
+    init = dict(init="keep") if dropout else {}
+    settings = VARIANTS[variant] | init
+    whole = trained(small_net(1, dropout), **settings)
+    path = tmp_path / "run.pt"
+    settings |= dict(checkpoint=path, checkpoint_every=7)
+    for calls in (10, 9):  # stopped in iterations 10 and 16, after checkpoints at 7 and 14
+        student = small_net(5, dropout)  # its weights are the checkpoint's on resuming
+        if not path.exists():
+            student = small_net(1, dropout)
+        student.register_forward_pre_hook(stop_after(calls))
+        with pytest.raises(Stopped):
+            trained(student, **settings)
+        assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+    torch.manual_seed(1234)
+    schedule = schedule_on(even_grid(6), 0, 2, 6)
+    resumed = fk.straighten(small_net(6, dropout), small_net(0).eval(), schedule, **(RUN | settings))
+    assert same_result(whole, resumed)
+    again = trained(small_net(6, dropout), **settings)  # a finished run is only loaded
+    assert same_result(whole, again)
+
+
+def test_checkpoints_do_not_change_the_run(tmp_path):
+    assert same_result(trained(), trained(checkpoint=tmp_path / "run.pt", checkpoint_every=1))
+
+
+def test_starting_anew(tmp_path):
+    path = tmp_path / "run.pt"
+    trained(checkpoint=path, iterations=3)
+    assert same_result(trained(checkpoint=path, resume=False), trained())
+    assert same_result(trained(checkpoint=str(path)), trained())
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path):
+    path = tmp_path / "run.pt"
+    student = small_net(1)
+    student.register_forward_pre_hook(stop_after(13, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trained(student, checkpoint=path, checkpoint_every=5)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+    assert torch.load(path, weights_only=True)["iteration"] == 10
+    assert same_result(trained(checkpoint=path, checkpoint_every=5), trained())
+
+
+@pytest.mark.parametrize("failing", ["half written", "rename"])
+def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch, failing):
+    path = tmp_path / "run.pt"
+    saves, whole_save, whole_replace = [0], torch.save, Path.replace
+
+    def save(state, target):
+        saves[0] += 1
+        if failing == "half written" and saves[0] == 3:
+            Path(target).write_bytes(b"PK half")
+            raise KeyboardInterrupt
+        whole_save(state, target)
+
+    def replace(self, target):
+        if failing == "rename" and saves[0] == 3:
+            raise KeyboardInterrupt
+        return whole_replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            trained(checkpoint=path, checkpoint_every=5)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+    assert torch.load(path, weights_only=True)["iteration"] == 10
+    assert same_result(trained(checkpoint=path, checkpoint_every=5), trained())
+
+
+def test_kill_in_the_middle(tmp_path):
+    """kill -9 in an iteration, and again while a checkpoint is being written."""
+    path = tmp_path / "run.pt"
+    program = """
+        import os, signal, sys
+        sys.path.insert(0, sys.argv[1])
+        import torch
+        torch.set_num_threads(2)
+        from test_straighten import small_net, trained
+
+        def die(*_):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        student, calls, whole_save = small_net(1, 0.2), [0], torch.save
+
+        def hook(*_):
+            calls[0] += 1
+            if calls[0] == 13:
+                die()
+
+        def save(state, target):
+            whole_save(state, target)
+            if state["iteration"] == 15:
+                os.truncate(target, 1000)
+                die()
+
+        if sys.argv[3] == "iteration":
+            student.register_forward_pre_hook(hook)
+        else:
+            torch.save = save
+        trained(student, checkpoint=sys.argv[2], checkpoint_every=5, refresh=6, init="keep")
+    """
+    arguments = [sys.executable, "-c", textwrap.dedent(program), str(Path(__file__).parent), str(path)]
+    for where, kept in (("iteration", 10), ("write", 10)):
+        done = subprocess.run([*arguments, where], timeout=120, capture_output=True, env=os.environ)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert torch.load(path, weights_only=True)["iteration"] == kept
+    settings = dict(checkpoint_every=5, refresh=6, init="keep")
+    resumed = trained(small_net(4, 0.2), checkpoint=path, **settings)
+    assert same_result(resumed, trained(small_net(1, 0.2), **settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(lr=2e-2), r"lr = 0.02.*got lr = 0.01"),
+        (dict(iterations=25), r"iterations = 25.*got iterations = 24"),
+        (dict(u="uniform"), r"u = 'uniform'.*got u = 'start'"),
+        (dict(bank=25), r"bank = 25.*got bank = 24"),
+        (dict(seed=4), r"seed = 4.*got seed = 3"),
+        (dict(weight=[1, 2]), r"weight = \[1.0, 2.0\].*got weight = None"),
+        (dict(ema=None), r"ema = None.*got ema = 0.999"),
+    ],
+)
+def test_a_checkpoint_of_another_run(tmp_path, change, message):
+    path = tmp_path / "run.pt"
+    trained(checkpoint=path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"^checkpoint: expected one of this run .*{message}"):
+        trained(checkpoint=path, **change)
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_another_teacher_or_schedule(tmp_path):
+    path = tmp_path / "run.pt"
+    trained(checkpoint=path)
+    settings = RUN | dict(checkpoint=path)
+    with pytest.raises(ValueError, match=r"^checkpoint: .*teacher = "):
+        fk.straighten(small_net(1), small_net(9), schedule_on(even_grid(6), 0, 2, 6), **settings)
+    with pytest.raises(ValueError, match=r"^checkpoint: .*times = "):
+        fk.straighten(small_net(1), small_net(0), schedule_on(even_grid(6), 0, 3, 6), **settings)
+    with pytest.raises(ValueError, match=r"^checkpoint: expected weights that fit the student"):
+        trained(ResidualMLP(4, 8, 1, 8), checkpoint=path, init="keep")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
+def test_truncated_checkpoint(tmp_path, kept):
+    path = tmp_path / "run.pt"
+    trained(checkpoint=path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: expected a training checkpoint, .*run.pt is truncated or not one"
+    ):
+        trained(checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight": torch.ones(2)}, "truncated or not one"),
+        (torch.ones(2), "truncated or not one"),
+        ({"format": "another"}, "a file of format 'flowkernels.straighten', got .* of format 'another'"),
+        ({"format": "flowkernels.straighten", "version": 2}, "version 1, got .* of version 2"),
+    ],
+)
+def test_foreign_checkpoint(tmp_path, content, message):
+    path = tmp_path / "run.pt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=f"^checkpoint: expected .*{message}"):
+        trained(checkpoint=path)
+
+
+def test_checkpoint_in_a_missing_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"^checkpoint: expected a path in a folder that exists"):
+        trained(checkpoint=tmp_path / "missing" / "run.pt")
+
+
+def test_settings_as_numpy_numbers_resume(tmp_path):
+    path = tmp_path / "run.pt"
+    settings = dict(lr=np.float64(1e-2), ema=np.float32(0.5), clip=np.float64(1), warmup=np.int64(4), checkpoint=path)
+    first = trained(**settings)
+    assert same_result(trained(**settings), first)
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_names_the_iteration(value, tmp_path):
+    path = tmp_path / "run.pt"
+
+    class Failing(ConstantField):
+        calls = 0
+
+        def forward(self, x, t):
+            self.calls += 1
+            return super().forward(x, t) * (value if self.calls == 7 else 1)
+
+    student = Failing(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"^student: expected a finite loss and gradient.*at iteration 6"):
+        trained(student, init="keep", checkpoint=path, checkpoint_every=5)
+    assert all(torch.isfinite(p).all() for p in student.parameters())
+    assert torch.load(path, weights_only=True)["iteration"] == 5
+
+
+def test_a_gradient_that_is_not_finite_names_the_iteration():
+    class Steep(ConstantField):
+        def forward(self, x, t):
+            return super().forward(x, t) + (self.velocity - self.velocity.detach()).abs().sqrt()
+
+    with pytest.raises(ValueError, match=r"^student: .*gradient norm (inf|nan) at iteration 0"):
+        trained(Steep(torch.zeros(4)), init="keep")
+
+
+@pytest.mark.parametrize(
+    "answer", [lambda x: x[:, :1], lambda x: (x,), lambda x: None], ids=["shape", "tuple", "nothing"]
+)
+def test_a_student_that_returns_something_else(answer):
+    class Wrong(ConstantField):
+        def forward(self, x, t):
+            return answer(super().forward(x, t))
+
+    with pytest.raises(ValueError, match=r"^student: expected a velocity of x's shape \[8, 4\], got "):
+        trained(Wrong(torch.zeros(4)), init="keep")
+
+
+TEACHER = small_net(0).eval()
+BAD = {
+    "schedule": (dict(schedule=4), TypeError, r"^schedule: expected a Schedule, such as cal\[4\], got 4"),
+    "no grid": (dict(schedule=Schedule.uniform(2)), ValueError, r"^grid: expected the teacher's fine grid"),
+    "grid misses a knot": (dict(grid=7), ValueError, r"^grid: expected a grid that contains every time"),
+    "iterations": (dict(iterations=0), ValueError, r"^iterations: expected at least 1, got 0"),
+    "fraction": (dict(iterations=1.5), TypeError, r"^iterations: expected an integer, got 1.5"),
+    "batch": (dict(batch=0), ValueError, r"^batch: "),
+    "bank": (dict(bank=-1), ValueError, r"^bank: "),
+    "log_every": (dict(log_every=0), ValueError, r"^log_every: "),
+    "checkpoint_every": (dict(checkpoint_every=0), ValueError, r"^checkpoint_every: "),
+    "refresh": (dict(refresh=0), ValueError, r"^refresh: "),
+    "refresh of a tensor": (
+        dict(refresh=2, noise=torch.ones(3, 4)),
+        ValueError,
+        r"^noise: expected a shape or a function",
+    ),
+    "u": (dict(u="end"), ValueError, r"^u: expected 'start' or 'uniform', got end"),
+    "loss": (dict(loss="l3"), ValueError, r"^loss: expected 'l2' or 'huber', got l3"),
+    "huber_c": (dict(huber_c=0), ValueError, r"^huber_c: expected a positive number, got 0"),
+    "decay": (dict(decay="step"), ValueError, r"^decay: "),
+    "lr": (dict(lr=0.0), ValueError, r"^lr: expected a positive number, got 0.0"),
+    "lr nan": (dict(lr=math.nan), ValueError, r"^lr: "),
+    "warmup": (dict(warmup=-1), ValueError, r"^warmup: "),
+    "clip": (dict(clip=0.0), ValueError, r"^clip: expected a positive number or None"),
+    "ema": (dict(ema=1.0), ValueError, r"^ema: expected a number in \[0, 1\) or None, got 1.0"),
+    "seed": (dict(seed=0.5), TypeError, r"^seed: expected an integer, got 0.5"),
+    "weights too few": (dict(weight=[1.0]), ValueError, r"^weight: expected 2 finite numbers >= 0"),
+    "negative weight": (dict(weight=[1.0, -1.0]), ValueError, r"^weight: "),
+    "weight nan": (dict(weight=[1.0, math.nan]), ValueError, r"^weight: "),
+    "init": (dict(init="random"), ValueError, r"^init: expected 'teacher', 'keep', a state dict or None"),
+    "noise": (dict(noise=4), TypeError, r"^noise: expected a tensor, a shape or a function"),
+    "noise of no dimension": (dict(noise=()), ValueError, r"^noise: expected a shape of at least one dimension"),
+    "noise of size zero": (dict(noise=(0, 4)), ValueError, r"^noise: expected a shape .* each >= 1"),
+    "noise function": (dict(noise=lambda n, g: torch.ones(n + 1, 4)), ValueError, r"^noise: .*returns n = 24 samples"),
+    "noise function of NaN": (
+        *(dict(noise=lambda n, g: torch.full((n, 4), math.nan)), ValueError),
+        r"^noise\(n, generator\): expected finite values",
+    ),
+    "student": (dict(student=lambda x, t: x), TypeError, r"^student: expected an nn.Module or None"),
+    "student without weights": (dict(student=ElementwiseField(), init="keep"), ValueError, r"^student: .*trainable"),
+    "student is the teacher": (dict(student=TEACHER), ValueError, r"^student: expected weights of its own"),
+    "student inside the teacher": (
+        *(
+            dict(student=TEACHER, velocity=fk.VelocityField(TEACHER)),
+            ValueError,
+            r"^student: expected weights of its own",
+        ),
+    ),
+    "nothing to copy": (dict(student=None, velocity=lambda x, t: x), ValueError, r"^student: expected a module"),
+    "no weights to start from": (
+        dict(init="teacher", velocity=ElementwiseField()),
+        ValueError,
+        r"^init: .*with weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input(bad):
+    change, error, message = BAD[bad]
+    settings = RUN | dict(student=small_net(1), velocity=TEACHER, schedule=schedule_on(even_grid(6), 0, 2, 6)) | change
+    calls = []
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: calls.append(module))
+    try:
+        with pytest.raises(error, match=message):
+            fk.straighten(**settings)
+    finally:
+        hook.remove()
+    assert calls == []
