@@ -1,6 +1,7 @@
 """Argument checks: every message names the argument, what was expected and what came."""
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -41,9 +42,10 @@ def expect_number(value, name: str) -> None:
 
 
 def expect_positive_int(value, name: str) -> int:
-    expect(isinstance(value, int) and not isinstance(value, bool), name, "an integer", describe(value), TypeError)
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    expect(integer, name, "an integer", describe(value), TypeError)
     expect(value >= 1, name, "at least 1", value)
-    return value
+    return int(value)
 
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -62,9 +64,9 @@ def expect_noise(noise, name: str = "noise") -> Tensor:
 
 def expect_times(times, name: str) -> Tensor:
     """Times as float64 on the CPU: strictly increasing from 0 to 1. An integer K means K uniform steps."""
-    if isinstance(times, int) and not isinstance(times, bool):
+    if isinstance(times, numbers.Integral) and not isinstance(times, bool):  # numpy's integers too
         expect(times >= 1, name, "at least 1 step", times)
-        return torch.linspace(0, 1, times + 1, dtype=torch.float64)
+        return torch.linspace(0, 1, int(times) + 1, dtype=torch.float64)
     try:
         t = torch.as_tensor(times, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError):

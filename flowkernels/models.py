@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flowkernels._checks import expect
 from flowkernels._files import whole_file
 
 
@@ -199,11 +200,12 @@ def load_network(path: str | Path) -> nn.Module:
             state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is not a dict)
     except SafetensorError as e:
         raise ValueError(f"path: expected a safetensors checkpoint, {path} is not one ({e})") from e
-    if meta.get("architecture") not in _ARCHITECTURES:
-        raise ValueError(
-            f"path: expected a checkpoint of {' or '.join(_ARCHITECTURES)}, "
-            f"{path} says architecture {meta.get('architecture')!r}"
-        )
-    net = _ARCHITECTURES[meta["architecture"]](**json.loads(meta["config"]))
-    net.load_state_dict(state)
+    known = " or ".join(_ARCHITECTURES)
+    name = meta.get("architecture")
+    expect(name in _ARCHITECTURES, "path", f"a checkpoint of {known}", f"{path} with architecture {name!r}")
+    try:
+        net = _ARCHITECTURES[name](**json.loads(meta["config"]))
+        net.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"path: expected a whole checkpoint of {name}, {path} does not fit it ({e})") from e
     return net.eval()

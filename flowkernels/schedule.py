@@ -1,6 +1,7 @@
 """Step costs from Gram matrices, and schedules of least cost from step costs."""
 
 import itertools
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -259,11 +260,9 @@ def bellman(
 
 def expect_steps(steps: int | Iterable[int], K: int) -> list[int]:
     """The wanted numbers of steps, each an integer in 1..K."""
-    integers = isinstance(steps, (int, Iterable))
-    expect(integers, "steps", "a number of steps or several", steps, TypeError)
-    wanted = [steps] if isinstance(steps, int) else list(steps)
+    several = isinstance(steps, Iterable)
+    expect(several or isinstance(steps, numbers.Integral), "steps", "a number of steps or several", steps, TypeError)
+    wanted = sorted({expect_positive_int(n, "steps") for n in (steps if several else [steps])})
     expect(len(wanted) > 0, "steps", "at least one number of steps", "none")
-    for n in wanted:
-        expect_positive_int(n, "steps")
-        expect(n <= K, "steps", f"at most K = {K}, the steps of the grid", n)
-    return sorted(set(wanted))
+    expect(wanted[-1] <= K, "steps", f"at most K = {K}, the steps of the grid", wanted[-1])
+    return wanted

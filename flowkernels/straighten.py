@@ -14,7 +14,7 @@ from flowkernels._checks import expect, expect_noise, expect_positive_int, expec
 from flowkernels._files import whole_file
 from flowkernels.rollout import euler, expect_finite_flow, initial_state, replay
 from flowkernels.schedule import Schedule
-from flowkernels.velocity_field import VelocityField, parameter_hash, velocity_rows, warn_if_training
+from flowkernels.velocity_field import VelocityField, parameter_hash, tensors_hash, velocity_rows, warn_if_training
 
 FORMAT = "flowkernels.straighten"
 
@@ -138,11 +138,12 @@ def straighten(
     """
     expect(isinstance(schedule, Schedule), "schedule", "a Schedule, such as cal[4]", schedule, TypeError)
     teacher_grid, indices = _teacher_grid(schedule, grid)
-    for name, value in dict(iterations=iterations, batch=batch, bank=bank, log_every=log_every).items():
-        expect_positive_int(value, name)
-    expect_positive_int(checkpoint_every, "checkpoint_every")
+    iterations = expect_positive_int(iterations, "iterations")
+    batch, bank = expect_positive_int(batch, "batch"), expect_positive_int(bank, "bank")
+    log_every = expect_positive_int(log_every, "log_every")
+    checkpoint_every = expect_positive_int(checkpoint_every, "checkpoint_every")
     if refresh is not None:
-        expect_positive_int(refresh, "refresh")
+        refresh = expect_positive_int(refresh, "refresh")
         expect(not isinstance(noise, Tensor), "noise", "a shape or a function, with refresh", noise)
     expect(u in ("start", "uniform"), "u", "'start' or 'uniform'", u)
     expect(loss in ("l2", "huber"), "loss", "'l2' or 'huber'", loss)
@@ -175,7 +176,7 @@ def straighten(
         **dict(batch=batch, bank=size, refresh=refresh, u=u, loss=loss, huber_c=huber_c, lr=lr, warmup=warmup),
         **dict(decay=decay, clip=clip, ema=ema, seed=seed, log_every=log_every),
         weight=None if weight is None else weight.tolist(),
-        teacher=parameter_hash(velocity),
+        **dict(teacher=parameter_hash(velocity), noise=_noise_identity(noise)),
     )
     saved = None
     if checkpoint is not None and resume and checkpoint.exists():
@@ -325,6 +326,13 @@ def _noise_source(noise, device: torch.device) -> Callable[[int, torch.Generator
         expect(False, "noise", "a tensor, a shape or a function (n, generator)", noise, TypeError)
     expect(len(shape) >= 1 and min(shape) >= 1, "noise", "a shape of at least one dimension, each >= 1", shape)
     return lambda n, generator: torch.randn(n, *shape, generator=generator).to(device)
+
+
+def _noise_identity(noise) -> str:
+    """What a resumed run must share; a function's output is not known beforehand."""
+    if isinstance(noise, Tensor):
+        return f"{list(noise.shape)} {tensors_hash({'noise': noise})[:16]}"
+    return "function" if callable(noise) else str([int(d) for d in noise])
 
 
 def _own_student(student, velocity) -> nn.Module:

@@ -67,6 +67,12 @@ class VelocityField(nn.Module):
         self.conditioning, self.unconditional = dict(conditioning or {}), dict(unconditional or {})
         self.guidance, self.packed, self.dtype = float(guidance), packed, dtype
 
+    def _apply(self, fn, recurse: bool = True) -> "VelocityField":
+        """`.to(device)` and the like move the conditioning along with the network."""
+        for kwargs in (self.conditioning, self.unconditional):
+            kwargs.update({k: fn(v) for k, v in kwargs.items() if isinstance(v, Tensor)})
+        return super()._apply(fn, recurse)
+
     @property
     def is_guided(self) -> bool:
         return self.guidance != 1.0
@@ -203,16 +209,21 @@ def warn_if_training(velocity, stacklevel: int = 4) -> None:
             return
 
 
+def tensors_hash(tensors: Mapping[str, Any], start: str = "") -> str:
+    """SHA-256 over `start` and the names, dtypes, shapes and bytes of the tensors, in the order of their names."""
+    digest = hashlib.sha256(start.encode())
+    for name, value in sorted(tensors.items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def parameter_hash(velocity) -> str | None:
-    """SHA-256 over a module's state (names, dtypes, shapes, bytes) and its convention; None if it is not a module."""
+    """The hash of a module's state and its convention; None if it is not a module."""
     if not isinstance(velocity, nn.Module):
         return None
     field = velocity if isinstance(velocity, VelocityField) else VelocityField(velocity)
     if not isinstance(field.net, nn.Module):
         return None
-    digest = hashlib.sha256(repr(sorted(field.convention().items())).encode())
-    for name, value in sorted(field.net.state_dict().items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_hash(field.net.state_dict(), repr(sorted(field.convention().items())))

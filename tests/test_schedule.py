@@ -227,7 +227,7 @@ GOOD = torch.ones(5, 5, dtype=torch.float64)
         (GOOD, 4, True, TypeError, r"^steps: expected an integer, got True"),
         (GOOD, 4, "2", TypeError, r"^steps: expected an integer, got '2'"),
         (GOOD, 4, None, TypeError, r"^steps: expected a number of steps or several, got None"),
-        (GOOD, 4, np.array([2]), TypeError, r"^steps: expected an integer"),
+        (GOOD, 4, np.array([2.0]), TypeError, r"^steps: expected an integer"),
     ],
 )
 def test_bad_input(cost, times, steps, error, message):

@@ -611,6 +611,8 @@ def test_kill_in_the_middle(tmp_path):
         (dict(seed=4), r"seed = 4.*got seed = 3"),
         (dict(weight=[1, 2]), r"weight = \[1.0, 2.0\].*got weight = None"),
         (dict(ema=None), r"ema = None.*got ema = 0.999"),
+        (dict(noise=(4, 1)), r"noise = '\[4, 1\]'.*got noise = "),
+        (dict(noise=torch.ones(24, 4), seed=3), r"noise = '\[24, 4\] \w+'.*got noise = "),
     ],
 )
 def test_a_checkpoint_of_another_run(tmp_path, change, message):

@@ -380,3 +380,13 @@ def test_bad_shapes_through_guidance():
     )
     with pytest.raises(ValueError, match=r"^velocity: expected x's shape \[6, 2, 3\]"):
         fk.sample(field, X, 2)
+
+
+def test_conditioning_follows_the_network_to_another_dtype():
+    field = VelocityField(
+        torch.nn.Linear(3, 3).double(),
+        conditioning={"y": torch.ones(2, 3, dtype=torch.float64), "label": torch.tensor([1, 2])},
+    ).to(torch.float32)
+    assert next(field.parameters()).dtype == torch.float32
+    assert field.conditioning["y"].dtype == torch.float32
+    assert field.conditioning["label"].dtype == torch.int64

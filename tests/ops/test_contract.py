@@ -89,7 +89,6 @@ def test_same_bits_every_run_from_poisoned_memory(op, sample, poisoned):
     assert identical(first, third)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @over(CASES)
 def test_opcheck(op, sample):
     args = op_args(op, sample)

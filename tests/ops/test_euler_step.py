@@ -129,6 +129,18 @@ def arrange_in(memory, like, layout):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_layout_for_every_input_and_output(layout, name):
+    x, v = (arrange(randn(2, 3, 5, 7, seed=i), layout) for i in range(2))
+    expected = euler_step(x.contiguous(), v.contiguous(), 0.3)
+    with backend(name):
+        torch.testing.assert_close(euler_step(x, v, 0.3), expected)
+        if layout != "expanded":
+            euler_step(x, v, 0.3, out=x)
+            torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_new_tensors_have_the_strides_of_empty_like(layout, name):
     x, v = arrange(randn(2, 3, 5, 7, seed=0), layout), randn(2, 3, 5, 7, seed=1)
     with backend(name):
