@@ -39,6 +39,8 @@ def expect_values(value, name: str, dtypes: Sequence[torch.dtype] | None = None)
 def expect_number(value, name: str) -> None:
     number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
     expect(number, name, "a number", describe(value), TypeError)
+    constant = not (isinstance(value, Tensor) and value.requires_grad)
+    expect(constant, name, "a number that needs no gradient", "a tensor with requires_grad")
 
 
 def expect_positive_int(value, name: str) -> int:

@@ -26,3 +26,10 @@ def register(schema: str, kernel, reference, fake) -> None:
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flowkernels::{name}", fake, lib=LIBRARY)
+
+
+def is_transformed() -> bool:
+    """Inside torch.func's transforms or forward-mode differentiation, for which the ops register no rules."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None

@@ -496,3 +496,25 @@ HALF = X.bfloat16()
 def test_errors_name_the_argument(error, message, args, kwargs):
     with pytest.raises(error, match=message):
         euler_step(*args, **kwargs)
+
+
+def test_torch_func_transforms():
+    """jvp, vmap and grad are those of the formula, not silently zero."""
+    x, v, u = (torch.randn(3, 5, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3))
+
+    def step(x, v):
+        return euler_step(x, v, 0.25, v_uncond=u, guidance=3.0)
+
+    _, tangent = torch.func.jvp(step, (x, v), (torch.ones_like(x), torch.ones_like(v)))
+    torch.testing.assert_close(tangent, torch.full_like(x, 1 + 0.25 * 3.0))
+    grad = torch.func.grad(lambda x, v: step(x, v).square().sum(), argnums=1)(x, v)
+    torch.testing.assert_close(grad, 2 * 0.75 * step(x, v))
+    rows = torch.func.vmap(lambda x, v: euler_step(x, v, 0.25))(x, v)
+    torch.testing.assert_close(rows, x + 0.25 * v)
+    with pytest.raises(ValueError, match=r"^out: expected None"):
+        torch.func.vmap(lambda x, v: euler_step(x, v, 0.25, out=x))(x, v)
+
+
+def test_a_step_size_that_needs_a_gradient():
+    with pytest.raises(ValueError, match=r"^h: expected a number that needs no gradient"):
+        euler_step(torch.ones(2), torch.ones(2), torch.tensor(0.1, requires_grad=True))

@@ -307,3 +307,8 @@ V, X = torch.ones(3, 2, 5), torch.ones(4, 2, 5)
 def test_errors_name_the_argument(error, message, args, kwargs):
     with pytest.raises(error, match=message):
         velocity_gram(*args, **kwargs)
+
+
+def test_the_result_needs_no_gradient():
+    v = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert not velocity_gram(v).requires_grad

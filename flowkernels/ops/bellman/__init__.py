@@ -20,7 +20,7 @@ def bellman(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         `(value, parent)`, both `[steps + 1, K+1]`: J in float64, Inf where a knot cannot be reached in s steps, and the
-        index j that attains it in int64, -1 where there is none.
+        index j that attains it in int64, -1 where there is none. Not differentiable.
 
     Source: BOSS (arXiv 2312.16414), equation of optimality in section 3.
     """
@@ -28,7 +28,7 @@ def bellman(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     expect(cost.dim() == 2 and cost.shape[0] == cost.shape[1] >= 2, "cost", "shape [K+1, K+1] with K >= 1", cost)
     expect_positive_int(steps, "steps")
     expect(steps <= cost.shape[0] - 1, "steps", f"at most K = {cost.shape[0] - 1}", steps)
-    return torch.ops.flowkernels.bellman(cost, steps)
+    return torch.ops.flowkernels.bellman(cost.detach(), steps)
 
 
 def _expect_costs(cost: Tensor) -> None:

@@ -2,18 +2,12 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flowkernels.ops._samples import Sample
 from flowkernels.ops.bellman import reference
-
-
-class Sample(NamedTuple):
-    id: str
-    args: tuple
-    kwargs: dict
 
 
 def _costs(n: int, generator: torch.Generator) -> Tensor:

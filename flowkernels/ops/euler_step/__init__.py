@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, LIBRARY, register
+from flowkernels.ops._library import DTYPE_CODES, LIBRARY, is_transformed, register
 from flowkernels.ops.euler_step import reference
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -34,6 +34,8 @@ def euler_step(
         low: bfloat16 or float16 for a second output, the new state rounded for the next model call; or a tensor of
             that dtype and x's shape to write it to.
 
+    Inside torch.func's transforms (jvp, vmap, grad) and forward-mode differentiation it runs as plain torch.
+
     Returns:
         The new state, in x's dtype; with `low`, the pair (state, copy). Differentiable in x, v and v_uncond unless
         `out` or a tensor `low` is given; asking for both raises.
@@ -59,6 +61,11 @@ def euler_step(
     elif wants_low:
         expect(low in _LOW, "low", "torch.bfloat16, torch.float16 or a tensor of one of them", low, TypeError)
 
+    if is_transformed():  # jvp, vmap and grad of torch.func go through torch's own rules
+        written = out is not None or isinstance(low, Tensor)
+        expect(not written, "out", "None, and low a dtype, inside torch.func's transforms", "a tensor to write to")
+        new = reference.euler_step(x, v, h, v_uncond, guidance)
+        return (new, new.to(low)) if wants_low else new
     if out is None and not isinstance(low, Tensor):
         new, copy = torch.ops.flowkernels.euler_step(x, v, h, v_uncond, guidance, low)
         return (new, copy) if wants_low else new

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from flowkernels.ops._samples import Sample, arrange
 from flowkernels.ops.euler_step import reference
-from flowkernels.ops.velocity_gram.samples import Sample, arrange
 
 
 def sample_inputs() -> Iterator[Sample]:

@@ -24,6 +24,7 @@ def velocity_gram(v: Tensor, *, x: Tensor | None = None, times: Tensor | None = 
 
     Returns:
         float64 `[K-1, K-1]`, or `[2K-1, 2K-1]` with `x`, on v's device. NaN and Inf in `v` show in the rows they touch.
+        Not differentiable: the result needs no gradient whatever `v` does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -34,7 +35,7 @@ def velocity_gram(v: Tensor, *, x: Tensor | None = None, times: Tensor | None = 
     expect(v.dim() >= 2 and v.shape[0] >= 1, "v", "shape [K, n, *shape] with K >= 1", v)
     if x is None:
         expect(times is None, "times", "None without x", times)
-        return torch.ops.flowkernels.velocity_gram(v, None, None)
+        return torch.ops.flowkernels.velocity_gram(v.detach(), None, None)
     expect_tensor(x, "x", FLOATS)
     wanted = [v.shape[0] + 1, *v.shape[1:]]
     expect(list(x.shape) == wanted, "x", f"shape {wanted} (one state more than velocities)", x)
@@ -44,7 +45,7 @@ def velocity_gram(v: Tensor, *, x: Tensor | None = None, times: Tensor | None = 
     expect(len(t) == len(x), "times", f"{len(x)} knots, one for each state", f"{len(t)}")
     wide = torch.float64 in (v.dtype, x.dtype)
     x = x.to(torch.float64 if wide else torch.float32)
-    return torch.ops.flowkernels.velocity_gram(v.double() if wide else v, x, t)
+    return torch.ops.flowkernels.velocity_gram((v.double() if wide else v).detach(), x.detach(), t)
 
 
 def _rows(t: Tensor, order: list[int]) -> Tensor:
