@@ -1,0 +1,8 @@
+"""`python -m flowkernels` is the `flowkernels` command."""
+
+import sys
+
+from flowkernels.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

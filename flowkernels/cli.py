@@ -1,0 +1,375 @@
+"""The `flowkernels` command: demo, calibrate, straighten, sample and info."""
+
+import argparse
+import importlib
+import io
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import flowkernels as fk
+from flowkernels import backends, demo, ops
+from flowkernels._files import whole_file
+from flowkernels.models import BUNDLED, save_network
+from flowkernels.velocity_field import VelocityField, parameter_hash
+
+SAMPLE_FORMATS = (".safetensors", ".npy", ".pt", ".png")
+
+
+class InputError(Exception):
+    """What the user gave cannot be worked with; the message names the option."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message} ({self.prog} --help)")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: sys.argv) and return its exit code: 0, 2 on bad input, 130 on Ctrl-C."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"flowkernels: warning: {message}", file=sys.stderr)
+        try:
+            args = _parser().parse_args(argv)
+            args.command(args)
+            return 0
+        except KeyboardInterrupt:
+            print("flowkernels: interrupted", file=sys.stderr)
+            return 130
+        except (InputError, ValueError, TypeError, OSError, RuntimeError) as e:
+            if os.environ.get("FLOWKERNELS_DEBUG") == "1":
+                raise
+            hint = "" if isinstance(e, InputError) else " (FLOWKERNELS_DEBUG=1 shows where)"
+            print(f"flowkernels: error: {' '.join(str(e).split())}{hint}", file=sys.stderr)
+            return 2
+
+
+# What the commands take
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="flowkernels", description="Few-step sampling of flow-matching models (BOSS).")
+    parser.add_argument("--version", action="version", version=f"flowkernels {fk.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, text: str) -> Callable:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=_Help)
+        sub.set_defaults(command=run)
+        return sub.add_argument
+
+    def takes_model(add: Callable) -> None:
+        names = " or ".join(sorted(BUNDLED))
+        builds = "module:function that builds a network, a VelocityField or any callable velocity(x, t)"
+        add("--model", required=True, help=f"{names}, or {builds}")
+        add("--checkpoint", type=Path, help="weights for it: .safetensors, or a torch file of tensors")
+        add("--shape", type=_shape, help="of one sample, such as 3,32,32; needed unless a model or schedule says it")
+        add("--seed", type=int, default=0, help="seed of the noise")
+        add("--device", type=_device, default=torch.device("cpu"), help="torch device")
+
+    add = command("demo", _demo, "Calibrate, straighten and sample a bundled model, and write a report folder.")
+    add("--data", choices=sorted(BUNDLED), default="digits", help="bundled model")
+    add("--out", type=Path, default=Path("flowkernels-report"), help="report folder")
+    add("--seed", type=int, default=0, help="seed of all noise")
+
+    add = command("calibrate", _calibrate, "Find the schedule of least cost for each number of steps.")
+    takes_model(add)
+    add("-n", type=_positive, default=1024, help="noises rolled out")
+    add("--grid", type=_positive, default=100, help="K, uniform fine steps of the teacher")
+    add("--steps", type=_steps, default=_steps("1-10"), help="numbers of steps, such as 1-10 or 2,4,8")
+    add("--chunk", type=_positive, help="noises rolled out at once; by memory if not given")
+    add("--out", type=Path, required=True, help="calibration file to write (.boss.json)")
+
+    add = command("straighten", _straighten, "Fine-tune a student so that every step of a schedule is straight.")
+    takes_model(add)
+    add("--schedule", type=Path, required=True, help="calibration file")
+    add("--steps", type=_positive, required=True, help="number of steps N, of the calibration")
+    add("--iterations", type=_positive, default=2000, help="optimiser steps")
+    add("--batch", type=_positive, default=128, help="samples an iteration")
+    add("--bank", type=_positive, default=1024, help="trajectories kept in memory")
+    add("--refresh", type=_positive, help="iterations after which the bank is made anew; never if not given")
+    add("--lr", type=float, default=2e-4, help="peak learning rate")
+    add("--warmup", type=int, default=100, help="iterations of warm-up")
+    add("--decay", choices=["cosine", "none"], default="cosine", help="of the learning rate")
+    add("--u", choices=["start", "uniform"], default="start", help="where on an interval to train")
+    add("--loss", choices=["l2", "huber"], default="l2", help="squared error or pseudo-Huber")
+    add("--ema", type=float, default=0.999, help="decay of the averaged weights; 0 turns it off")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0 turns it off")
+    add("--state", type=Path, help="training checkpoint, written as the training goes on")
+    add("--resume", action="store_true", help="go on from --state")
+    add("--out", type=Path, required=True, help="weights of the student to write (.safetensors)")
+
+    add = command("sample", _sample, "Draw samples on a schedule of a calibration, or on uniform steps.")
+    takes_model(add)
+    add("-n", type=_positive, default=16, help="samples")
+    add("--schedule", type=Path, help="calibration file; uniform steps if not given")
+    add("--steps", type=_positive, required=True, help="number of steps N")
+    add("--chunk", type=_positive, help="samples drawn at once; all if not given")
+    add("--out", type=Path, required=True, help=f"file to write: {', '.join(SAMPLE_FORMATS)}")
+
+    add = command("info", _info, "Versions, hardware, and which op has which backend or why not.")
+    add("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part.strip()) for part in text.split(","))
+
+
+def _steps(text: str) -> list[int]:
+    """'1-10', '2,4,8' or both, as sorted numbers."""
+    ranges = [[_positive(end.strip()) for end in part.split("-", 1)] for part in text.split(",")]
+    steps = {n for ends in ranges for n in range(ends[0], ends[-1] + 1)}
+    if any(ends[0] > ends[-1] for ends in ranges):
+        raise argparse.ArgumentTypeError(f"expected numbers of steps such as 1-10 or 2,4,8, got {text!r}")
+    return sorted(steps)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.zeros(1, device=text).device
+    except (RuntimeError, AssertionError) as e:  # an unknown name, or a build without it
+        raise argparse.ArgumentTypeError(f"expected a device of this torch build, got {text!r} ({e})") from e
+
+
+# What is checked before any work starts
+
+
+def _expect(ok: bool, message: str) -> None:
+    if not ok:
+        raise InputError(message)
+
+
+def _check_paths(args, *suffixes: str) -> None:
+    """The input files exist and the output files can be written."""
+    for option in ("checkpoint", "schedule"):
+        path = getattr(args, option, None)
+        _expect(path is None or path.is_file(), f"--{option}: expected a file, got {path}, which is not one")
+    for option in ("out", "state"):
+        path = getattr(args, option, None)
+        if path is not None:
+            _expect(not path.is_dir(), f"--{option}: expected a file, got the folder {path}")
+            writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+            _expect(writable, f"--{option}: expected a folder that exists and can be written to, got {path.parent}")
+    known = not suffixes or args.out.suffix in suffixes
+    _expect(known, f"--out: expected a file name ending in {' or '.join(suffixes)}, got {args.out}")
+
+
+def _load_calibration(args) -> fk.Calibration:
+    calibration = fk.load(args.schedule)
+    there = args.steps in calibration
+    _expect(there, f"--steps: expected one of {sorted(calibration)}, those of {args.schedule}, got {args.steps}")
+    return calibration
+
+
+def _load_model(args, calibration: fk.Calibration | None = None):
+    """(velocity, shape of one sample, notes of its checkpoint), tried on one sample."""
+    model = _build_model(args.model)
+    notes = _load_checkpoint(_network(model), args.checkpoint) if args.checkpoint else {}
+    if isinstance(model, nn.Module):
+        model = model.to(args.device).eval()
+    shape = args.shape or (BUNDLED[args.model].shape if args.model in BUNDLED else None)
+    shape = shape or tuple(calibration.provenance.get("shape") or () if calibration else ())
+    _expect(len(shape) > 0, f"--shape: expected the shape of one sample, for the model {args.model}")
+    try:
+        fk.rollout(model, _noise(1, shape, 0).to(args.device), 1)
+    except Exception as e:  # whatever the user's network raises
+        failed = f"--model: {args.model} failed on one sample of shape {list(shape)}"
+        raise InputError(f"{failed}: {type(e).__name__}: {e}") from e
+    return model, shape, notes
+
+
+def _build_model(spec: str):
+    """The bundled network of this name, or what `module:function` returns."""
+    if spec in BUNDLED:
+        return BUNDLED[spec].load()
+    module, _, function = spec.partition(":")
+    names = " or ".join(sorted(BUNDLED))
+    _expect(bool(module and function), f"--model: expected {names} or module:function, got {spec!r}")
+    if os.getcwd() not in sys.path:  # an installed command does not look in the current folder
+        sys.path.insert(0, os.getcwd())
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as e:
+        raise InputError(f"--model: cannot import {spec!r}: {type(e).__name__}: {e}") from e
+    model = build()
+    _expect(callable(model), f"--model: expected {spec} to return a callable, got {type(model).__name__}")
+    return model
+
+
+def _network(model) -> nn.Module | None:
+    """The module whose weights a checkpoint holds."""
+    net = model.net if isinstance(model, VelocityField) else model
+    return net if isinstance(net, nn.Module) else None
+
+
+def _load_checkpoint(net: nn.Module | None, path: Path) -> dict:
+    """Put the file's weights into the network. Returns the notes that a straightened student carries, else {}."""
+    _expect(net is not None, f"--checkpoint: expected a model that is a torch.nn.Module for the weights of {path}")
+    notes = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as f:
+                notes = json.loads((f.metadata() or {}).get("notes", "{}"))
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch.load raises whatever its unpickler meets
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise InputError(f"--checkpoint: expected a safetensors or torch file of tensors, got {path}: {reason}") from e
+    tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+    _expect(tensors, f"--checkpoint: expected names and tensors, got something else in {path}")
+    own = {k: list(v.shape) for k, v in net.state_dict().items()}
+    new = {k: list(v.shape) for k, v in state.items()}
+    problems = {
+        "missing": own.keys() - new.keys(),
+        "unexpected": new.keys() - own.keys(),
+        "mis-shaped": {f"{k} {new[k]} for {own[k]}" for k in own.keys() & new.keys() if own[k] != new[k]},
+    }
+    told = [f"{len(keys)} {kind} ({', '.join(sorted(keys)[:4])})" for kind, keys in problems.items() if keys]
+    _expect(not told, f"--checkpoint: {path} does not fit {type(net).__name__}: {'; '.join(told)}")
+    net.load_state_dict(state)
+    return notes
+
+
+def _noise(n: int, shape: tuple[int, ...], seed: int | torch.Generator) -> Tensor:
+    """Standard normal noise, made on the CPU so that a seed means the same on every device."""
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    return torch.randn(n, *shape, generator=generator)
+
+
+# The commands
+
+
+def _demo(args) -> None:
+    demo.run(args.data, args.out, seed=args.seed)
+
+
+def _calibrate(args) -> None:
+    _check_paths(args)
+    _expect(args.steps[-1] <= args.grid, f"--steps: expected at most --grid {args.grid}, got {args.steps[-1]}")
+    velocity, shape, _ = _load_model(args)
+    noise = _noise(args.n, shape, args.seed).to(args.device)
+    calibration = fk.calibrate(velocity, noise, args.grid, args.steps, chunk=args.chunk, seed=args.seed)
+    calibration.save(args.out)
+    print(f"{calibration}\n{args.out}: {len(calibration)} schedules from {args.n} noises and {args.grid} fine steps")
+
+
+def _straighten(args) -> None:
+    _check_paths(args, ".safetensors")
+    there = args.state is not None and args.state.exists()
+    _expect(args.resume or not there, f"--state: {args.state} exists; --resume goes on from it")
+    _expect(there or not args.resume, f"--resume: expected --state FILE of an earlier run, got {args.state}")
+    calibration = _load_calibration(args)
+    velocity, shape, _ = _load_model(args, calibration)
+    _expect(_network(velocity) is not None, f"--model: expected a torch.nn.Module to train, got {args.model}")
+    fk.load(args.schedule, velocity)  # warns if it was made for another model
+    options = ("iterations", "batch", "bank", "refresh", "u", "loss", "lr", "warmup", "decay", "seed")
+    result = fk.straighten(
+        None,
+        velocity,
+        calibration[args.steps],
+        noise=lambda n, generator: _noise(n, shape, generator).to(args.device),
+        **{k: getattr(args, k) for k in options},
+        **dict(clip=args.clip or None, ema=args.ema or None, checkpoint=args.state),
+    )
+    notes = {"straightened_from": parameter_hash(velocity), "times": calibration[args.steps].times.tolist()}
+    student = _network(result.student).cpu()
+    if args.model in BUNDLED:  # with its architecture, so that models.load_network rebuilds it from the file alone
+        save_network(student, args.out, **notes)
+    else:
+        # copies, because safetensors keeps no tensors that share memory
+        state = {k: v.detach().contiguous().clone() for k, v in student.state_dict().items()}
+        _write(args.out, safetensors.torch.save(state, {"notes": json.dumps(notes)}))
+    loss = result.history["loss"]
+    print(f"{args.out}: straightened for {args.steps} steps, loss {loss[0]:.4g} -> {loss[-1]:.4g}")
+
+
+def _sample(args) -> None:
+    _check_paths(args, *SAMPLE_FORMATS)
+    calibration = _load_calibration(args) if args.schedule else None
+    velocity, shape, notes = _load_model(args, calibration)
+    image = len(shape) == 3 and shape[0] in (1, 3)
+    _expect(image or args.out.suffix != ".png", f"--out: expected shape [1 or 3, H, W] for a .png, got {list(shape)}")
+    schedule = calibration[args.steps] if calibration else fk.Schedule.uniform(args.steps)
+    teacher = notes.get("straightened_from")
+    if calibration and (teacher is None or teacher != calibration.provenance.get("parameters_sha256")):
+        fk.load(args.schedule, velocity)  # warns if it was made for another model
+    if teacher and notes.get("times") != schedule.times.tolist():
+        knots = " ".join(f"{t:.3g}" for t in notes.get("times", []))
+        warnings.warn(f"--checkpoint: {args.checkpoint} was straightened for the knots {knots}", stacklevel=1)
+    parts = _noise(args.n, shape, args.seed).to(args.device).split(args.chunk or args.n)
+    samples = torch.cat([fk.sample(velocity, part, schedule, progress=True).cpu() for part in parts])
+    _write(args.out, _encode(samples, args.out.suffix))
+    print(f"{args.out}: {args.n} samples of shape {list(shape)}, {args.steps} steps")
+
+
+def _write(path: Path, data: bytes) -> None:
+    with whole_file(path) as partial:
+        partial.write_bytes(data)
+
+
+def _encode(samples: Tensor, suffix: str) -> bytes:
+    if suffix == ".safetensors":
+        return safetensors.torch.save({"samples": samples.contiguous()})
+    file = io.BytesIO()
+    if suffix == ".npy":
+        np.save(file, samples.numpy())
+    elif suffix == ".pt":
+        torch.save(samples, file)
+    else:
+        _image_grid(samples).save(file, "png")
+    return file.getvalue()
+
+
+def _image_grid(samples: Tensor):
+    """A nearly square grid of images `[n, 1 or 3, H, W]` with values in [-1, 1], small ones enlarged."""
+    from PIL import Image  # comes with matplotlib
+
+    scale, gap = max(1, 64 // max(samples.shape[2:])), 2
+    images = ((samples.clamp(-1, 1) + 1) * 127.5).round().byte()
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    images = nn.functional.pad(images, (0, gap, 0, gap), value=255)
+    n, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(n))
+    blank = images.new_full((-n % columns, channels, height, width), 255)
+    rows = torch.cat([images, blank]).unflatten(0, (-1, columns))
+    canvas = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:-gap, :-gap]
+    return Image.fromarray(canvas.expand(-1, -1, 3).contiguous().numpy())
+
+
+def _info(args) -> None:
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    places = [(name, d) for d in devices for name in backends.BACKENDS]
+    table = {op: {f"{name}, {d} tensors": backends.why_not(name, d) for name, d in places} for op in ops.OPS}
+    if args.json:
+        print(json.dumps({"environment": demo.environment(), "ops": table}, indent=1))
+        return
+    for key, value in demo.environment().items():
+        print(f"{key.replace('_', ' '):<18} {'-' if value is None else value}")
+    columns = list(table[ops.OPS[0]])
+    print("\n" + "".join(f"{c:<24}" for c in ["op", *columns]).rstrip())
+    for op, cells in table.items():
+        print("".join(f"{c:<24}" for c in [op, *("no" if cells[c] else "yes" for c in columns)]).rstrip())
+    for reason in dict.fromkeys(f"{c}: no, {why}" for cells in table.values() for c, why in cells.items() if why):
+        print(f"\n{reason}")

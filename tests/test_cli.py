@@ -1,0 +1,386 @@
+"""The command line, end to end on tiny settings, and the demo's report folder."""
+
+import base64
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import flowkernels as fk
+from flowkernels import backends, demo, ops, report
+from flowkernels.cli import main
+from flowkernels.models import BUNDLED, load_network
+
+MODULE = """
+import torch
+import flowkernels as fk
+from flowkernels.models import ResidualMLP
+
+def network():
+    torch.manual_seed(0)
+    return ResidualMLP(dim=12, width=16, blocks=1, time_width=8)
+
+def field():
+    return fk.VelocityField(network(), reverse_time=True, time_scale=1000)
+
+def function():
+    return lambda x, t: -x * t.view(-1, 1, 1, 1)
+
+def number():
+    return 3
+
+def breaks():
+    def velocity(x, t):
+        raise KeyError("no such layer")
+    return velocity
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with a module of models in it."""
+    (tmp_path / "some_models.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "some_models", raising=False)
+    monkeypatch.delenv("FLOWKERNELS_DEBUG", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder, capsys):
+    """Run a command line that succeeds; returns (stdout, stderr) without progress bars."""
+
+    def run(line: str) -> tuple[str, str]:
+        code = main(line.split())
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out, "\n".join(part for part in re.split(r"[\r\n]", err) if part.startswith("flowkernels"))
+
+    return run
+
+
+@pytest.fixture
+def fails(folder, capsys):
+    """Run a command line that fails; returns its one line on stderr."""
+
+    def fails(line: str) -> str:
+        assert main(line.split()) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("flowkernels: error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return fails
+
+
+@pytest.fixture
+def calibrated(run):
+    return run("calibrate --model digits -n 16 --grid 10 --steps 1-3,5 --seed 3 --out a.boss.json")
+
+
+# calibrate, straighten, sample
+
+
+def test_calibrate_writes_the_calibration(calibrated):
+    out, err = calibrated
+    calibration = fk.load("a.boss.json", BUNDLED["digits"].load())
+    assert list(calibration) == [1, 2, 3, 5]
+    assert str(calibration) in out
+    assert not err
+    assert calibration.provenance["seed"] == 3
+    noise = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    direct = fk.calibrate(BUNDLED["digits"].load(), noise, 10, 3, progress=False)
+    assert direct[3] == calibration[3]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pt", ".png"])
+def test_sample_formats(run, calibrated, suffix):
+    run(f"sample --model digits --schedule a.boss.json --steps 3 -n 5 --seed 7 --chunk 2 --out x{suffix}")
+    noise = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(7))
+    expected = fk.sample(BUNDLED["digits"].load(), noise, fk.load("a.boss.json")[3])
+    if suffix == ".png":
+        image = Image.open("x.png")
+        assert image.size == (3 * 64 + 2 * 2, 2 * 64 + 2)
+        first = np.asarray(image.convert("L"))[4:64:8, 4:64:8]
+        assert np.abs(first - (expected[0, 0].clamp(-1, 1).numpy() + 1) * 127.5).max() <= 0.6
+        return
+    read = {
+        ".safetensors": lambda: load_file("x.safetensors")["samples"],
+        ".npy": lambda: torch.from_numpy(np.load("x.npy")),
+        ".pt": lambda: torch.load("x.pt", weights_only=True),
+    }
+    torch.testing.assert_close(read[suffix](), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sample_uniform_and_colour(run):
+    run("sample --model some_models:network --shape 3,2,2 --steps 4 -n 3 --out x.png")
+    assert Image.open("x.png").mode == "RGB"
+    run("sample --model some_models:function --shape 3,2,2 --steps 4 -n 3 --out x.npy")
+    noise = torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    steps = torch.tensor([1, 15 / 16, 7 / 8, 13 / 16]).prod()
+    np.testing.assert_allclose(np.load("x.npy"), noise * steps, rtol=1e-5)
+
+
+def test_straighten_and_sample_the_student(run, calibrated):
+    schedule = "--schedule a.boss.json --steps 3"
+    out, err = run(
+        f"straighten --model digits {schedule} --iterations 6 --batch 8 --bank 16 --lr 1e-3 --warmup 0 --ema 0.5 "
+        "--out student.safetensors"
+    )
+    assert "student.safetensors: straightened for 3 steps" in out
+    assert not err
+    student, teacher = load_network("student.safetensors"), BUNDLED["digits"].load()
+    assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+    # the teacher's schedule is the student's: no warning; other knots or another model: a warning
+    sample = "sample --model digits --checkpoint student.safetensors"
+    assert not run(f"{sample} {schedule} --out x.npy")[1]
+    assert "straightened for the knots" in run(f"{sample} --steps 5 --out x.npy")[1]
+    save_file(student.state_dict(), "plain.safetensors")
+    assert "another one" in run(f"sample --model digits --checkpoint plain.safetensors {schedule} --out x.npy")[1]
+
+
+@pytest.mark.parametrize("model", ["network", "field"])
+def test_own_model_from_calibration_to_samples(run, model):
+    run(f"calibrate --model some_models:{model} --shape 3,2,2 -n 8 --grid 8 --steps 2,4 --out m.json")
+    line = f"--model some_models:{model} --schedule m.json --steps 2"
+    short = "--batch 4 --bank 8 --iterations 4"
+    run(f"straighten {line} {short} --state t.pt --out s.safetensors")
+    resumed = run(f"straighten {line} {short} --state t.pt --resume --out r.safetensors")[0]
+    assert "straightened" in resumed
+    assert all(torch.equal(v, load_file("r.safetensors")[k]) for k, v in load_file("s.safetensors").items())
+    # the shape comes from the calibration, the weights from either kind of file
+    run(f"sample {line} --checkpoint s.safetensors -n 3 --out a.npy")
+    torch.save(load_file("s.safetensors"), "s.pt")
+    run(f"sample {line} --checkpoint s.pt -n 3 --out b.npy")
+    assert np.load("a.npy").shape == (3, 3, 2, 2)
+    assert np.array_equal(np.load("a.npy"), np.load("b.npy"))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("", "COMMAND"),
+        ("nonsense", "nonsense"),
+        ("calibrate --model digits", "--out"),
+        ("calibrate --model digits --steps 4-2 --out x.json", "got '4-2'"),
+        ("calibrate --model digits --steps 0 --out x.json", "at least 1, got '0'"),
+        ("calibrate --model digits --grid 5 --out x.json", "--steps: expected at most --grid 5, got 10"),
+        ("calibrate --model digits -n -3 --out x.json", "-n"),
+        ("calibrate --model digits --out none/x.json", "--out: expected a folder that exists"),
+        ("calibrate --model digits --out .", "--out: expected a file, got the folder"),
+        ("calibrate --model digits --device nonsense --out x.json", "--device"),
+        ("calibrate --model letters --out x.json", "--model: expected digits or fashion or module:function"),
+        ("calibrate --model no_module:f --out x.json", "No module named 'no_module'"),
+        ("calibrate --model some_models:none --out x.json", "has no attribute 'none'"),
+        ("calibrate --model some_models:number --out x.json", "to return a callable, got int"),
+        ("calibrate --model some_models:network --out x.json", "--shape: expected the shape"),
+        ("calibrate --model some_models:network --shape 3,3 --out x.json", "failed on one sample of shape [3, 3]"),
+        ("calibrate --model some_models:breaks --shape 3 --out x.json", "KeyError: 'no such layer'"),
+        ("sample --model digits --steps 4 --out x.gif", "--out: expected a file name ending in .safetensors or"),
+        ("sample --model some_models:network --shape 12 --steps 4 --out x.png", "[1 or 3, H, W]"),
+        ("sample --model digits --steps 4 --schedule none.json --out x.npy", "--schedule: expected a file"),
+        ("sample --model digits --steps 4 --schedule some_models.py --out x.npy", "truncated or not JSON"),
+        ("sample --model digits --steps 4 --schedule a.json --out x.npy", "--steps: expected one of [2, 3]"),
+        ("sample --model digits --steps 4 --checkpoint none.pt --out x.npy", "--checkpoint: expected a file"),
+        ("sample --model digits --steps 4 --checkpoint some_models.py --out x.npy", "--checkpoint: expected a safe"),
+        ("sample --model digits --steps 4 --checkpoint bad.safetensors --out x.npy", "--checkpoint: expected a safe"),
+        ("sample --model some_models:function --checkpoint a.pt --steps 4 --out x.npy", "that is a torch.nn.Module"),
+        ("straighten --model digits --schedule a.json --steps 3 --out x.pt", "ending in .safetensors"),
+        ("straighten --model digits --schedule a.json --steps 3 --resume --out x.safetensors", "--resume: expected"),
+        ("straighten --model digits --schedule a.json --steps 3 --state a.pt --out x.safetensors", "a.pt exists"),
+        ("straighten --model digits --schedule a.json --steps 3 --lr -1 --out x.safetensors", "lr: expected"),
+        ("straighten --model some_models:function --schedule a.json --steps 3 --out x.safetensors", "Module to train"),
+        ("demo --out none/report", "out: expected a place in a folder that exists"),
+        ("demo --out .", "expected a new folder or a previous report"),
+        ("demo --out some_models.py", "out: expected a folder, got the file"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(fails, folder, monkeypatch, line, told):
+    noise = torch.randn(4, 1, 8, 8)
+    fk.calibrate(BUNDLED["digits"].load(), noise, 5, (2, 3), progress=False).save("a.json")
+    torch.save({}, "a.pt")
+    (folder / "bad.safetensors").write_bytes(b"\xff" * 40)
+    before = sorted(folder.iterdir())
+
+    def work(*args, **kwargs):
+        raise AssertionError("work has started")
+
+    monkeypatch.setattr(fk, "calibrate", work)
+    monkeypatch.setattr(fk, "sample", work)
+    monkeypatch.setattr(sys.modules["flowkernels.straighten"], "knots", work)
+    assert told in fails(line)
+    assert sorted(p for p in folder.iterdir() if p.name != "__pycache__") == before
+
+
+def test_checkpoint_that_does_not_fit_names_the_keys(fails):
+    state = BUNDLED["digits"].load().state_dict()
+    state["extra"] = state.pop("input.bias")
+    state["output.bias"] = torch.zeros(3)
+    save_file(state, "x.safetensors")
+    error = fails("sample --model digits --checkpoint x.safetensors --steps 2 --out x.npy")
+    assert "1 missing (input.bias); 1 unexpected (extra); 1 mis-shaped (output.bias [3] for [64])" in error
+
+
+def test_debug_shows_the_traceback(folder, monkeypatch):
+    monkeypatch.setenv("FLOWKERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match="out: expected a folder"):
+        main(["demo", "--out", "some_models.py"])
+
+
+def test_interrupt(folder, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupt)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "flowkernels: interrupted\n"
+
+
+# info
+
+
+def test_info(run, monkeypatch):
+    out, _ = run("info")
+    assert fk.__version__ in out
+    for op in ops.OPS:
+        assert re.search(rf"^{op} .*yes$", out, re.MULTILINE)
+    told = json.loads(run("info --json")[0])
+    assert told["environment"]["torch"] == torch.__version__
+    assert told["ops"]["bellman"]["reference, cpu tensors"] is None
+
+
+def test_info_without_the_compiled_module(run, monkeypatch):
+    monkeypatch.setattr(backends, "extension", lambda: None)
+    monkeypatch.setattr(backends, "extension_error", lambda: "ImportError: no _C")
+    out, _ = run("info")
+    assert re.search(r"^velocity_gram +no +yes$", out, re.MULTILINE)
+    assert "cpu, cpu tensors: no, the compiled module is missing (ImportError: no _C)" in out
+
+
+def test_module_runs_and_imports_stay_light():
+    heavy = "import sys, flowkernels, flowkernels.cli; sys.exit(any(m in sys.modules for m in ('matplotlib', 'PIL')))"
+    assert subprocess.run([sys.executable, "-c", heavy]).returncode == 0
+    done = subprocess.run([sys.executable, "-m", "flowkernels", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"flowkernels {fk.__version__}\n"
+
+
+# demo
+
+QUICK = demo.Settings(
+    calibration=32, held_out=16, iterations=30, batch=16, bank=64, lr=1e-3, ema=0.9, grid=20, pictured=4
+)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """(folder, results) of a demo on reduced settings."""
+    out = tmp_path_factory.mktemp("demo") / "report"
+    return out, demo.run("digits", out, settings=QUICK, progress=False)
+
+
+def numbers(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [n for v in value for n in numbers(v)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def test_report_folder_is_complete(reported):
+    out, _ = reported
+    assert {p.name for p in out.iterdir()} == report.FILES
+    assert [p.name for p in out.parent.iterdir()] == ["report"]
+    student, calibration = load_network(out / "student.safetensors"), fk.load(out / "schedule.boss.json")
+    x = fk.sample(student, torch.randn(2, 1, 8, 8), calibration[4])
+    assert torch.isfinite(x).all()
+
+
+def test_report_json(reported):
+    out, results = reported
+    told = json.loads((out / "report.json").read_text())
+    assert told["table"] == results["table"]
+    assert all(math.isfinite(n) for n in numbers(told))
+    assert [row["steps"] for row in told["table"]] == [2, 3, 4, 6, 8]
+    assert all(0 < row["cost_bellman"] <= row["cost_uniform"] for row in told["table"])
+    assert told["table"][2]["error_straightened"] > 0
+    assert set(told["seconds"]) == {"load", "calibrate", "evaluate", "straighten", "sample", "report", "total"}
+    assert str(out.parent) not in (out / "report.json").read_text()
+
+
+def test_endpoint_errors_are_those_of_the_samples(reported):
+    out, results = reported
+    velocity, calibration = BUNDLED["digits"].load(), fk.load(out / "schedule.boss.json")
+    noise = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    student = load_network(out / "student.safetensors")
+    teacher = fk.rollout(velocity, noise, 20).x[-1]
+    row = results["table"][2]
+    for name, net, schedule in (
+        ("uniform", velocity, 4),
+        ("bellman", velocity, calibration[4]),
+        ("straightened", student, calibration[4]),
+    ):
+        error = sum((a - b).norm() ** 2 for a, b in zip(fk.sample(net, noise, schedule), teacher, strict=True)) / 16
+        assert row[f"error_{name}"] == pytest.approx(error.item(), rel=1e-4)
+
+
+def test_page_is_self_contained_and_drawn(reported):
+    out, _ = reported
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|<script|<link|@import|url\(", page)
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 5
+    for source in sources:
+        kind, data = re.fullmatch(r"data:image/(png|svg\+xml);base64,(.*)", source).groups()
+        image = base64.b64decode(data, validate=True)
+        if kind == "png":
+            assert image == (out / "samples.png").read_bytes()
+            assert np.asarray(Image.open(io.BytesIO(image)).convert("L")).std() > 20
+            continue
+        drawing = ElementTree.fromstring(image)
+        links = [v for e in drawing.iter() for k, v in e.attrib.items() if k.endswith("href")]
+        assert all(link.startswith(("#", "data:")) for link in links)
+        assert sum(e.tag.endswith("}path") for e in drawing.iter()) > 20
+
+
+def test_a_report_replaces_only_a_report(reported, tmp_path):
+    out = tmp_path / "report"
+    assert report.expect_report_folder(out) == out
+    out.mkdir()
+    (out / "report.html").write_text("old")
+
+    def interrupted():
+        with report.whole_folder(report.expect_report_folder(out)) as new:
+            (new / "report.html").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (out / "report.html").read_text() == "old"
+    with report.whole_folder(report.expect_report_folder(out)) as new:
+        (new / "report.html").write_text("new")
+    assert (out / "report.html").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [out]
+    (out / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match=r"thesis\.tex"):
+        report.expect_report_folder(out)
+
+
+def test_demo_says_what_it_does(tmp_path, capsys):
+    results = demo.run("digits", tmp_path / "report", settings=QUICK, seed=1)
+    out = capsys.readouterr().out
+    assert report.table(results) in out
+    assert [line.split()[0] for line in out.splitlines()[:7]] == [*results["seconds"]]
