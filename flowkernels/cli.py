@@ -139,9 +139,9 @@ def _shape(text: str) -> tuple[int, ...]:
 def _steps(text: str) -> list[int]:
     """'1-10', '2,4,8' or both, as sorted numbers."""
     ranges = [[_positive(end.strip()) for end in part.split("-", 1)] for part in text.split(",")]
-    steps = {n for ends in ranges for n in range(ends[0], ends[-1] + 1)}
-    if any(ends[0] > ends[-1] for ends in ranges):
+    if any(ends[0] > ends[-1] or ends[-1] > 10_000 for ends in ranges):
         raise argparse.ArgumentTypeError(f"expected numbers of steps such as 1-10 or 2,4,8, got {text!r}")
+    steps = {n for ends in ranges for n in range(ends[0], ends[-1] + 1)}
     return sorted(steps)
 
 

@@ -43,7 +43,7 @@ class Settings:
 
 
 SETTINGS = {
-    "digits": Settings(calibration=512, held_out=512, iterations=1000, batch=256, bank=4096, lr=1e-3, ema=0.995),
+    "digits": Settings(calibration=1024, held_out=1024, iterations=1500, batch=256, bank=8192, lr=1e-3, ema=0.995),
     "fashion": Settings(calibration=32, held_out=32, iterations=128, batch=32, bank=112, lr=2e-4, ema=0.95),
 }
 

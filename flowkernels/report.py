@@ -163,10 +163,10 @@ def _loss(results: dict) -> Figure:
     """Training loss, as logged and averaged over 10 rows."""
     figure, ax = _figure(5, 3.2)
     iteration, loss = (np.array(results["history"][k]) for k in ("iteration", "loss"))
-    ax.plot(iteration, loss, color=LOOK["straightened"]["color"], alpha=0.35, linewidth=0.8, label="one batch")
-    if len(loss) >= 20:
-        smooth = np.convolve(loss, np.full(10, 0.1), "valid")
-        ax.plot(iteration[5:-4], smooth, color=LOOK["straightened"]["color"], label="mean of 10")
+    colour, averaged = LOOK["straightened"]["color"], len(loss) >= 20
+    ax.plot(iteration, loss, color=colour, alpha=0.35 if averaged else 1, label="one batch")
+    if averaged:
+        ax.plot(iteration[5:-4], np.convolve(loss, np.full(10, 0.1), "valid"), color=colour, label="mean of 10")
         ax.legend()
     _plain_log(ax, xlabel="iteration", ylabel="loss, squared velocity error / feature")
     return figure
