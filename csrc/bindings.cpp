@@ -1,10 +1,14 @@
 // pybind11: addresses and sizes in, nothing owned, nothing checked twice. Callers are flowkernels/ops/<op>/__init__.py.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bellman/bellman.h"
 #include "common/isa.h"
 #include "common/threads.h"
 #include "euler_step/euler_step.h"
+#include "linear_update/linear_update.h"
+#include "segment_points/segment_points.h"
+#include "straighten_loss/straighten_loss.h"
 #include "velocity_gram/velocity_gram.h"
 
 namespace py = pybind11;
@@ -31,7 +35,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def(
       "bellman",
       [](Address cost, int64_t n, int64_t steps, Address value, Address parent) {
-        FK_SELECT(bellman)({at<double>(cost), n, steps, at<double>(value), at<int64_t>(parent)});
+        return FK_SELECT(bellman)({at<double>(cost), n, steps, at<double>(value), at<int64_t>(parent)});
       },
       py::call_guard<py::gil_scoped_release>());
 
@@ -42,6 +46,37 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         FK_SELECT(euler_step)
         ({at(x), at(v), at(v_uncond), at(out), at(low), fk::Dtype(x_type), fk::Dtype(v_type), fk::Dtype(low_type), n, h,
           guidance, threads});
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "linear_update",
+      [](Address x, const std::vector<Address>& v, const std::vector<double>& b, Address out, Address low, int x_type,
+         int v_type, int low_type, int64_t n, int threads) {
+        FK_SELECT(linear_update)
+        ({at(x), reinterpret_cast<const void* const*>(v.data()), b.data(), int64_t(v.size()), at(out), at(low),
+          fk::Dtype(x_type), fk::Dtype(v_type), fk::Dtype(low_type), n, threads});
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "segment_points",
+      [](Address bank, Address interval, Address sample, Address u, Address out, int bank_type, int out_type,
+         int64_t knots, int64_t samples, int64_t B, int64_t D, int threads) {
+        return FK_SELECT(segment_points)({at(bank), at<int64_t>(interval), at<int64_t>(sample), at<double>(u), at(out),
+                                          fk::Dtype(bank_type), fk::Dtype(out_type), knots, samples, B, D, threads});
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "straighten_loss",
+      [](Address v, Address bank, Address step_sizes, Address interval, Address sample, Address weight, double huber_c,
+         int v_type, int bank_type, int64_t knots, int64_t samples, int64_t B, int64_t D, Address loss,
+         Address per_sample, Address per_interval, Address gradient, int threads) {
+        return FK_SELECT(straighten_loss)({at(v), at(bank), at<double>(step_sizes), at<int64_t>(interval),
+                                           at<int64_t>(sample), at<double>(weight), huber_c, fk::Dtype(v_type),
+                                           fk::Dtype(bank_type), knots, samples, B, D, at<double>(loss),
+                                           at<double>(per_sample), at<double>(per_interval), at(gradient), threads});
       },
       py::call_guard<py::gil_scoped_release>());
 }

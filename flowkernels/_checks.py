@@ -23,7 +23,8 @@ def expect(ok: bool, name: str, expected: str, got, error: type[Exception] = Val
 
 
 def expect_tensor(value, name: str, dtypes: Sequence[torch.dtype] | None = None) -> Tensor:
-    expect(isinstance(value, Tensor), name, "a torch.Tensor", f"{type(value).__name__} {describe(value)}", TypeError)
+    if not isinstance(value, Tensor):
+        expect(False, name, "a torch.Tensor", f"{type(value).__name__} {describe(value)}", TypeError)
     if dtypes is not None and value.dtype not in dtypes:
         expect(False, name, " or ".join(str(d) for d in dtypes), value, TypeError)
     return value
@@ -37,10 +38,10 @@ def expect_values(value, name: str, dtypes: Sequence[torch.dtype] | None = None)
 
 
 def expect_number(value, name: str) -> None:
-    number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
-    expect(number, name, "a number", describe(value), TypeError)
-    constant = not (isinstance(value, Tensor) and value.requires_grad)
-    expect(constant, name, "a number that needs no gradient", "a tensor with requires_grad")
+    if isinstance(value, (int, float)):
+        return
+    expect(isinstance(value, Tensor) and value.dim() == 0, name, "a number", describe(value), TypeError)
+    expect(not value.requires_grad, name, "a number that needs no gradient", "a tensor with requires_grad")
 
 
 def expect_positive_int(value, name: str) -> int:

@@ -77,10 +77,13 @@ def why_not(name: str, device: str) -> str | None:
 
 def choose(op: str, device: str) -> str:
     """The backend for one call of `op` on tensors of this device type."""
-    requested = _requested.get()
-    if requested is None:
-        requested = _checked(os.environ.get("FLOWKERNELS_BACKEND"), "FLOWKERNELS_BACKEND") or "auto"
-    return _decide(op, device, requested)
+    return _decide(op, device, _requested.get() or _from_environment())
+
+
+@functools.cache
+def _from_environment() -> str:
+    """What FLOWKERNELS_BACKEND asks for; read once a process."""
+    return _checked(os.environ.get("FLOWKERNELS_BACKEND"), "FLOWKERNELS_BACKEND") or "auto"
 
 
 @functools.cache

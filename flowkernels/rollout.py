@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels._checks import expect, expect_noise, expect_times
-from flowkernels.ops import euler_step
+from flowkernels.ops.euler_step import step_into
 from flowkernels.ops.euler_step.reference import guided
 from flowkernels.velocity_field import evaluate, warn_if_training
 
@@ -44,7 +44,7 @@ def euler(
         v, v_uncond, w = evaluate(velocity, x, t[i])
         if out is None:  # a velocity that is a view of the state would change with it
             v, v_uncond = (_apart(part, x) for part in (v, v_uncond))
-        x = euler_step(x, v, t[i + 1] - t[i], v_uncond=v_uncond, guidance=w, out=x if out is None else out[i + 1])
+        x = step_into(x, v, t[i + 1] - t[i], v_uncond, w, x if out is None else out[i + 1])
         yield x, v, v_uncond, w
 
 

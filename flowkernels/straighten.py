@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from flowkernels._checks import expect, expect_noise, expect_positive_int, expect_times
 from flowkernels._files import whole_file
+from flowkernels.ops import segment_points, straighten_loss
 from flowkernels.rollout import euler, expect_finite_flow, initial_state, replay
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import VelocityField, parameter_hash, tensors_hash, velocity_rows, warn_if_training
@@ -49,19 +50,6 @@ def knots(velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: 
                 bar.update()
             expect_finite_flow(x, replay(teacher, x0, grid), grid, first=start)
     return kept
-
-
-def straightening_loss(
-    v: Tensor, x_a: Tensor, x_b: Tensor, h: Tensor, loss: str = "l2", huber_c: float = 0.03
-) -> Tensor:
-    """Loss of each sample `[n]`: `|e|^2 / D`, or the pseudo-Huber `sqrt(|e|^2 / D + c^2) - c`; e = v - (x_b - x_a) / h.
-
-    v, x_a, x_b: `[n, *shape]`; h: step sizes `[n]`. D is the number of features, so that the learning rate does not
-    depend on it. Pseudo-Huber as in Song & Dhariwal 2023 (arXiv 2310.14189), equation 7, on the mean over features.
-    """
-    target = (x_b - x_a) / h.view(-1, *[1] * (x_a.dim() - 1))
-    error = (v.to(target.dtype) - target).square().flatten(1).mean(1)
-    return error if loss == "l2" else (error + huber_c**2).sqrt() - huber_c
 
 
 def straighten(
@@ -110,7 +98,7 @@ def straighten(
         batch: samples an iteration. bank: trajectories kept, where `noise` is not a tensor.
         refresh: iterations after which the bank is rolled out anew from fresh noise; None never.
         u: "start", u = 0, BOSS as published; or "uniform", u in [0, 1], piecewise reflow.
-        loss: "l2" or "huber" (pseudo-Huber with constant `huber_c`); see `straightening_loss`.
+        loss: "l2" or "huber" (pseudo-Huber with constant `huber_c`); see `ops.straighten_loss`.
         weight: a factor on the loss of each interval, N numbers; None weighs all alike.
         init: what the student starts from: "teacher" its weights, "keep" the student's own, or a state dict, such as
             EMA weights. None: the teacher's where it has any, else the student's own.
@@ -195,7 +183,7 @@ def straighten(
     generator = torch.Generator().manual_seed(seed)
     history = {k: [] for k in ("iteration", "loss", "lr", "grad_norm", "interval_loss")}
     times = schedule.times.to(device)
-    h = times.diff().to(torch.float32)
+    h = times.diff()
     start, totals, counts = 0, torch.zeros(N), torch.zeros(N)
     if saved is not None:
         _load_weights(student, saved["student"], "checkpoint")
@@ -235,18 +223,16 @@ def straighten(
             interval = torch.randint(N, (batch,), generator=generator)
             pick = torch.randint(size, (batch,), generator=generator)
             where = torch.rand(batch, generator=generator) if u == "uniform" else torch.zeros(batch)
-            i, s = interval.to(device), pick.to(device)
-            x_a, x_b, span = states[i, s], states[i + 1, s], h[i]
-            x, t = x_a, times[i]
-            if u == "uniform":
-                where = where.to(device)
-                x = torch.lerp(x_a, x_b, where.view(-1, *[1] * (x_a.dim() - 1)).to(x_a.dtype))
-                t = t + where * span
+            i, s, where = interval.to(device), pick.to(device), where.to(device)
+            x = segment_points(states, i, s, where if u == "uniform" else None)
+            t = times[i] + where * h[i]
             v = velocity_rows(student, s, size)(x, t.to(torch.float32))
             if not isinstance(v, Tensor) or v.shape != x.shape:
                 expect(False, "student", f"a velocity of x's shape {list(x.shape)}", v)
-            each = straightening_loss(v, x_a, x_b, span, loss, huber_c)
-            mean = (each if weight is None else each * weight.to(device)[i]).mean()
+            if v.dtype == torch.float64 or states.dtype == torch.float64:
+                v = v.to(states.dtype)
+            weights = None if weight is None else weight.to(device)[i]
+            mean, each, _ = straighten_loss(v, states, h, i, s, weight=weights, loss=loss, huber_c=huber_c)
             opt.zero_grad(set_to_none=True)
             mean.backward()
             norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
@@ -258,7 +244,7 @@ def straighten(
             if average is not None:
                 average.update_parameters(student)
 
-            totals.index_add_(0, interval, each.detach().float().cpu())
+            totals.index_add_(0, interval, each.float().cpu())
             counts.index_add_(0, interval, torch.ones(batch))
             if it % log_every == 0 or it == iterations - 1:
                 row = dict(

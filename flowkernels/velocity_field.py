@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowkernels._checks import expect
+from flowkernels._checks import FLOATS, expect
 from flowkernels.ops.euler_step.reference import guided
 
 
@@ -183,6 +183,9 @@ def evaluate(velocity, x: Tensor, t: float) -> tuple[Tensor, Tensor | None, floa
     for part in (v, v_uncond):
         if part is not None and (part.shape != x.shape or part.device != x.device):
             expect(False, "velocity", f"x's shape {list(x.shape)} on {x.device}, at t = {t:.6g}", part)
+        if part is not None and (part.dtype not in FLOATS or part.dtype != v.dtype):
+            expected = " or ".join(str(d) for d in FLOATS) if part is v else f"the conditional one's {v.dtype}"
+            expect(False, "velocity", expected, part, TypeError)
     if x.dtype == torch.float64 and v.dtype != torch.float64:  # a float64 state with a narrower network
         v, v_uncond = v.double(), None if v_uncond is None else v_uncond.double()
     elif x.dtype == torch.float32 and v.dtype == torch.float64:

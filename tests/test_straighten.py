@@ -27,7 +27,6 @@ from torch import nn
 import flowkernels as fk
 from flowkernels.models import BUNDLED, ResidualMLP
 from flowkernels.schedule import Schedule
-from flowkernels.straighten import straightening_loss
 
 QUIET = dict(progress=False)
 
@@ -189,19 +188,6 @@ def test_the_loss_in_float64(loss, weight):
     assert history["loss"][0] == pytest.approx(expected, rel=1e-5)
     for i, found in enumerate(history["interval_loss"][0]):
         assert found == pytest.approx(np.mean([e for j, e in zip(intervals, losses, strict=True) if j == i]), rel=1e-5)
-
-
-@pytest.mark.parametrize("loss", ["l2", "huber"])
-def test_loss_function(loss):
-    v, a, b = (normal(6, 2, 3, seed=seed) for seed in range(3))
-    h = torch.linspace(0.1, 0.6, 6)
-    error = v.double() - (b.double() - a.double()) / h.double()[:, None, None]
-    expected = error.flatten(1).square().sum(1) / 6
-    if loss == "huber":
-        expected = (expected + 0.05**2).sqrt() - 0.05
-    found = straightening_loss(v, a, b, h, loss, 0.05)
-    assert found.shape == (6,)
-    assert torch.allclose(found.double(), expected, rtol=1e-5)
 
 
 def test_conditioning_follows_the_samples():

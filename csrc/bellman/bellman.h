@@ -15,7 +15,9 @@ struct BellmanArgs {
   int64_t* parent;     // [steps + 1, n] out: the smallest j that attains J(s, k), -1 where there is none
 };
 
-using bellman_fn = void(const BellmanArgs&);
+// Returns the place j * n + k of the first cost above the diagonal that is NaN or -Inf, and nothing is written then;
+// else -1.
+using bellman_fn = int64_t(const BellmanArgs&);
 FK_DECLARE(bellman_fn, bellman)
 
 }  // namespace fk

@@ -6,11 +6,18 @@
 namespace fk {
 namespace FK_ISA {
 
-void bellman(const BellmanArgs& a) {
+int64_t bellman(const BellmanArgs& a) {
   typedef int64_t vi __attribute__((vector_size(kVectorBytes)));
   typedef int64_t vi_mem __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   constexpr int L = kVectorBytes / 8;
   const double inf = __builtin_inf();
+  for (int64_t j = 0; j < a.n; j++) {
+    const double* c = a.cost + j * a.n;
+    bool bad = false;
+    for (int64_t k = j + 1; k < a.n; k++) bad |= !(c[k] > -inf);
+    for (int64_t k = j + 1; bad; k++)
+      if (!(c[k] > -inf)) return j * a.n + k;
+  }
   for (int64_t i = 0; i < (a.steps + 1) * a.n; i++) a.value[i] = inf, a.parent[i] = -1;
   a.value[0] = 0;
   for (int64_t s = 1; s <= a.steps; s++) {
@@ -32,6 +39,7 @@ void bellman(const BellmanArgs& a) {
         if (base + c[k] < value[k]) value[k] = base + c[k], parent[k] = j;
     }
   }
+  return -1;
 }
 
 }  // namespace FK_ISA

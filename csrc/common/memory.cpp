@@ -1,5 +1,7 @@
 #include "common/memory.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <new>
 
@@ -13,6 +15,15 @@ void* allocate(size_t bytes) {
 
 void release(void* p) {
   std::free(p);
+}
+
+int64_t level2_bytes() {
+  static const long l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return l2 > 0 ? l2 : int64_t(1) << 20;
+}
+
+bool past_caches(int64_t bytes) {
+  return bytes >= level2_bytes() / 2;
 }
 
 }  // namespace fk

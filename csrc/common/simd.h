@@ -37,6 +37,19 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct NoLow {};  // the type of a low-precision output that is not wanted
+
+// The vector in which elements of a tensor are computed with, and its length.
+template <class T>
+struct Vector {
+  using type = vf;
+  static constexpr int n = kFloats;
+};
+template <>
+struct Vector<double> {
+  using type = vd;
+  static constexpr int n = kVectorBytes / 8;
+};
 
 FK_INLINE vf as_float(vu u) {
   return (vf)u;
@@ -105,6 +118,57 @@ FK_INLINE void store(f16* p, vf v) {
       p[i].bits = sign | uint16_t((u + 0xc8000fffu + (u >> 13 & 1u)) >> 13);
     }
   }
+#endif
+}
+
+template <class H>  // bf16, f16: through float32, as torch does
+FK_INLINE void store(H* p, vd v) {
+  float f[kFloats] = {};
+  H all[kFloats];
+  for (int i = 0; i < kFloats / 2; i++) f[i] = float(v[i]);
+  store(all, load(f));
+  memcpy((void*)p, all, kFloats / 2 * sizeof(H));
+}
+FK_INLINE void store(NoLow*, vf) {}
+FK_INLINE void store(NoLow*, vd) {}
+
+// ---- stores past the caches, to addresses that are multiples of the bytes stored ----
+// For more than the caches hold: a line is then not read only to be overwritten. stream_fence() after the last one.
+FK_INLINE void stream(float* p, vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+FK_INLINE void stream(double* p, vd v) {
+  stream((float*)p, (vf)v);
+}
+template <class H>  // bf16, f16: rounded as by store
+FK_INLINE void stream(H* p, vf v) {
+  alignas(32) H h[kFloats];
+  store(h, v);
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)h));
+#elif defined(__AVX2__)
+  _mm_stream_si128((__m128i*)p, _mm_load_si128((const __m128i*)h));
+#else
+  memcpy((void*)p, h, sizeof(h));
+#endif
+}
+template <class H>
+FK_INLINE void stream(H* p, vd v) {
+  store(p, v);
+}
+FK_INLINE void stream(NoLow*, vf) {}
+FK_INLINE void stream(NoLow*, vd) {}
+FK_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
 #endif
 }
 

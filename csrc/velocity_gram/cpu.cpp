@@ -4,8 +4,6 @@
 //   v [K, M]  --chunk of columns-->  tile [R, chunk]  -->  G[j, i] += <tile_j, tile_i>, i <= j
 //
 // float32 accumulates along a chunk of at most 1,024 columns (64 products a lane), then moves to float64.
-#include <unistd.h>
-
 #include "common/memory.h"
 #include "common/simd.h"
 #include "common/threads.h"
@@ -32,21 +30,6 @@ int64_t larger(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 
-template <class T>
-struct Lanes {
-  static constexpr int n = kVectorBytes / int(sizeof(T));
-};
-template <class T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  using type = vf;
-};
-template <>
-struct VectorOf<double> {
-  using type = vd;
-};
-
 // G[j0+b, i0+a] += <A_a, B_b> over n columns, n a multiple of the vector length
 template <class T, int NJ>
 FK_INLINE void dot_tile(const T* A,  // kRows rows, ld apart
@@ -54,13 +37,13 @@ FK_INLINE void dot_tile(const T* A,  // kRows rows, ld apart
                         int64_t ld, int64_t n,
                         double* G,  // row j0, column i0
                         int64_t ldg) {
-  using V = typename VectorOf<T>::type;
+  using V = typename Vector<T>::type;
   V acc[kRows][NJ];
 #pragma GCC unroll 8
   for (int a = 0; a < kRows; a++)
 #pragma GCC unroll 8
     for (int b = 0; b < NJ; b++) acc[a][b] = V{};
-  for (int64_t c = 0; c < n; c += Lanes<T>::n) {
+  for (int64_t c = 0; c < n; c += Vector<T>::n) {
     V av[kRows];
 #pragma GCC unroll 8
     for (int a = 0; a < kRows; a++) av[a] = load(A + a * ld + c);
@@ -88,40 +71,20 @@ void dot_tile_edge(int nj, const T* A, const T* B, int64_t ld, int64_t n, double
   }
 }
 
-// Asks for the next chunk's rows while this one is multiplied: a few cache lines before each tile of dot products.
-struct Prefetcher {
-  const char* base;  // the next chunk's columns in row 0
-  int64_t pitch;  // bytes between rows
-  int64_t rows;  // 0: nothing to fetch
-  int64_t lines;  // cache lines a row
-  int64_t row = 0, line = 0;
-};
-
-FK_INLINE void prefetch(Prefetcher& p, int64_t count) {
-  for (; count > 0 && p.row < p.rows; count--) {
-    __builtin_prefetch(p.base + p.row * p.pitch + p.line * 64, 0, 2);
-    if (++p.line == p.lines) p.line = 0, p.row++;
-  }
-}
-
 template <class T>
-void gram_of_tile(const T* tile, int64_t rows, int64_t ld, int64_t n, double* G, int64_t ldg, Prefetcher& next) {
-  const int64_t tiles = larger(1, (rows / kRows + 1) * (rows / kCols + 2) / 2);
-  const int64_t share = (next.rows * next.lines + tiles - 1) / tiles;
-  for (int64_t i = 0; i < rows; i += kRows)  // rows up to the next multiple of kRows are zero
-    for (int64_t j = i; j < rows; j += kCols) {
-      prefetch(next, share);
+void gram_of_tile(const T* tile, int64_t rows, int64_t ld, int64_t n, double* G, int64_t ldg) {
+  for (int64_t j = 0; j < rows; j += kCols)  // these rows stay in L1 while those before them stream past
+    for (int64_t i = 0; i < smaller(j + kCols, rows); i += kRows)  // up to the next multiple of kRows they are zero
       if (rows - j >= kCols)
         dot_tile<T, kCols>(tile + i * ld, tile + j * ld, ld, n, G + j * ldg + i, ldg);
       else
         dot_tile_edge<T>(int(rows - j), tile + i * ld, tile + j * ld, ld, n, G + j * ldg + i, ldg);
-    }
 }
 
 // ---- increments into the tile: n columns, zero up to a whole vector ----
 template <class T, class V>
 void difference(const V* lo, const V* hi, T* out, int64_t n) {
-  constexpr int L = Lanes<T>::n;
+  constexpr int L = Vector<T>::n;
   int64_t c = 0;
   for (; c + L <= n; c += L) store(out + c, load(hi + c) - load(lo + c));
   if (c < n) {  // through a padded copy, so that the arithmetic is the same
@@ -174,12 +137,11 @@ void pack_secant(const VelocityGramArgs& g, int64_t m, int64_t n, T* tile, int64
           T((double(next[c]) - double(here[c])) / h - (double(here[c]) - double(last[c])) / h_last);
   }
   for (int64_t r = 0; r < 2 * g.K - 1; r++)
-    for (int64_t c = n; c % Lanes<T>::n; c++) tile[r * ld + c] = 0;
+    for (int64_t c = n; c % Vector<T>::n; c++) tile[r * ld + c] = 0;
 }
 
 int64_t chunk_columns(int64_t rows, int64_t M, int threads, int element) {
-  const long l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  const int64_t budget = (l2 > 0 ? int64_t(l2) : int64_t(1) << 20) * 5 / 8;
+  const int64_t budget = level2_bytes() * 5 / 8;
   const int64_t fits = budget / (larger(rows, 1) * element) / 64 * 64;
   const int64_t share = round_up(larger((M + threads - 1) / threads, 1), 64);
   return smaller(smaller(larger(fits, 128), 1024), share);
@@ -206,15 +168,12 @@ void run(const VelocityGramArgs& g) {
     memset(G, 0, gram_bytes);
     const int64_t end = chunks * (p + 1) / parts;
     for (int64_t b = chunks * p / parts; b < end; b++) {
-      const int64_t m = b * chunk, n = smaller(chunk, g.M - m), padded = round_up(n, Lanes<T>::n);
+      const int64_t m = b * chunk, n = smaller(chunk, g.M - m), padded = round_up(n, Vector<T>::n);
       if (g.x)
         pack_secant<T, V>(g, m, n, tile, ld);
       else
         pack_euler<T, V>(g, m, n, tile, ld);
-      Prefetcher next{reinterpret_cast<const char*>(static_cast<const V*>(g.v) + m + n),
-                      g.v_stride * int64_t(sizeof(V)), b + 1 < end ? g.K : 0,
-                      round_up(smaller(chunk, g.M - m - n) * int64_t(sizeof(V)), 64) / 64};
-      gram_of_tile(tile, R, ld, padded, G, rows, next);
+      gram_of_tile(tile, R, ld, padded, G, rows);
     }
   });
 

@@ -2,8 +2,20 @@
 
 from flowkernels.ops.bellman import bellman
 from flowkernels.ops.euler_step import euler_step
+from flowkernels.ops.linear_update import linear_update
+from flowkernels.ops.segment_points import segment_points
+from flowkernels.ops.straighten_loss import StraightenLoss, straighten_loss
 from flowkernels.ops.velocity_gram import velocity_gram
 
-OPS = ("velocity_gram", "bellman", "euler_step")
+OPS = ("velocity_gram", "bellman", "euler_step", "linear_update", "segment_points", "straighten_loss")
 
-__all__ = ["OPS", "bellman", "euler_step", "velocity_gram"]
+__all__ = [
+    "OPS",
+    "StraightenLoss",
+    "bellman",
+    "euler_step",
+    "linear_update",
+    "segment_points",
+    "straighten_loss",
+    "velocity_gram",
+]

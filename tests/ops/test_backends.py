@@ -13,7 +13,7 @@ from flowkernels import backends
 from flowkernels.backends import BACKENDS, BackendError, backend, choose, why_not
 from flowkernels.ops import OPS, bellman, euler_step, velocity_gram
 
-CACHES = (backends.extension, backends._load, backends._decide)
+CACHES = (backends.extension, backends._load, backends._decide, backends._from_environment)
 
 
 def forget():
@@ -118,6 +118,7 @@ def test_environment_variable(monkeypatch, calls):
         assert choose("bellman", "cpu") == "cpu"
     for name in ("auto", ""):
         monkeypatch.setenv("FLOWKERNELS_BACKEND", name)
+        forget()
         assert choose("bellman", "cpu") == "cpu"
 
 

@@ -1,6 +1,7 @@
 """Every instruction set that this processor has, each in a process of its own; run as a script it is that process."""
 
 import ctypes
+import importlib
 import mmap
 import os
 import subprocess
@@ -11,11 +12,15 @@ import pytest
 import torch
 
 import flowkernels
-from flowkernels import backends
-from flowkernels.ops import bellman, euler_step, velocity_gram
-from flowkernels.ops.bellman import samples as bellman_samples
-from flowkernels.ops.euler_step import samples as euler_step_samples
-from flowkernels.ops.velocity_gram import samples as velocity_gram_samples
+from flowkernels import backends, ops
+from flowkernels.ops import (
+    bellman,
+    euler_step,
+    linear_update,
+    segment_points,
+    straighten_loss,
+    velocity_gram,
+)
 
 NAMES = ("baseline", "avx2", "avx512")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -82,20 +87,17 @@ def test_unknown_instruction_set(done):
 
 
 def check_samples():
-    for op, samples in (
-        (velocity_gram, velocity_gram_samples),
-        (bellman, bellman_samples),
-        (euler_step, euler_step_samples),
-    ):
+    for name in ops.OPS:
+        op, samples = getattr(ops, name), importlib.import_module(f"flowkernels.ops.{name}.samples")
         for sample in samples.sample_inputs():
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 got = op(*sample.args, **sample.kwargs)
                 error, bound = samples.error_and_bound(sample, got)
-                assert error <= bound, f"{op.__name__} {sample.id}, {threads} threads: error {error:g} > {bound:g}"
+                assert error <= bound, f"{name} {sample.id}, {threads} threads: error {error:g} > {bound:g}"
                 again = op(*sample.args, **sample.kwargs)
                 for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, again)), strict=True):
-                    assert torch.equal(a, b), f"{op.__name__} {sample.id}: another result the second time"
+                    assert same(a, b), f"{name} {sample.id}: another result the second time"
 
 
 def same(a, b):
@@ -138,6 +140,19 @@ def check_bounds():
                     x, v, 0.5, v_uncond=u, guidance=2.0, out=out, low=before_guard_page(torch.ones(n, dtype=low))
                 )
                 assert out.eq(1.5).all()
+                linear_update(
+                    x, [v, u, v], [0.25, 0.5, -0.25], out=out, low=before_guard_page(torch.ones(n, dtype=low))
+                )
+                assert out.eq(1.5).all()
+            bank = before_guard_page(torch.arange(4.0).view(2, 2, 1).expand(2, 2, n).to(x_dtype))
+            place = torch.tensor([0, 0]), torch.tensor([1, 0])
+            for where in (None, torch.tensor([0.0, 0.5])):
+                points = segment_points(bank, *place, where)
+                assert points.eq(torch.tensor([[1.0], [0.0 if where is None else 1.0]])).all()
+            for loss in ("l2", "huber"):
+                rows = before_guard_page(torch.full((2, n), 3.0).to(v_dtype))
+                got = straighten_loss(rows, bank, torch.ones(1), *place, loss=loss, huber_c=1.0)
+                assert got.per_sample.sub(1 if loss == "l2" else 2**0.5 - 1).abs().max() < 1e-6
             velocities = torch.arange(5).view(5, 1).expand(5, n).to(v_dtype)
             states = torch.zeros(6, n, dtype=x_dtype)
             gram = velocity_gram(before_guard_page(velocities))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_positive_int, expect_tensor
-from flowkernels.ops._library import register
+from flowkernels.ops._library import direct, register
 from flowkernels.ops.bellman import reference
 
 
@@ -28,28 +28,30 @@ def bellman(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     expect(cost.dim() == 2 and cost.shape[0] == cost.shape[1] >= 2, "cost", "shape [K+1, K+1] with K >= 1", cost)
     expect_positive_int(steps, "steps")
     expect(steps <= cost.shape[0] - 1, "steps", f"at most K = {cost.shape[0] - 1}", steps)
-    return torch.ops.flowkernels.bellman(cost.detach(), steps)
+    cost = cost.detach()
+    if (C := direct("bellman", cost)) is not None:
+        return _kernel(C, cost, steps)
+    return torch.ops.flowkernels.bellman(cost, steps)
 
 
-def _expect_costs(cost: Tensor) -> None:
-    """Inside the op, so that it holds for compiled calls too, and values exist."""
-    bad = (~(cost > -torch.inf)).triu(1)
-    if bool(bad.any()):
-        j, k = bad.nonzero()[0].tolist()
-        expect(False, "cost", "no NaN or -Inf above the diagonal", f"cost[{j}, {k}] = {cost[j, k].item()}")
+def _refuse(cost: Tensor, j: int, k: int) -> None:
+    expect(False, "cost", "no NaN or -Inf above the diagonal", f"cost[{j}, {k}] = {cost[j, k].item()}")
 
 
 def _kernel(C, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    _expect_costs(cost)
     cost, n = cost.contiguous(), cost.shape[0]
     value = torch.empty(steps + 1, n, dtype=torch.float64)
     parent = torch.empty(steps + 1, n, dtype=torch.int64)
-    C.bellman(cost.data_ptr(), n, steps, value.data_ptr(), parent.data_ptr())
+    bad = C.bellman(cost.data_ptr(), n, steps, value.data_ptr(), parent.data_ptr())
+    if bad >= 0:
+        _refuse(cost, *divmod(bad, n))
     return value, parent
 
 
 def _reference(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    _expect_costs(cost)
+    bad = (~(cost > -torch.inf)).triu(1)
+    if bool(bad.any()):
+        _refuse(cost, *bad.nonzero()[0].tolist())
     return reference.bellman(cost, steps)
 
 

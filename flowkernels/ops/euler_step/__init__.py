@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, LIBRARY, is_transformed, register
+from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, is_transformed, register
 from flowkernels.ops.euler_step import reference
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -67,7 +67,11 @@ def euler_step(
         new = reference.euler_step(x, v, h, v_uncond, guidance)
         return (new, new.to(low)) if wants_low else new
     if out is None and not isinstance(low, Tensor):
-        new, copy = torch.ops.flowkernels.euler_step(x, v, h, v_uncond, guidance, low)
+        if (C := direct("euler_step", x, v, v_uncond)) is not None:
+            new, copy = torch.empty_like(x), torch.empty_like(x, dtype=low) if wants_low else None
+            _launch(C, x, v, h, v_uncond, guidance, new, copy)
+        else:
+            new, copy = torch.ops.flowkernels.euler_step(x, v, h, v_uncond, guidance, low)
         return (new, copy) if wants_low else new
 
     if out is None:
@@ -79,8 +83,17 @@ def euler_step(
     if torch.is_grad_enabled():
         for name, t in (("x", x), ("v", v), ("v_uncond", v_uncond), ("out", out), ("low", low)):
             expect(t is None or not t.requires_grad, name, "no gradient with out= or a tensor low=", "requires_grad")
-    torch.ops.flowkernels.euler_step_out(x, v, h, v_uncond, guidance, out, low)
+    step_into(x, v, h, v_uncond, guidance, out, low)
     return (out, low) if wants_low else out
+
+
+def step_into(x, v, h, v_uncond, guidance, out, low=None) -> Tensor:
+    """`euler_step` with `out`, of arguments that have been checked: for the inner loops of the stages."""
+    if (C := direct("euler_step_out", x, v, v_uncond, out, low)) is not None:
+        _kernel_out(C, x, v, h, v_uncond, guidance, out, low)
+    else:
+        torch.ops.flowkernels.euler_step_out(x, v, h, v_uncond, guidance, out, low)
+    return out
 
 
 def _match(t: Tensor, name: str, x: Tensor) -> None:
@@ -88,29 +101,39 @@ def _match(t: Tensor, name: str, x: Tensor) -> None:
         expect(False, name, f"x's shape {list(x.shape)} on {x.device}", t)
 
 
-def _kernel_out(C, x, v, h, v_uncond, guidance, out, low) -> None:
+def _contiguous(*tensors: Tensor | None) -> bool:
+    for t in tensors:  # noqa: SIM110, a generator takes half a microsecond more
+        if t is not None and not t.is_contiguous():
+            return False
+    return True
+
+
+def _launch(C, x, v, h, v_uncond, guidance, out, low) -> None:
     """Elementwise on memory in storage order, where all tensors share one dense layout; on contiguous copies else."""
-    tensors = [t for t in (x, v, v_uncond, out, low) if t is not None]
-    if not all(t.is_contiguous() for t in tensors):
+    if not _contiguous(x, v, v_uncond, out, low):
         strides = x.stride()
         dense = torch.empty_like(x).stride() == strides  # empty_like keeps the strides of dense tensors only
-        if not dense or any(t.stride() != strides for t in tensors):
+        if not dense or any(t is not None and t.stride() != strides for t in (v, v_uncond, out, low)):
             to, copy = torch.empty(x.shape, dtype=x.dtype), None
             if low is not None:
                 copy = torch.empty(x.shape, dtype=low.dtype)
             u = None if v_uncond is None else v_uncond.contiguous()
-            _kernel_out(C, x.contiguous(), v.contiguous(), h, u, guidance, to, copy)
+            _launch(C, x.contiguous(), v.contiguous(), h, u, guidance, to, copy)
             out.copy_(to)
             if low is not None:
                 low.copy_(copy)
             return
-    C.euler_step(
-        *(x.data_ptr(), v.data_ptr(), 0 if v_uncond is None else v_uncond.data_ptr(), out.data_ptr()),
-        *(0 if low is None else low.data_ptr(), DTYPE_CODES[x.dtype], DTYPE_CODES[v.dtype]),
-        *(0 if low is None else DTYPE_CODES[low.dtype], x.numel(), h, guidance, torch.get_num_threads()),
-    )
+    u_ptr = 0 if v_uncond is None else v_uncond.data_ptr()
+    low_ptr, low_code = (0, 0) if low is None else (low.data_ptr(), DTYPE_CODES[low.dtype])
+    pointers = x.data_ptr(), v.data_ptr(), u_ptr, out.data_ptr(), low_ptr
+    codes = DTYPE_CODES[x.dtype], DTYPE_CODES[v.dtype], low_code
+    C.euler_step(*pointers, *codes, x.numel(), h, guidance, torch.get_num_threads())
+
+
+def _kernel_out(C, x, v, h, v_uncond, guidance, out, low) -> None:
+    _launch(C, x, v, h, v_uncond, guidance, out, low)
     # autograd must see that these were written, as it does for torch's own operations
-    torch.autograd.graph.increment_version([t for t in (out, low) if t is not None])
+    torch.autograd.graph.increment_version(out if low is None else [out, low])
 
 
 def _reference_out(x, v, h, v_uncond, guidance, out, low) -> None:
@@ -126,7 +149,7 @@ def _empty(x: Tensor, low: torch.dtype | None) -> tuple[Tensor, Tensor]:
 
 def _kernel(C, x, v, h, v_uncond, guidance, low) -> tuple[Tensor, Tensor]:
     new, copy = _empty(x, low)
-    _kernel_out(C, x, v, h, v_uncond, guidance, new, None if low is None else copy)
+    _launch(C, x, v, h, v_uncond, guidance, new, None if low is None else copy)
     return new, copy
 
 

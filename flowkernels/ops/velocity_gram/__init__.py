@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import FLOATS, expect, expect_tensor, expect_times
-from flowkernels.ops._library import DTYPE_CODES, register
+from flowkernels.ops._library import DTYPE_CODES, direct, register
 from flowkernels.ops.velocity_gram import reference
 
 
@@ -35,7 +35,7 @@ def velocity_gram(v: Tensor, *, x: Tensor | None = None, times: Tensor | None = 
     expect(v.dim() >= 2 and v.shape[0] >= 1, "v", "shape [K, n, *shape] with K >= 1", v)
     if x is None:
         expect(times is None, "times", "None without x", times)
-        return torch.ops.flowkernels.velocity_gram(v.detach(), None, None)
+        return _dispatch(v.detach(), None, None)
     expect_tensor(x, "x", FLOATS)
     wanted = [v.shape[0] + 1, *v.shape[1:]]
     expect(list(x.shape) == wanted, "x", f"shape {wanted} (one state more than velocities)", x)
@@ -45,7 +45,13 @@ def velocity_gram(v: Tensor, *, x: Tensor | None = None, times: Tensor | None = 
     expect(len(t) == len(x), "times", f"{len(x)} knots, one for each state", f"{len(t)}")
     wide = torch.float64 in (v.dtype, x.dtype)
     x = x.to(torch.float64 if wide else torch.float32)
-    return torch.ops.flowkernels.velocity_gram((v.double() if wide else v).detach(), x.detach(), t)
+    return _dispatch((v.double() if wide else v).detach(), x.detach(), t)
+
+
+def _dispatch(v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
+    if (C := direct("velocity_gram", v, x)) is not None:
+        return _kernel(C, v, x, times)
+    return torch.ops.flowkernels.velocity_gram(v, x, times)
 
 
 def _rows(t: Tensor, order: list[int]) -> Tensor:
@@ -55,18 +61,22 @@ def _rows(t: Tensor, order: list[int]) -> Tensor:
 
 
 def _kernel(C, v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
-    # columns may come in any order, as long as every row has the same
-    order = sorted(range(1, v.dim()), key=lambda d: -v.stride(d))
-    v = _rows(v, order)
-    K, M = v.shape
+    if v.is_contiguous() and (x is None or x.is_contiguous()):
+        K, states = v.shape[0], x
+        M = v.numel() // K
+        v_stride = x_stride = M
+    else:  # columns may come in any order, as long as every row has the same
+        order = sorted(range(1, v.dim()), key=lambda d: -v.stride(d))
+        v, states = _rows(v, order), None if x is None else _rows(x, order)
+        (K, M), v_stride = v.shape, v.stride(0)
+        x_stride = 0 if x is None else states.stride(0)
     size = K - 1 if x is None else 2 * K - 1
     gram = torch.zeros(size, size, dtype=torch.float64)
     if size == 0 or M == 0:
         return gram
-    states = None if x is None else _rows(x, order)
     C.velocity_gram(
-        *(v.data_ptr(), DTYPE_CODES[v.dtype], K, M, v.stride(0)),
-        *((0, 0, 0) if states is None else (states.data_ptr(), states.stride(0), times.data_ptr())),
+        *(v.data_ptr(), DTYPE_CODES[v.dtype], K, M, v_stride),
+        *((0, 0, 0) if x is None else (states.data_ptr(), x_stride, times.data_ptr())),
         *(gram.data_ptr(), torch.get_num_threads()),
     )
     return gram

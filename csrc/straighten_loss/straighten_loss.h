@@ -1,0 +1,32 @@
+// Straightening loss and its gradient: e_b = v_b - (x_b - x_a) / h, with x_a, x_b gathered from a bank by index.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace fk {
+
+struct StraightenLossArgs {
+  const void* v;             // [B, D] velocities: f32, bf16 or f16 with an f32 bank, f64 with an f64 bank
+  const void* bank;          // [knots, samples, D] states, f32 or f64
+  const double* step_sizes;  // [knots - 1]
+  const int64_t* interval;   // [B], 0 .. knots - 2
+  const int64_t* sample;     // [B], 0 .. samples - 1
+  const double* weight;      // [B] factors on the samples' losses, or null: all 1
+  double huber_c;            // > 0: sqrt(|e|^2 / D + c^2) - c; 0: |e|^2 / D
+  Dtype v_type, bank_type;
+  int64_t knots, samples, B, D;
+  double* loss;          // [1] out: mean over b of weight * loss
+  double* per_sample;    // [B] out, unweighted
+  double* per_interval;  // [knots - 1] out: mean of the samples' losses, NaN where there are none
+  void* gradient;        // [B, D] out, of v's type: of loss with respect to v; or null
+  int threads;
+};
+
+// Returns the first b whose interval or sample is out of range, and nothing is written then; else -1.
+using straighten_loss_fn = int64_t(const StraightenLossArgs&);
+FK_DECLARE(straighten_loss_fn, straighten_loss)
+
+}  // namespace fk

@@ -1,0 +1,168 @@
+"""The update of a linear multistep sampler, in one pass over its velocities."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import expect, expect_number, expect_tensor
+from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, is_transformed, register
+from flowkernels.ops.linear_update import reference
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def linear_update(
+    x: Tensor,
+    v: Sequence[Tensor],
+    b: Sequence[float],
+    *,
+    out: Tensor | None = None,
+    low: torch.dtype | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`x + sum_i b_i v_i`, every term read once and the sum kept in registers.
+
+    Args:
+        x: state, any shape, float32 or float64.
+        v: one or more velocities of x's shape and one dtype: float32, bfloat16 or float16; float64 only with a
+            float64 state.
+        b: as many coefficients, in units of time.
+        out: where the new state goes. `out=x` updates in place; None allocates. Other overlap with an input is
+            undefined.
+        low: bfloat16 or float16 for a second output, the new state rounded for the next model call; or a tensor of
+            that dtype and x's shape to write it to.
+
+    Tensors that are not contiguous are copied first. Inside torch.func's transforms and forward-mode differentiation
+    it runs as plain torch.
+
+    Returns:
+        The new state, in x's dtype; with `low`, the pair (state, copy). Differentiable in x and v unless `out` or a
+        tensor `low` is given; asking for both raises.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: a linear multistep method written from its first state, `x_{k+1} = x_0 + sum_{i<=k} b_{k,i} v_i`.
+    """
+    expect_tensor(x, "x", (torch.float32, torch.float64))
+    v, b = list(v), list(b)
+    expect(len(v) > 0, "v", "at least one velocity", "none")
+    expect(len(v) == len(b), "b", f"{len(v)} coefficients, one for each velocity", f"{len(b)}")
+    allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *_LOW)
+    for i, (term, factor) in enumerate(zip(v, b, strict=True)):
+        expect_tensor(term, f"v[{i}]", allowed if i == 0 else (v[0].dtype,))
+        _match(term, f"v[{i}]", x)
+        expect_number(factor, f"b[{i}]")
+    wants_low = low is not None
+    if isinstance(low, Tensor):
+        expect_tensor(low, "low", _LOW)
+        _match(low, "low", x)
+    elif wants_low:
+        expect(low in _LOW, "low", "torch.bfloat16, torch.float16 or a tensor of one of them", low, TypeError)
+
+    if is_transformed():
+        written = out is not None or isinstance(low, Tensor)
+        expect(not written, "out", "None, and low a dtype, inside torch.func's transforms", "a tensor to write to")
+        new = reference.linear_update(x, v, b)
+        return (new, new.to(low)) if wants_low else new
+    if out is None and not isinstance(low, Tensor):
+        if (C := direct("linear_update", x, *v)) is not None:
+            new, copy = _empty(x), _empty(x, low) if wants_low else None
+            _launch(C, x, v, b, new, copy)
+        else:
+            new, copy = torch.ops.flowkernels.linear_update(x, v, b, low)
+        return (new, copy) if wants_low else new
+
+    out = _empty(x) if out is None else out
+    expect_tensor(out, "out", (x.dtype,))
+    _match(out, "out", x)
+    if wants_low and not isinstance(low, Tensor):
+        low = _empty(x, low)
+    if torch.is_grad_enabled():
+        named = [("x", x), ("out", out), ("low", low), *((f"v[{i}]", term) for i, term in enumerate(v))]
+        for name, t in named:
+            expect(t is None or not t.requires_grad, name, "no gradient with out= or a tensor low=", "requires_grad")
+    if (C := direct("linear_update_out", x, *v, out, low)) is not None:
+        _kernel_out(C, x, v, b, out, low)
+    else:
+        torch.ops.flowkernels.linear_update_out(x, v, b, out, low)
+    return (out, low) if wants_low else out
+
+
+def _match(t: Tensor, name: str, x: Tensor) -> None:
+    if t.shape != x.shape or t.device != x.device:
+        expect(False, name, f"x's shape {list(x.shape)} on {x.device}", t)
+
+
+def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous, as the kernel writes."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _launch(C, x, v, b, out, low) -> None:
+    x, v = x.contiguous(), [t.contiguous() for t in v]
+    to = out if out.is_contiguous() else _empty(out)
+    copy = low if low is None or low.is_contiguous() else _empty(low)
+    copy_ptr, copy_code = (0, 0) if copy is None else (copy.data_ptr(), DTYPE_CODES[copy.dtype])
+    codes = DTYPE_CODES[x.dtype], DTYPE_CODES[v[0].dtype], copy_code
+    pointers = x.data_ptr(), [t.data_ptr() for t in v], b, to.data_ptr(), copy_ptr
+    C.linear_update(*pointers, *codes, x.numel(), torch.get_num_threads())
+    if to is not out:
+        out.copy_(to)
+    if copy is not low:
+        low.copy_(copy)
+
+
+def _kernel_out(C, x, v, b, out, low) -> None:
+    _launch(C, x, v, b, out, low)
+    torch.autograd.graph.increment_version(out if low is None else [out, low])
+
+
+def _kernel(C, x, v, b, low) -> tuple[Tensor, Tensor]:
+    new, copy = _fake(x, v, b, low)
+    _launch(C, x, v, b, new, None if low is None else copy)
+    return new, copy
+
+
+def _reference(x, v, b, low) -> tuple[Tensor, Tensor]:
+    new, copy = _fake(x, v, b, low)
+    new.copy_(reference.linear_update(x, v, b))
+    return new, copy if low is None else copy.copy_(new)
+
+
+def _reference_out(x, v, b, out, low) -> None:
+    out.copy_(reference.linear_update(x, v, b))
+    if low is not None:
+        low.copy_(out)
+
+
+def _fake(x, v, b, low) -> tuple[Tensor, Tensor]:
+    return _empty(x), x.new_empty(0) if low is None else _empty(x, low)
+
+
+def _fake_out(x, v, b, out, low) -> None:
+    return None
+
+
+register("linear_update(Tensor x, Tensor[] v, float[] b, ScalarType? low) -> (Tensor, Tensor)",
+         _kernel, _reference, _fake)  # fmt: skip
+register("linear_update_out(Tensor x, Tensor[] v, float[] b, Tensor(a!) out, Tensor(b!)? low) -> ()",
+         _kernel_out, _reference_out, _fake_out)  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, v, ctx.b, _ = inputs
+    ctx.dtypes = [t.dtype for t in v]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_low):
+    if grad_low is not None and grad_low.numel():
+        low = grad_low.to(grad.dtype if grad is not None else torch.float32)
+        grad = low if grad is None else grad + low
+    if grad is None:
+        return (None,) * 4
+    return grad, [(grad * b).to(dtype) for b, dtype in zip(ctx.b, ctx.dtypes, strict=True)], None, None
+
+
+torch.library.register_autograd("flowkernels::linear_update", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -1,0 +1,11 @@
+"""`linear_update` in plain torch."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def linear_update(x: Tensor, v: Sequence[Tensor], b: Sequence[float]) -> Tensor:
+    for term, factor in zip(v, b, strict=True):
+        x = x + factor * term.to(x.dtype)
+    return x

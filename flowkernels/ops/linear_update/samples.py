@@ -1,0 +1,62 @@
+"""Sample inputs of `linear_update` and the error allowed on them, for its tests and its benchmark."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops.linear_update import reference
+
+
+def sample_inputs() -> Iterator[Sample]:
+    """Numbers of terms from one, sizes around the vectors and the four of them that are summed at once."""
+    f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    g = torch.Generator().manual_seed(0)
+
+    def sample(shape, terms, v_dtype, low=None, layout="contiguous"):
+        x, *v = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(terms + 1))
+        x = arrange(x.to(f64 if v_dtype == f64 else f32), layout)
+        v = [arrange(t.to(v_dtype), layout) for t in v]
+        b = torch.randn(terms, generator=g, dtype=torch.float64).tolist()
+        name = f"{'x'.join(map(str, shape)) or 'scalar'}-terms{terms}-{str(v_dtype)[6:]}"
+        name += "" if layout == "contiguous" else f"-{layout}"
+        name += "" if low is None else f"-low_{str(low)[6:]}"
+        return Sample(name, (x, v, b), {} if low is None else dict(low=low))
+
+    for shape, terms in [((), 1), ((0,), 2), ((1,), 16), ((3, 0), 1), ((17,), 1), ((15,), 3), ((63,), 4), ((64,), 1)]:
+        yield sample(shape, terms, f32)
+    for shape, terms in [((65,), 2), ((127,), 5), ((2, 3, 7, 5), 8), ((16385,), 3), ((5, 6561), 16), ((129,), 40)]:
+        yield sample(shape, terms, f32)
+    for v_dtype in (f64, bf16, f16):
+        yield sample((5, 13), 3, v_dtype)
+        yield sample((67,), 4, v_dtype, low=bf16)
+        yield sample((129,), 2, v_dtype, low=f16)
+    for layout in ("misaligned", "sliced", "permuted", "channels_last", "expanded"):
+        yield sample((2, 3, 5, 7), 3, f32, bf16, layout)
+    yield sample((2, 3, 5, 7), 3, bf16, bf16, "channels_last")
+
+
+def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """The largest error of the new state against float64, and the largest allowed, relative to |x| + sum |b_i v_i|.
+
+    Allowed: twice the error of the reference in the same dtype, plus 2 ulp: a coefficient, its product and its sum
+    round to half an ulp each, and errors of many terms average out. The low-precision copy is to be the new state,
+    rounded: anything else is an infinite error.
+    """
+    x, v, b = sample.args
+    low = sample.kwargs.get("low")
+    state, copy = got if low is not None else (got, None)
+    if copy is not None and not torch.equal(copy, state.to(low)):
+        return math.inf, 0.0
+    if x.numel() == 0:
+        return 0.0, 0.0
+    truth = reference.linear_update(x.double(), v, b)
+    scale = reference.linear_update(x.double().abs(), [t.abs() for t in v], [abs(factor) for factor in b])
+
+    def error(new):
+        worst = ((new - truth).abs() / scale.clamp(min=torch.finfo(torch.float64).tiny)).max().item()
+        return worst if worst == worst else math.inf
+
+    return error(state), 2 * error(reference.linear_update(x, v, b)) + 2 * torch.finfo(x.dtype).eps

@@ -1,0 +1,75 @@
+"""Sample inputs of `segment_points` and the error allowed on them, for its tests and its benchmark."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops.segment_points import reference
+
+
+def places(knots: int, n: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random intervals and samples, `[batch]` each."""
+    return torch.randint(knots - 1, (batch,), generator=generator), torch.randint(n, (batch,), generator=generator)
+
+
+def sample_inputs() -> Iterator[Sample]:
+    """Features around the vectors and the 16,384 elements of a block; repeated places; no u, and u at both ends."""
+    f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    g = torch.Generator().manual_seed(0)
+
+    def sample(shape, batch, u=None, dtype=None, bank_dtype=f32, layout="contiguous"):
+        bank = arrange(torch.randn(shape, generator=g, dtype=torch.float64).to(bank_dtype), layout)
+        interval, s = places(shape[0], max(shape[1], 1), batch, g)
+        where = None if u is None else torch.rand(batch, generator=g, dtype=torch.float64).to(u)
+        if where is not None and batch > 2:
+            where[0], where[1] = 0, 1
+        name = f"{'x'.join(map(str, shape))}-batch{batch}-{str(bank_dtype)[6:]}-u_{str(u)[6:] or 'none'}"
+        name += "" if dtype is None else f"-to_{str(dtype)[6:]}"
+        name += "" if layout == "contiguous" else f"-{layout}"
+        return Sample(name, (bank, interval, s, where), {} if dtype is None else dict(dtype=dtype))
+
+    for shape, batch in [((2, 1, 1), 1), ((3, 2, 0), 4), ((3, 2, 5), 0), ((4, 3, 15), 5), ((5, 4, 16), 7)]:
+        yield sample(shape, batch)
+        yield sample(shape, batch, f32)
+    for shape, batch in [((3, 5, 2, 3, 3), 40), ((3, 2, 16383), 2), ((3, 2, 16385), 3), ((2, 2, 33000), 1)]:
+        yield sample(shape, batch, f32)
+    yield sample((5, 7, 3, 8, 8), 33, f64)
+    for dtype in (bf16, f16):
+        yield sample((4, 3, 37), 6, f32, dtype)
+        yield sample((4, 3, 64), 6, None, dtype)
+        yield sample((4, 3, 37), 6, dtype, dtype, f64)
+    yield sample((4, 3, 37), 6, f64, None, f64)
+    for layout in ("misaligned", "sliced", "permuted", "expanded"):
+        yield sample((4, 3, 5, 7), 9, f32, layout=layout)
+
+
+def error_and_bound(sample: Sample, got: Tensor) -> tuple[float, float]:
+    """The largest error against float64, and the largest allowed, relative to `|x_a| + u (|x_a| + |x_b|)`.
+
+    Allowed: twice the error of the reference in the same dtype, plus 2 ulp of the bank's dtype: u, the difference, the
+    product and the sum round to half an ulp each. A result of lower precision adds half an ulp of its own, and in
+    float16 half a step of its smallest numbers.
+    """
+    bank, interval, s, u = sample.args
+    dtype = sample.kwargs.get("dtype") or bank.dtype
+    if got.dtype != dtype or not got.is_contiguous():
+        return math.inf, 0.0
+    if got.numel() == 0:
+        return 0.0, 0.0
+    truth = reference.segment_points(bank.double(), interval, s, None if u is None else u.double())
+    a, b = bank[interval, s].double().abs(), bank[interval + 1, s].double().abs()
+    scale = a if u is None else a + u.double().view(-1, *[1] * (a.dim() - 1)) * (a + b)
+    scale = scale.clamp(min=torch.finfo(torch.float64).tiny)
+
+    def error(x):
+        worst = ((x.double() - truth).abs() / scale).max().item()
+        return worst if worst == worst else math.inf
+
+    bound = 2 * error(reference.segment_points(bank, interval, s, u)) + 2 * torch.finfo(bank.dtype).eps
+    if dtype != bank.dtype:
+        step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        bound += torch.finfo(dtype).eps / 2 + (step / 2 / scale).max().item()
+    return error(got), bound

@@ -1,0 +1,160 @@
+"""The straightening loss, its gradient in the same pass, and the losses of samples and intervals."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import expect, expect_tensor, expect_values
+from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, is_transformed, register
+from flowkernels.ops.segment_points import expect_bank, refuse_place
+from flowkernels.ops.segment_points.reference import expect_places
+from flowkernels.ops.straighten_loss import reference
+
+
+class StraightenLoss(NamedTuple):
+    """loss: mean over samples of weight * loss, differentiable in v. per_sample: `[B]`, unweighted. per_interval:
+    `[N]`, the mean of its samples' losses, NaN where none was drawn. All in the bank's dtype."""
+
+    loss: Tensor
+    per_sample: Tensor
+    per_interval: Tensor
+
+
+def straighten_loss(
+    v: Tensor,
+    bank: Tensor,
+    step_sizes: Tensor,
+    interval: Tensor,
+    sample: Tensor,
+    *,
+    weight: Tensor | None = None,
+    loss: str = "l2",
+    huber_c: float = 0.03,
+) -> StraightenLoss:
+    """How far a student's velocities are from the straight line between the teacher's states at two knots.
+
+    With `x_a = bank[i, s]`, `x_b = bank[i+1, s]` and `e = v - (x_b - x_a) / h_i`, the loss of a sample is `|e|^2 / D`,
+    or pseudo-Huber `sqrt(|e|^2 / D + c^2) - c`; D is the number of features, so that the learning rate does not depend
+    on it. Neither the states nor the target are materialised: they are gathered as the error is summed, and where v
+    needs a gradient it is written in the same pass.
+
+    Args:
+        v: the student's velocities `[B, *shape]`, float32, bfloat16 or float16 (float64 with a float64 bank).
+        bank: the teacher's states at the knots `[N+1, n, *shape]`, float32 or float64; copied first unless contiguous,
+            and so is v.
+        step_sizes: h, `[N]`, floating point.
+        interval: i, int64 `[B]`, 0..N-1. sample: s, int64 `[B]`, 0..n-1.
+        weight: factors on the samples' losses, floating point `[B]`; None weighs all alike.
+        loss: "l2" or "huber". huber_c: the constant c of the latter, > 0.
+
+    Inside torch.func's transforms and forward-mode differentiation it runs as plain torch.
+
+    Returns:
+        StraightenLoss(loss, per_sample, per_interval); only `loss` has a gradient, and only in v.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; for an index outside the bank also
+        its place.
+
+    Source: BOSS (arXiv 2312.16414), straightening; pseudo-Huber as in Song & Dhariwal 2023 (arXiv 2310.14189),
+    equation 7, on the mean over features.
+    """
+    expect_bank(bank, interval, sample)
+    wide = bank.dtype == torch.float64
+    expect_tensor(v, "v", (torch.float64,) if wide else (torch.float32, torch.bfloat16, torch.float16))
+    wanted = [len(interval), *bank.shape[2:]]
+    expect(list(v.shape) == wanted and v.device == bank.device, "v", f"shape {wanted} on {bank.device}", v)
+    for name, t, length in (("step_sizes", step_sizes, len(bank) - 1), ("weight", weight, len(interval))):
+        if t is not None or name == "step_sizes":
+            expect_values(t, name, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
+            expect(t.shape == (length,) and t.device == v.device, name, f"shape [{length}] on {v.device}", t)
+    expect(loss in ("l2", "huber"), "loss", "'l2' or 'huber'", loss)
+    expect(loss == "l2" or huber_c > 0, "huber_c", "a positive number", huber_c)
+    c = float(huber_c) if loss == "huber" else 0.0
+
+    bank, step_sizes = bank.detach(), step_sizes.detach()
+    weight = None if weight is None else weight.detach()
+    if is_transformed():
+        return StraightenLoss(*reference.straighten_loss(v, bank, step_sizes, interval, sample, weight, c))
+    args = (v, bank, step_sizes, interval, sample, weight, c)
+    gradient = torch.is_grad_enabled() and v.requires_grad
+    if (C := direct("straighten_loss", *args[:-1], gradient=True)) is not None:
+        return StraightenLoss(*(_Direct.apply(C, *args) if gradient else _kernel(C, *args, False)[:3]))
+    return StraightenLoss(*torch.ops.flowkernels.straighten_loss(*args, gradient)[:3])
+
+
+def _kernel(C, v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
+    v, bank, interval, sample = (t.contiguous() for t in (v, bank, interval, sample))
+    step_sizes = step_sizes.double().contiguous()
+    weight = None if weight is None else weight.double().contiguous()
+    knots, n = bank.shape[:2]
+    B, D = len(v), math.prod(v.shape[1:])
+    results = torch.empty(1 + B + knots - 1, dtype=torch.float64)
+    loss, each, intervals = results.split([1, B, knots - 1])
+    grad = torch.empty_like(v) if gradient else v.new_empty(0)
+    bad = C.straighten_loss(
+        *(t.data_ptr() for t in (v, bank, step_sizes, interval, sample)),
+        *(0 if weight is None else weight.data_ptr(), huber_c, DTYPE_CODES[v.dtype], DTYPE_CODES[bank.dtype]),
+        *(knots, n, B, D, loss.data_ptr(), each.data_ptr(), intervals.data_ptr()),
+        *(grad.data_ptr() if gradient else 0, torch.get_num_threads()),
+    )
+    refuse_place(bad, bank, interval, sample)
+    if bank.dtype == torch.float64:  # apart: outputs of an op may not share memory
+        return loss.clone().view(()), each.clone(), intervals.clone(), grad
+    return loss.float().view(()), each.float(), intervals.float(), grad
+
+
+def _reference(v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
+    refuse_place(expect_places(interval, sample, bank), bank, interval, sample)
+    args = (v, bank, step_sizes, interval, sample, weight, huber_c)
+    grad = reference.gradient(*args).contiguous() if gradient else v.new_empty(0)
+    return (*reference.straighten_loss(*args), grad)
+
+
+def _fake(v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
+    grad = torch.empty_like(v, memory_format=torch.contiguous_format) if gradient else v.new_empty(0)
+    return bank.new_empty(()), bank.new_empty(len(v)), bank.new_empty(len(bank) - 1), grad
+
+
+register(
+    "straighten_loss(Tensor v, Tensor bank, Tensor step_sizes, Tensor interval, Tensor sample, Tensor? weight, "
+    "float huber_c, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)",
+    _kernel,
+    _reference,
+    _fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[3])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+class _Direct(torch.autograd.Function):
+    """The kernel with its gradient, past the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, C, *args):
+        loss, each, intervals, gradient = _kernel(C, *args, True)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(each, intervals)
+        ctx.set_materialize_grads(False)
+        return loss, each, intervals
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return (None, *_backward(ctx, *grads)[:-1])
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 8
+    (gradient,) = ctx.saved_tensors
+    unit = not torch.compiler.is_compiling() and type(grad) is Tensor and grad.is_cpu and grad.item() == 1
+    return (gradient if unit else gradient * grad.to(gradient.dtype), *(None,) * 7)
+
+
+torch.library.register_autograd("flowkernels::straighten_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
