@@ -1,6 +1,8 @@
 """Builds flowkernels._C with CMake and Ninja; the rest of the metadata is in pyproject.toml."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 MINIMUM_CMAKE = (3, 24)
+BENCH = (ROOT / "flowkernels/bench.py").read_text()
+ENTRIES = ast.literal_eval(re.search(r"^ENTRIES = (\(.*?\))$", BENCH, re.DOTALL | re.MULTILINE)[1])
 
 
 def cmake() -> str:
@@ -54,7 +58,7 @@ class CMakeBuild(build_ext):
 
 
 class BuildPy(build_py):
-    """Adds the fashion checkpoint, which lives beside the script that trains it, to the package's data."""
+    """Adds what lives in benchmarks/: the fashion checkpoint, beside the script that trains it, and the suite."""
 
     def run(self):
         super().run()
@@ -62,6 +66,10 @@ class BuildPy(build_py):
             target = Path(self.build_lib, "flowkernels", "data")
             self.mkpath(str(target))
             self.copy_file(str(ROOT / "benchmarks/fashion/fashion.safetensors"), str(target / "fashion.safetensors"))
+            suite = Path(self.build_lib, "flowkernels", "_benchmarks")
+            self.mkpath(str(suite))
+            for name in ("__init__", *ENTRIES):
+                self.copy_file(str(ROOT / f"benchmarks/{name}.py"), str(suite / f"{name}.py"))
 
 
 setup(ext_modules=[Extension("flowkernels._C", [])], cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy})

@@ -3,7 +3,9 @@
 #include <pybind11/stl.h>
 
 #include "bellman/bellman.h"
+#include "ceilings/ceilings.h"
 #include "common/isa.h"
+#include "common/memory.h"
 #include "common/threads.h"
 #include "euler_step/euler_step.h"
 #include "linear_update/linear_update.h"
@@ -22,6 +24,7 @@ static T* at(Address a) {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return fk::isa_name(fk::isa()); });
   m.def("thread_runtime", &fk::thread_runtime);
+  m.def("advise_large_pages", [](Address p, size_t bytes) { fk::advise_large_pages(at(p), bytes); });
 
   m.def(
       "velocity_gram",
@@ -77,6 +80,21 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                            at<int64_t>(sample), at<double>(weight), huber_c, fk::Dtype(v_type),
                                            fk::Dtype(bank_type), knots, samples, B, D, at<double>(loss),
                                            at<double>(per_sample), at<double>(per_interval), at(gradient), threads});
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "multiply_adds",
+      [](int64_t rounds, int threads) {
+        float sink;
+        return FK_SELECT(multiply_adds)(rounds, threads, &sink);
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "triad",
+      [](Address a, Address b, float s, Address out, int64_t n, int threads) {
+        FK_SELECT(triad)(at<float>(a), at<float>(b), s, at<float>(out), n, threads);
       },
       py::call_guard<py::gil_scoped_release>());
 }

@@ -69,7 +69,7 @@ def expect_times(times, name: str) -> Tensor:
     """Times as float64 on the CPU: strictly increasing from 0 to 1. An integer K means K uniform steps."""
     if isinstance(times, numbers.Integral) and not isinstance(times, bool):  # numpy's integers too
         expect(times >= 1, name, "at least 1 step", times)
-        return torch.linspace(0, 1, int(times) + 1, dtype=torch.float64)
+        return torch.linspace(0, 1, int(times) + 1, dtype=torch.float64, device="cpu")
     try:
         t = torch.as_tensor(times, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from flowkernels._checks import expect, expect_noise, expect_positive_int, expect_times
 from flowkernels._files import whole_file
 from flowkernels._version import __version__
+from flowkernels.ops._library import fresh
 from flowkernels.ops.euler_step.reference import guided
 from flowkernels.rollout import euler, expect_finite_flow, initial_state
 from flowkernels.schedule import Schedule, StepCost, bellman, expect_steps
@@ -188,7 +189,7 @@ def calibrate(
             for i, (x, v, v_uncond, w) in enumerate(flow):
                 v = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
                 if velocities is None:
-                    velocities = torch.empty(K, chunk, *v.shape[1:], dtype=v.dtype, device=v.device)
+                    velocities = fresh(torch.empty(K, chunk, *v.shape[1:], dtype=v.dtype, device=v.device))
                 velocities[i, : len(x)] = v
                 bar.update()
             chunk_v = velocities[:, : len(x)]

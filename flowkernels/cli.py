@@ -1,4 +1,4 @@
-"""The `flowkernels` command: demo, calibrate, straighten, sample and info."""
+"""The `flowkernels` command: demo, calibrate, straighten, sample, bench and info."""
 
 import argparse
 import importlib
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels import backends, demo, ops
+from flowkernels import backends, bench, demo, ops
 from flowkernels._files import whole_file
 from flowkernels.models import BUNDLED, save_network
 from flowkernels.velocity_field import VelocityField, parameter_hash
@@ -40,14 +40,16 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (default: sys.argv) and return its exit code: 0, 2 on bad input, 130 on Ctrl-C."""
+    """Run the command line `argv` (default: sys.argv) and return its exit code.
+
+    0; 1 if a benchmark failed or its gate was red; 2 on bad input; 130 on Ctrl-C.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_: print(f"flowkernels: warning: {message}", file=sys.stderr)
         try:
             args = _parser().parse_args(argv)
-            args.command(args)
-            return 0
+            return args.command(args) or 0
         except KeyboardInterrupt:
             print("flowkernels: interrupted", file=sys.stderr)
             return 130
@@ -120,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_positive, required=True, help="number of steps N")
     add("--chunk", type=_positive, help="samples drawn at once; all if not given")
     add("--out", type=Path, required=True, help=f"file to write: {', '.join(SAMPLE_FORMATS)}")
+
+    bench.add_arguments(command("bench", bench.run, "Time the kernels and their peers, side by side."))
 
     add = command("info", _info, "Versions, hardware, and which op has which backend or why not.")
     add("--json", action="store_true", help="as JSON")

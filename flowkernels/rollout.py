@@ -8,7 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels._checks import expect, expect_noise, expect_times
-from flowkernels.ops.euler_step import step_into
+from flowkernels.ops._library import fresh
+from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.euler_step.reference import guided
 from flowkernels.velocity_field import evaluate, warn_if_training
 
@@ -40,11 +41,12 @@ def euler(
     """
     t = times.tolist()
     x = x.clone(memory_format=torch.contiguous_format) if out is None else out[0].copy_(x)
+    step = stepper(x)
     for i in range(len(t) - 1):
         v, v_uncond, w = evaluate(velocity, x, t[i])
         if out is None:  # a velocity that is a view of the state would change with it
             v, v_uncond = (_apart(part, x) for part in (v, v_uncond))
-        x = step_into(x, v, t[i + 1] - t[i], v_uncond, w, x if out is None else out[i + 1])
+        x = step(x, v, t[i + 1] - t[i], v_uncond, w, x if out is None else out[i + 1])
         yield x, v, v_uncond, w
 
 
@@ -97,13 +99,13 @@ def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, pr
     x0 = initial_state(expect_noise(noise))
     warn_if_training(velocity)
     K = len(times) - 1
-    states = torch.empty(K + 1, *noise.shape, dtype=x0.dtype, device=x0.device)
+    states = fresh(torch.empty(K + 1, *noise.shape, dtype=x0.dtype, device=x0.device))
     velocities = None
     steps = enumerate(euler(velocity, x0, times, out=states))
     for i, (_, v, v_uncond, w) in tqdm(steps, "rollout", K, disable=not progress, leave=False):
         v = v if v_uncond is None else guided(v, v_uncond, w, x0.dtype)
         if velocities is None:
-            velocities = torch.empty(K, *v.shape, dtype=v.dtype, device=v.device)
+            velocities = fresh(torch.empty(K, *v.shape, dtype=v.dtype, device=v.device))
         velocities[i] = v
     expect_finite_flow(states[-1], velocities, times)
     return Trajectory(times, states, velocities)

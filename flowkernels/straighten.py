@@ -13,6 +13,7 @@ from tqdm import tqdm
 from flowkernels._checks import expect, expect_noise, expect_positive_int, expect_times
 from flowkernels._files import whole_file
 from flowkernels.ops import segment_points, straighten_loss
+from flowkernels.ops._library import fresh
 from flowkernels.rollout import euler, expect_finite_flow, initial_state, replay
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import VelocityField, parameter_hash, tensors_hash, velocity_rows, warn_if_training
@@ -37,7 +38,8 @@ class Straightened:
 def knots(velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: int, progress: bool = False) -> Tensor:
     """The teacher's states at the knots `[N+1, n, *shape]`, rolled out on the fine grid, `chunk` samples at a time."""
     n, places = len(noise), {k: i for i, k in enumerate(indices)}
-    kept = torch.empty(len(indices), *noise.shape, dtype=initial_state(noise[:0]).dtype, device=noise.device)
+    dtype = initial_state(noise[:0]).dtype
+    kept = fresh(torch.empty(len(indices), *noise.shape, dtype=dtype, device=noise.device))
     kept[0] = noise
     bar = tqdm(total=-(-n // chunk) * (len(grid) - 1), desc="teacher", disable=not progress, leave=False, unit="eval")
     with bar:

@@ -1,5 +1,6 @@
 #include "common/memory.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -15,6 +16,16 @@ void* allocate(size_t bytes) {
 
 void release(void* p) {
   std::free(p);
+}
+
+void advise_large_pages(void* p, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), begin = (uintptr_t(p) + page - 1) / page * page,
+                  end = (uintptr_t(p) + bytes) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)p, (void)bytes;
+#endif
 }
 
 int64_t level2_bytes() {

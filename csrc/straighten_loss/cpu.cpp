@@ -79,7 +79,7 @@ int64_t run(const StraightenLossArgs& g) {
 
   const bool huber = g.huber_c > 0;
   const int64_t blocks = (g.D + kBlock - 1) / kBlock, items = g.B * blocks;
-  const int64_t want = (g.B * g.D + kBlock - 1) / kBlock;
+  const int64_t want = g.D > 0 ? (g.B * g.D + kBlock - 1) / kBlock : 1;  // without features the losses are 0 / 0
   const int parts = int(want < g.threads ? want : g.threads);
   const bool aligned = uintptr_t(g.gradient) % kVectorBytes == 0 && g.D * sizeof(V) % kVectorBytes == 0;
   const bool past = aligned && past_caches(g.B * g.D * int64_t(sizeof(V)) / (parts > 0 ? parts : 1));

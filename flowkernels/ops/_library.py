@@ -5,8 +5,11 @@ import importlib
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C import _get_tracing_state as _tracing
+from torch._C import _len_torch_dispatch_stack as _modes
+from torch._C._functorch import peek_interpreter_stack as _transforms
 from torch.autograd import _profiler_enabled as _profiling
+from torch.autograd import forward_ad
 
 from flowkernels import backends
 
@@ -31,20 +34,38 @@ def register(schema: str, kernel, reference, fake) -> None:
     torch.library.register_fake(f"flowkernels::{name}", fake, lib=LIBRARY)
 
 
+LARGE = 32 << 20  # bytes from which the C library maps memory afresh for every tensor
+
+
+def fresh(t: Tensor) -> Tensor:
+    """`t`, just allocated, on large pages where that pays."""
+    if torch.compiler.is_compiling() or type(t) is not Tensor or t.nbytes < LARGE or not t.is_cpu:
+        return t
+    if (C := backends.extension()) is not None:
+        C.advise_large_pages(t.data_ptr(), t.nbytes)
+    return t
+
+
 def direct(op: str, *tensors: Tensor | None, gradient: bool = False):
     """The compiled module, if the call may go straight to it; None if torch's dispatcher has something to do.
 
-    It has under a compiler, a mode, a transform or a profiler, and for tensors that are a subclass, live elsewhere,
-    carry a pending negation, or need a gradient (unless the caller sees to that). Otherwise it would only cost time:
-    about 40 us a call, and 300 us where there is a gradient.
+    It has under a compiler, a tracer, a mode, a transform or a profiler, and for tensors that are a subclass, live
+    elsewhere, carry a pending negation, are zeros without memory (of forward-mode differentiation), or need a gradient
+    (unless the caller sees to that). Otherwise it would only cost time: about 40 us a call, and 300 us where there is a
+    gradient.
     """
-    if torch.compiler.is_compiling() or dispatch_modes() or _profiling() or _is_transformed():
+    if torch.compiler.is_compiling() or _tracing() or _modes() or _profiling() or _is_transformed():
         return None
     grad = not gradient and torch.is_grad_enabled()
     for t in tensors:
-        if t is not None and (type(t) is not Tensor or not t.is_cpu or t.is_neg() or (grad and t.requires_grad)):
+        if t is not None and (not is_plain(t) or (grad and t.requires_grad)):
             return None
     return backends.extension() if backends.choose(op, "cpu") == "cpu" else None
+
+
+def is_plain(t: Tensor) -> bool:
+    """A tensor whose memory, on the CPU, holds its values."""
+    return type(t) is Tensor and t.is_cpu and not t.is_neg() and not t._is_zerotensor()
 
 
 def is_transformed() -> bool:
@@ -52,5 +73,13 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and _is_transformed()
 
 
+def is_batched(t: Tensor) -> bool:
+    """Inside vmap, or in the backward of torch.autograd.grad(is_grads_batched=True), which has one of its own."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t) and not functorch.is_batchedtensor(t):
+        t = functorch.get_unwrapped(t)
+    return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
+
+
 def _is_transformed() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or _transforms() is not None

@@ -11,7 +11,7 @@ import torch
 
 from flowkernels import backends
 from flowkernels.backends import BACKENDS, BackendError, backend, choose, why_not
-from flowkernels.ops import OPS, bellman, euler_step, velocity_gram
+from flowkernels.ops import OPS, bellman, euler_step, linear_update, segment_points, straighten_loss, velocity_gram
 
 CACHES = (backends.extension, backends._load, backends._decide, backends._from_environment)
 
@@ -52,8 +52,13 @@ def calls(monkeypatch):
 
 
 def call_all():
-    x = torch.ones(3, 4)
-    return velocity_gram(x), *bellman(torch.ones(3, 3, dtype=torch.float64), 2), euler_step(x, x, 0.5)
+    x, i = torch.ones(3, 4), torch.arange(2)
+    bank = x.view(3, 1, 4).expand(3, 2, 4)
+    return (
+        *(velocity_gram(x), *bellman(torch.ones(3, 3, dtype=torch.float64), 2), euler_step(x, x, 0.5)),
+        *(linear_update(x, [x, x], [0.5, 0.25]), segment_points(bank, i, i, x[0, :2])),
+        *straighten_loss(x[:2], bank, x[0, :2], i, i),
+    )
 
 
 def test_auto_takes_the_kernels_for_cpu_tensors_and_the_reference_elsewhere():
@@ -64,13 +69,13 @@ def test_auto_takes_the_kernels_for_cpu_tensors_and_the_reference_elsewhere():
 
 def test_the_chosen_backend_is_the_one_that_runs(calls):
     call_all()
-    assert calls.seen == 3
+    assert calls.seen == len(OPS)
     with backend("cpu"):
         call_all()
-    assert calls.seen == 6
+    assert calls.seen == 2 * len(OPS)
     with backend("reference"):
         call_all()
-    assert calls.seen == 6
+    assert calls.seen == 2 * len(OPS)
 
 
 def test_context_nests_and_ends():

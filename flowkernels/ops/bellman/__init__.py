@@ -40,8 +40,8 @@ def _refuse(cost: Tensor, j: int, k: int) -> None:
 
 def _kernel(C, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     cost, n = cost.contiguous(), cost.shape[0]
-    value = torch.empty(steps + 1, n, dtype=torch.float64)
-    parent = torch.empty(steps + 1, n, dtype=torch.int64)
+    value = torch.empty(steps + 1, n, dtype=torch.float64, device="cpu")
+    parent = torch.empty(steps + 1, n, dtype=torch.int64, device="cpu")
     bad = C.bellman(cost.data_ptr(), n, steps, value.data_ptr(), parent.data_ptr())
     if bad >= 0:
         _refuse(cost, *divmod(bad, n))

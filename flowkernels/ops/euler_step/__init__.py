@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, is_transformed, register
+from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, fresh, is_plain, is_transformed, register
 from flowkernels.ops.euler_step import reference
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -68,7 +68,8 @@ def euler_step(
         return (new, new.to(low)) if wants_low else new
     if out is None and not isinstance(low, Tensor):
         if (C := direct("euler_step", x, v, v_uncond)) is not None:
-            new, copy = torch.empty_like(x), torch.empty_like(x, dtype=low) if wants_low else None
+            new = fresh(torch.empty_like(x))
+            copy = fresh(torch.empty_like(x, dtype=low)) if wants_low else None
             _launch(C, x, v, h, v_uncond, guidance, new, copy)
         else:
             new, copy = torch.ops.flowkernels.euler_step(x, v, h, v_uncond, guidance, low)
@@ -83,17 +84,28 @@ def euler_step(
     if torch.is_grad_enabled():
         for name, t in (("x", x), ("v", v), ("v_uncond", v_uncond), ("out", out), ("low", low)):
             expect(t is None or not t.requires_grad, name, "no gradient with out= or a tensor low=", "requires_grad")
-    step_into(x, v, h, v_uncond, guidance, out, low)
-    return (out, low) if wants_low else out
-
-
-def step_into(x, v, h, v_uncond, guidance, out, low=None) -> Tensor:
-    """`euler_step` with `out`, of arguments that have been checked: for the inner loops of the stages."""
     if (C := direct("euler_step_out", x, v, v_uncond, out, low)) is not None:
         _kernel_out(C, x, v, h, v_uncond, guidance, out, low)
     else:
         torch.ops.flowkernels.euler_step_out(x, v, h, v_uncond, guidance, out, low)
-    return out
+    return (out, low) if wants_low else out
+
+
+def stepper(x: Tensor):
+    """`step(x, v, h, v_uncond, guidance, out)`: `euler_step` for one loop over checked arguments, gradients off.
+
+    What does not change from step to step is decided here, once, from the loop's state x.
+    """
+    C = direct("euler_step_out", x)
+
+    def step(x, v, h, v_uncond, guidance, out) -> Tensor:
+        if C is not None and is_plain(v) and (v_uncond is None or is_plain(v_uncond)):
+            _kernel_out(C, x, v, h, v_uncond, guidance, out, None)
+        else:
+            torch.ops.flowkernels.euler_step_out(x, v, h, v_uncond, guidance, out, None)
+        return out
+
+    return step
 
 
 def _match(t: Tensor, name: str, x: Tensor) -> None:
@@ -114,9 +126,9 @@ def _launch(C, x, v, h, v_uncond, guidance, out, low) -> None:
         strides = x.stride()
         dense = torch.empty_like(x).stride() == strides  # empty_like keeps the strides of dense tensors only
         if not dense or any(t is not None and t.stride() != strides for t in (v, v_uncond, out, low)):
-            to, copy = torch.empty(x.shape, dtype=x.dtype), None
+            to, copy = x.new_empty(x.shape), None
             if low is not None:
-                copy = torch.empty(x.shape, dtype=low.dtype)
+                copy = low.new_empty(x.shape)
             u = None if v_uncond is None else v_uncond.contiguous()
             _launch(C, x.contiguous(), v.contiguous(), h, u, guidance, to, copy)
             out.copy_(to)

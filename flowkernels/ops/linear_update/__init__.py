@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, is_transformed, register
+from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, fresh, is_transformed, register
 from flowkernels.ops.linear_update import reference
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -45,14 +45,19 @@ def linear_update(
     Source: a linear multistep method written from its first state, `x_{k+1} = x_0 + sum_{i<=k} b_{k,i} v_i`.
     """
     expect_tensor(x, "x", (torch.float32, torch.float64))
+    for name, terms in (("v", v), ("b", b)):
+        expect(hasattr(terms, "__iter__"), name, "a sequence, one entry for each term", terms, TypeError)
     v, b = list(v), list(b)
     expect(len(v) > 0, "v", "at least one velocity", "none")
     expect(len(v) == len(b), "b", f"{len(v)} coefficients, one for each velocity", f"{len(b)}")
     allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *_LOW)
     for i, (term, factor) in enumerate(zip(v, b, strict=True)):
-        expect_tensor(term, f"v[{i}]", allowed if i == 0 else (v[0].dtype,))
+        if not isinstance(term, Tensor) or term.dtype not in allowed or term.shape != x.shape:
+            expect_tensor(term, f"v[{i}]", allowed)
+        allowed = (term.dtype,)
         _match(term, f"v[{i}]", x)
-        expect_number(factor, f"b[{i}]")
+        if type(factor) is not float:
+            expect_number(factor, f"b[{i}]")
     wants_low = low is not None
     if isinstance(low, Tensor):
         expect_tensor(low, "low", _LOW)
@@ -96,7 +101,7 @@ def _match(t: Tensor, name: str, x: Tensor) -> None:
 
 def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Contiguous, as the kernel writes."""
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return fresh(torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format))
 
 
 def _launch(C, x, v, b, out, low) -> None:
@@ -161,7 +166,7 @@ def _backward(ctx, grad, grad_low):
         low = grad_low.to(grad.dtype if grad is not None else torch.float32)
         grad = low if grad is None else grad + low
     if grad is None:
-        return (None,) * 4
+        return None, [None] * len(ctx.b), None, None
     return grad, [(grad * b).to(dtype) for b, dtype in zip(ctx.b, ctx.dtypes, strict=True)], None, None
 
 

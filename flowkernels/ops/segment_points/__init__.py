@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, direct, register
+from flowkernels.ops._library import DTYPE_CODES, direct, fresh, register
 from flowkernels.ops.segment_points import reference
 
 
@@ -33,10 +33,11 @@ def segment_points(
     expect_bank(bank, interval, sample)
     if u is not None:
         expect_tensor(u, "u", (torch.float32, torch.float64, torch.bfloat16, torch.float16))
-        expect(u.shape == interval.shape and u.device == bank.device, "u", f"[{len(interval)}] on {bank.device}", u)
+        if u.shape != interval.shape or u.device != bank.device:
+            expect(False, "u", f"[{len(interval)}] on {bank.device}", u)
         u = u.detach()
-    allowed = (None, bank.dtype, torch.bfloat16, torch.float16)
-    expect(dtype in allowed, "dtype", f"None, {bank.dtype}, torch.bfloat16 or torch.float16", dtype, TypeError)
+    if dtype not in (None, bank.dtype, torch.bfloat16, torch.float16):
+        expect(False, "dtype", f"None, {bank.dtype}, torch.bfloat16 or torch.float16", dtype, TypeError)
     dtype = bank.dtype if dtype is None else dtype
     bank = bank.detach()
     if (C := direct("segment_points", bank, interval, sample, u)) is not None:
@@ -50,8 +51,10 @@ def expect_bank(bank, interval, sample) -> None:
     expect(bank.dim() >= 3 and bank.shape[0] >= 2, "bank", "shape [N+1, n, *shape] with N >= 1", bank)
     for name, index in (("interval", interval), ("sample", sample)):
         expect_tensor(index, name, (torch.int64,))
-        expect(index.dim() == 1 and index.device == bank.device, name, f"shape [B] on {bank.device}", index)
-    expect(interval.shape == sample.shape, "sample", f"shape {list(interval.shape)}, one for each interval", sample)
+        if index.dim() != 1 or index.device != bank.device:
+            expect(False, name, f"shape [B] on {bank.device}", index)
+    if interval.shape != sample.shape:
+        expect(False, "sample", f"shape {list(interval.shape)}, one for each interval", sample)
 
 
 def refuse_place(place: int, bank: Tensor, interval: Tensor, sample: Tensor) -> None:
@@ -67,7 +70,7 @@ def refuse_place(place: int, bank: Tensor, interval: Tensor, sample: Tensor) -> 
 def _kernel(C, bank, interval, sample, u, dtype) -> Tensor:
     bank, interval, sample = bank.contiguous(), interval.contiguous(), sample.contiguous()
     u = None if u is None else u.double().contiguous()
-    out = torch.empty(len(interval), *bank.shape[2:], dtype=dtype)
+    out = fresh(_fake(bank, interval, sample, u, dtype))
     knots, n = bank.shape[:2]
     bad = C.segment_points(
         *(bank.data_ptr(), interval.data_ptr(), sample.data_ptr(), 0 if u is None else u.data_ptr(), out.data_ptr()),

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect, expect_tensor, expect_values
-from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, is_transformed, register
+from flowkernels._checks import FLOATS, expect, expect_number, expect_tensor
+from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, fresh, is_batched, is_transformed, register
 from flowkernels.ops.segment_points import expect_bank, refuse_place
 from flowkernels.ops.segment_points.reference import expect_places
 from flowkernels.ops.straighten_loss import reference
@@ -64,46 +64,63 @@ def straighten_loss(
     expect_bank(bank, interval, sample)
     wide = bank.dtype == torch.float64
     expect_tensor(v, "v", (torch.float64,) if wide else (torch.float32, torch.bfloat16, torch.float16))
-    wanted = [len(interval), *bank.shape[2:]]
-    expect(list(v.shape) == wanted and v.device == bank.device, "v", f"shape {wanted} on {bank.device}", v)
-    for name, t, length in (("step_sizes", step_sizes, len(bank) - 1), ("weight", weight, len(interval))):
-        if t is not None or name == "step_sizes":
-            expect_values(t, name, (torch.float32, torch.float64, torch.bfloat16, torch.float16))
-            expect(t.shape == (length,) and t.device == v.device, name, f"shape [{length}] on {v.device}", t)
+    if v.shape[1:] != bank.shape[2:] or len(v) != len(interval) or v.device != bank.device:
+        expect(False, "v", f"shape {[len(interval), *bank.shape[2:]]} on {bank.device}", v)
+    _expect_vector(step_sizes, "step_sizes", len(bank) - 1, v)
+    if weight is not None:
+        _expect_vector(weight, "weight", len(interval), v)
     expect(loss in ("l2", "huber"), "loss", "'l2' or 'huber'", loss)
+    expect_number(huber_c, "huber_c")
     expect(loss == "l2" or huber_c > 0, "huber_c", "a positive number", huber_c)
     c = float(huber_c) if loss == "huber" else 0.0
 
     bank, step_sizes = bank.detach(), step_sizes.detach()
     weight = None if weight is None else weight.detach()
     if is_transformed():
+        if not (is_batched(interval) or is_batched(sample)):  # whose values cannot be looked at
+            refuse_place(expect_places(interval, sample, bank), bank, interval, sample)
         return StraightenLoss(*reference.straighten_loss(v, bank, step_sizes, interval, sample, weight, c))
     args = (v, bank, step_sizes, interval, sample, weight, c)
     gradient = torch.is_grad_enabled() and v.requires_grad
     if (C := direct("straighten_loss", *args[:-1], gradient=True)) is not None:
-        return StraightenLoss(*(_Direct.apply(C, *args) if gradient else _kernel(C, *args, False)[:3]))
+        results = _Direct.apply(C, *args) if gradient else _launch(C, *args, False)[0]
+        return StraightenLoss(results[0], *results.detach()[1:].split([len(v), len(bank) - 1]))
     return StraightenLoss(*torch.ops.flowkernels.straighten_loss(*args, gradient)[:3])
 
 
-def _kernel(C, v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
-    v, bank, interval, sample = (t.contiguous() for t in (v, bank, interval, sample))
+def _expect_vector(t, name: str, length: int, v: Tensor) -> None:
+    expect_tensor(t, name, FLOATS)
+    if t.shape != (length,) or t.device != v.device:
+        expect(False, name, f"shape [{length}] on {v.device}", t)
+
+
+def _launch(C, v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, Tensor | None]:
+    """(loss, losses of the B samples, losses of the N intervals) in one float64 tensor, and the gradient if wanted."""
+    v, bank, interval, sample = v.contiguous(), bank.contiguous(), interval.contiguous(), sample.contiguous()
     step_sizes = step_sizes.double().contiguous()
     weight = None if weight is None else weight.double().contiguous()
-    knots, n = bank.shape[:2]
-    B, D = len(v), math.prod(v.shape[1:])
-    results = torch.empty(1 + B + knots - 1, dtype=torch.float64)
-    loss, each, intervals = results.split([1, B, knots - 1])
-    grad = torch.empty_like(v) if gradient else v.new_empty(0)
+    (knots, n), B, D = bank.shape[:2], len(v), math.prod(v.shape[1:])
+    results = torch.empty(B + knots, dtype=torch.float64, device="cpu")
+    grad = fresh(torch.empty_like(v)) if gradient else None
+    at = results.data_ptr()
     bad = C.straighten_loss(
-        *(t.data_ptr() for t in (v, bank, step_sizes, interval, sample)),
+        *(v.data_ptr(), bank.data_ptr(), step_sizes.data_ptr(), interval.data_ptr(), sample.data_ptr()),
         *(0 if weight is None else weight.data_ptr(), huber_c, DTYPE_CODES[v.dtype], DTYPE_CODES[bank.dtype]),
-        *(knots, n, B, D, loss.data_ptr(), each.data_ptr(), intervals.data_ptr()),
-        *(grad.data_ptr() if gradient else 0, torch.get_num_threads()),
+        *(knots, n, B, D, at, at + 8, at + 8 * (B + 1), grad.data_ptr() if gradient else 0, torch.get_num_threads()),
     )
     refuse_place(bad, bank, interval, sample)
-    if bank.dtype == torch.float64:  # apart: outputs of an op may not share memory
-        return loss.clone().view(()), each.clone(), intervals.clone(), grad
-    return loss.float().view(()), each.float(), intervals.float(), grad
+    return results.to(bank.dtype), grad
+
+
+def _kernel(C, v, *args) -> tuple[Tensor, ...]:
+    results, grad = _launch(C, v, *args)
+    B = len(v)  # each result apart: outputs of an op may not share memory
+    return (
+        results[0].clone(),
+        results[1 : B + 1].clone(),
+        results[B + 1 :].clone(),
+        v.new_empty(0) if grad is None else grad,
+    )
 
 
 def _reference(v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
@@ -134,27 +151,31 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 class _Direct(torch.autograd.Function):
-    """The kernel with its gradient, past the dispatcher."""
+    """The kernel with its gradient, past the dispatcher; of all results the first is differentiated."""
 
     @staticmethod
     def forward(ctx, C, *args):
-        loss, each, intervals, gradient = _kernel(C, *args, True)
+        results, gradient = _launch(C, *args, True)
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(each, intervals)
-        ctx.set_materialize_grads(False)
-        return loss, each, intervals
+        return results
 
     @staticmethod
-    def backward(ctx, *grads):
-        return (None, *_backward(ctx, *grads)[:-1])
+    def backward(ctx, grad):
+        return (None, *_backward(ctx, grad[0])[:-1])
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
     (gradient,) = ctx.saved_tensors
-    unit = not torch.compiler.is_compiling() and type(grad) is Tensor and grad.is_cpu and grad.item() == 1
-    return (gradient if unit else gradient * grad.to(gradient.dtype), *(None,) * 7)
+    if is_batched(grad) or direct("straighten_loss", grad, gradient=True) is None or grad.item() != 1:
+        # in grad's dtype: a gradient scaler's 65,536 is more than float16 holds
+        gradient = (gradient.to(grad.dtype) * grad).to(gradient.dtype)
+    if torch.is_grad_enabled():  # create_graph: the second derivative is not there, and is not to be taken for zero
+        message = "straighten_loss: its gradient is not differentiable; ops.straighten_loss.reference is, twice"
+        gradient = gradient if gradient.requires_grad else gradient.detach().requires_grad_()
+        gradient = torch._C._functions.DelayedError(message, 1)(gradient)
+    return (gradient, *(None,) * 7)
 
 
 torch.library.register_autograd("flowkernels::straighten_loss", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -71,7 +71,7 @@ def _kernel(C, v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
         (K, M), v_stride = v.shape, v.stride(0)
         x_stride = 0 if x is None else states.stride(0)
     size = K - 1 if x is None else 2 * K - 1
-    gram = torch.zeros(size, size, dtype=torch.float64)
+    gram = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     if size == 0 or M == 0:
         return gram
     C.velocity_gram(

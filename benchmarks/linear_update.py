@@ -1,0 +1,51 @@
+"""The multistep update `x + sum b_i v_i`."""
+
+from collections.abc import Iterator
+
+import torch
+
+from flowkernels.bench import Case, Work, ours
+from flowkernels.ops import linear_update
+from flowkernels.ops.linear_update.samples import Sample, error_and_bound
+
+from .euler_step import in_pieces
+
+
+def in_place(x, v, b):
+    out = x.clone()
+    for term, factor in zip(v, b, strict=True):
+        out.add_(term, alpha=factor)
+    return out
+
+
+def as_sum(x, v, b):
+    for term, factor in zip(v, b, strict=True):
+        x = x + factor * term
+    return x
+
+
+def cases(device) -> Iterator[Case]:
+    def case(n, terms, dtype=torch.float32, quick=False):
+        def make():
+            x, *v = (torch.randn(n, device=device) for _ in range(terms + 1))
+            v, b = [t.to(dtype) for t in v], [(-1) ** i / (i + 1) for i in range(terms)]
+            compiled = torch.compile(as_sum)
+
+            def check(got):
+                return in_pieces([x, *v], [got], lambda a, r: error_and_bound(Sample("", (a[0], a[1:], b), {}), r[0]))
+
+            return Work(
+                ours(lambda: linear_update(x, v, b), device)
+                | {"torch eager": lambda: in_place(x, v, b), "torch compile": lambda: compiled(x, v, b)},
+                check,
+                moved=n * (8 + terms * v[0].element_size()),
+            )
+
+        return Case(f"{n >> 10} Ki elements, {terms} terms, {str(dtype)[6:]}", n * terms, make, quick=quick)
+
+    yield case(1 << 22, 16)
+    yield case(1 << 22, 16, torch.bfloat16)
+    yield case(1 << 24, 4)
+    yield case(1 << 20, 16)
+    yield case(1 << 18, 4, quick=True)
+    yield case(1 << 16, 8)

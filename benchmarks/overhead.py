@@ -1,0 +1,105 @@
+"""What a call costs beside its work: every op on one 8x8 image, by the public function and by the stages' own call."""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from flowkernels import backends, ops
+from flowkernels.bench import Case, Work, ours
+from flowkernels.ops.euler_step import stepper
+from flowkernels.ops.straighten_loss import samples as loss_samples
+
+from . import bellman, euler_step, linear_update, segment_points, straighten_loss, velocity_gram
+
+
+def kernel(op: str, *args):
+    """The op's kernel past the checks and the dispatcher."""
+    module, C = sys.modules[f"flowkernels.ops.{op}"], backends.extension()
+    return lambda: module._kernel(C, *args)
+
+
+def cases(device) -> Iterator[Case]:
+    shape = (1, 1, 8, 8)
+    on_cpu = device.type == "cpu" and backends.extension() is not None
+
+    def case(op, build):
+        def make():
+            call, inner, peer, check = build()
+            calls = ours(call, device) | ({"flowkernels inner call": inner} if on_cpu else {})
+            return Work(calls | {"torch eager": peer}, check)
+
+        return Case(f"{op}, one 8x8 image", 64, make, quick=True)
+
+    def gram():
+        v = torch.randn(10, *shape, device=device)
+        check = velocity_gram.error_and_bound
+        return (
+            lambda: ops.velocity_gram(v),
+            kernel("velocity_gram", v, None, None),
+            lambda: velocity_gram.gram(v),
+            lambda got: check(velocity_gram.Sample("", (v,), {}), got),
+        )
+
+    def recursion():
+        cost = torch.rand(11, 11, dtype=torch.float64, device=device)
+        sample = bellman.Sample("", (cost.cpu(), 4), {})
+        return (
+            lambda: ops.bellman(cost, 4),
+            kernel("bellman", cost, 4),
+            lambda: bellman.reference.bellman(cost, 4),
+            lambda got: bellman.error_and_bound(sample, [t.cpu() for t in got]),
+        )
+
+    def step():
+        x, v, out = (torch.randn(shape, device=device) for _ in range(3))
+        sample, inner = euler_step.Sample("", (x, v, euler_step.H), {}), stepper(x)
+        return (
+            lambda: ops.euler_step(x, v, euler_step.H),
+            lambda: inner(x, v, euler_step.H, None, 1.0, out),
+            lambda: euler_step.plain(x, v),
+            lambda got: euler_step.error_and_bound(sample, got),
+        )
+
+    def update():
+        x, *v = (torch.randn(shape, device=device) for _ in range(5))
+        b = [0.1, -0.2, 0.3, 0.4]
+        sample = linear_update.Sample("", (x, v, b), {})
+        inner = kernel("linear_update", x, v, b, None)
+        return (
+            lambda: ops.linear_update(x, v, b),
+            lambda: inner()[0],
+            lambda: linear_update.in_place(x, v, b),
+            lambda got: linear_update.error_and_bound(sample, got),
+        )
+
+    def bank():
+        states, place = torch.randn(5, 4, *shape[1:], device=device), torch.tensor([2], device=device)
+        return states, place, place
+
+    def points():
+        args = (*bank(), torch.tensor([0.3], device=device))
+        sample = segment_points.Sample("", args, {})
+        return (
+            lambda: ops.segment_points(*args),
+            kernel("segment_points", *args, torch.float32),
+            lambda: segment_points.by_lerp(args[0].flatten(2), *args[1:]).view(shape),
+            lambda got: segment_points.error_and_bound(sample, got),
+        )
+
+    def loss():
+        (states, interval, sample), v = bank(), torch.randn(shape, device=device)
+        h = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64, device=device)
+        args = (v, states, h, interval, sample)
+        module, C = sys.modules["flowkernels.ops.straighten_loss"], backends.extension()
+        truth = loss_samples.reference.straighten_loss(*args)[0].item()
+        return (
+            lambda: ops.straighten_loss(*args).loss,
+            lambda: module._launch(C, *args, None, 0.0, False)[0][0],
+            lambda: straighten_loss.by_autograd(v.flatten(1), states.flatten(2), h.float(), interval, sample, 0.0),
+            lambda got: (abs(got.item() / truth - 1), 1e-5),
+        )
+
+    builds = (gram, recursion, step, update, points, loss)
+    for op, build in zip(ops.OPS, builds, strict=True):
+        yield case(op, build)

@@ -1,0 +1,184 @@
+"""Writes docs/performance.md and its plots from benchmarks/results/*.csv.
+
+    flowkernels bench --out benchmarks/results && python benchmarks/report.py
+
+What stands above the mark in docs/performance.md is written by hand and stays.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from flowkernels.bench import ENTRIES  # noqa: E402
+
+MARK = "<!-- below this line: benchmarks/report.py -->"
+OURS, EAGER, COMPILED = "flowkernels cpu", "torch eager", "torch compile"
+GRAM, GUIDED = "K=100, n=100, D=3072", "Ki elements, guided, bfloat16 velocities and copy, given"
+
+
+def read() -> list[dict]:
+    rows = []
+    for entry in ENTRIES:
+        path = ROOT / f"benchmarks/results/{entry}.csv"
+        if path.exists():
+            with open(path, newline="") as f:
+                rows += list(csv.DictReader(f))
+    for row in rows:
+        for key in row:
+            try:
+                row[key] = float(row[key])
+            except ValueError:
+                continue
+    return rows
+
+
+class Results:
+    """Figures by entry, case and provider."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = {(r["entry"], r["case"], r["provider"]): r for r in rows}
+
+    def get(self, entry: str, case: str, provider: str = OURS) -> dict:
+        return self.rows.get((entry, case, provider), {})
+
+    def times(self, entry: str, case: str, peer: str) -> float:
+        """How many times as long the peer takes, by medians."""
+        mine, theirs = self.get(entry, case).get("p50_us", ""), self.get(entry, case, peer).get("p50_us", "")
+        return theirs / mine if mine != "" and theirs != "" else float("nan")
+
+
+def targets(r: Results):
+    """(what, target, figure, met)."""
+
+    def at_least(what, least, figure, unit="x"):
+        return what, f">= {least:g}{unit}", f"{figure:.3g}{unit}", figure >= least
+
+    def at_most(what, most, figure, unit):
+        return what, f"<= {most:g}{unit}", f"{figure:.3g}{unit}", figure <= most
+
+    def value(entry, case, key, provider=OURS):
+        found = r.get(entry, case, provider).get(key, "")
+        return float("nan") if found == "" else found
+
+    f32 = f"{GRAM}, float32"
+    yield at_least(f"step cost, {GRAM}: over the best torch", 5, value("step_cost", f32, "ratio"))
+    yield at_least("... over the published loop", 400, r.times("step_cost", f32, "published loop"))
+    yield at_most("... relative error to float64", 1e-5, value("step_cost", f32, "error"), "")
+    yield at_most("... extra memory", 8, value("step_cost", f32, "extra_mb"), " MB")
+    big = value("velocity_gram", "K=256, n=100, D=3072, float32", "fma_percent")
+    yield at_least("velocity_gram, K=256: of the FMA peak", 60, big, " %")
+    gram = [value("velocity_gram", f"{GRAM}, {d}", "p50_us") for d in ("float32", "bfloat16")]
+    yield at_most("... K=100, bfloat16 over float32 input, time", 1, gram[1] / gram[0], "x")
+    yield at_most("bellman, K=100, N=1..10", 200, value("bellman", "K=100, N=1..10", "p50_us"), " us")
+    yield at_least("bellman, K=1000, N=1..20: over NumPy", 10, r.times("bellman", "K=1000, N=1..20", "numpy"))
+    step = f"{1 << 16} {GUIDED}"
+    yield at_least(
+        "euler_step, 64 Mi, guided, bfloat16: of the stream", 85, value("euler_step", step, "stream_percent"), " %"
+    )
+    yield at_least("... over eager", 3, r.times("euler_step", step, EAGER))
+    yield at_least("... over torch.compile", 1.3, r.times("euler_step", step, COMPILED))
+    for D in (3072, 65536):
+        case = f"n=256, D={D}, l2, float32"
+        yield at_least(f"straighten_loss, D={D}: over eager autograd", 3, r.times("straighten_loss", case, EAGER))
+        yield at_least("... over torch.compile", 1.5, r.times("straighten_loss", case, COMPILED))
+    update = value("linear_update", "4096 Ki elements, 16 terms, float32", "stream_percent")
+    yield at_least("linear_update, 16 terms of 4 Mi: of the stream", 85, update, " %")
+    for op in ("velocity_gram", "bellman", "euler_step", "linear_update", "segment_points", "straighten_loss"):
+        case = f"{op}, one 8x8 image"
+        yield at_most(f"{op}, 8x8 image: public function", 10, value("overhead", case, "p50_us"), " us")
+        yield at_most("... inner call", 3, value("overhead", case, "p50_us", "flowkernels inner call"), " us")
+
+
+def cell(value, digits=3) -> str:
+    if value == "" or value != value:
+        return ""
+    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def tables(rows: list[dict]):
+    """A table for each entry, every provider's row in it."""
+    for entry in dict.fromkeys(r["entry"] for r in rows):
+        yield f"\n### {entry}\n\n![{entry}](performance/{entry}.png)\n"
+        titles = ("case", "threads", "provider", "p50 us", "p20", "p80", "x best torch")
+        titles += ("GB/s", "% stream", "GFLOP/s", "% FMA", "extra MB")
+        yield f"| {' | '.join(titles)} |"
+        yield "|---" * len(titles) + "|"
+        last = None
+        for r in (r for r in rows if r["entry"] == entry):
+            keys = (
+                "p50_us",
+                "p20_us",
+                "p80_us",
+                "ratio",
+                "gb_s",
+                "stream_percent",
+                "gflop_s",
+                "fma_percent",
+                "extra_mb",
+            )
+            figures = [cell(r[k]) for k in keys]
+            if r["gate"] != "ok":
+                figures[0] = f"no speed: error {r['error']:.2g} > {r['bound']:.2g}"
+            name = r["case"] if r["case"] != last else ""
+            last = r["case"]
+            yield f"| {name} | {r['threads']:.0f} | {r['provider']} | {' | '.join(figures)} |"
+
+
+def plot(entry: str, rows: list[dict], path: Path) -> None:
+    """Time against size; and the roofline, or bandwidth against size where operations say nothing."""
+    rows = [r for r in rows if r["entry"] == entry and r["p50_us"] != ""]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for provider in dict.fromkeys(r["provider"] for r in rows):
+        mine = sorted((r["size"], r["p50_us"]) for r in rows if r["provider"] == provider)
+        left.plot(*zip(*mine, strict=True), "o-" if len({s for s, _ in mine}) > 2 else "o", label=provider, ms=4, lw=1)
+    left.set(xscale="log", yscale="log", xlabel="size", ylabel="microseconds", title=entry)
+    left.legend(fontsize=7)
+    known = [r for r in rows if r["gb_s"] != "" and r["stream_percent"]]
+    if any(r["gflop_s"] != "" for r in known):
+        right.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", title="roofline")
+        stream = max(100 * r["gb_s"] / r["stream_percent"] for r in known)
+        peak = max(100 * r["gflop_s"] / r["fma_percent"] for r in known if r["gflop_s"] != "")
+        x = [0.01, peak / stream, 1000]
+        right.plot(x, [min(peak, stream * a) for a in x], "k-", lw=1, label=f"{stream:.0f} GB/s, {peak:.0f} GFLOP/s")
+        at = {"x": lambda r: r["gflop_s"] / r["gb_s"], "y": lambda r: r["gflop_s"]}
+    else:
+        right.set(xscale="log", xlabel="size", ylabel="GB/s that must move", title="bandwidth")
+        if known:
+            stream = sorted(100 * r["gb_s"] / r["stream_percent"] for r in known)[len(known) // 2]
+            right.axhline(stream, color="k", lw=1, label=f"stream {stream:.0f} GB/s")
+        at = {"x": lambda r: r["size"], "y": lambda r: r["gb_s"]}
+    for provider in dict.fromkeys(r["provider"] for r in known):
+        mine = sorted((at["x"](r), at["y"](r)) for r in known if r["provider"] == provider)
+        right.plot(*zip(*mine, strict=True), "o", label=provider, ms=4)
+    if known:
+        right.legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(fig)
+
+
+def main() -> None:
+    rows = read()
+    page = ROOT / "docs/performance.md"
+    (ROOT / "docs/performance").mkdir(exist_ok=True)
+    lines = [page.read_text().partition(MARK)[0] + MARK, "", "## Targets", ""]
+    lines += ["| | target | measured | |", "|---|---|---|---|"]
+    lines += [f"| {w} | {t} | {f} | {'met' if met else '**missed**'} |" for w, t, f, met in targets(Results(rows))]
+    keys = ("device", "isa", "torch", "python", "flowkernels", "commit", "date")
+    sources = dict.fromkeys(", ".join(f"{k} {r[k]}" for k in keys) for r in rows)
+    lines += ["", "## Every case", "", *(f"{s}." for s in sources), *tables(rows), ""]
+    page.write_text("\n".join(lines))
+    for entry in dict.fromkeys(r["entry"] for r in rows):
+        plot(entry, rows, ROOT / f"docs/performance/{entry}.png")
+    print(f"{page}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Whole stages on the bundled digits model: on our kernels, on their plain torch references, and written by hand."""
+
+from collections.abc import Iterator
+
+import torch
+
+import flowkernels as fk
+from flowkernels.bench import Case, Work, ours
+from flowkernels.models import BUNDLED
+
+
+def cases(device) -> Iterator[Case]:
+    def noise(n):
+        return torch.randn(n, *BUNDLED["digits"].shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def model():
+        return BUNDLED["digits"].load().to(device)
+
+    def sampling(n, steps):
+        def make():
+            net, x0 = model(), noise(n)
+
+            @torch.no_grad()
+            def by_hand():
+                x = x0
+                for i in range(steps):
+                    x = x + net(x, torch.full((n,), i / steps, device=device)) / steps
+                return x
+
+            truth = fk.sample(net.double(), x0.double(), steps)
+            net.float()
+            size = truth.abs().max().item()
+            return Work(
+                ours(lambda: fk.sample(net, x0, steps), device) | {"torch eager": by_hand},
+                # the network's own rounding, carried over the steps
+                lambda got: ((got - truth).abs().max().item() / size, 1e-4),
+            )
+
+        return Case(f"sample, n={n}, N={steps}", n, make, quick=n == 1)
+
+    def calibration(n, K):
+        def make():
+            net, x0 = model(), noise(n)
+            with fk.backend("reference"):
+                truth = fk.calibrate(net.double(), x0.double(), K, progress=False)
+            net.float()
+
+            def check(got):
+                error = max(abs(got[N].cost / truth[N].cost - 1) for N in truth)
+                return error, 1e-4
+
+            return Work(ours(lambda: fk.calibrate(net, x0, K, progress=False), device), check)
+
+        return Case(f"calibrate, n={n}, K={K}", n * K, make)
+
+    def straightening(batch, iterations):
+        def make():
+            net, x0 = model(), noise(256)
+            schedule = fk.calibrate(net, x0[:64], 20, 4, progress=False)[4]
+
+            def run():
+                return fk.straighten(
+                    None, net, schedule, noise=x0, iterations=iterations, batch=batch, progress=False
+                ).history["loss"]
+
+            with fk.backend("reference"):
+                truth = run()
+
+            def check(got):
+                return max(abs(a / b - 1) for a, b in zip(got, truth, strict=True)), 1e-2
+
+            return Work(ours(run, device), check)
+
+        return Case(f"straighten, {iterations} iterations of {batch}", batch, make)
+
+    yield sampling(1, 8)
+    yield sampling(256, 8)
+    yield calibration(256, 100)
+    yield straightening(64, 20)
+    yield straightening(256, 20)

@@ -1,0 +1,59 @@
+"""The straightening loss, forward and gradient, gathered from the bank."""
+
+from collections.abc import Iterator
+
+import torch
+
+from flowkernels.bench import Case, Work, ours
+from flowkernels.ops import straighten_loss
+from flowkernels.ops.segment_points.samples import places
+from flowkernels.ops.straighten_loss.samples import Sample, gradient_error_and_bound
+
+
+def by_autograd(v, bank, h, interval, sample, c):
+    """What a careful trainer writes; the squared error and a mean, for torch to differentiate."""
+    target = (bank[interval + 1, sample] - bank[interval, sample]) / h[interval][:, None]
+    each = (v.float() - target).square().mean(1)
+    return (each if c == 0 else (each + c * c).sqrt() - c).mean()
+
+
+def cases(device) -> Iterator[Case]:
+    def case(batch, D, loss="l2", dtype=torch.float32, quick=False):
+        def make():
+            g = torch.Generator().manual_seed(0)
+            bank = torch.randn(5, 2 * batch, D, generator=g).to(device)
+            interval, sample = (t.to(device) for t in places(5, 2 * batch, batch, g))
+            h = torch.tensor([0.1, 0.2, 0.3, 0.4], device=device)
+            v = torch.randn(batch, D, generator=g).to(device, dtype)
+            c = 0.0 if loss == "l2" else 0.03
+            compiled = torch.compile(by_autograd)
+
+            def gradient(of):
+                def run():
+                    leaf = v.detach().requires_grad_()
+                    of(leaf).backward()
+                    return leaf.grad
+
+                return run
+
+            args = (bank, h, interval, sample)
+            return Work(
+                ours(gradient(lambda p: straighten_loss(p, *args, loss=loss).loss), device)
+                | {
+                    "torch eager": gradient(lambda p: by_autograd(p, *args, c)),
+                    "torch compile": gradient(lambda p: compiled(p, *args, c)),
+                },
+                lambda got: gradient_error_and_bound(Sample("", (v, *args), dict(loss=loss)), got),
+                moved=batch * D * (8 + 2 * v.element_size()),
+            )
+
+        return Case(f"n={batch}, D={D}, {loss}, {str(dtype)[6:]}", batch * D, make, quick=quick)
+
+    yield case(256, 64, quick=True)
+    yield case(256, 3072)
+    yield case(256, 3072, "huber")
+    yield case(256, 3072, dtype=torch.bfloat16)
+    yield case(16, 65536)
+    yield case(256, 65536)
+    yield case(256, 65536, "huber")
+    yield case(256, 65536, dtype=torch.bfloat16)

@@ -1,0 +1,537 @@
+// Every CPU kernel against a plain loop in double, for a build with sanitizers (CMakeLists.txt: FLOWKERNELS_SANITIZE).
+// Sizes around vectors and blocks, all types, misaligned and absent tensors, 1 to 3 threads, stores past the caches.
+// Allowed errors are bounds on the kernel's roundings, with eps = 2 half-ulps: the plain loop may err by as much.
+#include <stdio.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <vector>
+
+#include "bellman/bellman.h"
+#include "common/memory.h"
+#include "common/threads.h"
+#include "euler_step/euler_step.h"
+#include "linear_update/linear_update.h"
+#include "segment_points/segment_points.h"
+#include "straighten_loss/straighten_loss.h"
+#include "velocity_gram/velocity_gram.h"
+
+// What the sanitizers ask of a program. Fresh memory is NaN, so that a sum that starts from it shows.
+#define HOOK extern "C" __attribute__((visibility("default")))
+HOOK const char* __asan_default_options() {
+  return "malloc_fill_byte=255:max_malloc_fill_size=1000000000";
+}
+HOOK const char* __tsan_default_options() {
+  return "halt_on_error=1";
+}
+HOOK void __ubsan_on_report();
+extern "C" {  // null without the sanitizer
+__attribute__((weak)) void __sanitizer_set_death_callback(void (*)());
+__attribute__((weak)) void __asan_poison_memory_region(const volatile void*, size_t);
+__attribute__((weak)) void __asan_unpoison_memory_region(const volatile void*, size_t);
+__attribute__((weak)) void __tsan_init();
+}
+
+namespace {
+
+using fk::Dtype;
+constexpr Dtype f32 = Dtype::f32, f64 = Dtype::f64, bf16 = Dtype::bf16, f16 = Dtype::f16;
+constexpr double kInf = INFINITY, kEps64 = 0x1p-52;
+constexpr Dtype kStates[][2] = {{f32, f32}, {f32, bf16}, {f32, f16}, {f64, f64}};  // of a state and of a velocity
+const std::vector<int64_t> kSizes = {0,  1,  2,  3,  4,  5,  7,  8,  9,   15,  16,
+                                     17, 31, 32, 33, 63, 64, 65, 67, 127, 129, 2 * 16384 + 3};
+
+char g_case[160];  // what runs now
+int g_cases = 0;
+double g_worst = 0;  // error / allowed
+// ThreadSanitizer: one run, on 3 threads; no plain loops, and no stores that are not instrumented
+const bool kRacesOnly = __tsan_init != nullptr;
+
+#define CASE(...) (g_cases++, snprintf(g_case, sizeof g_case, __VA_ARGS__))
+
+[[noreturn]] void fail(const char* what, int64_t i, double got, double expected, double allowed = 0) {
+  printf("FAILED %s: %s[%ld] is %.17g, expected %.17g +- %.3g\n", g_case, what, long(i), got, expected, allowed);
+  fflush(stdout);
+  _Exit(1);
+}
+void near(const char* what, int64_t i, double got, double truth, double allowed) {
+  if (got == truth || (std::isnan(got) && std::isnan(truth))) return;
+  if (!(std::fabs(got - truth) <= allowed) || !std::isfinite(allowed)) fail(what, i, got, truth, allowed);
+  g_worst = std::max(g_worst, std::fabs(got - truth) / allowed);
+}
+
+uint64_t random_bits() {
+  static uint64_t s = 88172645463325252u;
+  s ^= s << 13, s ^= s >> 7, s ^= s << 17;
+  return s >> 8;
+}
+double uniform() {
+  return double(random_bits() % 0x1000000) * 0x1p-24;
+}
+
+// ---- types ----
+int size_of(Dtype t) {
+  return t == f64 ? 8 : t == f32 ? 4 : 2;
+}
+double eps(Dtype t) {
+  return t == f64 ? kEps64 : t == f32 ? 0x1p-23 : t == bf16 ? 0x1p-7 : 0x1p-10;
+}
+int lanes(Dtype t) {
+  return (16 << int(fk::isa())) / size_of(t);
+}
+double half_ulp(double v, Dtype t) {
+  return std::max(std::fabs(v) * eps(t) / 2, t == f16 ? 0x1p-25 : t == bf16 ? 0x1p-134 : 0x1p-150);
+}
+double power_of_two(int e) {
+  const uint64_t bits = uint64_t(e + 1023) << 52;
+  double v;
+  std::memcpy(&v, &bits, 8);
+  return v;
+}
+uint16_t encode(float v, Dtype t) {  // to nearest, ties to even
+  const int digits = t == bf16 ? 7 : 10, least = t == bf16 ? -126 : -14, infinity = 0x8000 - (1 << digits);
+  const int sign = std::signbit(v) ? 0x8000 : 0;
+  if (!std::isfinite(v)) return uint16_t(std::isnan(v) ? 0x7fff : sign | infinity);
+  uint32_t u;
+  std::memcpy(&u, &v, 4);
+  const int e = std::max(int(u >> 23 & 255) - 127, least);
+  const int size = int(std::nearbyint(std::fabs(v) * power_of_two(digits - e))) + ((e - least) << digits);
+  return uint16_t(sign | std::min(size, infinity));
+}
+double decode(uint16_t h, Dtype t) {
+  const uint32_t u = t == bf16 ? uint32_t(h) << 16 : (h & 0x8000u) << 16 | (h & 0x7fffu) << 13;
+  float v;
+  std::memcpy(&v, &u, 4);
+  if (t == f16 && (h & 0x7c00) == 0x7c00) return h & 0x3ff ? NAN : std::copysign(kInf, v);
+  return t == bf16 ? v : v * 0x1p112;
+}
+
+// A tensor in memory of its own, `shift` elements past a multiple of 64 bytes. Around it 64 bytes that are poisoned to
+// the sanitizer and hold a pattern: stores past the caches are not instrumented. Without elements its address is null.
+class Tensor {
+ public:
+  Tensor(Dtype type, int64_t n, int shift = 0) : type(type), n(n), bytes_(n * size_of(type)) {
+    const int64_t skip = kGuard + shift * size_of(type);
+    raw_ = static_cast<unsigned char*>(std::aligned_alloc(64, size_t(skip + bytes_ + kGuard + 63) / 64 * 64));
+    begin_ = raw_ + skip;
+    std::memset(raw_, kPattern, size_t(skip)), std::memset(begin_ + bytes_, kPattern, kGuard);
+    if (!__asan_poison_memory_region) return;
+    __asan_poison_memory_region(raw_, kGuard);
+    __asan_poison_memory_region(begin_ + bytes_, kGuard);
+  }
+  Tensor(const Tensor&) = delete;
+  ~Tensor() {
+    if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(raw_, begin_ - raw_ + bytes_ + kGuard);
+    for (const unsigned char* p = raw_; p < begin_ + bytes_ + kGuard; p == begin_ - 1 ? p += bytes_ + 1 : p++)
+      if (*p != kPattern) fail("byte", p - begin_, *p, kPattern);
+    std::free(raw_);
+  }
+  template <class T = void>
+  T* as() const {
+    return n ? reinterpret_cast<T*>(begin_) : nullptr;
+  }
+  double operator[](int64_t i) const {
+    return type == f64 ? as<double>()[i] : type == f32 ? as<float>()[i] : decode(as<uint16_t>()[i], type);
+  }
+  void set(int64_t i, double v) {
+    if (type == f64)
+      as<double>()[i] = v;
+    else if (type == f32)
+      as<float>()[i] = float(v);
+    else
+      as<uint16_t>()[i] = encode(float(v), type);
+  }
+  void random(int low, int high) {  // +- [1, 2) * 2^[low, high]
+    for (int64_t i = 0; i < n; i++) {
+      const double v = (1 + uniform()) * power_of_two(low + int(random_bits() % uint64_t(high - low + 1)));
+      set(i, random_bits() % 2 ? v : -v);
+    }
+  }
+  void fill(int byte) { std::memset(begin_, byte, size_t(bytes_)); }
+  void copy(const Tensor& t) { std::memcpy(begin_, t.begin_, size_t(bytes_)); }
+  bool holds(const std::vector<unsigned char>& b) const { return std::equal(b.begin(), b.end(), begin_); }
+  std::vector<unsigned char> content() const { return {begin_, begin_ + bytes_}; }
+
+  const Dtype type;
+  const int64_t n;
+
+ private:
+  static constexpr int kGuard = 64, kPattern = 0xa5;
+  const int64_t bytes_;
+  unsigned char *raw_, *begin_;
+};
+using Outputs = std::vector<Tensor*>;
+
+// kernel(threads) into outputs full of 0xff (NaN) and again of 0x55: one check(), and the same bits every time
+template <class Kernel, class Check>
+void run(std::vector<int> threads, const Outputs& outputs, Kernel kernel, Check check) {
+  std::vector<std::vector<unsigned char>> first;
+  for (int t : threads)
+    for (int byte : {0xff, 0x55}) {
+      if (kRacesOnly && (t < 3 || byte == 0x55)) continue;
+      for (Tensor* o : outputs) o->fill(byte);
+      kernel(t);
+      if (first.empty()) {
+        if (!kRacesOnly) check();
+        for (Tensor* o : outputs) first.push_back(o->content());
+      }
+      for (size_t i = 0; i < first.size(); i++)
+        if (!outputs[i]->holds(first[i])) fail("another run, output", int64_t(i), t, threads[0]);
+    }
+}
+// kernel() is to return `place` and leave the outputs alone
+template <class Kernel>
+void refused(const Outputs& outputs, int64_t place, Kernel kernel) {
+  for (Tensor* o : outputs) o->fill(0x55);
+  const int64_t got = kernel();
+  if (got != place) fail("returned", 0, double(got), double(place));
+  for (Tensor* o : outputs)
+    if (!o->holds(std::vector<unsigned char>(o->content().size(), 0x55))) fail("written to", 0, 1, 0);
+}
+void is_rounded(const Tensor& low, const Tensor& out) {
+  for (int64_t i = 0; i < low.n; i++) {
+    const uint16_t got = low.as<uint16_t>()[i], expected = encode(float(out[i]), low.type);
+    if (got != expected && !(std::isnan(low[i]) && std::isnan(out[i]))) fail("low", i, got, expected);
+  }
+}
+// elements that three threads store past the caches
+int64_t many(int size) {
+  return 3 * (fk::level2_bytes() / 2 / size + 64) + 65;
+}
+
+// ---- euler_step and linear_update: layouts are aligned, misaligned, and misaligned in place ----
+template <class Body>  // body(x, out, low, layout)
+void updates(const char* name, Dtype x_type, Dtype v_type, Body body, std::vector<int64_t> sizes, bool past) {
+  for (Dtype low_type : {f32, bf16, f16})  // f32: none
+    for (int layout = 0; layout < 3; layout++) {
+      if (past && !kRacesOnly && low_type == bf16 && layout == 0) sizes.push_back(many(size_of(x_type)));
+      for (int64_t n : sizes) {
+        CASE("%s x %d v %d low %d n %ld layout %d", name, int(x_type), int(v_type), int(low_type), long(n), layout);
+        Tensor x(x_type, n, layout > 0), out(x_type, n, layout > 0), low(low_type, low_type == f32 ? 0 : n, layout > 0);
+        x.random(-27, 17);  // subnormal in half precision, and beyond its range
+        if (n > 2) x.set(1, NAN), x.set(n - 1, -kInf);
+        body(x, out, low, layout);
+      }
+      if (sizes.back() == many(size_of(x_type))) sizes.pop_back();
+    }
+}
+
+void euler_step() {
+  for (auto [x_type, v_type] : kStates)
+    for (bool guided : {false, true}) {
+      auto body = [&, v_type = v_type](Tensor& x, Tensor& out, Tensor& low, int layout) {
+        Tensor v(v_type, x.n, layout > 0), u(v_type, guided ? x.n : 0, layout > 0);
+        v.random(-20, 5), u.random(-20, 5);
+        const double h = 0.37, w = guided ? 3.5 : 1;
+        auto kernel = [&](int threads) {
+          if (layout == 2) out.copy(x);
+          FK_SELECT(euler_step)
+          ({layout == 2 ? out.as() : x.as(), v.as(), u.as(), out.as(), low.as(), x.type, v.type, low.type, x.n, h, w,
+            threads});
+        };
+        run({1, 2, 3}, {&out, &low}, kernel, [&] {
+          for (int64_t i = 0; i < x.n; i++) {
+            const double base = guided ? u[i] : 0, truth = x[i] + h * (base + w * (v[i] - base));
+            const double scale = std::fabs(x[i]) + h * (std::fabs(base) + w * (std::fabs(v[i]) + std::fabs(base)));
+            near("out", i, out[i], truth, 5 * eps(x.type) * scale);
+          }
+          is_rounded(low, out);
+        });
+      };
+      updates(guided ? "euler_step guided" : "euler_step", x_type, v_type, body, kSizes, guided);
+    }
+}
+
+void linear_update() {
+  for (auto [x_type, v_type] : kStates)
+    for (int terms : {1, 3, 8, 600}) {  // 600: a part for each of a few lines
+      auto body = [&, v_type = v_type](Tensor& x, Tensor& out, Tensor& low, int layout) {
+        std::vector<std::unique_ptr<Tensor>> v;
+        std::vector<const void*> addresses;
+        Tensor b(f64, terms);
+        b.random(-3, 0);
+        for (int t = 0; t < terms; t++) {
+          v.push_back(std::make_unique<Tensor>(v_type, x.n, layout > 0));
+          v[t]->random(-20, 5);
+          addresses.push_back(v[t]->as());
+        }
+        auto kernel = [&](int threads) {
+          if (layout == 2) out.copy(x);
+          FK_SELECT(linear_update)
+          ({layout == 2 ? out.as() : x.as(), addresses.data(), b.as<double>(), terms, out.as(), low.as(), x.type,
+            v_type, low.type, x.n, threads});
+        };
+        run({1, 2, 3}, {&out, &low}, kernel, [&] {
+          for (int64_t i = 0; i < x.n; i++) {
+            double truth = x[i], scale = std::fabs(x[i]);
+            for (int t = 0; t < terms; t++) truth += b[t] * (*v[t])[i], scale += std::fabs(b[t] * (*v[t])[i]);
+            near("out", i, out[i], truth, (terms + 2) * eps(x.type) * scale);
+          }
+          is_rounded(low, out);
+        });
+      };
+      const std::vector<int64_t> few = {1, 65, 129};
+      updates("linear_update", x_type, v_type, body, terms == 600 ? few : kSizes, terms == 3);
+    }
+}
+
+// ---- segment_points and straighten_loss: [knots, samples, D] gathered by index ----
+struct Places {
+  Places(int64_t B, int shift) : interval(f64, B, shift), sample(f64, B, shift) {
+    for (int64_t r = 0; r < B; r++) {
+      i()[r] = r ? int64_t(random_bits()) % (knots - 1) : knots - 2;  // the bank's last row too
+      s()[r] = r ? int64_t(random_bits()) % samples : samples - 1;
+    }
+  }
+  int64_t* i() const { return interval.as<int64_t>(); }
+  int64_t* s() const { return sample.as<int64_t>(); }
+  int64_t row(int64_t r) const { return i()[r] * samples + s()[r]; }
+
+  template <class Kernel>  // an index out of range at every place, and at all that follow
+  void refuse(const Outputs& outputs, Kernel kernel) {
+    const std::vector<int64_t> was[] = {{i(), i() + interval.n}, {s(), s() + sample.n}};
+    const int64_t bad[][2] = {{0, -1}, {0, knots - 1}, {0, INT64_MIN}, {1, -1}, {1, samples}, {1, INT64_MAX}};
+    for (const auto& [which, value] : bad) {
+      int64_t* t = which ? s() : i();
+      for (int64_t r = interval.n - 1; r >= 0; r--) t[r] = value, refused(outputs, r, kernel);
+      std::copy(was[which].begin(), was[which].end(), t);
+    }
+  }
+  static constexpr int64_t knots = 4, samples = 3;
+  Tensor interval, sample;
+};
+struct Shape {
+  int64_t B, D;
+};
+std::vector<Shape> shapes(int out_size, bool past, bool few_rows) {
+  std::vector<Shape> all = {{0, 5}, {2, 16385}, {1, 33000}, {3, 16384}};
+  for (int64_t D : kSizes)
+    if (D < 200) all.push_back({1, D}), all.push_back({5, D});
+  const Shape rows = {many(out_size) / (16384 + 64) + 1, 16384 + 64};
+  if (past && !kRacesOnly) all.push_back(few_rows ? Shape{2, rows.B * rows.D / 64 * 32} : rows);
+  return all;
+}
+
+void segment_points() {
+  const Dtype types[][2] = {{f32, f32}, {f32, bf16}, {f32, f16}, {f64, f64}, {f64, bf16}, {f64, f16}};
+  for (auto [x_type, out_type] : types)
+    for (int shift : {0, 1})
+      for (bool lerp : {false, true})
+        for (auto [B, D] : shapes(size_of(out_type), !shift && lerp, false)) {
+          CASE("segment_points bank %d out %d B %ld D %ld u %d shift %d", int(x_type), int(out_type), long(B), long(D),
+               lerp, shift);
+          Places at(B, shift);
+          Tensor bank(x_type, at.knots * at.samples * D, shift), u(f64, lerp ? B : 0, shift),
+              out(out_type, B * D, shift);
+          bank.random(-26, 5);
+          for (int64_t r = 0; r < u.n; r++) u.set(r, B == 1 || r > 1 ? uniform() : double(r));
+          auto kernel = [&](int threads) {
+            return FK_SELECT(segment_points)({bank.as(), at.i(), at.s(), u.as<double>(), out.as(), bank.type, out.type,
+                                              at.knots, at.samples, B, D, threads});
+          };
+          run({1, 2, 3}, {&out}, kernel, [&, B = B, D = D] {
+            for (int64_t r = 0; r < B; r++)
+              for (int64_t d = 0; d < D; d++) {
+                const int64_t i = at.row(r) * D + d;
+                const double a = bank[i], b = bank[i + at.samples * D], p = lerp ? u[r] : 0, truth = a + p * (b - a);
+                const double first = p ? 4 * eps(bank.type) * (std::fabs(a) + p * (std::fabs(a) + std::fabs(b))) : 0;
+                const int64_t o = r * D + d;
+                if (out.type == bank.type)
+                  near("out", o, out[o], truth, first);
+                else if (p == 0)
+                  near("out", o, out[o], decode(encode(float(a), out.type), out.type), 0);
+                else  // by way of float32
+                  near("out", o, out[o], truth,
+                       first + half_ulp(truth, f32) + half_ulp(std::fabs(truth) * 1.001 + first, out.type));
+              }
+          });
+          if (B == 5 && D == 17) at.refuse({&out}, [&] { return kernel(2); });
+        }
+}
+
+void straighten_loss() {
+  for (auto [x_type, v_type] : kStates)
+    for (int variant = 0; variant < 16; variant++) {
+      const int shift = variant & 1, wanted = variant >> 1 & 1, weighted = variant >> 2 & 1, huber = variant >> 3;
+      for (auto [B, D] : shapes(size_of(v_type), !shift && wanted && weighted, huber)) {
+        CASE("straighten_loss bank %d v %d B %ld D %ld gradient %d weight %d huber %d shift %d", int(x_type),
+             int(v_type), long(B), long(D), wanted, weighted, huber, shift);
+        Places at(B, shift);
+        const int64_t steps = at.knots - 1;
+        Tensor bank(x_type, at.knots * at.samples * D, shift), v(v_type, B * D, shift), h(f64, steps, shift);
+        Tensor weight(f64, weighted ? B : 0, shift), gradient(v_type, wanted ? B * D : 0, shift);
+        Tensor loss(f64, 1, shift), per_sample(f64, B, shift), per_interval(f64, steps, shift);
+        bank.random(-4, 0), v.random(-4, 3);
+        for (int64_t i = 0; i < steps; i++) h.set(i, 0.1 + 0.2 * double(i));
+        for (int64_t r = 0; r < weight.n; r++) weight.set(r, (0.5 + uniform()) * double(B * D));  // gradients near 1
+        const double c = huber ? 0.7 : 0;
+        const Outputs outputs = {&loss, &per_sample, &per_interval, &gradient};
+        auto kernel = [&, B = B, D = D](int threads) {
+          return FK_SELECT(straighten_loss)({v.as(), bank.as(), h.as<double>(), at.i(), at.s(), weight.as<double>(), c,
+                                             v.type, bank.type, at.knots, at.samples, B, D, loss.as<double>(),
+                                             per_sample.as<double>(), per_interval.as<double>(), gradient.as(),
+                                             threads});
+        };
+        run({1, 2, 3}, outputs, kernel, [&, B = B, D = D] {
+          const double e1 = eps(bank.type), adds = double(std::min<int64_t>(D, 1024)) / (4 * lanes(bank.type)) + 12;
+          double total = 0, total_allowed = 0;
+          std::vector<double> sum(steps), sum_allowed(steps), count(steps), e(D), off(D);
+          for (int64_t r = 0; r < B; r++) {
+            double square = 0, allowed = 0;
+            for (int64_t d = 0; d < D; d++) {
+              const int64_t i = at.row(r) * D + d;
+              const double slope = (bank[i + at.samples * D] - bank[i]) / h[at.i()[r]], vd = v[r * D + d];
+              e[d] = vd - slope, off[d] = 4 * e1 * (std::fabs(slope) + std::fabs(vd));
+              square += e[d] * e[d], allowed += (2 * std::fabs(e[d]) + off[d]) * off[d];
+            }
+            allowed = (allowed + (adds * e1 + double(D + 8) * kEps64) * square) / double(D), square /= double(D);
+            const double root = std::sqrt(square + c * c), each = huber ? root - c : square;
+            if (huber) allowed = allowed / (2 * c) + 4 * kEps64 * (root + c);  // the root's slope is at most 1 / 2c
+            near("per_sample", r, per_sample[r], each, allowed);
+            const double w = weighted ? weight[r] : 1;
+            total += w * each, total_allowed += w * (allowed + double(B + 4) * kEps64 * each);
+            sum[at.i()[r]] += each, sum_allowed[at.i()[r]] += allowed + double(B + 4) * kEps64 * each;
+            count[at.i()[r]]++;
+            const double scale = w * (huber ? 1 / (each + c) : 2) / double(B) / double(D);
+            for (int64_t d = 0; d < D && wanted; d++) {
+              const double near_by = scale * (off[d] + std::fabs(e[d]) * (4 * e1 + (huber ? allowed / c : 0)));
+              near("gradient", r * D + d, gradient[r * D + d], scale * e[d],
+                   near_by + half_ulp(std::fabs(scale * e[d]) + near_by, v.type));
+            }
+          }
+          near("loss", 0, loss[0], total / double(B), total_allowed / double(B));
+          for (int64_t i = 0; i < steps; i++)  // 0 / 0 is NaN
+            near("per_interval", i, per_interval[i], sum[i] / count[i], sum_allowed[i] / count[i]);
+        });
+        if (B == 5 && D == 17) at.refuse(outputs, [&] { return kernel(2); });
+      }
+    }
+}
+
+// ---- velocity_gram ----
+void velocity_gram_case(Dtype x_type, Dtype v_type, int64_t K, int64_t M, bool states, int layout) {
+  const int shift = layout > 0, gap = layout > 1 ? 3 : 0;  // elements between rows
+  const int64_t R = states ? 2 * K - 1 : K - 1, v_stride = M + gap, x_stride = M + 2 * gap;
+  if (states && M + gap == 0) return;  // no address would mean no states
+  Tensor v(v_type, (K - 1) * v_stride + M, shift), x(x_type, states ? K * x_stride + M : 0, shift);
+  Tensor times(f64, states ? K + 1 : 0, shift), gram(f64, R * R, shift);
+  v.random(-3, 1), x.random(-3, 0);
+  for (int64_t c = 0; c < v.n; c++)
+    if (c % v_stride >= M) v.set(c, NAN);
+  for (int64_t c = 0; c < x.n; c++)
+    if (c % x_stride >= M) x.set(c, NAN);
+  for (int64_t k = 0; k < times.n; k++) times.set(k, double(k + k * k) / 8);
+  std::vector<double> rows(R * M);  // before the only rounding that they get, to the type that accumulates
+  for (int64_t k = 0; k < K; k++)
+    for (int64_t c = 0; c < M; c++) {
+      auto secant = [&](int64_t i) {
+        return (x[(i + 1) * x_stride + c] - x[i * x_stride + c]) / (times[i + 1] - times[i]);
+      };
+      auto row = [&](int64_t i) { return states ? secant(i) : v[i * v_stride + c]; };
+      if (k) rows[(k - 1) * M + c] = row(k) - row(k - 1);
+      if (states) rows[(K - 1 + k) * M + c] = secant(k) - v[k * v_stride + c];
+    }
+  // a lane adds min(M, 1024) / lanes products of two rounded rows, lanes add up in at most 8 steps, then doubles
+  const double adds = double(std::min<int64_t>(M, 1024)) / lanes(x_type) + 12;
+  for (int threads : {1, 2, 3}) {
+    CASE("velocity_gram x %d v %d K %ld M %ld states %d layout %d threads %d", int(x_type), int(v_type), long(K),
+         long(M), states, layout, threads);
+    auto kernel = [&](int t) {
+      FK_SELECT(velocity_gram)
+      ({v.as(), v.type, K, M, v_stride, x.as(), x_stride, times.as<double>(), gram.as<double>(), t});
+    };
+    run({threads}, {&gram}, kernel, [&] {
+      for (int64_t j = 0; j < R; j++)
+        for (int64_t i = 0; i <= j; i++) {
+          double truth = 0, scale = 0;
+          const double *a = rows.data() + i * M, *b = rows.data() + j * M;
+          for (int64_t c = 0; c < M; c++) truth += a[c] * b[c], scale += std::fabs(a[c] * b[c]);
+          near("gram", j * R + i, gram[j * R + i], truth, (adds * eps(x_type) + double(M + 8) * kEps64) * scale);
+          near("gram", i * R + j, gram[i * R + j], gram[j * R + i], 0);
+        }
+    });
+  }
+}
+
+void velocity_gram() {
+  for (auto [x_type, v_type] : kStates)
+    for (bool states : {false, true}) {
+      for (int64_t K : {1, 2, 3, 4, 5, 7, 8, 9, 14})
+        for (int64_t M : kSizes)
+          if (M < 200) velocity_gram_case(x_type, v_type, K, M, states, int((K + M) % 3));
+      for (int64_t M : {1023, 1024, 1025, 2051, 8000})
+        for (int layout : {0, 1, 2}) velocity_gram_case(x_type, v_type, 6, M, states, layout);
+    }
+  velocity_gram_case(f32, f32, 400, 1100, false, 0);  // chunks shorter than 1,024 columns, where L2 is 2 MiB or less
+}
+
+// ---- bellman: the same sums and the same choice of a minimum, so no error is allowed ----
+void bellman() {
+  for (int64_t n : {1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17, 18, 33, 65, 101})
+    for (int64_t steps : {int64_t(0), int64_t(1), n / 2, n - 1})
+      for (int kind = 0; kind < 6; kind++) {  // plain, ties, forbidden steps; each aligned and misaligned
+        CASE("bellman n %ld steps %ld kind %d", long(n), long(steps), kind);
+        const int shift = kind % 2;
+        Tensor cost(f64, n * n, shift), value(f64, (steps + 1) * n, shift), parent(f64, (steps + 1) * n, shift);
+        for (int64_t i = 0; i < n * n; i++) {
+          const double c = uniform();
+          cost.set(i, i % n <= i / n ? NAN : kind < 2 ? c : kind < 4 ? std::floor(4 * c) : c < 0.7 ? kInf : c);
+        }
+        auto kernel = [&](int = 0) {
+          return FK_SELECT(bellman)({cost.as<double>(), n, steps, value.as<double>(), parent.as<int64_t>()});
+        };
+        run({1}, {&value, &parent}, kernel, [&] {
+          for (int64_t s = 0; s <= steps; s++)
+            for (int64_t k = 0; k < n; k++) {
+              double best = s + k == 0 ? 0 : kInf;
+              int64_t from = -1;
+              for (int64_t j = 0; s && j < k; j++) {
+                const double sum = value[(s - 1) * n + j] + cost[j * n + k];
+                if (sum < best) best = sum, from = j;
+              }
+              near("value", s * n + k, value[s * n + k], best, 0);
+              near("parent", s * n + k, double(parent.as<int64_t>()[s * n + k]), double(from), 0);
+            }
+        });
+        if (n > 18 || steps != 1) continue;
+        for (int64_t i = n * n - 1; i > 0; i--)  // every place, and all after it
+          if (i % n > i / n) cost.set(i, i % 2 ? NAN : -kInf), refused({&value, &parent}, i, kernel);
+      }
+}
+
+}  // namespace
+
+void __ubsan_on_report() {
+  fprintf(stderr, "FAILED %s\n", g_case);
+}
+
+int main(int argc, char** argv) {  // the names of ops: only these
+  setenv("OMP_WAIT_POLICY", "passive", 0);
+  try {
+    fk::isa();
+  } catch (const std::exception& e) {
+    printf("skipped: %s\n", e.what());
+    const char* name = std::getenv("FLOWKERNELS_ISA");
+    return std::strcmp(name, "avx2") && std::strcmp(name, "avx512");
+  }
+  if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(__ubsan_on_report);
+  printf("%s, threads of %s%s\n", fk::isa_name(fk::isa()), fk::thread_runtime(), kRacesOnly ? ", races only" : "");
+  const std::pair<const char*, void (*)()> ops[] = {
+      {"velocity_gram", velocity_gram},   {"bellman", bellman},
+      {"euler_step", euler_step},         {"linear_update", linear_update},
+      {"segment_points", segment_points}, {"straighten_loss", straighten_loss}};
+  for (auto [name, test] : ops) {
+    bool wanted = argc == 1;
+    for (int i = 1; i < argc; i++) wanted |= !std::strcmp(argv[i], name);
+    if (!wanted) continue;
+    test();
+    printf("%-16s %6d cases", name, g_cases);
+    kRacesOnly ? printf("\n") : printf(", largest error %.3f of the allowed\n", g_worst);
+    fflush(stdout);
+    g_cases = 0, g_worst = 0;
+  }
+}
