@@ -10,7 +10,7 @@ from flowkernels.bench import Case, Work, ours
 from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.straighten_loss import samples as loss_samples
 
-from . import bellman, euler_step, linear_update, segment_points, straighten_loss, velocity_gram
+from . import bellman, cost_from_gram, euler_step, linear_update, segment_points, straighten_loss, velocity_gram
 
 
 def kernel(op: str, *args):
@@ -39,6 +39,16 @@ def cases(device) -> Iterator[Case]:
             kernel("velocity_gram", v, None, None),
             lambda: velocity_gram.gram(v),
             lambda got: check(velocity_gram.Sample("", (v,), {}), got),
+        )
+
+    def costs():
+        matrix, times = cost_from_gram.inputs(10, device)
+        sample = cost_from_gram.Sample("", (matrix.cpu(), times), dict(states=False))
+        return (
+            lambda: ops.cost_from_gram(matrix, times),
+            kernel("cost_from_gram", matrix, times, False),
+            lambda: cost_from_gram.reference.cost_from_gram(matrix, times),
+            lambda got: cost_from_gram.error_and_bound(sample, got.cpu()),
         )
 
     def recursion():
@@ -100,6 +110,6 @@ def cases(device) -> Iterator[Case]:
             lambda got: (abs(got.item() / truth - 1), 1e-5),
         )
 
-    builds = (gram, recursion, step, update, points, loss)
+    builds = (gram, costs, recursion, step, update, points, loss)
     for op, build in zip(ops.OPS, builds, strict=True):
         yield case(op, build)

@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from flowkernels.bench import ENTRIES  # noqa: E402
+from flowkernels.ops import OPS  # noqa: E402
 
 MARK = "<!-- below this line: benchmarks/report.py -->"
 OURS, EAGER, COMPILED = "flowkernels cpu", "torch eager", "torch compile"
@@ -90,7 +91,7 @@ def targets(r: Results):
         yield at_least("... over torch.compile", 1.5, r.times("straighten_loss", case, COMPILED))
     update = value("linear_update", "4096 Ki elements, 16 terms, float32", "stream_percent")
     yield at_least("linear_update, 16 terms of 4 Mi: of the stream", 85, update, " %")
-    for op in ("velocity_gram", "bellman", "euler_step", "linear_update", "segment_points", "straighten_loss"):
+    for op in OPS:
         case = f"{op}, one 8x8 image"
         yield at_most(f"{op}, 8x8 image: public function", 10, value("overhead", case, "p50_us"), " us")
         yield at_most("... inner call", 3, value("overhead", case, "p50_us", "flowkernels inner call"), " us")

@@ -6,7 +6,7 @@ import torch
 
 import flowkernels as fk
 from flowkernels.bench import Case, Work, ours
-from flowkernels.schedule import cost_from_gram
+from flowkernels.ops.cost_from_gram.reference import cost_from_gram
 
 from .velocity_gram import gram, velocities
 
@@ -27,13 +27,13 @@ def cases(device) -> Iterator[Case]:
             v, times = velocities(K, n, D, device, dtype), torch.linspace(0, 1, K + 1, dtype=torch.float64)
 
             def by_torch():
-                return cost_from_gram(gram(v).cpu() / n, times, False)
+                return cost_from_gram(gram(v).cpu() / n, times)
 
             def by_raw_product():  # what the increments are for: the same from products of the velocities themselves
                 flat = v.flatten(1).float()
                 raw = (flat @ flat.T).double()
                 a = raw[1:, 1:] - raw[1:, :-1] - raw[:-1, 1:] + raw[:-1, :-1]
-                return cost_from_gram(a.cpu() / n, times, False)
+                return cost_from_gram(a.cpu() / n, times)
 
             calls = ours(lambda: fk.step_cost(v, times), device)
             calls |= {"torch eager": by_torch, "torch raw product": by_raw_product}
@@ -49,7 +49,7 @@ def cases(device) -> Iterator[Case]:
                 nonlocal truth
                 if truth is None:
                     a = v.flatten(1).double().diff(dim=0)
-                    truth = cost_from_gram((a @ a.T).cpu() / n, times, False)
+                    truth = cost_from_gram((a @ a.T).cpu() / n, times)
                 j, k = torch.triu_indices(K + 1, K + 1, 2)
                 error = ((got[j, k] - truth[j, k]).abs() / truth[j, k]).max().item() if len(j) else 0.0
                 # a loop over states carries their rounding: float32 states allow no more

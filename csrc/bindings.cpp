@@ -7,6 +7,7 @@
 #include "common/isa.h"
 #include "common/memory.h"
 #include "common/threads.h"
+#include "cost_from_gram/cost_from_gram.h"
 #include "euler_step/euler_step.h"
 #include "linear_update/linear_update.h"
 #include "segment_points/segment_points.h"
@@ -30,8 +31,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "velocity_gram",
       [](Address v, int v_type, int64_t K, int64_t M, int64_t v_stride, Address x, int64_t x_stride, Address times,
          Address gram, int threads) {
-        FK_SELECT(velocity_gram)
+        FK_SELECT_AMX(velocity_gram)
         ({at(v), fk::Dtype(v_type), K, M, v_stride, at(x), x_stride, at<double>(times), at<double>(gram), threads});
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cost_from_gram",
+      [](Address gram, Address times, int64_t K, bool states, Address cost) {
+        FK_SELECT(cost_from_gram)({at<double>(gram), at<double>(times), K, states, at<double>(cost)});
       },
       py::call_guard<py::gil_scoped_release>());
 

@@ -33,6 +33,7 @@ from flowkernels._version import __version__
 
 ENTRIES = (
     "velocity_gram",
+    "cost_from_gram",
     "step_cost",
     "bellman",
     "euler_step",

@@ -166,44 +166,7 @@ class StepCost:
         """Step costs `[K+1, K+1]` in float64 on the CPU: entry [j, k], k > j, is
         `c(j, k) = mean over samples |x_k - x_j - (t_k - t_j) v_j|^2`; Inf where k <= j."""
         expect(self.count > 0, "StepCost", "at least one update", "none")
-        return cost_from_gram(self.gram.cpu() / self.count, self.times, self.states)
-
-
-def cost_from_gram(gram: Tensor, times: Tensor, states: bool) -> Tensor:
-    """All step costs from the mean Gram matrix of increments, by prefix sums.
-
-    With S(j, k) = sum_{j<m<k} (t_k - t_m) a_m, the residual of the step j -> k, and B(j, k) = sum_{j<m<=k} a_m:
-    S(j, k+1) = S(j, k) + h_k B(j, k), so |S|^2, <S, B> and |B|^2 each follow from the last by adding along k.
-    """
-    K = len(times) - 1
-    h = times.diff()
-    A = torch.zeros(K + 1, K + 1, dtype=torch.float64)  # indexed by m = 1..K-1
-    A[1:K, 1:K] = gram[: K - 1, : K - 1]
-    inside = torch.ones(K + 1, K + 1, dtype=torch.bool).triu(1)  # m < m', or j < k
-
-    def tail_sums(rows: Tensor) -> Tensor:  # [j, k] = sum of rows m = j+1..k-1 in column k
-        sums = torch.where(inside, rows, 0.0).flip(0).cumsum(0).flip(0)
-        return torch.cat([sums[1:], torch.zeros(1, K + 1, dtype=torch.float64)])
-
-    def along_k(steps: Tensor) -> Tensor:  # [j, k] = sum of steps[j, k'] over j < k' <= k
-        return torch.where(inside, steps, 0.0).cumsum(1)
-
-    def before(t: Tensor) -> Tensor:  # shift by one in k: entry [j, k] becomes that of [j, k-1]
-        return torch.cat([torch.zeros(len(t), 1, dtype=torch.float64), t[:, :-1]], 1)
-
-    h_last = torch.cat([torch.zeros(1, dtype=torch.float64), h])  # h_{k-1} at k
-    BB = along_k(2 * tail_sums(A) + A.diagonal())  # |B(j, k)|^2
-    SB = along_k(h_last * before(BB) + tail_sums((times[None, :] - times[:, None]) * A))  # <S(j, k), B(j, k)>
-    SS = along_k(2 * h_last * before(SB) + h_last**2 * before(BB))  # |S(j, k)|^2
-    if states:  # the residual is S(j, k) + (t_k - t_j) e_j
-        E = torch.zeros(K + 1, K + 1, dtype=torch.float64)
-        E[:K, 1:K] = gram[K - 1 :, : K - 1]  # <e_j, a_m> at [j, m]
-        Be = along_k(E)
-        Se = along_k(h_last * before(Be))
-        span = times[None, :] - times[:, None]
-        ee = torch.cat([gram.diagonal()[K - 1 :], torch.zeros(1, dtype=torch.float64)])[:, None]
-        SS = SS + 2 * span * Se + span**2 * ee
-    return torch.where(inside, SS.clamp_min(0), torch.inf)  # rounding may leave a residual of zero at -1e-17
+        return ops.cost_from_gram(self.gram.cpu() / self.count, self.times, states=self.states)
 
 
 def step_cost(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | None = None) -> Tensor:

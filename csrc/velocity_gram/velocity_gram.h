@@ -22,6 +22,6 @@ struct VelocityGramArgs {
 };
 
 using velocity_gram_fn = void(const VelocityGramArgs&);
-FK_DECLARE(velocity_gram_fn, velocity_gram)
+FK_DECLARE_AMX(velocity_gram_fn, velocity_gram)
 
 }  // namespace fk

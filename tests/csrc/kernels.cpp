@@ -14,6 +14,7 @@
 #include "bellman/bellman.h"
 #include "common/memory.h"
 #include "common/threads.h"
+#include "cost_from_gram/cost_from_gram.h"
 #include "euler_step/euler_step.h"
 #include "linear_update/linear_update.h"
 #include "segment_points/segment_points.h"
@@ -81,7 +82,7 @@ double eps(Dtype t) {
   return t == f64 ? kEps64 : t == f32 ? 0x1p-23 : t == bf16 ? 0x1p-7 : 0x1p-10;
 }
 int lanes(Dtype t) {
-  return (16 << int(fk::isa())) / size_of(t);
+  return (16 << std::min(int(fk::isa()), 2)) / size_of(t);
 }
 double half_ulp(double v, Dtype t) {
   return std::max(std::fabs(v) * eps(t) / 2, t == f16 ? 0x1p-25 : t == bf16 ? 0x1p-134 : 0x1p-150);
@@ -436,12 +437,14 @@ void velocity_gram_case(Dtype x_type, Dtype v_type, int64_t K, int64_t M, bool s
       if (states) rows[(K - 1 + k) * M + c] = secant(k) - v[k * v_stride + c];
     }
   // a lane adds min(M, 1024) / lanes products of two rounded rows, lanes add up in at most 8 steps, then doubles
-  const double adds = double(std::min<int64_t>(M, 1024)) / lanes(x_type) + 12;
+  double adds = double(std::min<int64_t>(M, 1024)) / lanes(x_type) + 12;
+  // the matrix unit: in one lane, three products each, of parts that lack the last 2^-16
+  if (fk::isa() == fk::Isa::amx && K > 64 && M >= 4096) adds = 3 * 1024 + 2 * 0x1p-16 / eps(f32);
   for (int threads : {1, 2, 3}) {
     CASE("velocity_gram x %d v %d K %ld M %ld states %d layout %d threads %d", int(x_type), int(v_type), long(K),
          long(M), states, layout, threads);
     auto kernel = [&](int t) {
-      FK_SELECT(velocity_gram)
+      FK_SELECT_AMX(velocity_gram)
       ({v.as(), v.type, K, M, v_stride, x.as(), x_stride, times.as<double>(), gram.as<double>(), t});
     };
     run({threads}, {&gram}, kernel, [&] {
@@ -466,7 +469,43 @@ void velocity_gram() {
       for (int64_t M : {1023, 1024, 1025, 2051, 8000})
         for (int layout : {0, 1, 2}) velocity_gram_case(x_type, v_type, 6, M, states, layout);
     }
+  for (Dtype v_type : {f32, bf16, f16})  // one and two bands of 16 rows past a pair of them, for the matrix unit
+    for (int64_t K : {66, 98}) velocity_gram_case(f32, v_type, K, 4099, false, 2);
   velocity_gram_case(f32, f32, 400, 1100, false, 0);  // chunks shorter than 1,024 columns, where L2 is 2 MiB or less
+}
+
+// ---- cost_from_gram: against the quadratic form, of a matrix that need not be one of increments ----
+void cost_from_gram() {
+  for (int64_t K : {1, 2, 3, 4, 8, 9, 10, 17, 33})
+    for (bool states : {false, true}) {
+      CASE("cost_from_gram K %ld states %d", long(K), states);
+      const int64_t R = states ? 2 * K - 1 : K - 1, n = K + 1;
+      Tensor gram(f64, R * R, 1), t(f64, n, 1), cost(f64, n * n, 1);
+      gram.random(-3, 3);
+      for (int64_t i = 0; i < R; i++) {
+        for (int64_t j = 0; j < i; j++) gram.set(i * R + j, gram[j * R + i]);
+        gram.set(i * R + i, 1e3 * double(K) + gram[i * R + i]);  // positive definite: no cost is cut off at zero
+      }
+      for (int64_t k = 0; k < n; k++) t.set(k, double(k + k * k) / 64);
+      auto kernel = [&](int) {
+        FK_SELECT(cost_from_gram)({gram.as<double>(), t.as<double>(), K, states, cost.as<double>()});
+      };
+      run({1}, {&cost}, kernel, [&] {
+        for (int64_t j = 0; j < n; j++)
+          for (int64_t k = 0; k < n; k++) {
+            std::vector<double> w(R + 1);
+            for (int64_t m = j + 1; m < k; m++) w[m - 1] = t[k] - t[m];
+            if (states && j < K) w[K - 1 + j] = t[k] - t[j];
+            double truth = 0, scale = 0;
+            for (int64_t a = 0; a < R; a++)
+              for (int64_t b = 0; b < R; b++) {
+                const double term = w[a] * w[b] * gram[a * R + b];
+                truth += term, scale += std::fabs(term);
+              }
+            near("cost", j * n + k, cost[j * n + k], k > j ? truth : kInf, 8 * double(n) * kEps64 * scale);
+          }
+      });
+    }
 }
 
 // ---- bellman: the same sums and the same choice of a minimum, so no error is allowed ----
@@ -516,14 +555,14 @@ int main(int argc, char** argv) {  // the names of ops: only these
   } catch (const std::exception& e) {
     printf("skipped: %s\n", e.what());
     const char* name = std::getenv("FLOWKERNELS_ISA");
-    return std::strcmp(name, "avx2") && std::strcmp(name, "avx512");
+    return std::strcmp(name, "avx2") && std::strcmp(name, "avx512") && std::strcmp(name, "amx");
   }
   if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(__ubsan_on_report);
   printf("%s, threads of %s%s\n", fk::isa_name(fk::isa()), fk::thread_runtime(), kRacesOnly ? ", races only" : "");
   const std::pair<const char*, void (*)()> ops[] = {
-      {"velocity_gram", velocity_gram},   {"bellman", bellman},
-      {"euler_step", euler_step},         {"linear_update", linear_update},
-      {"segment_points", segment_points}, {"straighten_loss", straighten_loss}};
+      {"velocity_gram", velocity_gram},    {"cost_from_gram", cost_from_gram}, {"bellman", bellman},
+      {"euler_step", euler_step},          {"linear_update", linear_update},   {"segment_points", segment_points},
+      {"straighten_loss", straighten_loss}};
   for (auto [name, test] : ops) {
     bool wanted = argc == 1;
     for (int i = 1; i < argc; i++) wanted |= !std::strcmp(argv[i], name);

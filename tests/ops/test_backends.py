@@ -11,7 +11,16 @@ import torch
 
 from flowkernels import backends
 from flowkernels.backends import BACKENDS, BackendError, backend, choose, why_not
-from flowkernels.ops import OPS, bellman, euler_step, linear_update, segment_points, straighten_loss, velocity_gram
+from flowkernels.ops import (
+    OPS,
+    bellman,
+    cost_from_gram,
+    euler_step,
+    linear_update,
+    segment_points,
+    straighten_loss,
+    velocity_gram,
+)
 
 CACHES = (backends.extension, backends._load, backends._decide, backends._from_environment)
 
@@ -57,7 +66,7 @@ def call_all():
     return (
         *(velocity_gram(x), *bellman(torch.ones(3, 3, dtype=torch.float64), 2), euler_step(x, x, 0.5)),
         *(linear_update(x, [x, x], [0.5, 0.25]), segment_points(bank, i, i, x[0, :2])),
-        *straighten_loss(x[:2], bank, x[0, :2], i, i),
+        *(*straighten_loss(x[:2], bank, x[0, :2], i, i), cost_from_gram(torch.eye(2, dtype=torch.float64), 3)),
     )
 
 
@@ -164,7 +173,7 @@ def test_without_the_compiled_module(no_extension):
 
 def test_with_the_compiled_module():
     assert backends.extension_error() is None
-    assert backends.extension().isa() in ("baseline", "avx2", "avx512")
+    assert backends.extension().isa() in ("baseline", "avx2", "avx512", "amx")
     assert why_not("cpu", "cpu") is None
 
 

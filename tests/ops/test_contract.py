@@ -30,6 +30,8 @@ def op_args(op, sample):
     k = sample.kwargs
     if op == "velocity_gram":
         return (*sample.args, k.get("x"), k.get("times"))
+    if op == "cost_from_gram":
+        return (*sample.args, k["states"])
     if op == "bellman":
         return sample.args
     if op == "euler_step":

@@ -312,3 +312,71 @@ def test_errors_name_the_argument(error, message, args, kwargs):
 def test_the_result_needs_no_gradient():
     v = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert not velocity_gram(v).requires_grad
+
+
+# ---- many rows and columns: on processors that have it, the matrix unit ----
+
+
+def increments_of(rows):
+    """Velocities with these increments, exact in float32 for whole numbers."""
+    return torch.cat([torch.zeros_like(rows[:1]), rows]).cumsum(0)
+
+
+@pytest.mark.parametrize("K", [65, 66, 81, 97, 98, 129])
+def test_many_rows_are_exact_for_whole_numbers(K):
+    rows = integers((K - 1, 4101), K)
+    v = increments_of(rows)[:, None]
+    for velocities in (v, v.double()):
+        assert torch.equal(velocity_gram(velocities), rows.double() @ rows.double().T)
+
+
+def test_many_rows_keep_sixteen_bits_and_more():
+    """Increments of 24 significant bits: products of low parts with high ones count, and the squares of low ones."""
+    rows = 1 + torch.rand(70, 5000, generator=torch.Generator().manual_seed(0))
+    v = rows.cumsum(0)[:, None]
+    a = v.flatten(1).double().diff(dim=0)
+    gram, truth = velocity_gram(v), a @ a.T
+    error = (gram - truth).abs() / truth
+    assert error.max() < 1e-6
+    assert error.diagonal().max() < 3e-7
+
+
+def test_identical_rows_lose_no_more_than_said():
+    rows = torch.rand(1, 5000, generator=torch.Generator().manual_seed(0)).expand(80, -1)
+    v = torch.arange(81)[:, None, None] * rows[:1].bfloat16().float()[None, 0] + 0.0
+    a = v.flatten(1).double().diff(dim=0)
+    truth = a @ a.T
+    assert ((velocity_gram(v) - truth).abs() / truth).max() < 2**-16 / 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_and_inf_among_many_rows(bad, dtype):
+    v = integers((70, 1, 4100), 0).to(dtype)
+    v[4, 0, 7] = bad
+    with backend("reference"):
+        expected = velocity_gram(v)
+    assert expected.isfinite().any()
+    torch.testing.assert_close(velocity_gram(v), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-17, 1e17])
+def test_many_rows_of_any_size(scale):
+    """Squares near the ends of float32's range, and products below it."""
+    v = scale * torch.randn(70, 1, 4100, generator=torch.Generator().manual_seed(0))
+    gram = velocity_gram(v)
+    if scale < 1e-20:  # float32 does not hold the squares
+        assert not gram.any()
+        return
+    error, bound = error_and_bound(Sample("", (v,), {}), gram)
+    assert error <= bound
+
+
+def test_many_rows_in_parts():
+    """Chunks and threads: whole numbers, so every split gives the same bits."""
+    v = increments_of(integers((75, 9000), 3))[:, None]
+    whole = velocity_gram(v)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(velocity_gram(v), whole)
+    assert torch.equal(velocity_gram(v[..., :5000]) + velocity_gram(v[..., 5000:]), whole)

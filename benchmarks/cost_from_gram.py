@@ -1,0 +1,39 @@
+"""Step costs of all pairs of knots from the Gram matrix."""
+
+from collections.abc import Iterator
+
+import torch
+
+from flowkernels.bench import Case, Work, ours
+from flowkernels.ops import cost_from_gram
+from flowkernels.ops.cost_from_gram import reference
+from flowkernels.ops.cost_from_gram.samples import Sample, error_and_bound
+
+
+def inputs(K: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.randn(K - 1, 2 * K, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+    return rows @ rows.T, torch.linspace(0, 1, K + 1, dtype=torch.float64)
+
+
+def cases(device) -> Iterator[Case]:
+    def case(K, quick=False):
+        def make():
+            gram, times = inputs(K, device)
+            compiled = torch.compile(reference.cost_from_gram)
+            sample = Sample("", (gram.cpu(), times), dict(states=False))
+            return Work(
+                ours(lambda: cost_from_gram(gram, times), device)
+                | {
+                    "torch eager": lambda: reference.cost_from_gram(gram, times),
+                    "torch compile": lambda: compiled(gram, times),
+                },
+                lambda got: error_and_bound(sample, got.cpu()),
+                moved=2 * gram.nbytes,
+            )
+
+        return Case(f"K={K}", K, make, quick=quick)
+
+    yield case(16)
+    yield case(50)
+    yield case(100, quick=True)
+    yield case(256)

@@ -1,0 +1,52 @@
+"""Step costs of all pairs of knots from one Gram matrix of velocity increments."""
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import expect, expect_tensor, expect_times
+from flowkernels.ops._library import direct, register
+from flowkernels.ops.cost_from_gram import reference
+
+
+def cost_from_gram(gram: Tensor, times: Tensor, *, states: bool = False) -> Tensor:
+    """All step costs `c(j, k)` from the mean Gram matrix of increments, in K^2 operations.
+
+    Args:
+        gram: float64, what `velocity_gram` returns divided by the number of samples: `[K-1, K-1]`, or `[2K-1, 2K-1]`
+            with `states`. Symmetric; the upper triangle of increments, the rows of e and its diagonal are read.
+        times: the K+1 knots.
+        states: whether `velocity_gram` was given states.
+
+    Returns:
+        float64 `[K+1, K+1]` on gram's device: entry [j, k], k > j, is the mean over samples of
+        `|x_k - x_j - (t_k - t_j) v_j|^2`; Inf where k <= j. NaN and Inf spread to the costs that they are part of. Not
+        differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: docs/mathematics.md; the cost is that of BOSS (arXiv 2312.16414, section 3).
+    """
+    expect_tensor(gram, "gram", (torch.float64,))
+    t = expect_times(times, "times")
+    rows = 2 * len(t) - 3 if states else len(t) - 2
+    if gram.shape != (rows, rows):
+        expect(False, "gram", f"shape [{rows}, {rows}], for {len(t)} knots", gram)
+    gram = gram.detach()
+    if (C := direct("cost_from_gram", gram, t)) is not None:
+        return _kernel(C, gram, t, states)
+    return torch.ops.flowkernels.cost_from_gram(gram, t, states)
+
+
+def _kernel(C, gram: Tensor, times: Tensor, states: bool) -> Tensor:
+    gram, times = gram.contiguous(), times.contiguous()
+    cost = torch.empty(len(times), len(times), dtype=torch.float64, device="cpu")
+    C.cost_from_gram(gram.data_ptr(), times.data_ptr(), len(times) - 1, states, cost.data_ptr())
+    return cost
+
+
+def _fake(gram: Tensor, times: Tensor, states: bool) -> Tensor:
+    return gram.new_empty(len(times), len(times))
+
+
+register("cost_from_gram(Tensor gram, Tensor times, bool states) -> Tensor", _kernel, reference.cost_from_gram, _fake)
