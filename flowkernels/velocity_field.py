@@ -201,8 +201,10 @@ def warn_if_training(velocity, stacklevel: int = 4) -> None:
     if not isinstance(velocity, nn.Module):
         return
     for name, module in velocity.named_modules():
+        if not module.training:
+            continue
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        if module.training and (random or isinstance(module, nn.modules.batchnorm._BatchNorm)):
+        if random or isinstance(module, nn.modules.batchnorm._BatchNorm):
             warnings.warn(
                 f"velocity: expected a network in eval mode, got {type(module).__name__} {name!r} in training mode; "
                 "call .eval() first",

@@ -61,18 +61,19 @@ def euler_step(
     elif wants_low:
         expect(low in _LOW, "low", "torch.bfloat16, torch.float16 or a tensor of one of them", low, TypeError)
 
+    functional = out is None and not isinstance(low, Tensor)
+    if functional and (C := direct("euler_step", x, v, v_uncond)) is not None:
+        new = fresh(torch.empty_like(x))
+        copy = fresh(torch.empty_like(x, dtype=low)) if wants_low else None
+        _launch(C, x, v, h, v_uncond, guidance, new, copy)
+        return (new, copy) if wants_low else new
     if is_transformed():  # jvp, vmap and grad of torch.func go through torch's own rules
         written = out is not None or isinstance(low, Tensor)
         expect(not written, "out", "None, and low a dtype, inside torch.func's transforms", "a tensor to write to")
         new = reference.euler_step(x, v, h, v_uncond, guidance)
         return (new, new.to(low)) if wants_low else new
-    if out is None and not isinstance(low, Tensor):
-        if (C := direct("euler_step", x, v, v_uncond)) is not None:
-            new = fresh(torch.empty_like(x))
-            copy = fresh(torch.empty_like(x, dtype=low)) if wants_low else None
-            _launch(C, x, v, h, v_uncond, guidance, new, copy)
-        else:
-            new, copy = torch.ops.flowkernels.euler_step(x, v, h, v_uncond, guidance, low)
+    if functional:
+        new, copy = torch.ops.flowkernels.euler_step(x, v, h, v_uncond, guidance, low)
         return (new, copy) if wants_low else new
 
     if out is None:

@@ -65,17 +65,18 @@ def linear_update(
     elif wants_low:
         expect(low in _LOW, "low", "torch.bfloat16, torch.float16 or a tensor of one of them", low, TypeError)
 
+    functional = out is None and not isinstance(low, Tensor)
+    if functional and (C := direct("linear_update", x, *v)) is not None:
+        new, copy = _empty(x), _empty(x, low) if wants_low else None
+        _launch(C, x, v, b, new, copy)
+        return (new, copy) if wants_low else new
     if is_transformed():
         written = out is not None or isinstance(low, Tensor)
         expect(not written, "out", "None, and low a dtype, inside torch.func's transforms", "a tensor to write to")
         new = reference.linear_update(x, v, b)
         return (new, new.to(low)) if wants_low else new
-    if out is None and not isinstance(low, Tensor):
-        if (C := direct("linear_update", x, *v)) is not None:
-            new, copy = _empty(x), _empty(x, low) if wants_low else None
-            _launch(C, x, v, b, new, copy)
-        else:
-            new, copy = torch.ops.flowkernels.linear_update(x, v, b, low)
+    if functional:
+        new, copy = torch.ops.flowkernels.linear_update(x, v, b, low)
         return (new, copy) if wants_low else new
 
     out = _empty(x) if out is None else out

@@ -70,7 +70,7 @@ def refuse_place(place: int, bank: Tensor, interval: Tensor, sample: Tensor) -> 
 def _kernel(C, bank, interval, sample, u, dtype) -> Tensor:
     bank, interval, sample = bank.contiguous(), interval.contiguous(), sample.contiguous()
     u = None if u is None else u.double().contiguous()
-    out = fresh(_fake(bank, interval, sample, u, dtype))
+    out = fresh(torch.empty(len(interval), *bank.shape[2:], dtype=dtype, device="cpu"))
     knots, n = bank.shape[:2]
     bad = C.segment_points(
         *(bank.data_ptr(), interval.data_ptr(), sample.data_ptr(), 0 if u is None else u.data_ptr(), out.data_ptr()),
