@@ -146,7 +146,7 @@ def test_calls_from_several_python_threads(op, sample):
 FORK = """
 import mmap, multiprocessing, sys
 import numpy, torch
-from flowkernels.ops import euler_step, velocity_gram
+from flowkernels.ops import euler_step, linear_update, velocity_gram
 
 n = 1 << 17
 torch.set_num_threads(2)
@@ -155,6 +155,7 @@ x = torch.from_numpy(numpy.sin(numpy.arange(n, dtype=numpy.float32)))
 def run(gram, state):
     gram.copy_(velocity_gram(x.view(8, -1)).view(-1))
     euler_step(x, x, 0.1, out=state)
+    linear_update(state, [x, x], [0.2, 0.3], out=state)
 
 def run_in_child():
     out = torch.frombuffer(mmap.mmap(-1, 4 * (n + 49)), dtype=torch.float32).split([49, n])
