@@ -172,6 +172,12 @@ def main() -> None:
     lines = [page.read_text().partition(MARK)[0] + MARK, "", "## Targets", ""]
     lines += ["| | target | measured | |", "|---|---|---|---|"]
     lines += [f"| {w} | {t} | {f} | {'met' if met else '**missed**'} |" for w, t, f, met in targets(Results(rows))]
+    lines += ["", "## Where a peer is faster", ""]
+    lines += [
+        f"- {r['entry']}, {r['case']}: {r['best_torch']} takes {r['ratio']:.2f} of our time"
+        for r in rows
+        if r["provider"] == OURS and r["ratio"] != "" and r["ratio"] < 1
+    ] or ["Nowhere in this run."]
     keys = ("device", "isa", "torch", "python", "flowkernels", "commit", "date")
     sources = dict.fromkeys(", ".join(f"{k} {r[k]}" for k in keys) for r in rows)
     lines += ["", "## Every case", "", *(f"{s}." for s in sources), *tables(rows), ""]

@@ -41,20 +41,15 @@ def euler(
     """
     t = times.tolist()
     x = x.clone(memory_format=torch.contiguous_format) if out is None else out[0].copy_(x)
-    step = stepper(x)
+    step, begin, end = stepper(x), x.data_ptr(), x.data_ptr() + x.nbytes
     for i in range(len(t) - 1):
         v, v_uncond, w = evaluate(velocity, x, t[i])
         if out is None:  # a velocity that is a view of the state would change with it
-            v, v_uncond = (_apart(part, x) for part in (v, v_uncond))
+            v = v.clone() if begin <= v.data_ptr() < end else v
+            if v_uncond is not None and begin <= v_uncond.data_ptr() < end:
+                v_uncond = v_uncond.clone()
         x = step(x, v, t[i + 1] - t[i], v_uncond, w, x if out is None else out[i + 1])
         yield x, v, v_uncond, w
-
-
-def _apart(v: Tensor | None, x: Tensor) -> Tensor | None:
-    """v, in memory of its own."""
-    if v is None or v.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
-        return v
-    return v.clone()
 
 
 def expect_finite_flow(x: Tensor, v: Iterable[Tensor], times: Tensor, first: int = 0) -> None:
