@@ -39,7 +39,7 @@ def cases(device) -> Iterator[Case]:
                 flops=2 * steps * K * (K + 1) / 2,  # a sum and a comparison for each pair
             )
 
-        return Case(f"K={K}, N=1..{steps}", K, make, quick=quick)
+        return Case(f"K={K}, N=1..{steps}", K * K, make, quick=quick, curves={"K": K})
 
     yield case(16, 8)
     yield case(50, 10)

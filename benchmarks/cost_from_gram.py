@@ -31,7 +31,7 @@ def cases(device) -> Iterator[Case]:
                 moved=2 * gram.nbytes,
             )
 
-        return Case(f"K={K}", K, make, quick=quick)
+        return Case(f"K={K}", K * K, make, quick=quick, curves={"K": K})
 
     yield case(16)
     yield case(50)

@@ -72,7 +72,8 @@ def cases(device) -> Iterator[Case]:
             )
 
         name = f"{n >> 10} Ki elements, guided, bfloat16 velocities and copy" + (", given" if given else "")
-        return Case(name, n, make, quick=quick)
+        curves = {"elements, guided, given": n} if given else {"elements, guided, allocated": n}
+        return Case(name, n, make, quick=quick, curves=curves)
 
     def in_float32(n):
         def make():
@@ -85,7 +86,7 @@ def cases(device) -> Iterator[Case]:
                 moved=12 * n,
             )
 
-        return Case(f"{n >> 10} Ki elements, float32", n, make)
+        return Case(f"{n >> 10} Ki elements, float32", n, make, curves={"elements, float32, allocated": n})
 
     for log in (12, 16, 20, 24, 26):
         yield with_guidance(1 << log, given=True, quick=log == 20)

@@ -13,10 +13,11 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from flowkernels.bench import ENTRIES  # noqa: E402
+from flowkernels.bench import ENTRIES, cases  # noqa: E402
 from flowkernels.ops import OPS  # noqa: E402
 
 MARK = "<!-- below this line: benchmarks/report.py -->"
@@ -133,36 +134,57 @@ def tables(rows: list[dict]):
 
 
 def plot(entry: str, rows: list[dict], path: Path) -> None:
-    """Time against size; and the roofline, or bandwidth against size where operations say nothing."""
+    """Time along the entry's curves, or of every case; and the roofline, or bandwidth where no operations count."""
     rows = [r for r in rows if r["entry"] == entry and r["p50_us"] != ""]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for provider in dict.fromkeys(r["provider"] for r in rows):
-        mine = sorted((r["size"], r["p50_us"]) for r in rows if r["provider"] == provider)
-        left.plot(*zip(*mine, strict=True), "o-" if len({s for s, _ in mine}) > 2 else "o", label=provider, ms=4, lw=1)
-    left.set(xscale="log", yscale="log", xlabel="size", ylabel="microseconds", title=entry)
-    left.legend(fontsize=7)
     known = [r for r in rows if r["gb_s"] != "" and r["stream_percent"]]
-    if any(r["gflop_s"] != "" for r in known):
-        right.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", title="roofline")
-        stream = max(100 * r["gb_s"] / r["stream_percent"] for r in known)
-        peak = max(100 * r["gflop_s"] / r["fma_percent"] for r in known if r["gflop_s"] != "")
-        x = [0.01, peak / stream, 1000]
-        right.plot(x, [min(peak, stream * a) for a in x], "k-", lw=1, label=f"{stream:.0f} GB/s, {peak:.0f} GFLOP/s")
-        at = {"x": lambda r: r["gflop_s"] / r["gb_s"], "y": lambda r: r["gflop_s"]}
-    else:
-        right.set(xscale="log", xlabel="size", ylabel="GB/s that must move", title="bandwidth")
-        if known:
-            stream = sorted(100 * r["gb_s"] / r["stream_percent"] for r in known)[len(known) // 2]
-            right.axhline(stream, color="k", lw=1, label=f"stream {stream:.0f} GB/s")
-        at = {"x": lambda r: r["size"], "y": lambda r: r["gb_s"]}
-    for provider in dict.fromkeys(r["provider"] for r in known):
-        mine = sorted((at["x"](r), at["y"](r)) for r in known if r["provider"] == provider)
-        right.plot(*zip(*mine, strict=True), "o", label=provider, ms=4)
+    curves = {case.name: case.curves for case in cases(entry, torch.device("cpu"))}
+    axes = list(dict.fromkeys(axis for case in curves.values() for axis in case)) or [None]
+    fig, panels = plt.subplots(
+        1, len(axes) + bool(known), figsize=(4.6 * (len(axes) + bool(known)), 3.8), squeeze=False
+    )
+    providers = list(dict.fromkeys(r["provider"] for r in rows))
+    for axis, panel in zip(axes, panels[0], strict=False):
+        for provider in providers:
+            mine = [r for r in rows if r["provider"] == provider]
+            if axis is None:
+                panel.plot([r["p50_us"] for r in mine], [r["case"] for r in mine], "o", label=provider)
+                continue
+            points = sorted((c[axis], r["p50_us"]) for r in mine if axis in (c := curves.get(r["case"], {})))
+            if points:
+                panel.plot(*zip(*points, strict=True), "o-", label=provider, ms=4, lw=1)
+        if axis is None:
+            panel.set(xscale="log", xlabel="microseconds", title=entry)
+        else:
+            panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="microseconds", title=entry)
+        panel.legend(fontsize=7)
     if known:
-        right.legend(fontsize=7)
+        limits(known, providers, panels[0][-1])
     fig.tight_layout()
     fig.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(fig)
+
+
+def limits(rows: list[dict], providers: list[str], panel) -> None:
+    """Where the providers stand below what the machine can do."""
+    streams = sorted(100 * r["gb_s"] / r["stream_percent"] for r in rows)
+    stream = streams[len(streams) // 2]
+    if any(r["gflop_s"] != "" for r in rows):
+        rows = [r for r in rows if r["gflop_s"] != ""]
+        peaks = sorted(100 * r["gflop_s"] / r["fma_percent"] for r in rows)
+        peak = peaks[len(peaks) // 2]
+        x = [0.1, peak / stream, 300]
+        panel.plot(x, [min(peak, stream * a) for a in x], "k-", lw=1, label=f"{stream:.0f} GB/s, {peak:.0f} GFLOP/s")
+        panel.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", title="roofline")
+        at = [lambda r: r["gflop_s"] / r["gb_s"], lambda r: r["gflop_s"]]
+    else:
+        panel.axhline(stream, color="k", lw=1, label=f"stream {stream:.0f} GB/s")
+        panel.set(xscale="log", xlabel="size", ylabel="GB/s that must move", title="bandwidth")
+        at = [lambda r: r["size"], lambda r: r["gb_s"]]
+    for provider in providers:
+        points = [(at[0](r), at[1](r)) for r in rows if r["provider"] == provider]
+        if points:
+            panel.plot(*zip(*points, strict=True), "o", label=provider, ms=4)
+    panel.legend(fontsize=7)
 
 
 def main() -> None:

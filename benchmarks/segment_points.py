@@ -31,7 +31,7 @@ def cases(device) -> Iterator[Case]:
             )
 
         name = f"n={batch}, D={D}" + ("" if on_segments else ", u=0")
-        return Case(name, batch * D, make, quick=quick)
+        return Case(name, batch * D, make, quick=quick, curves={"n * D": batch * D} if on_segments else {})
 
     yield case(256, 64, quick=True)
     yield case(256, 3072)

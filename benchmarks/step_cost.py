@@ -57,7 +57,8 @@ def cases(device) -> Iterator[Case]:
 
             return Work(calls, check, moved=v.nbytes, flops=K * (K - 1) * n * D)
 
-        return Case(f"K={K}, n={n}, D={D}, {str(dtype)[6:]}", K * n * D, make, quick=quick)
+        curves = {"velocities, K * n * D": K * n * D} if dtype == torch.float32 else {}
+        return Case(f"K={K}, n={n}, D={D}, {str(dtype)[6:]}", K * n * D, make, quick=quick, curves=curves)
 
     yield case(100, 100, 3072)
     yield case(100, 100, 3072, torch.bfloat16, loop=False)

@@ -47,7 +47,8 @@ def cases(device) -> Iterator[Case]:
                 moved=batch * D * (8 + 2 * v.element_size()),
             )
 
-        return Case(f"n={batch}, D={D}, {loss}, {str(dtype)[6:]}", batch * D, make, quick=quick)
+        curves = {"n * D, l2, float32": batch * D} if loss == "l2" and dtype == torch.float32 else {}
+        return Case(f"n={batch}, D={D}, {loss}, {str(dtype)[6:]}", batch * D, make, quick=quick, curves=curves)
 
     yield case(256, 64, quick=True)
     yield case(256, 3072)

@@ -38,7 +38,12 @@ def cases(device) -> Iterator[Case]:
             )
 
         name = f"K={K}, n={n}, D={D}, {str(dtype)[6:]}" + ("" if threads is None else f", {threads} threads")
-        return Case(name, K * n * D, make, threads, quick=quick)
+        curves = {}
+        if dtype == torch.float32 and threads is None and D == 3072:
+            curves = ({"n * D, K=100": n * D} if K == 100 else {}) | ({"K, n * D=76800": K} if n == 25 else {})
+        elif threads is not None:
+            curves = {"threads, K=100, n * D=76800": threads}
+        return Case(name, K * n * D, make, threads, quick=quick, curves=curves)
 
     yield case(100, 100, 3072, quick=True)
     yield case(100, 100, 3072, torch.bfloat16)

@@ -67,13 +67,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """A named piece of work; `make` puts its inputs together. size: its place on the plot's axis."""
+    """A named piece of work of `size` elements; `make` puts its inputs together.
+
+    curves: the plots that it is a point of: what runs along the axis -> its place there.
+    """
 
     name: str
     size: float
     make: Callable[[], Work]
     threads: int | None = None
     quick: bool = field(default=False, kw_only=True)  # in the quick selection
+    curves: Mapping[str, float] = field(default_factory=dict, kw_only=True)
 
 
 def suite():
