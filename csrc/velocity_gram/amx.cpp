@@ -1,7 +1,7 @@
 // The Gram matrix on the matrix unit of recent Xeons (AMX). Every increment is split into two bfloat16 parts,
 // a = hi + lo to 16 bits, and <a_i, a_j> is summed from three products, hi hi + hi lo + lo hi, in float32. The fourth,
-// lo lo, is added on the diagonal. Elsewhere its terms cancel, except between rows that agree to 8 bits, where 2^-16 /
-// 3 of |a_i| |a_j| is lost at most in the mean.
+// lo lo, is added on the diagonal. Elsewhere its terms cancel, except between rows that agree to 8 bits, where a third
+// of 2^-16 |a_i| |a_j| is lost at most in the mean.
 //
 //   v [K, M]  --chunk of columns-->  tiles of 16 rows x 32 columns, hi and lo, as they are and transposed
 //             --2 x 2 tiles of sums in registers-->  G[i, j] += <a_i, a_j>, i <= j
@@ -231,13 +231,14 @@ void run(const VelocityGramArgs& g) {
   release(scratch);
 }
 
-// The unit flushes what is below 2^-126, and the low part of an infinity is not a number.
+// The unit flushes what is below 2^-126, so that a row's square may be zero though the row is not; and the low part of
+// an infinity is not a number.
 bool in_range(const VelocityGramArgs& g) {
   const int64_t R = g.K - 1;
   for (int64_t i = 0; i < R * R; i++)
     if (!(__builtin_fabs(g.gram[i]) < __builtin_inf())) return false;
   for (int64_t i = 0; i < R; i++)
-    if (g.gram[i * (R + 1)] != 0 && g.gram[i * (R + 1)] < 1e-30 * double(g.M)) return false;
+    if (g.gram[i * (R + 1)] < 1e-30 * double(g.M)) return false;
   return true;
 }
 

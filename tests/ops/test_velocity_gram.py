@@ -372,6 +372,14 @@ def test_many_rows_of_any_size(scale):
     assert error <= bound
 
 
+def test_many_rows_whose_squares_are_subnormal():
+    """As with few rows: what float32 still holds of them is there."""
+    v = 1e-21 * torch.randn(70, 1, 4100, generator=torch.Generator().manual_seed(0))
+    few = velocity_gram(v[:10])
+    assert (few.diagonal() > 0).all()
+    torch.testing.assert_close(velocity_gram(v)[:9, :9], few, rtol=1e-2, atol=1e-41)
+
+
 def test_many_rows_in_parts():
     """Chunks and threads: whole numbers, so every split gives the same bits."""
     v = increments_of(integers((75, 9000), 3))[:, None]
