@@ -52,7 +52,23 @@ def expect_positive_int(value, name: str) -> int:
     return int(value)
 
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LOW = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, *LOW)
+
+
+def expect_like(t: Tensor, name: str, x: Tensor) -> None:
+    """A tensor of x's shape, where x is."""
+    if t.shape != x.shape or t.device != x.device:
+        expect(False, name, f"x's shape {list(x.shape)} on {x.device}", t)
+
+
+def expect_low(low, x: Tensor) -> None:
+    """What a second output in low precision may be: None, a dtype, or a tensor of one and of x's shape."""
+    if isinstance(low, Tensor):
+        expect_tensor(low, "low", LOW)
+        expect_like(low, "low", x)
+    elif low is not None:
+        expect(low in LOW, "low", "torch.bfloat16, torch.float16 or a tensor of one of them", low, TypeError)
 
 
 def expect_noise(noise, name: str = "noise") -> Tensor:

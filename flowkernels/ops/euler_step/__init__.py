@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect, expect_number, expect_tensor
+from flowkernels._checks import LOW, expect, expect_like, expect_low, expect_number, expect_tensor
 from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, fresh, is_plain, is_transformed, register
 from flowkernels.ops.euler_step import reference
-
-_LOW = (torch.bfloat16, torch.float16)
 
 
 def euler_step(
@@ -44,22 +42,18 @@ def euler_step(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     expect_tensor(x, "x", (torch.float32, torch.float64))
-    allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *_LOW)
+    allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *LOW)
     expect_tensor(v, "v", allowed)
-    _match(v, "v", x)
+    expect_like(v, "v", x)
     expect_number(h, "h")
     expect_number(guidance, "guidance")
     if v_uncond is not None:
         expect_tensor(v_uncond, "v_uncond", (v.dtype,))
-        _match(v_uncond, "v_uncond", x)
+        expect_like(v_uncond, "v_uncond", x)
     else:
         expect(guidance == 1.0, "guidance", "1 without v_uncond", guidance)
     wants_low = low is not None
-    if isinstance(low, Tensor):
-        expect_tensor(low, "low", _LOW)
-        _match(low, "low", x)
-    elif wants_low:
-        expect(low in _LOW, "low", "torch.bfloat16, torch.float16 or a tensor of one of them", low, TypeError)
+    expect_low(low, x)
 
     functional = out is None and not isinstance(low, Tensor)
     if functional and (C := direct("euler_step", x, v, v_uncond)) is not None:
@@ -79,7 +73,7 @@ def euler_step(
     if out is None:
         out = torch.empty_like(x)
     expect_tensor(out, "out", (x.dtype,))
-    _match(out, "out", x)
+    expect_like(out, "out", x)
     if wants_low and not isinstance(low, Tensor):
         low = torch.empty_like(x, dtype=low)
     if torch.is_grad_enabled():
@@ -107,11 +101,6 @@ def stepper(x: Tensor):
         return out
 
     return step
-
-
-def _match(t: Tensor, name: str, x: Tensor) -> None:
-    if t.shape != x.shape or t.device != x.device:
-        expect(False, name, f"x's shape {list(x.shape)} on {x.device}", t)
 
 
 def _contiguous(*tensors: Tensor | None) -> bool:

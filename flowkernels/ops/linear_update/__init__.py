@@ -5,11 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect, expect_number, expect_tensor
+from flowkernels._checks import LOW, expect, expect_like, expect_low, expect_number, expect_tensor
 from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, fresh, is_transformed, register
 from flowkernels.ops.linear_update import reference
-
-_LOW = (torch.bfloat16, torch.float16)
 
 
 def linear_update(
@@ -50,20 +48,16 @@ def linear_update(
     v, b = list(v), list(b)
     expect(len(v) > 0, "v", "at least one velocity", "none")
     expect(len(v) == len(b), "b", f"{len(v)} coefficients, one for each velocity", f"{len(b)}")
-    allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *_LOW)
+    allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *LOW)
     for i, (term, factor) in enumerate(zip(v, b, strict=True)):
         if not isinstance(term, Tensor) or term.dtype not in allowed or term.shape != x.shape:
             expect_tensor(term, f"v[{i}]", allowed)
         allowed = (term.dtype,)
-        _match(term, f"v[{i}]", x)
+        expect_like(term, f"v[{i}]", x)
         if type(factor) is not float:
             expect_number(factor, f"b[{i}]")
     wants_low = low is not None
-    if isinstance(low, Tensor):
-        expect_tensor(low, "low", _LOW)
-        _match(low, "low", x)
-    elif wants_low:
-        expect(low in _LOW, "low", "torch.bfloat16, torch.float16 or a tensor of one of them", low, TypeError)
+    expect_low(low, x)
 
     functional = out is None and not isinstance(low, Tensor)
     if functional and (C := direct("linear_update", x, *v)) is not None:
@@ -81,7 +75,7 @@ def linear_update(
 
     out = _empty(x) if out is None else out
     expect_tensor(out, "out", (x.dtype,))
-    _match(out, "out", x)
+    expect_like(out, "out", x)
     if wants_low and not isinstance(low, Tensor):
         low = _empty(x, low)
     if torch.is_grad_enabled():
@@ -93,11 +87,6 @@ def linear_update(
     else:
         torch.ops.flowkernels.linear_update_out(x, v, b, out, low)
     return (out, low) if wants_low else out
-
-
-def _match(t: Tensor, name: str, x: Tensor) -> None:
-    if t.shape != x.shape or t.device != x.device:
-        expect(False, name, f"x's shape {list(x.shape)} on {x.device}", t)
 
 
 def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
