@@ -10,6 +10,7 @@
 #include "cost_from_gram/cost_from_gram.h"
 #include "euler_step/euler_step.h"
 #include "linear_update/linear_update.h"
+#include "mlp_sample/mlp_sample.h"
 #include "segment_points/segment_points.h"
 #include "straighten_loss/straighten_loss.h"
 #include "velocity_gram/velocity_gram.h"
@@ -88,6 +89,22 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                            at<int64_t>(sample), at<double>(weight), huber_c, fk::Dtype(v_type),
                                            fk::Dtype(bank_type), knots, samples, B, D, at<double>(loss),
                                            at<double>(per_sample), at<double>(per_interval), at(gradient), threads});
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def("mlp_pack", [](Address weight, int64_t out, int64_t in, int type, Address packed) {
+    return FK_SELECT_AMX(mlp_pack)({at<float>(weight), out, in, fk::Dtype(type), at(packed)});
+  });
+
+  m.def(
+      "mlp_sample",
+      [](Address x, Address out, int64_t n, int64_t D, int64_t steps, Address h, Address layers, int64_t layer_count,
+         int64_t row, int64_t velocity, Address tables, Address tables_uncond, double guidance, Address states,
+         Address velocities, int weight_type, int threads) {
+        return FK_SELECT_AMX(mlp_sample)({at<float>(x), at<float>(out), n, D, steps, at<double>(h),
+                                          at<fk::MlpLayer>(layers), layer_count, row, velocity,
+                                          at<fk::MlpTable>(tables), at<fk::MlpTable>(tables_uncond), guidance,
+                                          at<float>(states), at<float>(velocities), fk::Dtype(weight_type), threads});
       },
       py::call_guard<py::gil_scoped_release>());
 

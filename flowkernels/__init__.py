@@ -9,7 +9,8 @@ from flowkernels import ops
 from flowkernels._version import __version__
 from flowkernels.backends import BackendError, backend
 from flowkernels.calibrate import Calibration, calibrate, load
-from flowkernels.ops import euler_step, linear_update, segment_points, straighten_loss, velocity_gram
+from flowkernels.fuse import FusedSampler, NotFusable, fuse
+from flowkernels.ops import euler_step, linear_update, mlp_sample, segment_points, straighten_loss, velocity_gram
 from flowkernels.rollout import Trajectory, rollout
 from flowkernels.sample import sample
 from flowkernels.schedule import Schedule, StepCost, bellman, step_cost
@@ -19,6 +20,8 @@ from flowkernels.velocity_field import VelocityField
 __all__ = [
     "BackendError",
     "Calibration",
+    "FusedSampler",
+    "NotFusable",
     "Schedule",
     "StepCost",
     "Straightened",
@@ -29,8 +32,10 @@ __all__ = [
     "bellman",
     "calibrate",
     "euler_step",
+    "fuse",
     "linear_update",
     "load",
+    "mlp_sample",
     "ops",
     "rollout",
     "sample",

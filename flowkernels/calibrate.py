@@ -17,6 +17,7 @@ from tqdm import tqdm
 from flowkernels._checks import expect, expect_noise, expect_positive_int, expect_times
 from flowkernels._files import whole_file
 from flowkernels._version import __version__
+from flowkernels.fuse import FusedSampler
 from flowkernels.ops._library import fresh
 from flowkernels.ops.euler_step.reference import guided
 from flowkernels.rollout import euler, expect_finite_flow, initial_state
@@ -158,7 +159,8 @@ def calibrate(
     """The schedule of least cost for each number of steps: roll out, step costs and Bellman, streamed in chunks.
 
     Args:
-        velocity: callable `velocity(x, t)` with x `[n, *shape]`, t `[n]`, or a `VelocityField`; the teacher.
+        velocity: callable `velocity(x, t)` with x `[n, *shape]`, t `[n]`, a `VelocityField` or a `FusedSampler`; the
+            teacher.
         noise: `[n, *shape]`, as many samples as wanted; a few hundred settle most schedules.
         grid: K for K uniform fine steps, or K+1 increasing times from 0 to 1. Costs K evaluations a sample.
         steps: the numbers of steps N wanted, each 1..K.
@@ -179,12 +181,19 @@ def calibrate(
     if chunk is None:
         chunk = max(1, min(n, CHUNK_BYTES // (K * noise[0].numel() * 4)))
     expect_positive_int(chunk, "chunk")
+    fused = velocity.on(times) if isinstance(velocity, FusedSampler) else None
+    velocity = velocity if fused is None else fused.velocity
     warn_if_training(velocity)
 
     costs, velocities = StepCost(times, device=noise.device), None
     with tqdm(total=-(-n // chunk) * K, desc="calibrate", disable=not progress, leave=False, unit="eval") as bar:
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
+            if fused is not None:
+                _, _, velocities = fused.rows(rows, n).run(noise[rows], velocities=True)
+                costs.update(velocities)
+                bar.update(K)
+                continue
             flow = euler(velocity_rows(velocity, rows, n), initial_state(noise[rows]), times)
             for i, (x, v, v_uncond, w) in enumerate(flow):
                 v = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)

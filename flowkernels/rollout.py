@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels._checks import expect, expect_noise, expect_times
+from flowkernels.fuse import FusedSampler
 from flowkernels.ops._library import fresh
 from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.euler_step.reference import guided
@@ -79,7 +80,7 @@ def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, pr
 
     Args:
         velocity: callable `velocity(x, t)` with x `[n, *shape]`, t `[n]`; networks with another convention go through
-            `VelocityField`.
+            `VelocityField`. A `FusedSampler` makes all steps in one call.
         noise: `[n, *shape]`, the state at t = 0.
         grid: K for K uniform steps, or K+1 increasing times from 0 to 1.
         progress: show a progress bar.
@@ -91,6 +92,9 @@ def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, pr
         TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
     """
     times = expect_times(grid, "grid")
+    if isinstance(velocity, FusedSampler):
+        _, x, v = velocity.on(times).run(noise, states=True, velocities=True)
+        return Trajectory(times, x, v)
     x0 = initial_state(expect_noise(noise))
     warn_if_training(velocity)
     K = len(times) - 1

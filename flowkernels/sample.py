@@ -7,6 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels._checks import expect_noise, expect_times
+from flowkernels.fuse import FusedSampler
 from flowkernels.rollout import euler, expect_finite_flow, initial_state, replay
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import warn_if_training
@@ -19,7 +20,8 @@ def sample(
     """Samples at t = 1: one Euler step from each knot of the schedule to the next.
 
     Args:
-        velocity: callable `velocity(x, t)`, as for `rollout`; guidance of a `VelocityField` is fused into the step.
+        velocity: callable `velocity(x, t)`, as for `rollout`; guidance of a `VelocityField` is fused into the step. A
+            `FusedSampler` makes all steps in one call.
         noise: `[n, *shape]`.
         schedule: a Schedule, N for N uniform steps, or N+1 increasing times from 0 to 1.
         progress: show a progress bar.
@@ -32,6 +34,8 @@ def sample(
         TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
     """
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
+    if isinstance(velocity, FusedSampler):
+        return velocity.on(times)(noise)
     x0 = initial_state(expect_noise(noise))
     warn_if_training(velocity)
     for step in tqdm(euler(velocity, x0, times), "sample", len(times) - 1, disable=not progress, leave=False):

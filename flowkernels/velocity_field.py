@@ -35,6 +35,8 @@ class VelocityField(nn.Module):
         packed: the two velocities of guidance come from one call on a doubled batch (conditional half first), else from
             two calls.
         dtype: what x is cast to before the call (bfloat16 for a bfloat16 network); None passes the state as it is.
+        time_column: the network has one input, x `[n, D]` with the time as a further column, such as torchcfm's
+            `MLP(time_varying=True)`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class VelocityField(nn.Module):
         unconditional: Mapping[str, Any] | None = None,
         packed: bool = True,
         dtype: torch.dtype | None = None,
+        time_column: bool = False,
     ):
         super().__init__()
         expect(callable(net), "net", "a callable net(x, t)", net, TypeError)
@@ -66,6 +69,8 @@ class VelocityField(nn.Module):
         self.x_name, self.time_name = x_name, time_name
         self.conditioning, self.unconditional = dict(conditioning or {}), dict(unconditional or {})
         self.guidance, self.packed, self.dtype = float(guidance), packed, dtype
+        expect(not time_column or time_name is None, "time_name", "None with time_column", time_name)
+        self.time_column = time_column
 
     def _apply(self, fn, recurse: bool = True) -> "VelocityField":
         """`.to(device)` and the like move the conditioning along with the network."""
@@ -91,6 +96,7 @@ class VelocityField(nn.Module):
         settings = dict(
             **dict(reverse_time=self.reverse_time, time_scale=self.time_scale, sign=self.sign),
             **dict(x_name=self.x_name, time_name=self.time_name, packed=self.packed, dtype=self.dtype),
+            time_column=self.time_column,
             **dict(conditioning=self.conditioning, unconditional=self.unconditional, guidance=self.guidance),
         )
         field = VelocityField(self.net, **(settings | changes))
@@ -117,7 +123,9 @@ class VelocityField(nn.Module):
             k: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v
             for k, v in kwargs.items()
         }
-        args = () if self.time_name else (t,)
+        if self.time_column:
+            x = torch.cat([x, t[:, None].to(x.dtype)], 1)
+        args = () if self.time_name or self.time_column else (t,)
         if self.time_name:
             expanded[self.time_name] = t
         if self.x_name:

@@ -57,6 +57,15 @@ FK_INLINE vf as_float(vu u) {
 FK_INLINE vu as_bits(vf f) {
   return (vu)f;
 }
+FK_INLINE vf splat(float a) {
+  return a - vf{};  // a + 0 would be another operation: it takes the sign from -0
+}
+// Keeps a loaded vector in a register. The compiler would rather load it again for each of its uses.
+FK_INLINE void hold(vf& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+}
 
 // ---- loads: kFloats elements as float, or kVectorBytes / 8 as double ----
 FK_INLINE vf load(const float* p) {

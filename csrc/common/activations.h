@@ -1,0 +1,102 @@
+// Activations of networks on vectors of float, to a few ulp. NaN stays NaN.
+// Only for <op>/cpu.cpp and amx.cpp, as common/simd.h.
+#pragma once
+
+#include "common/simd.h"
+
+namespace fk {
+namespace FK_ISA {
+
+// One instruction each where the compiler would take two: it does not know which operand a NaN is to come from.
+FK_INLINE vf at_most(vf a, float b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)splat(b), (__m512)a);
+#else
+  return a > b ? splat(b) : a;
+#endif
+}
+FK_INLINE vf at_least(vf a, float b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)splat(b), (__m512)a);
+#else
+  return a < b ? splat(b) : a;
+#endif
+}
+FK_INLINE vf magnitude(vf a) {
+  return as_float(as_bits(a) & 0x7fffffffu);
+}
+
+// 1 / a for |a| in [2^-126, 2^126]
+FK_INLINE vf reciprocal(vf a) {
+#if defined(__AVX512F__)
+  const vf r = (vf)_mm512_rcp14_ps((__m512)a);  // 14 bits; one Newton step doubles them
+  return r + r * (1.0f - a * r);
+#else
+  return 1.0f / a;
+#endif
+}
+
+// exp(x) = (1 + rest) * scale with scale a power of two, |rest| < 0.42, for x in [-87, 88]
+struct Exp {
+  vf rest, scale;
+};
+FK_INLINE Exp exp_parts(vf x) {
+  const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part is in the low bits
+  const vf n = shifted - 12582912.0f;
+  const vf r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes, expf
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return {p * (r * r) + r, as_float((as_bits(shifted) << 23) + 0x3f800000u)};
+}
+FK_INLINE vf exp(vf x) {  // for x in [-87, 88]
+  const Exp e = exp_parts(x);
+  return e.rest * e.scale + e.scale;
+}
+
+FK_INLINE vf sigmoid(vf x) {
+  return reciprocal(1.0f + exp(-at_most(at_least(x, -80.0f), 87.0f)));
+}
+FK_INLINE vf silu(vf x) {
+  return x * sigmoid(x);
+}
+FK_INLINE vf tanh(vf x) {
+  const vf a = magnitude(x), z = a * a;
+  vf p = z * -5.70498872745e-3f + 2.06390887954e-2f;  // Cephes, tanhf
+  p = p * z + -5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z + -3.33332819422e-1f;
+  const vf small = p * z * x + x;
+  const vf large = 1.0f - 2.0f * reciprocal(exp(2.0f * at_most(a, 20.0f)) + 1.0f);
+  return a < 0.625f ? small : as_float(as_bits(large) | (as_bits(x) & 0x80000000u));
+}
+FK_INLINE vf gelu_tanh(vf x) {  // x (1 + tanh u) / 2 = x sigmoid(2 u)
+  return x * sigmoid(x * (1.5957691216f + 0.07135481283f * (x * x)));
+}
+// x Phi(x) = max(x, 0) - |x| Phi(-|x|), and Phi(-a) = exp(-a^2 / 2) t P(t) with t = 1 / (1 + c a)
+FK_INLINE vf gelu(vf x) {
+  const vf a = at_most(magnitude(x), 13.0f);
+  const vf t = reciprocal(1.0f + 0.3f * a);
+  vf p = t * 0.0361949973f + -0.159378844f;  // least relative error, 1.1e-7
+  p = p * t + 0.210119219f;
+  p = p * t + -0.0571680437f;
+  p = p * t + 0.130416772f;
+  p = p * t + 0.099347039f;
+  p = p * t + 0.120845542f;
+  p = p * t + 0.119623262f;
+  const vf tail = exp(-0.5f * (a * a)) * (p * t);
+  return at_least(x, 0.0f) - a * tail;
+}
+FK_INLINE vf mish(vf x) {  // x tanh(log(1 + e)) = x w / (w + 2), w = e (e + 2)
+  const vf e = exp(at_least(at_most(x, 40.0f), -87.0f)), w = e * (e + 2.0f);
+  return x * (w * reciprocal(w + 2.0f));
+}
+FK_INLINE vf elu(vf x, float alpha) {
+  const Exp e = exp_parts(at_least(at_most(x, 0.0f), -87.0f));
+  return x > 0.0f ? x : alpha * (e.rest * e.scale + (e.scale - 1.0f));
+}
+
+}  // namespace FK_ISA
+}  // namespace fk

@@ -1,0 +1,74 @@
+// Whole samplers in one call: the velocity network and all Euler steps, x <- x + h_s v(x, t_s), s = 0..steps-1.
+//
+// The network is a list of layers over the values of one sample, which lie side by side in a row of scratch memory.
+// What depends on time or on conditioning alone comes as tables. Every field has 8 bytes: Python writes these structs
+// (flowkernels/ops/mlp_sample/__init__.py).
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace fk {
+
+enum class MlpMap : int64_t { identity, linear, layer_norm };
+enum class MlpCombine : int64_t { none, add, multiply };
+enum class Activation : int64_t { none, relu, leaky_relu, silu, gelu, gelu_tanh, elu, tanh, sigmoid, mish };
+
+// out = other (+ or *) gain * activation(scale * map(in) + shift + shift_each)
+struct MlpLayer {
+  MlpMap map;
+  int64_t in, in_width;     // place in the row and length, in floats
+  int64_t out, out_width;   // the place is a multiple of 16, and so is the room it has
+  const void* weight;       // of linear: as mlp_pack wrote it
+  double eps;               // of layer_norm
+  int64_t scale;            // a table, or -1
+  int64_t shift;            // a table, or -1
+  int64_t shift_each;       // another, or -1: a sum of one row a step and one row a sample needs no table of both
+  Activation activation;
+  double alpha;             // slope of leaky_relu below zero, or what elu tends to there
+  double gain;
+  MlpCombine combine;
+  int64_t other;            // place in the row
+};
+
+// The row of step s and sample i is at data + s * step_stride + i * sample_stride.
+struct MlpTable {
+  const float* data;
+  int64_t step_stride, sample_stride;
+};
+
+struct MlpSampleArgs {
+  const float* x;                    // [n, D]
+  float* out;                        // [n, D], may be x
+  int64_t n, D, steps;
+  const double* h;                   // [steps]
+  const MlpLayer* layers;            // [layers]
+  int64_t layer_count;
+  int64_t row;                       // floats of scratch a sample; the state is at 0
+  int64_t velocity;                  // place in the row
+  const MlpTable* tables;            // as the layers count them
+  const MlpTable* tables_uncond;     // of the unconditional velocity, or null
+  double guidance;                   // v = v_uncond + guidance (v - v_uncond)
+  float* states;                     // [steps + 1, n, D] or null
+  float* velocities;                 // [steps, n, D] or null
+  Dtype weight_type;                 // f32, or bf16: then the inputs of linear layers are rounded to it as well
+  int threads;
+};
+
+// The first sample whose result is not finite, or -1.
+typedef int64_t MlpSample(const MlpSampleArgs&);
+FK_DECLARE_AMX(MlpSample, mlp_sample)
+
+// Weights as the kernel reads them. The size does not depend on the values.
+struct MlpPackArgs {
+  const float* weight;  // [out, in]
+  int64_t out, in;
+  Dtype type;    // f32 or bf16, to nearest
+  void* packed;  // on a cache line, or null to ask for the size alone
+};
+typedef int64_t MlpPack(const MlpPackArgs&);  // bytes
+FK_DECLARE_AMX(MlpPack, mlp_pack)
+
+}  // namespace fk

@@ -1,0 +1,267 @@
+// The sampler around the products of linear layers, which is all that mlp_sample/cpu.cpp and amx.cpp differ in. They
+// have a struct Linear of
+//
+//   kRows          samples that products are best done with; they may write rows up to a multiple of it
+//   kPanel         outputs whose weights lie together
+//   input_bytes    what `prepare` needs for some samples of a layer's input
+//   prepare        brings a layer's input into the form that the products take
+//   multiply       the products for a range of panels, into the layer's output
+//
+// A thread takes a tile of samples through every layer and every step. The tile's rows stay in the second-level cache,
+// where the weights of small networks are as well. Few samples on large weights share out each layer over the threads.
+#pragma once
+
+#include <atomic>
+
+#include "common/activations.h"
+#include "common/memory.h"
+#include "common/threads.h"
+#include "mlp_sample/mlp_sample.h"
+
+namespace fk {
+namespace FK_ISA {
+namespace {
+
+constexpr int64_t kPlace = 16;                 // values begin at a multiple of it
+constexpr int64_t kTile = 48;                  // samples at most
+constexpr double kGrain = 4e6;                 // multiply-adds a thread must have for a second one to pay
+constexpr int64_t kSplitBytes = 1 << 20;     // of a layer's weights, from which few samples share it out
+
+FK_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+FK_INLINE int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+FK_INLINE int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+
+template <Activation A>
+FK_INLINE vf activate(vf x, float alpha) {
+  if constexpr (A == Activation::relu) return at_least(x, 0.0f);
+  if constexpr (A == Activation::leaky_relu) return x < 0.0f ? alpha * x : x;
+  if constexpr (A == Activation::silu) return silu(x);
+  if constexpr (A == Activation::gelu) return gelu(x);
+  if constexpr (A == Activation::gelu_tanh) return gelu_tanh(x);
+  if constexpr (A == Activation::elu) return elu(x, alpha);
+  if constexpr (A == Activation::tanh) return tanh(x);
+  if constexpr (A == Activation::sigmoid) return sigmoid(x);
+  if constexpr (A == Activation::mish) return mish(x);
+  return x;
+}
+
+// One row of what follows a layer's map; absent tables and an absent `other` are null.
+struct Finish {
+  const float *scale, *shift, *shift_each, *other;
+  MlpCombine combine;
+  float alpha, gain;
+};
+
+template <Activation A>
+void finish(const float* in, float* out, int64_t n, const Finish& f) {
+  for (int64_t i = 0; i < n; i += kFloats) {
+    vf y = load(in + i);
+    if (f.scale) y *= load(f.scale + i);
+    if (f.shift) y += load(f.shift + i);
+    if (f.shift_each) y += load(f.shift_each + i);
+    y = activate<A>(y, f.alpha);
+    if constexpr (A == Activation::elu) y *= f.gain;
+    if (f.combine == MlpCombine::add) y += load(f.other + i);
+    if (f.combine == MlpCombine::multiply) y *= load(f.other + i);
+    store(out + i, y);
+  }
+}
+
+typedef void FinishRow(const float* in, float* out, int64_t n, const Finish&);
+
+FK_INLINE FinishRow* finish_of(Activation a) {
+  switch (a) {
+    case Activation::relu: return finish<Activation::relu>;
+    case Activation::leaky_relu: return finish<Activation::leaky_relu>;
+    case Activation::silu: return finish<Activation::silu>;
+    case Activation::gelu: return finish<Activation::gelu>;
+    case Activation::gelu_tanh: return finish<Activation::gelu_tanh>;
+    case Activation::elu: return finish<Activation::elu>;
+    case Activation::tanh: return finish<Activation::tanh>;
+    case Activation::sigmoid: return finish<Activation::sigmoid>;
+    case Activation::mish: return finish<Activation::mish>;
+    default: return finish<Activation::none>;
+  }
+}
+
+// Samples [sample, sample + n) of the batch: row i of scratch belongs to sample + i.
+struct Tile {
+  float* rows;
+  int64_t pitch, n, sample;
+  void* input;  // what the products make of a layer's input
+};
+
+FK_INLINE const float* table_row(const MlpTable* tables, int64_t table, int64_t step, int64_t sample, int64_t column) {
+  if (table < 0) return nullptr;
+  const MlpTable& t = tables[table];
+  return t.data + step * t.step_stride + sample * t.sample_stride + column;
+}
+
+// Columns [c, c + count) of a layer's output, from what its map left in place `in` of the rows
+FK_INLINE void finish_columns(const MlpLayer& l, const MlpTable* tables, int64_t step, const Tile& t, int64_t in,
+                              int64_t c, int64_t count) {
+  FinishRow* run = finish_of(l.activation);
+  for (int64_t i = 0; i < t.n; i++) {
+    float* row = t.rows + i * t.pitch;
+    const int64_t sample = t.sample + i;
+    const Finish f = {table_row(tables, l.scale, step, sample, c),
+                      table_row(tables, l.shift, step, sample, c),
+                      table_row(tables, l.shift_each, step, sample, c),
+                      row + l.other + c,
+                      l.combine,
+                      float(l.alpha),
+                      float(l.gain)};
+    run(row + in + c, row + l.out + c, count, f);
+  }
+}
+
+// ---- layer norm: two passes over a row that is in the first-level cache ----
+FK_INLINE vf load_part(const float* p, int64_t count) {
+  float part[kFloats] = {};
+  memcpy(part, p, count * sizeof(float));
+  return load(part);
+}
+FK_INLINE float sum_lanes(vf v) {
+  float s = 0;
+  for (int l = 0; l < kFloats; l++) s += v[l];
+  return s;
+}
+inline void normalise(const float* in, float* out, int64_t n, float eps) {
+  const int64_t whole = n / kFloats * kFloats, rest = n - whole;
+  vf sum = {};
+  for (int64_t i = 0; i < whole; i += kFloats) sum += load(in + i);
+  if (rest) sum += load_part(in + whole, rest);
+  const float mean = sum_lanes(sum) / float(n);
+  vf squares = {};
+  for (int64_t i = 0; i < whole; i += kFloats) {
+    const vf d = load(in + i) - mean;
+    squares += d * d;
+  }
+  float variance = sum_lanes(squares);
+  for (int64_t i = whole; i < n; i++) variance += (in[i] - mean) * (in[i] - mean);
+  const float inverse = 1.0f / __builtin_sqrtf(variance / float(n) + eps);
+  for (int64_t i = 0; i < n; i += kFloats) store(out + i, (load(in + i) - mean) * inverse);
+}
+
+// ---- one layer on one tile ----
+template <class Linear>
+void run_layer(const MlpLayer& l, const MlpTable* tables, int64_t step, const Tile& t, int threads) {
+  if (l.map == MlpMap::linear) {
+    Linear::prepare(l, t);
+    const int64_t panels = (l.out_width + Linear::kPanel - 1) / Linear::kPanel;
+    auto range = [&](int64_t first, int64_t last) {
+      Linear::multiply(l, t, first, last);
+      const int64_t c = first * Linear::kPanel, end = smaller(last * Linear::kPanel, l.out_width);
+      finish_columns(l, tables, step, t, l.out, c, end - c);
+    };
+    const bool large = l.in_width * l.out_width * int64_t(sizeof(float)) >= kSplitBytes;
+    const int parts = large ? int(smaller(threads, panels)) : 1;
+    parallel(parts, [&](int p) { range(panels * p / parts, panels * (p + 1) / parts); });
+    return;
+  }
+  int64_t in = l.in;
+  if (l.map == MlpMap::layer_norm) {
+    in = l.out;
+    for (int64_t i = 0; i < t.n; i++) {
+      float* row = t.rows + i * t.pitch;
+      normalise(row + l.in, row + l.out, l.in_width, float(l.eps));
+    }
+  }
+  finish_columns(l, tables, step, t, in, 0, l.out_width);
+}
+
+// ---- all steps of one tile ----
+template <class Linear>
+int64_t run_tile(const MlpSampleArgs& a, const Tile& t, int threads) {
+  const int64_t D = a.D, row_bytes = D * int64_t(sizeof(float)), kept = round_up(a.row, kPlace);
+  auto record = [&](float* to, int64_t from) {  // [n, D] of one step
+    for (int64_t i = 0; i < t.n; i++) memcpy(to + (t.sample + i) * D, t.rows + i * t.pitch + from, row_bytes);
+  };
+  auto evaluate = [&](const MlpTable* tables, int64_t step) {
+    for (int64_t l = 0; l < a.layer_count; l++) run_layer<Linear>(a.layers[l], tables, step, t, threads);
+  };
+  for (int64_t i = 0; i < t.n; i++) memcpy(t.rows + i * t.pitch, a.x + (t.sample + i) * D, row_bytes);
+  if (a.states) record(a.states, 0);
+  for (int64_t s = 0; s < a.steps; s++) {
+    if (a.tables_uncond) {
+      evaluate(a.tables_uncond, s);
+      for (int64_t i = 0; i < t.n; i++) {
+        float* row = t.rows + i * t.pitch;
+        memcpy(row + kept, row + a.velocity, row_bytes);
+      }
+    }
+    evaluate(a.tables, s);
+    const float h = float(a.h[s]), w = float(a.guidance);
+    for (int64_t i = 0; i < t.n; i++) {
+      float *x = t.rows + i * t.pitch, *v = x + a.velocity, *u = x + kept;
+      for (int64_t c = 0; c < D; c += kFloats) {
+        vf vel = load(v + c);
+        if (a.tables_uncond) {
+          const vf base = load(u + c);
+          vel = base + w * (vel - base);
+          store(v + c, vel);
+        }
+        store(x + c, load(x + c) + h * vel);
+      }
+    }
+    if (a.velocities) record(a.velocities + s * a.n * D, a.velocity);
+    if (a.states) record(a.states + (s + 1) * a.n * D, 0);
+  }
+  record(a.out, 0);
+  for (int64_t i = 0; i < t.n; i++)
+    for (int64_t c = 0; c < D; c++)
+      if (!(__builtin_fabsf(t.rows[i * t.pitch + c]) < __builtin_inff())) return t.sample + i;
+  return -1;
+}
+
+template <class Linear>
+int64_t run_sampler(const MlpSampleArgs& a) {
+  double work = 0;  // multiply-adds
+  int64_t widest = 0;
+  for (int64_t l = 0; l < a.layer_count; l++)
+    if (a.layers[l].map == MlpMap::linear) {
+      work += double(a.layers[l].in_width) * double(a.layers[l].out_width);
+      widest = larger(widest, a.layers[l].in_width);
+    }
+  work *= double(a.n) * double(a.steps) * (a.tables_uncond ? 2 : 1);
+  const int threads = int(larger(1, smaller(a.threads, int64_t(work / kGrain))));
+
+  // an odd number of cache lines, so that rows do not fall on one another in the first-level cache
+  int64_t pitch = round_up(a.row, kPlace) + (a.tables_uncond ? round_up(a.D, kPlace) : 0) + kPlace;
+  if (pitch / kPlace % 2 == 0) pitch += kPlace;
+  const int64_t sample_bytes = pitch * int64_t(sizeof(float)) + Linear::input_bytes(1, widest);
+  const int64_t fit = smaller(level2_bytes() / 2 / sample_bytes, kTile) / Linear::kRows * Linear::kRows;
+  const int64_t most = larger(fit, Linear::kRows);
+  const bool share = a.n <= Linear::kFew;  // the threads share out layers, not samples
+  const int64_t tiles = share ? smaller(a.n, 1) : larger(smaller(threads, a.n), (a.n + most - 1) / most);
+  const int workers = share ? 1 : int(smaller(threads, tiles));
+
+  const int64_t room = round_up(tiles ? (a.n + tiles - 1) / tiles : 0, Linear::kRows);
+  const int64_t row_bytes = round_up((room * pitch + kPlace) * int64_t(sizeof(float)), 64);
+  const int64_t bytes = row_bytes + round_up(Linear::input_bytes(room, widest), 64);
+  char* scratch = static_cast<char*>(allocate(size_t(bytes * workers)));
+  std::atomic<int64_t> next{0}, bad{a.n};
+  parallel(workers, [&](int p) {
+    char* mine = scratch + bytes * p;
+    memset(mine, 0, size_t(bytes));
+    for (int64_t i; (i = next.fetch_add(1)) < tiles;) {
+      const int64_t first = a.n * i / tiles, n = a.n * (i + 1) / tiles - first;
+      const Tile t = {reinterpret_cast<float*>(mine), pitch, n, first, mine + row_bytes};
+      const int64_t found = run_tile<Linear>(a, t, share ? threads : 1);
+      for (int64_t least = bad; found >= 0 && found < least && !bad.compare_exchange_weak(least, found);) {
+      }
+    }
+  });
+  release(scratch);
+  return bad < a.n ? int64_t(bad) : -1;
+}
+
+}  // namespace
+}  // namespace FK_ISA
+}  // namespace fk

@@ -1,0 +1,348 @@
+"""Velocity evaluation and all Euler steps in one call, for networks that are stacks of linear layers."""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import expect, expect_number, expect_tensor
+from flowkernels.ops._library import DTYPE_CODES, direct, fresh, register
+from flowkernels.ops.mlp_sample import reference
+
+MAPS, COMBINES = ("identity", "linear", "layer_norm"), ("none", "add", "multiply")  # as csrc/mlp_sample/mlp_sample.h
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+PLACE = 16  # floats: where values begin in a row of scratch memory, and what the rows of tables are padded to
+
+
+class Source(NamedTuple):
+    """Columns [first, first + width) of a value: 0 is the state x, others come from the layers."""
+
+    value: int
+    first: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """`other (+ or *) gain * activation(scale * map(source) + shift + shift_each)`, one row a sample.
+
+    map: "linear" (weight `[width, source.width]`), "layer_norm" (eps, no affine part) or "identity".
+    scale, shift, shift_each: tables `[N or 1, n or 1, width]`, float32, one row for a step and a sample. What depends on
+        time or conditioning alone is in them, biases too; two shifts, since a sum of one row a step and one row a
+        sample takes less room than a row for both.
+    activation: none, relu, leaky_relu (slope alpha), silu, gelu, gelu_tanh, elu (alpha), tanh, sigmoid or mish.
+    first: the output's first column in its value; above 0 it is appended to the value of the layer before.
+    """
+
+    map: str
+    source: Source
+    width: int
+    weight: Tensor | None = None
+    eps: float = 1e-5
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    shift_each: Tensor | None = None
+    activation: str = "none"
+    alpha: float = 0.0
+    gain: float = 1.0
+    combine: str = "none"
+    other: Source | None = None
+    first: int = 0
+
+    @property
+    def tables(self) -> tuple[Tensor | None, ...]:
+        return self.scale, self.shift, self.shift_each
+
+
+def mlp_sample(
+    x: Tensor,
+    step_sizes: Sequence[float],
+    layers: Sequence[Layer],
+    *,
+    unconditional: Sequence[Layer] | None = None,
+    guidance: float = 1.0,
+    low: torch.dtype | None = None,
+    trajectory: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """All Euler steps `x <- x + h_s v(x, t_s)` of a velocity network in one call.
+
+    The state and all activations of a few samples stay in the caches through every layer and step; memory sees x, the
+    result and the weights. `fk.fuse` makes the layers of a network.
+
+    Args:
+        x: noise `[n, D]`, float32.
+        step_sizes: h_s for s = 0..N-1.
+        layers: the network; the value of the last layer is the velocity, of width D.
+        unconditional: the same layers with the tables of the unconditional velocity, for guidance.
+        guidance: w in `v_uncond + w (v - v_uncond)`; 1 means no guidance.
+        low: torch.bfloat16 to round the weights and the inputs of linear layers to it, summing in float32: a relative
+            error of 2^-9 a product, and faster where the processor multiplies bfloat16.
+        trajectory: return every state and velocity as well.
+
+    Returns:
+        The state after N steps `[n, D]`; with `trajectory` the triple (state, states `[N+1, n, D]`, velocities
+        `[N, n, D]`). There is no gradient: asking for one raises.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    expect_tensor(x, "x", (torch.float32,))
+    expect(x.dim() == 2 and x.shape[1] > 0, "x", "shape [n, D] with D > 0", x)
+    expect(low in (None, torch.bfloat16), "low", "torch.bfloat16 or None", low, TypeError)
+    expect_number(guidance, "guidance")
+    expect(guidance == 1.0 or unconditional is not None, "guidance", "1 without unconditional", guidance)
+    h = [float(s) for s in step_sizes]
+    expect_layers(layers, "layers", x, len(h))
+    if unconditional is not None:
+        expect_layers(unconditional, "unconditional", x, len(h))
+        same = _code(unconditional) == _code(layers)
+        same = same and all(a.weight is b.weight for a, b in zip(layers, unconditional, strict=True))
+        expect(same, "unconditional", "the layers with other tables", "other layers")
+    if torch.is_grad_enabled():
+        for name, t in [("x", x), *_named_tensors(layers), *_named_tensors(unconditional or ())]:
+            expect(not t.requires_grad, name, "no gradient: mlp_sample has none", "requires_grad")
+    args = (x, h, *_flat(layers, unconditional), guidance, low, trajectory)
+    if (C := direct("mlp_sample", x, *args[2])) is not None:
+        state, states, velocities = _kernel(C, *args)
+    else:
+        state, states, velocities = torch.ops.flowkernels.mlp_sample(*args)
+    return (state, states, velocities) if trajectory else state
+
+
+def expect_layers(layers: Sequence[Layer], name: str, x: Tensor, steps: int) -> None:
+    expect(len(layers) > 0, name, "at least one layer", "none")
+    n, widths = len(x), [x.shape[1]]
+    for i, layer in enumerate(layers):
+        where = f"{name}[{i}]"
+        expect(layer.map in MAPS, f"{where}.map", f"one of {', '.join(MAPS)}", layer.map)
+        expect(layer.combine in COMBINES, f"{where}.combine", f"one of {', '.join(COMBINES)}", layer.combine)
+        known = ", ".join(ACTIVATIONS)
+        expect(layer.activation in ACTIVATIONS, f"{where}.activation", f"one of {known}", layer.activation)
+        together = (layer.combine == "none") == (layer.other is None)
+        expect(together, f"{where}.other", "a source with combine, and None without", layer.other)
+        for what, source in (("source", layer.source), ("other", layer.other)):
+            if source is None:
+                continue
+            value, first, width = source
+            last = len(widths) - (1 if layer.first else 0)
+            fits = 0 <= value < last and first >= 0 and width > 0 and first + width <= widths[value]
+            expect(fits, f"{where}.{what}", f"columns of an earlier value of {widths[:last]} columns", source)
+        expect(layer.other is None or layer.other.width == layer.width, f"{where}.other", f"width {layer.width}", layer)
+        if layer.map == "linear":
+            expect_tensor(layer.weight, f"{where}.weight", (torch.float32,))
+            shape = [layer.width, layer.source.width]
+            fits = list(layer.weight.shape) == shape and layer.weight.device == x.device
+            expect(fits, f"{where}.weight", f"shape {shape} on {x.device}", layer.weight)
+        else:
+            expect(layer.source.width == layer.width, f"{where}.width", f"{layer.source.width}", layer.width)
+        for what, table in zip(("scale", "shift", "shift_each"), layer.tables, strict=True):
+            if table is None:
+                continue
+            expect_tensor(table, f"{where}.{what}", (torch.float32,))
+            fits = table.dim() == 3 and table.shape[2] == layer.width and table.device == x.device
+            fits = fits and table.shape[0] in (1, steps) and table.shape[1] in (1, n)
+            expect(fits, f"{where}.{what}", f"shape [{steps} or 1, {n} or 1, {layer.width}] on {x.device}", table)
+        if layer.first:
+            expect(i > 0 and layer.first == widths[-1], f"{where}.first", "the width of the value so far", layer.first)
+            widths[-1] += layer.width
+        else:
+            widths.append(layer.width)
+    expect(widths[-1] == x.shape[1], name, f"a last value of {x.shape[1]} columns, as x has", f"{widths[-1]}")
+
+
+def _named_tensors(layers: Sequence[Layer]):
+    for i, layer in enumerate(layers):
+        for name in ("weight", "scale", "shift", "shift_each"):
+            if (t := getattr(layer, name)) is not None:
+                yield f"layers[{i}].{name}", t
+
+
+# A layer as the registered op takes it: its tensors, its integers and its numbers
+
+
+def _code(layers: Sequence[Layer]) -> list[int]:
+    code = []
+    for a in layers:
+        other = a.other or Source(-1, 0, 0)
+        code += [MAPS.index(a.map), *a.source, a.width, ACTIVATIONS.index(a.activation)]
+        code += [COMBINES.index(a.combine), *other, a.first]
+        code += [sum((t is not None) << i for i, t in enumerate((a.weight, *a.tables)))]
+    return code
+
+
+_CODES = 12
+
+
+def _flat(layers, unconditional):
+    tensors = [t for a in layers for t in (a.weight, *a.tables) if t is not None]
+    tensors += [t for a in unconditional or () for t in a.tables if t is not None]
+    return tensors, _code(layers), [v for a in layers for v in (a.eps, a.alpha, a.gain)], unconditional is not None
+
+
+def _layers(tensors, code, numbers, guided) -> tuple[list[Layer], list[Layer] | None]:
+    rest, found = iter(tensors), []
+
+    def tables(present):
+        return {name: next(rest) for i, name in enumerate(("scale", "shift", "shift_each")) if present >> i & 1}
+
+    for i in range(0, len(code), _CODES):
+        map_, value, first, width, out, activation, combine, o_value, o_first, o_width, at, present = code[
+            i : i + _CODES
+        ]
+        eps, alpha, gain = numbers[i // _CODES * 3 : i // _CODES * 3 + 3]
+        found.append(
+            Layer(
+                MAPS[map_],
+                Source(value, first, width),
+                out,
+                weight=next(rest) if present & 1 else None,
+                **tables(present >> 1),
+                **dict(eps=eps, alpha=alpha, gain=gain, first=at),
+                **dict(activation=ACTIVATIONS[activation], combine=COMBINES[combine]),
+                other=None if o_value < 0 else Source(o_value, o_first, o_width),
+            )
+        )
+    if not guided:
+        return found, None
+    others = []
+    for a, present in zip(found, code[_CODES - 1 :: _CODES], strict=True):
+        others.append(Layer(**{**vars(a), **tables(present >> 1)}))
+    return found, others
+
+
+# The CPU kernel's side
+
+
+def _round_up(n: int) -> int:
+    return -(-n // PLACE) * PLACE
+
+
+class Plan:
+    """A network as the CPU kernel reads it: packed weights, and every value's place in a row of scratch memory."""
+
+    def __init__(self, C, dim: int, layers: Sequence[Layer], low: torch.dtype | None):
+        self.C, self.dim, self.weight_type = C, dim, DTYPE_CODES[low or torch.float32]
+        places, self.row = _places(dim, layers)
+        self.packed, structs, value, table = [], b"", 0, 0
+        for a in layers:
+            value += not a.first
+            weight = 0
+            if a.map == "linear":
+                self.packed.append(self._pack(a.weight))
+                weight = self.packed[-1].data_ptr()
+            numbers = []
+            for t in a.tables:
+                numbers.append(-1 if t is None else table)
+                table += t is not None
+            other = 0 if a.other is None else places[a.other.value] + a.other.first
+            structs += struct.pack(
+                "=qqqqqqdqqqqddqq",
+                *(MAPS.index(a.map), places[a.source.value] + a.source.first, a.source.width),
+                *(places[value] + a.first, a.width, weight, a.eps),
+                *numbers,
+                *(ACTIVATIONS.index(a.activation), a.alpha, a.gain, COMBINES.index(a.combine), other),
+            )
+        self.count, self.velocity = len(layers), places[value]
+        self.structs = torch.frombuffer(bytearray(structs), dtype=torch.uint8)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        weight = weight.contiguous()
+        size = self.C.mlp_pack(weight.data_ptr(), *weight.shape, self.weight_type, 0)
+        room = torch.empty(size + 64, dtype=torch.uint8)
+        packed = room[-room.data_ptr() % 64 :][:size]
+        self.C.mlp_pack(weight.data_ptr(), *weight.shape, self.weight_type, packed.data_ptr())
+        return packed
+
+    def run(self, x, h, tables, unconditional, guidance, out, states, velocities) -> int:
+        """The first sample whose result is not finite, or -1."""
+        return self.C.mlp_sample(
+            *(x.data_ptr(), out.data_ptr(), len(x), self.dim, len(h), h.data_ptr()),
+            *(self.structs.data_ptr(), self.count, self.row, self.velocity),
+            *(tables.structs.data_ptr(), 0 if unconditional is None else unconditional.structs.data_ptr(), guidance),
+            *(0 if states is None else states.data_ptr(), 0 if velocities is None else velocities.data_ptr()),
+            *(self.weight_type, torch.get_num_threads()),
+        )
+
+
+def _places(dim: int, layers: Sequence[Layer]) -> tuple[list[int], int]:
+    """Each value's first float in the row, and the row's length. A value's room is free again after its last use."""
+    rooms, last_use = [_round_up(dim)], {}
+    for i, a in enumerate(layers):
+        room = _round_up(a.first + _round_up(a.width))  # whole vectors are written
+        if a.first:
+            rooms[-1] = max(rooms[-1], room)
+        else:
+            rooms.append(room)
+        for source in (a.source, a.other):
+            if source is not None:
+                last_use[source.value] = i
+    taken, places, value, end = [(0, _round_up(dim), 0)], [0], 0, 0
+    for i, a in enumerate(layers):
+        if a.first:
+            continue
+        value += 1
+        taken = [t for t in taken if t[2] == 0 or last_use.get(t[2], i) >= i]  # the state stays
+        room, at = rooms[value], 0
+        for begin, stop, _ in sorted(taken):
+            if at + room <= begin:
+                break
+            at = max(at, stop)
+        taken.append((at, at + room, value))
+        places.append(at)
+        end = max(end, *(stop for _, stop, _ in taken))
+    return places, end
+
+
+class Tables:
+    """The tables of some layers as the CPU kernel reads them: rows padded to whole vectors, their addresses."""
+
+    def __init__(self, layers: Sequence[Layer]):
+        self.padded, numbers = [], []
+        for table in (t for a in layers for t in a.tables if t is not None):
+            width = table.shape[2]
+            if width % PLACE or table.stride(2) != 1 or (table.shape[1] > 1 and table.stride(1) % PLACE):
+                table = torch.nn.functional.pad(table, (0, -width % PLACE))
+            self.padded.append(table)
+            steps, samples = (table.stride(d) if table.shape[d] > 1 else 0 for d in (0, 1))
+            numbers += [table.data_ptr(), steps, samples]
+        self.structs = torch.tensor(numbers, dtype=torch.int64)
+
+
+def _empty(x: Tensor, steps: int, trajectory: bool) -> tuple[Tensor, Tensor, Tensor]:
+    kept = steps if trajectory else -1
+    states = x.new_empty(kept + 1, *x.shape) if trajectory else x.new_empty(0)
+    return x.new_empty(x.shape), states, x.new_empty(kept, *x.shape) if trajectory else x.new_empty(0)
+
+
+def _kernel(C, x, step_sizes, tensors, code, numbers, guided, guidance, low, trajectory):
+    layers, unconditional = _layers(tensors, code, numbers, guided)
+    plan, tables = Plan(C, x.shape[1], layers, low), Tables(layers)
+    others = None if unconditional is None else Tables(unconditional)
+    out, states, velocities = map(fresh, _empty(x, len(step_sizes), trajectory))
+    h = torch.tensor(step_sizes, dtype=torch.float64)
+    kept = (states, velocities) if trajectory else (None, None)
+    plan.run(x.contiguous(), h, tables, others, guidance, out, *kept)
+    return out, states, velocities
+
+
+def _reference(x, step_sizes, tensors, code, numbers, guided, guidance, low, trajectory):
+    layers, unconditional = _layers(tensors, code, numbers, guided)
+    out, *kept = reference.mlp_sample(x, step_sizes, layers, unconditional, guidance, low)
+    empty = _empty(x, len(step_sizes), trajectory)
+    return empty[0].copy_(out), *(kept if trajectory else empty[1:])
+
+
+def _fake(x, step_sizes, tensors, code, numbers, guided, guidance, low, trajectory):
+    return _empty(x, len(step_sizes), trajectory)
+
+
+register(
+    "mlp_sample(Tensor x, float[] step_sizes, Tensor[] tensors, int[] code, float[] numbers, bool guided, "
+    "float guidance, ScalarType? low, bool trajectory) -> (Tensor, Tensor, Tensor)",
+    _kernel,
+    _reference,
+    _fake,
+)

@@ -1,0 +1,65 @@
+"""The reference of `mlp_sample`: its layers one after another, its steps one after another."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda y, alpha: y,
+    "relu": lambda y, alpha: y.relu(),
+    "leaky_relu": lambda y, alpha: F.leaky_relu(y, alpha),
+    "silu": lambda y, alpha: F.silu(y),
+    "gelu": lambda y, alpha: F.gelu(y),
+    "gelu_tanh": lambda y, alpha: F.gelu(y, approximate="tanh"),
+    "elu": lambda y, alpha: F.elu(y, alpha),
+    "tanh": lambda y, alpha: y.tanh(),
+    "sigmoid": lambda y, alpha: y.sigmoid(),
+    "mish": lambda y, alpha: F.mish(y),
+}
+
+
+def velocity(x: Tensor, layers: Sequence, step: int, low: torch.dtype | None) -> Tensor:
+    """The last value: v `[n, D]` at one step. `low`: what weights and inputs of linear layers are rounded to."""
+    values = [x]
+
+    def read(source) -> Tensor:
+        return values[source.value].narrow(1, source.first, source.width)
+
+    def row(table: Tensor) -> Tensor:
+        return table[step if len(table) > 1 else 0].to(x.dtype)
+
+    for layer in layers:
+        y = read(layer.source)
+        if layer.map == "linear":
+            weight = layer.weight if low is None else layer.weight.to(low)
+            y = (y if low is None else y.to(low).to(x.dtype)) @ weight.to(x.dtype).T
+        elif layer.map == "layer_norm":
+            y = F.layer_norm(y, y.shape[1:], eps=layer.eps)
+        y = y if layer.scale is None else y * row(layer.scale)
+        for table in (layer.shift, layer.shift_each):
+            y = y if table is None else y + row(table)
+        y = layer.gain * ACTIVATIONS[layer.activation](y, layer.alpha)
+        if layer.other is not None:
+            y = read(layer.other) + y if layer.combine == "add" else read(layer.other) * y
+        y = y.expand(len(x), -1)
+        if layer.first:
+            values[-1] = torch.cat([values[-1], y], 1)
+        else:
+            values.append(y)
+    return values[-1]
+
+
+def mlp_sample(x, step_sizes, layers, unconditional, guidance, low) -> tuple[Tensor, Tensor, Tensor]:
+    """(the state after all steps, the states `[N+1, n, D]`, the velocities `[N, n, D]`)."""
+    states, velocities = [x], []
+    for step, h in enumerate(step_sizes):
+        v = velocity(x, layers, step, low)
+        if unconditional is not None:
+            u = velocity(x, unconditional, step, low)
+            v = u + guidance * (v - u)
+        x = x + h * v
+        states.append(x)
+        velocities.append(v)
+    return x, torch.stack(states), torch.stack(velocities) if velocities else x.new_empty(0, *x.shape)
