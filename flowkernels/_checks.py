@@ -3,7 +3,7 @@
 import itertools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -103,3 +103,18 @@ def expect_times(times, name: str) -> Tensor:
     if not ends:
         expect(False, name, "times from 0 (noise) to 1 (data)", f"times from {values[0]:.9g} to {values[-1]:.9g}")
     return t
+
+
+def expect_finite_flow(x: Tensor, v: Iterable[Tensor], times: Tensor, first: int = 0) -> None:
+    """Raise unless the final state x `[n, *shape]` is finite, naming the sample, counted from `first`, and the step.
+
+    An element that is not finite stays so under further steps, so the last state answers for all of them. The
+    velocities v, step by step, are looked at on failure only: they may be computed again then.
+    """
+    if torch.isfinite(x).all():
+        return
+    sample = int((~torch.isfinite(x.flatten(1)).all(1)).nonzero()[0])
+    bad = (step for step, part in enumerate(v) if not torch.isfinite(part[sample]).all())
+    step = next(bad, None)
+    where = f" at step {step} (t = {times[step]:.6g})" if step is not None else ": the state overflows"
+    expect(False, "velocity", "finite velocities", f"NaN or Inf in sample {first + sample}{where}")

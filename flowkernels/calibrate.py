@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowkernels._checks import expect, expect_noise, expect_positive_int, expect_times
+from flowkernels._checks import expect, expect_finite_flow, expect_noise, expect_positive_int, expect_times
 from flowkernels._files import whole_file
 from flowkernels._version import __version__
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops._library import fresh
 from flowkernels.ops.euler_step.reference import guided
-from flowkernels.rollout import euler, expect_finite_flow, initial_state
+from flowkernels.rollout import euler, initial_state
 from flowkernels.schedule import Schedule, StepCost, bellman, expect_steps
 from flowkernels.velocity_field import VelocityField, parameter_hash, velocity_rows, warn_if_training
 

@@ -1,13 +1,13 @@
 """Roll the teacher out on a fine grid."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowkernels._checks import expect, expect_noise, expect_times
+from flowkernels._checks import expect_finite_flow, expect_noise, expect_times
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops._library import fresh
 from flowkernels.ops.euler_step import stepper
@@ -51,21 +51,6 @@ def euler(
                 v_uncond = v_uncond.clone()
         x = step(x, v, t[i + 1] - t[i], v_uncond, w, x if out is None else out[i + 1])
         yield x, v, v_uncond, w
-
-
-def expect_finite_flow(x: Tensor, v: Iterable[Tensor], times: Tensor, first: int = 0) -> None:
-    """Raise unless the final state x `[n, *shape]` is finite, naming the sample, counted from `first`, and the step.
-
-    An element that is not finite stays so under further steps, so the last state answers for all of them. The
-    velocities v, step by step, are looked at on failure only: `replay` computes them again where none were kept.
-    """
-    if torch.isfinite(x).all():
-        return
-    sample = int((~torch.isfinite(x.flatten(1)).all(1)).nonzero()[0])
-    bad = (step for step, part in enumerate(v) if not torch.isfinite(part[sample]).all())
-    step = next(bad, None)
-    where = f" at step {step} (t = {times[step]:.6g})" if step is not None else ": the state overflows"
-    expect(False, "velocity", "finite velocities", f"NaN or Inf in sample {first + sample}{where}")
 
 
 def replay(velocity, x: Tensor, times: Tensor) -> Iterator[Tensor]:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowkernels._checks import expect_noise, expect_times
+from flowkernels._checks import expect_finite_flow, expect_noise, expect_times
 from flowkernels.fuse import FusedSampler
-from flowkernels.rollout import euler, expect_finite_flow, initial_state, replay
+from flowkernels.rollout import euler, initial_state, replay
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import warn_if_training
 

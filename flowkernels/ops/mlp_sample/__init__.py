@@ -30,8 +30,8 @@ class Layer:
     """`other (+ or *) gain * activation(scale * map(source) + shift + shift_each)`, one row a sample.
 
     map: "linear" (weight `[width, source.width]`), "layer_norm" (eps, no affine part) or "identity".
-    scale, shift, shift_each: tables `[N or 1, n or 1, width]`, float32, one row for a step and a sample. What depends on
-        time or conditioning alone is in them, biases too; two shifts, since a sum of one row a step and one row a
+    scale, shift, shift_each: tables `[N or 1, n or 1, width]`, float32, one row for a step and a sample. They hold what
+        depends on time or conditioning alone, biases too. Two shifts, since a sum of one row a step and one row a
         sample takes less room than a row for both.
     activation: none, relu, leaky_relu (slope alpha), silu, gelu, gelu_tanh, elu (alpha), tanh, sigmoid or mish.
     first: the output's first column in its value; above 0 it is appended to the value of the layer before.

@@ -1,0 +1,554 @@
+"""fk.fuse: networks recorded, lowered to mlp_sample and compared with themselves run by torch."""
+
+import gc
+import itertools
+import math
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import flowkernels as fk
+from flowkernels.backends import backend
+from flowkernels.models import BUNDLED, ResidualMLP, TimeEmbedding
+
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "relu in place": lambda: nn.ReLU(inplace=True),
+    "leaky relu": lambda: nn.LeakyReLU(0.2),
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu tanh": lambda: nn.GELU(approximate="tanh"),
+    "elu": lambda: nn.ELU(0.7),
+    "selu": nn.SELU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "mish": nn.Mish,
+}
+
+
+def randomised(net: nn.Module, seed: int = 0) -> nn.Module:
+    """The network with all parameters random, zero-initialised ones too."""
+    g = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        width = p.shape[-1] if p.dim() > 1 else 4
+        p.data = torch.randn(p.shape, generator=g) / width**0.5
+    return net.eval()
+
+
+def noise(n: int, *shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(sampler: fk.FusedSampler, velocity, x: torch.Tensor, schedule) -> None:
+    """States and velocities of the fused sampler and of the network on its own, to the accuracy of the latter."""
+    fused = fk.rollout(sampler, x, schedule)
+    eager = fk.rollout(velocity, x, schedule)
+    exact = float64(velocity, x, schedule)
+    for got, ref, truth in ((fused.x, eager.x, exact.x), (fused.v, eager.v, exact.v)):
+        assert got.shape == ref.shape
+        scale = truth.abs().max()
+        error, allowed = ((t - truth).abs().max() / scale for t in (got, ref))
+        # the two sum in other orders: each within a few roundings of the longest sum, carried on by the steps
+        assert error <= 2 * allowed + 8 * torch.finfo(torch.float32).eps
+    assert torch.equal(fk.sample(sampler, x, schedule), fused.x[-1])
+
+
+def float64(velocity, x, schedule) -> fk.Trajectory:
+    field = velocity if isinstance(velocity, fk.VelocityField) else fk.VelocityField(velocity)
+    kept = {k: v.clone() for k, v in field.net.state_dict().items()}
+    casts = field.conditioning, field.unconditional
+    field.conditioning, field.unconditional = (
+        {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kw.items()}
+        for kw in casts
+    )
+    try:
+        field.net.double()
+        return fk.rollout(field, x.double(), schedule)
+    finally:
+        field.net.float().load_state_dict(kept)
+        field.conditioning, field.unconditional = casts
+
+
+def mlp(dims, activation=nn.SiLU, bias=True):
+    layers = []
+    for a, b in itertools.pairwise(dims):
+        layers += [nn.Linear(a, b, bias=bias), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+class TorchcfmMLP(nn.Module):
+    """The architecture of torchcfm's MLP(dim, time_varying=True): one input, SELU."""
+
+    def __init__(self, dim, w=64):
+        super().__init__()
+        self.net = mlp([dim + 1, w, w, w, dim], nn.SELU)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Policy(nn.Module):
+    """A flow of actions conditioned on an observation: concatenation, time embedding, Mish."""
+
+    def __init__(self, actions=7, obs=11, w=48):
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(16, 32), nn.Mish(), nn.Linear(32, 16))
+        self.net = mlp([actions + obs + 16, w, w, actions], nn.Mish)
+
+    def forward(self, x, t, obs):
+        angles = t.to(x.dtype)[:, None] * torch.exp(-torch.arange(8, device=t.device) / 2).to(x.dtype)
+        emb = self.time(torch.cat([angles.sin(), angles.cos()], -1))
+        return self.net(torch.cat([x, obs, emb], dim=-1))
+
+
+class ClassConditional(nn.Module):
+    """Labels and time in one embedding that scales and shifts every block."""
+
+    def __init__(self, dim=10, w=33, classes=5):
+        super().__init__()
+        self.embed, self.time = nn.Embedding(classes + 1, 24), nn.Linear(1, 24)
+        self.inp, self.out = nn.Linear(dim, w), nn.Linear(w, dim)
+        self.norm = nn.LayerNorm(w)
+        self.films = nn.ModuleList(nn.Linear(24, 2 * w) for _ in range(2))
+        self.mids = nn.ModuleList(nn.Linear(w, w) for _ in range(2))
+
+    def forward(self, x, t, label):
+        emb = F.silu(self.time(t[:, None].to(x.dtype)) + self.embed(label))
+        h = self.inp(x)
+        for film, mid in zip(self.films, self.mids, strict=True):
+            scale, shift = film(emb).chunk(2, -1)
+            h = h + F.gelu(mid(self.norm(h) * (1 + scale) + shift))
+        return self.out(h)
+
+
+class Gated(nn.Module):
+    """Slices, gates, GLU, skip connections by concatenation, differences, numbers, shapes of other rank."""
+
+    def __init__(self, dim=6, w=20):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(dim + 1, 2 * w), nn.Linear(w, 2 * w), nn.Linear(2 * w + dim, w, bias=False)
+        self.out, self.scale = nn.Linear(w, dim), nn.Parameter(torch.ones(w))
+
+    def forward(self, x, t):
+        time = torch.full((len(x), 1), 0.5, dtype=x.dtype) * t[:, None].to(x.dtype)
+        g, u = self.a(torch.cat([x, time], 1)).chunk(2, dim=1)
+        h = F.silu(g) * u
+        y = F.glu(self.b(h), dim=-1)
+        z = self.c(torch.cat([h, x, 1.0 - y], dim=1)).view(len(x), 4, -1).flatten(1)
+        z = torch.tanh(z) - 2 * h * self.scale / 3.0
+        return -self.out(z[:, :]).reshape(x.shape)
+
+
+def test_sequential_takes_time_as_its_last_column():
+    net = randomised(mlp([65, 96, 96, 64]))
+    field = fk.VelocityField(net, time_column=True)
+    sampler = fk.fuse(net, 8)
+    for n in (1, 2, 7, 50):
+        assert_same(sampler, field, noise(n, 64), 8)
+    by_hand = x = noise(3, 64)
+    for i in range(8):
+        with torch.no_grad():
+            by_hand = by_hand + net(torch.cat([by_hand, torch.full((3, 1), i / 8)], 1)) / 8
+    torch.testing.assert_close(sampler(x), by_hand, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation):
+    net = randomised(mlp([18, 37, 40, 17], ACTIVATIONS[activation]))
+    assert_same(fk.fuse(net, 3), fk.VelocityField(net, time_column=True), noise(13, 17), 3)
+
+
+def test_torchcfm_mlp():
+    net = randomised(TorchcfmMLP(2))
+    assert_same(fk.fuse(net, 10), fk.VelocityField(net, time_column=True), noise(100, 2), 10)
+
+
+def test_bundled_digits_model():
+    net = BUNDLED["digits"].load()
+    sampler = fk.fuse(net, 20)
+    assert_same(sampler, net, noise(9, 1, 8, 8), 20)
+    kinds = [layer.map for layer in sampler._prepare(9, None).layers]
+    assert kinds == ["linear", *["layer_norm", "linear", "linear"] * 3, "linear"]  # nothing runs on its own
+
+
+def test_structures():
+    net = randomised(Gated())
+    assert_same(fk.fuse(net, 5), net, noise(23, 6), 5)
+
+
+def test_schedules_share_one_network():
+    net = randomised(ResidualMLP(12, 24, 2, 16))
+    sampler, x = fk.fuse(net, 4), noise(5, 12)
+    cal = fk.calibrate(sampler, x, 12, range(1, 5), progress=False)
+    expected = fk.calibrate(net, x, 12, range(1, 5), progress=False)
+    assert {n: s.indices for n, s in cal.items()} == {n: s.indices for n, s in expected.items()}
+    torch.testing.assert_close(cal.cost, expected.cost, rtol=1e-4, atol=1e-9)
+    assert cal.provenance["parameters_sha256"] == expected.provenance["parameters_sha256"]
+    assert_same(sampler, net, x, cal[3].times)
+    assert sampler.on(cal[3]) is sampler.on(cal[3].times)
+    assert sampler.on(4) is sampler
+    assert sampler.on(7)._network is sampler._network
+
+
+def test_calibrate_in_chunks_with_conditioning():
+    net, x = randomised(Policy()), noise(10, 7)
+    field = fk.VelocityField(net, conditioning={"obs": noise(10, 11, seed=2)})
+    got = fk.calibrate(fk.fuse(field, 6), x, 6, 3, chunk=4, progress=False)
+    expected = fk.calibrate(field, x, 6, 3, progress=False)
+    torch.testing.assert_close(got.cost, expected.cost, rtol=1e-4, atol=1e-9)
+
+
+def test_conditioning_of_each_sample():
+    net, x, obs = randomised(Policy()), noise(10, 7), noise(10, 11, seed=2)
+    field = fk.VelocityField(net, conditioning={"obs": obs})
+    sampler = fk.fuse(field, 5)
+    assert_same(sampler, field, x, 5)
+    other = noise(10, 11, seed=3)
+    expected = fk.sample(fk.VelocityField(net, conditioning={"obs": other}), x, 5)
+    torch.testing.assert_close(sampler(x, obs=other), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sampler(x), fk.sample(field, x, 5), rtol=1e-5, atol=1e-5)
+    obs.mul_(-1)  # written in place: seen
+    torch.testing.assert_close(sampler(x), fk.sample(field, x, 5), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_conditioning_of_other_numbers_of_samples(first):
+    net = randomised(Policy())
+    sampler = fk.fuse(fk.VelocityField(net, conditioning={"obs": noise(first, 11)}), 3)
+    for n, rows in [(1, 1), (6, 1), (6, 6), (1, 1), (3, 3), (2, 1)]:
+        x, obs = noise(n, 7), noise(rows, 11, seed=n)
+        expected = fk.sample(fk.VelocityField(net, conditioning={"obs": obs}), x, 3)
+        torch.testing.assert_close(sampler(x, obs=obs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("labels", [[1, 2, 3, 0, 4, 1], [2]])
+def test_labels_film_and_guidance(labels, packed):
+    net, x = randomised(ClassConditional()), noise(6, 10)
+    label, none = torch.tensor(labels), torch.tensor([5])
+    field = fk.VelocityField(
+        net, conditioning={"label": label}, guidance=2.5, unconditional={"label": none}, packed=packed
+    )
+    assert_same(fk.fuse(field, 4), field, x, 4)
+
+
+def test_conventions_of_the_field():
+    net = randomised(ResidualMLP(9, 24, 1, 16))
+    for settings in (
+        dict(reverse_time=True, time_scale=1000),
+        dict(sign=-1),
+        dict(time_name="t"),
+        dict(x_name="x", time_name="t", time_scale=0.5),
+    ):
+        field = fk.VelocityField(net, **settings)
+        assert_same(fk.fuse(field, 6), field, noise(4, 9), 6)
+
+
+class RandomNet(nn.Module):
+    """A network drawn from what is supported."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        r = self.random = torch.Generator().manual_seed(seed)
+        draw = self.draw = lambda *options: options[int(torch.randint(len(options), (), generator=r))]
+        self.dim, self.cond = draw(1, 2, 5, 16, 31), draw(0, 0, 3, 8)
+        self.time_mode, self.emb_width = draw("column", "film", "added", "none"), draw(4, 9)
+        self.emb = nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, self.emb_width))
+        self.cond_mode = draw("concatenated", "in embedding") if self.cond else "none"
+        self.to_emb = nn.Linear(self.cond, self.emb_width) if self.cond_mode == "in embedding" else None
+        width = self.dim + (self.time_mode == "column") + (self.cond if self.cond_mode == "concatenated" else 0)
+        self.steps, self.parts = [], nn.ModuleList()
+        first = draw(3, 17, 32, 50)
+        self.inp = nn.Linear(width, first, bias=draw(True, False))
+        width = first
+        for _ in range(draw(1, 2, 3)):
+            kind = draw("plain", "residual", "gated", "skip")
+            out = width if kind == "residual" else draw(5, 16, 33, 64)
+            norm = draw(None, "plain", "affine")
+            part = nn.Module()
+            part.norm = nn.LayerNorm(width, elementwise_affine=norm == "affine") if norm else None
+            film = self.time_mode == "film" or self.cond_mode == "in embedding"
+            part.film = nn.Linear(self.emb_width, 2 * width) if film else None
+            part.add = nn.Linear(self.emb_width, width) if self.time_mode == "added" else None
+            part.linear = nn.Linear(width, 2 * out if kind == "gated" else out, bias=draw(True, False))
+            part.act = ACTIVATIONS[draw(*ACTIVATIONS)]()
+            self.parts.append(part)
+            self.steps.append(kind)
+            width = out + (width if kind == "skip" else 0)
+        self.out = nn.Linear(width, self.dim)
+        randomised(self, seed)
+
+    def forward(self, x, t, c=None):
+        emb = self.emb(t[:, None].to(x.dtype))
+        if self.to_emb is not None:
+            emb = emb * torch.tanh(self.to_emb(c))
+        columns = [x]
+        if self.time_mode == "column":
+            columns.append(t[:, None].to(x.dtype))
+        if self.cond_mode == "concatenated":
+            columns.insert(1, c)
+        h = self.inp(torch.cat(columns, 1))
+        for kind, part in zip(self.steps, self.parts, strict=True):
+            y = part.norm(h) if part.norm is not None else h
+            if part.film is not None:
+                scale, shift = part.film(F.silu(emb)).chunk(2, dim=-1)
+                y = y * (1 + scale) + shift
+            if part.add is not None:
+                y = y + part.add(emb)
+            y = part.linear(y)
+            if kind == "gated":
+                a, b = y.chunk(2, -1)
+                y = part.act(a) * b
+            else:
+                y = part.act(y)
+            h = h + y if kind == "residual" else torch.cat([y, h], -1) if kind == "skip" else y
+        return self.out(h)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_networks(seed):
+    net = RandomNet(seed)
+    n, steps = net.draw(1, 2, 6, 7, 33), net.draw(1, 2, 5)
+    kwargs = {}
+    if net.cond:
+        kwargs["conditioning"] = {"c": noise(net.draw(1, n), net.cond, seed=seed)}
+        if net.draw(True, False):
+            kwargs |= dict(guidance=1.7, unconditional={"c": torch.zeros(1, net.cond)})
+    field = fk.VelocityField(net, **kwargs)
+    assert_same(fk.fuse(field, steps, shape=(net.dim,)), field, noise(n, net.dim, seed=seed), steps)
+
+
+def test_bfloat16_weights_on_digits():
+    """The endpoint differs from the network's own by less than a hundredth of the teacher's error at N = 8."""
+    net, x = BUNDLED["digits"].load(), noise(256, 1, 8, 8)
+    teacher = fk.sample(net, x, 100)
+    eager = fk.sample(net, x, 8)
+    fused = fk.fuse(net, 8, weights=torch.bfloat16)
+
+    def error(a, b):
+        return (a - b).double().square().flatten(1).sum(1).mean().item()
+
+    assert fused.weights == torch.bfloat16
+    assert 0 < error(fused(x), eager) < 0.01 * error(eager, teacher)
+
+
+def test_bfloat16_network():
+    net = randomised(ResidualMLP(16, 32, 2, 16))
+    exact, x = fk.sample(net, noise(20, 16), 4), noise(20, 16)
+    net.bfloat16()
+    field = fk.VelocityField(net, dtype=torch.bfloat16)
+    sampler = fk.fuse(field, 4)
+    assert sampler.weights == torch.bfloat16
+    error, of_torch = ((t - exact).abs().max() for t in (sampler(x), fk.sample(field, x, 4)))
+    assert error <= 1.5 * of_torch  # the state and what lies between the layers is kept in float32 here
+    assert fk.fuse(field, 4, weights=torch.float32).weights == torch.float32
+
+
+def test_weights_that_change():
+    net = randomised(mlp([9, 16, 8]))
+    field, sampler, x = fk.VelocityField(net, time_column=True), fk.fuse(net, 3), noise(4, 8)
+
+    def same():
+        return torch.allclose(sampler(x), fk.sample(field, x, 3), atol=1e-5)
+
+    assert same()
+    assert not sampler.stale
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    net(torch.randn(5, 9)).square().sum().backward()
+    optimizer.step()
+    assert sampler.stale
+    assert same()
+    assert not sampler.stale
+    net.load_state_dict({k: v * 0.9 for k, v in net.state_dict().items()})
+    assert sampler.stale
+    assert same()
+    net.load_state_dict({k: v * 0.9 for k, v in net.state_dict().items()}, assign=True)
+    assert sampler.stale
+    assert same()
+    net[0].weight = nn.Parameter(net[0].weight * 2)
+    assert sampler.stale
+    assert same()
+    on_another = sampler.on(2)
+    net[0].weight.data.mul_(0.5)  # leaves no trace
+    assert not sampler.stale
+    assert not same()
+    sampler.refresh()
+    assert same()
+    torch.testing.assert_close(on_another(x), fk.sample(field, x, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_student_of_straighten():
+    net, x = randomised(ResidualMLP(8, 16, 1, 8)), noise(32, 8)
+    schedule = fk.calibrate(net, x, 10, 2, progress=False)[2]
+    result = fk.straighten(None, net, schedule, noise=x, iterations=5, batch=8, progress=False)
+    torch.testing.assert_close(
+        fk.fuse(result.student, schedule)(x), fk.sample(result.student, x, schedule), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layouts_and_dtypes_of_noise(dtype):
+    net = BUNDLED["digits"].load()
+    sampler = fk.fuse(net, 2)
+    x = noise(3, 8, 8, 1).to(dtype).permute(0, 3, 1, 2)
+    got = sampler(x)
+    assert got.dtype == torch.float32
+    assert got.shape == (3, 1, 8, 8)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, fk.sample(net, x, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_reference_backend_agrees():
+    net, x = BUNDLED["digits"].load(), noise(3, 1, 8, 8)
+    sampler = fk.fuse(net, 5)
+    with backend("reference"):
+        expected = sampler(x)
+        trajectory = fk.rollout(sampler, x, 5)
+    torch.testing.assert_close(sampler(x), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(trajectory.x[-1], expected)
+
+
+def test_says_what_stops_it():
+    unet = BUNDLED["fashion"].load()
+    with pytest.raises(fk.NotFusable, match=r"stem \(Conv2d\): convolution.*capture="):
+        fk.fuse(unet, 4, shape=(1, 28, 28))
+    attention = nn.Sequential(nn.Linear(9, 8), nn.Softmax(-1))
+    with pytest.raises(fk.NotFusable, match=r"1 \(Softmax\): _?softmax"):
+        fk.fuse(attention, 4)
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 4)
+
+        def forward(self, x, t):
+            return self.net(x) if x.sum() > 0 else x
+
+    with pytest.raises(fk.NotFusable, match="expected a"):
+        fk.fuse(Branches(), 4)
+
+    class WholeTime(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 4)
+
+        def forward(self, x, t):
+            return self.net(x) * t[0]
+
+    with pytest.raises(fk.NotFusable, match="one row a sample"):
+        fk.fuse(WholeTime(), 4)
+
+    class AcrossSamples(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 4)
+
+        def forward(self, x, t):
+            return self.net(x - x.mean(0))
+
+    with pytest.raises(fk.NotFusable, match="mean"):
+        fk.fuse(AcrossSamples(), 4)
+    with pytest.raises(fk.NotFusable, match="does not depend on x"):
+        fk.fuse(lambda x, t: torch.zeros_like(x), 4, shape=(3,))
+
+
+def test_clear_errors():
+    net = randomised(mlp([9, 16, 8]))
+    with pytest.raises(fk.NotFusable, match=r"shape: expected the shape of one sample.*without nn.Linear"):
+        fk.fuse(lambda x, t: x, 4)
+    with pytest.raises(fk.NotFusable, match=r"shape: expected the shape of one sample.*mat1"):
+        fk.fuse(net, 4, shape=(5,))
+    with pytest.raises(TypeError, match=r"weights: expected float32, bfloat16 or None, got torch.float16"):
+        fk.fuse(net, 4, weights=torch.float16)
+    with pytest.raises(ValueError, match="velocity: expected a network in float32 or bfloat16, got float64"):
+        fk.fuse(fk.VelocityField(randomised(mlp([9, 16, 8])).double(), time_column=True, dtype=torch.float64), 4)
+    with pytest.raises(ValueError, match="schedule: expected strictly increasing"):
+        fk.fuse(net, [0.0, 0.7, 0.2, 1.0])
+    sampler = fk.fuse(net, 4)
+    for bad in (noise(3, 7), torch.randn(8), torch.empty(0, 8)):
+        with pytest.raises(ValueError, match=r"noise: expected shape \[n, 8\]"):
+            sampler(bad)
+    with pytest.raises(TypeError, match=r"noise: expected torch.float32"):
+        sampler(noise(3, 8).double())
+    with pytest.raises(ValueError, match="noise: expected no gradient"):
+        sampler(noise(3, 8).requires_grad_())
+    with pytest.raises(ValueError, match="conditioning: expected names of the VelocityField's conditioning"):
+        sampler(noise(3, 8), obs=1)
+    policy = fk.fuse(fk.VelocityField(randomised(Policy()), conditioning={"obs": noise(1, 11)}), 3)
+    with pytest.raises(ValueError, match=r"obs: expected shape \[1, 11\]"):
+        policy(noise(3, 7), obs=noise(1, 12))
+    with pytest.raises(TypeError, match=r"obs: expected a torch.Tensor"):
+        policy(noise(3, 7), obs=None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite(value):
+    net = randomised(mlp([9, 16, 8]))
+    sampler, x = fk.fuse(net, 4), noise(30, 8)
+    x[17, 3] = value
+    for call in (sampler, lambda x: fk.rollout(sampler, x, 4)):
+        with pytest.raises(ValueError, match="noise: expected finite values, got NaN or Inf in sample 17"):
+            call(x)
+    with torch.no_grad():
+        net[0].bias[0] = value
+    with pytest.raises(ValueError, match=r"velocity: expected finite velocities, got NaN or Inf in sample 0 at step 0"):
+        sampler(noise(3, 8))
+
+
+def test_training_mode_warns_as_elsewhere():
+    net = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+    with pytest.warns(UserWarning, match="eval mode"), pytest.raises(fk.NotFusable):
+        fk.fuse(net, 2)
+    fk.fuse(net.eval(), 2)
+
+
+def test_nothing_is_left_behind():
+    """No hooks on modules, no gradients, no reference that keeps the network alive."""
+    net = randomised(mlp([9, 16, 8]))
+    modules = torch.nn.modules.module
+    before = len(modules._global_forward_hooks), len(modules._global_forward_pre_hooks)
+    sampler = fk.fuse(net, 4)
+    with pytest.raises(fk.NotFusable):
+        fk.fuse(nn.Sequential(nn.Linear(9, 8), nn.Softmax(-1)), 4)
+    assert (len(modules._global_forward_hooks), len(modules._global_forward_pre_hooks)) == before
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    gone = weakref.ref(net)
+    del net, sampler
+    gc.collect()
+    assert gone() is None
+
+
+def test_several_threads():
+    net = randomised(Policy())
+    sampler = fk.fuse(fk.VelocityField(net, conditioning={"obs": noise(1, 11)}), 4)
+    inputs = [(noise(3, 7, seed=i), noise(3, 11, seed=i + 9)) for i in range(4)]
+    expected = [sampler(x, obs=obs) for x, obs in inputs]
+    failed = []
+
+    def work(i):
+        for _ in range(50):
+            if not torch.equal(sampler(inputs[i][0], obs=inputs[i][1]), expected[i]):
+                failed.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failed
+
+
+def test_time_embedding_is_evaluated_once_a_schedule():
+    net = randomised(ResidualMLP(8, 16, 1, 8))
+    calls = []
+    net.time.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    sampler, x = fk.fuse(net, 5), noise(3, 8)
+    calls.clear()
+    for _ in range(3):
+        sampler(x)
+    assert calls == []
+    assert isinstance(net.time, TimeEmbedding)
