@@ -1,7 +1,7 @@
 """One call of a velocity network, recorded operation by operation, with what each value depends on.
 
-Values that depend on the state x become layers (`flowkernels/_lowering.py`). The others depend on time, on conditioning
-or on parameters alone; they are computed again for all steps of a schedule and all samples of a batch (`Record.replay`).
+Values that depend on the state x become layers (`flowkernels/_lowering.py`). Others depend on time, on conditioning or
+on parameters alone; they are computed again for all steps of a schedule and all samples of a batch (`Record.replay`).
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -40,6 +40,7 @@ ENTRIES = (
     "linear_update",
     "segment_points",
     "straighten_loss",
+    "mlp_sample",
     "overhead",
     "stages",
 )

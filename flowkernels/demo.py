@@ -82,6 +82,14 @@ def _endpoint_error(name: str, x: Tensor, teacher: Tensor) -> dict[str, float]:
     return {f"error_{name}": each.mean().item(), f"error_{name}_se": (each.std() / len(each) ** 0.5).item()}
 
 
+def fused(net, schedule, shape: tuple[int, ...]):
+    """The network with its steps in one call, or the network itself where it is no stack of linear layers."""
+    try:
+        return fk.fuse(net, schedule, shape=shape)
+    except fk.NotFusable:
+        return net
+
+
 def run(
     data: str = "digits",
     out: str | Path = "flowkernels-report",
@@ -123,7 +131,8 @@ def run(
         return torch.randn(n, *bundled.shape, generator=torch.Generator().manual_seed(seed + offset))
 
     with stage("load", f"{data}, samples of shape {list(bundled.shape)}"):
-        velocity = bundled.load()
+        net = bundled.load()
+        velocity = fused(net, s.grid, bundled.shape)
     with stage("calibrate", f"{s.calibration} noises, {s.grid} fine steps, every N to 10"):
         steps = sorted({*range(1, 11), *s.steps, s.straighten})
         calibration = fk.calibrate(velocity, noise(s.calibration, 0), s.grid, steps, seed=seed, progress=progress)
@@ -143,7 +152,7 @@ def run(
     with stage("straighten", f"N = {N}, {s.iterations} iterations on {s.bank} trajectories"):
         result = fk.straighten(
             None,
-            velocity,
+            net,
             plan,
             noise=bundled.shape,
             **{k: getattr(s, k) for k in ("iterations", "batch", "bank", "lr", "ema")},
@@ -152,7 +161,7 @@ def run(
             progress=progress,
         )
     with stage("sample", f"{s.held_out} samples, {N} steps, straightened"):
-        straightened = fk.sample(result.student, held_out, plan)
+        straightened = fk.sample(fused(result.student, plan, bundled.shape), held_out, plan)
         next(r for r in rows if r["steps"] == N).update(_endpoint_error("straightened", straightened, teacher))
 
     shown = {"uniform": ends["uniform", N], "bellman": ends["bellman", N], "straightened": straightened}
@@ -173,7 +182,7 @@ def run(
     with report.whole_folder(out) as folder:
         with stage("report", str(out)):
             calibration.save(folder / "schedule.boss.json")
-            notes = {"straightened_from": parameter_hash(velocity), "times": plan.times.tolist()}
+            notes = {"straightened_from": parameter_hash(net), "times": plan.times.tolist()}
             save_network(result.student, folder / "student.safetensors", **notes)
             images = report.draw(results, calibration, pictures, folder)
         seconds["total"] = sum(seconds.values())

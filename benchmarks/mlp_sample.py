@@ -1,0 +1,136 @@
+"""Whole samplers of multilayer perceptrons in one call, beside the same loop run and compiled by torch."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+import flowkernels as fk
+from flowkernels.bench import Case, Work, ours
+from flowkernels.models import BUNDLED
+
+
+def perceptron(dim: int, width: int, device) -> nn.Sequential:
+    """x and t in one row -> three hidden layers with SiLU -> velocity."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Linear(dim + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()),
+        *(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim)),
+    )
+    return net.to(device).eval().requires_grad_(False)
+
+
+def loop(net, steps: int):
+    """The Euler loop written by hand."""
+
+    def run(x):
+        for i in range(steps):
+            t = x.new_full((len(x), 1), i / steps)
+            x = x + net(torch.cat([x, t], 1)) / steps
+        return x
+
+    return run
+
+
+def low_loop(net, steps: int):
+    """The same with a bfloat16 network on a float32 state."""
+    low = fk.VelocityField(net, dtype=torch.bfloat16, time_column=True)
+
+    def run(x):
+        for i in range(steps):
+            x = x + low(x, x.new_full((len(x),), i / steps)).float() / steps
+        return x
+
+    return run
+
+
+def relative_error(got, truth) -> float:
+    return ((got - truth).abs().max() / truth.abs().max()).item()
+
+
+def cases(device) -> Iterator[Case]:
+    def case(n, width=256, dim=64, steps=8, weights=torch.float32, quick=False):
+        def make():
+            net, x = perceptron(dim, width, device), torch.randn(n, dim, device=device)
+            sampler = fk.fuse(net, steps, weights=weights)
+            truth = loop(net.double(), steps)(x.double())
+            net.float()
+            eager = loop(net, steps)
+            peers = {"torch eager": lambda: eager(x)}
+            compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+            peers["torch compile"] = lambda: compiled(x)
+            if weights == torch.float32:
+                # as wrong as torch's own sums, twice, and a rounding of the state at every step
+                bound = 2 * relative_error(eager(x), truth) + steps * torch.finfo(torch.float32).eps
+            else:
+                low = low_loop(perceptron(dim, width, device).bfloat16(), steps)
+                low_compiled = torch.compile(low, fullgraph=True, dynamic=False)
+                peers["torch compile, bfloat16"] = lambda: low_compiled(x)
+                bound = 2 * relative_error(low(x), truth)
+            macs = n * steps * (2 * dim * width + 2 * width * width)
+            return Work(
+                ours(lambda: sampler(x), device) | peers,
+                lambda got: (relative_error(got, truth), bound),
+                moved=x.nbytes * 2,
+                flops=2 * macs,
+            )
+
+        curves = {}
+        if weights == torch.float32:
+            curves |= {"samples, width 256": n} if width == 256 else {}
+            curves |= {f"width, {n} samples": width} if n in (1, 256) else {}
+        name = f"{dim} -> {width} x 3 -> {dim}, N={steps}, n={n}, {str(weights)[6:]} weights"
+        return Case(name, n, make, quick=quick, curves=curves)
+
+    def residual(n, K):
+        def make():
+            net = BUNDLED["digits"].load().to(device).requires_grad_(False)
+            x0 = torch.randn(n, *BUNDLED["digits"].shape, generator=torch.Generator().manual_seed(0)).to(device)
+            sampler = fk.fuse(net, K)
+
+            def by_hand(velocity):
+                @torch.no_grad()
+                def run():
+                    x = x0
+                    states, velocities = x.new_empty(K + 1, *x.shape), x.new_empty(K, *x.shape)
+                    states[0] = x
+                    for i in range(K):
+                        v = velocity(x, x.new_full((n,), i / K))
+                        x = x + v / K
+                        states[i + 1], velocities[i] = x, v
+                    return states, velocities
+
+                return run
+
+            truth = fk.rollout(net.double(), x0.double(), K)
+            net.float()
+
+            def error(got):
+                states, velocities = got if isinstance(got, tuple) else (got.x, got.v)
+                return max(relative_error(states, truth.x), relative_error(velocities, truth.v))
+
+            eager = by_hand(net)
+            bound = 2 * error(eager()) + 8 * torch.finfo(torch.float32).eps
+            calls = ours(lambda: fk.rollout(sampler, x0, K), device)
+            calls |= {"torch eager": eager, "torch compile": by_hand(torch.compile(net, fullgraph=True))}
+            return Work(calls, lambda got: (error(got), bound), moved=x0.nbytes * (2 * K + 2))
+
+        return Case(f"digits model, rollout, K={K}, n={n}", n * K, make)
+
+    yield case(1, quick=True)
+    for n in (16, 64, 256, 1024):
+        yield case(n)
+    for n in (1, 64, 256, 1024):
+        yield case(n, weights=torch.bfloat16)
+    yield residual(512, 100)
+    yield case(4)
+    yield case(4096)
+    for width in (64, 128, 512, 1024):
+        yield case(1, width)
+        yield case(256, width)
+    yield case(16, 1024)
+    yield case(4096, 64)
+    yield case(4096, 1024)
+    yield case(1, 64, dim=2)
+    yield case(4096, 64, dim=2)
+    yield case(256, 1024, weights=torch.bfloat16)
