@@ -152,7 +152,7 @@ def run(
     with stage("straighten", f"N = {N}, {s.iterations} iterations on {s.bank} trajectories"):
         result = fk.straighten(
             None,
-            net,
+            velocity,
             plan,
             noise=bundled.shape,
             **{k: getattr(s, k) for k in ("iterations", "batch", "bank", "lr", "ema")},

@@ -52,14 +52,15 @@ def fuse(
         NotFusable: naming the module that stopped it.
         TypeError, ValueError: naming the argument.
     """
-    if not isinstance(velocity, VelocityField):
-        expect(callable(velocity), "velocity", "a callable velocity(x, t)", velocity, TypeError)
-        velocity = VelocityField(velocity, time_column=_takes_one_input(velocity))
+    if _takes_one_input(velocity):
+        velocity = VelocityField(velocity, time_column=True)
+    expect(callable(velocity), "velocity", "a callable velocity(x, t)", velocity, TypeError)
     expect(weights in (None, torch.float32, torch.bfloat16), "weights", "float32, bfloat16 or None", weights, TypeError)
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
     warn_if_training(velocity)
-    shape = tuple(shape) if shape is not None else _shape_of_sample(velocity)
-    sampler = FusedSampler(_Network(velocity, shape, weights), times)
+    field = velocity if isinstance(velocity, VelocityField) else VelocityField(velocity)
+    shape = tuple(shape) if shape is not None else _shape_of_sample(field)
+    sampler = FusedSampler(_Network(velocity, field, shape, weights), times)
     sampler.verify()
     return sampler
 
@@ -106,7 +107,8 @@ class FusedSampler:
     Weights that were written since (by an optimiser, `load_state_dict`, `.to()`) are noticed and taken in at the next
     call. Writing through `.data` leaves no trace: call `refresh()`.
 
-    velocity: the network that it was made from, as a VelocityField. times: float64 `[N+1]`. shape: of one sample.
+    velocity: what it was made from; a VelocityField for a network with one input. times: float64 `[N+1]`.
+    shape: of one sample.
     """
 
     def __init__(self, network: "_Network", times: Tensor):
@@ -116,8 +118,8 @@ class FusedSampler:
         self._others: dict[tuple, FusedSampler] = {}
 
     @property
-    def velocity(self) -> VelocityField:
-        return self._network.field
+    def velocity(self):
+        return self._network.velocity
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,7 +128,7 @@ class FusedSampler:
     @property
     def weights(self) -> torch.dtype:
         """float32 or bfloat16: what linear layers multiply."""
-        return self._prepare(_samples_of(self.velocity), None).network.low or torch.float32
+        return self._prepare(_samples_of(self._network.field), None).network.low or torch.float32
 
     @property
     def stale(self) -> bool:
@@ -151,10 +153,10 @@ class FusedSampler:
 
     def rows(self, index: Tensor | slice, n: int) -> "FusedSampler":
         """The same sampler for the samples `index` of n: conditioning that has one row a sample is indexed."""
-        field = self.velocity
+        field = self._network.field.rows(index, n)
         if not field.conditioning:
             return self
-        return FusedSampler(_Network(field.rows(index, n), self.shape, self._network.weights), self.times)
+        return FusedSampler(_Network(field, field, self.shape, self._network.weights), self.times)
 
     def __call__(self, noise: Tensor, **conditioning: Any) -> Tensor:
         """Samples at t = 1.
@@ -204,7 +206,7 @@ class FusedSampler:
     @torch.no_grad()
     def _by_op(self, p: "_Prepared", x: Tensor) -> list[Tensor]:
         """(samples, states, velocities) through the public op: any backend, and any tracer of torch's."""
-        low, w = p.network.low, self.velocity.guidance
+        low, w = p.network.low, self._network.field.guidance
         options = dict(unconditional=p.unconditional, guidance=w, low=low, trajectory=True)
         found = mlp_sample(x.flatten(1), self._h.tolist(), p.layers, **options)
         return [t.view(*t.shape[:-1], *x.shape[1:]) for t in found]
@@ -220,7 +222,8 @@ class FusedSampler:
     @torch.no_grad()
     def verify(self) -> None:
         """Raise NotFusable unless a few samples have the velocities that the network itself has."""
-        field, n = self.velocity, _samples_of(self.velocity)
+        field = self._network.field
+        n = _samples_of(field)
         x = torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(0)).to(self._network.device)
         _, states, velocities = self.run(x, states=True, velocities=True)
         for s in sorted({0, len(self._h) // 2, len(self._h) - 1}):
@@ -237,8 +240,8 @@ class FusedSampler:
 class _Network:
     """What samplers on several schedules share."""
 
-    def __init__(self, field: VelocityField, shape: tuple[int, ...], weights: torch.dtype | None):
-        self.field, self.shape, self.weights = field, shape, weights
+    def __init__(self, velocity, field: VelocityField, shape: tuple[int, ...], weights: torch.dtype | None):
+        self.velocity, self.field, self.shape, self.weights = velocity, field, shape, weights
         self.dim = torch.Size(shape).numel()
         expect(self.dim > 0, "shape", "at least one feature", shape)
         tensors = [*field.net.parameters(), *field.net.buffers()] if isinstance(field.net, nn.Module) else []

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from flowkernels._checks import expect, expect_noise, expect_positive_int, expect_times
 from flowkernels._files import whole_file
+from flowkernels.fuse import FusedSampler
 from flowkernels.ops import segment_points, straighten_loss
 from flowkernels.ops._library import fresh
 from flowkernels.rollout import euler, expect_finite_flow, initial_state, replay
@@ -45,6 +46,10 @@ def knots(velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: 
     with bar:
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
+            if isinstance(velocity, FusedSampler):
+                kept[:, rows] = velocity.on(grid).rows(rows, n).run(kept[0, rows], states=True)[1][list(indices)]
+                bar.update(len(grid) - 1)
+                continue
             teacher, x0 = velocity_rows(velocity, rows, n), kept[0, rows]
             for k, (x, *_) in enumerate(euler(teacher, x0, grid), start=1):
                 if k in places:
@@ -91,7 +96,7 @@ def straighten(
 
     Args:
         student: the network to train, in place; None trains a copy of the teacher (its conditional field, if guided).
-        velocity: the teacher; `VelocityField` or any callable `velocity(x, t)`.
+        velocity: the teacher; `VelocityField`, any callable `velocity(x, t)`, or a `FusedSampler`.
         schedule: from `calibrate`; its grid is the teacher's.
         noise: a tensor `[bank, *shape]` (a fixed bank of that many samples), a shape (standard normal noise of it), or
             a function `(n, generator) -> [n, *shape]`, the generator on the CPU. Per-sample conditioning of a
@@ -127,6 +132,7 @@ def straighten(
     interval [0, 1] rectified flow (arXiv 2209.03003).
     """
     expect(isinstance(schedule, Schedule), "schedule", "a Schedule, such as cal[4]", schedule, TypeError)
+    teacher, velocity = velocity, velocity.velocity if isinstance(velocity, FusedSampler) else velocity
     teacher_grid, indices = _teacher_grid(schedule, grid)
     iterations = expect_positive_int(iterations, "iterations")
     batch, bank = expect_positive_int(batch, "batch"), expect_positive_int(bank, "bank")
@@ -175,7 +181,7 @@ def straighten(
     warn_if_training(velocity, stacklevel=3)
 
     def teacher_knots() -> Tensor:
-        return knots(velocity, draw_noise(size, generator), teacher_grid, indices, batch, progress)
+        return knots(teacher, draw_noise(size, generator), teacher_grid, indices, batch, progress)
 
     fused = device.type in ("cpu", "cuda")  # one kernel a step: 4 ms less a step for the digits network on 2 cores
     opt = optimizer(parameters) if optimizer else torch.optim.Adam(parameters, lr=lr, fused=fused)

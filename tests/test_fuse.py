@@ -552,3 +552,15 @@ def test_time_embedding_is_evaluated_once_a_schedule():
         sampler(x)
     assert calls == []
     assert isinstance(net.time, TimeEmbedding)
+
+
+def test_teacher_of_straighten():
+    """The bank of a fused teacher is the teacher's, and so is the training."""
+    net, x = randomised(ResidualMLP(8, 16, 1, 8)), noise(32, 8)
+    sampler = fk.fuse(net, 10)
+    schedule = fk.calibrate(sampler, x, 10, 2, progress=False)[2]
+    settings = dict(noise=x, iterations=4, batch=8, log_every=1, progress=False)
+    fused = fk.straighten(None, sampler, schedule, **settings)
+    plain = fk.straighten(None, net, schedule, **settings)
+    assert type(fused.student) is ResidualMLP
+    torch.testing.assert_close(fused.history["loss"], plain.history["loss"], rtol=1e-3, atol=1e-6)
