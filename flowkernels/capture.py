@@ -180,27 +180,30 @@ def _at(frame: traceback.FrameSummary) -> str:
     return f" at {frame.filename}:{frame.lineno}, `{frame.line}`"
 
 
-PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-CONTAINERS = (dict, OrderedDict, list, tuple, set)
+PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
+CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set))
 LONGEST = 256  # entries of a container that are looked at
+MACHINERY = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}  # hooks and the like
 
 
 def _state(velocity) -> tuple:
     """What a graph has taken in for good: addresses and layouts of tensors, plain settings, identities of the rest.
 
-    Looked at are modules, a function's closure, `functools.partial`, bound methods, and in them short containers.
-    Values in memory are none of it: a replay reads what is there then.
+    Looked at are modules, functions with what they close over and the modules and tensors that they name,
+    `functools.partial`, bound methods, and in them short containers. Values in memory are none of it: a replay reads
+    what is there then.
     """
     state, todo, seen = [], [velocity], set()
     if not isinstance(velocity, nn.Module):
         todo.append(getattr(velocity, "__dict__", None))
     while todo:
         value = todo.pop()
-        if type(value) in PLAIN:
+        kind = type(value)
+        if kind in PLAIN:
             state.append(value)
         elif isinstance(value, Tensor):
             state.append((value.data_ptr(), value.dtype, value.shape, value.stride()))
-        elif type(value) in CONTAINERS:
+        elif kind in CONTAINERS:
             if 0 < len(value) <= LONGEST and id(value) not in seen:
                 seen.add(id(value))
                 todo.extend(value.values() if isinstance(value, dict) else value)
@@ -209,9 +212,13 @@ def _state(velocity) -> tuple:
             seen.add(id(value))
             state.append(id(value))
             if isinstance(value, nn.Module):
-                todo.append(vars(value))
+                for name, v in vars(value).items():
+                    if name not in MACHINERY:
+                        (state if type(v) in PLAIN else todo).append(v)
             elif isinstance(value, types.FunctionType):
                 todo.extend(cell.cell_contents for cell in value.__closure__ or ())
+                named = map(value.__globals__.get, value.__code__.co_names)
+                todo.extend(v for v in named if isinstance(v, (Tensor, nn.Module)))
                 todo.append(value.__defaults__)
             elif isinstance(value, functools.partial):
                 todo.extend((value.func, value.args, value.keywords))
