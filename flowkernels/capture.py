@@ -125,8 +125,8 @@ class _Graph:
     """One CUDA graph of `loop(x, t)`; called with a state, it returns the new one in memory of its own."""
 
     def __init__(self, loop: Callable, x: Tensor, t: Tensor):
-        self.x, self.t = x.clone(memory_format=torch.contiguous_format), t  # read by every replay
         with torch.cuda.device(x.device), torch.inference_mode(False), torch.no_grad():
+            self.x, self.t = x.clone(memory_format=torch.contiguous_format), t.clone()  # read by every replay
             self.graph, self.out = _record(functools.partial(loop, self.x, t))
             self.done = torch.cuda.Event()
 
@@ -208,6 +208,8 @@ def _state(velocity) -> tuple:
                 seen.add(id(value))
                 todo.extend(value.values() if isinstance(value, dict) else value)
             state.append(len(value))
+        elif kind is types.MethodType:  # made anew at every access
+            todo.extend((value.__func__, value.__self__))
         elif id(value) not in seen:
             seen.add(id(value))
             state.append(id(value))
@@ -222,8 +224,6 @@ def _state(velocity) -> tuple:
                 todo.append(value.__defaults__)
             elif isinstance(value, functools.partial):
                 todo.extend((value.func, value.args, value.keywords))
-            elif isinstance(value, types.MethodType):
-                todo.extend((value.__func__, value.__self__))
     return tuple(state)
 
 
