@@ -41,6 +41,7 @@ ENTRIES = (
     "segment_points",
     "straighten_loss",
     "overhead",
+    "captured_loop",
     "stages",
 )
 FIELDS = (

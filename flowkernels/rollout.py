@@ -86,7 +86,8 @@ def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, pr
 
     Args:
         velocity: callable `velocity(x, t)` with x `[n, *shape]`, t `[n]`; networks with another convention go through
-            `VelocityField`.
+            `VelocityField`. What a network computes from the time alone is computed once for all steps where it says
+            how (`velocity_field.HasTimeEmbedding`).
         noise: `[n, *shape]`, the state at t = 0.
         grid: K for K uniform steps, or K+1 increasing times from 0 to 1.
         progress: show a progress bar.

@@ -208,7 +208,7 @@ def velocity_rows(velocity, index: Tensor | slice, n: int):
     return velocity.rows(index, n) if isinstance(velocity, VelocityField) else velocity
 
 
-_forwards: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
+_forwards = weakref.WeakKeyDictionary()  # class -> whether its forward takes an embedding
 
 
 def _takes_embedding(kind: type) -> bool:
@@ -227,7 +227,10 @@ def has_time_embedding(velocity) -> bool:
     if isinstance(velocity, VelocityField):  # conditioning of the name, if any, is the network's own
         return "embedding" not in velocity.conditioning and has_time_embedding(velocity.net)
     method = getattr(velocity, "time_embedding", None)
-    return callable(method) and not isinstance(method, nn.Module) and _takes_embedding(type(velocity))
+    if not callable(method) or isinstance(method, nn.Module):
+        return False
+    replaced = "forward" in getattr(velocity, "__dict__", ())  # put over the class's, and perhaps without the parameter
+    return not replaced and _takes_embedding(type(velocity))
 
 
 def time_embeddings(velocity, t: Tensor) -> list[Embedding]:

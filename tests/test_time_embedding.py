@@ -222,17 +222,24 @@ class Keywords(Required):
         return torch.zeros_like(x)
 
 
+def with_another_forward():
+    net = Recorder(lambda t: t / 0)
+    net.forward = lambda x, t: torch.zeros_like(x)
+    return net
+
+
 @pytest.mark.parametrize(
     "velocity",
     [
         WithSubmodule(),
+        with_another_forward(),
         VelocityField(Required(), conditioning={"embedding": torch.ones(1)}),
         VelocityField(Recorder(lambda t: t / 0), conditioning={"embedding": torch.ones(1)}),
         Keywords(),
         digits_teacher(),
         torch.zeros_like,
     ],
-    ids=["submodule", "required", "conditioning", "keywords", "nothing", "builtin"],
+    ids=["submodule", "another forward", "required", "conditioning", "keywords", "nothing", "builtin"],
 )
 def test_what_does_not_expose_a_time_embedding(velocity):
     assert not has_time_embedding(velocity)
