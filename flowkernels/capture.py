@@ -6,12 +6,13 @@ the device before it starts, and what depends on them alone is evaluated once (`
 """
 
 import functools
+import sys
 import threading
 import traceback
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from flowkernels import backends
 from flowkernels._checks import expect
 from flowkernels.ops.euler_step import reference
 from flowkernels.rollout import step_times
-from flowkernels.velocity_field import evaluate, has_time_embedding, time_embeddings, times_of
+from flowkernels.velocity_field import VelocityField, evaluate, has_time_embedding, time_embeddings, times_of
 
 MODES = (None, "auto", "graph", "compile")
 COMPILER = "inductor"  # torch.compile's backend
@@ -48,18 +49,18 @@ def run(mode: str, velocity, x: Tensor, times: Tensor) -> Tensor:
     settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     key = mode, COMPILER, step, tuple(times.tolist()), x.shape, x.dtype, x.device, autocast, settings
 
-    def unrolled() -> Callable:
-        return _unrolled(h, step, has_time_embedding(velocity))
+    def unrolled(steps: int | None = None) -> Callable:
+        return _unrolled(h[:steps], step, has_time_embedding(velocity))
 
     if mode == "compile":
-
-        def compiled():
-            t = step_times(times, x)
-            evaluate(velocity, x.clone(), next(times_of(t, len(x))))  # its own errors, not the compiler's
-            return functools.partial(_call_compiled, _compiled(unrolled()), t=t)
-
+        if isinstance(velocity, VelocityField):  # settings that are constants to the compiler
+            key += tuple(velocity.convention().values())
         with LOOPS.lock:
-            loop = LOOPS.find(velocity, key) or LOOPS.keep(velocity, key, compiled())
+            loop = LOOPS.find(velocity, key)
+            if loop is None:
+                t = step_times(times, x)
+                unrolled(1)(velocity, x, t[:1])  # the velocity's own errors, not the compiler's
+                loop = LOOPS.keep(velocity, key, functools.partial(_call_compiled, _compiled(unrolled()), t=t))
         return loop(velocity, x)
 
     # under the lock to the end: the graph's buffers are shared by all who call it
@@ -112,9 +113,8 @@ def _compiled(loop: types.FunctionType) -> Callable:
 def _call_compiled(loop: Callable, velocity, x: Tensor, t: Tensor) -> Tensor:
     try:
         return loop(velocity, x.detach().contiguous(), t)
-    except torch._dynamo.exc.TorchDynamoException as e:
-        stack = getattr(e, "real_stack", None)
-        reason = f"{type(e).__name__}{_at(stack[-1]) if stack else ''}: {str(e).strip().splitlines()[0]}"
+    except (torch._dynamo.exc.TorchDynamoException, getattr(torch._dynamo.exc, "FailOnRecompileLimitHit", ())) as e:
+        reason = f"{_first_line(e)}{_at(getattr(e, 'real_stack', ()))}"
         expect(False, "velocity", f"a network that torch.compile takes whole ({WAY_OUT})", reason, RuntimeError)
 
 
@@ -142,7 +142,7 @@ class _Graph:
 
 def _record(loop: Callable[[], Tensor]) -> tuple:
     """(graph, its output) of `loop()` on the current device, in a private pool of memory."""
-    before, stream = torch.cuda.get_sync_debug_mode(), torch.cuda.Stream()
+    outer, before, stream = sys.exc_info()[1], torch.cuda.get_sync_debug_mode(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         loop()  # what is made at a first call: handles of libraries, tables that a network keeps
@@ -159,9 +159,9 @@ def _record(loop: Callable[[], Tensor]) -> tuple:
             out = loop()
     except RuntimeError as e:
         first = e
-        while first.__context__ is not None:  # ending the capture fails as well, after what stopped it
+        while first.__context__ not in (None, outer):  # ending the capture fails as well, after what stopped it
             first = first.__context__
-        reason = f"{str(first).strip().splitlines()[0]}{_at(_last_frame(first))}"
+        reason = f"{_first_line(first)}{_at(traceback.extract_tb(first.__traceback__))}"
         expected = f"a network without host syncs for a CUDA graph ({WAY_OUT}; capture='compile' may take it)"
         expect(False, "velocity", expected, reason, RuntimeError)
     finally:
@@ -169,15 +169,14 @@ def _record(loop: Callable[[], Tensor]) -> tuple:
     return graph, out
 
 
-def _last_frame(error: BaseException) -> traceback.FrameSummary:
-    """Where the error came from, torch's own frames aside."""
-    frames = traceback.extract_tb(error.__traceback__)
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def _at(frames: Sequence[traceback.FrameSummary]) -> str:
+    """Where an error came from, torch's own frames aside."""
     own = [f for f in frames if not Path(f.filename).is_relative_to(Path(torch.__file__).parent)]
-    return (own or frames)[-1]
-
-
-def _at(frame: traceback.FrameSummary) -> str:
-    return f" at {frame.filename}:{frame.lineno}, `{frame.line}`"
+    return f" at {own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
 
 
 PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
@@ -202,7 +201,8 @@ def _state(velocity) -> tuple:
         if kind in PLAIN:
             state.append(value)
         elif isinstance(value, Tensor):
-            state.append((value.data_ptr(), value.dtype, value.shape, value.stride()))
+            dense = value.layout is torch.strided
+            state.append((value.data_ptr(), value.dtype, value.shape, value.stride()) if dense else id(value))
         elif kind in CONTAINERS:
             if 0 < len(value) <= LONGEST and id(value) not in seen:
                 seen.add(id(value))
