@@ -80,6 +80,11 @@ def choose(op: str, device: str) -> str:
     return _decide(op, device, _requested.get() or _from_environment())
 
 
+def asked() -> bool:
+    """Whether a backend was asked for, by `backend` or by FLOWKERNELS_BACKEND."""
+    return (_requested.get() or _from_environment()) != "auto"
+
+
 @functools.cache
 def _from_environment() -> str:
     """What FLOWKERNELS_BACKEND asks for; read once a process."""

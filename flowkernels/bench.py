@@ -42,6 +42,7 @@ ENTRIES = (
     "straighten_loss",
     "mlp_sample",
     "overhead",
+    "captured_loop",
     "stages",
 )
 FIELDS = (

@@ -12,7 +12,7 @@ from flowkernels.fuse import FusedSampler
 from flowkernels.ops._library import fresh
 from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.euler_step.reference import guided
-from flowkernels.velocity_field import evaluate, warn_if_training
+from flowkernels.velocity_field import evaluate, has_time_embedding, time_embeddings, times_of, warn_if_training
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ def initial_state(noise: Tensor) -> Tensor:
     return noise if noise.dtype == torch.float64 else noise.float()
 
 
+def step_times(times: Tensor, x: Tensor) -> Tensor:
+    """The times of all steps `[N]` where the state x is, in the dtype that networks get them in; without a sync."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return times[:-1].to(x.device, dtype, non_blocking=True)
+
+
 def euler(
     velocity, x: Tensor, times: Tensor, out: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
@@ -40,16 +46,17 @@ def euler(
 
     The state is stepped in place in a buffer of its own, or into the rows of `out` `[K+1, n, *shape]`.
     """
-    t = times.tolist()
+    knots, t = times.tolist(), step_times(times, x)
+    embeddings = time_embeddings(velocity, t) if has_time_embedding(velocity) else [None] * len(t)
     x = x.clone(memory_format=torch.contiguous_format) if out is None else out[0].copy_(x)
     step, begin, end = stepper(x), x.data_ptr(), x.data_ptr() + x.nbytes
-    for i in range(len(t) - 1):
-        v, v_uncond, w = evaluate(velocity, x, t[i])
+    for i, (now, embedding) in enumerate(zip(times_of(t, len(x)), embeddings, strict=True)):
+        v, v_uncond, w = evaluate(velocity, x, now, embedding)
         if out is None:  # a velocity that is a view of the state would change with it
             v = v.clone() if begin <= v.data_ptr() < end else v
             if v_uncond is not None and begin <= v_uncond.data_ptr() < end:
                 v_uncond = v_uncond.clone()
-        x = step(x, v, t[i + 1] - t[i], v_uncond, w, x if out is None else out[i + 1])
+        x = step(x, v, knots[i + 1] - knots[i], v_uncond, w, x if out is None else out[i + 1])
         yield x, v, v_uncond, w
 
 
@@ -65,7 +72,8 @@ def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, pr
 
     Args:
         velocity: callable `velocity(x, t)` with x `[n, *shape]`, t `[n]`; networks with another convention go through
-            `VelocityField`. A `FusedSampler` makes all steps in one call.
+            `VelocityField`. What a network computes from the time alone is computed once for all steps where it says
+            how (`velocity_field.HasTimeEmbedding`). A `FusedSampler` makes all steps in one call.
         noise: `[n, *shape]`, the state at t = 0.
         grid: K for K uniform steps, or K+1 increasing times from 0 to 1.
         progress: show a progress bar.

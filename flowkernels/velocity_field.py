@@ -1,15 +1,39 @@
 """Adapts a network's own convention to the library's: `velocity(x, t)`, t = 0 noise, t = 1 data, v = dx/dt."""
 
 import hashlib
+import inspect
 import warnings
-from collections.abc import Mapping
-from typing import Any
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import FLOATS, expect
 from flowkernels.ops.euler_step.reference import guided
+
+Embedding = Any  # a tensor, or a tuple, list or dict of embeddings
+
+
+class HasTimeEmbedding(Protocol):
+    """A network whose work on the time alone can be done ahead: once a schedule, instead of at every step.
+
+    `net(x, t, embedding=net.time_embedding(t))` is `net(x, t)`. The stages call `time_embedding` with the times of all
+    N steps in the network's own convention (behind `time_scale` and `reverse_time` of a `VelocityField`), and pass
+    row i of everything that it returns at step i, expanded to the samples of the batch, both halves of a packed call
+    included. Expanded rows are views of one: the network must not write to them. Networks whose embedding depends on
+    more than the time, such as a label, embed the time here and add the rest in their forward.
+
+    A network is recognised by both parts: a method `time_embedding`, not a submodule of that name, and a forward (of
+    callables that are no module, a `__call__`) with a parameter `embedding` whose default is None.
+    """
+
+    def time_embedding(self, t: Tensor) -> Embedding:
+        """t `[N]` -> tensors of N rows: one, or a tuple, list or dict of them, nested as it likes."""
+
+    def __call__(self, x: Tensor, t: Tensor, *, embedding: Embedding | None = None, **conditioning: Any) -> Tensor:
+        """The velocity, from an embedding with one row a sample; None computes it from t."""
 
 
 class VelocityField(nn.Module):
@@ -37,6 +61,8 @@ class VelocityField(nn.Module):
         dtype: what x is cast to before the call (bfloat16 for a bfloat16 network); None passes the state as it is.
         time_column: the network has one input, x `[n, D]` with the time as a further column, such as torchcfm's
             `MLP(time_varying=True)`.
+
+    A network that exposes its time embedding (`HasTimeEmbedding`) does so through the field as well.
     """
 
     def __init__(
@@ -115,14 +141,23 @@ class VelocityField(nn.Module):
         """The conditional field alone: what a student is that has guidance distilled into it."""
         return self._replace(guidance=1.0, unconditional=None)
 
-    def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    def _network_time(self, t: Tensor) -> Tensor:
+        return self.time_scale * (1 - t if self.reverse_time else t)
+
+    def time_embedding(self, t: Tensor) -> Embedding:
+        """The network's, at times of the library's convention; for networks that have one (`has_time_embedding`)."""
+        return self.net.time_embedding(self._network_time(t))
+
+    def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], embedding: Embedding | None) -> Tensor:
         n = len(x)
-        t = self.time_scale * (1 - t if self.reverse_time else t)
+        t = self._network_time(t)
         x = x if self.dtype is None else x.to(self.dtype)
         expanded = {
             k: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v
             for k, v in kwargs.items()
         }
+        if embedding is not None:
+            expanded["embedding"] = expand_embedding(embedding, n)
         if self.time_column:
             x = torch.cat([x, t[:, None].to(x.dtype)], 1)
         args = () if self.time_name or self.time_column else (t,)
@@ -133,18 +168,22 @@ class VelocityField(nn.Module):
         else:
             args = (x, *args)
         v = self.net(*args, **expanded)
-        v = getattr(v, "sample", v)
-        v = v[0] if isinstance(v, tuple) else v
-        expect(isinstance(v, Tensor), "net", "a tensor, a tuple of tensors or an object with .sample", v, TypeError)
+        if not isinstance(v, Tensor):
+            v = getattr(v, "sample", v)
+            v = v[0] if isinstance(v, tuple) else v
+            expect(isinstance(v, Tensor), "net", "a tensor, a tuple of tensors or an object with .sample", v, TypeError)
         return v if self.sign == 1 else -v
 
-    def pair(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(conditional velocity, unconditional velocity), the second None without guidance."""
+    def pair(self, x: Tensor, t: Tensor, embedding: Embedding | None = None) -> tuple[Tensor, Tensor | None]:
+        """(conditional velocity, unconditional velocity), the second None without guidance.
+
+        embedding: of the time, with one row for all samples or a row for each; None leaves it to the network.
+        """
         if not self.is_guided:
-            return self._call(x, t, self.conditioning), None
-        other = self.conditioning | self.unconditional
+            return self._call(x, t, self.conditioning, embedding), None
+        other = {**self.conditioning, **self.unconditional}  # not |, which the compiler of torch 2.6 does not know
         if not self.packed:
-            return self._call(x, t, self.conditioning), self._call(x, t, other)
+            return self._call(x, t, self.conditioning, embedding), self._call(x, t, other, embedding)
         n, both = len(x), {}
         for k, cond in self.conditioning.items():
             uncond = other[k]
@@ -154,11 +193,11 @@ class VelocityField(nn.Module):
                 expected = f"rows for 1 or {n} samples, or the same for both, in a packed call (or packed=False)"
                 expect(_same(cond, uncond), f"unconditional[{k!r}]", expected, uncond)
                 both[k] = cond
-        v = self._call(torch.cat([x, x]), torch.cat([t, t]), both)
+        v = self._call(torch.cat([x, x]), torch.cat([t, t]), both, embedding)
         return v[:n], v[n:]
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        v, v_uncond = self.pair(x, t)
+    def forward(self, x: Tensor, t: Tensor, embedding: Embedding | None = None) -> Tensor:
+        v, v_uncond = self.pair(x, t, embedding)
         return v if v_uncond is None else guided(v, v_uncond, self.guidance, x.dtype)
 
 
@@ -177,20 +216,84 @@ def velocity_rows(velocity, index: Tensor | slice, n: int):
     return velocity.rows(index, n) if isinstance(velocity, VelocityField) else velocity
 
 
-def evaluate(velocity, x: Tensor, t: float) -> tuple[Tensor, Tensor | None, float]:
-    """`(v, v_uncond or None, guidance)` at one time for all samples, checked for shape."""
-    times = torch.full(
-        (len(x),), t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
-    )
+_forwards = weakref.WeakKeyDictionary()  # class -> whether its forward takes an embedding
+
+
+def _takes_embedding(kind: type) -> bool:
+    """Whether the class's forward has a parameter `embedding=None`."""
+    if kind not in _forwards:
+        try:
+            call = inspect.signature(kind.forward if issubclass(kind, nn.Module) else kind.__call__)
+            _forwards[kind] = "embedding" in call.parameters and call.parameters["embedding"].default is None
+        except (TypeError, ValueError):  # a callable without a signature
+            _forwards[kind] = False
+    return _forwards[kind]
+
+
+def has_time_embedding(velocity) -> bool:
+    """Whether the network exposes its time embedding: `HasTimeEmbedding` says how."""
+    if isinstance(velocity, VelocityField):  # conditioning of the name, if any, is the network's own
+        return "embedding" not in velocity.conditioning and has_time_embedding(velocity.net)
+    method = getattr(velocity, "time_embedding", None)
+    if not callable(method) or isinstance(method, nn.Module):
+        return False
+    replaced = "forward" in getattr(velocity, "__dict__", ())  # put over the class's, and perhaps without the parameter
+    return not replaced and _takes_embedding(type(velocity))
+
+
+def time_embeddings(velocity, t: Tensor) -> list[Embedding]:
+    """The embedding at each of the times `[N]`, of one row each, from one call."""
+    return _rows(velocity.time_embedding(t.clone()), len(t))
+
+
+def _rows(embedding: Embedding, N: int) -> list[Embedding]:
+    if isinstance(embedding, Tensor):
+        ok = embedding.dim() > 0 and len(embedding) == N
+        expect(ok, "time_embedding", f"tensors of {N} rows, one for each time", embedding)
+        return embedding.split(1)
+    if isinstance(embedding, dict):
+        parts = {k: _rows(v, N) for k, v in embedding.items()}
+        return [{k: rows[i] for k, rows in parts.items()} for i in range(N)]
+    expect(isinstance(embedding, (tuple, list)), "time_embedding", "tensors in tuples or dicts", embedding, TypeError)
+    parts = [_rows(v, N) for v in embedding]
+    return [tuple(rows[i] for rows in parts) for i in range(N)]
+
+
+def expand_embedding(embedding: Embedding, n: int) -> Embedding:
+    """One row as the rows of n samples, without memory of their own; n rows as they are."""
+    if isinstance(embedding, Tensor):
+        return embedding if len(embedding) == n else embedding.expand(n, *embedding.shape[1:])
+    if isinstance(embedding, dict):
+        return {k: expand_embedding(v, n) for k, v in embedding.items()}
+    return tuple(expand_embedding(v, n) for v in embedding)
+
+
+ROWS = 1 << 20  # times that are expanded to the samples at once
+
+
+def times_of(t: Tensor, n: int) -> Iterator[Tensor]:
+    """The times t `[N]` of a schedule's steps one by one, each `[n]` for n samples and the network's to write to."""
+    for part in (t,) if len(t) * n <= ROWS else t.split(max(1, ROWS // n)):
+        yield from part.unsqueeze(1).expand(-1, n).clone(memory_format=torch.contiguous_format).unbind()
+
+
+def evaluate(velocity, x: Tensor, t: Tensor, embedding: Embedding | None = None) -> tuple[Tensor, Tensor | None, float]:
+    """`(v, v_uncond or None, guidance)` at one time t, `[n]`, for all samples, checked for shape.
+
+    embedding: of that time, of one row; None leaves it to the network.
+    """
     if isinstance(velocity, VelocityField):
-        v, v_uncond = velocity.pair(x, times)
+        v, v_uncond = velocity.pair(x, t, embedding)
         weight = velocity.guidance
+    elif embedding is not None:
+        v, v_uncond, weight = velocity(x, t, embedding=expand_embedding(embedding, len(x))), None, 1.0
     else:
-        v, v_uncond, weight = velocity(x, times), None, 1.0
-    expect(isinstance(v, Tensor), "velocity", f"a tensor of shape {list(x.shape)}", type(v).__name__, TypeError)
+        v, v_uncond, weight = velocity(x, t), None, 1.0
+    if not isinstance(v, Tensor):
+        expect(False, "velocity", f"a tensor of shape {list(x.shape)}", type(v).__name__, TypeError)
     for part in (v, v_uncond):
         if part is not None and (part.shape != x.shape or part.device != x.device):
-            expect(False, "velocity", f"x's shape {list(x.shape)} on {x.device}, at t = {t:.6g}", part)
+            expect(False, "velocity", f"x's shape {list(x.shape)} on {x.device}, at t = {t[0]:.6g}", part)
         if part is not None and (part.dtype not in FLOATS or part.dtype != v.dtype):
             expected = " or ".join(str(d) for d in FLOATS) if part is v else f"the conditional one's {v.dtype}"
             expect(False, "velocity", expected, part, TypeError)

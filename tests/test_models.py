@@ -11,6 +11,7 @@ import flowkernels as fk
 from flowkernels.models import (
     BUNDLED,
     Bundled,
+    DiT,
     EmpiricalVelocity,
     ResidualMLP,
     UNet,
@@ -32,6 +33,7 @@ def scrambled(net):
 NETWORKS = {
     "mlp": (lambda: ResidualMLP(12, width=16, blocks=2, time_width=8), (3, 4)),
     "unet": (lambda: UNet(channels=2, widths=(8, 16, 24), time_width=8), (2, 8, 12)),
+    "dit": (lambda: DiT(channels=2, size=6, patch=2, width=16, blocks=2, heads=2, time_width=8), (2, 6, 6)),
 }
 
 

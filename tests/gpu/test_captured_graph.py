@@ -1,0 +1,157 @@
+"""The captured loop as a CUDA graph, on a GPU; tests/test_capture.py has the same logic on the host."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from _flows import linear_field, normal
+from torch import nn
+
+import flowkernels as fk
+from flowkernels import capture
+from flowkernels.models import BUNDLED, DiT, UNet
+from flowkernels.rollout import euler, initial_state
+from flowkernels.velocity_field import VelocityField
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def scrambled(net):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net.eval().cuda()
+
+
+def guided(packed):
+    net = BUNDLED["digits"].load().cuda()
+    embed = nn.Embedding(4, 64).cuda()
+    return VelocityField(
+        lambda x, t, label: net(x + embed(label).view(x.shape), t),
+        conditioning={"label": torch.arange(5, device="cuda") % 3},
+        unconditional={"label": torch.full((1,), 3, device="cuda")},
+        **dict(guidance=2.5, packed=packed),
+    )
+
+
+VELOCITIES = {
+    "digits": (lambda: BUNDLED["digits"].load().cuda(), (5, 1, 8, 8)),
+    "unet": (lambda: scrambled(UNet(widths=(8, 16, 24))), (4, 1, 16, 16)),
+    "dit": (lambda: scrambled(DiT()), (3, 1, 8, 8)),
+    "guided, packed": (lambda: guided(True), (5, 1, 8, 8)),
+    "guided, two calls": (lambda: guided(False), (5, 1, 8, 8)),
+    "bfloat16": (
+        lambda: VelocityField(BUNDLED["digits"].load().bfloat16().cuda(), dtype=torch.bfloat16),
+        (5, 1, 8, 8),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_loops():
+    capture.LOOPS.clear()
+    yield
+    capture.LOOPS.clear()
+
+
+def check(velocity, noise, schedule, mode="graph"):
+    expected, got = fk.sample(velocity, noise, schedule), fk.sample(velocity, noise, schedule, capture=mode)
+    # the same kernels of the same libraries, which may split sums otherwise inside a graph
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    return got
+
+
+@pytest.mark.parametrize("mode", ["graph", "auto"])
+@pytest.mark.parametrize("name", VELOCITIES)
+def test_the_numbers_are_the_same(name, mode):
+    make, shape = VELOCITIES[name]
+    velocity = make()
+    first = check(velocity, normal(*shape).cuda(), 4, mode)
+    kept = first.clone()
+    check(velocity, normal(*shape, seed=1).cuda(), 4, mode)
+    assert torch.equal(first, kept)
+    assert torch.equal(check(velocity, normal(*shape).cuda(), 4, mode), first)
+    assert len(capture.LOOPS.loops) == 1
+
+
+@pytest.mark.parametrize("name", VELOCITIES)
+def test_no_host_sync(name):
+    make, shape = VELOCITIES[name]
+    velocity, x = make(), initial_state(normal(*shape).cuda())
+    times = fk.Schedule.uniform(4).times
+    with torch.no_grad():
+        capture.run("graph", velocity, x, times)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in euler(velocity, x, times):
+                pass
+            capture.run("graph", velocity, x, times)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_changes_is_seen():
+    velocity, noise = VELOCITIES["digits"][0](), normal(5, 1, 8, 8).cuda()
+    check(velocity, noise, 4)
+    with torch.no_grad():
+        velocity.input.weight.mul_(1.5)
+    check(velocity, noise, 4)
+    assert len(capture.LOOPS.loops) == 1
+    kept = velocity.input.weight
+    velocity.input.weight = nn.Parameter(velocity.input.weight.detach() / 2)
+    check(velocity, noise, 4)
+    assert len(capture.LOOPS.loops) == 2
+    del kept
+    field = guided(True)
+    check(field, noise, 4)
+    field.conditioning["label"] = torch.tensor([2, 2, 1, 0, 0], device="cuda")
+    check(field, noise, 4)
+    check(field, noise, [0, 0.1, 1])
+    for n in (1, 7):
+        check(velocity, normal(n, 1, 8, 8).cuda(), 4)
+    with torch.autocast("cuda", torch.bfloat16):
+        narrow = fk.sample(velocity, noise, 4, capture="graph")
+    assert not torch.equal(narrow, check(velocity, noise, 4))
+
+
+def test_threads_and_streams_share_a_graph():
+    velocity = VELOCITIES["digits"][0]()
+    noises = [normal(64, 1, 8, 8, seed=i).cuda() for i in range(4)]
+    expected, wrong = [check(velocity, x, 4) for x in noises], []
+    torch.cuda.synchronize()
+
+    def work(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                if not torch.equal(fk.sample(velocity, noises[i], 4, capture="graph"), expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_sync_is_named_and_leaves_the_gpu_usable():
+    with pytest.raises(RuntimeError, match=r"^velocity: expected a network without host syncs .*t\[0\].item\(\)"):
+        fk.sample(lambda x, t: x * t[0].item(), normal(3, 4).cuda(), 2, capture="graph")
+    check(linear_field().cuda(), normal(3, 4).cuda(), 2)
+
+
+def test_memory_goes_with_the_velocity():
+    velocity = VELOCITIES["unet"][0]()
+    gone = weakref.ref(velocity)
+    check(velocity, normal(4, 1, 16, 16).cuda(), 4)
+    del velocity
+    gc.collect()
+    assert gone() is None
+    assert not capture.LOOPS.loops
+
+
+def test_compiled():
+    check(VELOCITIES["digits"][0](), normal(5, 1, 8, 8).cuda(), 2, "compile")

@@ -1,0 +1,558 @@
+"""The captured loop: compiled whole, and as a graph, recorded and replayed on the host by a stand-in for CUDA's."""
+
+import contextlib
+import functools
+import gc
+import inspect
+import math
+import threading
+import types
+import weakref
+
+import pytest
+import torch
+from _flows import ElementwiseField, LinearField, linear_field, normal
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import flowkernels as fk
+from flowkernels import capture
+from flowkernels.models import BUNDLED, DiT, ResidualMLP, UNet
+from flowkernels.velocity_field import VelocityField, has_time_embedding
+
+aten = torch.ops.aten
+SYNCS = (aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.nonzero, aten.equal)
+
+
+class NoSync(TorchDispatchMode):
+    """Raises where a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in SYNCS:
+            raise RuntimeError(f"called a synchronizing operation, {func}")
+        return func(*args, **(kwargs or {}))
+
+
+# as if it were torch's own, whose frames an error does not name: a GPU's syncs raise in C++
+_dispatch = inspect.unwrap(NoSync.__torch_dispatch__)
+_dispatch.__code__ = _dispatch.__code__.replace(co_filename=torch.__file__)
+
+
+class HostGraph:
+    """What a CUDA graph does, on the host: the calls of aten, each on the memory that it was recorded on."""
+
+    made = 0
+
+    def __init__(self):
+        self.calls = []
+        HostGraph.made += 1
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            new = func(*args, **kwargs)
+            for old, value in zip(tree_leaves(out), tree_leaves(new), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != value.data_ptr():
+                    old.copy_(value)
+
+
+class Recording(TorchDispatchMode):
+    def __init__(self, graph, **settings):
+        super().__init__()
+        self.graph = graph
+        assert settings["capture_error_mode"] == "thread_local"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        # aliases, which keep the memory of now when the tensor is given other memory
+        kept = tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs or {}, out))
+        self.graph.calls.append((func, *kept))
+        return out
+
+
+@pytest.fixture
+def host_cuda(monkeypatch):
+    """Graphs on the host for everything that capture.py asks of torch.cuda."""
+    syncs = contextlib.ExitStack()
+
+    def set_sync_debug_mode(mode):
+        syncs.enter_context(NoSync()) if mode == "error" else syncs.close()
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    event = types.SimpleNamespace(wait=lambda: None, record=lambda: None)
+    for name, value in dict(
+        **dict(Stream=lambda: stream, current_stream=lambda: stream, stream=contextlib.nullcontext),
+        **dict(device=contextlib.nullcontext, Event=lambda: event, CUDAGraph=HostGraph),
+        graph=lambda graph, stream, **settings: Recording(graph, **settings),
+        **dict(get_sync_debug_mode=lambda: 0, set_sync_debug_mode=set_sync_debug_mode),
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(capture, "choose", lambda mode, device: mode)
+    monkeypatch.setattr(HostGraph, "made", 0)
+    return HostGraph
+
+
+@pytest.fixture(autouse=True)
+def no_loops():
+    capture.LOOPS.clear()
+    yield
+    capture.LOOPS.clear()
+    assert not torch._C._len_torch_dispatch_stack()
+
+
+@pytest.fixture
+def aot_eager(monkeypatch):
+    """The compiler's front end alone: the loop in one graph, without the minutes of code generation."""
+    monkeypatch.setattr(capture, "COMPILER", "aot_eager")
+
+
+def scrambled(net):
+    """Weights away from their zero initialisation."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net.eval()
+
+
+class Labelled(nn.Module):
+    def __init__(self, dim=9):
+        super().__init__()
+        self.body, self.embed = ResidualMLP(dim, width=24, blocks=1, time_width=8), nn.Embedding(4, dim)
+
+    def time_embedding(self, t):
+        return self.body.time_embedding(t)
+
+    def forward(self, x, t, label, embedding=None):
+        return self.body(x + self.embed(label).view(x.shape), t, embedding)
+
+
+def guided(packed=True, n=5, **settings):
+    return VelocityField(
+        scrambled(Labelled()),
+        conditioning={"label": torch.arange(n) % 3},
+        unconditional={"label": torch.full((1,), 3)},
+        **dict(guidance=2.5, packed=packed, reverse_time=True, time_scale=0.8) | settings,
+    )
+
+
+def narrow_field():
+    net = scrambled(ResidualMLP(9, width=24, blocks=1, time_width=8)).bfloat16()
+    return VelocityField(net, dtype=torch.bfloat16)
+
+
+VELOCITIES = {
+    "digits": (BUNDLED["digits"].load, normal(3, 1, 8, 8), 3),
+    "unet": (lambda: scrambled(UNet(widths=(8, 8, 8), time_width=8)), normal(2, 1, 8, 8), 2),
+    "dit": (lambda: scrambled(DiT(size=4, width=16, blocks=2, heads=2)), normal(3, 1, 4, 4), [0, 0.2, 1]),
+    "guided, packed": (guided, normal(5, 9), 3),
+    "guided, two calls": (lambda: guided(packed=False), normal(5, 9), 2),
+    "bfloat16 network": (narrow_field, normal(4, 9), 4),
+    "float64": (linear_field, normal(7, 4, dtype=torch.float64), 5),
+    "bfloat16 noise": (ElementwiseField, normal(3, 5, 7, dtype=torch.bfloat16), 2),
+    "strided noise": (ElementwiseField, normal(4, 6, 3).transpose(0, 1), 2),
+    "the state itself": (lambda: lambda x, t: x, normal(3, 5), 3),
+    "a view of the state": (lambda: lambda x, t: x.transpose(1, 2), normal(3, 5, 5), 3),
+    "writes to its input": (lambda: lambda x, t: x.mul_(0.5).sin(), normal(3, 5), 2),
+}
+
+
+def check(velocity, noise, schedule, mode, **tolerance):
+    kept = noise.clone()
+    expected, got = fk.sample(velocity, noise, schedule), fk.sample(velocity, noise, schedule, capture=mode)
+    assert got.dtype == expected.dtype
+    assert torch.equal(noise, kept)
+    if tolerance:
+        assert torch.allclose(got, expected, **tolerance)
+    else:
+        assert torch.equal(got, expected)
+    return got
+
+
+# ---- both modes: nothing inside looks at a value ----
+
+
+@pytest.mark.parametrize("name", VELOCITIES)
+def test_the_loop_has_no_host_sync(name):
+    make, noise, schedule = VELOCITIES[name]
+    velocity = make()
+    times = fk.Schedule.uniform(schedule).times if isinstance(schedule, int) else torch.tensor(schedule).double()
+    x = noise if noise.dtype == torch.float64 else noise.float()
+    loop = capture._unrolled(tuple(times.diff().tolist()), capture._op_step, has_time_embedding(velocity))
+    t = times[:-1].to(x.dtype)
+    with torch.no_grad(), NoSync():
+        got = loop(velocity, x, t)
+    assert torch.allclose(got, fk.sample(velocity, noise, schedule), rtol=1e-5, atol=1e-6)
+    with torch.no_grad(), NoSync(), pytest.raises(RuntimeError, match="synchronizing"):
+        capture._unrolled((1.0,), capture._op_step, False)(looks, x, t[:1])
+
+
+def test_what_runs_where():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert [capture.choose(mode, cpu) for mode in (None, "auto", "compile")] == [None, None, "compile"]
+    assert [capture.choose(mode, gpu) for mode in capture.MODES] == [None, "graph", "graph", "compile"]
+    assert torch.equal(
+        fk.sample(linear_field(), normal(3, 4), 3, capture="auto"), fk.sample(linear_field(), normal(3, 4), 3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("graph", r"^capture: expected a CUDA GPU for 'graph'.*capture=None.*'compile'.*, got tensors on cpu"),
+        ("jit", r"^capture: expected None, 'auto', 'graph' or 'compile', got jit"),
+        (True, r"^capture: expected None, .*got True"),
+    ],
+)
+def test_bad_modes(mode, message):
+    def velocity(x, t):
+        raise AssertionError("called")
+
+    with pytest.raises(ValueError, match=message):
+        fk.sample(velocity, normal(3, 4), 3, capture=mode)
+
+
+# ---- torch.compile ----
+
+
+@pytest.mark.parametrize("name", VELOCITIES)
+def test_compiled_the_numbers_are_the_same(name, aot_eager):
+    make, noise, schedule = VELOCITIES[name]
+    with fk.backend("reference"):  # whose step is the compiled one; the kernel rounds guidance once less
+        check(make(), noise, schedule, "compile")
+
+
+def test_inductor():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 4))
+    velocity = VelocityField(lambda x, t: net(x) * t[:, None], reverse_time=True)
+    check(velocity, normal(5, 4), 3, "compile", rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_with_the_backend_asked_for(aot_eager):
+    with fk.backend("cpu"):
+        check(guided(), normal(5, 9), 2, "compile")  # bit for bit, guidance included: the same kernel
+    assert capture._step("compile", "cpu") is not capture._op_step
+
+
+def test_compiled_loops_see_what_changes(aot_eager):
+    field, noise = guided(), normal(5, 9)
+    body, close = field.net.body, dict(rtol=1e-5, atol=1e-5)
+    results = [check(field, noise, 2, "compile", **close)]
+    with torch.no_grad():
+        body.input.weight.mul_(2)
+    results.append(check(field, noise, 2, "compile", **close))
+    body.input.weight = nn.Parameter(body.input.weight.detach().clone() / 3)
+    results.append(check(field, noise, 2, "compile", **close))
+    field.conditioning["label"].copy_(torch.tensor([2, 2, 1, 1, 0]))
+    results.append(check(field, noise, 2, "compile", **close))
+    field.conditioning["label"] = torch.tensor([1, 0, 0, 0, 0])
+    results.append(check(field, noise, 2, "compile", **close))
+    field.guidance = 1.5
+    results.append(check(field, noise, 2, "compile", **close))
+    assert all(not torch.allclose(a, b) for i, a in enumerate(results) for b in results[:i])
+
+
+WORKS = [
+    (normal(2, 4), 2),
+    (normal(3, 4), 2),
+    (normal(2, 4).double(), 2),
+    (normal(2, 4), 3),
+    (normal(2, 4), [0, 0.3, 1]),
+]
+
+
+def test_compiled_anew_for_another_shape_dtype_and_schedule(aot_eager):
+    net, close = linear_field(), dict(rtol=1e-6, atol=1e-6)
+    for count, (noise, schedule) in enumerate(WORKS, start=1):
+        check(net, noise, schedule, "compile", **close)
+        assert len(capture.LOOPS.loops) == count
+    for noise, schedule in WORKS:
+        check(net, noise, schedule, "compile", **close)
+    assert len(capture.LOOPS.loops) == len(WORKS)
+
+
+def test_more_compiled_loops_than_the_compiler_makes_of_one_function(aot_eager):
+    net, config = linear_field(), torch._dynamo.config
+    for n in range(1, 3 + getattr(config, "recompile_limit", config.cache_size_limit)):
+        check(net, normal(n, 4), 1, "compile")
+
+
+def test_compiled_loops_keep_no_network_alive(aot_eager):
+    net = linear_field()
+    gone = weakref.ref(net)
+    fk.sample(net, normal(2, 4), 2, capture="compile")
+    assert len(capture.LOOPS.loops) == 1
+    del net
+    gc.collect()
+    assert gone() is None
+    assert not capture.LOOPS.loops
+
+
+def test_more_settings_than_the_compiler_makes_of_one_function(aot_eager):
+    field = guided()
+    for _ in range(3 + getattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.cache_size_limit)):
+        field.guidance += 0.5
+        check(field, normal(5, 9), 1, "compile", rtol=1e-5, atol=1e-5)
+
+
+def branches(x, t):
+    if x.sum() > 0:
+        return x
+    return -x
+
+
+def looks(x, t):
+    return x * t[0].item()
+
+
+@pytest.mark.parametrize("velocity", [branches, lambda x, t: print(end="") or x], ids=["branch", "print"])
+def test_what_cannot_be_compiled_says_why(velocity, aot_eager):
+    message = (
+        r"^velocity: expected a network that torch.compile takes whole \(capture=None .*, got \w+: .* at .*test_capture"
+    )
+    with pytest.raises(RuntimeError, match=message) as error:
+        fk.sample(velocity, normal(3, 4), 2, capture="compile")
+    assert isinstance(error.value.__context__, torch._dynamo.exc.TorchDynamoException)
+
+
+# ---- both: errors of the velocity are its own ----
+
+
+@pytest.mark.parametrize("mode", ["compile", "graph"])
+def test_errors_of_the_velocity(mode, aot_eager, host_cuda):
+    with pytest.raises(ValueError, match=r"^velocity: expected x's shape \[3, 4\] on cpu, at t = 0, got"):
+        fk.sample(lambda x, t: x[:, :1], normal(3, 4), 2, capture=mode)
+    with pytest.raises(TypeError, match=r"^velocity: expected a tensor of shape \[3, 4\], got NoneType"):
+        fk.sample(lambda x, t: None, normal(3, 4), 2, capture=mode)
+    with pytest.raises(RuntimeError, match=r"cannot be multiplied"):
+        fk.sample(linear_field(5), normal(3, 4), 2, capture=mode)
+    assert not capture.LOOPS.loops
+
+
+@pytest.mark.parametrize("mode", ["compile", "graph"])
+def test_finite_or_named(mode, aot_eager, host_cuda):
+    def spoils(x, t):
+        bad = torch.where(x == x[1:2], math.nan, 0.0)
+        return bad * (t > 0.4)[:, None]
+
+    with pytest.raises(ValueError, match=r"^velocity: .*NaN or Inf in sample 1 at step 2 \(t = 0.5\)"):
+        fk.sample(lambda x, t: torch.where(t[:, None] > 0.4, spoils(x, t), 0.0), normal(3, 4), 4, capture=mode)
+    with pytest.raises(ValueError, match=r"^noise: expected finite values"):
+        fk.sample(linear_field(), torch.full((3, 4), math.inf), 4, capture=mode)
+
+
+class Slotted:
+    __slots__ = ()
+
+    def __call__(self, x, t):
+        return x
+
+
+@pytest.mark.parametrize("mode", ["compile", "graph"])
+def test_a_velocity_without_weak_references(mode, aot_eager, host_cuda):
+    with pytest.raises(TypeError, match=r"^velocity: expected a callable that can be weakly referenced.*Slotted"):
+        fk.sample(Slotted(), normal(3, 4), 2, capture=mode)
+    check(VelocityField(Slotted()), normal(3, 4), 2, mode)
+
+
+# ---- the graph ----
+
+
+@pytest.mark.parametrize("name", VELOCITIES)
+def test_replayed_the_numbers_are_the_same(name, host_cuda):
+    make, noise, schedule = VELOCITIES[name]
+    velocity = make()
+    first = check(velocity, noise, schedule, "graph")
+    kept = first.clone()
+    other = check(velocity, noise + 1, schedule, "graph")
+    assert torch.equal(first, kept)  # memory of its own, which a replay does not write to
+    assert not torch.equal(first, other)
+    assert torch.equal(check(velocity, noise, schedule, "graph"), first)
+    assert host_cuda.made == 1
+
+
+def test_replays_call_no_python(host_cuda):
+    calls = []
+
+    def velocity(x, t):
+        calls.append(1)
+        return x.sin()
+
+    fk.sample(velocity, normal(3, 4), 3, capture="graph")
+    assert len(calls) == 3 * 3  # twice to warm up, and the recording
+    fk.sample(velocity, normal(3, 4, seed=1), 3, capture="graph")
+    assert len(calls) == 9
+
+
+def test_the_time_mlp_is_in_the_graph_once(host_cuda):
+    net = BUNDLED["digits"].load()
+    calls = []
+    net.time.register_forward_hook(lambda *_: calls.append(1))
+    fk.sample(net, normal(3, 1, 8, 8), 4, capture="graph")
+    assert len(calls) == 3
+
+
+def recorded(velocity, noise=None, schedule=2, made=None):
+    """Graphs recorded by one more sample, whose numbers are right."""
+    before = HostGraph.made
+    check(velocity, normal(5, 9) if noise is None else noise, schedule, "graph", rtol=1e-6, atol=1e-6)
+    return HostGraph.made - before
+
+
+def test_values_in_place_are_picked_up(host_cuda):
+    field = guided()
+    assert recorded(field) == 1
+    with torch.no_grad():
+        for p in field.parameters():
+            p.mul_(1.1)
+    field.net.load_state_dict({k: v * 0.9 for k, v in field.net.state_dict().items()})
+    field.conditioning["label"].add_(1).remainder_(3)
+    assert recorded(field) == 0
+
+
+def test_memory_that_moves_is_recorded_anew(host_cuda):
+    field = guided()
+    net = field.net
+    net.register_buffer("shift", torch.zeros(9))
+    recorded(field)
+    changes = [
+        lambda: setattr(net.body.input, "weight", nn.Parameter(net.body.input.weight.detach() * 2)),
+        lambda: setattr(net.embed.weight, "data", net.embed.weight.data * 2),
+        lambda: net.load_state_dict({k: v * 0.9 for k, v in net.state_dict().items()}, assign=True),
+        lambda: field.conditioning.update(label=torch.tensor([2, 2, 1, 1, 0])),
+        lambda: field.unconditional.update(label=torch.zeros(1, dtype=torch.long)),
+        lambda: setattr(net, "shift", torch.ones(9)),
+        lambda: setattr(field, "guidance", 1.5),
+        lambda: setattr(field, "time_scale", 0.5),
+        lambda: net.train(),
+    ]
+    for change in changes:
+        kept = [p.detach() for p in net.parameters()]  # so that no address is taken again
+        change()
+        assert recorded(field) == 1
+        assert recorded(field) == 0
+        del kept
+
+
+GLOBAL = LinearField(torch.eye(4))
+
+
+def test_what_functions_hold(host_cuda):
+    net, scale = linear_field(), [torch.ones(4)]
+    holders = {
+        "closure": lambda x, t: net(x, t),
+        "global": lambda x, t: GLOBAL(x, t),
+        "partial": functools.partial(lambda net, x, t: net(x, t), net),
+        "default": lambda x, t, net=net: net(x, t),
+        "list": lambda x, t: net(x, t) * scale[0],
+        "method": net.forward,
+    }
+    for name, velocity in holders.items():
+        module = GLOBAL if name == "global" else net
+        noise = normal(3, 4)
+        assert recorded(velocity, noise) == 1
+        kept = module.matrix
+        with torch.no_grad():
+            module.matrix.mul_(1.1)
+        assert recorded(velocity, noise) == 0
+        module.matrix = nn.Parameter(module.matrix.detach() * 0.9)
+        assert recorded(velocity, noise) == 1
+        del kept
+    scale.insert(0, torch.full((4,), 2.0))
+    assert recorded(holders["list"], normal(3, 4)) == 1
+    assert recorded(net.forward, normal(3, 4)) == 0  # made anew at every access
+
+
+def test_a_network_that_changes_at_its_first_call(host_cuda):
+    class Lazy(nn.Module):
+        table = None
+
+        def forward(self, x, t):
+            if self.table is None:
+                self.table = torch.linspace(0, 1, x.shape[1])
+            return x * self.table
+
+    net = Lazy()
+    fk.sample(net, normal(3, 4), 2, capture="graph")
+    fk.sample(net, normal(3, 4), 2, capture="graph")
+    assert host_cuda.made == 1
+
+
+def test_another_shape_dtype_and_schedule(host_cuda):
+    net = linear_field()
+    assert [recorded(net, noise, schedule) for noise, schedule in WORKS] == [1] * 5
+    assert [recorded(net, noise, schedule) for noise, schedule in WORKS] == [0] * 5
+
+
+def test_autocast_is_its_own_graph(host_cuda):
+    net = BUNDLED["digits"].load()
+    noise = normal(3, 1, 8, 8)
+    plain = check(net, noise, 2, "graph")
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = check(net, noise, 2, "graph")
+    assert not torch.equal(plain, narrow)
+    assert torch.equal(fk.sample(net, noise, 2, capture="graph"), plain)
+    assert host_cuda.made == 2
+
+
+def test_inference_mode(host_cuda):
+    net, noise = linear_field(), normal(3, 4)
+    with torch.inference_mode():
+        first = fk.sample(net, noise.clone(), 2, capture="graph")
+    assert torch.equal(check(net, noise, 2, "graph"), first)
+    assert host_cuda.made == 1
+
+
+def test_bounded_and_the_least_recently_used_goes_first(host_cuda, monkeypatch):
+    monkeypatch.setattr(capture, "SIZE", 3)
+    net = linear_field()
+    assert [recorded(net, normal(2, 4), N) for N in (1, 2, 3, 1, 4)] == [1, 1, 1, 0, 1]  # 2 had to go
+    assert len(capture.LOOPS.loops) == 3
+    assert [recorded(net, normal(2, 4), N) for N in (1, 3, 4, 2)] == [0, 0, 0, 1]
+
+
+def test_a_graph_lives_as_long_as_its_velocity(host_cuda):
+    field, other = guided(), linear_field()
+    gone = weakref.ref(field.net)
+    recorded(field), recorded(field, schedule=3), recorded(other.forward, normal(2, 4))
+    del field
+    gc.collect()
+    assert gone() is None
+    assert len(capture.LOOPS.loops) == 1
+    del other
+    gc.collect()
+    assert not capture.LOOPS.loops
+
+
+def test_threads_share_a_graph(host_cuda):
+    net = BUNDLED["digits"].load()
+    noises = [normal(3, 1, 8, 8, seed=i) for i in range(4)]
+    expected, wrong = [fk.sample(net, x, 3) for x in noises], []
+
+    def work(i):
+        for _ in range(5):
+            if not torch.equal(fk.sample(net, noises[i], 3, capture="graph"), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert host_cuda.made == 1
+
+
+@pytest.mark.parametrize(("velocity", "line"), [(branches, "if x.sum() > 0:"), (looks, "return x * t[0].item()")])
+def test_a_sync_is_named(velocity, line, host_cuda):
+    with pytest.raises(
+        RuntimeError, match=r"^velocity: expected a network without host syncs .*, got RuntimeError: called a sync"
+    ) as e:
+        fk.sample(velocity, normal(3, 4), 2, capture="graph")
+    message = str(e.value)
+    assert message.endswith(f", `{line}`")
+    assert f"at {__file__}:{velocity.__code__.co_firstlineno + 1}" in message
+    assert "capture=None" in message
+    assert "capture='compile'" in message
+    assert not capture.LOOPS.loops
