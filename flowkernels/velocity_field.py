@@ -148,7 +148,7 @@ class VelocityField(nn.Module):
         """The network's, at times of the library's convention; for networks that have one (`has_time_embedding`)."""
         return self.net.time_embedding(self._network_time(t))
 
-    def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], embedding: Embedding | None) -> Tensor:
+    def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], embedding: Embedding | None = None) -> Tensor:
         n = len(x)
         t = self._network_time(t)
         x = x if self.dtype is None else x.to(self.dtype)
