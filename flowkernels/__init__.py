@@ -9,7 +9,7 @@ from flowkernels import ops
 from flowkernels._version import __version__
 from flowkernels.backends import BackendError, backend
 from flowkernels.calibrate import Calibration, calibrate, load
-from flowkernels.ops import euler_step, linear_update, segment_points, straighten_loss, velocity_gram
+from flowkernels.ops import euler_step, linear_euler, linear_update, segment_points, straighten_loss, velocity_gram
 from flowkernels.rollout import Trajectory, rollout
 from flowkernels.sample import sample
 from flowkernels.schedule import Schedule, StepCost, bellman, step_cost
@@ -29,6 +29,7 @@ __all__ = [
     "bellman",
     "calibrate",
     "euler_step",
+    "linear_euler",
     "linear_update",
     "load",
     "ops",

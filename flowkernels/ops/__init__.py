@@ -3,12 +3,22 @@
 from flowkernels.ops.bellman import bellman
 from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.ops.euler_step import euler_step
+from flowkernels.ops.linear_euler import linear_euler
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.ops.segment_points import segment_points
 from flowkernels.ops.straighten_loss import StraightenLoss, straighten_loss
 from flowkernels.ops.velocity_gram import velocity_gram
 
-OPS = ("velocity_gram", "cost_from_gram", "bellman", "euler_step", "linear_update", "segment_points", "straighten_loss")
+OPS = (
+    "velocity_gram",
+    "cost_from_gram",
+    "bellman",
+    "euler_step",
+    "linear_euler",
+    "linear_update",
+    "segment_points",
+    "straighten_loss",
+)
 
 __all__ = [
     "OPS",
@@ -16,6 +26,7 @@ __all__ = [
     "bellman",
     "cost_from_gram",
     "euler_step",
+    "linear_euler",
     "linear_update",
     "segment_points",
     "straighten_loss",

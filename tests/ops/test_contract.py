@@ -36,6 +36,11 @@ def op_args(op, sample):
         return sample.args
     if op == "euler_step":
         return (*sample.args, k.get("v_uncond"), k.get("guidance", 1.0), k.get("low"))
+    if op == "linear_euler":
+        x, z, weight, h = sample.args
+        names = ("bias", "norm", "norm_weight", "norm_bias", "scale", "shift", "patch")
+        step = (k.get("order", "pqc"), k.get("guidance"), h, k.get("history", []), k.get("b", []), k.get("low"))
+        return (x, z, weight, *map(k.get, names), *step)
     if op == "linear_update":
         return (*sample.args, k.get("low"))
     if op == "segment_points":
