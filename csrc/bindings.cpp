@@ -71,10 +71,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def(
       "linear_euler",
-      [](Address x, int x_type, const Operand& z, int64_t z_token, const Operand& weight, const Operand& bias,
+      [](Address x, const Operand& z, int64_t z_token, const Operand& weight, const Operand& bias,
          const Operand& norm_weight, const Operand& norm_bias, const Operand& scale, const Operand& shift,
-         const std::vector<Address>& history, int history_type, const std::vector<double>& b, Address out, Address low,
-         int low_type, Address velocity, int velocity_type, std::array<int64_t, 4> sizes,
+         const std::vector<Address>& history, const std::vector<double>& b, Address out, Address low, Address velocity,
+         int x_type, int history_type, int low_type, int velocity_type, std::array<int64_t, 4> sizes,
          std::array<int64_t, 4> patches, bool channels_first, std::optional<double> eps, double h,
          std::optional<double> guidance, int threads) {
         auto [n, T, d, outputs] = sizes;

@@ -15,8 +15,9 @@ namespace FK_ISA {
 namespace {
 
 constexpr int64_t kGrain = 1 << 19;       // multiply-adds that a thread must have for a second one to pay
-constexpr int64_t kTileBytes = 64 << 10;  // of rows that stay near the core while W passes
+constexpr int64_t kTileBytes = 128 << 10;  // of rows that stay near the core while W passes
 constexpr int64_t kMostRows = 32;
+constexpr int64_t kBlock = 16;  // outputs
 constexpr int kRows = 4;
 #if defined(__AVX512F__)
 constexpr int kCols = 6;  // 24 accumulators + 4 + 1 of 32 registers
@@ -240,25 +241,25 @@ void token_tile(const LinearEulerArgs& a, const Shared<X>& s, const Scratch<X>& 
   multiply(s, rows, all, columns, a.outputs, scratch.sums, ld);
 
   const int64_t run = round_up(count * (P ? P : a.outputs), L);
+  const int64_t step = P ? P : a.outputs, other = a.guided ? half : 0;
   const int64_t channels = P ? a.outputs / (P * P) : 0;  // of which the state has the first C
-  for (int64_t o = 0; o < a.outputs; o++) {
-    int64_t first = o, step = a.outputs;
-    if (P) {
-      const int64_t c = a.channels_first ? o / (P * P) : o % channels;
-      const int64_t pq = a.channels_first ? o % (P * P) : o / channels;
-      if (c >= a.C) continue;
-      first = (c * P + pq / P) * run + pq % P, step = P;
+  for (int64_t o = 0; o < a.outputs; o += kBlock) {  // a few outputs of one token after another
+    const int64_t width = smaller(kBlock, a.outputs - o);
+    int64_t first[kBlock];
+    double bias[kBlock];
+    for (int64_t i = 0; i < width; i++) {
+      first[i] = o + i;
+      bias[i] = s.bias ? double(s.bias[o + i]) : 0;
+      if (!P) continue;
+      const int64_t c = a.channels_first ? (o + i) / (P * P) : (o + i) % channels;
+      const int64_t pq = a.channels_first ? (o + i) % (P * P) : (o + i) / channels;
+      first[i] = c < a.C ? (c * P + pq / P) * run + pq % P : -1;
     }
-    const double* sum = scratch.sums + o * ld;
-    const double bias = s.bias ? double(s.bias[o]) : 0;
-    X* v = scratch.place + first;
-    if (a.guided)
-      for (int64_t r = 0; r < count; r++) {
-        const double base = sum[half + r] + bias;
-        v[r * step] = X(base + a.guidance * (sum[r] + bias - base));
+    for (int64_t r = 0; r < count; r++)
+      for (int64_t i = 0; i < width; i++) {
+        const double *sum = scratch.sums + (o + i) * ld + r, v = *sum + bias[i], base = sum[other] + bias[i];
+        if (first[i] >= 0) scratch.place[first[i] + r * step] = X(a.guided ? base + a.guidance * (v - base) : v);
       }
-    else
-      for (int64_t r = 0; r < count; r++) v[r * step] = X(sum[r] + bias);
   }
   if (!P) return update(a, scratch.place, k * a.outputs, count * a.outputs);
   const int64_t wide = a.W / P, line = k / wide, high = a.H / P;  // line `line % high` of patches of its sample

@@ -91,23 +91,12 @@ def linear_euler(
     expect_tensor(z, "z", (torch.float64,) if wide else (torch.float32, *LOW))
     _expect_shapes(x, z, weight, patch, order, guidance)
     m, d = len(z), z.shape[-1]
-    parameters = (
-        ("weight", weight, None),
-        ("bias", bias, (len(weight),)),
-        ("norm_weight", norm_weight, (d,)),
-        ("norm_bias", norm_bias, (d,)),
-        ("scale", scale, (m, d)),
-        ("shift", shift, (m, d)),
-    )
-    for name, t, shape in parameters:
-        if t is None:
-            continue
-        if not isinstance(t, Tensor) or (t.dtype != z.dtype and t.dtype != x.dtype):
-            expect_tensor(t, name, tuple(dict.fromkeys((z.dtype, x.dtype))))
-        shared = len(shape or ()) == 2 and t.shape == (1, d)
-        if (shape is not None and t.shape != shape and not shared) or t.device != x.device:
-            either = f" or {[1, d]}" if len(shape or ()) == 2 else ""
-            expect(False, name, f"shape {list(shape or weight.shape)}{either} on {x.device}", t)
+    names = ("bias", "norm_weight", "norm_bias", "scale", "shift")
+    parameters = (bias, norm_weight, norm_bias, scale, shift)
+    for name, t in zip(names, parameters, strict=True):
+        if t is not None:
+            rows = (m, d) if name in ("scale", "shift") else ()
+            _expect_parameter(t, name, rows or (len(weight) if name == "bias" else d,), x, z)
     expect_number(h, "h")
     if norm is None:
         for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
@@ -118,16 +107,14 @@ def linear_euler(
     wants_low = low is not None
     expect_low(low, x)
     if torch.is_grad_enabled():
-        named = [("x", x), ("z", z), *((name, t) for name, t, _ in parameters), ("out", out), ("low", low)]
-        named += [("velocity_out", velocity_out), *((f"history[{i}]", t) for i, t in enumerate(history))]
+        named = [("x", x), ("z", z), ("weight", weight), *zip(names, parameters, strict=True), ("out", out)]
+        named += [("low", low), ("velocity_out", velocity_out), *((f"history[{i}]", t) for i, t in enumerate(history))]
         for name, t in named:
-            needs = isinstance(t, Tensor) and t.requires_grad
-            expect(
-                not needs, name, "no gradient: linear_euler has none; call it under torch.no_grad()", "requires_grad"
-            )
+            if isinstance(t, Tensor) and t.requires_grad:
+                expect(False, name, "no gradient: linear_euler has none; use torch.no_grad()", "requires_grad")
 
     head = (x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b)
-    tensors = (x, z, weight, bias, norm_weight, norm_bias, scale, shift, *history)
+    tensors = (x, z, weight, *parameters, *history)
     functional = out is None and velocity_out is None and not isinstance(low, Tensor)
     if functional and (C := direct("linear_euler", *tensors)) is not None:
         new, copy = _empty(x), _empty(x, low) if wants_low else None
@@ -157,10 +144,21 @@ def linear_euler(
     return (out, low) if wants_low else out
 
 
+def _expect_parameter(t, name: str, shape: tuple[int, ...], x: Tensor, z: Tensor) -> None:
+    """A parameter in z's dtype or the state's; of rows `[m, d]`, one may be for all."""
+    if not isinstance(t, Tensor) or (t.dtype != z.dtype and t.dtype != x.dtype):
+        expect_tensor(t, name, tuple(dict.fromkeys((z.dtype, x.dtype))))
+    shared = len(shape) == 2 and t.shape == (1, shape[1])
+    if (t.shape != shape and not shared) or t.device != x.device:
+        either = f" or {[1, shape[1]]}" if len(shape) == 2 else ""
+        expect(False, name, f"shape {list(shape)}{either} on {x.device}", t)
+
+
 def _expect_shapes(x, z, weight, patch, order, guidance) -> None:
     """That the outputs of z's tokens are the state's elements."""
-    expect_tensor(weight, "weight")
-    expect(weight.dim() == 2 and weight.numel() > 0, "weight", "shape [outputs, d], not empty", weight)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.numel() == 0:
+        expect(False, "weight", "a tensor of shape [outputs, d], not empty", expect_tensor(weight, "weight"))
+    _expect_parameter(weight, "weight", weight.shape, x, z)
     outputs, d = weight.shape
     if guidance is not None:
         expect_number(guidance, "guidance")
@@ -170,21 +168,25 @@ def _expect_shapes(x, z, weight, patch, order, guidance) -> None:
         expect(False, "z", f"shape [{m}, *tokens, {d}] on {x.device}{halves}", z)
     tokens, expected = math.prod(z.shape[1:-1]), math.prod(x.shape[1:])
     if patch is None:
-        fits = tokens * outputs == expected
-        expect(fits, "weight", f"as many outputs as make {expected} elements of a sample of {tokens} tokens", weight)
+        if tokens * outputs != expected:
+            needed = f"as many outputs as make {expected} elements of a sample of {tokens} tokens"
+            expect(False, "weight", needed, weight)
         return
     expect_positive_int(patch, "patch")
     expect(order in ORDERS, "order", " or ".join(map(repr, ORDERS)), order)
     expect(x.dim() == 4 and 0 not in x.shape[1:], "x", "shape [n, C, H, W], of patches", x)
     C, H, W = x.shape[1:]
-    expect(H % patch == 0 and W % patch == 0, "x", f"height and width in patches of {patch}", x)
-    count = (H // patch) * (W // patch)
-    expect(tokens == count, "z", f"{count} tokens a sample, patches of {patch} of {[H, W]}", z)
-    fits = outputs % patch**2 == 0 and outputs >= C * patch**2
-    expect(fits, "weight", f"{C * patch**2} outputs, {C} channels of a patch, or those of more channels", weight)
+    if H % patch or W % patch:
+        expect(False, "x", f"a height and a width that are multiples of {patch}", x)
+    if tokens != (H // patch) * (W // patch):
+        expect(False, "z", f"{(H // patch) * (W // patch)} tokens a sample, patches of {patch} of {[H, W]}", z)
+    if outputs % patch**2 or outputs < C * patch**2:
+        expect(False, "weight", f"{C * patch**2} outputs, {C} channels of a patch, or those of more channels", weight)
 
 
 def _expect_history(history, b, x) -> tuple[list[Tensor], list[float]]:
+    if history == () and b == ():
+        return [], []
     for name, terms in (("history", history), ("b", b)):
         expect(hasattr(terms, "__iter__"), name, "a sequence, one entry for each term", terms, TypeError)
     history, b = list(history), list(b)
@@ -210,31 +212,28 @@ def _rows(t: Tensor | None) -> tuple[int, int, int]:
     return t.data_ptr(), DTYPE_CODES[t.dtype], 0 if t.dim() < 2 or len(t) == 1 else t.stride(0)
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
-    """With elements of a row side by side."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+def _dense(t: Tensor) -> Tensor:
+    """With the elements of a row side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _launch(C, x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b,
             out, low, velocity_out) -> None:  # fmt: skip
     if scale is not None and shift is not None and scale.dtype != shift.dtype:
         scale, shift = scale.to(x.dtype), shift.to(x.dtype)
-    # the operands keep alive what their addresses point to
-    tokens = _dense(z.flatten(1, -2) if z.dim() > 2 else z.unsqueeze(1))
-    operands = [_dense(t) for t in (weight, bias, norm_weight, norm_bias, scale, shift)]
+    # tensors whose addresses are taken have names here, and so live until the call is over
+    z = _dense(z if z.dim() < 4 else z.flatten(1, -2))
+    T, token = (1, 0) if z.dim() == 2 else (z.shape[1], z.stride(1))
+    operands = [t if t is None else _dense(t) for t in (weight, bias, norm_weight, norm_bias, scale, shift)]
     x, history = x.contiguous(), [t.contiguous() for t in history]
     given = (out, low, velocity_out)
     to = [t if t is None or t.is_contiguous() else _empty(t) for t in given]
-    (new, _), (copy, copy_type), (velocity, velocity_type) = (
-        (0, 0) if t is None else (t.data_ptr(), DTYPE_CODES[t.dtype]) for t in to
-    )
-    z_rows = (tokens.data_ptr(), DTYPE_CODES[tokens.dtype], tokens.stride(0))
+    pointers = (0 if t is None else t.data_ptr() for t in to)
+    codes = (0 if t is None else DTYPE_CODES[t.dtype] for t in (x, history[0] if history else None, low, velocity_out))
     C.linear_euler(
-        *(x.data_ptr(), DTYPE_CODES[x.dtype], z_rows, tokens.stride(1), *map(_rows, operands)),
-        *([t.data_ptr() for t in history], DTYPE_CODES[history[0].dtype] if history else 0, b),
-        *(new, copy, copy_type, velocity, velocity_type),
-        (len(x), *tokens.shape[1:], len(weight)),
-        (0, 0, 0, 0) if patch is None else (patch, *x.shape[1:]),
+        *(x.data_ptr(), (z.data_ptr(), DTYPE_CODES[z.dtype], z.stride(0)), token, *map(_rows, operands)),
+        *([t.data_ptr() for t in history], b, *pointers, *codes),
+        *((len(x), T, z.shape[-1], len(weight)), (0, 0, 0, 0) if patch is None else (patch, *x.shape[1:])),
         *(order == "cpq", norm, h, guidance, torch.get_num_threads()),
     )
     for t, written in zip(given, to, strict=True):
