@@ -173,7 +173,7 @@ def _expect_shapes(x, z, weight, patch, order, guidance) -> None:
             expect(False, "weight", needed, weight)
         return
     expect_positive_int(patch, "patch")
-    expect(order in ORDERS, "order", " or ".join(map(repr, ORDERS)), order)
+    expect(order in ORDERS, "order", " or ".join(map(repr, ORDERS)), repr(order))
     expect(x.dim() == 4 and 0 not in x.shape[1:], "x", "shape [n, C, H, W], of patches", x)
     C, H, W = x.shape[1:]
     if H % patch or W % patch:
