@@ -15,8 +15,9 @@ namespace FK_ISA {
 namespace {
 
 constexpr int64_t kGrain = 1 << 19;       // multiply-adds that a thread must have for a second one to pay
-constexpr int64_t kTileBytes = 128 << 10;  // of rows that stay near the core while W passes
+constexpr int64_t kTileBytes = 256 << 10;  // of rows that stay near the core while W passes
 constexpr int64_t kMostRows = 32;
+constexpr int64_t kColumns = 1536;  // of kCols rows of W that fit in the first cache
 constexpr int64_t kBlock = 16;  // outputs
 constexpr int kRows = 4;
 #if defined(__AVX512F__)
@@ -189,14 +190,18 @@ template <class X>
 void multiply(const Shared<X>& s, const X* const* rows, int64_t count, int64_t n, int64_t outputs, double* sums,
               int64_t ld) {
   memset(sums, 0, size_t(outputs * ld) * sizeof(double));
-  for (int64_t o = 0; o < outputs; o += kCols)  // these rows of W stay in the first cache while the tile's pass
-    for (int64_t r = 0; r < count; r += kRows) {
-      const X* W = s.weight + o * s.weight_row;
-      if (count == 1)
-        dot_tile_edge<X, 1>(smaller(kCols, outputs - o), rows, W, s.weight_row, n, sums + o * ld, ld);
-      else
-        dot_tile_edge<X, kRows>(smaller(kCols, outputs - o), rows + r, W, s.weight_row, n, sums + o * ld + r, ld);
-    }
+  const int64_t chunks = (n + kColumns - 1) / kColumns, chunk = round_up((n + chunks - 1) / chunks, Vector<X>::n);
+  for (int64_t begin = 0; begin < n; begin += chunk)
+    for (int64_t o = 0; o < outputs; o += kCols)  // these rows of W stay in the first cache while the tile's pass
+      for (int64_t r = 0; r < count; r += kRows) {
+        const X *at[kRows], *W = s.weight + o * s.weight_row + begin;
+        for (int i = 0; i < kRows; i++) at[i] = rows[r + i] + begin;
+        const int64_t nj = smaller(kCols, outputs - o), columns = smaller(chunk, n - begin);
+        if (count == 1)
+          dot_tile_edge<X, 1>(nj, at, W, s.weight_row, columns, sums + o * ld, ld);
+        else
+          dot_tile_edge<X, kRows>(nj, at, W, s.weight_row, columns, sums + o * ld + r, ld);
+      }
 }
 
 // count elements of the state from element `at`
