@@ -9,6 +9,7 @@ from flowkernels import ops
 from flowkernels._version import __version__
 from flowkernels.backends import BackendError, backend
 from flowkernels.calibrate import Calibration, calibrate, load
+from flowkernels.fuse_head import FusedHead, fuse_head
 from flowkernels.ops import euler_step, linear_euler, linear_update, segment_points, straighten_loss, velocity_gram
 from flowkernels.rollout import Trajectory, rollout
 from flowkernels.sample import sample
@@ -19,6 +20,7 @@ from flowkernels.velocity_field import VelocityField
 __all__ = [
     "BackendError",
     "Calibration",
+    "FusedHead",
     "Schedule",
     "StepCost",
     "Straightened",
@@ -29,6 +31,7 @@ __all__ = [
     "bellman",
     "calibrate",
     "euler_step",
+    "fuse_head",
     "linear_euler",
     "linear_update",
     "load",

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels._checks import expect, expect_noise, expect_times
+from flowkernels.fuse_head import FusedHead
 from flowkernels.ops._library import fresh
 from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.euler_step.reference import guided
@@ -33,13 +34,17 @@ def initial_state(noise: Tensor) -> Tensor:
 
 
 def euler(
-    velocity, x: Tensor, times: Tensor, out: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
+    velocity, x: Tensor, times: Tensor, out: Tensor | None = None, keep: bool = True
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, float]]:
     """Euler steps on `times`; yields (new state, v, v_uncond, guidance) for each step.
 
-    The state is stepped in place in a buffer of its own, or into the rows of `out` `[K+1, n, *shape]`.
+    The state is stepped in place in a buffer of its own, or into the rows of `out` `[K+1, n, *shape]`. Without `keep`
+    v may be None: nobody wants it.
     """
     t = times.tolist()
+    if isinstance(velocity, FusedHead):
+        yield from velocity.euler_steps(x, t, out, keep)
+        return
     x = x.clone(memory_format=torch.contiguous_format) if out is None else out[0].copy_(x)
     step, begin, end = stepper(x), x.data_ptr(), x.data_ptr() + x.nbytes
     for i in range(len(t) - 1):

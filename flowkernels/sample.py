@@ -34,7 +34,8 @@ def sample(
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
     x0 = initial_state(expect_noise(noise))
     warn_if_training(velocity)
-    for step in tqdm(euler(velocity, x0, times), "sample", len(times) - 1, disable=not progress, leave=False):
+    steps = euler(velocity, x0, times, keep=False)
+    for step in tqdm(steps, "sample", len(times) - 1, disable=not progress, leave=False):
         x1 = step[0]
     expect_finite_flow(x1, replay(velocity, x0, times), times)
     return x1

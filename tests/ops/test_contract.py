@@ -133,7 +133,10 @@ def test_compiles_with_inductor(op, sample):
     assert identical(compiled(*sample.args, **sample.kwargs), call(op, sample))
 
 
-@over([c for c in CASES if c[1].id in ("14x5x205-bfloat16", "65-steps64", "5x6561-float32")])
+LAYER = "3x64xx4x1152-float32-norm-scale-shift"
+
+
+@over([c for c in CASES if c[1].id in ("14x5x205-bfloat16", "65-steps64", "5x6561-float32", LAYER)])
 def test_calls_from_several_python_threads(op, sample):
     expected = call(op, sample)
 
