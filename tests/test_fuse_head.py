@@ -485,6 +485,25 @@ def test_a_transformer_with_another_final_layer():
         fk.fuse_head(field)
 
 
+@pytest.mark.parametrize("head", [None, "layers.4"])
+def test_compiled_networks(head):
+    """Blocks of the trunk may be compiled; the final layer and the network around it may not."""
+    net, noise = Perceptron().eval(), normal(4, 12)
+    expected = fk.sample(net, noise, 3)
+    whole = torch.compile(copy.deepcopy(net), backend="eager")
+    in_place, last = copy.deepcopy(net), copy.deepcopy(net)
+    in_place.compile(backend="eager")
+    last.layers.compile(backend="eager")
+    for velocity, which in ((whole, "OptimizedModule"), (in_place, "Perceptron"), (last, "'layers'")):
+        path = f"_orig_mod.{head}" if head and velocity is whole else head
+        with pytest.raises(
+            ValueError, match=rf"^velocity: expected .* at most blocks are compiled, got {which}, compiled"
+        ):
+            fk.sample(fk.fuse_head(velocity, path), noise, 3)
+    net.layers[2].compile(backend="eager")
+    close(fk.sample(fk.fuse_head(net, head), noise, 3), expected, 2e-6)
+
+
 def test_a_head_that_is_not_called():
     class Idle(Perceptron):
         def __init__(self):
