@@ -107,10 +107,11 @@ def linear_euler(
     wants_low = low is not None
     expect_low(low, x)
     if torch.is_grad_enabled():
-        named = [("x", x), ("z", z), ("weight", weight), *zip(names, parameters, strict=True), ("out", out)]
-        named += [("low", low), ("velocity_out", velocity_out), *((f"history[{i}]", t) for i, t in enumerate(history))]
-        for name, t in named:
+        tensors = (x, z, weight, *parameters, out, low, velocity_out, *history)
+        for i, t in enumerate(tensors):
             if isinstance(t, Tensor) and t.requires_grad:
+                named = ("x", "z", "weight", *names, "out", "low", "velocity_out")
+                name = named[i] if i < len(named) else f"history[{i - len(named)}]"
                 expect(False, name, "no gradient: linear_euler has none; use torch.no_grad()", "requires_grad")
 
     head = (x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b)
