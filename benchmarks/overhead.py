@@ -10,7 +10,16 @@ from flowkernels.bench import Case, Work, ours
 from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.straighten_loss import samples as loss_samples
 
-from . import bellman, cost_from_gram, euler_step, linear_update, segment_points, straighten_loss, velocity_gram
+from . import (
+    bellman,
+    cost_from_gram,
+    euler_step,
+    linear_euler,
+    linear_update,
+    segment_points,
+    straighten_loss,
+    velocity_gram,
+)
 
 
 def kernel(op: str, *args):
@@ -71,6 +80,17 @@ def cases(device) -> Iterator[Case]:
             lambda got: euler_step.error_and_bound(sample, got),
         )
 
+    def head():
+        x, z, weight = (torch.randn(size, device=device) for size in ((1, 64), (1, 16), (64, 16)))
+        sample = linear_euler.Sample("", (x, z, weight, linear_euler.H), {})
+        inner = kernel("linear_euler", x, z, weight, *[None] * 7, "pqc", None, linear_euler.H, [], [], None)
+        return (
+            lambda: ops.linear_euler(x, z, weight, linear_euler.H),
+            lambda: inner()[0],
+            lambda: linear_euler.head(x, z, weight, *[None] * 5),
+            lambda got: linear_euler.error_and_bound(sample, got),
+        )
+
     def update():
         x, *v = (torch.randn(shape, device=device) for _ in range(5))
         b = [0.1, -0.2, 0.3, 0.4]
@@ -110,6 +130,6 @@ def cases(device) -> Iterator[Case]:
             lambda got: (abs(got.item() / truth - 1), 1e-5),
         )
 
-    builds = (gram, costs, recursion, step, update, points, loss)
+    builds = (gram, costs, recursion, step, head, update, points, loss)
     for op, build in zip(ops.OPS, builds, strict=True):
         yield case(op, build)

@@ -10,7 +10,16 @@ from flowkernels._version import __version__
 from flowkernels.backends import BackendError, backend
 from flowkernels.calibrate import Calibration, calibrate, load
 from flowkernels.fuse import FusedSampler, NotFusable, fuse
-from flowkernels.ops import euler_step, linear_update, mlp_sample, segment_points, straighten_loss, velocity_gram
+from flowkernels.fuse_head import FusedHead, fuse_head
+from flowkernels.ops import (
+    euler_step,
+    linear_euler,
+    linear_update,
+    mlp_sample,
+    segment_points,
+    straighten_loss,
+    velocity_gram,
+)
 from flowkernels.rollout import Trajectory, rollout
 from flowkernels.sample import sample
 from flowkernels.schedule import Schedule, StepCost, bellman, step_cost
@@ -20,6 +29,7 @@ from flowkernels.velocity_field import VelocityField
 __all__ = [
     "BackendError",
     "Calibration",
+    "FusedHead",
     "FusedSampler",
     "NotFusable",
     "Schedule",
@@ -33,6 +43,8 @@ __all__ = [
     "calibrate",
     "euler_step",
     "fuse",
+    "fuse_head",
+    "linear_euler",
     "linear_update",
     "load",
     "mlp_sample",

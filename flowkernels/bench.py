@@ -37,6 +37,7 @@ ENTRIES = (
     "step_cost",
     "bellman",
     "euler_step",
+    "linear_euler",
     "linear_update",
     "segment_points",
     "straighten_loss",

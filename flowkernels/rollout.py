@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from flowkernels._checks import expect_finite_flow, expect_noise, expect_times
 from flowkernels.fuse import FusedSampler
+from flowkernels.fuse_head import FusedHead
 from flowkernels.ops._library import fresh
 from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.euler_step.reference import guided
@@ -40,12 +41,16 @@ def step_times(times: Tensor, x: Tensor) -> Tensor:
 
 
 def euler(
-    velocity, x: Tensor, times: Tensor, out: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
+    velocity, x: Tensor, times: Tensor, out: Tensor | None = None, keep: bool = True
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, float]]:
     """Euler steps on `times`; yields (new state, v, v_uncond, guidance) for each step.
 
-    The state is stepped in place in a buffer of its own, or into the rows of `out` `[K+1, n, *shape]`.
+    The state is stepped in place in a buffer of its own, or into the rows of `out` `[K+1, n, *shape]`. Without `keep`
+    v may be None: nobody wants it.
     """
+    if isinstance(velocity, FusedHead):
+        yield from velocity.euler_steps(x, times.tolist(), out, keep)
+        return
     knots, t = times.tolist(), step_times(times, x)
     embeddings = time_embeddings(velocity, t) if has_time_embedding(velocity) else [None] * len(t)
     x = x.clone(memory_format=torch.contiguous_format) if out is None else out[0].copy_(x)

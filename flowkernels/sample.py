@@ -61,7 +61,8 @@ def sample(
     if mode is not None:
         x1 = captured.run(mode, velocity, x0, times)
     else:
-        for step in tqdm(euler(velocity, x0, times), "sample", len(times) - 1, disable=not progress, leave=False):
+        steps = euler(velocity, x0, times, keep=False)
+        for step in tqdm(steps, "sample", len(times) - 1, disable=not progress, leave=False):
             x1 = step[0]
     expect_finite_flow(x1, replay(velocity, x0, times), times)
     return x1

@@ -118,14 +118,17 @@ class VelocityField(nn.Module):
             dtype=None if self.dtype is None else str(self.dtype),
         )
 
-    def _replace(self, **changes) -> "VelocityField":
-        settings = dict(
+    def settings(self) -> dict:
+        """The keyword arguments that make it again."""
+        return dict(
             **dict(reverse_time=self.reverse_time, time_scale=self.time_scale, sign=self.sign),
             **dict(x_name=self.x_name, time_name=self.time_name, packed=self.packed, dtype=self.dtype),
             time_column=self.time_column,
             **dict(conditioning=self.conditioning, unconditional=self.unconditional, guidance=self.guidance),
         )
-        field = VelocityField(self.net, **(settings | changes))
+
+    def _replace(self, **changes) -> "VelocityField":
+        field = VelocityField(self.net, **(self.settings() | changes))
         field.training = self.training  # not train(): the network is shared, and keeps its own mode
         return field
 

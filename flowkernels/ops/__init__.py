@@ -3,6 +3,7 @@
 from flowkernels.ops.bellman import bellman
 from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.ops.euler_step import euler_step
+from flowkernels.ops.linear_euler import linear_euler
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.ops.mlp_sample import mlp_sample
 from flowkernels.ops.segment_points import segment_points
@@ -14,6 +15,7 @@ OPS = (
     "cost_from_gram",
     "bellman",
     "euler_step",
+    "linear_euler",
     "linear_update",
     "segment_points",
     "straighten_loss",
@@ -26,6 +28,7 @@ __all__ = [
     "bellman",
     "cost_from_gram",
     "euler_step",
+    "linear_euler",
     "linear_update",
     "mlp_sample",
     "segment_points",

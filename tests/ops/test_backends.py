@@ -16,6 +16,7 @@ from flowkernels.ops import (
     bellman,
     cost_from_gram,
     euler_step,
+    linear_euler,
     linear_update,
     segment_points,
     straighten_loss,
@@ -65,7 +66,8 @@ def call_all():
     bank = x.view(3, 1, 4).expand(3, 2, 4)
     return (
         *(velocity_gram(x), *bellman(torch.ones(3, 3, dtype=torch.float64), 2), euler_step(x, x, 0.5)),
-        *(linear_update(x, [x, x], [0.5, 0.25]), segment_points(bank, i, i, x[0, :2])),
+        *(linear_update(x, [x, x], [0.5, 0.25]), linear_euler(x, x, torch.eye(4), 0.5)),
+        segment_points(bank, i, i, x[0, :2]),
         *(*straighten_loss(x[:2], bank, x[0, :2], i, i), cost_from_gram(torch.eye(2, dtype=torch.float64), 3)),
     )
 

@@ -36,6 +36,11 @@ def op_args(op, sample):
         return sample.args
     if op == "euler_step":
         return (*sample.args, k.get("v_uncond"), k.get("guidance", 1.0), k.get("low"))
+    if op == "linear_euler":
+        x, z, weight, h = sample.args
+        names = ("bias", "norm", "norm_weight", "norm_bias", "scale", "shift", "patch")
+        step = (k.get("order", "pqc"), k.get("guidance"), h, k.get("history", []), k.get("b", []), k.get("low"))
+        return (x, z, weight, *map(k.get, names), *step)
     if op == "linear_update":
         return (*sample.args, k.get("low"))
     if op == "segment_points":
@@ -128,7 +133,10 @@ def test_compiles_with_inductor(op, sample):
     assert identical(compiled(*sample.args, **sample.kwargs), call(op, sample))
 
 
-@over([c for c in CASES if c[1].id in ("14x5x205-bfloat16", "65-steps64", "5x6561-float32")])
+LAYER = "3x64xx4x1152-float32-norm-scale-shift"
+
+
+@over([c for c in CASES if c[1].id in ("14x5x205-bfloat16", "65-steps64", "5x6561-float32", LAYER)])
 def test_calls_from_several_python_threads(op, sample):
     expected = call(op, sample)
 

@@ -11,7 +11,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowkernels.backends import BACKENDS, backend
-from flowkernels.ops import OPS, bellman, euler_step, linear_update, segment_points, straighten_loss, velocity_gram
+from flowkernels.ops import (
+    OPS,
+    bellman,
+    euler_step,
+    linear_euler,
+    linear_update,
+    segment_points,
+    straighten_loss,
+    velocity_gram,
+)
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -28,6 +37,17 @@ CALLS = {
     "bellman": Call(lambda cost: bellman(cost.double(), 3), ((5, 5),)),
     "euler_step": Call(lambda x, v, u: euler_step(x, v, 0.25, v_uncond=u, guidance=2.0, low=BF16), ((3, 5),) * 3),
     "euler_step_out": Call(lambda x, v, out: euler_step(x, v, 0.25, out=out, low=BF16), ((3, 5),) * 3, (2,)),
+    "linear_euler": Call(
+        lambda x, z, w, b, s, v: linear_euler(
+            x, z, w, 0.25, bias=b, norm=1e-3, scale=s, guidance=2.0, history=[v], b=[0.5], low=BF16
+        ),
+        ((3, 5), (6, 4), (5, 4), (5,), (6, 4), (3, 5)),
+    ),
+    "linear_euler_out": Call(
+        lambda x, z, w, out, v: linear_euler(x, z, w, 0.25, out=out, velocity_out=v, low=BF16),
+        ((3, 5), (3, 4), (5, 4), (3, 5), (3, 5)),
+        (3, 4),
+    ),
     "linear_update": Call(lambda x, v, w: linear_update(x, [v, w], [0.5, 2.0], low=BF16), ((3, 5),) * 3),
     "linear_update_out": Call(lambda x, v, out: linear_update(x, [v], [0.5], out=out, low=BF16), ((3, 5),) * 3, (2,)),
     "segment_points": Call(lambda bank, u: segment_points(bank, *PLACES, u), ((4, 3, 5), (4,))),
@@ -180,7 +200,7 @@ def test_traced_graphs_hold_the_op(op):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("op", ["euler_step", "linear_update", "segment_points"])
+@pytest.mark.parametrize("op", ["euler_step", "linear_euler", "linear_update", "segment_points"])
 def test_torchscript_traces_hold_the_op(op):
     traced = torch.jit.trace(CALLS[op].run, tuple(inputs(op)), check_trace=False)
     other = [t.flip(-1) for t in inputs(op)]
@@ -255,12 +275,14 @@ def test_negated_places():
     assert same(straighten_loss(v, bank, h, i, s), straighten_loss(v, bank, h, *PLACES))
 
 
-@pytest.mark.parametrize("op", ["euler_step_out", "linear_update_out"])
+@pytest.mark.parametrize("op", ["euler_step_out", "linear_euler_out", "linear_update_out"])
 def test_writing_to_a_negated_view(op, way):
     """Torch's fallback for negations takes no operator that returns nothing: an error, and nothing is written."""
     memory = torch.zeros(3, 5, dtype=torch.complex64)
+    tensors = inputs(op)
+    tensors[CALLS[op].written[0]] = memory.conj().imag
     with pytest.raises(RuntimeError, match="Expected Tensor but got None"):
-        call(op, [*inputs(op)[:2], memory.conj().imag])
+        call(op, tensors)
     assert way() == "dispatcher"
     assert not memory.any()
 
@@ -277,8 +299,8 @@ def test_tensors_that_need_a_gradient(op, way):
         with torch.no_grad():
             assert same(call(op, tensors), expected)
             assert way() == "direct"
-        if CALLS[op].written:
-            with pytest.raises(ValueError, match="expected no gradient with out="):
+        if CALLS[op].written or op == "linear_euler":  # which has none
+            with pytest.raises(ValueError, match="expected no gradient"):
                 call(op, tensors)
         elif op in DIFFERENTIABLE:
             got = call(op, tensors)
@@ -332,7 +354,9 @@ def test_forward_mode_differentiation(op, way):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("op", ["velocity_gram", "euler_step", "linear_update", "segment_points", "straighten_loss"])
+@pytest.mark.parametrize(
+    "op", ["velocity_gram", "euler_step", "linear_euler", "linear_update", "segment_points", "straighten_loss"]
+)
 def test_vmap(op):
     """Over the last tensor; the ops without a rule are called once for each."""
     *rest, last = inputs(op)

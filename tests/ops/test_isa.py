@@ -16,6 +16,7 @@ from flowkernels import backends, ops
 from flowkernels.ops import (
     bellman,
     euler_step,
+    linear_euler,
     linear_update,
     segment_points,
     straighten_loss,
@@ -144,6 +145,15 @@ def check_bounds():
                     x, [v, u, v], [0.25, 0.5, -0.25], out=out, low=before_guard_page(torch.ones(n, dtype=low))
                 )
                 assert out.eq(1.5).all()
+            for norm in (None, 1.0):
+                z, weight, rows = (before_guard_page(torch.ones(2, n, dtype=v_dtype)) for _ in range(3))
+                state, low, bias = (before_guard_page(torch.ones(s, dtype=x_dtype)) for s in ((1, 2), (1, 2), 2))
+                head = dict(bias=bias, norm=norm, scale=rows, shift=rows, norm_bias=None if norm is None else rows[1])
+                linear_euler(state, z[:1], weight[:, :n], 0.5, bias=bias, out=low)
+                assert low.eq(1 + (n + 1) / 2).all()
+                z[:, 0] += n  # not constant
+                linear_euler(state, z, weight, 0.5, guidance=1.0, out=low, velocity_out=low.clone(), **head)
+                assert low.isfinite().all()
             bank = before_guard_page(torch.arange(4.0).view(2, 2, 1).expand(2, 2, n).to(x_dtype))
             place = torch.tensor([0, 0]), torch.tensor([1, 0])
             for where in (None, torch.tensor([0.0, 0.5])):

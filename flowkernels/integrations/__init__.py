@@ -1,0 +1,1 @@
+"""What flowkernels knows of other libraries: one file for each, imported only when asked for, and importing none."""

@@ -1,0 +1,289 @@
+"""The last layer of a velocity network with the step in its epilogue: the velocity never touches memory."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import (
+    LOW,
+    expect,
+    expect_like,
+    expect_low,
+    expect_number,
+    expect_positive_int,
+    expect_tensor,
+)
+from flowkernels.ops._library import DTYPE_CODES, direct, fresh, is_transformed, register
+from flowkernels.ops.linear_euler import reference
+
+ORDERS = ("pqc", "cpq")
+
+
+def linear_euler(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    h: float,
+    *,
+    bias: Tensor | None = None,
+    norm: float | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    patch: int | None = None,
+    order: str = "pqc",
+    guidance: float | None = None,
+    history: Sequence[Tensor] = (),
+    b: Sequence[float] = (),
+    out: Tensor | None = None,
+    low: torch.dtype | Tensor | None = None,
+    velocity_out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`x + h v + sum_i b_i v_i` with the velocity head `v = place(f(z) W^T + bias)`, z read once.
+
+    f is `LayerNorm(z)` with `norm`, then `f (1 + scale) + shift`, as in the final layers of DiT, SD3 and Flux; without
+    any of these it is z.
+
+    Args:
+        x: state `[n, *shape]`, float32 or float64.
+        z: tokens `[m, *tokens, d]` or `[m, d]`: float32, bfloat16 or float16; float64 with, and only with, a float64
+            state. m is n, or 2n with guidance. Only the last dimension has to be contiguous.
+        weight: `[outputs, d]`, in z's dtype or the state's, as are all the parameters that follow.
+        h: step size, in units of time: the coefficient of the new velocity.
+        bias: `[outputs]`.
+        norm: the eps of a LayerNorm over d; None for none. The mean and the squares of deviations are taken in turn.
+        norm_weight, norm_bias: its elementwise affine map, `[d]`.
+        scale, shift: modulation, `[m, d]`, or `[1, d]` for all samples.
+        patch: None if the outputs of a sample's tokens, in their order, are the state (Flux's packed latents, a plain
+            Linear). Else the side p of the patches of which the tokens are: x is `[n, C, H, W]`, there are
+            (H / p) (W / p) tokens, row by row, and each has p p C' outputs, C' >= C: the first C channels are the
+            velocity (a DiT that learned sigma has twice as many).
+        order: how a patch lies in the outputs of a token: "pqc", the channels next to each other (DiT, SD3, PixArt;
+            `nhwpqc->nchpwq`), or "cpq", the pixels of a channel next to each other (CogView3, PRX; `nhwcpq->nchpwq`).
+        guidance: the weight w of classifier-free guidance, `v = v_u + w (v_c - v_u)`: z holds the tokens of n
+            conditional samples and then those of the n unconditional ones. None for none.
+        history, b: earlier velocities of x's shape and one dtype (float32, bfloat16 or float16; float64 with a float64
+            state), and as many coefficients: the other terms of a multistep update, as in `linear_update`.
+        out: where the new state goes. `out=x` steps in place; None allocates. Other overlap with an input is undefined.
+        low: bfloat16 or float16 for a second output, the new state rounded for the next model call; or a tensor of
+            that dtype and x's shape to write it to.
+        velocity_out: a tensor of x's shape to store v in, guidance applied, of any dtype that `history` may have. It
+            may be one of `history`, which is read first.
+
+    It computes in the state's dtype. There are no gradients; asking for them raises. Inside torch.func's transforms
+    and forward-mode differentiation it runs as plain torch.
+
+    Returns:
+        The new state, in x's dtype; with `low`, the pair (state, copy).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: Peebles and Xie 2023 (adaLN and the final layer of DiT), with the update of `euler_step` and
+    `linear_update`.
+    """
+    expect_tensor(x, "x", (torch.float32, torch.float64))
+    expect(x.dim() >= 1, "x", "shape [n, *shape]", x)
+    wide = x.dtype == torch.float64
+    expect_tensor(z, "z", (torch.float64,) if wide else (torch.float32, *LOW))
+    _expect_shapes(x, z, weight, patch, order, guidance)
+    m, d = len(z), z.shape[-1]
+    names = ("bias", "norm_weight", "norm_bias", "scale", "shift")
+    parameters = (bias, norm_weight, norm_bias, scale, shift)
+    for name, t in zip(names, parameters, strict=True):
+        if t is not None:
+            rows = (m, d) if name in ("scale", "shift") else ()
+            _expect_parameter(t, name, rows or (len(weight) if name == "bias" else d,), x, z)
+    expect_number(h, "h")
+    if norm is None:
+        for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+            expect(t is None, name, "None without norm", t)
+    else:
+        expect_number(norm, "norm")
+    history, b = _expect_history(history, b, x)
+    wants_low = low is not None
+    expect_low(low, x)
+    if torch.is_grad_enabled():
+        tensors = (x, z, weight, *parameters, out, low, velocity_out, *history)
+        for i, t in enumerate(tensors):
+            if isinstance(t, Tensor) and t.requires_grad:
+                named = ("x", "z", "weight", *names, "out", "low", "velocity_out")
+                name = named[i] if i < len(named) else f"history[{i - len(named)}]"
+                expect(False, name, "no gradient: linear_euler has none; use torch.no_grad()", "requires_grad")
+
+    head = (x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b)
+    tensors = (x, z, weight, *parameters, *history)
+    functional = out is None and velocity_out is None and not isinstance(low, Tensor)
+    if functional and (C := direct("linear_euler", *tensors)) is not None:
+        new, copy = _empty(x), _empty(x, low) if wants_low else None
+        _launch(C, *head, new, copy, None)
+        return (new, copy) if wants_low else new
+    if is_transformed():
+        expected = "None, and low a dtype, inside torch.func's transforms"
+        expect(functional, "out" if velocity_out is None else "velocity_out", expected, "a tensor to write to")
+        new = reference.linear_euler(x, reference.head_velocity(*head[:12]), h, history, b)
+        return (new, new.to(low)) if wants_low else new
+    if functional:
+        new, copy = torch.ops.flowkernels.linear_euler(*head, low)
+        return (new, copy) if wants_low else new
+
+    out = _empty(x) if out is None else out
+    expect_tensor(out, "out", (x.dtype,))
+    expect_like(out, "out", x)
+    if velocity_out is not None:
+        expect_tensor(velocity_out, "velocity_out", (torch.float64,) if wide else (torch.float32, *LOW))
+        expect_like(velocity_out, "velocity_out", x)
+    if wants_low and not isinstance(low, Tensor):
+        low = _empty(x, low)
+    if (C := direct("linear_euler_out", *tensors, out, low, velocity_out)) is not None:
+        _kernel_out(C, *head, out, low, velocity_out)
+    else:
+        torch.ops.flowkernels.linear_euler_out(*head, out, low, velocity_out)
+    return (out, low) if wants_low else out
+
+
+def _expect_parameter(t, name: str, shape: tuple[int, ...], x: Tensor, z: Tensor) -> None:
+    """A parameter in z's dtype or the state's; of rows `[m, d]`, one may be for all."""
+    if not isinstance(t, Tensor) or (t.dtype != z.dtype and t.dtype != x.dtype):
+        expect_tensor(t, name, tuple(dict.fromkeys((z.dtype, x.dtype))))
+    shared = len(shape) == 2 and t.shape == (1, shape[1])
+    if (t.shape != shape and not shared) or t.device != x.device:
+        either = f" or {[1, shape[1]]}" if len(shape) == 2 else ""
+        expect(False, name, f"shape {list(shape)}{either} on {x.device}", t)
+
+
+def _expect_shapes(x, z, weight, patch, order, guidance) -> None:
+    """That the outputs of z's tokens are the state's elements."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.numel() == 0:
+        expect(False, "weight", "a tensor of shape [outputs, d], not empty", expect_tensor(weight, "weight"))
+    _expect_parameter(weight, "weight", weight.shape, x, z)
+    outputs, d = weight.shape
+    if guidance is not None:
+        expect_number(guidance, "guidance")
+    m = len(x) if guidance is None else 2 * len(x)
+    if z.dim() < 2 or len(z) != m or z.shape[-1] != d or z.device != x.device:
+        halves = "" if guidance is None else ": conditional and unconditional samples"
+        expect(False, "z", f"shape [{m}, *tokens, {d}] on {x.device}{halves}", z)
+    tokens, expected = math.prod(z.shape[1:-1]), math.prod(x.shape[1:])
+    if patch is None:
+        if tokens * outputs != expected:
+            needed = f"as many outputs as make {expected} elements of a sample of {tokens} tokens"
+            expect(False, "weight", needed, weight)
+        return
+    expect_positive_int(patch, "patch")
+    expect(order in ORDERS, "order", " or ".join(map(repr, ORDERS)), repr(order))
+    expect(x.dim() == 4 and 0 not in x.shape[1:], "x", "shape [n, C, H, W], of patches", x)
+    C, H, W = x.shape[1:]
+    if H % patch or W % patch:
+        expect(False, "x", f"a height and a width that are multiples of {patch}", x)
+    if tokens != (H // patch) * (W // patch):
+        expect(False, "z", f"{(H // patch) * (W // patch)} tokens a sample, patches of {patch} of {[H, W]}", z)
+    if outputs % patch**2 or outputs < C * patch**2:
+        expect(False, "weight", f"{C * patch**2} outputs, {C} channels of a patch, or those of more channels", weight)
+
+
+def _expect_history(history, b, x) -> tuple[list[Tensor], list[float]]:
+    if history == () and b == ():
+        return [], []
+    for name, terms in (("history", history), ("b", b)):
+        expect(hasattr(terms, "__iter__"), name, "a sequence, one entry for each term", terms, TypeError)
+    history, b = list(history), list(b)
+    expect(len(history) == len(b), "b", f"{len(history)} coefficients, one for each velocity", f"{len(b)}")
+    allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *LOW)
+    for i, (term, factor) in enumerate(zip(history, b, strict=True)):
+        expect_tensor(term, f"history[{i}]", allowed)
+        allowed = (term.dtype,)
+        expect_like(term, f"history[{i}]", x)
+        expect_number(factor, f"b[{i}]")
+    return history, b
+
+
+def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous, as the kernel writes."""
+    return fresh(torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format))
+
+
+def _rows(t: Tensor | None) -> tuple[int, int, int]:
+    """Address, type and the elements between rows, of which a shared one has none."""
+    if t is None:
+        return 0, 0, 0
+    return t.data_ptr(), DTYPE_CODES[t.dtype], 0 if t.dim() < 2 or len(t) == 1 else t.stride(0)
+
+
+def _dense(t: Tensor) -> Tensor:
+    """With the elements of a row side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _launch(C, x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b,
+            out, low, velocity_out) -> None:  # fmt: skip
+    if scale is not None and shift is not None and scale.dtype != shift.dtype:
+        scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+    # tensors whose addresses are taken have names here, and so live until the call is over
+    z = _dense(z if z.dim() < 4 else z.flatten(1, -2))
+    T, token = (1, 0) if z.dim() == 2 else (z.shape[1], z.stride(1))
+    operands = [t if t is None else _dense(t) for t in (weight, bias, norm_weight, norm_bias, scale, shift)]
+    x, history = x.contiguous(), [t.contiguous() for t in history]
+    given = (out, low, velocity_out)
+    to = [t if t is None or t.is_contiguous() else _empty(t) for t in given]
+    pointers = (0 if t is None else t.data_ptr() for t in to)
+    codes = (0 if t is None else DTYPE_CODES[t.dtype] for t in (x, history[0] if history else None, low, velocity_out))
+    C.linear_euler(
+        *(x.data_ptr(), (z.data_ptr(), DTYPE_CODES[z.dtype], z.stride(0)), token, *map(_rows, operands)),
+        *([t.data_ptr() for t in history], b, *pointers, *codes),
+        *((len(x), T, z.shape[-1], len(weight)), (0, 0, 0, 0) if patch is None else (patch, *x.shape[1:])),
+        *(order == "cpq", norm, h, guidance, torch.get_num_threads()),
+    )
+    for t, written in zip(given, to, strict=True):
+        if t is not written:
+            t.copy_(written)
+
+
+def _kernel_out(C, *args) -> None:
+    _launch(C, *args)
+    torch.autograd.graph.increment_version([t for t in args[-3:] if t is not None])
+
+
+def _kernel(C, *args) -> tuple[Tensor, Tensor]:
+    *head, low = args
+    new, copy = _fake(*args)
+    _launch(C, *head, new, None if low is None else copy, None)
+    return new, copy
+
+
+def _reference(*args) -> tuple[Tensor, Tensor]:
+    x, low = args[0], args[-1]
+    new, copy = _fake(*args)
+    new.copy_(reference.linear_euler(x, reference.head_velocity(*args[:12]), *args[12:15]))
+    return new, copy if low is None else copy.copy_(new)
+
+
+def _reference_out(*args) -> None:
+    x, (out, low, velocity_out) = args[0], args[-3:]
+    velocity = reference.head_velocity(*args[:12])
+    out.copy_(reference.linear_euler(x, velocity, *args[12:15]))
+    if low is not None:
+        low.copy_(out)
+    if velocity_out is not None:
+        velocity_out.copy_(velocity)
+
+
+def _fake(x, *args) -> tuple[Tensor, Tensor]:
+    low = args[-1]
+    return _empty(x), x.new_empty(0) if low is None else _empty(x, low)
+
+
+def _fake_out(*args) -> None:
+    return None
+
+
+_HEAD = (
+    "Tensor x, Tensor z, Tensor weight, Tensor? bias, float? norm, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? scale, Tensor? shift, int? patch, str order, float? guidance, float h, Tensor[] history, float[] b"
+)
+register(f"linear_euler({_HEAD}, ScalarType? low) -> (Tensor, Tensor)", _kernel, _reference, _fake)
+register(f"linear_euler_out({_HEAD}, Tensor(a!) out, Tensor(b!)? low, Tensor(c!)? velocity_out) -> ()",
+         _kernel_out, _reference_out, _fake_out)  # fmt: skip

@@ -1,0 +1,167 @@
+"""Sample inputs of `linear_euler` and the error allowed on them, for its tests and its benchmark."""
+
+import inspect
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops.linear_euler import reference
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+HEAD = tuple(inspect.signature(reference.head_velocity).parameters)[3:]  # of the arguments, those of the velocity
+
+
+def make(
+    shape,
+    d,
+    tokens=(),
+    *,
+    dtype=F32,
+    parameters=None,
+    options="",
+    patch=None,
+    order="pqc",
+    extra=0,
+    guidance=None,
+    terms=0,
+    low=None,
+    layout="contiguous",
+    mean=0.0,
+    seed=0,
+) -> Sample:
+    """x `[*shape]` and tokens of d features.
+
+    parameters: dtype of the weights, the tokens' if None. options: of "bias", "norm", "affine", "scale", "shift" and
+    "shared", one row of modulation for all samples. extra: channels that are no velocity. mean: of the tokens.
+    """
+    g = torch.Generator().manual_seed(seed)
+    parameters, options = parameters or dtype, options.split()
+
+    def randn(*size, dtype=parameters):
+        return torch.randn(size, generator=g, dtype=F64).to(dtype)
+
+    n = shape[0]
+    m = n if guidance is None else 2 * n
+    outputs = math.prod(shape[1:]) // max(1, math.prod(tokens)) or 5
+    if patch:
+        tokens, outputs = ((shape[2] // patch) * (shape[3] // patch),), (shape[1] + extra) * patch**2
+    state = F64 if dtype == F64 else F32
+    x = arrange(randn(*shape, dtype=state), layout)
+    z = (3 * randn(m, *tokens, d, dtype=F64) + mean).to(dtype)
+    weight = (randn(outputs, d, dtype=F64) / math.sqrt(d)).to(parameters)
+    given = dict(patch=patch, guidance=guidance, low=low, order=None if order == "pqc" else order)
+    if "bias" in options:
+        given["bias"] = randn(outputs)
+    if "norm" in options:
+        given["norm"] = 1e-6
+    if "affine" in options:
+        given |= dict(norm_weight=1 + randn(d) / 4, norm_bias=randn(d))
+    for name in {"scale", "shift"} & set(options):
+        given[name] = arrange(randn(1 if "shared" in options else m, d) / 2, layout)
+    if terms:
+        given["history"] = [arrange(randn(*shape, dtype=dtype), layout) for _ in range(terms)]
+        given["b"] = randn(terms, dtype=F64).tolist()
+    name = f"{'x'.join(map(str, (*shape, '', *tokens, d)))}-{str(dtype)[6:]}"
+    for part in (
+        *options,
+        *((f"patch{patch}{order}{'+' * bool(extra)}",) if patch else ()),
+        *((f"guided{guidance:g}",) if guidance is not None else ()),
+        *((f"terms{terms}",) if terms else ()),
+        *((f"low_{str(low)[6:]}",) if low else ()),
+        *((str(parameters)[6:] + "_weights",) if parameters != dtype else ()),
+        *((layout,) if layout != "contiguous" else ()),
+        *((f"mean{mean:g}",) if mean else ()),
+    ):
+        name += f"-{part}"
+    weight, z = arrange(weight, layout), arrange(z, layout)
+    return Sample(name, (x, z, weight, 0.375), {k: v for k, v in given.items() if v is not None})
+
+
+def sample_inputs() -> Iterator[Sample]:
+    """Features around the vectors, tokens around the tiles, outputs around the columns of a tile; every option."""
+    for shape, d, tokens in [((0, 3), 4, ()), ((1, 1), 1, ()), ((2, 0), 3, (0,)), ((1, 64), 16, ()), ((5, 7), 15, ())]:
+        yield make(shape, d, tokens)
+    for shape, d, tokens in [((3, 6), 17, (2,)), ((33, 13), 33, ()), ((2, 65, 2), 64, (65,)), ((4, 18), 129, (3,))]:
+        yield make(shape, d, tokens, options="bias")
+    yield make((2, 5, 3, 4), 65, (5, 3), options="bias norm")
+    yield make((1, 300), 40, (2,), options="bias norm affine")
+    yield make((3, 64), 1152, (4,), options="norm scale shift")
+    every = "bias norm affine scale shift"
+    yield make((2, 4, 8, 12), 31, patch=2, options=every)
+    yield make((2, 3, 6, 10), 48, patch=1, options="bias scale")
+    yield make((1, 2, 9, 6), 20, patch=3, order="cpq", options="norm shift shared")
+    yield make((3, 1, 2, 70), 20, patch=2, options="bias")
+    for dtype in (F64, BF16, F16):
+        yield make((5, 7), 15, dtype=dtype)
+        yield make((2, 4, 6, 8), 70, dtype=dtype, patch=2, extra=4, guidance=4.0, options=every, low=BF16)
+        yield make((2, 3, 4, 8), 64, dtype=dtype, patch=2, order="cpq", guidance=0.0, terms=3, options="norm")
+        yield make((3, 30), 257, (5,), dtype=dtype, options="bias norm scale shift", low=F16)
+    for dtype in (BF16, F16):
+        yield make((2, 40), 130, (4,), dtype=dtype, parameters=F32, options=every)
+    yield make((3, 4, 4, 4), 36, patch=2, extra=1, order="cpq", guidance=1.5, options=every, terms=1, low=F16)
+    yield make((2, 10), 33, (2,), guidance=-2.0, options="bias", terms=2)
+    for layout in ("misaligned", "sliced", "permuted"):
+        yield make((2, 2, 4, 6), 18, patch=2, guidance=3.0, options="norm scale shift", terms=1, layout=layout)
+        yield make((3, 12), 21, (4,), dtype=BF16, options="bias scale shift shared", low=BF16, layout=layout)
+    for dtype in (F32, BF16):
+        yield make((2, 24), 96, (6,), dtype=dtype, options="bias norm", mean=100.0)
+
+
+def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """The largest error of the new state against float64, and the largest allowed, relative to the sum's terms.
+
+    The terms are |x|, |b_i v_i|, and |h| times the products of |f| and |W| with guidance's |u| + |w| (|v| + |u|), where
+    |f| counts what LayerNorm subtracts before it divides. Allowed: twice the error of the reference in the same dtype,
+    plus 4 ulp: h, w, the bias and the sum round to half an ulp each beside the product, and errors of many terms
+    average out. The low-precision copy is to be the new state, rounded: anything else is an infinite error.
+    """
+    x, z, weight, h = sample.args
+    given, low = dict(sample.kwargs), sample.kwargs.get("low")
+    state, copy = got if low is not None else (got, None)
+    if copy is not None and not torch.equal(copy, state.to(low)):
+        return math.inf, 0.0
+    if x.numel() == 0:
+        return 0.0, 0.0
+    history, b = given.get("history", ()), given.get("b", ())
+    head = {k: given[k] for k in HEAD if k in given}
+
+    def double(t):
+        return t.double() if isinstance(t, Tensor) else t
+
+    wide = {k: double(v) for k, v in head.items()}
+    v = reference.head_velocity(double(x), double(z), double(weight), **wide)
+    truth = reference.linear_euler(double(x), v, h, history, b)
+
+    size = _scale(double(x), double(z), double(weight), wide)
+    scale = reference.linear_euler(double(x).abs(), size, abs(h), [t.abs() for t in history], [abs(c) for c in b])
+
+    def error(new):
+        worst = ((new - truth).abs() / scale.clamp(min=torch.finfo(F64).tiny)).max().item()
+        return worst if worst == worst else math.inf
+
+    expected = reference.linear_euler(x, reference.head_velocity(x, z, weight, **head), h, history, b)
+    return error(state), 2 * error(expected) + 4 * torch.finfo(x.dtype).eps
+
+
+def _scale(x: Tensor, z: Tensor, weight: Tensor, head: dict) -> Tensor:
+    """|v| of absolute terms, in float64."""
+    f = z.reshape(len(z), -1, z.shape[-1]).abs()
+    absolute = {k: v.abs() if isinstance(v, Tensor) else v for k, v in head.items()}
+    if head.get("norm") is not None:
+        spread = (z.reshape(f.shape).var(-1, unbiased=False, keepdim=True) + absolute.pop("norm")).sqrt()
+        f = (f + z.reshape(f.shape).mean(-1, keepdim=True).abs()) / spread
+        f = f * absolute.pop("norm_weight", 1) + absolute.pop("norm_bias", 0)
+    w = absolute.pop("guidance", None)
+    if w is None:
+        return reference.head_velocity(x, f, weight.abs(), **absolute)
+    n, rows = len(x), {k: absolute.pop(k) for k in ("scale", "shift") if k in absolute}
+    v, u = (
+        reference.head_velocity(
+            x, f[half], weight.abs(), **absolute, **{k: t if len(t) == 1 else t[half] for k, t in rows.items()}
+        )
+        for half in (slice(n), slice(n, None))
+    )
+    return u + abs(w) * (v + u)

@@ -1,0 +1,534 @@
+import copy
+import itertools
+import pickle
+import sys
+
+import pytest
+import torch
+from _flows import normal
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from torch import nn
+
+import flowkernels as fk
+from flowkernels.models import BUNDLED, UNet
+from flowkernels.ops.linear_euler import reference
+
+BF16, F64 = torch.bfloat16, torch.float64
+MODULE = sys.modules["flowkernels.fuse_head"]  # the package's attribute is the function
+
+
+def randomised(net, seed=0):
+    """Every parameter random: an untrained DiT predicts zero, which any head would match."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=g) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 4))
+            if "norm" in name and name.endswith("weight") and p.dim() == 1:
+                p.add_(1)
+    return net.eval()
+
+
+def sd3(n, **settings):
+    net = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        joint_attention_dim=20,
+        caption_projection_dim=24,
+        pooled_projection_dim=12,
+        pos_embed_max_size=16,
+    )
+    rows = dict(encoder_hidden_states=normal(n, 5, 20, seed=1), pooled_projections=normal(n, 12, seed=2))
+    other = dict(encoder_hidden_states=normal(1, 5, 20, seed=3), pooled_projections=normal(1, 12, seed=4))
+    convention = dict(reverse_time=True, time_scale=1000, x_name="hidden_states", time_name="timestep")
+    return randomised(net), convention, rows, other, (4, 8, 12)
+
+
+def flux(n):
+    net = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        pooled_projection_dim=12,
+        axes_dims_rope=(4, 6, 6),
+    )
+    ids = dict(img_ids=torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(6.0)))
+    ids |= dict(txt_ids=torch.zeros(7, 3))
+    rows = dict(encoder_hidden_states=normal(n, 7, 20, seed=1), pooled_projections=normal(n, 12, seed=2), **ids)
+    other = dict(encoder_hidden_states=normal(1, 7, 20, seed=3), pooled_projections=normal(1, 12, seed=4))
+    convention = dict(reverse_time=True, x_name="hidden_states", time_name="timestep")
+    return randomised(net), convention, rows, other, (24, 16)
+
+
+def dit(n, out_channels=4):
+    net = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=10,
+        in_channels=4,
+        out_channels=out_channels,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=7,
+        norm_num_groups=2,
+    )
+    rows, other = dict(class_labels=torch.arange(n) % 7), dict(class_labels=torch.tensor([6]))
+    convention = dict(time_scale=1000, x_name="hidden_states", time_name="timestep", sign=-1)
+    return randomised(net), convention, rows, other, (4, 8, 8)
+
+
+TRANSFORMERS = {"sd3": sd3, "flux": flux, "dit": dit}
+EACH = pytest.mark.parametrize("name", TRANSFORMERS)
+
+
+def field_of(name, n, guidance=None, packed=True, dtype=None):
+    net, convention, rows, other, shape = TRANSFORMERS[name](n)
+    if dtype is not None:
+        net = net.to(dtype)
+        rows, other = (
+            {k: v.to(dtype) if v.is_floating_point() and "ids" not in k else v for k, v in kw.items()}
+            for kw in (rows, other)
+        )
+    guided = {} if guidance is None else dict(guidance=guidance, unconditional=other, packed=packed)
+    field = fk.VelocityField(net, **convention, conditioning=rows, **guided, dtype=dtype)
+    return field, normal(n, *shape, seed=9)
+
+
+class Perceptron(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(13, 40), nn.SiLU(), nn.Linear(40, 40), nn.GELU(), nn.Linear(40, 12))
+
+    def forward(self, x, t):
+        return self.layers(torch.cat([x.flatten(1), t[:, None].to(x.dtype)], 1)).view_as(x)
+
+
+class Counting:
+    """How often `linear_euler` runs, and what it is given."""
+
+    def __init__(self, monkeypatch):
+        self.calls, op = [], MODULE.linear_euler
+
+        def counted(*args, **kwargs):
+            self.calls.append(kwargs)
+            return op(*args, **kwargs)
+
+        monkeypatch.setattr(MODULE, "linear_euler", counted)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    return Counting(monkeypatch).calls
+
+
+def hooks(net):
+    return [h for m in net.modules() for h in (*m._forward_pre_hooks.items(), *m._forward_hooks.items())]
+
+
+def close(got, expected, tolerance):
+    """To a relative error of the whole tensor."""
+    assert got.shape == expected.shape
+    error = (got.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= tolerance, f"relative error {error:.3g}"
+
+
+# ---- the unfused numbers ----
+
+
+@EACH
+@pytest.mark.parametrize(("guidance", "packed"), [(None, True), (3.0, True), (3.0, False)])
+def test_transformers_give_the_unfused_numbers(name, guidance, packed, steps):
+    field, noise = field_of(name, 3, guidance, packed)
+    fused = fk.fuse_head(field)
+    expected, trajectory = fk.sample(field, noise, 5), fk.rollout(field, noise, 5)
+    close(fk.sample(fused, noise, 5), expected, 2e-6)
+    assert len(steps) == 5 + 1  # and the comparison at the first
+    assert all((s["velocity_out"] is None) == (i > 0) for i, s in enumerate(steps))
+    assert all(s["guidance"] == guidance for s in steps)
+    assert all(s["norm"] == 1e-6 and (s["patch"] == (None if name == "flux" else 2)) for s in steps)
+    got = fk.rollout(fused, noise, 5)
+    close(got.x, trajectory.x, 2e-6)
+    close(got.v, trajectory.v, 5e-6)
+    assert torch.equal(got.times, trajectory.times)
+    assert not hooks(field.net)
+
+
+@EACH
+def test_calibrations_agree(name, steps):
+    """In chunks, with each sample's own conditioning; compared and found once for all chunks."""
+    field, noise = field_of(name, 5, guidance=2.0)
+    fused = fk.fuse_head(field)
+    got, expected = (fk.calibrate(v, noise, 6, range(1, 5), chunk=2, progress=False) for v in (fused, field))
+    assert len(steps) == 3 * 6 + 1
+    assert {n: s.indices for n, s in got.items()} == {n: s.indices for n, s in expected.items()}
+    finite = expected.cost.isfinite()
+    torch.testing.assert_close(got.cost[finite], expected.cost[finite], rtol=1e-4, atol=1e-9)
+    for key in ("guidance", "convention", "parameters_sha256"):
+        assert got.provenance[key] == expected.provenance[key]
+
+
+@EACH
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_bfloat16_networks_with_a_float32_state(name, guidance, steps):
+    """Nearer to the same weights in float32 than the unfused network, which rounds the final layer to bfloat16 too."""
+    field, noise = field_of(name, 3, guidance, dtype=BF16)
+    got, unfused = fk.sample(fk.fuse_head(field), noise, 4), fk.sample(field, noise, 4)
+    assert got.dtype == torch.float32
+    close(got, unfused, 0.02)
+    assert {s["z"].dtype for s in steps} == {s["weight"].dtype for s in steps} == {BF16}
+    assert all(s["low"].dtype == BF16 for s in steps[1:])
+    wide = fk.VelocityField(copy.deepcopy(field.net).float(), **field.settings() | dict(dtype=None))
+    for kwargs in (wide.conditioning, wide.unconditional):
+        kwargs.update({k: v.float() for k, v in kwargs.items() if v.is_floating_point()})
+    truth = fk.sample(wide, noise, 4)
+    assert (got - truth).norm() <= 1.05 * (unfused - truth).norm()
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_float64_states(name, dtype):
+    field, noise = field_of(name, 2, dtype=dtype)
+    got, expected = fk.rollout(fk.fuse_head(field), noise.double(), 3), fk.rollout(field, noise.double(), 3)
+    assert got.x.dtype == got.v.dtype == F64
+    close(got.x, expected.x, 2e-6 if dtype == torch.float32 else 1e-14)
+    close(got.v, expected.v, 2e-6 if dtype == torch.float32 else 1e-13)
+
+
+def test_a_dit_that_learned_sigma():
+    """Its output has twice the channels; the first half is the velocity."""
+    net, convention, rows, _, shape = dit(3, out_channels=8)
+    noise = normal(3, *shape)
+
+    class FirstHalf(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, hidden_states, **kwargs):
+            return self.net(hidden_states, **kwargs).sample[:, :4]
+
+    expected = fk.sample(fk.VelocityField(FirstHalf(), **convention, conditioning=rows), noise, 4)
+    for whole in (net, FirstHalf()):
+        fused = fk.fuse_head(fk.VelocityField(whole, **convention, conditioning=rows))
+        close(fk.sample(fused, noise, 4), expected, 2e-6)
+
+
+def test_a_transformer_inside_a_network_and_by_its_path():
+    field, noise = field_of("sd3", 2)
+
+    class Wrapped(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.embed, self.inner = nn.Linear(3, 3), nn.ModuleDict({"transformer": net})
+
+        def forward(self, **kwargs):
+            return self.inner["transformer"](**kwargs)
+
+    outer = fk.VelocityField(Wrapped(field.net), **field.settings())
+    expected = fk.sample(field, noise, 3)
+    for head in (None, "inner.transformer"):
+        fused = fk.fuse_head(outer, head)
+        assert fused.layer.linear == "inner.transformer.proj_out"
+        close(fk.sample(fused, noise, 3), expected, 2e-6)
+    unfused_norm = fk.fuse_head(outer, "inner.transformer.proj_out", patch=2)  # the Linear alone
+    close(fk.sample(unfused_norm, noise, 3), expected, 2e-6)
+
+
+# ---- a plain Linear head ----
+
+
+@pytest.mark.parametrize("head", [None, "output"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_bundled_residual_mlp(head, sign, steps):
+    net = BUNDLED["digits"].load()
+    field = fk.VelocityField(net, sign=sign, reverse_time=sign == -1)
+    noise = normal(20, 1, 8, 8)
+    fused = fk.fuse_head(field, head)
+    close(fk.sample(fused, noise, 8), fk.sample(field, noise, 8), 2e-6)
+    assert len(steps) == 9
+    close(fk.rollout(fused, noise, 8).v, fk.rollout(field, noise, 8).v, 2e-6)
+    cal, expected = (fk.calibrate(v, noise, 10, range(1, 5), progress=False) for v in (fused, field))
+    assert [s.indices for s in cal.values()] == [s.indices for s in expected.values()]
+
+
+def test_a_network_without_a_field():
+    net, noise = Perceptron().eval(), normal(7, 3, 4)
+    fused = fk.fuse_head(net)
+    close(fk.sample(fused, noise, 6), fk.sample(net, noise, 6), 2e-6)
+    assert fused.layer.linear == "layers.4"
+    x, t = noise, torch.full((7,), 0.25)
+    assert torch.equal(fused(x, t), net(x, t))  # called, it is the network
+
+
+def test_a_sequential_and_a_network_that_is_its_head():
+    """v = A x: what the Linear reads is the state itself, which the step writes."""
+    net, noise = nn.Sequential(nn.Linear(12, 12)), normal(5, 12)
+
+    class Field(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t):
+            return self.net(x)
+
+    for dtype in (None, BF16):
+        field = fk.VelocityField(Field().to(dtype or torch.float32), dtype=dtype)
+        close(fk.sample(fk.fuse_head(field), noise, 5), fk.sample(field, noise, 5), 2e-6 if dtype is None else 0.02)
+
+
+@pytest.mark.parametrize("order", ["pqc", "cpq"])
+def test_a_linear_head_with_patches(order):
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Conv2d(3, 16, 2, stride=2), nn.Linear(16, 12)
+
+        def forward(self, x, t):
+            tokens = (self.embed(x) + t.view(-1, 1, 1, 1)).flatten(2).transpose(1, 2)
+            return reference.unpatchify(self.head(tokens.sin()), x, 2, order)
+
+    net, noise = Patches().eval(), normal(3, 3, 6, 10)
+    close(fk.sample(fk.fuse_head(net, patch=2, order=order), noise, 4), fk.sample(net, noise, 4), 2e-6)
+    for wrong in (dict(patch=2, order="pqc" if order == "cpq" else "cpq"), {}):
+        with pytest.raises(ValueError, match=r"^head 'head' of Patches: expected the network's own velocity.*patch="):
+            fk.sample(fk.fuse_head(net, **wrong), noise, 4)
+
+
+def test_tokens_of_all_samples_in_a_row():
+    """A network that folds its tokens into the batch before the head, without a bias."""
+
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 30), nn.Linear(30, 4, bias=False)
+
+        def forward(self, x, t):
+            return self.head((self.body(x) + t[:, None, None]).tanh().flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    net, noise = Folded().eval(), normal(3, 5, 4)
+    close(fk.sample(fk.fuse_head(net), noise, 4), fk.sample(net, noise, 4), 2e-6)
+
+
+# ---- weights, copies, state of the network ----
+
+
+@EACH
+def test_weights_are_read_at_every_call(name):
+    field, noise = field_of(name, 2)
+    fused = fk.fuse_head(field)
+    before = fk.sample(fused, noise, 3)
+    with torch.no_grad():
+        for p in field.net.parameters():
+            p.mul_(1.1)
+    expected = fk.sample(field, noise, 3)
+    close(fk.sample(fused, noise, 3), expected, 2e-6)
+    assert (before - expected).norm() > 1e-3 * expected.norm()
+
+
+def test_a_head_of_zeros_is_compared_once_it_is_not():
+    """Zeros match any head: the comparison is made when there is something to compare."""
+    net, noise = Perceptron().eval(), normal(4, 12)
+    saved = copy.deepcopy(net.layers[4])
+    nn.init.zeros_(net.layers[4].weight), nn.init.zeros_(net.layers[4].bias)
+    fused = fk.fuse_head(net, "layers.2")  # 40 outputs: another head than the velocity's
+    with pytest.raises(ValueError, match=r"^head 'layers.2' of Perceptron: expected outputs that make the velocity"):
+        fk.sample(fused, noise, 2)
+    fused = fk.fuse_head(net)
+    assert torch.equal(fk.sample(fused, noise, 2), noise)
+    assert not fused.layer.verified
+    net.layers[4].load_state_dict(saved.state_dict())
+    close(fk.sample(fused, noise, 2), fk.sample(net, noise, 2), 2e-6)
+    assert fused.layer.verified
+
+
+def test_copies_and_moves():
+    field, noise = field_of("dit", 2, guidance=2.0)
+    fused = fk.fuse_head(field)
+    expected = fk.sample(fused, noise, 3)
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fused.to("cpu"), fk.fuse_head(fused)):
+        assert isinstance(other, fk.FusedHead)
+        assert torch.equal(fk.sample(other, noise, 3), expected)
+    one = fk.sample(fused.rows(slice(1, 2), 2), noise[1:], 3)
+    close(one, expected[1:], 2e-6)
+    plain = fused.without_guidance()
+    assert isinstance(plain, fk.FusedHead)
+    close(fk.sample(plain, noise, 3), fk.sample(field.without_guidance(), noise, 3), 2e-6)
+
+
+def test_the_noise_stays_as_it_is_and_results_are_apart():
+    net, noise = Perceptron().eval(), normal(4, 12)
+    fused, before = fk.fuse_head(net), noise.clone()
+    first, second = fk.sample(fused, noise, 3), fk.sample(fused, noise, 3)
+    assert torch.equal(noise, before)
+    assert torch.equal(first, second)
+    assert first.data_ptr() not in (second.data_ptr(), noise.data_ptr())
+    assert not first.requires_grad
+    trajectory = fk.rollout(fused, noise, 3)
+    assert torch.equal(trajectory.x[0], noise)
+    for i, (a, b) in enumerate(itertools.pairwise(trajectory.x)):
+        close(b - a, (trajectory.times[i + 1] - trajectory.times[i]) * trajectory.v[i], 1e-5)
+
+
+# ---- errors, after which nothing is left hooked ----
+
+
+def test_what_is_not_finite_names_the_sample_and_the_step():
+    class Late(Perceptron):
+        def forward(self, x, t):
+            v = super().forward(x, t)
+            return v if (t < 0.5).all() else v * 1
+
+    net, noise = Late().eval(), normal(4, 12)
+    net.layers.insert(4, nn.Identity())
+    net.layers[4].register_forward_hook(lambda m, a, out: broken(out))
+    count = itertools.count()
+
+    def broken(out):
+        if next(count) % 3 == 2:
+            out = out.clone()
+            out[2] = float("nan")
+        return out
+
+    fused = fk.fuse_head(net, "layers.5")
+    fused.layer.verified = True
+    with pytest.raises(
+        ValueError, match=r"^velocity: expected finite velocities, got NaN or Inf in sample 2 at step 2"
+    ):
+        fk.rollout(fused, noise, 3)
+
+
+@EACH
+@pytest.mark.parametrize("where", ["trunk", "head"])
+def test_nothing_stays_hooked_after_an_exception(name, where, monkeypatch):
+    field, noise = field_of(name, 2)
+    fused = fk.fuse_head(field)
+    expected = fk.sample(fused, noise, 2)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    blocks = field.net.transformer_blocks
+    with monkeypatch.context() as broken:
+        if where == "trunk":
+            broken.setattr(blocks[0], "forward", fail)
+        else:
+            broken.setattr(MODULE, "linear_euler", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            fk.sample(fused, noise, 2)
+    assert not hooks(field.net)
+    assert torch.equal(fk.sample(fused, noise, 2), expected)
+    with torch.no_grad():
+        assert field(noise, torch.zeros(2)).shape == noise.shape  # a whole forward pass again
+
+
+def test_a_network_that_catches_exceptions():
+    class Careful(Perceptron):
+        def forward(self, x, t):
+            try:
+                return super().forward(x, t)
+            except Exception:
+                return torch.zeros_like(x)
+
+    net, noise = Careful().eval(), normal(4, 12)
+    close(fk.sample(fk.fuse_head(net), noise, 3), fk.sample(net, noise, 3), 2e-6)
+
+
+class Scaled(Perceptron):
+    def forward(self, x, t):
+        return 1.01 * super().forward(x, t)
+
+
+class Twice(Perceptron):
+    def forward(self, x, t):
+        return self.layers[4](self.layers[4](x.repeat(1, 4)[:, :40]).repeat(1, 4)[:, :40])
+
+
+@pytest.mark.parametrize("net", [Scaled(), Twice()], ids=["scaled", "twice"])
+def test_a_head_that_is_not_the_velocity(net):
+    noise = normal(4, 12)
+    for head in (None, "layers.4"):
+        with pytest.raises(
+            ValueError, match=r"^head 'layers.4' of \w+: expected the network's own velocity, to .*head="
+        ):
+            fk.sample(fk.fuse_head(net.eval(), head), noise, 3)
+    assert not hooks(net)
+
+
+def test_a_convolutional_head():
+    net = UNet(widths=(8, 16, 16)).eval()
+    with pytest.raises(
+        ValueError, match=r"^head 'up1.film' of UNet: expected outputs that make .*; head= names another"
+    ):
+        fk.sample(fk.fuse_head(net), normal(2, 1, 8, 8), 2)
+    with pytest.raises(ValueError, match=r"^velocity: expected a network with an nn.Linear .*, got a Sequential"):
+        fk.fuse_head(nn.Sequential(nn.Conv2d(1, 1, 3)))
+
+
+def test_a_transformer_with_another_final_layer():
+    field, _ = field_of("sd3", 1)
+    field.net.proj_out = nn.Sequential(field.net.proj_out)
+    with pytest.raises(
+        ValueError, match=r"^velocity: expected a torch.nn.Linear as 'proj_out'; head= .*got a Sequential"
+    ):
+        fk.fuse_head(field)
+    field.net.norm_out.norm = nn.RMSNorm(24)
+    with pytest.raises(ValueError, match=r"torch.nn.LayerNorm as 'norm_out.norm'.*got a RMSNorm"):
+        fk.fuse_head(field)
+
+
+@pytest.mark.parametrize("head", [None, "layers.4"])
+def test_compiled_networks(head):
+    """Blocks of the trunk may be compiled; the final layer and the network around it may not."""
+    net, noise = Perceptron().eval(), normal(4, 12)
+    expected = fk.sample(net, noise, 3)
+    whole = torch.compile(copy.deepcopy(net), backend="eager")
+    in_place, last = copy.deepcopy(net), copy.deepcopy(net)
+    in_place.compile(backend="eager")
+    last.layers.compile(backend="eager")
+    for velocity, which in ((whole, "OptimizedModule"), (in_place, "Perceptron"), (last, "'layers'")):
+        path = f"_orig_mod.{head}" if head and velocity is whole else head
+        with pytest.raises(
+            ValueError, match=rf"^velocity: expected .* at most blocks are compiled, got {which}, compiled"
+        ):
+            fk.sample(fk.fuse_head(velocity, path), noise, 3)
+    net.layers[2].compile(backend="eager")
+    close(fk.sample(fk.fuse_head(net, head), noise, 3), expected, 2e-6)
+
+
+def test_a_head_that_is_not_called():
+    class Idle(Perceptron):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(40, 12)
+
+    net = Idle().eval()
+    with pytest.raises(ValueError, match=r"^velocity: expected a network that calls its module 'spare'.*got Idle"):
+        fk.sample(fk.fuse_head(net, "spare"), normal(4, 12), 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "args", "kwargs"),
+    [
+        (TypeError, r"net: expected a callable", (1.0,), {}),
+        (TypeError, r"velocity: expected an nn.Module or a VelocityField of one, got", (lambda x, t: x,), {}),
+        (ValueError, r"head: expected the path of a module in Perceptron, got 'head'", (Perceptron(), "head"), {}),
+        (
+            ValueError,
+            r"head: expected the path of an nn.Linear, or .*got 'layers.1', a SiLU",
+            (Perceptron(), "layers.1"),
+            {},
+        ),
+    ],
+)
+def test_errors(error, message, args, kwargs):
+    with pytest.raises(error, match=rf"^{message}"):
+        fk.fuse_head(*args, **kwargs)
