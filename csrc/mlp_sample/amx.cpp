@@ -7,6 +7,7 @@ namespace FK_ISA {
 namespace {
 
 constexpr int64_t kSide = 16, kDepth = 32;     // a tile: 16 rows x 32 bfloat16, 1 KiB
+constexpr int64_t kWide = 4;                  // tiles of a panel; the last one of a layer may have fewer
 constexpr int64_t kWeights = kSide * kDepth;   // of a tile: 16 pairs of inputs x 16 outputs x 2
 
 // The compiler does not know that tile instructions touch memory.
@@ -22,7 +23,7 @@ struct alignas(64) TileConfig {
 
 // y = x w for 32 samples and NJ tiles of outputs. Inputs in 4, 5, weights in 6, 7, sums [i][j] in 2 i + j.
 template <int NJ>
-void product_of_32(const uint16_t* x, int64_t x_pitch, const uint16_t* w, int64_t panel, int64_t steps, float* y,
+void product_of_32(const uint16_t* x, int64_t x_pitch, const uint16_t* w, int64_t w_pitch, int64_t steps, float* y,
                    int64_t y_pitch) {
   fence(x);
   _tile_zero(0);
@@ -31,12 +32,12 @@ void product_of_32(const uint16_t* x, int64_t x_pitch, const uint16_t* w, int64_
   _tile_zero(3);
   for (int64_t s = 0; s < steps; s++) {
     _tile_loadd(4, x + s * kDepth, x_pitch * 2);
-    _tile_loadd(6, w + s * kWeights, 64);
+    _tile_loadd(6, w + s * w_pitch, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(5, x + kSide * x_pitch + s * kDepth, x_pitch * 2);
     _tile_dpbf16ps(2, 5, 6);
     if constexpr (NJ > 1) {
-      _tile_loadd(7, w + panel + s * kWeights, 64);
+      _tile_loadd(7, w + s * w_pitch + kWeights, 64);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -53,27 +54,27 @@ void product_of_32(const uint16_t* x, int64_t x_pitch, const uint16_t* w, int64_
 
 // The same for 16 samples and NJ = 1..4: inputs in 4, weights in 5, 6, 7, sums in 0..3.
 template <int NJ>
-void product_of_16(const uint16_t* x, int64_t x_pitch, const uint16_t* w, int64_t panel, int64_t steps, float* y,
+void product_of_16(const uint16_t* x, int64_t x_pitch, const uint16_t* w, int64_t w_pitch, int64_t steps, float* y,
                    int64_t y_pitch) {
   fence(x);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t s = 0; s < steps; s++, w += kWeights) {
+  for (int64_t s = 0; s < steps; s++, w += w_pitch) {
     _tile_loadd(4, x + s * kDepth, x_pitch * 2);
     _tile_loadd(5, w, 64);
     _tile_dpbf16ps(0, 4, 5);
     if constexpr (NJ > 1) {
-      _tile_loadd(6, w + panel, 64);
+      _tile_loadd(6, w + kWeights, 64);
       _tile_dpbf16ps(1, 4, 6);
     }
     if constexpr (NJ > 2) {
-      _tile_loadd(7, w + 2 * panel, 64);
+      _tile_loadd(7, w + 2 * kWeights, 64);
       _tile_dpbf16ps(2, 4, 7);
     }
     if constexpr (NJ > 3) {
-      _tile_loadd(5, w + 3 * panel, 64);
+      _tile_loadd(5, w + 3 * kWeights, 64);
       _tile_dpbf16ps(3, 4, 5);
     }
   }
@@ -86,7 +87,7 @@ void product_of_16(const uint16_t* x, int64_t x_pitch, const uint16_t* w, int64_
 }
 
 struct Tiles {
-  static constexpr int64_t kRows = 16, kFew = 16, kPanel = kSide;
+  static constexpr int64_t kRows = 16, kFew = 16, kPanel = kWide * kSide;
 
   // rows an odd number of cache lines apart
   static int64_t input_pitch(int64_t in) {
@@ -111,27 +112,28 @@ struct Tiles {
   }
 
   static void multiply(const MlpLayer& l, const Tile& t, int64_t first, int64_t last) {
-    const TileConfig config;
+    TileConfig config;
+    if (t.n < kSide)  // the unit's time goes with the rows
+      for (int i = 0; i < 5; i++) config.rows[i] = uint8_t(t.n);
     fence(&config);
     _tile_loadconfig(&config);
     const int64_t pitch = input_pitch(l.in_width), steps = round_up(l.in_width, kDepth) / kDepth;
-    const int64_t panel = steps * kWeights;
     const uint16_t* x = static_cast<const uint16_t*>(t.input);
-    for (int64_t p = first; p < last; p += 4) {  // four panels stay in the cache for all samples
-      const uint16_t* w = static_cast<const uint16_t*>(l.weight) + p * panel;
+    for (int64_t p = first; p < last; p++) {  // a panel stays in the cache for all samples
+      const uint16_t* w = static_cast<const uint16_t*>(l.weight) + p * steps * kWide * kWeights;
       float* y = t.rows + l.out + p * kPanel;
-      const int64_t here = smaller(4, last - p);
+      const int64_t tiles = smaller((l.out_width - p * kPanel + kSide - 1) / kSide, kWide), w_pitch = tiles * kWeights;
       int64_t r = 0;
       for (; t.n - r > kSide; r += 2 * kSide)
-        for (int64_t j = 0; j < here; j += 2)
-          (here - j > 1 ? product_of_32<2> : product_of_32<1>)(x + r * pitch, pitch, w + j * panel, panel, steps,
-                                                               y + r * t.pitch + j * kPanel, t.pitch);
+        for (int64_t j = 0; j < tiles; j += 2)
+          (tiles - j > 1 ? product_of_32<2> : product_of_32<1>)(x + r * pitch, pitch, w + j * kWeights, w_pitch, steps,
+                                                                y + r * t.pitch + j * kSide, t.pitch);
       if (r >= t.n) continue;
-      auto* run = here == 1   ? product_of_16<1>
-                  : here == 2 ? product_of_16<2>
-                  : here == 3 ? product_of_16<3>
-                              : product_of_16<4>;
-      run(x + r * pitch, pitch, w, panel, steps, y + r * t.pitch, t.pitch);
+      auto* run = tiles == 1   ? product_of_16<1>
+                  : tiles == 2 ? product_of_16<2>
+                  : tiles == 3 ? product_of_16<3>
+                               : product_of_16<4>;
+      run(x + r * pitch, pitch, w, w_pitch, steps, y + r * t.pitch, t.pitch);
     }
     _tile_release();
   }
@@ -145,19 +147,20 @@ int64_t mlp_sample(const MlpSampleArgs& a) {
 
 int64_t mlp_pack(const MlpPackArgs& a) {
   if (a.type != Dtype::bf16) return avx512::mlp_pack(a);
-  const int64_t panels = (a.out + kSide - 1) / kSide, steps = round_up(a.in, kDepth) / kDepth;
-  const int64_t bytes = panels * steps * kWeights * int64_t(sizeof(uint16_t));
+  const int64_t tiles = (a.out + kSide - 1) / kSide, steps = round_up(a.in, kDepth) / kDepth;
+  const int64_t bytes = tiles * steps * kWeights * int64_t(sizeof(uint16_t));
   if (!a.packed) return bytes;
   uint16_t* to = static_cast<uint16_t*>(a.packed);
-  for (int64_t p = 0; p < panels; p++)
-    for (int64_t k = 0; k < steps * kDepth; k += 2)
-      for (int64_t o = p * kSide; o < (p + 1) * kSide; o++, to += 2)
-        for (int64_t i = 0; i < 2; i++) {
-          const bool inside = o < a.out && k + i < a.in;
-          bf16 rounded[kFloats];
-          store(rounded, splat(inside ? a.weight[o * a.in + k + i] : 0.0f));
-          to[i] = rounded[0].bits;
-        }
+  for (int64_t p = 0; p < tiles; p += kWide)  // [panel][step][tile][pair of inputs][output][input]
+    for (int64_t s = 0; s < steps; s++)
+      for (int64_t o = p * kSide; o < smaller(p + kWide, tiles) * kSide; o += kSide)
+        for (int64_t k = s * kDepth; k < (s + 1) * kDepth; k += 2)
+          for (int64_t c = o; c < o + kSide; c++)
+            for (int64_t i = k; i < k + 2; i++) {
+              bf16 rounded[kFloats];
+              store(rounded, splat(c < a.out && i < a.in ? a.weight[c * a.in + i] : 0.0f));
+              *to++ = rounded[0].bits;
+            }
   return bytes;
 }
 

@@ -58,35 +58,39 @@ struct Finish {
   float alpha, gain;
 };
 
-template <Activation A>
+// Biased: a shift is all there is, as after most linear layers. Then nothing is asked of every vector.
+template <Activation A, bool biased>
 void finish(const float* in, float* out, int64_t n, const Finish& f) {
   for (int64_t i = 0; i < n; i += kFloats) {
     vf y = load(in + i);
-    if (f.scale) y *= load(f.scale + i);
-    if (f.shift) y += load(f.shift + i);
-    if (f.shift_each) y += load(f.shift_each + i);
+    if (!biased && f.scale) y *= load(f.scale + i);
+    if (biased || f.shift) y += load(f.shift + i);
+    if (!biased && f.shift_each) y += load(f.shift_each + i);
     y = activate<A>(y, f.alpha);
-    if constexpr (A == Activation::elu) y *= f.gain;
-    if (f.combine == MlpCombine::add) y += load(f.other + i);
-    if (f.combine == MlpCombine::multiply) y *= load(f.other + i);
+    if (!biased) {
+      y *= f.gain;
+      if (f.combine == MlpCombine::add) y += load(f.other + i);
+      if (f.combine == MlpCombine::multiply) y *= load(f.other + i);
+    }
     store(out + i, y);
   }
 }
 
 typedef void FinishRow(const float* in, float* out, int64_t n, const Finish&);
 
-FK_INLINE FinishRow* finish_of(Activation a) {
+template <bool biased>
+FinishRow* finish_of(Activation a) {
   switch (a) {
-    case Activation::relu: return finish<Activation::relu>;
-    case Activation::leaky_relu: return finish<Activation::leaky_relu>;
-    case Activation::silu: return finish<Activation::silu>;
-    case Activation::gelu: return finish<Activation::gelu>;
-    case Activation::gelu_tanh: return finish<Activation::gelu_tanh>;
-    case Activation::elu: return finish<Activation::elu>;
-    case Activation::tanh: return finish<Activation::tanh>;
-    case Activation::sigmoid: return finish<Activation::sigmoid>;
-    case Activation::mish: return finish<Activation::mish>;
-    default: return finish<Activation::none>;
+    case Activation::relu: return finish<Activation::relu, biased>;
+    case Activation::leaky_relu: return finish<Activation::leaky_relu, biased>;
+    case Activation::silu: return finish<Activation::silu, biased>;
+    case Activation::gelu: return finish<Activation::gelu, biased>;
+    case Activation::gelu_tanh: return finish<Activation::gelu_tanh, biased>;
+    case Activation::elu: return finish<Activation::elu, biased>;
+    case Activation::tanh: return finish<Activation::tanh, biased>;
+    case Activation::sigmoid: return finish<Activation::sigmoid, biased>;
+    case Activation::mish: return finish<Activation::mish, biased>;
+    default: return finish<Activation::none, biased>;
   }
 }
 
@@ -106,7 +110,8 @@ FK_INLINE const float* table_row(const MlpTable* tables, int64_t table, int64_t 
 // Columns [c, c + count) of a layer's output, from what its map left in place `in` of the rows
 FK_INLINE void finish_columns(const MlpLayer& l, const MlpTable* tables, int64_t step, const Tile& t, int64_t in,
                               int64_t c, int64_t count) {
-  FinishRow* run = finish_of(l.activation);
+  const bool biased = l.scale < 0 && l.shift >= 0 && l.shift_each < 0 && l.gain == 1 && l.combine == MlpCombine::none;
+  FinishRow* run = biased ? finish_of<true>(l.activation) : finish_of<false>(l.activation);
   for (int64_t i = 0; i < t.n; i++) {
     float* row = t.rows + i * t.pitch;
     const int64_t sample = t.sample + i;
