@@ -22,6 +22,7 @@ from flowkernels.ops import OPS  # noqa: E402
 
 MARK = "<!-- below this line: benchmarks/report.py -->"
 OURS, EAGER, COMPILED = "flowkernels cpu", "torch eager", "torch compile"
+HEAD = "1,024 tokens of 1,152 -> 4 channels of 2x2, guided, float32"
 GRAM, GUIDED = "K=100, n=100, D=3072", "Ki elements, guided, bfloat16 velocities and copy, given"
 
 
@@ -92,6 +93,18 @@ def targets(r: Results):
         yield at_least("... over torch.compile", 1.5, r.times("straighten_loss", case, COMPILED))
     update = value("linear_update", "4096 Ki elements, 16 terms, float32", "stream_percent")
     yield at_least("linear_update, 16 terms of 4 Mi: of the stream", 85, update, " %")
+    mlp = "64 -> 256 x 3 -> 64, N=8, n="
+    yield at_least(f"mlp_sample, {mlp}1: over eager", 10, r.times("mlp_sample", f"{mlp}1, float32 weights", EAGER))
+    for n, least in ((1, 6), (16, 4), (64, 2.2), (256, 2.2), (1024, 2.2)):
+        figure = r.times("mlp_sample", f"{mlp}{n}, float32 weights", COMPILED)
+        yield at_least(f"... n={n}: over torch.compile of the loop", least, figure)
+    for n in (64, 256, 1024):
+        figure = r.times("mlp_sample", f"{mlp}{n}, bfloat16 weights", COMPILED)
+        yield at_least(f"... n={n}, bfloat16 weights: over the same", 4, figure)
+    figure = r.times("mlp_sample", "digits model, rollout, K=100, n=512", COMPILED)
+    yield at_least("... digits model, rollout of K=100, n=512: over torch.compile", 3, figure)
+    figure = r.times("linear_euler", HEAD, EAGER)
+    yield at_least("linear_euler, 1,024 tokens x 1,152 -> 16, a guided pair: over eager", 1.5, figure)
     for op in OPS:
         case = f"{op}, one 8x8 image"
         yield at_most(f"{op}, 8x8 image: public function", 10, value("overhead", case, "p50_us"), " us")
