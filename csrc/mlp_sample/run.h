@@ -66,7 +66,7 @@ void finish(const float* in, float* out, int64_t n, const Finish& f) {
     if (f.shift) y += load(f.shift + i);
     if (f.shift_each) y += load(f.shift_each + i);
     y = activate<A>(y, f.alpha);
-    if constexpr (A == Activation::elu) y *= f.gain;
+    y *= f.gain;
     if (f.combine == MlpCombine::add) y += load(f.other + i);
     if (f.combine == MlpCombine::multiply) y *= load(f.other + i);
     store(out + i, y);

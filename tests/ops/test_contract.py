@@ -11,6 +11,7 @@ import torch
 from flowkernels import ops
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import OPS
+from flowkernels.ops.mlp_sample import _flat
 
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
 FUNCTIONS = {op: getattr(ops, op) for op in OPS}
@@ -40,6 +41,16 @@ def op_args(op, sample):
         return (*sample.args, k.get("low"))
     if op == "segment_points":
         return (*sample.args, k.get("dtype") or sample.args[0].dtype)
+    if op == "mlp_sample":
+        x, h, layers = sample.args
+        return (
+            x,
+            h,
+            *_flat(layers, k.get("unconditional")),
+            k.get("guidance", 1.0),
+            k.get("low"),
+            k.get("trajectory", False),
+        )
     return (*sample.args, k.get("weight"), 0.0 if k["loss"] == "l2" else 0.03, True)
 
 
@@ -128,7 +139,13 @@ def test_compiles_with_inductor(op, sample):
     assert identical(compiled(*sample.args, **sample.kwargs), call(op, sample))
 
 
-@over([c for c in CASES if c[1].id in ("14x5x205-bfloat16", "65-steps64", "5x6561-float32")])
+@over(
+    [
+        c
+        for c in CASES
+        if c[1].id in ("14x5x205-bfloat16", "65-steps64", "5x6561-float32", "residual-n49x17-steps2-misaligned")
+    ]
+)
 def test_calls_from_several_python_threads(op, sample):
     expected = call(op, sample)
 
