@@ -732,14 +732,15 @@ void mlp_sample() {
   using fk::MlpCombine;
   using fk::MlpMap;
   const auto plain = Activation::none;
+  const int64_t kDims[] = {1, 2, 5, 16, 17, 33};
   int variant = 0;
   for (bool low : {false, true})
     for (int64_t n : {0, 1, 2, 3, 4, 6, 7, 13, 16, 17, 33, 49, 97})
       for (int64_t width : {1, 3, 15, 16, 17, 33, 64, 65, 100, 130}) {
-        if (n > 33 && width > 33 && width != 65) continue;
+        if (n > 13 && width != 3 && width != 17 && width != 65) continue;
         if (kRacesOnly && n < 7 && width % 16 < 2) continue;
         variant++;
-        const int64_t D = int64_t[]{1, 2, 5, 16, 17, 33}[variant % 6], steps = 1 + variant % 2;
+        const int64_t D = kDims[variant % 6], steps = 1 + variant % 2;
         const bool guided = variant % 3 == 0;
         CASE("mlp_sample n %ld D %ld width %ld steps %ld guided %d low %d", long(n), long(D), long(width), long(steps),
              guided, low);
@@ -757,6 +758,16 @@ void mlp_sample() {
         net.add(MlpMap::linear, sum, width, v, D, plain, {0, 2, 0});
         net.check(variant % 2, variant % 5 == 0, variant % 4 == 1);
       }
+  for (bool low : {false, true})  // enough work for threads to take tiles
+    for (int64_t n : {20, 97, 131}) {
+      CASE("mlp_sample tiles n %ld low %d", long(n), low);
+      Network net(n, 33, 2, true, low);
+      const int64_t first = net.value(260), second = net.value(130), v = net.value(33);
+      net.add(MlpMap::linear, 0, 33, first, 260, Activation::silu, {0, 2, 3});
+      net.add(MlpMap::linear, first, 260, second, 130, Activation::tanh, {4, 1, 0});
+      net.add(MlpMap::linear, second, 130, v, 33, plain, {0, 0, 4});
+      net.check(1, n == 97, n != 97);
+    }
   for (bool low : {false, true})  // weights of 1 MiB and more, which threads share; more in all than a core's cache
     for (int64_t n : {1, 3, 5, 16}) {
       if (!low && n == 16) continue;

@@ -139,13 +139,7 @@ def test_compiles_with_inductor(op, sample):
     assert identical(compiled(*sample.args, **sample.kwargs), call(op, sample))
 
 
-@over(
-    [
-        c
-        for c in CASES
-        if c[1].id in ("14x5x205-bfloat16", "65-steps64", "5x6561-float32", "residual-n49x17-steps2-misaligned")
-    ]
-)
+@over([c for c in CASES if c[1].id in ("14x5x205-bfloat16", "65-steps64", "5x6561-float32", "threads-n131x65-steps3")])
 def test_calls_from_several_python_threads(op, sample):
     expected = call(op, sample)
 
@@ -163,7 +157,8 @@ def test_calls_from_several_python_threads(op, sample):
 FORK = """
 import mmap, multiprocessing, sys
 import numpy, torch
-from flowkernels.ops import euler_step, linear_update, velocity_gram
+from flowkernels.ops import euler_step, linear_update, mlp_sample, velocity_gram
+from flowkernels.ops.mlp_sample import Layer, Source
 
 n = 1 << 17
 torch.set_num_threads(2)
@@ -173,6 +168,8 @@ def run(gram, state):
     gram.copy_(velocity_gram(x.view(8, -1)).view(-1))
     euler_step(x, x, 0.1, out=state)
     linear_update(state, [x, x], [0.2, 0.3], out=state)
+    layers = [Layer("linear", Source(0, 0, 64), 64, state[:4096].view(64, 64))]
+    state[: 1 << 14].copy_(mlp_sample(x[: 1 << 14].view(256, 64), [0.01] * 10, layers).view(-1))
 
 def run_in_child():
     out = torch.frombuffer(mmap.mmap(-1, 4 * (n + 49)), dtype=torch.float32).split([49, n])

@@ -11,7 +11,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowkernels.backends import BACKENDS, backend
-from flowkernels.ops import OPS, bellman, euler_step, linear_update, segment_points, straighten_loss, velocity_gram
+from flowkernels.ops import (
+    OPS,
+    bellman,
+    euler_step,
+    linear_update,
+    mlp_sample,
+    segment_points,
+    straighten_loss,
+    velocity_gram,
+)
+from flowkernels.ops.mlp_sample import Layer, Source
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -31,6 +41,12 @@ CALLS = {
     "linear_update": Call(lambda x, v, w: linear_update(x, [v, w], [0.5, 2.0], low=BF16), ((3, 5),) * 3),
     "linear_update_out": Call(lambda x, v, out: linear_update(x, [v], [0.5], out=out, low=BF16), ((3, 5),) * 3, (2,)),
     "segment_points": Call(lambda bank, u: segment_points(bank, *PLACES, u), ((4, 3, 5), (4,))),
+    "mlp_sample": Call(
+        lambda x, weight, shift: mlp_sample(
+            x, [0.25], [Layer("linear", Source(0, 0, 5), 5, weight, shift=shift[None])], trajectory=True
+        ),
+        ((3, 5), (5, 5), (3, 5)),
+    ),
     "straighten_loss": Call(
         lambda v, bank, h, w: straighten_loss(v, bank, h, *PLACES, weight=w), ((4, 5), (4, 3, 5), (3,), (4,))
     ),
@@ -279,6 +295,9 @@ def test_tensors_that_need_a_gradient(op, way):
             assert way() == "direct"
         if CALLS[op].written:
             with pytest.raises(ValueError, match="expected no gradient with out="):
+                call(op, tensors)
+        elif op == "mlp_sample":
+            with pytest.raises(ValueError, match="expected no gradient"):
                 call(op, tensors)
         elif op in DIFFERENTIABLE:
             got = call(op, tensors)

@@ -79,6 +79,7 @@ def sample_inputs() -> Iterator[Sample]:
         )
         yield net.head().sample(activation)
     yield Network(3, 97, 1).head().sample("one layer")
+    yield Network(65, 131, 3).add(130, activation="silu").add(130, activation="silu").head().sample("threads")
     yield Network(5, 4, 0).add(17, activation="relu").head().sample("no steps", trajectory=True)
 
     def residual(dim, n, steps, width=65, **kwargs):
