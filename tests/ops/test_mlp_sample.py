@@ -151,7 +151,7 @@ def test_batches_threads_and_places(low):
 @pytest.mark.parametrize("low", [None, BF16])
 def test_large_weights_that_threads_share(low):
     """1 MiB and more a layer: few samples share it out, many do not; outputs appended to columns of any number."""
-    net = Network(19, 49, 2).add(523, activation="silu").add(505, activation="tanh", shift="both")
+    net = Network(19, 49, 8).add(523, activation="silu").add(505, activation="tanh", shift="both")
     net.add(130, map="linear", source=(1, 3, 517), append=True).add(600, activation="mish")
     net.add(600, source=(2, 31, 600), combine="add", other=(3, 0, 600), shift="sample", activation="gelu").head()
     x, h, layers = net.sample("").args
@@ -288,11 +288,10 @@ def test_activations(activation):
     x = torch.cat([x, x.new_zeros(-len(x) % 64)]).view(-1, 64)
     truth = exact_activation(activation, x.double(), alpha)
     got = activate(x, activation, alpha)
-    eps = torch.finfo(F32).eps
-    # the tails below -3: of a result that vanishes beside x
-    scale = torch.where(x > -3, truth.abs(), truth.abs().max(x.double().abs().clamp(max=100)))
+    allowed = 5 * torch.finfo(F32).eps * truth.abs()
+    tail = torch.finfo(F32).eps / 4 * x.double().abs().clamp(max=100)  # of results that vanish beside x
     assert not got.isnan().any()
-    assert ((got - truth).abs() <= 5 * eps * scale + 2e-36).all()
+    assert ((got - truth).abs() <= torch.where(x > -2, allowed, allowed.max(tail)) + 2e-36).all()
 
 
 def exact_activation(activation, x, alpha):

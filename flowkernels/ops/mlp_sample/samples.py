@@ -109,7 +109,7 @@ def sample_inputs() -> Iterator[Sample]:
     for n, steps, rows in ((1, 3, "sample"), (2, 1, "both"), (13, 2, "sample"), (97, 3, "both"), (5, 2, "one")):
         yield gates(n, steps, rows).sample(f"gates {rows}", trajectory=n == 13)
     yield gates(7, 2, "both").sample("gates guided", guidance=0.5)
-    yield Network(2, 5, 2).add(600, activation="silu").add(520, activation="silu").head().sample("large weights")
+    yield Network(2, 3, 10).add(600, activation="silu").add(520, activation="silu").head().sample("large weights")
     for n in (1, 6, 33):
         yield residual(33, n, 3).sample("residual low", low=bf16, trajectory=n == 6)
     yield gates(49, 2, "sample").sample("gates low", "sliced", guidance=1.5, low=bf16)
