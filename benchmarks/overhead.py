@@ -2,12 +2,15 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from flowkernels import backends, ops
 from flowkernels.bench import Case, Work, ours
 from flowkernels.ops.euler_step import stepper
+from flowkernels.ops.mlp_sample import samples as mlp_samples
 from flowkernels.ops.straighten_loss import samples as loss_samples
 
 from . import (
@@ -130,6 +133,31 @@ def cases(device) -> Iterator[Case]:
             lambda got: (abs(got.item() / truth - 1), 1e-5),
         )
 
-    builds = (gram, costs, recursion, step, head, update, points, loss)
+    def network():
+        net = mlp_samples.Network(64, 1, 1).add(64, activation="silu").head().sample("")
+        x, h, layers = net.args
+        x, layers = x.to(device), [replace(a, weight=a.weight.to(device), shift=a.shift.to(device)) for a in layers]
+        first, last = layers
+        module, C = sys.modules["flowkernels.ops.mlp_sample"], backends.extension()
+        out, step_sizes = torch.empty_like(x), torch.tensor(h, dtype=torch.float64)
+        prepared = C and (module.Plan(C, 64, layers, None), module.Tables(layers))
+
+        def inner():
+            plan, tables = prepared
+            plan.run(x, step_sizes, tables, None, 1.0, out, None, None)
+            return out
+
+        def eager():
+            hidden = F.silu(F.linear(x, first.weight, first.shift[0, 0]))
+            return x + h[0] * F.linear(hidden, last.weight, last.shift[0, 0])
+
+        return (
+            lambda: ops.mlp_sample(x, h, layers),
+            inner,
+            eager,
+            lambda got: mlp_samples.error_and_bound(net, got.cpu()),
+        )
+
+    builds = (gram, costs, recursion, step, head, update, points, loss, network)
     for op, build in zip(ops.OPS, builds, strict=True):
         yield case(op, build)

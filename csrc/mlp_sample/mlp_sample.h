@@ -19,8 +19,8 @@ enum class Activation : int64_t { none, relu, leaky_relu, silu, gelu, gelu_tanh,
 // out = other (+ or *) gain * activation(scale * map(in) + shift + shift_each)
 struct MlpLayer {
   MlpMap map;
-  int64_t in, in_width;     // place in the row and length, in floats
-  int64_t out, out_width;   // the place is a multiple of 16, and so is the room it has
+  int64_t in, in_width;     // place in the row and length, in floats; whole vectors are read
+  int64_t out, out_width;   // whole vectors are written, up to the next multiple of 16 floats
   const void* weight;       // of linear: as mlp_pack wrote it
   double eps;               // of layer_norm
   int64_t scale;            // a table, or -1

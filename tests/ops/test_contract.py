@@ -11,6 +11,7 @@ import torch
 from flowkernels import ops
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import OPS
+from flowkernels.ops.mlp_sample import _flat
 
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
 FUNCTIONS = {op: getattr(ops, op) for op in OPS}
@@ -45,6 +46,16 @@ def op_args(op, sample):
         return (*sample.args, k.get("low"))
     if op == "segment_points":
         return (*sample.args, k.get("dtype") or sample.args[0].dtype)
+    if op == "mlp_sample":
+        x, h, layers = sample.args
+        return (
+            x,
+            h,
+            *_flat(layers, k.get("unconditional")),
+            k.get("guidance", 1.0),
+            k.get("low"),
+            k.get("trajectory", False),
+        )
     return (*sample.args, k.get("weight"), 0.0 if k["loss"] == "l2" else 0.03, True)
 
 
@@ -134,9 +145,10 @@ def test_compiles_with_inductor(op, sample):
 
 
 LAYER = "3x64xx4x1152-float32-norm-scale-shift"
+SHARED = "threads-n131x65-steps3"
 
 
-@over([c for c in CASES if c[1].id in ("14x5x205-bfloat16", "65-steps64", "5x6561-float32", LAYER)])
+@over([c for c in CASES if c[1].id in ("14x5x205-bfloat16", "65-steps64", "5x6561-float32", LAYER, SHARED)])
 def test_calls_from_several_python_threads(op, sample):
     expected = call(op, sample)
 
@@ -154,7 +166,8 @@ def test_calls_from_several_python_threads(op, sample):
 FORK = """
 import mmap, multiprocessing, sys
 import numpy, torch
-from flowkernels.ops import euler_step, linear_update, velocity_gram
+from flowkernels.ops import euler_step, linear_update, mlp_sample, velocity_gram
+from flowkernels.ops.mlp_sample import Layer, Source
 
 n = 1 << 17
 torch.set_num_threads(2)
@@ -164,6 +177,8 @@ def run(gram, state):
     gram.copy_(velocity_gram(x.view(8, -1)).view(-1))
     euler_step(x, x, 0.1, out=state)
     linear_update(state, [x, x], [0.2, 0.3], out=state)
+    layers = [Layer("linear", Source(0, 0, 64), 64, state[:4096].view(64, 64))]
+    state[: 1 << 14].copy_(mlp_sample(x[: 1 << 14].view(256, 64), [0.01] * 10, layers).view(-1))
 
 def run_in_child():
     out = torch.frombuffer(mmap.mmap(-1, 4 * (n + 49)), dtype=torch.float32).split([49, n])

@@ -17,10 +17,12 @@ from flowkernels.ops import (
     euler_step,
     linear_euler,
     linear_update,
+    mlp_sample,
     segment_points,
     straighten_loss,
     velocity_gram,
 )
+from flowkernels.ops.mlp_sample import Layer, Source
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -51,6 +53,12 @@ CALLS = {
     "linear_update": Call(lambda x, v, w: linear_update(x, [v, w], [0.5, 2.0], low=BF16), ((3, 5),) * 3),
     "linear_update_out": Call(lambda x, v, out: linear_update(x, [v], [0.5], out=out, low=BF16), ((3, 5),) * 3, (2,)),
     "segment_points": Call(lambda bank, u: segment_points(bank, *PLACES, u), ((4, 3, 5), (4,))),
+    "mlp_sample": Call(
+        lambda x, weight, shift: mlp_sample(
+            x, [0.25], [Layer("linear", Source(0, 0, 5), 5, weight, shift=shift[None])], trajectory=True
+        ),
+        ((3, 5), (5, 5), (3, 5)),
+    ),
     "straighten_loss": Call(
         lambda v, bank, h, w: straighten_loss(v, bank, h, *PLACES, weight=w), ((4, 5), (4, 3, 5), (3,), (4,))
     ),
@@ -299,7 +307,7 @@ def test_tensors_that_need_a_gradient(op, way):
         with torch.no_grad():
             assert same(call(op, tensors), expected)
             assert way() == "direct"
-        if CALLS[op].written or op == "linear_euler":  # which has none
+        if CALLS[op].written or op == "linear_euler" or op == "mlp_sample":  # which has none
             with pytest.raises(ValueError, match="expected no gradient"):
                 call(op, tensors)
         elif op in DIFFERENTIABLE:

@@ -18,10 +18,12 @@ from flowkernels.ops import (
     euler_step,
     linear_euler,
     linear_update,
+    mlp_sample,
     segment_points,
     straighten_loss,
     velocity_gram,
 )
+from flowkernels.ops.mlp_sample import Layer, Source
 
 NAMES = ("baseline", "avx2", "avx512", "amx")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -169,6 +171,13 @@ def check_bounds():
             assert gram.eq(n).all()
             gram = velocity_gram(before_guard_page(velocities), x=before_guard_page(states), times=5)
             assert gram[4:, 4:].eq(n * torch.arange(5.0) * torch.arange(5.0)[:, None]).all()
+    for n in range(1, 36):
+        for low in (None, BF16):
+            x, weight, scale, shift = (
+                before_guard_page(torch.ones(shape)) for shape in ((n, n), (n, n), (1, 1, n), (2, n, n))
+            )
+            layer = Layer("linear", Source(0, 0, n), n, weight, scale=scale, shift=shift, activation="relu")
+            assert mlp_sample(x, [1.0, 0.5], [layer], low=low).eq(2 + n + 0.5 + n * (2 + n) / 2).all()
     for K in range(1, 20):
         value, _ = bellman(before_guard_page(torch.ones(K + 1, K + 1, dtype=F64)), K)
         assert value.diagonal().eq(torch.arange(K + 1)).all()

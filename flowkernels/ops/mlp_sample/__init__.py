@@ -94,17 +94,22 @@ def mlp_sample(
     expect(low in (None, torch.bfloat16), "low", "torch.bfloat16 or None", low, TypeError)
     expect_number(guidance, "guidance")
     expect(guidance == 1.0 or unconditional is not None, "guidance", "1 without unconditional", guidance)
-    h = [float(s) for s in step_sizes]
+    expect(hasattr(step_sizes, "__iter__"), "step_sizes", "a sequence of numbers", step_sizes, TypeError)
+    h = list(step_sizes)
+    for i, size in enumerate(h):
+        expect_number(size, f"step_sizes[{i}]")
+    h = [float(size) for size in h]
     expect_layers(layers, "layers", x, len(h))
     if unconditional is not None:
         expect_layers(unconditional, "unconditional", x, len(h))
-        same = _code(unconditional) == _code(layers)
+        same = _code(unconditional) == _code(layers) and _numbers(unconditional) == _numbers(layers)
         same = same and all(a.weight is b.weight for a, b in zip(layers, unconditional, strict=True))
         expect(same, "unconditional", "the layers with other tables", "other layers")
     if torch.is_grad_enabled():
-        for name, t in [("x", x), *_named_tensors(layers), *_named_tensors(unconditional or ())]:
+        others = _named_tensors(unconditional or (), "unconditional")
+        for name, t in [("x", x), *_named_tensors(layers, "layers"), *others]:
             expect(not t.requires_grad, name, "no gradient: mlp_sample has none", "requires_grad")
-    args = (x, h, *_flat(layers, unconditional), guidance, low, trajectory)
+    args = (x, h, *_flat(layers, unconditional), float(guidance), low, trajectory)
     if (C := direct("mlp_sample", x, *args[2])) is not None:
         state, states, velocities = _kernel(C, *args)
     else:
@@ -113,10 +118,12 @@ def mlp_sample(
 
 
 def expect_layers(layers: Sequence[Layer], name: str, x: Tensor, steps: int) -> None:
+    expect(isinstance(layers, Sequence), name, "a sequence of layers", layers, TypeError)
     expect(len(layers) > 0, name, "at least one layer", "none")
     n, widths = len(x), [x.shape[1]]
     for i, layer in enumerate(layers):
         where = f"{name}[{i}]"
+        expect(isinstance(layer, Layer), where, "a Layer", layer, TypeError)
         expect(layer.map in MAPS, f"{where}.map", f"one of {', '.join(MAPS)}", layer.map)
         expect(layer.combine in COMBINES, f"{where}.combine", f"one of {', '.join(COMBINES)}", layer.combine)
         known = ", ".join(ACTIVATIONS)
@@ -130,13 +137,16 @@ def expect_layers(layers: Sequence[Layer], name: str, x: Tensor, steps: int) -> 
             last = len(widths) - (1 if layer.first else 0)
             fits = 0 <= value < last and first >= 0 and width > 0 and first + width <= widths[value]
             expect(fits, f"{where}.{what}", f"columns of an earlier value of {widths[:last]} columns", source)
-        expect(layer.other is None or layer.other.width == layer.width, f"{where}.other", f"width {layer.width}", layer)
+        fits = layer.other is None or layer.other.width == layer.width
+        expect(fits, f"{where}.other", f"width {layer.width}", layer.other)
+        expect(layer.width > 0, f"{where}.width", "at least 1", layer.width)
         if layer.map == "linear":
             expect_tensor(layer.weight, f"{where}.weight", (torch.float32,))
             shape = [layer.width, layer.source.width]
             fits = list(layer.weight.shape) == shape and layer.weight.device == x.device
             expect(fits, f"{where}.weight", f"shape {shape} on {x.device}", layer.weight)
         else:
+            expect(layer.weight is None, f"{where}.weight", f"None with {layer.map}", layer.weight)
             expect(layer.source.width == layer.width, f"{where}.width", f"{layer.source.width}", layer.width)
         for what, table in zip(("scale", "shift", "shift_each"), layer.tables, strict=True):
             if table is None:
@@ -153,11 +163,11 @@ def expect_layers(layers: Sequence[Layer], name: str, x: Tensor, steps: int) -> 
     expect(widths[-1] == x.shape[1], name, f"a last value of {x.shape[1]} columns, as x has", f"{widths[-1]}")
 
 
-def _named_tensors(layers: Sequence[Layer]):
+def _named_tensors(layers: Sequence[Layer], where: str):
     for i, layer in enumerate(layers):
         for name in ("weight", "scale", "shift", "shift_each"):
             if (t := getattr(layer, name)) is not None:
-                yield f"layers[{i}].{name}", t
+                yield f"{where}[{i}].{name}", t
 
 
 # A layer as the registered op takes it: its tensors, its integers and its numbers
@@ -176,10 +186,14 @@ def _code(layers: Sequence[Layer]) -> list[int]:
 _CODES = 12
 
 
+def _numbers(layers: Sequence[Layer]) -> list[float]:
+    return [float(v) for a in layers for v in (a.eps, a.alpha, a.gain)]
+
+
 def _flat(layers, unconditional):
     tensors = [t for a in layers for t in (a.weight, *a.tables) if t is not None]
     tensors += [t for a in unconditional or () for t in a.tables if t is not None]
-    return tensors, _code(layers), [v for a in layers for v in (a.eps, a.alpha, a.gain)], unconditional is not None
+    return tensors, _code(layers), _numbers(layers), unconditional is not None
 
 
 def _layers(tensors, code, numbers, guided) -> tuple[list[Layer], list[Layer] | None]:
@@ -251,7 +265,7 @@ class Plan:
     def _pack(self, weight: Tensor) -> Tensor:
         weight = weight.contiguous()
         size = self.C.mlp_pack(weight.data_ptr(), *weight.shape, self.weight_type, 0)
-        room = torch.empty(size + 64, dtype=torch.uint8)
+        room = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
         packed = room[-room.data_ptr() % 64 :][:size]
         self.C.mlp_pack(weight.data_ptr(), *weight.shape, self.weight_type, packed.data_ptr())
         return packed
@@ -268,7 +282,10 @@ class Plan:
 
 
 def _places(dim: int, layers: Sequence[Layer]) -> tuple[list[int], int]:
-    """Each value's first float in the row, and the row's length. A value's room is free again after its last use."""
+    """Each value's first float in the row, and the row's length. A value's room is free again after its last use.
+
+    Whole vectors are read and written: a room also holds what lies past the columns that a layer asks for.
+    """
     rooms, last_use = [_round_up(dim)], {}
     for i, a in enumerate(layers):
         room = _round_up(a.first + _round_up(a.width))  # whole vectors are written
@@ -279,7 +296,8 @@ def _places(dim: int, layers: Sequence[Layer]) -> tuple[list[int], int]:
         for source in (a.source, a.other):
             if source is not None:
                 last_use[source.value] = i
-    taken, places, value, end = [(0, _round_up(dim), 0)], [0], 0, 0
+                rooms[source.value] = max(rooms[source.value], _round_up(source.first + _round_up(source.width)))
+    taken, places, value, end = [(0, rooms[0], 0)], [0], 0, rooms[0]
     for i, a in enumerate(layers):
         if a.first:
             continue
@@ -304,11 +322,11 @@ class Tables:
         for table in (t for a in layers for t in a.tables if t is not None):
             width = table.shape[2]
             if width % PLACE or table.stride(2) != 1 or (table.shape[1] > 1 and table.stride(1) % PLACE):
-                table = torch.nn.functional.pad(table, (0, -width % PLACE))
+                table = torch.nn.functional.pad(table, (0, -width % PLACE)).contiguous()
             self.padded.append(table)
             steps, samples = (table.stride(d) if table.shape[d] > 1 else 0 for d in (0, 1))
             numbers += [table.data_ptr(), steps, samples]
-        self.structs = torch.tensor(numbers, dtype=torch.int64)
+        self.structs = torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _empty(x: Tensor, steps: int, trajectory: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,7 +340,7 @@ def _kernel(C, x, step_sizes, tensors, code, numbers, guided, guidance, low, tra
     plan, tables = Plan(C, x.shape[1], layers, low), Tables(layers)
     others = None if unconditional is None else Tables(unconditional)
     out, states, velocities = map(fresh, _empty(x, len(step_sizes), trajectory))
-    h = torch.tensor(step_sizes, dtype=torch.float64)
+    h = torch.tensor(step_sizes, dtype=torch.float64, device="cpu")
     kept = (states, velocities) if trajectory else (None, None)
     plan.run(x.contiguous(), h, tables, others, guidance, out, *kept)
     return out, states, velocities

@@ -1,0 +1,177 @@
+"""Sample inputs of `mlp_sample` and the error allowed on them, for its tests and its benchmark."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops.mlp_sample import Layer, Source, reference
+
+TRIALS = 3
+
+
+class Network:
+    """Layers one by one, with random weights and tables for n samples and as many steps."""
+
+    def __init__(self, dim: int, n: int, steps: int, seed: int = 0):
+        self.g = torch.Generator().manual_seed(seed)
+        self.dim, self.n, self.steps = dim, n, steps
+        self.widths, self.layers = [dim], []
+
+    def table(self, width: int, rows: str, around: float = 0.0) -> Tensor:
+        """rows: "one" for all, one each "step", "sample" or "both"."""
+        shape = self.steps if rows in ("step", "both") else 1, self.n if rows in ("sample", "both") else 1, width
+        return around + 0.3 * torch.randn(shape, generator=self.g)
+
+    def add(
+        self, width=None, map="linear", source=None, shift="step", scale=None, shift_each=None, **other
+    ) -> "Network":
+        """A layer on the last value, or on `source`; `append=True`: to the last value, from the one before."""
+        append = other.pop("append", False)
+        last = len(self.widths) - (2 if append else 1)
+        source = Source(*source) if source else Source(last, 0, self.widths[last])
+        width = width or source.width
+        weight = None
+        if map == "linear":
+            weight = torch.randn(width, source.width, generator=self.g) / source.width**0.5
+        tables = (None if rows is None else self.table(width, rows) for rows in (shift, shift_each))
+        scale = None if scale is None else self.table(width, scale, around=1.0)
+        if "other" in other:
+            other["other"] = Source(*other["other"])
+        first = self.widths[-1] if append else 0
+        self.layers.append(Layer(map, source, width, weight, 1e-5, scale, *tables, first=first, **other))
+        if append:
+            self.widths[-1] += width
+        else:
+            self.widths.append(width)
+        return self
+
+    def head(self) -> "Network":
+        return self.add(self.dim)
+
+    def sample(self, name: str, layout: str = "contiguous", guidance: float | None = None, **kwargs) -> Sample:
+        x = arrange(torch.randn(self.n, self.dim, generator=self.g), layout)
+        h = (torch.rand(self.steps, generator=self.g, dtype=torch.float64) / max(self.steps, 1)).tolist()
+        if guidance is not None:
+            others = [
+                replace(a, **{k: t + 0.1 for k in ("scale", "shift", "shift_each") if (t := getattr(a, k)) is not None})
+                for a in self.layers
+            ]
+            kwargs |= dict(unconditional=others, guidance=guidance)
+        shape = f"n{self.n}x{self.dim}-steps{self.steps}"
+        return Sample(f"{name}-{shape}" + ("" if layout == "contiguous" else f"-{layout}"), (x, h, self.layers), kwargs)
+
+
+def sample_inputs() -> Iterator[Sample]:
+    """Every feature at least once; widths, batches and steps around the vectors, panels and tiles of the kernels."""
+    bf16 = torch.bfloat16
+    alphas = dict(leaky_relu=0.1, elu=1.5)
+    shapes = [(1, 0, 1), (2, 1, 2), (3, 2, 3), (15, 5, 4), (16, 6, 1), (17, 7, 2), (33, 13, 3), (65, 49, 2), (64, 3, 4)]
+    activations = [a for a in reference.ACTIVATIONS if a != "none"]
+    for i, (activation, (dim, n, steps)) in enumerate(zip(activations, shapes, strict=True)):
+        net = (
+            Network(dim, n, steps, i)
+            .add(100, activation=activation, alpha=alphas.get(activation, 0.0))
+            .add((33, 130, 2)[i % 3], activation=activation, alpha=alphas.get(activation, 0.0), gain=(1.0, 1.05)[i % 2])
+        )
+        yield net.head().sample(activation)
+    yield Network(3, 97, 1).head().sample("one layer")
+    yield Network(65, 131, 3).add(130, activation="silu").add(130, activation="silu").head().sample("threads")
+    yield Network(5, 4, 0).add(17, activation="relu").head().sample("no steps", trajectory=True)
+
+    def residual(dim, n, steps, width=65, **kwargs):
+        """LayerNorm, scale and shift, two layers, a gate of each step and sample, and the sum with what came in."""
+        net = Network(dim, n, steps).add(width)
+        for _ in range(2):
+            stream = len(net.widths) - 1
+            net.add(map="layer_norm", scale="both", shift="both")
+            net.add(width + 3, activation="silu").add(width, shift=None, activation="gelu_tanh")
+            net.add(map="identity", shift=None, scale="step", combine="add", other=(stream, 0, width))
+        return net.add(map="layer_norm", shift=None).head()
+
+    for n, layout in ((1, "contiguous"), (7, "sliced"), (49, "misaligned")):
+        yield residual(17, n, 2).sample("residual", layout)
+    yield residual(33, 13, 3, 130).sample("residual guided", guidance=2.5, trajectory=True)
+    yield residual(1, 6, 4, 2).sample("residual narrow", trajectory=True)
+
+    def gates(n, steps, rows):
+        """Parts of values multiplied, shifts of two kinds, and values put together from three layers."""
+        net = Network(15, n, steps).add(34, shift="step", shift_each=rows)
+        net.add(map="identity", source=(1, 17, 17), shift=None, activation="sigmoid")
+        net.add(map="identity", source=(1, 0, 17), combine="multiply", other=(2, 0, 17), shift=None, scale=rows)
+        net.add(3, source=(3, 1, 16), activation="tanh").add(map="identity", source=(0, 2, 11), shift=rows, append=True)
+        net.add(33, source=(1, 3, 31), shift="step", activation="mish", append=True)
+        return net.add(100, activation="elu", alpha=1.0, gain=1.1).head()
+
+    for n, steps, rows in ((1, 3, "sample"), (2, 1, "both"), (13, 2, "sample"), (97, 3, "both"), (5, 2, "one")):
+        yield gates(n, steps, rows).sample(f"gates {rows}", trajectory=n == 13)
+    yield gates(7, 2, "both").sample("gates guided", guidance=0.5)
+    yield Network(2, 3, 10).add(600, activation="silu").add(520, activation="silu").head().sample("large weights")
+    for n in (1, 6, 33):
+        yield residual(33, n, 3).sample("residual low", low=bf16, trajectory=n == 6)
+    yield gates(49, 2, "sample").sample("gates low", "sliced", guidance=1.5, low=bf16)
+    yield Network(3, 17, 4).add(100, activation="silu").add(15, activation="silu").head().sample("narrow low", low=bf16)
+
+
+def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[float, float]:
+    """The largest error against float64 of the states and velocities, and the largest allowed, relative to the largest
+    of them.
+
+    Allowed: twice the error of the reference in float32, plus what rounding alone does to the result. That is found by
+    backward analysis: a sum of k products whose partial sums are rounded is exact for weights that are off by some
+    sqrt(k) half-ulps, and activations and steps are for tables, gains and states that are off by one or two ulp. The
+    network is evaluated in float64 with such random errors, a few times, and the largest difference taken, twice.
+
+    With `low` the truth is that of the network that is not rounded, and the reference rounds as the kernel does. Their
+    values differ where an input lies so near the middle of two numbers that an error of the kind above, d, takes it to
+    the other one: with a probability of d / eps of low, by eps. Its mean square is d * eps.
+    """
+    x, h, layers = sample.args
+    k = sample.kwargs
+    trajectory = k.get("trajectory", False)
+    if not x.numel():
+        return 0.0, 0.0
+    given = layers, k.get("unconditional"), k.get("guidance", 1.0)
+
+    def evaluate(x, h, layers, others, guidance, low=None):
+        return reference.mlp_sample(x, h, layers, others, guidance, low)[: 3 if trajectory else 1]
+
+    truth = evaluate(x.double(), h, *given)
+
+    def error(found: Sequence[Tensor]) -> float:
+        worst = [(a - b).abs().max() / b.abs().max() for a, b in zip(found, truth, strict=True) if b.numel()]
+        return max(w.item() if w == w else math.inf for w in worst)
+
+    half_ulp = torch.finfo(torch.float32).eps / 2
+    floor = 0.0
+    for trial in range(TRIALS):
+        g = torch.Generator().manual_seed(trial)
+
+        def off(t, amount, g=g, rounded=False):
+            if t is None:
+                return None
+            amount *= half_ulp
+            if rounded and k.get("low"):
+                amount += (amount * torch.finfo(k["low"]).eps) ** 0.5
+            return t.double() * (1 + amount * torch.randn(t.shape, generator=g, dtype=torch.float64))
+
+        moved = [
+            replace(
+                a,
+                weight=off(a.weight, a.source.width**0.5, rounded=True),
+                **{name: off(getattr(a, name), 4) for name in ("scale", "shift", "shift_each")},
+                gain=a.gain * (1 + (-1) ** i * 4 * half_ulp),
+            )
+            for i, a in enumerate(layers)
+        ]
+        others = given[1] and [
+            replace(a, weight=b.weight, **{name: off(getattr(a, name), 4) for name in ("scale", "shift", "shift_each")})
+            for a, b in zip(given[1], moved, strict=True)
+        ]
+        steps = off(torch.tensor(h, dtype=torch.float64), 2)
+        floor = max(floor, error(evaluate(off(x, len(h) ** 0.5), steps, moved, others, given[2])))
+    found = got if trajectory else (got,)
+    return error(found), 2 * error(evaluate(x, h, *given, k.get("low"))) + 2 * floor
