@@ -18,10 +18,12 @@ from flowkernels.ops import (
     euler_step,
     linear_euler,
     linear_update,
+    mlp_sample,
     segment_points,
     straighten_loss,
     velocity_gram,
 )
+from flowkernels.ops.mlp_sample import Layer, Source
 
 CACHES = (backends.extension, backends._load, backends._decide, backends._from_environment)
 
@@ -68,6 +70,7 @@ def call_all():
         *(velocity_gram(x), *bellman(torch.ones(3, 3, dtype=torch.float64), 2), euler_step(x, x, 0.5)),
         *(linear_update(x, [x, x], [0.5, 0.25]), linear_euler(x, x, torch.eye(4), 0.5)),
         segment_points(bank, i, i, x[0, :2]),
+        mlp_sample(x, [0.5], [Layer("identity", Source(0, 0, 4), 4)]),
         *(*straighten_loss(x[:2], bank, x[0, :2], i, i), cost_from_gram(torch.eye(2, dtype=torch.float64), 3)),
     )
 
