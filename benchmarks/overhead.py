@@ -140,11 +140,11 @@ def cases(device) -> Iterator[Case]:
         first, last = layers
         module, C = sys.modules["flowkernels.ops.mlp_sample"], backends.extension()
         out, step_sizes = torch.empty_like(x), torch.tensor(h, dtype=torch.float64)
-        prepared = C and (module.Plan(C, 64, layers, None), module.Tables(layers))
+        plan = C and module.Plan(C, 64, layers, None)
+        prepared = C and module.Prepared(plan, step_sizes, module.Tables(layers), None, 1.0)
 
         def inner():
-            plan, tables = prepared
-            plan.run(x, step_sizes, tables, None, 1.0, out, None, None)
+            prepared.run(x, out)
             return out
 
         def eager():

@@ -155,13 +155,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def(
       "mlp_sample",
-      [](Address x, Address out, int64_t n, int64_t D, int64_t steps, Address h, Address layers, int64_t layer_count,
-         int64_t row, int64_t velocity, Address tables, Address tables_uncond, double guidance, Address states,
-         Address velocities, int weight_type, int threads) {
-        return FK_SELECT_AMX(mlp_sample)({at<float>(x), at<float>(out), n, D, steps, at<double>(h),
-                                          at<fk::MlpLayer>(layers), layer_count, row, velocity,
-                                          at<fk::MlpTable>(tables), at<fk::MlpTable>(tables_uncond), guidance,
-                                          at<float>(states), at<float>(velocities), fk::Dtype(weight_type), threads});
+      [](Address prepared, Address x, Address out, int64_t n, Address states, Address velocities, int threads) {
+        return FK_SELECT_AMX(mlp_sample)({*at<fk::MlpPrepared>(prepared), at<float>(x), at<float>(out), n,
+                                          at<float>(states), at<float>(velocities), threads});
       },
       py::call_guard<py::gil_scoped_release>());
 

@@ -3,7 +3,7 @@
 import inspect
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from flowkernels._checks import LOW, expect, expect_finite_flow, expect_noise, e
 from flowkernels._lowering import Lowering, Replayed
 from flowkernels._record import ROWS, STATE, TIME, NotFusable, Record, sample_rows
 from flowkernels.ops._library import direct, fresh
-from flowkernels.ops.mlp_sample import Layer, Plan, Tables, mlp_sample
+from flowkernels.ops.mlp_sample import Layer, Plan, Prepared, Tables, mlp_sample
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import VelocityField, warn_if_training
 
@@ -114,7 +114,7 @@ class FusedSampler:
     def __init__(self, network: "_Network", times: Tensor):
         self._network, self.times = network, times
         self._h = times.diff()
-        self._prepared: _Prepared | None = None
+        self._batch: _Batch | None = None
         self._others: dict[tuple, FusedSampler] = {}
 
     @property
@@ -177,47 +177,53 @@ class FusedSampler:
         self, noise: Tensor, conditioning: Mapping[str, Any] | None = None, *, states=False, velocities=False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(samples `[n, *shape]`, states `[N+1, n, *shape]`, velocities `[N, n, *shape]`), the latter two as asked."""
-        expect_tensor(noise, "noise", (torch.float32, *LOW))
-        n, dim = len(noise) if noise.dim() > 1 else 0, self._network.dim
-        if n == 0 or noise.numel() != n * dim:
+        x, dim = noise, self._network.dim
+        plain = type(x) is Tensor and x.dtype == torch.float32 and not x.requires_grad
+        if not plain:
+            x = self._converted(noise)
+        n = len(x) if x.dim() > 1 else 0
+        if n == 0 or x.numel() != n * dim:
             expect(False, "noise", f"shape [n, {', '.join(map(str, self.shape))}] with n > 0", noise)
-        if noise.requires_grad:
-            expect(not torch.is_grad_enabled(), "noise", "no gradient: a fused sampler has none", "requires_grad")
-            noise = noise.detach()
-        x = noise.float().contiguous()
-        p = self._prepare(n, conditioning)
+        x = x.contiguous()
+        batch = self._prepare(n, conditioning)
         if (C := direct("mlp_sample", x)) is not None:
-            steps = len(self._h)
-            out = torch.empty_like(x)
-            kept = [
-                fresh(x.new_empty(steps + more, *x.shape)) if wanted else None
-                for wanted, more in ((states, 1), (velocities, 0))
-            ]
-            bad = p.planned(C).run(x, self._h, out, *kept)
+            out, kept = torch.empty_like(x), [None, None]
+            if states:
+                kept[0] = fresh(x.new_empty(len(self._h) + 1, *x.shape))
+            if velocities:
+                kept[1] = fresh(x.new_empty(len(self._h), *x.shape))
+            bad = batch.prepared(C, self._h).run(x, out, *kept)
         else:
-            out, *kept = self._by_op(p, x)
+            out, *kept = self._by_op(batch, x)
             bad = -1 if torch.isfinite(out).all() else 0
         if bad >= 0:
             expect_noise(noise)
-            _, _, v = self._by_op(p, x)
+            _, _, v = self._by_op(batch, x)
             expect_finite_flow(out, v, self.times)
         return out, kept[0] if states else None, kept[1] if velocities else None
 
+    def _converted(self, noise: Tensor) -> Tensor:
+        """Noise of other types than plain float32, checked."""
+        expect_tensor(noise, "noise", (torch.float32, *LOW))
+        if noise.requires_grad:
+            expect(not torch.is_grad_enabled(), "noise", "no gradient: a fused sampler has none", "requires_grad")
+        return noise.detach().float()
+
     @torch.no_grad()
-    def _by_op(self, p: "_Prepared", x: Tensor) -> list[Tensor]:
+    def _by_op(self, batch: "_Batch", x: Tensor) -> list[Tensor]:
         """(samples, states, velocities) through the public op: any backend, and any tracer of torch's."""
-        low, w = p.network.low, self._network.field.guidance
-        options = dict(unconditional=p.unconditional, guidance=w, low=low, trajectory=True)
-        found = mlp_sample(x.flatten(1), self._h.tolist(), p.layers, **options)
+        low, w = batch.network.low, self._network.field.guidance
+        options = dict(unconditional=batch.unconditional, guidance=w, low=low, trajectory=True)
+        found = mlp_sample(x.flatten(1), self._h.tolist(), batch.layers, **options)
         return [t.view(*t.shape[:-1], *x.shape[1:]) for t in found]
 
-    def _prepare(self, n: int, conditioning: Mapping[str, Any] | None) -> "_Prepared":
+    def _prepare(self, n: int, conditioning: Mapping[str, Any] | None) -> "_Batch":
         """The layers with their tables for n samples: those of the last call, where nothing has changed."""
         given = self._network.given(conditioning)
-        p = self._prepared
-        if p is None or p.is_stale(self._network, n, given):
-            p = self._prepared = _Prepared(self._network.record(n, given), self.times, n, given, p)
-        return p
+        batch = self._batch
+        if batch is None or batch.is_stale(self._network, n, given):
+            batch = self._batch = _Batch(self._network.record(n, given), self.times, n, given, batch)
+        return batch
 
     @torch.no_grad()
     def verify(self) -> None:
@@ -229,7 +235,7 @@ class FusedSampler:
         for s in sorted({0, len(self._h) // 2, len(self._h) - 1}):
             expected = field(states[s], torch.full((n,), self.times[s].item(), device=x.device)).float()
             error = (velocities[s] - expected).abs().max().item()
-            allowed = (0.1 if self._prepared.network.is_low else 1e-3) * max(expected.abs().max().item(), 1e-6)
+            allowed = (0.1 if self._batch.network.is_low else 1e-3) * max(expected.abs().max().item(), 1e-6)
             if not error <= allowed:
                 raise NotFusable(
                     f"velocity: expected a network that the operations of one call describe, got velocities that "
@@ -352,23 +358,10 @@ class _Recorded:
         return value.expand(shape)
 
 
-@dataclass(eq=False)
-class _Planned:
-    """A packed network with the tables of one preparation."""
-
-    plan: Plan
-    tables: Tables
-    unconditional: Tables | None
-    guidance: float
-
-    def run(self, x: Tensor, h: Tensor, out: Tensor, states: Tensor | None, velocities: Tensor | None) -> int:
-        return self.plan.run(x, h, self.tables, self.unconditional, self.guidance, out, states, velocities)
-
-
-class _Prepared:
+class _Batch:
     """A network's layers with the tables of one schedule and one batch's conditioning."""
 
-    def __init__(self, network: _Recorded, times: Tensor, n: int, given: Mapping[str, Any], last: "_Prepared | None"):
+    def __init__(self, network: _Recorded, times: Tensor, n: int, given: Mapping[str, Any], last: "_Batch | None"):
         self.network, field = network, network.field
         self.n, self.given = n, [*given.values(), *field.unconditional.values()]
         self.versions = [v._version if isinstance(v, Tensor) else 0 for v in self.given]
@@ -378,7 +371,7 @@ class _Prepared:
         if field.is_guided:
             known_too = known.unconditional if known else self.layers
             self.unconditional = network.layers(times, n, {**given, **field.unconditional}, known_too)
-        self._planned: _Planned | None = None
+        self._prepared: Prepared | None = None
 
     def is_stale(self, network: _Network, n: int, given: Mapping[str, Any]) -> bool:
         if self.network is not network.recorded or self.network.is_stale():
@@ -389,14 +382,14 @@ class _Prepared:
         same = n == self.n and all(a is b for a, b in zip(now, self.given, strict=True))
         return not same or [v._version if isinstance(v, Tensor) else 0 for v in now] != self.versions
 
-    def planned(self, C) -> _Planned:
-        if self._planned is None:
+    def prepared(self, C, h: Tensor) -> Prepared:
+        if self._prepared is None:
             network = self.network
             with torch.no_grad():
                 network.plan = network.plan or Plan(C, network.dim, self.layers, network.low)
                 others = None if self.unconditional is None else Tables(self.unconditional)
-                self._planned = _Planned(network.plan, Tables(self.layers), others, network.field.guidance)
-        return self._planned
+                self._prepared = Prepared(network.plan, h, Tables(self.layers), others, network.field.guidance)
+        return self._prepared
 
 
 def _watch(module: nn.Module):

@@ -142,7 +142,7 @@ struct Tiles {
 }  // namespace
 
 int64_t mlp_sample(const MlpSampleArgs& a) {
-  return a.weight_type == Dtype::bf16 ? run_sampler<Tiles>(a) : avx512::mlp_sample(a);
+  return a.low ? run_sampler<Tiles>(a) : avx512::mlp_sample(a);
 }
 
 int64_t mlp_pack(const MlpPackArgs& a) {

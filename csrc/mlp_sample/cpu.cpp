@@ -128,7 +128,7 @@ int64_t pack(const MlpPackArgs& a) {
 }  // namespace
 
 int64_t mlp_sample(const MlpSampleArgs& a) {
-  return a.weight_type == Dtype::bf16 ? run_sampler<Panels<bf16>>(a) : run_sampler<Panels<float>>(a);
+  return a.low ? run_sampler<Panels<bf16>>(a) : run_sampler<Panels<float>>(a);
 }
 
 int64_t mlp_pack(const MlpPackArgs& a) {

@@ -39,21 +39,26 @@ struct MlpTable {
   int64_t step_stride, sample_stride;
 };
 
-struct MlpSampleArgs {
-  const float* x;                    // [n, D]
-  float* out;                        // [n, D], may be x
-  int64_t n, D, steps;
-  const double* h;                   // [steps]
-  const MlpLayer* layers;            // [layers]
+// What stays the same from call to call, so that a caller writes it once.
+struct MlpPrepared {
+  int64_t D, steps;
+  const double* h;                // [steps]
+  const MlpLayer* layers;         // [layer_count]
   int64_t layer_count;
-  int64_t row;                       // floats of scratch a sample; the state is at 0
-  int64_t velocity;                  // place in the row
-  const MlpTable* tables;            // as the layers count them
-  const MlpTable* tables_uncond;     // of the unconditional velocity, or null
-  double guidance;                   // v = v_uncond + guidance (v - v_uncond)
-  float* states;                     // [steps + 1, n, D] or null
-  float* velocities;                 // [steps, n, D] or null
-  Dtype weight_type;                 // f32, or bf16: then the inputs of linear layers are rounded to it as well
+  int64_t row;                    // floats of scratch a sample; the state is at 0
+  int64_t velocity;               // place in the row
+  const MlpTable* tables;         // as the layers count them
+  const MlpTable* tables_uncond;  // of the unconditional velocity, or null
+  double guidance;                // v = v_uncond + guidance (v - v_uncond)
+  int64_t low;                    // 1: weights are bf16, and the inputs of linear layers are rounded to it as well
+};
+
+struct MlpSampleArgs : MlpPrepared {
+  const float* x;     // [n, D]
+  float* out;         // [n, D], may be x
+  int64_t n;
+  float* states;      // [steps + 1, n, D] or null
+  float* velocities;  // [steps, n, D] or null
   int threads;
 };
 

@@ -863,10 +863,19 @@ struct Network {
     const double w = guided ? 1.5 : 1;
     auto kernel = [&](int threads) {
       if (in_place) out.copy(x);
-      const int64_t bad = FK_SELECT_AMX(mlp_sample)({in_place ? out.as<float>() : x.as<float>(), out.as<float>(), n, D,
-                                                     steps, h.as<double>(), layers.data(), int64_t(layers.size()), row,
-                                                     velocity, tables[0].data(), guided ? tables[1].data() : nullptr, w,
-                                                     states.as<float>(), v.as<float>(), low ? bf16 : f32, threads});
+      const fk::MlpPrepared prepared = {D,
+                                        steps,
+                                        h.as<double>(),
+                                        layers.data(),
+                                        int64_t(layers.size()),
+                                        row,
+                                        velocity,
+                                        tables[0].data(),
+                                        guided ? tables[1].data() : nullptr,
+                                        w,
+                                        low};
+      const int64_t bad = FK_SELECT_AMX(mlp_sample)({prepared, in_place ? out.as<float>() : x.as<float>(),
+                                                     out.as<float>(), n, states.as<float>(), v.as<float>(), threads});
       if (bad != -1) fail("returned", 0, double(bad), -1);
     };
     run_all({&out, &states, &v}, kernel, [&] {
@@ -979,9 +988,9 @@ void mlp_sample() {
   for (int64_t bad = 96; bad >= 0; bad -= 8) {
     x.set(bad * 5 + bad % 5, bad % 16 ? NAN : kInf);
     Tensor out(f32, 97 * 5);
-    const int64_t got =
-        FK_SELECT_AMX(mlp_sample)({x.as<float>(), out.as<float>(), 97, 5, 2, h.as<double>(), net.layers.data(), 1,
-                                   net.row, v, net.tables[0].data(), nullptr, 1, nullptr, nullptr, f32, 3});
+    const fk::MlpPrepared prepared = {
+        5, 2, h.as<double>(), net.layers.data(), 1, net.row, v, net.tables[0].data(), nullptr, 1, 0};
+    const int64_t got = FK_SELECT_AMX(mlp_sample)({prepared, x.as<float>(), out.as<float>(), 97, nullptr, nullptr, 3});
     if (got != bad) fail("returned", 0, double(got), double(bad));
   }
 }

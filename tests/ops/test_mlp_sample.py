@@ -11,7 +11,7 @@ from flowkernels import backends
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import mlp_sample
 from flowkernels.ops._samples import Sample
-from flowkernels.ops.mlp_sample import PLACE, Layer, Plan, Source, Tables, _places, reference
+from flowkernels.ops.mlp_sample import PLACE, Layer, Plan, Prepared, Source, Tables, _places, reference
 from flowkernels.ops.mlp_sample.samples import Network, error_and_bound, sample_inputs
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -344,7 +344,7 @@ def test_the_first_sample_that_is_not_finite(value, where, low):
         plan, given = plan_of(y, broken, low)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found = plan.run(y, steps, given, None, 1.0, out, None, None)
+            found = Prepared(plan, steps, given, None, 1.0).run(y, out)
             finite = out.isfinite().all(1)
             lost = set((~finite).nonzero().flatten().tolist())
             assert lost <= set(bad)
@@ -354,7 +354,7 @@ def test_the_first_sample_that_is_not_finite(value, where, low):
             rest = torch.ones(97, dtype=torch.bool).index_fill(0, torch.tensor(bad), False)
             assert torch.equal(out[rest], good[rest])
     plan, given = plan_of(x, layers, low)
-    assert plan.run(x, steps, given, None, 1.0, out, None, None) == -1
+    assert Prepared(plan, steps, given, None, 1.0).run(x, out) == -1
     assert torch.equal(out, good)
 
 
@@ -362,7 +362,7 @@ def test_in_place_as_the_kernel_allows():
     net = Network(17, 49, 2).add(65, activation="silu").head()
     x, h, layers = net.sample("").args
     expected, (plan, tables) = mlp_sample(x, h, layers), plan_of(x, layers)
-    assert plan.run(x, torch.tensor(h, dtype=F64), tables, None, 1.0, x, None, None) == -1
+    assert Prepared(plan, torch.tensor(h, dtype=F64), tables, None, 1.0).run(x, x) == -1
     assert torch.equal(x, expected)
 
 

@@ -238,7 +238,8 @@ class Plan:
     """A network as the CPU kernel reads it: packed weights, and every value's place in a row of scratch memory."""
 
     def __init__(self, C, dim: int, layers: Sequence[Layer], low: torch.dtype | None):
-        self.C, self.dim, self.weight_type = C, dim, DTYPE_CODES[low or torch.float32]
+        self.C, self.dim, self.low = C, dim, int(low is not None)
+        self.weight_type = DTYPE_CODES[low or torch.float32]
         places, self.row = _places(dim, layers)
         self.packed, structs, value, table = [], b"", 0, 0
         for a in layers:
@@ -270,15 +271,25 @@ class Plan:
         self.C.mlp_pack(weight.data_ptr(), *weight.shape, self.weight_type, packed.data_ptr())
         return packed
 
-    def run(self, x, h, tables, unconditional, guidance, out, states, velocities) -> int:
-        """The first sample whose result is not finite, or -1."""
-        return self.C.mlp_sample(
-            *(x.data_ptr(), out.data_ptr(), len(x), self.dim, len(h), h.data_ptr()),
-            *(self.structs.data_ptr(), self.count, self.row, self.velocity),
-            *(tables.structs.data_ptr(), 0 if unconditional is None else unconditional.structs.data_ptr(), guidance),
-            *(0 if states is None else states.data_ptr(), 0 if velocities is None else velocities.data_ptr()),
-            *(self.weight_type, torch.get_num_threads()),
+
+class Prepared:
+    """A plan with the tables of one schedule: all that the kernel is given but the samples."""
+
+    def __init__(self, plan: Plan, h: Tensor, tables: "Tables", unconditional: "Tables | None", guidance: float):
+        self.call, self.kept = plan.C.mlp_sample, (plan, h, tables, unconditional)  # their memory is read
+        uncond = 0 if unconditional is None else unconditional.structs.data_ptr()
+        numbers = struct.pack(
+            "=qqqqqqqqqdq",
+            *(plan.dim, len(h), h.data_ptr(), plan.structs.data_ptr(), plan.count, plan.row, plan.velocity),
+            *(tables.structs.data_ptr(), uncond, guidance, plan.low),
         )
+        self.struct = torch.frombuffer(bytearray(numbers), dtype=torch.uint8)
+        self.address = self.struct.data_ptr()
+
+    def run(self, x: Tensor, out: Tensor, states: Tensor | None = None, velocities: Tensor | None = None) -> int:
+        """The first sample whose result is not finite, or -1."""
+        kept = (0 if t is None else t.data_ptr() for t in (states, velocities))
+        return self.call(self.address, x.data_ptr(), out.data_ptr(), len(x), *kept, torch.get_num_threads())
 
 
 def _places(dim: int, layers: Sequence[Layer]) -> tuple[list[int], int]:
@@ -342,7 +353,7 @@ def _kernel(C, x, step_sizes, tensors, code, numbers, guided, guidance, low, tra
     out, states, velocities = map(fresh, _empty(x, len(step_sizes), trajectory))
     h = torch.tensor(step_sizes, dtype=torch.float64, device="cpu")
     kept = (states, velocities) if trajectory else (None, None)
-    plan.run(x.contiguous(), h, tables, others, guidance, out, *kept)
+    Prepared(plan, h, tables, others, guidance).run(x.contiguous(), out, *kept)
     return out, states, velocities
 
 
