@@ -190,7 +190,7 @@ def calibrate(
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             if fused is not None:
-                _, _, velocities = fused.rows(rows, n).run(noise[rows], velocities=True)
+                _, _, velocities = fused.rows(rows, n).run(noise[rows], velocities=True, first=start)
                 costs.update(velocities)
                 bar.update(K)
                 continue

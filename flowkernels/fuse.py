@@ -17,6 +17,7 @@ from flowkernels.ops.mlp_sample import Layer, Plan, Prepared, Tables, mlp_sample
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import VelocityField, warn_if_training
 
+MOST_BYTES = 256 << 20  # of tables with a row for every step of every sample; more samples run in parts
 MOST_SCHEDULES = 8  # that a sampler keeps tables for, beside its own
 WAY_OUT = "fk.sample(velocity, noise, schedule, capture=...) captures the loop of any network"
 
@@ -174,9 +175,18 @@ class FusedSampler:
         return self.run(noise, conditioning)[0]
 
     def run(
-        self, noise: Tensor, conditioning: Mapping[str, Any] | None = None, *, states=False, velocities=False
+        self,
+        noise: Tensor,
+        conditioning: Mapping[str, Any] | None = None,
+        *,
+        states: bool = False,
+        velocities: bool = False,
+        first: int = 0,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(samples `[n, *shape]`, states `[N+1, n, *shape]`, velocities `[N, n, *shape]`), the latter two as asked."""
+        """(samples `[n, *shape]`, states `[N+1, n, *shape]`, velocities `[N, n, *shape]`), the latter two as asked.
+
+        first: what the samples are counted from in errors.
+        """
         x, dim = noise, self._network.dim
         plain = type(x) is Tensor and x.dtype == torch.float32 and not x.requires_grad
         if not plain:
@@ -185,6 +195,14 @@ class FusedSampler:
         if n == 0 or x.numel() != n * dim:
             expect(False, "noise", f"shape [n, {', '.join(map(str, self.shape))}] with n > 0", noise)
         x = x.contiguous()
+        if self._network.field.conditioning and (most := self._most_samples(n, conditioning)) < n:
+            parts = []
+            for begin in range(0, n, most):
+                rows, kept = slice(begin, begin + most), dict(states=states, velocities=velocities)
+                given = {k: v[rows] if _has_rows(v, n) else v for k, v in (conditioning or {}).items()}
+                parts.append(self.rows(rows, n).run(x[rows], given, **kept, first=first + begin))
+            found = zip(*parts, (0, 1, 1), strict=True)
+            return tuple(None if t[0] is None else torch.cat(t[:-1], t[-1]) for t in found)
         batch = self._prepare(n, conditioning)
         if (C := direct("mlp_sample", x)) is not None:
             out, kept = torch.empty_like(x), [None, None]
@@ -199,8 +217,14 @@ class FusedSampler:
         if bad >= 0:
             expect_noise(noise)
             _, _, v = self._by_op(batch, x)
-            expect_finite_flow(out, v, self.times)
+            expect_finite_flow(out, v, self.times, first)
         return out, kept[0] if states else None, kept[1] if velocities else None
+
+    def _most_samples(self, n: int, conditioning) -> int:
+        """How many samples have tables of no more than MOST_BYTES."""
+        width = self._network.record(n, self._network.given(conditioning)).lowering.width_of_both()
+        sizes = 8 * len(self._h) * width * (2 if self._network.field.is_guided else 1)  # float64 when they are made
+        return max(1, MOST_BYTES // sizes) if sizes else n
 
     def _converted(self, noise: Tensor) -> Tensor:
         """Noise of other types than plain float32, checked."""
@@ -321,8 +345,7 @@ class _Recorded:
 
     def _with_rows(self, n: int, given: Mapping[str, Any]) -> set[str]:
         """The names of the conditioning that has one row for each of n > 1 samples."""
-        both = [*given.items(), *self.field.unconditional.items()]
-        return {k for k, v in both if isinstance(v, Tensor) and v.dim() and len(v) == n and n > 1}
+        return {k for k, v in [*given.items(), *self.field.unconditional.items()] if _has_rows(v, n)}
 
     def fits(self, n: int, given: Mapping[str, Any]) -> bool:
         """Whether conditioning has one row a sample where it had when recorded (or one for all of them)."""
@@ -390,6 +413,11 @@ class _Batch:
                 others = None if self.unconditional is None else Tables(self.unconditional)
                 self._prepared = Prepared(network.plan, h, Tables(self.layers), others, network.field.guidance)
         return self._prepared
+
+
+def _has_rows(v: Any, n: int) -> bool:
+    """Whether it has one row for each of n > 1 samples."""
+    return isinstance(v, Tensor) and v.dim() > 0 and len(v) == n > 1
 
 
 def _watch(module: nn.Module):

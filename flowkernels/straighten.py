@@ -47,7 +47,8 @@ def knots(velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: 
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             if isinstance(velocity, FusedSampler):
-                kept[:, rows] = velocity.on(grid).rows(rows, n).run(kept[0, rows], states=True)[1][list(indices)]
+                _, x, _ = velocity.on(grid).rows(rows, n).run(kept[0, rows], states=True, first=start)
+                kept[:, rows] = x[list(indices)]
                 bar.update(len(grid) - 1)
                 continue
             teacher, x0 = velocity_rows(velocity, rows, n), kept[0, rows]

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import sys
 import threading
 import weakref
 
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import flowkernels as fk
+from flowkernels._lowering import Lowering
 from flowkernels.backends import backend
 from flowkernels.models import BUNDLED, ResidualMLP, TimeEmbedding
 
+fuse = sys.modules["flowkernels.fuse"]  # the module; the package has the function of that name
 ACTIVATIONS = {
     "relu": nn.ReLU,
     "relu in place": lambda: nn.ReLU(inplace=True),
@@ -223,6 +226,20 @@ def test_conditioning_of_other_numbers_of_samples(first):
         x, obs = noise(n, 7), noise(rows, 11, seed=n)
         expected = fk.sample(fk.VelocityField(net, conditioning={"obs": obs}), x, 3)
         torch.testing.assert_close(sampler(x, obs=obs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_many_samples_with_tables_of_their_own_run_in_parts(monkeypatch):
+    net, x = randomised(ClassConditional()), noise(20, 10)
+    label, none = torch.arange(20) % 5, torch.full((20,), 5)
+    field = fk.VelocityField(net, conditioning={"label": label}, guidance=2.0, unconditional={"label": none})
+    sampler = fk.fuse(field, 3)
+    whole = sampler.run(x, {"label": label.flip(0)}, states=True, velocities=True)
+    monkeypatch.setattr(fuse, "MOST_BYTES", 8 * 3 * 2 * 4 * 33 * 7)  # 7 samples
+    recorded = []
+    monkeypatch.setattr(fuse, "Lowering", lambda *args: recorded.append(1) or Lowering(*args))
+    parts = sampler.run(x, {"label": label.flip(0)}, states=True, velocities=True)
+    assert len(recorded) == 3
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -495,8 +512,16 @@ def test_what_is_not_finite(value):
             call(x)
     with torch.no_grad():
         net[0].bias[0] = value
-    with pytest.raises(ValueError, match=r"velocity: expected finite velocities, got NaN or Inf in sample 0 at step 0"):
+    finite = "velocity: expected finite velocities, got NaN or Inf in sample 0 at step 0"
+    with pytest.raises(ValueError, match=finite):
         sampler(noise(3, 8))
+    net = randomised(Policy())
+    obs = noise(10, 11)
+    obs[7] = value
+    sampler = fk.fuse(fk.VelocityField(net, conditioning={"obs": obs.clamp(-1e3, 1e3).nan_to_num()}), 4)
+    sampler.velocity.conditioning["obs"] = obs
+    with pytest.raises(ValueError, match=r"velocity: expected finite velocities, got NaN or Inf in sample 7 at step 0"):
+        fk.calibrate(sampler, noise(10, 7), 4, 2, chunk=3, progress=False)
 
 
 def test_training_mode_warns_as_elsewhere():
