@@ -471,7 +471,7 @@ class Lowering:
         return set().union(*(d.weight[1] for d in self._all() if d.weight))
 
     def width_of_both(self) -> int:
-        """Floats in the tables that have a row for every step of every sample."""
+        """Floats in the terms of tables that have a row for every step of every sample."""
         tables = [(d, s) for d in self._all() for s in (d.scale, *d.shifts) if s is not None]
         return sum(d.width for d, s in tables if {TIME, ROWS} <= s.kind)
 
