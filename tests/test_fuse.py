@@ -239,7 +239,7 @@ def test_many_samples_with_tables_of_their_own_run_in_parts(monkeypatch):
     monkeypatch.setattr(fuse, "Lowering", lambda *args: recorded.append(1) or Lowering(*args))
     parts = sampler.run(x, {"label": label.flip(0)}, states=True, velocities=True)
     assert len(recorded) == 3
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)  # torch multiplies tables of other heights otherwise
 
 
 @pytest.mark.parametrize("packed", [True, False])
