@@ -29,9 +29,10 @@ def cases(device) -> Iterator[Case]:
 
             truth = fk.sample(net.double(), x0.double(), steps)
             net.float()
-            size = truth.abs().max().item()
+            size, fused = truth.abs().max().item(), fk.fuse(net, steps)
+            calls = ours(lambda: fk.sample(net, x0, steps), device)
             return Work(
-                ours(lambda: fk.sample(net, x0, steps), device) | {"torch eager": by_hand},
+                calls | {"flowkernels fused": lambda: fk.sample(fused, x0, steps), "torch eager": by_hand},
                 # the network's own rounding, carried over the steps
                 lambda got: ((got - truth).abs().max().item() / size, 1e-4),
             )
@@ -49,7 +50,9 @@ def cases(device) -> Iterator[Case]:
                 error = max(abs(got[N].cost / truth[N].cost - 1) for N in truth)
                 return error, 1e-4
 
-            return Work(ours(lambda: fk.calibrate(net, x0, K, progress=False), device), check)
+            fused = fk.fuse(net, K)
+            calls = ours(lambda: fk.calibrate(net, x0, K, progress=False), device)
+            return Work(calls | {"flowkernels fused": lambda: fk.calibrate(fused, x0, K, progress=False)}, check)
 
         return Case(f"calibrate, n={n}, K={K}", n * K, make)
 

@@ -87,7 +87,7 @@ void product_of_16(const uint16_t* x, int64_t x_pitch, const uint16_t* w, int64_
 }
 
 struct Tiles {
-  static constexpr int64_t kRows = 16, kFew = 16, kPanel = kWide * kSide;
+  static constexpr int64_t kRows = 32, kFew = 16, kTile = 64, kPanel = kWide * kSide;
 
   // rows an odd number of cache lines apart
   static int64_t input_pitch(int64_t in) {

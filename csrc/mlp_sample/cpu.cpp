@@ -69,7 +69,7 @@ Product<W>* product_of(int64_t rows, int64_t vectors) {
 
 template <class W>
 struct Panels {
-  static constexpr int64_t kRows = kMost, kFew = kMost, kPanel = kWide * kFloats;
+  static constexpr int64_t kRows = kMost, kFew = kMost, kTile = 48, kPanel = kWide * kFloats;
   static constexpr bool kRounded = sizeof(W) < sizeof(float);
 
   static int64_t input_bytes(int64_t samples, int64_t in) {

@@ -2,6 +2,8 @@
 // have a struct Linear of
 //
 //   kRows          samples that products are best done with; they may write rows up to a multiple of it
+//   kFew           samples that one product takes, or as good as
+//   kTile          samples of a tile at most
 //   kPanel         outputs whose weights lie together
 //   input_bytes    what `prepare` needs for some samples of a layer's input
 //   prepare        brings a layer's input into the form that the products take
@@ -23,7 +25,6 @@ namespace FK_ISA {
 namespace {
 
 constexpr int64_t kPlace = 16;                 // values begin at a multiple of it
-constexpr int64_t kTile = 48;                  // samples at most
 constexpr double kGrain = 4e6;                 // multiply-adds a thread must have for a second one to pay
 constexpr int64_t kSplitBytes = 1 << 20;     // of a layer's weights, from which few samples share it out
 
@@ -241,13 +242,16 @@ int64_t run_sampler(const MlpSampleArgs& a) {
   int64_t pitch = round_up(a.row, kPlace) + (a.tables_uncond ? round_up(a.D, kPlace) : 0) + kPlace;
   if (pitch / kPlace % 2 == 0) pitch += kPlace;
   const int64_t sample_bytes = pitch * int64_t(sizeof(float)) + Linear::input_bytes(1, widest);
-  const int64_t fit = smaller(level2_bytes() / 2 / sample_bytes, kTile) / Linear::kRows * Linear::kRows;
+  const int64_t fit = smaller(level2_bytes() / 2 / sample_bytes, Linear::kTile) / Linear::kRows * Linear::kRows;
   const int64_t most = larger(fit, Linear::kRows);
   const bool share = a.n <= Linear::kFew;  // the threads share out layers, not samples
-  const int64_t tiles = share ? smaller(a.n, 1) : larger(smaller(threads, a.n), (a.n + most - 1) / most);
+  const int64_t tiles = share ? smaller(a.n, 1) : smaller(round_up((a.n + most - 1) / most, threads), a.n);
   const int workers = share ? 1 : int(smaller(threads, tiles));
 
-  const int64_t room = round_up(tiles ? (a.n + tiles - 1) / tiles : 0, Linear::kRows);
+  // where there are many tiles they are whole groups of rows, else as even as can be
+  const int64_t unit = tiles > threads ? Linear::kRows : 1, units = (a.n + unit - 1) / unit;
+  auto begin = [&](int64_t tile) { return smaller(units * tile / tiles * unit, a.n); };
+  const int64_t room = round_up(tiles ? (units + tiles - 1) / tiles * unit : 0, Linear::kRows);
   const int64_t row_bytes = round_up((room * pitch + kPlace) * int64_t(sizeof(float)), 64);
   const int64_t bytes = row_bytes + round_up(Linear::input_bytes(room, widest), 64);
   char* scratch = static_cast<char*>(allocate(size_t(bytes * workers)));
@@ -256,7 +260,7 @@ int64_t run_sampler(const MlpSampleArgs& a) {
     char* mine = scratch + bytes * p;
     memset(mine, 0, size_t(bytes));
     for (int64_t i; (i = next.fetch_add(1)) < tiles;) {
-      const int64_t first = a.n * i / tiles, n = a.n * (i + 1) / tiles - first;
+      const int64_t first = begin(i), n = begin(i + 1) - first;
       const Tile t = {reinterpret_cast<float*>(mine), pitch, n, first, mine + row_bytes};
       const int64_t found = run_tile<Linear>(a, t, share ? threads : 1);
       for (int64_t least = bad; found >= 0 && found < least && !bad.compare_exchange_weak(least, found);) {
