@@ -70,7 +70,8 @@ def mlp_sample(
     """All Euler steps `x <- x + h_s v(x, t_s)` of a velocity network in one call.
 
     The state and all activations of a few samples stay in the caches through every layer and step; memory sees x, the
-    result and the weights. `fk.fuse` makes the layers of a network.
+    result and the weights. `fk.fuse` makes the layers of a network, and packs its weights once instead of at every
+    call as this function does.
 
     Args:
         x: noise `[n, D]`, float32.
