@@ -321,6 +321,22 @@ def test_report_json(reported):
     assert str(out.parent) not in (out / "report.json").read_text()
 
 
+def test_the_demo_samples_as_the_loop_does(reported, tmp_path, monkeypatch):
+    """On a fused sampler, and on the network itself: the same numbers to rounding, carried through the training."""
+    assert isinstance(demo.fused(BUNDLED["digits"].load(), 4, (1, 8, 8)), fk.FusedSampler)
+    net = BUNDLED["fashion"].load()
+    assert demo.fused(net, 4, (1, 28, 28)) is net
+
+    def refuse(*args, **kwargs):
+        raise fk.NotFusable
+
+    monkeypatch.setattr(fk, "fuse", refuse)
+    by_loop = demo.run("digits", tmp_path / "report", settings=QUICK, progress=False)
+    table = reported[1]["table"]
+    assert [row.keys() for row in table] == [row.keys() for row in by_loop["table"]]
+    assert numbers(table) == pytest.approx(numbers(by_loop["table"]), rel=1e-3)
+
+
 def test_endpoint_errors_are_those_of_the_samples(reported):
     out, results = reported
     velocity, calibration = BUNDLED["digits"].load(), fk.load(out / "schedule.boss.json")
