@@ -1,5 +1,6 @@
 """Fuse a velocity network with the Euler steps of a schedule: a whole sampler in one call of `mlp_sample`."""
 
+import functools
 import inspect
 import threading
 from collections.abc import Mapping, Sequence
@@ -106,7 +107,7 @@ class FusedSampler:
         x1 = sampler(noise, obs=obs)         # with other conditioning of the VelocityField
 
     Weights that were written since (by an optimiser, `load_state_dict`, `.to()`) are noticed and taken in at the next
-    call. Writing through `.data` leaves no trace: call `refresh()`.
+    call. Writing through `.data`, or to weights that were made in inference mode, leaves no trace: call `refresh()`.
 
     velocity: what it was made from; a VelocityField for a network with one input. times: float64 `[N+1]`.
     shape: of one sample.
@@ -257,7 +258,9 @@ class FusedSampler:
         x = torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(0)).to(self._network.device)
         _, states, velocities = self.run(x, states=True, velocities=True)
         for s in sorted({0, len(self._h) // 2, len(self._h) - 1}):
-            expected = field(states[s], torch.full((n,), self.times[s].item(), device=x.device)).float()
+            t = torch.full((n,), self.times[s].item(), device=x.device)
+            with torch.autocast(x.device.type, enabled=False):
+                expected = field(states[s], t).float()
             error = (velocities[s] - expected).abs().max().item()
             allowed = (0.1 if self._batch.network.is_low else 1e-3) * max(expected.abs().max().item(), 1e-6)
             if not error <= allowed:
@@ -296,14 +299,26 @@ class _Network:
             return self.recorded
 
 
+def _undisturbed(f):
+    """Without gradients and autocast, and outside of the caller's inference mode, whose tensors count no writes."""
+
+    @functools.wraps(f)
+    def run(self, network, *args):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(network.device.type, enabled=False):
+            return f(self, network, *args)
+
+    return run
+
+
 class _Recorded:
     """A network's operations and weights at one moment.
 
     each: names of the conditioning that has one row a sample. low: bfloat16 for weights in it, or None.
     """
 
+    @_undisturbed
     def __init__(self, network: _Network, n: int, given: Mapping[str, Any]):
-        self.field, self.dim = network.field, network.dim
+        self.field, self.dim, self.device = network.field, network.dim, network.device
         net = self.field.net
         module = net if isinstance(net, nn.Module) else None
         self.each = self._with_rows(n, given)
@@ -339,7 +354,7 @@ class _Recorded:
 
     def is_stale(self) -> bool:
         for owner, name, t, pointer, version in self.watched:
-            if owner.get(name) is not t or t.data_ptr() != pointer or t._version != version:
+            if owner.get(name) is not t or t.data_ptr() != pointer or (version >= 0 and t._version != version):
                 return True
         return False
 
@@ -384,10 +399,11 @@ class _Recorded:
 class _Batch:
     """A network's layers with the tables of one schedule and one batch's conditioning."""
 
+    @_undisturbed
     def __init__(self, network: _Recorded, times: Tensor, n: int, given: Mapping[str, Any], last: "_Batch | None"):
         self.network, field = network, network.field
         self.n, self.given = n, [*given.values(), *field.unconditional.values()]
-        self.versions = [v._version if isinstance(v, Tensor) else 0 for v in self.given]
+        self.versions = [_version(v) for v in self.given]
         known = last if last is not None and last.network is network else None
         self.layers = network.layers(times, n, given, known and known.layers)
         self.unconditional = None
@@ -403,15 +419,14 @@ class _Batch:
             return False
         now = [*given.values(), *network.field.unconditional.values()]
         same = n == self.n and all(a is b for a, b in zip(now, self.given, strict=True))
-        return not same or [v._version if isinstance(v, Tensor) else 0 for v in now] != self.versions
+        return not same or [_version(v) for v in now] != self.versions
 
     def prepared(self, C, h: Tensor) -> Prepared:
         if self._prepared is None:
             network = self.network
-            with torch.no_grad():
-                network.plan = network.plan or Plan(C, network.dim, self.layers, network.low)
-                others = None if self.unconditional is None else Tables(self.unconditional)
-                self._prepared = Prepared(network.plan, h, Tables(self.layers), others, network.field.guidance)
+            network.plan = network.plan or Plan(C, network.dim, self.layers, network.low)
+            others = None if self.unconditional is None else Tables(self.unconditional)
+            self._prepared = Prepared(network.plan, h, Tables(self.layers), others, network.field.guidance)
         return self._prepared
 
 
@@ -420,9 +435,16 @@ def _has_rows(v: Any, n: int) -> bool:
     return isinstance(v, Tensor) and v.dim() > 0 and len(v) == n > 1
 
 
+def _version(v: Any) -> object:
+    """How often a tensor was written to; something that equals nothing for one that does not count."""
+    if not isinstance(v, Tensor):
+        return 0
+    return object() if v.is_inference() else v._version
+
+
 def _watch(module: nn.Module):
     for m in module.modules():
         for owner in (m._parameters, m._buffers):
             for name, t in owner.items():
                 if t is not None:
-                    yield owner, name, t, t.data_ptr(), t._version
+                    yield owner, name, t, t.data_ptr(), -1 if t.is_inference() else t._version

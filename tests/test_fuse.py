@@ -589,3 +589,32 @@ def test_teacher_of_straighten():
     plain = fk.straighten(None, net, schedule, **settings)
     assert type(fused.student) is ResidualMLP
     torch.testing.assert_close(fused.history["loss"], plain.history["loss"], rtol=1e-3, atol=1e-6)
+
+
+def test_inference_mode_autocast_and_gradients():
+    """What the caller has set changes nothing; conditioning that does not count writes is read at every call."""
+    net = randomised(Policy())
+    x, obs = noise(4, 7), noise(4, 11, seed=2)
+    field = fk.VelocityField(net, conditioning={"obs": obs})
+    expected = fk.fuse(field, 3)(x)
+    with torch.inference_mode():
+        inside = fk.fuse(field, 3)
+        assert torch.equal(inside(x), expected)
+        own = obs.clone()
+        assert torch.equal(inside(x, obs=own), expected)
+        own.mul_(-1)
+        assert torch.equal(inside(x, obs=own), fk.fuse(field, 3)(x, obs=-obs))
+    assert torch.equal(inside(x), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = fk.fuse(field, 3)
+        assert low.weights == torch.float32
+        assert torch.equal(low(x), expected)
+    layers = inside._prepare(4, None).layers
+    assert not any(t.requires_grad for a in layers for t in (a.weight, *a.tables) if t is not None)
+    with torch.inference_mode():
+        made_inside = randomised(mlp([9, 16, 8]))
+        sampler = fk.fuse(made_inside, 2)
+        before = sampler(noise(2, 8))
+        made_inside[0].weight.mul_(2)
+        sampler.refresh()
+        assert not torch.equal(sampler(noise(2, 8)), before)
