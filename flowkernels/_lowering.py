@@ -208,6 +208,8 @@ class Lowering:
     # ---- one operation ----
 
     def _lower(self, call: Call) -> None:
+        if not call.outputs:
+            self._fail(call, "returns no tensor")
         name, args, out = _name(call), call.args, call.outputs[0]
         shape = tuple(self.record.tensors[out].shape)
         if not shape or shape[0] != self.record.rows:

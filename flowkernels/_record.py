@@ -4,6 +4,7 @@ Values that depend on the state x become layers (`flowkernels/_lowering.py`). Ot
 on parameters alone; they are computed again for all steps of a schedule and all samples of a batch (`Record.replay`).
 """
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,17 +41,21 @@ class Call:
 class Record(TorchDispatchMode):
     """The operations of one call on `rows` samples, and what each of their values depends on."""
 
-    SHAPE_ONLY = ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like")
+    SHAPE_OF = ("zeros_like", "ones_like", "full_like", "empty_like")
 
     def __init__(self, net: nn.Module | None, rows: int):
         super().__init__()
         self.rows, self.calls, self.tensors, self.kinds, self.overwritten = rows, [], [], [], set()
+        self.given: set[int] = set()  # inputs, and what was computed from them
+        self.mixed: set[int] = set()  # what has no row for each sample any more
         self._places: dict[int, int] = {}
         self._names = {id(m): name or type(m).__name__ for name, m in net.named_modules()} if net is not None else {}
         self._modules: list[str] = []
 
     def input(self, t: Tensor, *kind: str) -> int:
-        return self._place(t, frozenset(kind))
+        place = self._place(t, frozenset(kind))
+        self.given.add(place)
+        return place
 
     def _place(self, t: Tensor, kind: frozenset) -> int:
         self._places[id(t)] = len(self.tensors)
@@ -61,11 +66,15 @@ class Record(TorchDispatchMode):
     def run(self, call: Callable[[], Tensor]) -> int:
         """Record `call()`; where its result is."""
 
+        thread = threading.get_ident()  # modules that run in other threads meanwhile are none of this
+
         def enter(module, _):
-            self._modules.append(f"{self._names.get(id(module), '?')} ({type(module).__name__})")
+            if threading.get_ident() == thread:
+                self._modules.append(f"{self._names.get(id(module), '?')} ({type(module).__name__})")
 
         def leave(*_):
-            self._modules.pop()
+            if threading.get_ident() == thread:
+                self._modules.pop()
 
         hooks = nn.modules.module
         handles = [
@@ -96,20 +105,45 @@ class Record(TorchDispatchMode):
 
         seen_args, seen_kwargs = tree_map(see, args), tree_map(see, kwargs)
         out = function(*args, **kwargs)
-        kind = frozenset().union(*(self.kinds[r] for r in refs))
-        if function._schema.name.split("::")[1] in self.SHAPE_ONLY:
+        kind, given = frozenset().union(*(self.kinds[r] for r in refs)), not self.given.isdisjoint(refs)
+        name = function._schema.name.split("::")[1]
+        if name.startswith("new_"):
             kind = frozenset()
+        elif name in self.SHAPE_OF:
+            kind -= {STATE}
+        if not self.mixed.isdisjoint(refs):
+            raise NotFusable(f"{where}: {name} reads what was made of several samples or several times")
         outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        if given and not outputs and out is not None:
+            raise NotFusable(f"{where}: {name} reads a value, and what follows may depend on it")
         for t in outputs:
             if id(t) in self._places:  # written in place: what else shows that memory may not be read again
                 self.overwritten |= {i for i, u in enumerate(self.tensors) if u is not t and _overlap(t, u)}
         places = [self._place(t, kind) for t in outputs]
+        if given:
+            self.given.update(places)
+        if kind & {TIME, ROWS} and STATE not in kind:
+            self.mixed.update(p for p in places if not any(d and d % self.rows == 0 for d in self.tensors[p].shape))
         self.calls.append(Call(function, seen_args, seen_kwargs, places, kind, where))
         return out
+
+    def free_tensors(self) -> list[Tensor]:
+        """What was read but neither given nor computed: parameters, buffers, constants."""
+        computed = {p for call in self.calls for p in call.outputs}
+        return [t for p, t in enumerate(self.tensors) if p not in computed and p not in self.given]
 
     def leads(self, place: int) -> bool:
         """Whether the value has one row a sample."""
         return self.tensors[place].dim() > 0 and len(self.tensors[place]) == self.rows
+
+    def _dim_of_rows(self, place: int) -> int | None:
+        """Where the rows of the samples are in a value."""
+        dims = [d for d, size in enumerate(self.tensors[place].shape) if size and size % self.rows == 0]
+        if not dims:
+            return None
+        if len(dims) > 1 or self.tensors[place].shape[dims[0]] != self.rows:
+            raise NotFusable("samples and another dimension are folded into one where time and conditioning meet")
+        return dims[0]
 
     def replay(self, inputs: Mapping[int, Tensor], steps: int, n: int, needed: Iterable[int]) -> dict[int, Tensor]:
         """The values `needed` for `steps` times and n samples; one row a step, a sample or both, as they depend.
@@ -124,19 +158,25 @@ class Record(TorchDispatchMode):
         values = dict(inputs)
 
         def argument(a, kind, rows):
-            if isinstance(a, int) and not isinstance(a, bool) and a == self.rows:
-                return rows
+            if isinstance(a, int) and not isinstance(a, bool) and a and a % self.rows == 0:
+                return a // self.rows * rows
             if not isinstance(a, Ref):
                 return a
             if STATE in self.kinds[a.index]:  # of which the shape alone is used
                 return self.tensors[a.index][:1]
             value = values.get(a.index, self.tensors[a.index])
             mine = self.kinds[a.index]
-            if not self.leads(a.index) or mine == kind:
+            if mine == kind or (dim := self._dim_of_rows(a.index)) is None:
                 return value
             if not mine:
-                return value.expand(rows, *value.shape[1:]) if len(value) == 1 else value
-            return value.repeat_interleave(n, 0) if mine == {TIME} else value.repeat(steps, *[1] * (value.dim() - 1))
+                if value.shape[dim] != 1:  # a constant that happens to be as long
+                    return value
+                return value.repeat(
+                    [rows if d == dim else 1 for d in range(value.dim())]
+                )  # some kernels ignore strides
+            if mine == {TIME}:
+                return value.repeat_interleave(n, dim)
+            return value.repeat([steps if d == dim else 1 for d in range(value.dim())])
 
         with torch.no_grad():
             for call in reversed(order):
@@ -146,7 +186,11 @@ class Record(TorchDispatchMode):
                 )
                 if call.function._schema.is_mutable:
                     args = (args[0].clone(), *args[1:])
-                out = call.function(*args, **kwargs)
+                try:
+                    out = call.function(*args, **kwargs)
+                except (RuntimeError, ValueError, IndexError) as e:
+                    again = f"could not be repeated for {steps} steps of {n} samples ({e})"
+                    raise NotFusable(f"{call.where}: {call.function} {again}") from e
                 for place, t in zip(
                     call.outputs, [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)], strict=True
                 ):
@@ -164,9 +208,10 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return first < second + b.shape[1] and second < first + a.shape[1]
 
 
+PRIMES = (97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 197, 199)
+
+
 def sample_rows(dims: Iterable[int]) -> int:
-    """A number of samples that no dimension of the network shares, so that it tells itself apart in the arguments."""
+    """A number of samples that tells itself, and its multiples, apart from the dimensions of the network."""
     taken = set(dims)
-    return next(
-        p for p in (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, *range(67, 10_000)) if p not in taken
-    )
+    return next((p for p in PRIMES if not any(d and d % p == 0 for d in taken)), 211)

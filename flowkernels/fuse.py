@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from flowkernels._checks import LOW, expect, expect_finite_flow, expect_noise, expect_tensor, expect_times
 from flowkernels._lowering import Lowering, Replayed
@@ -64,6 +65,7 @@ def fuse(
     shape = tuple(shape) if shape is not None else _shape_of_sample(field)
     sampler = FusedSampler(_Network(velocity, field, shape, weights), times)
     sampler.verify()
+    sampler.on([0.0, 0.3, 0.7, 1.0]).verify()  # a schedule of one step would not show what time does
     return sampler
 
 
@@ -88,8 +90,8 @@ def _shape_of_sample(field: VelocityField) -> tuple[int, ...]:
             v = field._call(x, torch.zeros(n, device=x.device), field.conditioning)
             if v.shape == x.shape:
                 return (width,)
-        except (RuntimeError, TypeError, IndexError, ValueError) as e:
-            said = f"{e} on {list(x.shape)}"
+        except Exception as e:  # whatever a network makes of a wrong shape
+            said = f"{type(e).__name__}: {e} on {list(x.shape)}"
     raise NotFusable(f"shape: expected the shape of one sample, which could not be found out ({said})")
 
 
@@ -193,7 +195,7 @@ class FusedSampler:
         if not plain:
             x = self._converted(noise)
         n = len(x) if x.dim() > 1 else 0
-        if n == 0 or x.numel() != n * dim:
+        if n == 0 or x.numel() != n * dim or not (self._network.is_flat or x.shape[1:] == self.shape):
             expect(False, "noise", f"shape [n, {', '.join(map(str, self.shape))}] with n > 0", noise)
         x = x.contiguous()
         if self._network.field.conditioning and (most := self._most_samples(n, conditioning)) < n:
@@ -266,7 +268,8 @@ class FusedSampler:
             if not error <= allowed:
                 raise NotFusable(
                     f"velocity: expected a network that the operations of one call describe, got velocities that "
-                    f"differ by {error:.3g} at step {s} (what it does may depend on the values); {WAY_OUT}"
+                    f"differ by {error:.3g} at step {s} (what it does may depend on values, on the number of samples, "
+                    f"or on several times at once); {WAY_OUT}"
                 )
 
 
@@ -275,7 +278,7 @@ class _Network:
 
     def __init__(self, velocity, field: VelocityField, shape: tuple[int, ...], weights: torch.dtype | None):
         self.velocity, self.field, self.shape, self.weights = velocity, field, shape, weights
-        self.dim = torch.Size(shape).numel()
+        self.dim, self.is_flat = torch.Size(shape).numel(), len(shape) == 1
         expect(self.dim > 0, "shape", "at least one feature", shape)
         tensors = [*field.net.parameters(), *field.net.buffers()] if isinstance(field.net, nn.Module) else []
         self.device = tensors[0].device if tensors else torch.device("cpu")
@@ -321,8 +324,13 @@ class _Recorded:
         self.field, self.dim, self.device = network.field, network.dim, network.device
         net = self.field.net
         module = net if isinstance(net, nn.Module) else None
-        self.each = self._with_rows(n, given)
+        self.settings, self.each = _settings(self.field), self._with_rows(n, given)
+        for key, value in given.items():
+            self._expect_tensors_or_equal(key, value)
         self.watched = list(_watch(module)) if module is not None else []
+        self.modules = (
+            [(m._modules, k, c) for m in module.modules() for k, c in m._modules.items()] if module is not None else []
+        )
         tensors = [t for _, _, t, _, _ in self.watched] + [v for v in given.values() if isinstance(v, Tensor)]
         rows = sample_rows(d for shape in (network.shape, *(t.shape for t in tensors)) for d in shape)
         self.record = Record(module, rows)
@@ -338,12 +346,21 @@ class _Recorded:
                 self.places[key] = self.record.input(kwargs[key], *([ROWS] if each else []))
         try:
             out = self.record.run(lambda: self.field._call(x, t, kwargs))
+        except NotFusable as e:
+            raise NotFusable(f"velocity: expected a stack of linear layers, but {e}; {WAY_OUT}") from None
+        except Exception as e:
+            expected = "expected the shape of one sample of this network, but a call on"
+            raise NotFusable(f"shape: {expected} {list(x.shape)} raised {type(e).__name__}: {e}") from e
+        try:
             self.lowering = Lowering(self.record, x_place, out, self.dim)
         except NotFusable as e:
             raise NotFusable(f"velocity: expected a stack of linear layers, but {e}; {WAY_OUT}") from None
-        except (RuntimeError, TypeError, IndexError, ValueError) as e:
-            expected = "expected the shape of one sample of this network, but a call on"
-            raise NotFusable(f"shape: {expected} {list(x.shape)} raised {e}") from e
+        known = {id(t) for _, _, t, _, _ in self.watched}
+        for (
+            t
+        ) in self.record.free_tensors():  # weights that the module does not register, or that a function closes over
+            if id(t) not in known:
+                self.watched.append(({"": t}, "", t, t.data_ptr(), -1 if t.is_inference() else t._version))
         dtypes = {t.dtype for t in self.record.tensors}
         matrices = {self.record.tensors[place].dtype for place in self.lowering.matrices}
         expect(torch.float64 not in matrices, "velocity", "a network in float32 or bfloat16", "float64 weights")
@@ -356,7 +373,22 @@ class _Recorded:
         for owner, name, t, pointer, version in self.watched:
             if owner.get(name) is not t or t.data_ptr() != pointer or (version >= 0 and t._version != version):
                 return True
-        return False
+        for owner, name, module in self.modules:
+            if owner.get(name) is not module:
+                return True
+        return self.settings != _settings(self.field)
+
+    def _expect_tensors_or_equal(self, key: str, value: Any) -> None:
+        """Conditioning is tensors, or something that is the same in every call, the unconditional one included."""
+        if isinstance(value, Tensor):
+            other = self.field.unconditional.get(key, value)
+            if not isinstance(other, Tensor):
+                raise NotFusable(f"unconditional[{key!r}]: expected a tensor, as in the conditioning, got {other!r}")
+            return
+        if any(isinstance(v, Tensor) for v in tree_flatten(value)[0]):
+            raise NotFusable(f"conditioning[{key!r}]: expected a tensor, got a container of them")
+        if self.field.is_guided and self.field.unconditional.get(key, value) != value:
+            raise NotFusable(f"unconditional[{key!r}]: expected tensors, or the same as in the conditioning")
 
     def _with_rows(self, n: int, given: Mapping[str, Any]) -> set[str]:
         """The names of the conditioning that has one row for each of n > 1 samples."""
@@ -364,6 +396,9 @@ class _Recorded:
 
     def fits(self, n: int, given: Mapping[str, Any]) -> bool:
         """Whether conditioning has one row a sample where it had when recorded (or one for all of them)."""
+        recorded = {k: self.record.tensors[p].dtype for k, p in self.places.items()}
+        if any(isinstance(v, Tensor) and v.dtype != recorded.get(k, v.dtype) for k, v in given.items()):
+            return False
         rows = {k: len(v) for k, v in given.items() if isinstance(v, Tensor) and v.dim()}
         return self._with_rows(n, given) <= self.each and all(rows.get(k) in (1, n) for k in self.each)
 
@@ -433,6 +468,14 @@ class _Batch:
 def _has_rows(v: Any, n: int) -> bool:
     """Whether it has one row for each of n > 1 samples."""
     return isinstance(v, Tensor) and v.dim() > 0 and len(v) == n > 1
+
+
+def _settings(field: VelocityField) -> tuple:
+    """What a call of the field depends on beside its network's weights and the conditioning."""
+    return (
+        *(field.net, field.reverse_time, field.time_scale, field.sign, field.x_name, field.time_name),
+        *(field.time_column, field.dtype, field.guidance),
+    )
 
 
 def _version(v: Any) -> object:

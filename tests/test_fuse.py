@@ -456,8 +456,8 @@ def test_says_what_stops_it():
         def forward(self, x, t):
             return self.net(x) * t[0]
 
-    with pytest.raises(fk.NotFusable, match="one row a sample"):
-        fk.fuse(WholeTime(), 4)
+    with pytest.raises(fk.NotFusable, match="made of several samples or several times"):
+        fk.fuse(WholeTime(), 1)
 
     class AcrossSamples(nn.Module):
         def __init__(self):
@@ -618,3 +618,157 @@ def test_inference_mode_autocast_and_gradients():
         made_inside[0].weight.mul_(2)
         sampler.refresh()
         assert not torch.equal(sampler(noise(2, 8)), before)
+
+
+class By(nn.Module):
+    """A linear layer, and what a function makes of it, the time and the conditioning."""
+
+    def __init__(self, function, dim=6):
+        super().__init__()
+        self.linear, self.function = nn.Linear(dim, dim), function
+
+    def forward(self, x, t, **conditioning):
+        return self.function(self.linear, x, t, **conditioning)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, x, t, c: net(x * float(c.max())),
+        lambda net, x, t, c: net(x * c[:, :1]) if c.max() > 1 else net(x),
+        lambda net, x, t, c: net(x) * (2.0 if t.mean() > 0.9 else 1.0),
+        lambda net, x, t, c: net(x) + t[0].expand(len(x), 1),
+        lambda net, x, t, c: net(x) + (t - t.mean() + t.max())[:, None],
+        lambda net, x, t, c: net(x) + (c - c.mean(0))[:, :1],
+        lambda net, x, t, c: net(x) + c[:, :1] / c.norm(),
+    ],
+)
+def test_what_depends_on_values_or_mixes_samples_is_refused(function):
+    field = fk.VelocityField(randomised(By(function)), conditioning={"c": noise(5, 3)})
+    with pytest.raises(fk.NotFusable, match=r"reads a value|made of several samples"):
+        fk.fuse(field, 1, shape=(6,))
+
+
+def by_recurrence(net, x, t, c):
+    return net(x) + net.encoder(c)[1][0][-1]
+
+
+def by_folding(net, x, t, c):
+    return net(x) + net.encoder(c.flatten(0, 1)).view(len(x), -1)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "function"),
+    [(nn.LSTM(3, 6, batch_first=True), by_recurrence), (nn.Linear(3, 2), by_folding)],
+)
+def test_encoders_of_sequences(encoder, function):
+    """Their samples are not always in the first dimension, or are folded into it together with the steps."""
+    net = By(lambda linear, x, t, c: None)
+    net.linear.encoder = encoder
+    net.function = function
+    randomised(net)
+    for n in (5, 2, 97, 1):
+        c = noise(n, 3, 3, seed=n)
+        field = fk.VelocityField(net, conditioning={"c": c})
+        x = noise(n, 6)
+        torch.testing.assert_close(fk.fuse(field, 3, shape=(6,))(x), fk.sample(field, x, 3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [11, 97])
+def test_numbers_that_look_like_a_batch(steps):
+    def embed(t, half):
+        angles = t[:, None] * torch.arange(1.0, half + 1)
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+    net = By(lambda linear, x, t: linear(x) * torch.sin(t * 11)[:, None] + embed(t, 11)[:, 5:11])
+    randomised(net)
+    sampler = fk.fuse(net, steps, shape=(6,))
+    for n, others in ((3, steps), (97, 7), (11, 20)):
+        x = noise(n, 6)
+        torch.testing.assert_close(sampler.on(others)(x), fk.sample(net, x, others), rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_of_the_shape_of_time_and_conditioning():
+    def function(linear, x, t, c, y):
+        e = torch.where((y == 0)[:, None], torch.zeros_like(c), c)
+        return linear(x) + torch.stack([t, torch.ones_like(t), torch.full_like(t, 0.5)], -1) @ e.new_ones(3, 6) + e
+
+    field = fk.VelocityField(randomised(By(function)), conditioning={"c": noise(4, 6), "y": torch.tensor([0, 1, 0, 2])})
+    assert_same(fk.fuse(field, 3, shape=(6,)), field, noise(4, 6), 3)
+
+
+def test_what_changes_beside_the_weights():
+    """Settings of the field, modules that are replaced, tensors that are no parameters, the type of conditioning."""
+    net = By(lambda linear, x, t, c: linear(x) + c.float() / (255 if c.dtype == torch.uint8 else 1) + net.extra)
+    net.extra = torch.zeros(6)
+    randomised(net)
+    x, c = noise(4, 6), noise(4, 6, seed=5)
+    field = fk.VelocityField(net, conditioning={"c": c}, guidance=2.0, unconditional={"c": torch.zeros(1, 6)})
+    sampler = fk.fuse(field, 3, shape=(6,))
+
+    def same():
+        return torch.allclose(sampler(x), fk.sample(field, x, 3), atol=1e-4)
+
+    assert same()
+    for change in (
+        lambda: setattr(field, "guidance", 5.0),
+        lambda: setattr(field, "time_scale", 3.0),
+        lambda: setattr(net, "linear", randomised(nn.Linear(6, 6), 7)),
+        lambda: net.extra.add_(0.5),
+    ):
+        change()
+        assert same()
+    bytes_ = (c.abs() * 50).to(torch.uint8)
+    plain = fk.VelocityField(net, conditioning={"c": c})
+    again = fk.fuse(plain, 3, shape=(6,))
+    expected = fk.sample(fk.VelocityField(net, conditioning={"c": bytes_}), x, 3)
+    torch.testing.assert_close(again(x, c=bytes_), expected, rtol=1e-4, atol=1e-4)
+    closed = randomised(nn.Linear(6, 6))
+    function = fk.fuse(lambda x, t: closed(x), 3, shape=(6,))
+    with torch.no_grad():
+        closed.weight.mul_(2)
+    torch.testing.assert_close(function(x), fk.sample(lambda x, t: closed(x), x, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_conditioning_that_cannot_be_exchanged_is_refused_by_name():
+    def function(linear, x, t, c=None, drop=False):
+        return linear(x)
+
+    net, c = randomised(By(function)), noise(4, 3)
+    for given, other in (({"c": c}, {"c": None}), ({"drop": False}, {"drop": True})):
+        field = fk.VelocityField(net, conditioning=given, unconditional=other, guidance=2.0, packed=False)
+        with pytest.raises(fk.NotFusable, match=rf"unconditional\['{next(iter(given))}'\]: expected"):
+            fk.fuse(field, 3, shape=(6,))
+    with pytest.raises(fk.NotFusable, match=r"conditioning\['c'\]: expected a tensor, got a container"):
+        fk.fuse(fk.VelocityField(net, conditioning={"c": {"a": c}}), 3, shape=(6,))
+
+
+def test_noise_of_another_shape():
+    net = randomised(By(lambda linear, x, t: linear(x.flatten(1)).view(x.shape), 12))
+    sampler = fk.fuse(net, 2, shape=(4, 3))
+    assert sampler(noise(5, 4, 3)).shape == (5, 4, 3)
+    with pytest.raises(ValueError, match=r"noise: expected shape \[n, 4, 3\]"):
+        sampler(noise(5, 3, 4))
+
+
+def test_recording_leaves_other_threads_alone():
+    busy = nn.Sequential(nn.Sequential(nn.Sequential(nn.Identity())))
+    stop, failed = threading.Event(), []
+
+    def work():
+        try:
+            while not stop.is_set():
+                busy(torch.zeros(1))
+        except Exception as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for t in threads:
+        t.start()
+    net = randomised(mlp([9, 16, 8]))
+    for _ in range(20):
+        fk.fuse(net, 2)
+    stop.set()
+    for t in threads:
+        t.join()
+    assert not failed
