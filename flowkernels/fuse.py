@@ -198,7 +198,7 @@ class FusedSampler:
         if n == 0 or x.numel() != n * dim or not (self._network.is_flat or x.shape[1:] == self.shape):
             expect(False, "noise", f"shape [n, {', '.join(map(str, self.shape))}] with n > 0", noise)
         x = x.contiguous()
-        if self._network.field.conditioning and (most := self._most_samples(n, conditioning)) < n:
+        if n > 1 and self._network.field.conditioning and (most := self._most_samples(n, conditioning)) < n:
             parts = []
             for begin in range(0, n, most):
                 rows, kept = slice(begin, begin + most), dict(states=states, velocities=velocities)
@@ -225,7 +225,7 @@ class FusedSampler:
 
     def _most_samples(self, n: int, conditioning) -> int:
         """How many samples have tables of no more than MOST_BYTES."""
-        width = self._network.record(n, self._network.given(conditioning)).lowering.width_of_both()
+        width = self._network.record(n, self._network.given(conditioning)).width_of_both
         sizes = 8 * len(self._h) * width * (2 if self._network.field.is_guided else 1)  # float64 when they are made
         return max(1, MOST_BYTES // sizes) if sizes else n
 
@@ -327,10 +327,15 @@ class _Recorded:
         self.settings, self.each = _settings(self.field), self._with_rows(n, given)
         for key, value in given.items():
             self._expect_tensors_or_equal(key, value)
-        self.watched = list(_watch(module)) if module is not None else []
-        self.modules = (
-            [(m._modules, k, c) for m in module.modules() for k, c in m._modules.items()] if module is not None else []
-        )
+        modules = list(module.modules()) if module is not None else []
+        self.watched = [
+            _watched(owner, name, t)
+            for m in modules
+            for owner in (m._parameters, m._buffers)
+            for name, t in owner.items()
+            if t is not None
+        ]
+        self.modules = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         tensors = [t for _, _, t, _, _ in self.watched] + [v for v in given.values() if isinstance(v, Tensor)]
         rows = sample_rows(d for shape in (network.shape, *(t.shape for t in tensors)) for d in shape)
         self.record = Record(module, rows)
@@ -355,12 +360,10 @@ class _Recorded:
             self.lowering = Lowering(self.record, x_place, out, self.dim)
         except NotFusable as e:
             raise NotFusable(f"velocity: expected a stack of linear layers, but {e}; {WAY_OUT}") from None
+        # weights that the module does not register, or that a function closes over
         known = {id(t) for _, _, t, _, _ in self.watched}
-        for (
-            t
-        ) in self.record.free_tensors():  # weights that the module does not register, or that a function closes over
-            if id(t) not in known:
-                self.watched.append(({"": t}, "", t, t.data_ptr(), -1 if t.is_inference() else t._version))
+        self.watched += [_watched({"": t}, "", t) for t in self.record.free_tensors() if id(t) not in known]
+        self.width_of_both = self.lowering.width_of_both()
         dtypes = {t.dtype for t in self.record.tensors}
         matrices = {self.record.tensors[place].dtype for place in self.lowering.matrices}
         expect(torch.float64 not in matrices, "velocity", "a network in float32 or bfloat16", "float64 weights")
@@ -485,9 +488,6 @@ def _version(v: Any) -> object:
     return object() if v.is_inference() else v._version
 
 
-def _watch(module: nn.Module):
-    for m in module.modules():
-        for owner in (m._parameters, m._buffers):
-            for name, t in owner.items():
-                if t is not None:
-                    yield owner, name, t, t.data_ptr(), -1 if t.is_inference() else t._version
+def _watched(owner: Mapping[str, Any], name: str, t: Tensor) -> tuple:
+    """What tells that a tensor was replaced, moved or written to; -1 where writes do not count."""
+    return owner, name, t, t.data_ptr(), -1 if t.is_inference() else t._version
