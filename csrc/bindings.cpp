@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bellman/bellman.h"
+#include "bindings_cuda.h"
 #include "ceilings/ceilings.h"
 #include "common/isa.h"
 #include "common/memory.h"
@@ -34,6 +35,10 @@ static const void* const* pointers(const std::vector<Address>& a) {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return fk::isa_name(fk::isa()); });
+#if defined(FK_CUDA)
+  auto cuda = m.def_submodule("cuda");
+  bind_cuda(cuda);
+#endif
   m.def("thread_runtime", &fk::thread_runtime);
   m.def("advise_large_pages", [](Address p, size_t bytes) { fk::advise_large_pages(at(p), bytes); });
 

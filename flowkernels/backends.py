@@ -1,6 +1,7 @@
 """Which backend runs a call, and why.
 
-`auto` takes the compiled CPU kernels for CPU tensors and the torch reference elsewhere. A backend that is asked for
+`auto` takes the CUDA kernels for tensors on an NVIDIA GPU, the compiled CPU kernels for CPU tensors, and the torch
+reference elsewhere. A backend that is asked for
 (`with backend("cpu")`, or FLOWKERNELS_BACKEND) and cannot run the call raises. Decisions are logged at DEBUG level.
 """
 
@@ -11,7 +12,8 @@ import importlib
 import logging
 import os
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cuda", "cpu", "reference")
+CUDA_OPS: set[str] = set()  # registered with a CUDA kernel
 log = logging.getLogger("flowkernels")
 
 
@@ -43,6 +45,42 @@ def _load():
     return module, None
 
 
+@functools.cache
+def cuda_module():
+    """The module of CUDA kernels, or None where this build has none."""
+    return _host_cuda or getattr(extension(), "cuda", None)
+
+
+_host_cuda = None
+
+
+@contextlib.contextmanager
+def host_cuda(module):
+    """For tests: inside the `with` block backend "cuda" is this module, whose kernels are compiled for the host (see
+    csrc/host_cuda) and take CPU tensors. "auto" leaves it alone."""
+    global _host_cuda
+    before, _host_cuda = _host_cuda, module
+    cuda_module.cache_clear(), _decide.cache_clear()
+    try:
+        yield
+    finally:
+        _host_cuda = before
+        cuda_module.cache_clear(), _decide.cache_clear()
+
+
+def _why_not_cuda(device: str, op: str | None) -> str | None:
+    if _host_cuda is None:
+        if device != "cuda":
+            return f"the tensors are on {device}; move them to a CUDA GPU"
+        if cuda_module() is None:
+            return "this build has no CUDA kernels; reinstall flowkernels where nvcc 12.4 or newer is on the PATH"
+        if cuda_module().device_count() == 0:
+            return "there is no NVIDIA driver, or it shows no GPU"
+    elif device != "cpu":
+        return f"the tensors are on {device}, and the kernels are compiled for the host"
+    return None if op is None or op in CUDA_OPS else "it has no CUDA kernel"
+
+
 def _checked(name: str | None, source: str) -> str | None:
     if name in (None, "", "auto"):
         return None
@@ -56,7 +94,7 @@ _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("flowker
 
 @contextlib.contextmanager
 def backend(name: str):
-    """Run the ops inside the `with` block on this backend: "auto", "cpu" or "reference"."""
+    """Run the ops inside the `with` block on this backend: "auto", "cuda", "cpu" or "reference"."""
     token = _requested.set(_checked(name, "backend") or "auto")
     try:
         yield
@@ -64,10 +102,12 @@ def backend(name: str):
         _requested.reset(token)
 
 
-def why_not(name: str, device: str) -> str | None:
-    """Why the backend cannot run on tensors of this device type, or None if it can."""
+def why_not(name: str, device: str, op: str | None = None) -> str | None:
+    """Why the backend cannot run this op (or any) on tensors of this device type, or None if it can."""
     if name == "reference":
         return None
+    if name == "cuda":
+        return _why_not_cuda(device, op)
     if device != "cpu":
         return f"the tensors are on {device}; move them to the CPU or use backend 'reference'"
     if extension() is None:
@@ -94,13 +134,15 @@ def _from_environment() -> str:
 @functools.cache
 def _decide(op: str, device: str, requested: str) -> str:
     if requested != "auto":
-        if reason := why_not(requested, device):
+        if reason := why_not(requested, device, op):
             raise BackendError(f"{op}: backend {requested!r} was asked for, but {reason}")
         log.debug("%s on %s: %s, as asked", op, device, requested)
         return requested
     reasons = []
     for name in BACKENDS:
-        if (reason := why_not(name, device)) is None:
+        if name == "cuda" and _host_cuda is not None:
+            continue
+        if (reason := why_not(name, device, op)) is None:
             log.debug("%s on %s: %s%s", op, device, name, f" ({'; '.join(reasons)})" if reasons else "")
             return name
         reasons.append(f"not {name}: {reason}")

@@ -3,12 +3,22 @@ import os
 # before torch: idle threads sleep, since on a busy machine spinning ones hold back those that work
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import _host_cuda
 import hypothesis
 import pytest
 import torch
 
+from flowkernels import backends
+
 hypothesis.settings.register_profile("flowkernels", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("flowkernels")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def host_cuda():
+    """Backend "cuda" is, where a test asks for it, the CUDA kernels compiled for the host."""
+    with backends.host_cuda(_host_cuda.module()):
+        yield
 
 
 @pytest.fixture(autouse=True)

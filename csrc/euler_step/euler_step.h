@@ -23,5 +23,8 @@ struct EulerStepArgs {
 
 using euler_step_fn = void(const EulerStepArgs&);
 FK_DECLARE(euler_step_fn, euler_step)
+namespace cuda {
+int euler_step(const EulerStepArgs&, void* stream);
+}
 
 }  // namespace fk

@@ -20,18 +20,31 @@ LIBRARY = torch.library.Library("flowkernels", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
 
 
-def register(schema: str, kernel, reference, fake) -> None:
-    """Define an op: `kernel(C, *args)` runs on the compiled module, `reference(*args)` on torch."""
+def register(schema: str, kernel, reference, fake, cuda=None) -> None:
+    """Define an op: `kernel(C, *args)` runs on the compiled module, `cuda(module, *args)` on that of CUDA kernels,
+    `reference(*args)` on torch."""
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if cuda is not None:
+        backends.CUDA_OPS.add(name)
 
     def run(*args):
-        if backends.choose(name, args[0].device.type) == "cpu":
+        choice = backends.choose(name, args[0].device.type)
+        if choice == "cpu":
             return kernel(backends.extension(), *args)
+        if choice == "cuda":
+            return cuda(backends.cuda_module(), *args)
         return reference(*args)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flowkernels::{name}", fake, lib=LIBRARY)
+
+
+def stream_of(t: Tensor) -> tuple[int, int]:
+    """The device and the address of the stream on which a CUDA kernel for `t` belongs."""
+    if not t.is_cuda:  # kernels compiled for the host
+        return 0, 0
+    return t.get_device(), torch.cuda.current_stream(t.device).cuda_stream
 
 
 LARGE = 32 << 20  # bytes from which the C library maps memory afresh for every tensor

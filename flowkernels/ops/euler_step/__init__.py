@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import LOW, expect, expect_like, expect_low, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, fresh, is_plain, is_transformed, register
+from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, fresh, is_plain, is_transformed, register, stream_of
 from flowkernels.ops.euler_step import reference
 
 
@@ -110,8 +110,9 @@ def _contiguous(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _launch(C, x, v, h, v_uncond, guidance, out, low) -> None:
-    """Elementwise on memory in storage order, where all tensors share one dense layout; on contiguous copies else."""
+def _launch(C, x, v, h, v_uncond, guidance, out, low, *where) -> None:
+    """Elementwise on memory in storage order, where all tensors share one dense layout; on contiguous copies else.
+    `where`: device and stream of CUDA kernels, none for those of the CPU."""
     if not _contiguous(x, v, v_uncond, out, low):
         strides = x.stride()
         dense = torch.empty_like(x).stride() == strides  # empty_like keeps the strides of dense tensors only
@@ -120,7 +121,7 @@ def _launch(C, x, v, h, v_uncond, guidance, out, low) -> None:
             if low is not None:
                 copy = low.new_empty(x.shape)
             u = None if v_uncond is None else v_uncond.contiguous()
-            _launch(C, x.contiguous(), v.contiguous(), h, u, guidance, to, copy)
+            _launch(C, x.contiguous(), v.contiguous(), h, u, guidance, to, copy, *where)
             out.copy_(to)
             if low is not None:
                 low.copy_(copy)
@@ -129,13 +130,21 @@ def _launch(C, x, v, h, v_uncond, guidance, out, low) -> None:
     low_ptr, low_code = (0, 0) if low is None else (low.data_ptr(), DTYPE_CODES[low.dtype])
     pointers = x.data_ptr(), v.data_ptr(), u_ptr, out.data_ptr(), low_ptr
     codes = DTYPE_CODES[x.dtype], DTYPE_CODES[v.dtype], low_code
-    C.euler_step(*pointers, *codes, x.numel(), h, guidance, torch.get_num_threads())
+    C.euler_step(*pointers, *codes, x.numel(), h, guidance, *(where or (torch.get_num_threads(),)))
 
 
-def _kernel_out(C, x, v, h, v_uncond, guidance, out, low) -> None:
-    _launch(C, x, v, h, v_uncond, guidance, out, low)
+def _kernel_out(C, x, v, h, v_uncond, guidance, out, low, *where) -> None:
+    _launch(C, x, v, h, v_uncond, guidance, out, low, *where)
     # autograd must see that these were written, as it does for torch's own operations
     torch.autograd.graph.increment_version(out if low is None else [out, low])
+
+
+def _cuda(module, x, *args) -> tuple[Tensor, Tensor]:
+    return _kernel(module, x, *args, *stream_of(x))
+
+
+def _cuda_out(module, x, *args) -> None:
+    _kernel_out(module, x, *args, *stream_of(x))
 
 
 def _reference_out(x, v, h, v_uncond, guidance, out, low) -> None:
@@ -149,9 +158,9 @@ def _empty(x: Tensor, low: torch.dtype | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(0) if low is None else torch.empty_like(x, dtype=low)
 
 
-def _kernel(C, x, v, h, v_uncond, guidance, low) -> tuple[Tensor, Tensor]:
+def _kernel(C, x, v, h, v_uncond, guidance, low, *where) -> tuple[Tensor, Tensor]:
     new, copy = _empty(x, low)
-    _launch(C, x, v, h, v_uncond, guidance, new, None if low is None else copy)
+    _launch(C, x, v, h, v_uncond, guidance, new, None if low is None else copy, *where)
     return new, copy
 
 
@@ -171,8 +180,10 @@ def _fake_out(x, v, h, v_uncond, guidance, out, low) -> None:
 
 
 _ARGS = "Tensor x, Tensor v, float h, Tensor? v_uncond, float guidance"
-register(f"euler_step({_ARGS}, ScalarType? low) -> (Tensor, Tensor)", _kernel, _reference, _fake)
-register(f"euler_step_out({_ARGS}, Tensor(a!) out, Tensor(b!)? low) -> ()", _kernel_out, _reference_out, _fake_out)
+register(f"euler_step({_ARGS}, ScalarType? low) -> (Tensor, Tensor)", _kernel, _reference, _fake, _cuda)
+register(
+    f"euler_step_out({_ARGS}, Tensor(a!) out, Tensor(b!)? low) -> ()", _kernel_out, _reference_out, _fake_out, _cuda_out
+)
 
 
 def _setup_context(ctx, inputs, output) -> None:

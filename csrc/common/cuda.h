@@ -1,0 +1,291 @@
+// The one header that cuda.cu files include: CUDA under nvcc; under a plain C++17 compiler the host emulation, for
+// tests. Kernels use CUDA's spelling for everything but what is wrapped here.
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+#include <string.h>
+// FK_SHARED(float, tile, [32][33]);
+#define FK_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
+// FK_DYNAMIC_SHARED(float, tile); aligned to 16 bytes
+#define FK_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char fk_dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(fk_dynamic_shared)
+// FK_LAUNCH((kernel<float, 4>), grid, block, shared_bytes, stream, arguments...); then `return launched();`
+#define FK_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  (kernel)<<<(grid), (block), (shared), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#else
+#include "host_cuda/emulation.h"
+// `typedef float t[8][33]` turns any array declarator into a type; the static key names the site.
+#define FK_SHARED(T, name, ...)                                                 \
+  typedef T fk_##name##_t __VA_ARGS__;                                          \
+  static const char fk_##name##_key = 0;                                        \
+  fk_##name##_t& name = *static_cast<fk_##name##_t*>(::host_cuda::shared_alloc( \
+      &fk_##name##_key, sizeof(fk_##name##_t), alignof(fk_##name##_t), {__FILE__, __LINE__}))
+#define FK_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::host_cuda::dyn_shared({__FILE__, __LINE__}))
+#define FK_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  ((void)(stream), ::host_cuda::launch(#kernel, (grid), (block), (shared), (kernel), __VA_ARGS__))
+#endif
+
+#include <type_traits>
+
+#include "common/dtype.h"
+
+namespace fk {
+namespace cuda {
+
+// ---- for launchers: no allocation, no synchronisation, nothing that a graph capture forbids ----
+#ifdef __CUDACC__
+inline int launched() {  // a cudaError_t, of the launches so far on this thread
+  return static_cast<int>(cudaGetLastError());
+}
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device, value;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
+    return otherwise;
+  return value;
+}
+inline int multiprocessors() {
+  return device_attribute(cudaDevAttrMultiProcessorCount, 108);
+}
+inline int shared_limit() {  // bytes of shared memory that a block may ask for
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 99 << 10);
+}
+// Needed before a launch with more than 48 KiB of dynamic shared memory.
+template <class Kernel>
+void allow_shared(Kernel kernel, int bytes) {
+  if (bytes > (48 << 10)) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+#else
+inline int launched() {
+  return 0;  // the emulation throws
+}
+inline int multiprocessors() {
+  return 3;  // more than one and odd, so that shares of the work are uneven
+}
+inline int shared_limit() {
+  return static_cast<int>(host_cuda::options().max_smem);
+}
+template <class Kernel>
+void allow_shared(Kernel, int) {}
+#endif
+
+#ifdef __CUDACC__
+using bf16 = __nv_bfloat16;
+using half = __half;
+__device__ __forceinline__ float widen(bf16 v) {
+  return __bfloat162float(v);
+}
+__device__ __forceinline__ float widen(half v) {
+  return __half2float(v);
+}
+__device__ __forceinline__ void narrow(bf16& to, float v) {
+  to = __float2bfloat16_rn(v);
+}
+__device__ __forceinline__ void narrow(half& to, float v) {
+  to = __float2half_rn(v);
+}
+
+__device__ __forceinline__ unsigned smem_u32(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+// 16-byte asynchronous copy; src_bytes < 16 zero-fills the rest.
+__device__ __forceinline__ void cp_async16(void* dst, const void* src, unsigned src_bytes = 16) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_u32(dst)), "l"(src), "r"(src_bytes)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+__device__ __forceinline__ void named_barrier(int id, int n) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem_u32(row))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(smem_u32(row))
+               : "memory");
+}
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <>
+__device__ __forceinline__ void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k16<half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#else   // ------------------------------------------------------------------ host emulation
+struct bf16 {
+  uint16_t bits;
+};
+struct half {
+  uint16_t bits;
+};
+inline float widen(bf16 v) {
+  return __uint_as_float(uint32_t(v.bits) << 16);
+}
+inline float widen(half v) {
+  _Float16 h;
+  memcpy(&h, &v, 2);
+  return float(h);
+}
+inline void narrow(bf16& to, float v) {  // to nearest, ties to even
+  const uint32_t u = __float_as_uint(v);
+  to.bits = (u & 0x7fffffffu) > 0x7f800000u ? 0x7fff : uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+inline void narrow(half& to, float v) {
+  const _Float16 h = _Float16(v);
+  memcpy(&to, &h, 2);
+}
+
+inline void cp_async16(void* dst, const void* src, unsigned src_bytes = 16, HOST_CUDA_LOC) {
+  host_cuda::cp_async(dst, src, 16, src_bytes, HOST_CUDA_HERE);
+}
+inline void cp_async_commit() {
+  host_cuda::cp_async_commit();
+}
+template <int N>
+inline void cp_async_wait() {
+  host_cuda::cp_async_wait(N);
+}
+inline void named_barrier(int id, int n, HOST_CUDA_LOC) {
+  host_cuda::barrier(id, n, HOST_CUDA_HERE);
+}
+
+template <int X>
+inline void ldmatrix_emu(uint32_t (&r)[X], const void* row, host_cuda::Loc loc) {
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    host_cuda::fail(loc, "ldmatrix row address %p is not 16-byte aligned", row);
+  unsigned lane = host_cuda::cur->lane;
+  if (lane < 8 * X && !host_cuda::is_shared(row, 16))
+    host_cuda::fail(loc, "ldmatrix row address %p is not in shared memory", row);
+  auto c = host_cuda::coll_begin(~0u, host_cuda::LDMATRIX, &row, sizeof(row), loc);
+  for (int i = 0; i < X; i++)
+    memcpy(&r[i], host_cuda::slot<const char*>(c, unsigned(i) * 8 + lane / 4) + (lane % 4) * 4, 4);
+  host_cuda::coll_end(c);
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, HOST_CUDA_LOC) {
+  ldmatrix_emu<4>(r, row, HOST_CUDA_HERE);
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, HOST_CUDA_LOC) {
+  ldmatrix_emu<2>(r, row, HOST_CUDA_HERE);
+}
+
+// PTX ISA, mma.m16n8k16 fragments: g = lane/4, t = lane%4.
+//   A[i]: row g + 8*(i&1), cols 2t,2t+1 + 8*(i>>1);  B[i]: k = 2t,2t+1 + 8*i, col g;
+//   D[i]: row g + 8*(i>>1), col 2t + (i&1).   fp32 accumulation, k in order.
+template <class T>
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], HOST_CUDA_LOC) {
+  struct Frag {
+    uint32_t a[4], b[2];
+  } me;
+  memcpy(me.a, a, 16);
+  memcpy(me.b, b, 8);
+  auto c = host_cuda::coll_begin(~0u, host_cuda::MMA, &me, sizeof(me), HOST_CUDA_HERE);
+  unsigned g = host_cuda::cur->lane / 4, t = host_cuda::cur->lane % 4;
+  auto pick = [](uint32_t w, unsigned hi) {
+    T v;
+    uint16_t h = uint16_t(hi ? w >> 16 : w);
+    memcpy(&v, &h, 2);
+    return widen(v);
+  };
+  for (unsigned i = 0; i < 4; i++) {
+    unsigned row = g + 8 * (i >> 1), col = 2 * t + (i & 1);
+    float acc = d[i];
+    for (unsigned k = 0; k < 16; k++) {
+      Frag fa = host_cuda::slot<Frag>(c, (row % 8) * 4 + (k % 8) / 2);
+      Frag fb = host_cuda::slot<Frag>(c, col * 4 + (k % 8) / 2);
+      acc += pick(fa.a[(row / 8) + 2 * (k / 8)], k & 1) * pick(fb.b[k / 8], k & 1);
+    }
+    d[i] = acc;
+  }
+  host_cuda::coll_end(c);
+}
+#endif
+
+// ---- element types ----
+template <class To, class From>
+__device__ __forceinline__ To convert(From v) {  // double to 16 bits goes through float, as torch does
+  constexpr bool from_low = sizeof(From) == 2, to_low = sizeof(To) == 2;
+  if constexpr (std::is_same_v<To, From>) {
+    return v;
+  } else if constexpr (to_low) {
+    To to;
+    narrow(to, convert<float>(v));
+    return to;
+  } else if constexpr (from_low) {
+    return static_cast<To>(widen(v));
+  } else {
+    return static_cast<To>(v);
+  }
+}
+
+// ---- vector accesses: N neighbours in words of up to 16 bytes; p is a multiple of the word ----
+template <int bytes>
+using Word =
+    std::conditional_t<bytes >= 16, uint4,
+                       std::conditional_t<bytes == 8, uint2, std::conditional_t<bytes == 4, uint32_t, uint16_t>>>;
+template <class T, int N>
+__device__ __forceinline__ void load_vector(T (&to)[N], const T* p) {
+  using W = Word<int(N * sizeof(T))>;
+  constexpr int words = N * sizeof(T) / sizeof(W);
+  W w[words];
+#pragma unroll
+  for (int i = 0; i < words; i++) w[i] = reinterpret_cast<const W*>(p)[i];
+  memcpy(to, w, sizeof(to));
+}
+template <class T, int N>
+__device__ __forceinline__ void store_vector(T* p, const T (&from)[N]) {
+  using W = Word<int(N * sizeof(T))>;
+  constexpr int words = N * sizeof(T) / sizeof(W);
+  W w[words];
+  memcpy(w, from, sizeof(from));
+#pragma unroll
+  for (int i = 0; i < words; i++) reinterpret_cast<W*>(p)[i] = w[i];
+}
+
+// Elements before the first place where N neighbours of every one of these can be taken as words; -1: there is none.
+// Null pointers do not count.
+template <int N, class... T>
+inline int aligned_head(int64_t n, const T*... p) {
+  for (int head = 0; head < N; head++)
+    if (((!p || reinterpret_cast<uintptr_t>(p + head) % sizeof(Word<int(N * sizeof(T))>) == 0) && ...))
+      return head < n ? head : static_cast<int>(n);
+  return -1;
+}
+
+// ---- dispatch on element types: f is called with a Type<T> ----
+template <class T>
+struct Type {
+  using type = T;
+};
+template <class F>
+inline int with_low_type(Dtype d, F&& f) {
+  return d == Dtype::bf16 ? f(Type<bf16>{}) : f(Type<half>{});
+}
+template <class F>
+inline int with_type(Dtype d, F&& f) {
+  return d == Dtype::f64 ? f(Type<double>{}) : d == Dtype::f32 ? f(Type<float>{}) : with_low_type(d, f);
+}
+
+}  // namespace cuda
+}  // namespace fk
