@@ -76,7 +76,25 @@ def _why_not_cuda(device: str, op: str | None) -> str | None:
         return "this build has no CUDA kernels; reinstall flowkernels where nvcc 12.4 or newer is on the PATH"
     if module.device_count() == 0:
         return "there is no NVIDIA driver, or it shows no GPU"
+    import torch
+
+    for i in range(torch.cuda.device_count()):
+        if not _has_code(module.architectures, *torch.cuda.get_device_capability(i)):
+            return (
+                f"device {i} ({torch.cuda.get_device_name(i)}) has none of the architectures {module.architectures}; "
+                "reinstall flowkernels with CMAKE_ARGS=-DFLOWKERNELS_CUDA_ARCHS=..."
+            )
     return None if op is None or op in CUDA_OPS else "it has no CUDA kernel"
+
+
+def _has_code(architectures: str, major: int, minor: int) -> bool:
+    """Whether a device of this compute capability runs binaries for one of the architectures ("80,90a"): they run on
+    the same major version from their minor one on, or with a letter on theirs alone."""
+    for arch in architectures.split(","):
+        number = int(arch.rstrip("af"))
+        if number // 10 == major and (number % 10 == minor if arch.endswith("a") else number % 10 <= minor):
+            return True
+    return False
 
 
 def _checked(name: str | None, source: str) -> str | None:
