@@ -1,5 +1,6 @@
 // The one header that cuda.cu files include: CUDA under nvcc; under a plain C++17 compiler the host emulation, for
-// tests. Kernels use CUDA's spelling for everything but what is wrapped here.
+// tests, whose host_cuda/device.h has a twin of everything in the first half of this file. Kernels use CUDA's spelling
+// for everything but what is wrapped here.
 #pragma once
 
 #ifdef __CUDACC__
@@ -17,28 +18,11 @@
 // FK_LAUNCH((kernel<float, 4>), grid, block, shared_bytes, stream, arguments...); then `return launched();`
 #define FK_LAUNCH(kernel, grid, block, shared, stream, ...) \
   (kernel)<<<(grid), (block), (shared), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-#else
-#include "host_cuda/emulation.h"
-// `typedef float t[8][33]` turns any array declarator into a type; the static key names the site.
-#define FK_SHARED(T, name, ...)                                                 \
-  typedef T fk_##name##_t __VA_ARGS__;                                          \
-  static const char fk_##name##_key = 0;                                        \
-  fk_##name##_t& name = *static_cast<fk_##name##_t*>(::host_cuda::shared_alloc( \
-      &fk_##name##_key, sizeof(fk_##name##_t), alignof(fk_##name##_t), {__FILE__, __LINE__}))
-#define FK_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::host_cuda::dyn_shared({__FILE__, __LINE__}))
-#define FK_LAUNCH(kernel, grid, block, shared, stream, ...) \
-  ((void)(stream), ::host_cuda::launch(#kernel, (grid), (block), (shared), (kernel), __VA_ARGS__))
-#endif
-
-#include <type_traits>
-
-#include "common/dtype.h"
 
 namespace fk {
 namespace cuda {
 
 // ---- for launchers: no allocation, no synchronisation, nothing that a graph capture forbids ----
-#ifdef __CUDACC__
 inline int launched() {  // a cudaError_t, of the launches so far on this thread
   return static_cast<int>(cudaGetLastError());
 }
@@ -59,21 +43,8 @@ template <class Kernel>
 void allow_shared(Kernel kernel, int bytes) {
   if (bytes > (48 << 10)) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
-#else
-inline int launched() {
-  return 0;  // the emulation throws
-}
-inline int multiprocessors() {
-  return 3;  // more than one and odd, so that shares of the work are uneven
-}
-inline int shared_limit() {
-  return static_cast<int>(host_cuda::options().max_smem);
-}
-template <class Kernel>
-void allow_shared(Kernel, int) {}
-#endif
 
-#ifdef __CUDACC__
+// ---- element types, asynchronous copies, matrix units ----
 using bf16 = __nv_bfloat16;
 using half = __half;
 __device__ __forceinline__ float widen(bf16 v) {
@@ -133,94 +104,26 @@ __device__ __forceinline__ void mma_m16n8k16<half>(float (&d)[4], const uint32_t
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-#else   // ------------------------------------------------------------------ host emulation
-struct bf16 {
-  uint16_t bits;
-};
-struct half {
-  uint16_t bits;
-};
-inline float widen(bf16 v) {
-  return __uint_as_float(uint32_t(v.bits) << 16);
+// nvcc takes the assignment of a word that was computed in parts for stores of these parts; this is one store.
+__device__ __forceinline__ void store_word(uint4* p, uint4 w) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
 }
-inline float widen(half v) {
-  _Float16 h;
-  memcpy(&h, &v, 2);
-  return float(h);
-}
-inline void narrow(bf16& to, float v) {  // to nearest, ties to even
-  const uint32_t u = __float_as_uint(v);
-  to.bits = (u & 0x7fffffffu) > 0x7f800000u ? 0x7fff : uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-inline void narrow(half& to, float v) {
-  const _Float16 h = _Float16(v);
-  memcpy(&to, &h, 2);
+__device__ __forceinline__ void store_word(uint2* p, uint2 w) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(w.x), "r"(w.y) : "memory");
 }
 
-inline void cp_async16(void* dst, const void* src, unsigned src_bytes = 16, HOST_CUDA_LOC) {
-  host_cuda::cp_async(dst, src, 16, src_bytes, HOST_CUDA_HERE);
-}
-inline void cp_async_commit() {
-  host_cuda::cp_async_commit();
-}
-template <int N>
-inline void cp_async_wait() {
-  host_cuda::cp_async_wait(N);
-}
-inline void named_barrier(int id, int n, HOST_CUDA_LOC) {
-  host_cuda::barrier(id, n, HOST_CUDA_HERE);
-}
-
-template <int X>
-inline void ldmatrix_emu(uint32_t (&r)[X], const void* row, host_cuda::Loc loc) {
-  if (reinterpret_cast<uintptr_t>(row) % 16)
-    host_cuda::fail(loc, "ldmatrix row address %p is not 16-byte aligned", row);
-  unsigned lane = host_cuda::cur->lane;
-  if (lane < 8 * X && !host_cuda::is_shared(row, 16))
-    host_cuda::fail(loc, "ldmatrix row address %p is not in shared memory", row);
-  auto c = host_cuda::coll_begin(~0u, host_cuda::LDMATRIX, &row, sizeof(row), loc);
-  for (int i = 0; i < X; i++)
-    memcpy(&r[i], host_cuda::slot<const char*>(c, unsigned(i) * 8 + lane / 4) + (lane % 4) * 4, 4);
-  host_cuda::coll_end(c);
-}
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, HOST_CUDA_LOC) {
-  ldmatrix_emu<4>(r, row, HOST_CUDA_HERE);
-}
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, HOST_CUDA_LOC) {
-  ldmatrix_emu<2>(r, row, HOST_CUDA_HERE);
-}
-
-// PTX ISA, mma.m16n8k16 fragments: g = lane/4, t = lane%4.
-//   A[i]: row g + 8*(i&1), cols 2t,2t+1 + 8*(i>>1);  B[i]: k = 2t,2t+1 + 8*i, col g;
-//   D[i]: row g + 8*(i>>1), col 2t + (i&1).   fp32 accumulation, k in order.
-template <class T>
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], HOST_CUDA_LOC) {
-  struct Frag {
-    uint32_t a[4], b[2];
-  } me;
-  memcpy(me.a, a, 16);
-  memcpy(me.b, b, 8);
-  auto c = host_cuda::coll_begin(~0u, host_cuda::MMA, &me, sizeof(me), HOST_CUDA_HERE);
-  unsigned g = host_cuda::cur->lane / 4, t = host_cuda::cur->lane % 4;
-  auto pick = [](uint32_t w, unsigned hi) {
-    T v;
-    uint16_t h = uint16_t(hi ? w >> 16 : w);
-    memcpy(&v, &h, 2);
-    return widen(v);
-  };
-  for (unsigned i = 0; i < 4; i++) {
-    unsigned row = g + 8 * (i >> 1), col = 2 * t + (i & 1);
-    float acc = d[i];
-    for (unsigned k = 0; k < 16; k++) {
-      Frag fa = host_cuda::slot<Frag>(c, (row % 8) * 4 + (k % 8) / 2);
-      Frag fb = host_cuda::slot<Frag>(c, col * 4 + (k % 8) / 2);
-      acc += pick(fa.a[(row / 8) + 2 * (k / 8)], k & 1) * pick(fb.b[k / 8], k & 1);
-    }
-    d[i] = acc;
-  }
-  host_cuda::coll_end(c);
-}
+}  // namespace cuda
+}  // namespace fk
+#else
+#include "host_cuda/device.h"
 #endif
+
+#include <type_traits>
+
+#include "common/dtype.h"
+
+namespace fk {
+namespace cuda {
 
 // ---- element types ----
 template <class To, class From>
@@ -253,22 +156,6 @@ __device__ __forceinline__ void load_vector(T (&to)[N], const T* p) {
   for (int i = 0; i < words; i++) w[i] = reinterpret_cast<const W*>(p)[i];
   memcpy(to, w, sizeof(to));
 }
-#ifdef __CUDACC__
-// nvcc takes the assignment of a word that was computed in parts for stores of these parts; this is one store.
-__device__ __forceinline__ void store_word(uint4* p, uint4 w) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
-}
-__device__ __forceinline__ void store_word(uint2* p, uint2 w) {
-  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(w.x), "r"(w.y) : "memory");
-}
-#else
-inline void store_word(uint4* p, uint4 w) {
-  *p = w;
-}
-inline void store_word(uint2* p, uint2 w) {
-  *p = w;
-}
-#endif
 __device__ __forceinline__ void store_word(uint32_t* p, uint32_t w) {
   *p = w;
 }

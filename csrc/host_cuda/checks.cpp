@@ -1,494 +1,498 @@
-// Bounds, races, uninitialised reads, coalescing and bank conflicts of every kernel load and store.
-// Races: FastTrack-style vector clocks inside a block (joined by barriers and __syncwarp), and
-// fence-ordered release/acquire between blocks.  Compile this file without -fsanitize.
 #include "host_cuda/checks.h"
 
 #include <dlfcn.h>
-#include <link.h>
-#include <pthread.h>
-#include <unistd.h>
+#include <string.h>
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <set>
+#include <tuple>
 #include <unordered_map>
-#include <vector>
+
+extern "C" const char __ehdr_start[] __attribute__((visibility("hidden")));  // this module, from the linker
+extern "C" const char _end[] __attribute__((visibility("hidden")));
 
 namespace host_cuda {
 namespace check {
+
+const char* stack_end;
+
 namespace {
-struct Acc {
-  uint32_t clk = 0, blk = 0;
-  uint16_t tid = 0;
-  uint8_t kind = 0;
-  void* pc = nullptr;
-};  // kind 0: none
-struct Rec {
-  Acc w, r[2];
-};
-enum : uint8_t { NONE, PLAIN, ATOM };
-struct Buf {
-  char* p;
-  size_t bytes;
-  unsigned elem;
-  bool init;
-  std::string name;
-  std::vector<Rec> rec;
-  std::vector<bool> written;
-};
-struct Site {                         // one load or store instruction
-  uint64_t req = 0, sectors = 0, ideal = 0, lanes = 0;
-  unsigned bytes = 0;
-  bool write = false, shared = false, atomic = false;
-};
-struct Pend {
-  unsigned bytes;
-  int flags;
+
+// A load or store instruction.
+struct Site {
+  void* code;
+  Kind kind;
   bool shared;
-  std::vector<uintptr_t> lane[32];
+  size_t bytes;
+  uint64_t requests, lanes, parts, least;
 };
+std::vector<Site> sites;
+std::unordered_map<uintptr_t, unsigned> site_numbers;
 
-std::map<uintptr_t, std::unique_ptr<Buf>> g_bufs;
-std::vector<std::pair<uintptr_t, uintptr_t>> g_modules;      // readable data of loaded objects
-uintptr_t g_host_lo, g_host_hi;
-std::string g_name, g_report;
-std::vector<std::string> g_errors;
-std::set<std::pair<void*, void*>> g_seen;
-std::map<std::pair<void*, int>, Site> g_sites;
+// Accesses to one place in memory: the last store, and of the loads since then two that are not ordered.
+struct Access {
+  uint32_t time = 0;  // 0: none
+  uint32_t block;
+  uint16_t thread, site;
+};
+struct Record {
+  Access store, loads[2];
+};
+struct Buffer {
+  const char* p;
+  size_t bytes, element;
+  std::string name;
+  std::vector<uint8_t> written;  // or initialised
+  std::vector<Record> records;
+};
+std::map<const char*, Buffer> buffers;
+Buffer* last_buffer = nullptr;
 
-unsigned T, g_blk;
-char* g_arena;
-size_t g_arena_bytes;
-std::vector<std::pair<char*, size_t>> g_vars;
-std::vector<Rec> g_shadow;             // shared memory, one per byte, indexed from the arena base
-std::vector<uint32_t> g_vc;            // T x T vector clocks
-std::vector<char> g_fenced;            // this thread is ordered after a fence of its own block
-std::vector<std::vector<uint32_t>> g_released;   // per finished block: clocks a fence published
-std::vector<std::map<std::pair<void*, int>, Pend>> g_pend;   // per warp, by instruction and kind
+struct Array {
+  const char *p, *end;
+};
+Block block;
+unsigned block_number;
+std::vector<Array> arrays;
+constexpr size_t kGrain = 2;  // of shared memory: no two threads use one 16-bit word
+std::vector<Record> shared_records;
 
-std::string where(void* pc) {
-  Dl_info di;
-  char b[512];
-  if (!dladdr(pc, &di) || !di.dli_fname) {
-    snprintf(b, sizeof b, "%p", pc);
-    return b;
-  }
-  char cmd[1024];
-  snprintf(cmd, sizeof cmd, "addr2line -i -e '%s' 0x%zx 2>/dev/null", di.dli_fname,
-           size_t(static_cast<char*>(pc) - 1 - static_cast<char*>(di.dli_fbase)));
-  std::string r;                          // the innermost frame that is the kernel's own
-  if (FILE* f = popen(cmd, "r")) {
-    while (fgets(b, sizeof b, f)) {
-      std::string l = b;
-      while (!l.empty() && l.back() == '\n') l.pop_back();
-      size_t d = l.find(" (");
-      if (d != std::string::npos) l.resize(d);
-      d = l.rfind('/');
-      if (d != std::string::npos) l = l.substr(d + 1);
-      r = l;
-      if (l.compare(0, 8, "host_cuda.h:") && l.compare(0, 9, "device.h:")) break;
-    }
-    pclose(f);
+struct Error {
+  std::string text;
+  unsigned site, other;  // other: sites.size() if there is none
+};
+std::vector<Error> errors;
+
+// ---- what happens before what ----
+// Threads run one at a time, so there is one clock, which ticks whenever threads meet. A thread knows of another's
+// accesses up to some time: up to the last barrier of the whole block, or by its row, which lasts until then.
+uint32_t now = 1, launch_start, block_start, block_met;
+std::vector<uint32_t> rows, row_met;
+std::vector<char> fenced;                      // threads that have executed a fence or met one that has
+std::vector<std::vector<uint32_t>> published;  // by a fence: for each block and thread of it, up to when
+
+uint32_t* row(unsigned thread) {
+  uint32_t* r = &rows[size_t(thread) * block.threads];
+  if (row_met[thread] != block_met) {
+    std::fill_n(r, block.threads, block_met);
+    row_met[thread] = block_met;
   }
   return r;
 }
-std::map<void*, std::string> g_where;
-const std::string& where_c(void* pc) {
-  auto it = g_where.find(pc);
-  if (it == g_where.end()) it = g_where.emplace(pc, where(pc)).first;
-  return it->second;
+
+bool ordered(const Access& a, unsigned thread) {
+  if (a.time <= launch_start) return true;
+  if (a.time <= block_start)
+    return fenced[thread] && !published[a.block].empty() && published[a.block][a.thread] >= a.time;
+  if (a.thread == thread || a.time <= block_met) return true;
+  return row_met[thread] == block_met && row(thread)[a.thread] >= a.time;
 }
-void flush_warp(unsigned w) {
-  for (auto& kv : g_pend[w]) {
-    Pend& p = kv.second;
-    Site& s = g_sites[kv.first];
-    s.bytes = p.bytes;
-    s.shared = p.shared;
-    s.write = p.flags & WRITE;
-    s.atomic = p.flags & ATOMIC;
-    size_t most = 0;
-    for (auto& l : p.lane) most = std::max(most, l.size());
-    for (size_t i = 0; i < most; i++) {
-      uintptr_t a[32];
-      unsigned n = 0;
-      for (auto& l : p.lane)
-        if (i < l.size()) a[n++] = l[i];
-      s.req++;
-      s.lanes += n;
-      if (!p.shared) {                                       // 32-byte sectors touched
-        std::vector<uintptr_t> sec;
-        for (unsigned k = 0; k < n; k++)
-          for (uintptr_t x = a[k] / 32; x <= (a[k] + p.bytes - 1) / 32; x++) sec.push_back(x);
-        std::sort(sec.begin(), sec.end());
-        s.sectors += size_t(std::unique(sec.begin(), sec.end()) - sec.begin());
-        s.ideal += std::max<uint64_t>(1, (uint64_t(n) * p.bytes + 31) / 32);
-      } else {                                               // wavefronts: 32 banks x 4 bytes
-        unsigned per = p.bytes <= 4 ? 32 : p.bytes == 8 ? 16 : 8;
-        for (unsigned k0 = 0; k0 < n; k0 += per) {
-          std::vector<uintptr_t> words;
-          for (unsigned k = k0; k < std::min(n, k0 + per); k++)
-            for (unsigned b = 0; b < std::max(1u, p.bytes / 4); b++) words.push_back(a[k] / 4 + b);
-          std::sort(words.begin(), words.end());
-          words.erase(std::unique(words.begin(), words.end()), words.end());
-          unsigned bank[32] = {}, worst = 1;
-          for (auto x : words) worst = std::max(worst, ++bank[x % 32]);
-          s.sectors += worst;
-          s.ideal++;
-        }
-      }
+
+// ---- source lines ----
+
+std::map<void*, Loc> located;
+std::set<std::string> file_names;
+
+// By addr2line, for all of these at once. Of the functions inlined at an address, the kernel's own line counts: the
+// innermost one in a cuda.cu, or else outside of common/cuda.h and of the emulation.
+void locate(std::vector<void*> codes) {
+  codes.erase(std::remove_if(codes.begin(), codes.end(), [](void* c) { return located.count(c); }), codes.end());
+  Dl_info module;
+  if (codes.empty() || !dladdr(__ehdr_start, &module)) return;
+  std::string command = std::string("addr2line -a -i -e '") + module.dli_fname + "'";
+  for (void* c : codes) {
+    char address[32];
+    snprintf(address, sizeof address, " 0x%zx", size_t(static_cast<char*>(c) - 1 - __ehdr_start));
+    command += address;
+  }
+  FILE* out = popen(command.c_str(), "r");
+  if (!out) return;
+  char text[4096];
+  int best = 0;
+  for (size_t i = size_t(-1); fgets(text, sizeof text, out);) {
+    if (text[0] == '0' && text[1] == 'x') {
+      i++;
+      best = 0;
+      continue;
     }
+    std::string frame(text);
+    const size_t colon = frame.rfind(':');
+    if (i >= codes.size() || colon == std::string::npos) continue;
+    std::string file = frame.substr(0, colon);
+    const auto has = [&](const char* part) { return file.find(part) != std::string::npos; };
+    const int rank = has(".cu") ? 3 : has("csrc/host_cuda/") || has("common/cuda.h") ? 1 : 2;
+    if (rank <= best) continue;
+    best = rank;
+    const size_t slash = file.rfind('/'), folder = slash == std::string::npos ? slash : file.rfind('/', slash - 1);
+    if (folder != std::string::npos) file = file.substr(folder + 1);
+    located[codes[i]] = {file_names.insert(file).first->c_str(), atoi(frame.c_str() + colon + 1)};
   }
-  g_pend[w].clear();
+  pclose(out);
 }
-bool before(const Acc& a, unsigned me) {     // does the recorded access happen before thread `me` now?
-  if (a.blk == g_blk) return g_vc[size_t(me) * T + a.tid] >= a.clk;
-  return g_fenced[me] && a.blk < g_released.size() && !g_released[a.blk].empty() && g_released[a.blk][a.tid] >= a.clk;
+
+Loc where(void* code) {
+  locate({code});
+  const auto found = located.find(code);
+  return found == located.end() ? Loc{"unknown", 0} : found->second;
 }
-// Two threads may store the same value to one place (Triton does so with replicated layouts): the
-// hook runs before the store, so the verdict waits for the next event.
-struct Waw {
-  const char* p;
-  unsigned n;
-  char old[16];
-  std::string text;
-};
-std::vector<Waw> g_waw;
-uint64_t g_same_value;
-void settle() {
-  for (auto& w : g_waw) {
-    if (memcmp(w.old, w.p, w.n))
-      g_errors.push_back(w.text);
-    else
-      g_same_value++;
-  }
-  g_waw.clear();
+
+std::string text(Loc l) {
+  return std::string(l.file) + ":" + std::to_string(l.line);
 }
-void race(const char* space, const char* what, const Acc& a, const void* p, void* pc, const std::string& name,
-          unsigned elem) {
-  bool waw = !strcmp(what, "write after write");
-  if (g_errors.size() > 20 || g_waw.size() > 64) return;
-  if (!waw && !g_seen.insert({a.pc, pc}).second) return;
-  char b[1024];
-  const uint3& t = cur->tid;
-  snprintf(b, sizeof b,
-           "race (%s) in %s memory%s%s at %p: block %u thread (%u,%u,%u) at %s conflicts with block %u thread %u at %s",
-           what, space, name.empty() ? "" : " ", name.c_str(), p, g_blk, t.x, t.y, t.z, where_c(pc).c_str(), a.blk,
-           a.tid, where_c(a.pc).c_str());
-  if (!waw) {
-    g_errors.push_back(b);
+
+// ---- errors ----
+
+void report(unsigned site, unsigned other, const std::string& text) {  // once for each pair of instructions
+  for (const Error& e : errors)
+    if (e.site == site && e.other == other) return;
+  if (errors.size() < 8) errors.push_back({text, site, other});
+}
+
+std::string thread_name(unsigned block, unsigned thread) {
+  return "block " + std::to_string(block) + " thread " + std::to_string(thread);
+}
+
+const char* verb(Kind k) {
+  return k == Kind::load ? "load" : k == Kind::store ? "store" : "atomic";
+}
+
+void race(const Access& other, const Access& mine, const char* name) {
+  report(mine.site, other.site,
+         std::string("race in ") + name + ": " + verb(sites[mine.site].kind) + " by " +
+             thread_name(mine.block, mine.thread) + ", after a " + verb(sites[other.site].kind) + " by " +
+             thread_name(other.block, other.thread) + " that nothing orders before it");
+}
+
+// One load or store of one element.
+void note(Record& r, const Access& mine, const char* name) {
+  const Kind kind = sites[mine.site].kind;
+  const auto clash = [&](const Access& a) {
+    return a.time && !(kind == Kind::atomic && sites[a.site].kind == Kind::atomic) && !ordered(a, mine.thread);
+  };
+  if (clash(r.store)) race(r.store, mine, name);
+  if (kind == Kind::load) {
+    const bool first = !r.loads[0].time || ordered(r.loads[0], mine.thread);
+    r.loads[first ? 0 : 1] = mine;
     return;
   }
-  Waw w{static_cast<const char*>(p), elem, {}, b};
-  memcpy(w.old, p, elem);
-  g_waw.push_back(w);
+  for (const Access& a : r.loads)
+    if (clash(a)) race(a, mine, name);
+  r = {mine, {}};
 }
-void note(Rec& r, unsigned me, int flags, void* pc, const void* p, const char* space, const std::string& name,
-          unsigned elem) {
-  uint8_t kind = flags & ATOMIC ? ATOM : PLAIN;
-  Acc now{g_vc[size_t(me) * T + me], g_blk, uint16_t(me), kind, pc};
-  auto clash = [&](const Acc& a) {
-    return a.kind && !(a.blk == g_blk && a.tid == me) && !(a.kind == ATOM && kind == ATOM) && !before(a, me);
-  };
-  if (clash(r.w)) race(space, flags & WRITE ? "write after write" : "read after write", r.w, p, pc, name, elem);
-  if (flags & WRITE) {
-    for (auto& x : r.r)
-      if (clash(x)) race(space, "write after read", x, p, pc, name, elem);
-    r.w = now;
-    r.r[0] = r.r[1] = Acc{};
-  } else {
-    Acc& a = r.r[0];
-    Acc& b = r.r[1];
-    if (!a.kind || (a.tid == me && a.blk == g_blk) || before(a, me))
-      a = now;
-    else
-      b = now;
+
+// ---- sectors and banks ----
+// The k-th time that lanes of a warp execute an instruction since they last met counts as one request.
+struct Request {
+  uint32_t mask = 0;
+  uintptr_t address[32];
+};
+struct Pending {
+  uint32_t times[32] = {};
+  std::vector<Request> requests;
+};
+struct Warp {
+  std::vector<Pending> pending;  // for each site
+  std::vector<unsigned> used;
+};
+std::vector<Warp> warps;
+
+unsigned distinct(uintptr_t* first, uintptr_t* last) {
+  std::sort(first, last);
+  return unsigned(std::unique(first, last) - first);
+}
+
+void count_sectors(const Request& q, Site& s) {
+  uintptr_t sectors[32 * 2];
+  unsigned n = 0;
+  for (int lane = 0; lane < 32; lane++)
+    if (q.mask >> lane & 1) {
+      const uintptr_t first = q.address[lane] / 32, last = (q.address[lane] + s.bytes - 1) / 32;
+      sectors[n++] = first;
+      if (last != first) sectors[n++] = last;
+    }
+  s.parts += distinct(sectors, sectors + n);
+  s.least += (uint64_t(__builtin_popcount(q.mask)) * s.bytes + 31) / 32;
+}
+
+// 32 banks of 4 bytes serve 128 bytes of neighbouring lanes at a time, unless two words of one bank are among them.
+void count_passes(const Request& q, Site& s) {
+  const int words = int(std::max<size_t>(s.bytes / 4, 1)), lanes = 32 / words;
+  for (int first = 0; first < 32; first += lanes) {
+    uintptr_t touched[32];
+    unsigned n = 0, in_bank[32] = {}, worst = 0;
+    for (int lane = first; lane < first + lanes; lane++)
+      if (q.mask >> lane & 1)
+        for (int w = 0; w < words; w++) touched[n++] = q.address[lane] / 4 + unsigned(w);
+    n = distinct(touched, touched + n);
+    for (unsigned i = 0; i < n; i++) worst = std::max(worst, ++in_bank[touched[i] % 32]);
+    s.parts += worst;
+    s.least += n > 0;
   }
 }
-void uninit(const char* space, const std::string& name, const void* p, void* pc) {
-  if (!g_seen.insert({nullptr, pc}).second || g_errors.size() > 20) return;
-  g_errors.push_back(std::string("uninitialised read of ") + space + " memory " + name + " at " + where_c(pc) +
-                     " (offset address " + std::to_string(reinterpret_cast<uintptr_t>(p)) + ")");
+
+void flush(Warp& w) {
+  for (unsigned number : w.used) {
+    Site& s = sites[number];
+    Pending& p = w.pending[number];
+    for (const Request& q : p.requests) {
+      s.requests++;
+      s.lanes += unsigned(__builtin_popcount(q.mask));
+      s.shared ? count_passes(q, s) : count_sectors(q, s);
+    }
+    p.requests.clear();
+    memset(p.times, 0, sizeof p.times);
+  }
+  w.used.clear();
 }
+
+void add_request(unsigned site, const void* address) {
+  Warp& w = warps[current->warp];
+  if (w.pending.size() <= site) w.pending.resize(site + 16);
+  Pending& p = w.pending[site];
+  if (p.requests.empty()) w.used.push_back(site);
+  const uint32_t time = p.times[current->lane]++;
+  if (p.requests.size() <= time) p.requests.emplace_back();
+  p.requests[time].mask |= 1u << current->lane;
+  p.requests[time].address[current->lane] = reinterpret_cast<uintptr_t>(address);
+}
+
+unsigned site_number(void* code, Kind kind, bool shared, size_t bytes) {
+  const uintptr_t key = reinterpret_cast<uintptr_t>(code) * 8 + uintptr_t(kind) * 2 + shared;
+  const auto [found, is_new] = site_numbers.try_emplace(key, unsigned(sites.size()));
+  if (is_new) sites.push_back({code, kind, shared, bytes, 0, 0, 0, 0});
+  return found->second;
+}
+
+// ---- accesses ----
+
+void access_shared(const char* p, size_t bytes, Kind kind, void* code) {
+  const bool inside =
+      std::any_of(arrays.begin(), arrays.end(), [&](const Array& a) { return p >= a.p && p + bytes <= a.end; });
+  if (!inside) fail(where(code), "%s of %zu bytes outside of every shared array", verb(kind), bytes);
+  const unsigned site = site_number(code, kind, true, bytes);
+  const Access mine{now, block_number, uint16_t(current->number), uint16_t(site)};
+  const size_t first = size_t(p - block.arena) / kGrain, last = (size_t(p - block.arena) + bytes - 1) / kGrain;
+  for (size_t i = first; i <= last; i++) {
+    Record& r = shared_records[i];
+    if (kind != Kind::store && !r.store.time)
+      report(site, unsigned(-1), "uninitialised shared memory: read by " + thread_name(block_number, current->number));
+    note(r, mine, "shared memory");
+  }
+  add_request(site, p);
+}
+
+Buffer* find_buffer(const char* p) {
+  if (last_buffer && p >= last_buffer->p && p < last_buffer->p + last_buffer->bytes) return last_buffer;
+  auto after = buffers.upper_bound(p);
+  if (after == buffers.begin()) return nullptr;
+  return last_buffer = &std::prev(after)->second;
+}
+
+void access_global(const char* p, size_t bytes, Kind kind, void* code) {
+  Buffer* b = find_buffer(p);
+  if (!b || p + bytes > b->p + b->bytes) {
+    if (kind == Kind::load && p >= __ehdr_start && p < _end) return;  // a table among the kernel's constants
+    if (!b) fail(where(code), "%s of %zu bytes out of bounds, below every buffer", verb(kind), bytes);
+    fail(where(code), "%s of %zu bytes out of bounds: at byte %td of %s, which has %zu", verb(kind), bytes, p - b->p,
+         b->name.c_str(), b->bytes);
+  }
+  const unsigned site = site_number(code, kind, false, bytes);
+  const Access mine{now, block_number, uint16_t(current->number), uint16_t(site)};
+  const size_t first = size_t(p - b->p) / b->element, last = (size_t(p - b->p) + bytes - 1) / b->element;
+  for (size_t i = first; i <= last; i++) {
+    if (kind != Kind::store && !b->written[i])
+      report(site, unsigned(-1),
+             "uninitialised " + b->name + ": element " + std::to_string(i) + " read by " +
+                 thread_name(block_number, current->number));
+    if (kind != Kind::load) b->written[i] = 1;
+    note(b->records[i], mine, b->name.c_str());
+  }
+  add_request(site, p);
+}
+
 }  // namespace
 
-void launch_begin(const char* name, void (*)(void*)) {
-  g_name = name;
-  g_errors.clear();
-  g_seen.clear();
-  g_sites.clear();
-  g_released.clear();
-  for (auto& kv : g_bufs) {
-    auto& b = *kv.second;
-    b.rec.assign((b.bytes + b.elem - 1) / b.elem, Rec{});
+void access(const void* address, size_t bytes, Kind kind, void* code) {
+  const auto* p = static_cast<const char*>(address);
+  if (!current || size_t(stack_end - p) <= kStack) return;
+  const bool in_shared = p >= block.arena && p < block.arena_end;
+  if (!in_shared && ((p >= block.contexts && p < block.contexts_end) || address == &current)) return;
+  if (bytes <= 16 && reinterpret_cast<uintptr_t>(p) % bytes)
+    fail(where(code), "misaligned %s of %zu bytes at %p", verb(kind), bytes, address);
+  in_shared ? access_shared(p, bytes, kind, code) : access_global(p, bytes, kind, code);
+}
+
+// ---- what the emulation tells ----
+
+Loc kernel_line(void* code, Loc otherwise) {
+  const Loc found = where(code);
+  return strstr(found.file, ".cu") ? found : otherwise;
+}
+
+void begin_launch() {
+  errors.clear();
+  published.clear();
+  launch_start = now++;
+}
+
+std::string end_launch() {
+  std::vector<void*> codes;
+  for (const Error& e : errors)
+    for (unsigned s : {e.site, e.other})
+      if (s < sites.size()) codes.push_back(sites[s].code);
+  locate(codes);
+  std::string all;
+  for (const Error& e : errors) {
+    all += text(where(sites[e.site].code)) + ": " + e.text;
+    if (e.other < sites.size()) all += " at " + text(where(sites[e.other].code));
+    all += "\n";
   }
-  g_modules.clear();
-  dl_iterate_phdr(
-      [](dl_phdr_info* i, size_t, void*) {
-        for (int k = 0; k < i->dlpi_phnum; k++)
-          if (i->dlpi_phdr[k].p_type == PT_LOAD)
-            g_modules.push_back({i->dlpi_addr + i->dlpi_phdr[k].p_vaddr,
-                                 i->dlpi_addr + i->dlpi_phdr[k].p_vaddr + i->dlpi_phdr[k].p_memsz});
-        return 0;
-      },
-      nullptr);
-  pthread_attr_t at;
-  void* lo;
-  size_t n;
-  pthread_getattr_np(pthread_self(), &at);
-  pthread_attr_getstack(&at, &lo, &n);
-  pthread_attr_destroy(&at);
-  g_host_lo = uintptr_t(lo);
-  g_host_hi = g_host_lo + n;
+  return all;
 }
-std::string launch_end() {
-  settle();
-  g_report.clear();
-  std::map<std::string, Site> lines;      // several instructions of one line, size and kind make one row
-  for (auto& kv : g_sites) {
-    const Site& s = kv.second;
-    char key[600];
-    snprintf(key, sizeof key, "%-28s %-6s %-6s %2uB", where_c(kv.first.first).c_str(), s.shared ? "shared" : "global",
-             s.atomic  ? "atomic"
-             : s.write ? "store"
-                       : "load",
-             s.bytes);
-    Site& d = lines[key];
-    d.req += s.req;
-    d.sectors += s.sectors;
-    d.ideal += s.ideal;
-    d.lanes += s.lanes;
-    d.shared = s.shared;
-  }
-  for (auto& kv : lines) {
-    const Site& s = kv.second;
-    char b[800];
-    snprintf(b, sizeof b, "%s  requests %8llu  lanes %4.1f  %s/request %5.2f  ideal %5.2f\n", kv.first.c_str(),
-             (unsigned long long)s.req, double(s.lanes) / s.req, s.shared ? "wavefronts" : "sectors   ",
-             double(s.sectors) / s.req, double(s.ideal) / s.req);
-    g_report += b;
-  }
-  std::string e;
-  for (auto& x : g_errors) e += x + "\n";
-  return e;
+
+void begin_block(const Block& b) {
+  block = b;
+  block_number = b.index.x + b.grid.x * (b.index.y + b.grid.y * b.index.z);
+  block_start = block_met = now++;
+  arrays.clear();
+  shared_records.resize(size_t(b.arena_end - b.arena) / kGrain);
+  if (rows.size() < size_t(b.threads) * b.threads) rows.resize(size_t(b.threads) * b.threads);
+  row_met.assign(b.threads, 0);
+  fenced.assign(b.threads, 0);
+  if (published.size() <= block_number) published.resize(block_number + 1);
+  warps.resize(std::max<size_t>(warps.size(), (b.threads + 31) / 32));
 }
-void block_begin(uint3 bid, dim3 g, unsigned n, char* arena, size_t bytes) {
-  T = n;
-  g_blk = bid.x + g.x * (bid.y + g.y * bid.z);
-  g_arena = arena;
-  g_arena_bytes = bytes;
-  g_vars.clear();
-  if (g_shadow.size() < bytes) g_shadow.resize(bytes);
-  g_vc.assign(size_t(n) * n, 0);
-  for (unsigned i = 0; i < n; i++) g_vc[size_t(i) * n + i] = 1;
-  g_fenced.assign(n, 0);
-  if (g_released.size() <= g_blk) g_released.resize(g_blk + 1);
-  g_pend.resize((n + 31) / 32);
+
+void end_block() {
+  for (Warp& w : warps) flush(w);
 }
-void block_end() {
-  for (unsigned w = 0; w < (T + 31) / 32; w++) flush_warp(w);
+
+void shared_array(const char* p, size_t bytes) {
+  arrays.push_back({p, p + bytes});
+  std::fill_n(shared_records.begin() + (p - block.arena) / ptrdiff_t(kGrain), (bytes + kGrain - 1) / kGrain, Record{});
 }
-void shared_var(char* p, size_t n) {
-  g_vars.push_back({p, n});
-  std::fill(g_shadow.begin() + (p - g_arena), g_shadow.begin() + (p - g_arena) + long(n), Rec{});
-}
-void join(const unsigned* who, unsigned n) {
-  static std::vector<uint32_t> m;
-  m.assign(T, 0);
-  char f = 0;
-  if (n == T)
-    for (unsigned i = 0; i < T; i++) m[i] = g_vc[size_t(i) * T + i];
-  else
-    for (unsigned k = 0; k < n; k++) {
-      const uint32_t* v = &g_vc[size_t(who[k]) * T];
-      for (unsigned i = 0; i < T; i++) m[i] = std::max(m[i], v[i]);
-    }
-  for (unsigned k = 0; k < n; k++) f |= g_fenced[who[k]];
-  for (unsigned k = 0; k < n; k++) {
-    uint32_t* v = &g_vc[size_t(who[k]) * T];
-    std::copy(m.begin(), m.end(), v);
-    v[who[k]]++;
-    g_fenced[who[k]] = f;
-  }
-}
-void fence() {
-  unsigned me = cur->linear;
-  auto& r = g_released[g_blk];
-  r.resize(T, 0);
-  const uint32_t* v = &g_vc[size_t(me) * T];
-  for (unsigned i = 0; i < T; i++) r[i] = std::max(r[i], v[i]);
-  g_vc[size_t(me) * T + me]++;
-  g_fenced[me] = 1;
-}
-void access(const void* ptr, unsigned bytes, int flags, void* pc) {
-  if (!cur) return;
-  if (!g_waw.empty()) settle();
-  uintptr_t a = uintptr_t(ptr);
-  const char* c = static_cast<const char*>(ptr);
-  unsigned me = cur->linear;
-  bool shared = false;
-  if (c >= g_arena && c < g_arena + g_arena_bytes) {
-    shared = true;
-    bool in = false;
-    for (auto& v : g_vars)
-      if (c >= v.first && c + bytes <= v.first + v.second) {
-        in = true;
-        break;
-      }
-    if (!in)
-      fail({where_c(pc).c_str(), 0}, "%s of %u bytes outside every shared array", flags & WRITE ? "write" : "read",
-           bytes);
-    static const std::string none;
-    for (unsigned i = 0; i < bytes; i++) {
-      Rec& r = g_shadow[size_t(c - g_arena) + i];
-      if (!(flags & WRITE) && !r.w.kind) uninit("shared", none, ptr, pc);
-      note(r, me, flags, pc, c + i, "shared", none, 1);
-    }
+
+void join(const std::vector<unsigned>& threads) {
+  const bool all = threads.size() == block.threads;
+  char any_fenced = 0;
+  for (unsigned t : threads) any_fenced |= fenced[t];
+  for (unsigned t : threads) fenced[t] = any_fenced;
+  if (all) {
+    block_met = now;
   } else {
-    if (is_internal(ptr) || (a >= g_host_lo && a < g_host_hi)) return;
-    auto it = g_bufs.upper_bound(a);
-    Buf* b = it == g_bufs.begin() ? nullptr : std::prev(it)->second.get();
-    if (!b || c + bytes > b->p + b->bytes) {
-      for (auto& m : g_modules)
-        if (a >= m.first && a < m.second) return;
-      if (a >= uintptr_t(&cur) && a < uintptr_t(&cur + 1)) return;
-      if (g_bufs.empty()) return;
-      std::string near =
-          b ? b->name + " + " + std::to_string(a - uintptr_t(b->p)) + " of " + std::to_string(b->bytes) + " bytes"
-            : "nothing";
-      fail({where_c(pc).c_str(), 0}, "%s of %u bytes out of bounds: nearest buffer below is %s",
-           flags & WRITE ? "write" : "read", bytes, near.c_str());
+    std::vector<uint32_t> merged(block.threads, block_met);
+    for (unsigned t : threads) {
+      uint32_t* r = row(t);
+      r[t] = now;
+      for (unsigned i = 0; i < block.threads; i++) merged[i] = std::max(merged[i], r[i]);
     }
-    size_t i0 = size_t(c - b->p) / b->elem, i1 = (size_t(c - b->p) + bytes - 1) / b->elem;
-    for (size_t i = i0; i <= i1; i++) {
-      if (flags & WRITE)
-        b->written[i] = true;
-      else if (!b->init && !b->written[i])
-        uninit("global", b->name, ptr, pc);
-      note(b->rec[i], me, flags, pc, b->p + i * b->elem, "global", b->name, b->elem > 16 ? 16 : b->elem);
-    }
+    for (unsigned t : threads) std::copy(merged.begin(), merged.end(), row(t));
   }
-  if (bytes > 1 && bytes <= 16 && a % bytes)
-    fail({where_c(pc).c_str(), 0}, "misaligned %u-byte access at %p", bytes, ptr);
-  Pend& p = g_pend[cur->warp][{pc, flags}];
-  p.bytes = bytes;
-  p.flags = flags;
-  p.shared = shared;
-  p.lane[cur->lane].push_back(a);
+  now++;
+  unsigned met[32] = {};
+  for (unsigned t : threads) met[t / 32]++;
+  for (unsigned w = 0; w < (block.threads + 31) / 32; w++)
+    if (met[w] == std::min(32u, block.threads - 32 * w)) flush(warps[w]);
 }
+
+void fence() {
+  const unsigned me = current->number;
+  auto& times = published[block_number];
+  times.resize(block.threads);
+  const uint32_t* r = row(me);
+  for (unsigned i = 0; i < block.threads; i++) times[i] = std::max(times[i], i == me ? now : r[i]);
+  fenced[me] = 1;
+  now++;
+}
+
+// ---- what tests ask ----
+
+void buffer(const void* p, size_t bytes, size_t element, bool initialised, const std::string& name) {
+  if (!bytes) return;
+  const auto* c = static_cast<const char*>(p);
+  const size_t n = (bytes + element - 1) / element;
+  last_buffer = nullptr;
+  buffers[c] = {c, bytes, element, name, std::vector<uint8_t>(n, initialised), std::vector<Record>(n)};
+}
+
+void clear() {
+  last_buffer = nullptr;
+  buffers.clear();
+  sites.clear();
+  site_numbers.clear();
+  warps.clear();
+}
+
+size_t unwritten(const void* p) {
+  const auto found = buffers.find(static_cast<const char*>(p));
+  if (found == buffers.end()) return 0;
+  const auto& written = found->second.written;
+  return size_t(std::count(written.begin(), written.end(), 0));
+}
+
+std::vector<Line> lines() {
+  std::vector<void*> codes;
+  for (const Site& s : sites) codes.push_back(s.code);
+  locate(codes);
+  std::map<std::tuple<std::string, int, bool, Kind, size_t>, Line> merged;  // instructions of one line are one
+  for (const Site& s : sites) {
+    const Loc l = where(s.code);
+    Line& m = merged[{l.file, l.line, s.shared, s.kind, s.bytes}];
+    m = {text(l),           s.shared,          s.kind,           s.bytes, m.requests + s.requests,
+         m.lanes + s.lanes, m.parts + s.parts, m.least + s.least};
+  }
+  std::vector<Line> all;
+  for (const auto& [key, line] : merged) all.push_back(line);
+  return all;
+}
+
 }  // namespace check
 }  // namespace host_cuda
 
-using namespace host_cuda::check;
+// ---- what the compiler calls with -fsanitize=thread, in place of its runtime library ----
+using host_cuda::check::access;
+using host_cuda::check::Kind;
+#define CODE __builtin_return_address(0)
+#define HOOKS(N)                            \
+  void __tsan_read##N(void* p) {            \
+    access(p, N, Kind::load, CODE);         \
+  }                                         \
+  void __tsan_write##N(void* p) {           \
+    access(p, N, Kind::store, CODE);        \
+  }                                         \
+  void __tsan_unaligned_read##N(void* p) {  \
+    access(p, N, Kind::load, CODE);         \
+  }                                         \
+  void __tsan_unaligned_write##N(void* p) { \
+    access(p, N, Kind::store, CODE);        \
+  }
+// An atomic operation is a load and then tries to exchange, of which the first succeeds.
+#define ATOMIC_HOOKS(N, T)                                                                         \
+  T __tsan_atomic##N##_load(const T* p, int) {                                                     \
+    return __atomic_load_n(p, __ATOMIC_RELAXED);                                                   \
+  }                                                                                                \
+  int __tsan_atomic##N##_compare_exchange_weak(T* p, T* expected, T v, int, int) {                 \
+    access(p, sizeof(T), Kind::atomic, CODE);                                                      \
+    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED); \
+  }
 extern "C" {
-void host_cuda_buffer(void* p, size_t bytes, unsigned elem, int init, const char* name) {
-  auto b = std::make_unique<Buf>();
-  b->p = static_cast<char*>(p);
-  b->bytes = bytes;
-  b->elem = elem ? elem : 1;
-  b->init = init;
-  b->name = name ? name : "";
-  b->written.assign((bytes + b->elem - 1) / b->elem, false);
-  g_bufs[uintptr_t(p)] = std::move(b);
-}
-void host_cuda_ptx_access(const void* p, unsigned bytes, int flags) {
-  access(p, bytes, flags, __builtin_return_address(0));
-}
-void host_cuda_clear() {
-  g_bufs.clear();
-}
-size_t host_cuda_unwritten(void* p) {
-  auto it = g_bufs.find(uintptr_t(p));
-  return it == g_bufs.end() ? 0 : size_t(std::count(it->second->written.begin(), it->second->written.end(), false));
-}
-const char* host_cuda_report() {
-  return g_report.c_str();
-}
-
-// ---- the hooks that -fsanitize=thread calls ---------------------------------------------------
-#define PC __builtin_return_address(0)
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-void __tsan_vptr_update(void*, void*) {}
-void __tsan_vptr_read(void*) {}
-#define RW(N)                               \
-  void __tsan_read##N(void* p) {            \
-    access(p, N, 0, PC);                    \
-  }                                         \
-  void __tsan_write##N(void* p) {           \
-    access(p, N, WRITE, PC);                \
-  }                                         \
-  void __tsan_unaligned_read##N(void* p) {  \
-    access(p, N, 0, PC);                    \
-  }                                         \
-  void __tsan_unaligned_write##N(void* p) { \
-    access(p, N, WRITE, PC);                \
-  }                                         \
-  void __tsan_volatile_read##N(void* p) {   \
-    access(p, N, 0, PC);                    \
-  }                                         \
-  void __tsan_volatile_write##N(void* p) {  \
-    access(p, N, WRITE, PC);                \
-  }
-RW(1)
-RW(2) RW(4) RW(8) RW(16)
-    // clang calls these for struct copies and fills
-    void* __tsan_memcpy(void* d, const void* s, size_t n) {
-  access(s, unsigned(n), 0, PC);
-  access(d, unsigned(n), WRITE, PC);
-  return memcpy(d, s, n);
-}
-void* __tsan_memmove(void* d, const void* s, size_t n) {
-  access(s, unsigned(n), 0, PC);
-  access(d, unsigned(n), WRITE, PC);
-  return memmove(d, s, n);
-}
-void* __tsan_memset(void* d, int c, size_t n) {
-  access(d, unsigned(n), WRITE, PC);
-  return memset(d, c, n);
-}
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
 void __tsan_read_range(void* p, size_t n) {
-  access(p, unsigned(n), 0, PC);
+  access(p, n, Kind::load, CODE);
 }
 void __tsan_write_range(void* p, size_t n) {
-  access(p, unsigned(n), WRITE, PC);
+  access(p, n, Kind::store, CODE);
 }
-#define ATOMICS(B, TY)                                                                    \
-  TY __tsan_atomic##B##_load(const volatile TY* p, int) {                                 \
-    access((void*)p, B / 8, ATOMIC, PC);                                                  \
-    return __atomic_load_n(p, 5);                                                         \
-  }                                                                                       \
-  void __tsan_atomic##B##_store(volatile TY* p, TY v, int) {                              \
-    access((void*)p, B / 8, WRITE | ATOMIC, PC);                                          \
-    __atomic_store_n(p, v, 5);                                                            \
-  }                                                                                       \
-  TY __tsan_atomic##B##_exchange(volatile TY* p, TY v, int) {                             \
-    access((void*)p, B / 8, WRITE | ATOMIC, PC);                                          \
-    return __atomic_exchange_n(p, v, 5);                                                  \
-  }                                                                                       \
-  TY __tsan_atomic##B##_fetch_add(volatile TY* p, TY v, int) {                            \
-    access((void*)p, B / 8, WRITE | ATOMIC, PC);                                          \
-    return __atomic_fetch_add(p, v, 5);                                                   \
-  }                                                                                       \
-  int __tsan_atomic##B##_compare_exchange_weak(volatile TY* p, TY* e, TY v, int, int) {   \
-    access((void*)p, B / 8, WRITE | ATOMIC, PC);                                          \
-    return __atomic_compare_exchange_n(p, e, v, false, 5, 5);                             \
-  }                                                                                       \
-  int __tsan_atomic##B##_compare_exchange_strong(volatile TY* p, TY* e, TY v, int, int) { \
-    access((void*)p, B / 8, WRITE | ATOMIC, PC);                                          \
-    return __atomic_compare_exchange_n(p, e, v, false, 5, 5);                             \
-  }
-#define ATOMICS_CLANG(B, TY)                                                         \
-  TY __tsan_atomic##B##_compare_exchange_val(volatile TY* p, TY e, TY v, int, int) { \
-    access((void*)p, B / 8, WRITE | ATOMIC, PC);                                     \
-    __atomic_compare_exchange_n(p, &e, v, false, 5, 5);                              \
-    return e;                                                                        \
-  }
-ATOMICS_CLANG(8, uint8_t)
-ATOMICS_CLANG(16, uint16_t) ATOMICS_CLANG(32, uint32_t) ATOMICS_CLANG(64, uint64_t) ATOMICS(8, uint8_t)
-    ATOMICS(16, uint16_t) ATOMICS(32, uint32_t) ATOMICS(64, uint64_t) void __tsan_atomic_thread_fence(int) {}
-void __tsan_atomic_signal_fence(int) {}
+ATOMIC_HOOKS(32, uint32_t)
+ATOMIC_HOOKS(64, uint64_t)
 }

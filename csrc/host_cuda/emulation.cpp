@@ -1,64 +1,22 @@
-// host_cuda runtime: fibers, barriers, warp collectives, shared memory, cp.async.
-// Build with the same -fsanitize=address as the kernels, but never with -fsanitize=thread:
-// in a TSan build (-DHOST_CUDA_TSAN) this file describes the CUDA happens-before edges to TSan
-// itself, one TSan fiber per CUDA thread.
 #include "host_cuda/emulation.h"
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <thread>
-#include <unordered_map>
 #include <vector>
-#if !defined(__x86_64__) || defined(HOST_CUDA_UCONTEXT)
-#include <ucontext.h>
-#define HOST_CUDA_USE_UCONTEXT 1
-#endif
 
-#if defined(__SANITIZE_ADDRESS__)
-#define HOST_CUDA_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define HOST_CUDA_ASAN 1
-#endif
-#endif
-#ifdef HOST_CUDA_ASAN
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
-#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
-#endif
-#ifdef HOST_CUDA_TSAN
-extern "C" {
-void* __tsan_get_current_fiber();
-void* __tsan_create_fiber(unsigned);
-void __tsan_destroy_fiber(void*);
-void __tsan_switch_to_fiber(void*, unsigned);
-void __tsan_set_fiber_name(void*, const char*);
-void __tsan_acquire(void*);
-void __tsan_release(void*);
-void __tsan_ignore_thread_begin();
-void __tsan_ignore_thread_end();
-}
-struct Quiet {                     // the runtime's own allocations are not the kernel's accesses
-  Quiet() { __tsan_ignore_thread_begin(); }
-  ~Quiet() { __tsan_ignore_thread_end(); }
-};
-#define HB_RELEASE(p) __tsan_release(p)
-#define HB_ACQUIRE(p) __tsan_acquire(p)
-#else
-struct Quiet {
-  Quiet() {}
-};
-#define HB_RELEASE(p) ((void)(p))
-#define HB_ACQUIRE(p) ((void)(p))
-#endif
 #ifdef HOST_CUDA_CHECK
 #include "host_cuda/checks.h"
 #define CHECK(...) __VA_ARGS__
@@ -67,111 +25,113 @@ struct Quiet {
 #endif
 
 namespace host_cuda {
-thread_local ThreadCtx* cur = nullptr;
+
+__thread Thread* current = nullptr;
 
 namespace {
-constexpr size_t kStack = 64 * 1024, kPage = 4096, kArena = 1 << 20;
+
+constexpr size_t kPage = 4096, kStack = 64 << 10;
+constexpr size_t kArena = 256 << 10;  // shared memory, and gaps between its arrays
 constexpr int kBarriers = 16;
-// Happens-before objects live at the head of the block's arena, so they are new in every block.
-constexpr size_t kHbBytes = 8 * (2 * kBarriers + 32 * 64);
 
-enum State : unsigned char { READY, BLOCKED, DONE };
+enum class State : unsigned char { fresh, ready, waiting, done };
+
 struct Copy {
-  void* dst;
-  const void* src;
-  unsigned bytes, src_bytes;
-  void* pc;
+  void* to;
+  const void* from;
+  unsigned from_bytes;
+  size_t group;
+  void* code;  // where the kernel asked for it
 };
 
-struct Op {                        // one warp collective in flight
-  bool open = false;               // still collecting arrivals
-  unsigned mask = 0, arrived = 0, unread = 0;
-  Kind kind{};
-  Loc loc{};
-  uint32_t slots[32 * kSlotWords];
-};
-struct Engine;
 struct Fiber {
-  ThreadCtx ctx;
-  void* sp = nullptr;
-#ifdef HOST_CUDA_USE_UCONTEXT
-  ucontext_t uc;
-#endif
-  char* stack = nullptr;
-  State state = DONE;
-  Loc wait{};                      // where it is blocked
-  const char* what = "";
-  void* tsan = nullptr;
-  void* fake = nullptr;            // ASan fake stack
-  int bar = -1;                    // the barrier it waits at
-  std::vector<std::vector<Copy>> groups;   // committed cp.async groups
-  std::vector<Copy> open;                  // not yet committed
+  Thread thread;
+  State state;
+  int barrier;  // that it waits at, or -1
+  const char* what;
+  Loc where;
+  char* stack = nullptr;  // the end of it, while the thread has begun and is not done
+  void* top;              // saved stack pointer
+  std::vector<Copy> copies;  // not landed yet, oldest first
+  size_t groups;             // committed
 };
+
 struct Barrier {
-  int arrived = 0, need = -1, votes = 0, result[2] = {0, 0};
-  unsigned phase = 0;
-  Loc loc{};
+  int arrived = 0, expected = 0, votes = 0, result = 0;
+  Loc where{};
 };
-// Allocated before any fiber runs: TSan would take a fiber's own malloc for a write of that CUDA thread.
-struct Warp {
-  std::unique_ptr<Op[]> ops{new Op[64]};
-  unsigned flip[32] = {};
+
+// A warp collective that some lanes of its mask have come to. The last one to come does the work for all.
+struct Collective {
+  struct Lane {
+    const void* in;
+    void* out;
+    int bytes, source;
+  };
+  using Work = void (*)(Collective&);
+  unsigned mask = 0, arrived = 0;
+  Work work = nullptr;
+  Loc where{};
+  Lane lanes[32];
 };
-struct Var {
+
+struct Random {
+  uint64_t state;
+  explicit Random(uint64_t seed) : state(seed * 0x9E3779B97F4A7C15u | 1) {}
+  uint64_t below(uint64_t n) {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return state % n;
+  }
+  template <class T>
+  void shuffle(std::vector<T>& v) {
+    for (size_t i = v.size(); i > 1; i--) std::swap(v[i - 1], v[below(i)]);
+  }
+};
+
+struct Variable {
+  const void* key;
   char* p;
-  size_t bytes;
 };
 
+// Runs one block at a time.
 struct Engine {
-  std::vector<std::unique_ptr<Fiber>> pool;
+  std::vector<Fiber> fibers;
   std::vector<unsigned> order;
-  std::vector<Warp> warps;
-  Barrier bars[kBarriers];
+  std::vector<char*> stacks;  // all of them, and the free ones
+  std::vector<char*> free_stacks;
+  std::vector<std::vector<std::unique_ptr<Collective>>> warps;  // the collectives of each
+  Barrier barriers[kBarriers];
   Fiber* running = nullptr;
-  void* main_sp = nullptr;
-#ifdef HOST_CUDA_USE_UCONTEXT
-  ucontext_t main_uc;
-#endif
-  void* main_fake = nullptr;
-  const void* main_stack = nullptr;
-  size_t main_stack_size = 0;
-  void* main_tsan = nullptr;
-  unsigned n = 0, live = 0;
-  void (*fn)(void*) = nullptr;
-  void* arg = nullptr;
+  void* scheduler = nullptr;  // saved stack pointer
+  unsigned threads = 0, alive = 0;
+  void (*body)(const void*) = nullptr;
+  const void* arguments = nullptr;
   char* arena = nullptr;
-  size_t used = 0, dyn_bytes = 0, smem_bytes = 0;
-  char* dyn = nullptr;
-  std::unordered_map<const void*, Var> vars;
+  size_t arena_used = 0, shared_bytes = 0, dynamic_bytes = 0;
+  std::vector<Variable> variables;
   std::string error;
-  uint64_t rng = 1;
-  Stats st{};
+  Random random{1};
+
   ~Engine() {
-    for (auto& f : pool) munmap(f->stack - kPage, kStack + kPage);
-    if (arena) {
-      ASAN_UNPOISON_MEMORY_REGION(arena, kArena);
-      munmap(arena, kArena);
-    }
-  }
-  uint64_t rand() {
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return rng;
+    for (char* s : stacks) munmap(s - kStack - kPage, kStack + kPage);
+    if (arena) munmap(arena, kArena);
   }
 };
-thread_local Engine* tl_eng = nullptr;
-std::mutex g_mu;
-std::vector<std::unique_ptr<Engine>> g_idle;
-Stats g_stats{};
-char g_launch_hb, g_fence_hb;
+__thread Engine* engine __attribute__((tls_model("initial-exec"))) = nullptr;
 
-#ifndef HOST_CUDA_USE_UCONTEXT
-extern "C" void host_cuda_switch(void** save, void* load);
+std::mutex lock;  // of these two
+std::vector<std::unique_ptr<Engine>> idle_engines;
+std::map<const void*, size_t> allowed_shared;
+
+// ---- fibers ----
+
+extern "C" void host_cuda_switch(void** save, void* to);
 asm(R"(
 .text
-.globl host_cuda_switch
 .hidden host_cuda_switch
+.globl host_cuda_switch
 .type host_cuda_switch,@function
 host_cuda_switch:
   pushq %rbp
@@ -191,530 +151,501 @@ host_cuda_switch:
   ret
 .size host_cuda_switch,.-host_cuda_switch
 )");
-#endif
 
-void to_main(Engine* e, Fiber* f, [[maybe_unused]] bool dying) {
-#ifdef HOST_CUDA_ASAN
-  __sanitizer_start_switch_fiber(dying ? nullptr : &f->fake, e->main_stack, e->main_stack_size);
-#endif
-#ifdef HOST_CUDA_TSAN
-  __tsan_switch_to_fiber(e->main_tsan, 1);   // 1: no happens-before
-#endif
-#ifdef HOST_CUDA_USE_UCONTEXT
-  swapcontext(&f->uc, &e->main_uc);
-#else
-  host_cuda_switch(&f->sp, e->main_sp);
-#endif
-#ifdef HOST_CUDA_ASAN
-  __sanitizer_finish_switch_fiber(f->fake, &e->main_stack, &e->main_stack_size);
-#endif
+void to_scheduler(Fiber* f) {
+  host_cuda_switch(&f->top, engine->scheduler);
 }
-void resume(Engine* e, Fiber* f) {
-  e->running = f;
-  cur = &f->ctx;
-  e->st.switches++;
-#ifdef HOST_CUDA_ASAN
-  __sanitizer_start_switch_fiber(&e->main_fake, f->stack, kStack);
-#endif
-#ifdef HOST_CUDA_TSAN
-  __tsan_switch_to_fiber(f->tsan, 1);
-#endif
-#ifdef HOST_CUDA_USE_UCONTEXT
-  swapcontext(&e->main_uc, &f->uc);
-#else
-  host_cuda_switch(&e->main_sp, f->sp);
-#endif
-#ifdef HOST_CUDA_ASAN
-  __sanitizer_finish_switch_fiber(e->main_fake, nullptr, nullptr);
-#endif
-  cur = nullptr;
-  e->running = nullptr;
+
+char* map_memory(size_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<char*>(p);
 }
-std::string describe(const Fiber* f) {
-  char b[256];
-  snprintf(b, sizeof b, "  block (%u,%u,%u) thread (%u,%u,%u) lane %u: %s", f->ctx.bid.x, f->ctx.bid.y, f->ctx.bid.z,
-           f->ctx.tid.x, f->ctx.tid.y, f->ctx.tid.z, f->ctx.lane,
-           f->state == DONE    ? "exited"
-           : f->state == READY ? "running"
-                               : f->what);
-  std::string s = b;
-  if (f->state == BLOCKED) {
-    snprintf(b, sizeof b, " at %s:%d", f->wait.file, f->wait.line);
-    s += b;
+
+// A thread that never waits leaves its stack to the next, which finds it in the cache.
+char* take_stack(Engine* e) {
+  if (e->free_stacks.empty()) {
+    char* p = map_memory(kStack + kPage);
+    mprotect(p, kPage, PROT_NONE);
+    e->stacks.push_back(p + kPage + kStack);
+    e->free_stacks.push_back(e->stacks.back());
   }
-  return s + "\n";
+  char* stack = e->free_stacks.back();
+  e->free_stacks.pop_back();
+  return stack;
 }
-void finish_copies(Fiber* f) {
-  {
-    Quiet quiet;
-    f->groups.push_back(std::move(f->open));
-    f->open.clear();
-  }
-  cp_async_wait(0);
+
+std::string describe(const Fiber& f) {
+  const uint3 b = f.thread.block, t = f.thread.index;
+  char text[512];
+  int n = snprintf(text, sizeof text, "  block (%u,%u,%u) thread (%u,%u,%u): ", b.x, b.y, b.z, t.x, t.y, t.z);
+  if (f.state == State::waiting)
+    snprintf(text + n, sizeof text - n, "%s at %s:%d\n", f.what, f.where.file, f.where.line);
+  else
+    snprintf(text + n, sizeof text - n, "%s\n", f.state == State::done ? "done" : "running");
+  return text;
 }
-extern "C" void host_cuda_fiber_main() {
-  Engine* e = tl_eng;
-  Fiber* f = e->running;
-#ifdef HOST_CUDA_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &e->main_stack, &e->main_stack_size);
-#endif
-  e->fn(e->arg);
-  if (!f->groups.empty() || !f->open.empty()) finish_copies(f);
-  f->state = DONE;
-  e->live--;
-  // an exit can complete a barrier the others wait at
-  for (int i = 0; i < kBarriers; i++) {
-    Barrier& b = e->bars[i];
-    if (b.arrived && b.need < 0 && options().strict_exit) {
-      e->error =
-          "divergent barrier: a thread exits while others of its block wait at a __syncthreads()\n" + describe(f);
-      for (unsigned k = 0; k < e->n; k++)
-        if (e->pool[k]->state == BLOCKED) {
-          e->error += describe(e->pool[k].get());
-          break;
-        }
-    } else if (b.arrived && b.need < 0 && b.arrived == int(e->live)) {
-      b.result[b.phase & 1] = b.votes;
-      b.arrived = b.votes = 0;
-      b.phase++;
-      for (unsigned k = 0; k < e->n; k++)
-        if (e->pool[k]->state == BLOCKED && e->pool[k]->bar == i) e->pool[k]->state = READY;
-    }
+
+void land(Fiber* f, size_t groups) {  // the copies of the first so many groups
+  size_t n = 0;
+  for (; n < f->copies.size() && f->copies[n].group < groups; n++) {
+    const Copy& c = f->copies[n];
+    CHECK(if (c.from_bytes) check::access(c.from, c.from_bytes, check::Kind::load, c.code);
+          check::access(c.to, 16, check::Kind::store, c.code);)
+    memcpy(c.to, c.from, c.from_bytes);
+    memset(static_cast<char*>(c.to) + c.from_bytes, 0, 16 - c.from_bytes);
   }
-  HB_RELEASE(&g_launch_hb);
-  to_main(e, f, true);
+  f->copies.erase(f->copies.begin(), f->copies.begin() + ptrdiff_t(n));
+}
+
+extern "C" void host_cuda_fiber() {
+  Fiber* f = engine->running;
+  engine->body(engine->arguments);
+  if (!f->copies.empty()) land(f, SIZE_MAX);
+  if (engine->barriers[0].arrived)
+    fail(engine->barriers[0].where, "divergent barrier: a thread is done while others of its block wait here");
+  f->state = State::done;
+  engine->alive--;
+  to_scheduler(f);
   abort();
 }
-void prepare(Engine* e, Fiber* f) {
-  Quiet quiet;
-  f->state = READY;
-  f->groups.clear();
-  f->open.clear();
-  f->bar = -1;
-#ifdef HOST_CUDA_TSAN
-  // A new mapping for the stack too: it served another CUDA thread in the block before.
-  mmap(f->stack, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-  f->tsan = __tsan_create_fiber(0);
-  char nm[64];
-  snprintf(nm, sizeof nm, "block(%u,%u,%u) thread(%u,%u,%u)", f->ctx.bid.x, f->ctx.bid.y, f->ctx.bid.z, f->ctx.tid.x,
-           f->ctx.tid.y, f->ctx.tid.z);
-  __tsan_set_fiber_name(f->tsan, nm);
-#endif
-#ifdef HOST_CUDA_USE_UCONTEXT
-  getcontext(&f->uc);
-  f->uc.uc_stack.ss_sp = f->stack;
-  f->uc.uc_stack.ss_size = kStack;
-  f->uc.uc_link = nullptr;
-  makecontext(&f->uc, host_cuda_fiber_main, 0);
-#else
-  ASAN_UNPOISON_MEMORY_REGION(f->stack, kStack);
-  void** s = reinterpret_cast<void**>(f->stack + kStack);
-  *--s = nullptr;                                   // fake return address, keeps 16-byte alignment
-  *--s = reinterpret_cast<void*>(host_cuda_fiber_main);
-  for (int i = 0; i < 6; i++) *--s = nullptr;
-  f->sp = s;
-#endif
-}
-[[maybe_unused]] void* hb_barrier(Engine* e, int id, unsigned phase) {
-  return e->arena + 8 * (2 * id + (phase & 1));
-}
-[[maybe_unused]] void* hb_op(Engine* e, unsigned warp, unsigned op) {
-  return e->arena + 8 * (2 * kBarriers + warp * 64 + op);
-}
-void block_on(const char* what, Loc loc) {
-  Fiber* f = tl_eng->running;
-  f->state = BLOCKED;
-  f->what = what;
-  f->wait = loc;
-  to_main(tl_eng, f, false);
-}
-void fresh_arena(Engine* e) {
-#ifdef HOST_CUDA_TSAN
-  if (e->arena) munmap(e->arena, kArena);   // a new mapping per block: TSan forgets the last block's accesses
-  e->arena = nullptr;
-#endif
-  if (!e->arena) {
-    void* m = mmap(nullptr, kArena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (m == MAP_FAILED) abort();
-    e->arena = static_cast<char*>(m);
+
+void resume(Engine* e, Fiber* f) {
+  if (f->state == State::fresh) {
+    f->state = State::ready;
+    f->stack = take_stack(e);
+    void** top = reinterpret_cast<void**>(f->stack);
+    *--top = nullptr;  // where a caller's address would be; keeps the alignment of calls
+    *--top = reinterpret_cast<void*>(host_cuda_fiber);
+    for (int i = 0; i < 6; i++) *--top = nullptr;  // the registers that a switch restores
+    f->top = top;
   }
-  ASAN_POISON_MEMORY_REGION(e->arena, kArena);
-  e->used = kHbBytes;
-  e->smem_bytes = 0;
-  e->vars.clear();
-  e->dyn = nullptr;
+  e->running = f;
+  current = &f->thread;
+  CHECK(check::stack_end = f->stack;)
+  host_cuda_switch(&e->scheduler, f->top);
+  current = nullptr;
+  if (f->state == State::done) e->free_stacks.push_back(f->stack);
 }
-char* carve(Engine* e, size_t bytes, size_t align, Loc loc) {
-  e->smem_bytes += bytes;
-  if (e->smem_bytes > options().max_smem)
-    fail(loc, "block uses %zu bytes of shared memory; the limit is %zu", e->smem_bytes, options().max_smem);
-  if (align < 128) align = 128;                     // red zone and no false sharing of shadow
-  size_t at = (e->used + align - 1) / align * align;
-  if (at + bytes + 128 > kArena) fail(loc, "shared memory arena exhausted");
-  e->used = at + bytes + 64;
-  char* p = e->arena + at;
-  ASAN_UNPOISON_MEMORY_REGION(p, bytes);
-#ifndef HOST_CUDA_TSAN
-  memset(p, 0xff, bytes);                           // NaN / -1: uninitialised reads show
-#else
-  for (size_t i = 0; i < bytes; i++) reinterpret_cast<volatile char*>(p)[i] = char(0xff);
-#endif
+
+void wait(const char* what, Loc where) {
+  Fiber* f = engine->running;
+  f->state = State::waiting;
+  f->what = what;
+  f->where = where;
+  to_scheduler(f);
+}
+
+// ---- blocks ----
+
+std::string deadlock(const Engine* e) {
+  std::string text = "deadlock: every thread of the block is done or waits; of each kind the first:\n";
+  std::vector<std::pair<State, int>> shown;
+  for (unsigned i = 0; i < e->threads; i++) {
+    const Fiber& f = e->fibers[i];
+    const std::pair<State, int> kind{f.state, f.state == State::waiting ? f.where.line : 0};
+    if (std::find(shown.begin(), shown.end(), kind) != shown.end()) continue;
+    shown.push_back(kind);
+    text += describe(f);
+  }
+  return text;
+}
+
+void run_block(Engine* e, dim3 grid, dim3 block, uint3 index) {
+  e->threads = e->alive = block.x * block.y * block.z;
+  if (e->fibers.size() < e->threads) e->fibers.resize(e->threads);
+  e->order.resize(e->threads);
+  for (unsigned i = 0; i < e->threads; i++) {
+    const uint3 in_block{i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+    Fiber& f = e->fibers[i];
+    f.thread = {in_block, index, block, grid, i, i / 32, i % 32};
+    f.state = State::fresh;
+    f.barrier = -1;
+    f.groups = 0;
+    e->order[i] = options().order == Order::reverse ? e->threads - 1 - i : i;
+  }
+  const unsigned warps = (e->threads + 31) / 32;
+  if (e->warps.size() < warps) e->warps.resize(warps);
+  e->variables.clear();
+  e->arena_used = e->shared_bytes = 0;
+  if (!e->arena) e->arena = map_memory(kArena);
+  CHECK(check::begin_block(
+            {index, grid, e->threads, e->arena, e->arena + kArena, e->fibers.data(), e->fibers.data() + e->threads});)
+
+  while (e->alive && e->error.empty()) {
+    bool progress = false;
+    if (options().order == Order::random) e->random.shuffle(e->order);
+    for (unsigned i : e->order) {
+      Fiber* f = &e->fibers[i];
+      if (f->state != State::fresh && f->state != State::ready) continue;
+      progress = true;
+      resume(e, f);
+      if (!e->error.empty()) break;
+    }
+    if (!progress) e->error = deadlock(e);
+  }
+  CHECK(check::end_block();)
+}
+
+// Arrays start at multiples of 1,024 bytes, as far as bank conflicts go like those of a GPU, and lie apart.
+char* carve(size_t bytes, Loc where) {
+  Engine* e = engine;
+  e->shared_bytes += bytes;
+  if (e->shared_bytes > kSharedLimit)
+    fail(where, "the block has %zu bytes of shared memory; the limit is %zu", e->shared_bytes, kSharedLimit);
+  char* p = e->arena + e->arena_used;
+  e->arena_used += (bytes + 127) / 1024 * 1024 + 1024;
+  if (e->arena_used > kArena) fail(where, "too many shared arrays");
+  memset(p, 0xff, bytes);
+  CHECK(check::shared_array(p, bytes);)
   return p;
 }
-void run_block(Engine* e, dim3 g, dim3 b, size_t dyn, uint3 bid) {
-  Quiet quiet;
-  const Options& o = options();
-  e->n = e->live = b.x * b.y * b.z;
-  e->dyn_bytes = dyn;
-  while (e->pool.size() < e->n) {
-    auto f = std::make_unique<Fiber>();
-    void* m = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (m == MAP_FAILED) {
-      e->error = "host_cuda: no memory for fiber stacks";
-      return;
-    }
-    mprotect(m, kPage, PROT_NONE);
-    f->stack = static_cast<char*>(m) + kPage;
-    e->pool.push_back(std::move(f));
-  }
-  if (e->warps.size() < (e->n + 31) / 32) e->warps.resize((e->n + 31) / 32);
-  for (unsigned w = 0; w < (e->n + 31) / 32; w++)
-    for (int i = 0; i < 64; i++) e->warps[w].ops[i].open = false;
-  for (auto& bar : e->bars) bar = Barrier{};
-  fresh_arena(e);
-  CHECK(check::block_begin(bid, g, e->n, e->arena, kArena);)
-  e->order.resize(e->n);
-  for (unsigned i = 0; i < e->n; i++) {
-    Fiber* f = e->pool[i].get();
-    f->ctx = ThreadCtx{{i % b.x, i / b.x % b.y, i / (b.x * b.y)}, bid, b, g, i, i % 32, i / 32};
-    prepare(e, f);
-    e->order[i] = o.sched == 1 ? e->n - 1 - i : i;
-  }
-  while (e->live) {
-    bool progressed = false;
-    if (o.sched == 2)
-      for (unsigned i = e->n; i > 1; i--) std::swap(e->order[i - 1], e->order[e->rand() % i]);
-    for (unsigned k = 0; k < e->n; k++) {
-      Fiber* f = e->pool[e->order[k]].get();
-      if (f->state != READY) continue;
-      progressed = true;
-      resume(e, f);
-      if (!e->error.empty()) goto out;
-    }
-    if (!progressed) {
-      e->error = "deadlock: every thread of the block that has not exited is blocked\n";
-      const char* what = nullptr;
-      int line = -1, shown = 0;
-      bool done_shown = false;
-      for (unsigned i = 0; i < e->n && shown < 8; i++) {
-        Fiber* f = e->pool[i].get();
-        bool nw = f->state == DONE ? !done_shown : (f->what != what || f->wait.line != line);
-        if (!nw) continue;
-        if (f->state == DONE)
-          done_shown = true;
-        else {
-          what = f->what;
-          line = f->wait.line;
-        }
-        e->error += describe(f);
-        shown++;
-      }
-      break;
-    }
-  }
-out:
-  CHECK(check::block_end();)
-  e->st.blocks++;
-  if (e->smem_bytes > e->st.max_smem) e->st.max_smem = e->smem_bytes;
-#ifdef HOST_CUDA_TSAN
-  for (unsigned i = 0; i < e->n; i++) __tsan_destroy_fiber(e->pool[i]->tsan);
-#endif
+
+// ---- collectives of a warp ----
+
+bool in(unsigned mask, unsigned lane) {
+  return mask >> lane & 1;
 }
+
+void collective(unsigned mask, Collective::Work work, Collective::Lane mine, Loc where) {
+  const Thread& t = engine->running->thread;
+  if (!in(mask, t.lane)) fail(where, "lane %u calls a warp collective whose mask 0x%08x leaves it out", t.lane, mask);
+  auto& collectives = engine->warps[t.warp];
+  Collective* c = nullptr;
+  for (auto& other : collectives)
+    if (other->arrived && other->mask & mask) {
+      c = other.get();
+      if (c->mask != mask || c->work != work || c->where.line != where.line || c->where.file != where.file)
+        fail(where, "warp divergence: lanes of this warp wait at %s:%d with mask 0x%08x; this one comes with 0x%08x",
+             c->where.file, c->where.line, c->mask, mask);
+    }
+  if (!c) {
+    for (auto& other : collectives)
+      if (!other->arrived) c = other.get();
+    if (!c) c = collectives.emplace_back(new Collective).get();
+    c->mask = mask;
+    c->work = work;
+    c->where = where;
+  }
+  c->lanes[t.lane] = mine;
+  c->arrived |= 1u << t.lane;
+  if (c->arrived != mask) return wait("waits in a warp collective", where);
+  c->work(*c);
+  c->arrived = 0;
+  const unsigned first = t.warp * 32;
+  for (unsigned i = 0; i < 32; i++)
+    if (in(mask, i) && i != t.lane) engine->fibers[first + i].state = State::ready;
+}
+
+// Sums of nine terms as the matrix unit of an A100 forms them, by what has been measured (PeerJ CS 7:e330 and arXiv
+// 2512.07004): the terms are exact, cut off towards zero one bit below the last one that a float as large as the
+// largest of them has, added without error, and the sum cut off to a float. Later GPUs keep more bits. Loops over the
+// columns are innermost, for the compiler to vectorise.
+void add_and_cut(const double (&terms)[9][8], double (&sums)[8]) {
+  constexpr uint64_t kBelowFloat = (uint64_t(1) << 29) - 1;
+  double largest[8] = {}, plain[8] = {}, sum[8] = {}, unit[8], inverse[8];
+  uint64_t bits[8];
+  for (const auto& row : terms)
+    for (int n = 0; n < 8; n++) {
+      const double size = std::fabs(row[n]);
+      largest[n] = largest[n] < size ? size : largest[n];
+      plain[n] += row[n];
+    }
+  memcpy(bits, largest, sizeof bits);
+  for (auto& b : bits) b = ((b >> 52) - 24) << 52;
+  memcpy(unit, bits, sizeof bits);
+  for (auto& b : bits) b = (uint64_t(2046) << 52) - b;
+  memcpy(inverse, bits, sizeof bits);
+  for (const auto& row : terms)
+    for (int n = 0; n < 8; n++) sum[n] += std::trunc(row[n] * inverse[n]);
+  for (int n = 0; n < 8; n++) sum[n] *= unit[n];
+  memcpy(bits, sum, sizeof bits);
+  for (auto& b : bits) b &= ~kBelowFloat;
+  memcpy(sum, bits, sizeof bits);
+  for (int n = 0; n < 8; n++)  // else zero, infinite or not a number: products of finite floats are within these
+    sums[n] = largest[n] > 1e-100 && plain[n] - plain[n] == 0 ? sum[n] : plain[n];
+}
+
+struct Fragments {  // PTX: of A, the registers are rows g and g + 8 of columns 2 t, then of columns 2 t + 8
+  uint32_t a[4], b[2];
+  float* d;
+};
+
+template <Low low>
+double element(uint32_t two, int which) {
+  const uint16_t bits = uint16_t(two >> 16 * which);
+  if constexpr (low == Low::bf16) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float v;
+    memcpy(&v, &wide, sizeof v);
+    return v;
+  }
+  _Float16 v;
+  memcpy(&v, &bits, sizeof v);
+  return double(v);
+}
+
+template <Low low>
+void multiply(Collective& c) {
+  double a[16][16], b[16][8], d[16][8];
+  const auto lane = [&](int i) { return static_cast<const Fragments*>(c.lanes[i].in); };
+  for (int i = 0; i < 32; i++) {
+    const Fragments& f = *lane(i);
+    const int g = i / 4, t = i % 4;
+    for (int r = 0; r < 4; r++)
+      for (int j = 0; j < 2; j++) a[g + r % 2 * 8][2 * t + j + r / 2 * 8] = element<low>(f.a[r], j);
+    for (int r = 0; r < 2; r++)
+      for (int j = 0; j < 2; j++) b[2 * t + j + r * 8][g] = element<low>(f.b[r], j);
+    for (int r = 0; r < 4; r++) d[g + r / 2 * 8][2 * t + r % 2] = f.d[r];
+  }
+  for (int m = 0; m < 16; m++)
+    for (int k = 0; k < 16; k += 8) {
+      double terms[9][8];
+      for (int j = 0; j < 8; j++)
+        for (int n = 0; n < 8; n++) terms[j][n] = a[m][k + j] * b[k + j][n];
+      memcpy(terms[8], d[m], sizeof d[m]);
+      add_and_cut(terms, d[m]);
+    }
+  for (int i = 0; i < 32; i++)
+    for (int r = 0; r < 4; r++) lane(i)->d[r] = float(d[i / 4 + r / 2 * 8][2 * (i % 4) + r % 2]);
+}
+
 }  // namespace
 
 Options& options() {
-  static Options o = [] {
-    Options r;
-    if (const char* s = getenv("HOST_CUDA_THREADS")) r.workers = atoi(s);
-    if (const char* s = getenv("HOST_CUDA_SCHED")) r.sched = !strcmp(s, "reverse") ? 1 : !strcmp(s, "random") ? 2 : 0;
-    if (const char* s = getenv("HOST_CUDA_SEED")) r.seed = strtoull(s, nullptr, 10);
-    if (const char* s = getenv("HOST_CUDA_ASYNC")) r.async_lazy = strcmp(s, "eager") != 0;
-    if (const char* s = getenv("HOST_CUDA_MAX_SMEM")) r.max_smem = strtoull(s, nullptr, 10);
-    return r;
-  }();
+  static Options o;
   return o;
 }
-Stats stats(bool reset) {
-  std::lock_guard<std::mutex> l(g_mu);
-  Stats s = g_stats;
-  if (reset) g_stats = Stats{};
-  return s;
-}
-void fail(Loc loc, const char* fmt, ...) {
-  char b[512], head[256];
-  va_list ap;
-  va_start(ap, fmt);
-  vsnprintf(b, sizeof b, fmt, ap);
-  va_end(ap);
-  snprintf(head, sizeof head, "%s:%d: ", loc.file, loc.line);
-  Engine* e = tl_eng;
-  e->error = std::string(head) + b + "\n" + describe(e->running);
-  to_main(e, e->running, true);      // never resumed; its stack is dropped
+
+void fail(Loc where, const char* format, ...) {
+  char text[512];
+  va_list values;
+  va_start(values, format);
+  vsnprintf(text, sizeof text, format, values);
+  va_end(values);
+  CHECK(where = check::kernel_line(__builtin_return_address(0), where);)
+  Fiber* f = engine->running;
+  engine->error = std::string(where.file) + ":" + std::to_string(where.line) + ": " + text + "\n" + describe(*f);
+  to_scheduler(f);  // for good
   abort();
 }
-static int barrier_impl(int id, int nthreads, int vote, Loc loc) {
-  Engine* e = tl_eng;
-  Fiber* f = e->running;
-  Barrier& b = e->bars[id];
-  if (b.arrived && (b.loc.line != loc.line || b.loc.file != loc.file) && id == 0)
-    fail(loc, "divergent barrier: other threads of this block wait at %s:%d", b.loc.file, b.loc.line);
-  if (b.arrived && b.need != nthreads) fail(loc, "barrier %d: thread counts differ (%d, %d)", id, b.need, nthreads);
-  if (nthreads > 0 && nthreads % 32) fail(loc, "barrier %d: %d is not a multiple of 32", id, nthreads);
-  if (nthreads < 0 && e->live < e->n && options().strict_exit)
-    fail(loc, "divergent barrier: %u threads of this block have already exited", e->n - e->live);
-  unsigned phase = b.phase;
-  HB_RELEASE(hb_barrier(e, id, phase));
-  b.loc = loc;
-  b.need = nthreads;
+
+// ---- barriers ----
+
+// `expected` 0: all threads of the block.
+static int arrive(int id, int expected, bool vote, Loc where) {
+  Engine* e = engine;
+  Barrier& b = e->barriers[id];
+  if (b.arrived && b.expected != expected)
+    fail(where, "barrier %d is for %d threads here and for %d at %s:%d", id, expected, b.expected, b.where.file,
+         b.where.line);
+  if (!expected) {
+    if (b.arrived && (b.where.line != where.line || b.where.file != where.file))
+      fail(where, "divergent barrier: other threads of this block wait at %s:%d", b.where.file, b.where.line);
+    if (e->alive < e->threads)
+      fail(where, "divergent barrier: %u threads of this block are done already", e->threads - e->alive);
+  }
+  b.where = where;
+  b.expected = expected;
   b.votes += vote;
-  int need = nthreads < 0 ? int(e->live) : nthreads;
-  if (++b.arrived == need) {
-    b.result[phase & 1] = b.votes;
-    b.votes = 0;
-    b.arrived = 0;
-    b.phase++;
-    CHECK({
-      std::vector<unsigned> who;
-      for (unsigned k = 0; k < e->n; k++) {
-        Fiber* o = e->pool[k].get();
-        if (o == f || (o->state == BLOCKED && o->bar == id)) who.push_back(k);
-      }
-      check::join(who.data(), unsigned(who.size()));
-    })
-    for (unsigned k = 0; k < e->n; k++) {
-      Fiber* o = e->pool[k].get();
-      if (o->state == BLOCKED && o->bar == id) o->state = READY;
-    }
-    e->st.barriers++;
-  } else {
-    f->bar = id;
-    while (b.phase == phase) block_on("blocked at a barrier", loc);
-    f->bar = -1;
+  if (++b.arrived < (expected ? expected : int(e->threads))) {
+    e->running->barrier = id;
+    wait("waits at a barrier", where);
+    e->running->barrier = -1;
+    return b.result;  // of the last time: nobody can complete the barrier again before this thread has come
   }
-  HB_ACQUIRE(hb_barrier(e, id, phase));
-  return b.result[phase & 1];
-}
-void barrier(int id, int n, Loc loc) {
-  barrier_impl(id, n, 0, loc);
-}
-int barrier_reduce(int pred, int op, Loc loc) {
-  int n = int(tl_eng->live), c = barrier_impl(0, -1, pred != 0, loc);
-  return op == 0 ? c : op == 1 ? c == n : c != 0;
-}
-CollView coll_begin(unsigned mask, Kind kind, const void* in, unsigned bytes, Loc loc) {
-  Engine* e = tl_eng;
-  Fiber* f = e->running;
-  unsigned lane = f->ctx.lane;
-  if (!in_warp(mask, lane))
-    fail(loc, "lane %u calls a warp collective with mask 0x%08x, which leaves it out", lane, mask);
-  unsigned lo = unsigned(__builtin_ctz(mask));
-  Warp& w = e->warps[f->ctx.warp];
-  unsigned oi = 2 * lo + (w.flip[lo] & 1);
-  Op* op = &w.ops[oi];
-  if (!op->open) {
-    op->open = true;
-    op->mask = mask;
-    op->arrived = 0;
-    op->kind = kind;
-    op->loc = loc;
-  } else if (op->mask != mask || op->kind != kind || op->loc.line != loc.line || op->loc.file != loc.file) {
-    fail(
-        loc,
-        "warp divergence: lanes of this warp wait at %s:%d (mask 0x%08x) for this lane, which is here with mask 0x%08x",
-        op->loc.file, op->loc.line, op->mask, mask);
+  b.result = b.votes;
+  b.arrived = b.votes = 0;
+  CHECK(std::vector<unsigned> joined{e->running->thread.number};)
+  for (unsigned i = 0; i < e->threads; i++) {
+    Fiber& f = e->fibers[i];
+    if (f.state != State::waiting || f.barrier != id) continue;
+    f.state = State::ready;
+    CHECK(joined.push_back(i);)
   }
-  const char* s = static_cast<const char*>(in);
-  volatile char* d = reinterpret_cast<volatile char*>(op->slots + lane * kSlotWords);
-  for (unsigned i = 0; i < bytes; i++) d[i] = s[i];
-  if (kind == SYNCWARP) HB_RELEASE(hb_op(e, f->ctx.warp, oi));
-  op->arrived |= 1u << lane;
-  if (op->arrived == mask) {
-    op->open = false;
-    op->unread = mask;
-    w.flip[lo]++;
-    unsigned base = f->ctx.warp * 32;
-    CHECK(if (kind == SYNCWARP) {
-      unsigned who[32], m = 0;
-      for (unsigned i = 0; i < 32; i++)
-        if (in_warp(mask, i)) who[m++] = base + i;
-      check::join(who, m);
-    })
-    for (unsigned i = 0; i < 32 && base + i < e->n; i++)
-      if (in_warp(mask, i) && i != lane) e->pool[base + i]->state = READY;
-    e->st.collectives++;
-  } else {
-    block_on("waiting in a warp collective", loc);
-  }
-  if (kind == SYNCWARP) HB_ACQUIRE(hb_op(e, f->ctx.warp, oi));
-  return {op->slots, op};
-}
-void coll_end(CollView c) {
-  Op* op = static_cast<Op*>(c.op);
-  op->unread &= ~(1u << tl_eng->running->ctx.lane);
-}
-void* shared_alloc(const void* key, size_t bytes, size_t align, Loc loc) {
-  Quiet quiet;
-  Engine* e = tl_eng;
-  auto it = e->vars.find(key);
-  if (it != e->vars.end()) return it->second.p;
-  char* p = carve(e, bytes, align, loc);
-  CHECK(check::shared_var(p, bytes);)
-  e->vars.emplace(key, Var{p, bytes});
-  return p;
-}
-void* dyn_shared(Loc loc) {
-  Quiet quiet;
-  Engine* e = tl_eng;
-  if (!e->dyn_bytes) fail(loc, "kernel uses dynamic shared memory but was launched with none");
-  if (!e->dyn) {
-    e->dyn = carve(e, e->dyn_bytes, 1024, loc);
-    CHECK(check::shared_var(e->dyn, e->dyn_bytes);)
-  }
-  return e->dyn;
-}
-char* shared_base() {
-  return tl_eng->arena;
-}
-bool is_internal(const void* p) {      // fiber stacks, contexts, collective slots: not kernel memory
-  Engine* e = tl_eng;
-  auto* c = static_cast<const char*>(p);
-  const Fiber* f = e->running;
-  if (c >= f->stack && c < f->stack + kStack) return true;
-  if (c >= reinterpret_cast<const char*>(f) && c < reinterpret_cast<const char*>(f + 1)) return true;
-  const char* ops = reinterpret_cast<const char*>(e->warps[f->ctx.warp].ops.get());
-  return c >= ops && c < ops + 64 * sizeof(Op);
-}
-bool is_shared(const void* p, size_t bytes) {
-  Engine* e = tl_eng;
-  auto* c = static_cast<const char*>(p);
-  return e && c >= e->arena && c + bytes <= e->arena + kArena;
-}
-static void do_copy(const Copy& c) {
-  CHECK(if (c.src_bytes) check::access(c.src, c.src_bytes, 0, c.pc); check::access(c.dst, c.bytes, check::WRITE, c.pc);)
-  if (c.src_bytes) memcpy(c.dst, c.src, c.src_bytes);
-  if (c.src_bytes < c.bytes) memset(static_cast<char*>(c.dst) + c.src_bytes, 0, c.bytes - c.src_bytes);
-}
-void cp_async(void* dst, const void* src, unsigned bytes, unsigned src_bytes, Loc loc) {
-  if (reinterpret_cast<uintptr_t>(dst) % bytes || (src_bytes && reinterpret_cast<uintptr_t>(src) % bytes))
-    fail(loc, "cp.async of %u bytes is misaligned (dst %p, src %p)", bytes, dst, src);
-  if (!is_shared(dst, bytes)) fail(loc, "cp.async destination %p is not in shared memory", dst);
-  Copy c{dst, src, bytes, src_bytes, __builtin_return_address(0)};
-  if (!options().async_lazy) return do_copy(c);
-  Quiet quiet;
-  tl_eng->running->open.push_back(c);
-}
-void cp_async_commit() {
-  Quiet quiet;
-  Fiber* f = tl_eng->running;
-  f->groups.push_back(std::move(f->open));
-  f->open.clear();
-}
-void cp_async_wait(int keep) {
-  Fiber* f = tl_eng->running;
-  size_t n = f->groups.size();
-  if (n <= size_t(keep)) return;
-  for (size_t i = 0; i + size_t(keep) < n; i++)
-    for (auto& c : f->groups[i]) do_copy(c);
-  Quiet quiet;
-  f->groups.erase(f->groups.begin(), f->groups.end() - keep);
-}
-void fence() {
-  CHECK(check::fence();) HB_ACQUIRE(&g_fence_hb);
-  HB_RELEASE(&g_fence_hb);
-}
-void yield() {
-  to_main(tl_eng, tl_eng->running, false);
+  CHECK(check::join(joined);)
+  return b.result;
 }
 
-void launch_raw(const char* name, dim3 g, dim3 b, size_t smem, void (*fn)(void*), void* arg) {
-  const Options& o = options();
-  uint64_t nt = uint64_t(b.x) * b.y * b.z, nb = uint64_t(g.x) * g.y * g.z;
-  auto bad = [&](const std::string& why) { throw std::runtime_error(std::string("host_cuda: ") + name + ": " + why); };
-  if (tl_eng) bad("launch from inside a kernel");
-  if (!nt || nt > 1024 || b.z > 64) bad("invalid block size " + std::to_string(nt));
-  if (!nb || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) bad("invalid grid");
-  if (smem > o.max_smem)
-    bad("dynamic shared memory " + std::to_string(smem) + " over the limit " + std::to_string(o.max_smem));
-  std::atomic<uint64_t> next{0};
-  std::mutex mu;
-  std::string error;
-  std::atomic<bool> stop{false};
-  std::vector<uint64_t> perm;
-  if (o.sched == 2) {
-    perm.resize(nb);
-    uint64_t r = o.seed * 0x9E3779B97F4A7C15ull | 1;
-    for (uint64_t i = 0; i < nb; i++) perm[i] = i;
-    for (uint64_t i = nb; i > 1; i--) {
-      r ^= r << 13;
-      r ^= r >> 7;
-      r ^= r << 17;
-      std::swap(perm[i - 1], perm[r % i]);
-    }
+int barrier(bool vote, Loc where) {
+  return arrive(0, 0, vote, where);
+}
+
+void named_barrier(int id, int threads, Loc where) {
+  if (id < 1 || id >= kBarriers) fail(where, "barrier %d: named ones are 1 to %d", id, kBarriers - 1);
+  if (threads < 32 || threads % 32 || threads > int(engine->threads))
+    fail(where, "barrier %d is for %d threads: not a multiple of 32, or more than the block has", id, threads);
+  arrive(id, threads, false, where);
+}
+
+// ---- collectives of a warp ----
+
+void warp_barrier(unsigned mask, Loc where) {
+  collective(
+      mask,
+      [](Collective& c) {
+        CHECK(std::vector<unsigned> joined; const unsigned first = current->warp * 32;
+              for (unsigned i = 0; i < 32; i++) if (in(c.mask, i)) joined.push_back(first + i); check::join(joined);)
+        (void)c;
+      },
+      {}, where);
+}
+
+void shuffle(unsigned mask, const void* in, void* out, int bytes, int source, Loc where) {
+  if (source >= 0 && !host_cuda::in(mask, unsigned(source)))
+    fail(where, "shuffle from lane %d, which is not in the mask 0x%08x", source, mask);
+  collective(
+      mask,
+      [](Collective& c) {
+        for (int i = 0; i < 32; i++) {
+          const Collective::Lane& to = c.lanes[i];
+          if (host_cuda::in(c.mask, unsigned(i)))
+            memcpy(to.out, c.lanes[to.source < 0 ? i : to.source].in, size_t(to.bytes));
+        }
+      },
+      {in, out, bytes, source}, where);
+}
+
+unsigned ballot(unsigned mask, bool vote, Loc where) {
+  unsigned votes;
+  collective(
+      mask,
+      [](Collective& c) {
+        unsigned votes = 0;
+        for (unsigned i = 0; i < 32; i++)
+          if (in(c.mask, i) && c.lanes[i].source) votes |= 1u << i;
+        for (unsigned i = 0; i < 32; i++)
+          if (in(c.mask, i)) *static_cast<unsigned*>(c.lanes[i].out) = votes;
+      },
+      {nullptr, &votes, 0, vote}, where);
+  return votes;
+}
+
+void exchange(const void* row, const void* (&rows)[32], Loc where) {
+  collective(
+      ~0u,
+      [](Collective& c) {
+        for (const auto& to : c.lanes)
+          for (int i = 0; i < 32; i++) static_cast<const void**>(to.out)[i] = c.lanes[i].in;
+      },
+      {row, rows, 0, 0}, where);
+}
+
+void mma_m16n8k16(Low low, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Loc where) {
+  const Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, d};
+  collective(~0u, low == Low::bf16 ? multiply<Low::bf16> : multiply<Low::half>, {&mine, nullptr, 0, 0}, where);
+}
+
+// ---- memory ----
+
+void* shared(const void* key, size_t bytes, Loc where) {
+  for (const Variable& v : engine->variables)
+    if (v.key == key) return v.p;
+  char* p = carve(bytes, where);
+  engine->variables.push_back({key, p});
+  return p;
+}
+
+void* dynamic_shared(Loc where) {
+  if (!engine->dynamic_bytes) fail(where, "the launch gives no dynamic shared memory");
+  return shared(nullptr, engine->dynamic_bytes, where);
+}
+
+bool is_shared(const void* p, size_t bytes) {
+  const auto* c = static_cast<const char*>(p);
+  return c >= engine->arena && c + bytes <= engine->arena + kArena;
+}
+
+void allow_shared(const void* kernel, size_t bytes) {
+  std::lock_guard<std::mutex> hold(lock);
+  allowed_shared[kernel] = bytes;
+}
+
+void cp_async16(void* to, const void* from, unsigned from_bytes, Loc where) {
+  if (from_bytes > 16) fail(where, "cp.async of %u bytes", from_bytes);
+  if (reinterpret_cast<uintptr_t>(to) % 16 || (from_bytes && reinterpret_cast<uintptr_t>(from) % 16))
+    fail(where, "cp.async from %p to %p: not aligned to 16 bytes", from, to);
+  if (!is_shared(to, 16)) fail(where, "cp.async to %p, which is not in shared memory", to);
+  Fiber* f = engine->running;
+  f->copies.push_back({to, from, from_bytes, f->groups, __builtin_return_address(0)});
+  if (!options().async_lazy) land(f, SIZE_MAX);
+}
+
+void cp_async_commit() {
+  engine->running->groups++;
+}
+
+void cp_async_wait(size_t pending) {
+  Fiber* f = engine->running;
+  if (f->groups > pending) land(f, f->groups - pending);
+}
+
+void fence() {
+  CHECK(check::fence();)
+}
+
+// ---- launches ----
+
+void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const void* kernel,
+            void (*body)(const void*), const void* arguments) {
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
+  auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(name) + ": " + why); };
+  if (!threads || threads > 1024 || block.z > 64) refuse("a block of " + std::to_string(threads) + " threads");
+  if (!blocks || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) refuse("invalid grid");
+  if (dynamic_shared > kSharedUnasked) {
+    std::lock_guard<std::mutex> hold(lock);
+    if (dynamic_shared > kSharedLimit || allowed_shared[kernel] < dynamic_shared)
+      refuse(std::to_string(dynamic_shared) + " bytes of dynamic shared memory, over the limit or not asked for");
   }
-  HB_RELEASE(&g_launch_hb);
-  CHECK(check::launch_begin(name, fn);)
+  const Options o = options();
+  std::vector<uint64_t> order;
+  if (o.order == Order::random) {
+    for (uint64_t i = 0; i < blocks; i++) order.push_back(i);
+    Random(o.seed).shuffle(order);
+  }
+  std::atomic<uint64_t> next{0};
+  std::string error;  // the first
+  CHECK(check::begin_launch();)
+
   auto work = [&] {
     std::unique_ptr<Engine> e;
     {
-      std::lock_guard<std::mutex> l(g_mu);
-      if (!g_idle.empty()) {
-        e = std::move(g_idle.back());
-        g_idle.pop_back();
+      std::lock_guard<std::mutex> hold(lock);
+      if (!idle_engines.empty()) {
+        e = std::move(idle_engines.back());
+        idle_engines.pop_back();
       }
     }
     if (!e) e = std::make_unique<Engine>();
-    e->fn = fn;
-    e->arg = arg;
-    e->error.clear();
-    e->st = Stats{};
-    e->rng = o.seed * 0x2545F4914F6CDD1Dull | 1;
-    tl_eng = e.get();
-#ifdef HOST_CUDA_TSAN
-    e->main_tsan = __tsan_get_current_fiber();
-#endif
-    for (uint64_t i; !stop && (i = next++) < nb;) {
-      uint64_t k = o.sched == 1 ? nb - 1 - i : o.sched == 2 ? perm[i] : i;
-      run_block(e.get(), g, b, smem, {unsigned(k % g.x), unsigned(k / g.x % g.y), unsigned(k / (uint64_t(g.x) * g.y))});
-      if (!e->error.empty()) {
-        std::lock_guard<std::mutex> l(mu);
-        if (error.empty()) error = e->error;
-        stop = true;
-      }
+    e->body = body;
+    e->arguments = arguments;
+    e->dynamic_bytes = dynamic_shared;
+    e->random = Random(o.seed);
+    engine = e.get();
+    for (uint64_t i; e->error.empty() && (i = next++) < blocks;) {
+      const uint64_t b = o.order == Order::forward ? i : o.order == Order::reverse ? blocks - 1 - i : order[i];
+      run_block(e.get(), grid, block,
+                {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)});
     }
-    tl_eng = nullptr;
-    std::lock_guard<std::mutex> l(g_mu);
-    g_stats.blocks += e->st.blocks;
-    g_stats.switches += e->st.switches;
-    g_stats.barriers += e->st.barriers;
-    g_stats.collectives += e->st.collectives;
-    if (e->st.max_smem > g_stats.max_smem) g_stats.max_smem = e->st.max_smem;
-    if (e->error.empty()) g_idle.push_back(std::move(e));   // a failed engine has live frames: drop it
+    engine = nullptr;
+    std::lock_guard<std::mutex> hold(lock);
+    if (e->error.empty()) {
+      idle_engines.push_back(std::move(e));
+    } else {  // an engine that failed has threads in the middle of the kernel: it goes
+      if (error.empty()) error = e->error;
+      next = blocks;
+    }
   };
-  unsigned nw = o.workers > 0 ? unsigned(o.workers) : std::thread::hardware_concurrency();
-#if defined(HOST_CUDA_TSAN) || defined(HOST_CUDA_CHECK)
-  nw = 1;
-#endif
-  if (nw > nb) nw = unsigned(nb);
-  std::vector<std::thread> ts;
-  for (unsigned i = 1; i < nw; i++) ts.emplace_back(work);
+  // A second thread pays from some tens of microseconds on. The checks see one thread at a time.
+  unsigned workers =
+      threads * blocks >= 8192 ? unsigned(std::min<uint64_t>(blocks, std::thread::hardware_concurrency())) : 1;
+  CHECK(workers = 1;)
+  std::vector<std::thread> others;
+  for (unsigned i = 1; i < workers; i++) others.emplace_back(work);
   work();
-  for (auto& t : ts) t.join();
-  {
-    std::lock_guard<std::mutex> l(g_mu);
-    g_stats.launches++;
-  }
-  HB_ACQUIRE(&g_launch_hb);
-  CHECK(error += check::launch_end();)
-  if (!error.empty()) bad(error);
+  for (auto& t : others) t.join();
+  CHECK(error += check::end_launch();)
+  if (!error.empty()) refuse(error);
 }
+
 }  // namespace host_cuda

@@ -19,6 +19,10 @@ std::string error_text(int status) {
 }
 DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() {}
+#ifdef HOST_CUDA_CHECK
+int seeded_bug(int bug, const float* x, float* sums, float* scratch, float* total, unsigned* done, unsigned* large,
+               int n);  // tests/csrc/seeded_bugs.cu
+#endif
 }  // namespace cuda
 }  // namespace fk
 
@@ -28,22 +32,64 @@ PYBIND11_MODULE(HOST_CUDA_MODULE, m) {
   bind_cuda(m);
   m.def(
       "schedule",
-      [](int order, uint64_t seed) { host_cuda::options().sched = order, host_cuda::options().seed = seed; },
+      [](int order, uint64_t seed) {
+        host_cuda::options().order = static_cast<host_cuda::Order>(order);
+        host_cuda::options().seed = seed;
+      },
       "Order of threads and blocks: 0 forward, 1 reverse, 2 random with this seed.");
   m.def(
       "async_lazy", [](bool lazy) { host_cuda::options().async_lazy = lazy; },
-      "Whether cp.async lands as late as is legal, or at once.");
+      "Whether cp.async lands as late as it may, or at once.");
 #ifdef HOST_CUDA_CHECK
-  m.def("clear", &host_cuda_clear);
+  m.def("seeded_bug", [](int bug, uintptr_t x, uintptr_t sums, uintptr_t scratch, uintptr_t total, uintptr_t done,
+                         uintptr_t large, int n) {
+    const auto floats = [](uintptr_t p) { return reinterpret_cast<float*>(p); };
+    const auto counts = [](uintptr_t p) { return reinterpret_cast<unsigned*>(p); };
+    fk::cuda::seeded_bug(bug, floats(x), floats(sums), floats(scratch), floats(total), counts(done), counts(large), n);
+  });
+  namespace check = host_cuda::check;
+  m.def("clear", &check::clear, "Forgets buffers and accesses.");
   m.def(
       "buffer",
-      [](uintptr_t p, size_t bytes, unsigned element, bool initialised, const char* name) {
-        host_cuda_buffer(reinterpret_cast<void*>(p), bytes, element, initialised, name);
+      [](uintptr_t p, size_t bytes, size_t element, bool initialised, const std::string& name) {
+        check::buffer(reinterpret_cast<void*>(p), bytes, element, initialised, name);
       },
-      "Memory that the kernels may touch; once one is registered, everything else is out of bounds.");
+      "Memory that kernels may touch; everything else is out of bounds.");
   m.def(
-      "unwritten", [](uintptr_t p) { return host_cuda_unwritten(reinterpret_cast<void*>(p)); },
-      "Elements of that buffer that were never written.");
-  m.def("report", [] { return std::string(host_cuda_report()); }, "The accesses of the last launch, a line each.");
+      "unwritten", [](uintptr_t p) { return check::unwritten(reinterpret_cast<void*>(p)); },
+      "Elements of the buffer at this address that no kernel has written.");
+  m.def(
+      "lines",
+      [] {
+        py::list all;
+        for (const auto& l : check::lines()) {
+          const char* kind = l.kind == check::Kind::load ? "load" : l.kind == check::Kind::store ? "store" : "atomic";
+          all.append(py::make_tuple(l.where, l.shared ? "shared" : "global", kind, l.bytes, l.requests, l.lanes,
+                                    l.parts, l.least));
+        }
+        return all;
+      },
+      "Accesses since clear(), by line: (where, space, kind, bytes a lane, requests of a warp, lanes of all requests, "
+      "sectors or passes through the banks, the least that these could be).");
+  m.def(
+      "report",
+      [] {
+        std::string all;
+        for (const auto& l : check::lines()) {
+          char text[256];
+          const double n = double(l.requests);
+          snprintf(text, sizeof text,
+                   "%-28s %s %s %2zu B  requests %8llu  lanes %4.1f  %s a request %5.2f  least %5.2f\n",
+                   l.where.c_str(), l.shared ? "shared" : "global",
+                   l.kind == check::Kind::load    ? "load  "
+                   : l.kind == check::Kind::store ? "store "
+                                                  : "atomic",
+                   l.bytes, static_cast<unsigned long long>(l.requests), double(l.lanes) / n,
+                   l.shared ? "passes " : "sectors", double(l.parts) / n, double(l.least) / n);
+          all += text;
+        }
+        return all;
+      },
+      "lines() as text.");
 #endif
 }

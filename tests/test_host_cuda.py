@@ -1,0 +1,281 @@
+"""The CUDA kernels on the host, beyond their results: the checked build, orders of threads, coalescing, seeded bugs."""
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import _host_cuda
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flowkernels import backends, ops
+from flowkernels.backends import CUDA_OPS, backend
+
+ROOT = Path(__file__).parents[1]
+OPS = [op for op in ops.OPS if op in CUDA_OPS]
+SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
+
+# Elements of all arguments, over which a sample is left out: the checked build takes some 100 ns for each access.
+LARGEST_CHECKED = 20_000
+LARGEST_ORDERED = 50_000
+
+
+def tensors(values):
+    return [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+
+
+def leaves(values):
+    """Tensors among these and in the attributes of these."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, dict):
+        return leaves(list(values.values()))
+    if isinstance(values, list | tuple):
+        return [t for v in values for t in leaves(v)]
+    return leaves(vars(values)) if hasattr(values, "__dict__") else []
+
+
+def over_samples(largest):
+    """Every op's samples of up to so many elements."""
+    cases = [(op, s) for op in OPS for s in SAMPLES[op].sample_inputs()]
+    cases = [(op, s) for op, s in cases if sum(t.numel() for t in leaves([s.args, s.kwargs])) <= largest]
+    return pytest.mark.parametrize(("op", "sample"), [pytest.param(op, s, id=f"{op}-{s.id}") for op, s in cases])
+
+
+def uses_cp_async(op):
+    return "cp_async" in (ROOT / f"csrc/{op}/cuda.cu").read_text()
+
+
+# ---- the checked build ----
+
+
+class Watch(TorchDispatchMode):
+    """Registers the memory of tensors that come to be, and keeps it. What torch.empty gives is not initialised; what
+    any other operation makes or writes to is."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.kept, self.inside = module, {}, False
+
+    def register(self, t, initialised, name):
+        storage = t.untyped_storage()
+        self.kept[storage.data_ptr()] = storage
+        self.module.buffer(storage.data_ptr(), storage.nbytes(), t.element_size(), initialised, name)
+
+    def enter_op(self):
+        """Torch takes a mode away while an operation runs under it, and ours make their tensors there."""
+        if not self.inside:
+            self.inside = True
+            self.__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "flowkernels":
+            try:
+                return func(*args, **(kwargs or {}))
+            finally:
+                if self.inside:
+                    self.inside = False
+                    self.__exit__(None, None, None)
+        result = func(*args, **(kwargs or {}))
+        name = func.name().split("::")[1]
+        writes = func._schema.is_mutable
+        for t in tensors([result, args] if writes else result):
+            if writes or t.untyped_storage().data_ptr() not in self.kept:
+                self.register(t, not name.startswith(("empty", "new_empty")), f"tensor {len(self.kept)} ({name})")
+        return result
+
+
+@pytest.fixture(scope="module")
+def checked_module():
+    return _host_cuda.module("host_cuda_checked")
+
+
+@pytest.fixture
+def checked(checked_module, monkeypatch):
+    """The checked build, and a function that makes a call on it: it returns the result, and how many elements of it
+    were never written."""
+    module = checked_module
+    module.clear()
+
+    def run(function, *args, **kwargs):
+        module.clear()
+        watch = Watch(module)
+        for i, t in enumerate(leaves([args, kwargs])):
+            watch.register(t, True, f"argument {i}")
+        with monkeypatch.context() as patch, backend("cuda"), watch:
+            patch.setattr(backends, "cuda_module", lambda: watch.enter_op() or module)
+            result = function(*args, **kwargs)
+        missing = {}  # by storage, which may have gaps between the elements of its tensors
+        for t in tensors(result):
+            storage = t.untyped_storage()
+            gaps = missing.get(storage.data_ptr(), storage.nbytes() // t.element_size())
+            missing[storage.data_ptr()] = gaps - t.numel()
+        return result, sum(max(0, module.unwritten(p) - gaps) for p, gaps in missing.items())
+
+    with backends.host_cuda(module):
+        yield module, run
+    module.async_lazy(True)
+    module.clear()
+
+
+@over_samples(LARGEST_CHECKED)
+def test_checked(op, sample, checked):
+    module, run = checked
+    for lazy in (True, False) if uses_cp_async(op) else (True,):
+        module.async_lazy(lazy)
+        result, missing = run(getattr(ops, op), *sample.args, **sample.kwargs)
+        assert missing == 0
+        error, bound = SAMPLES[op].error_and_bound(sample, result)
+        assert error <= bound
+
+
+# ---- orders of threads ----
+
+
+@pytest.fixture
+def plain():
+    module = _host_cuda.module()
+    yield module
+    module.schedule(0, 1)
+    module.async_lazy(True)
+
+
+def bits(result):
+    return [t.contiguous().view(-1).view(torch.uint8) for t in tensors(result)]
+
+
+@over_samples(LARGEST_ORDERED)
+def test_same_bits_in_any_order(op, sample, plain):
+    def run(order, seed=1, lazy=True):
+        plain.schedule(order, seed)
+        plain.async_lazy(lazy)
+        with backend("cuda"):
+            return bits(getattr(ops, op)(*sample.args, **sample.kwargs))
+
+    others = [run(1), run(2), run(2, seed=7, lazy=False)]
+    if uses_cp_async(op):
+        others.append(run(0, lazy=False))
+    expected = run(0)
+    for other in others:
+        assert all(map(torch.equal, expected, other))
+
+
+# ---- sectors and banks ----
+
+
+class Accesses(NamedTuple):
+    """A call on aligned tensors, whose loads and stores take the fewest sectors and passes that they can. Exceptions,
+    each with its reason: source lines with this text may take so many times the fewest."""
+
+    function: Callable
+    args: tuple
+    kwargs: dict
+    exceptions: dict[str, float]
+
+
+def _euler_step():
+    x, v, u = torch.randn(3, 4096)
+    yield Accesses(ops.euler_step, (x, v, 0.1), {}, {})
+    yield Accesses(ops.euler_step, (x.double(), v.double(), 0.1), dict(v_uncond=u.double(), guidance=2.0), {})
+    # a thread that takes 16 bytes of bfloat16 takes 32 of float32, in two requests that share every sector
+    halves = {"load_vector(a, x + at)": 2.0, "store_vector(out + at, a)": 2.0}
+    yield Accesses(ops.euler_step, (x, v.bfloat16(), 0.1), dict(low=torch.bfloat16), halves)
+
+
+ACCESSES = {
+    "euler_step": _euler_step,
+}
+
+
+def test_every_kernel_has_its_accesses_checked():
+    assert set(ACCESSES) == set(OPS)
+
+
+def source(where):
+    path, line = where.rsplit(":", 1)
+    return (ROOT / "csrc" / path).read_text().splitlines()[int(line) - 1].strip()
+
+
+@pytest.mark.parametrize("op", ACCESSES)
+def test_accesses_are_coalesced_and_without_bank_conflicts(op, checked):
+    module, run = checked
+    for function, args, kwargs, exceptions in ACCESSES[op]():
+        run(function, *args, **kwargs)
+        lines = [line for line in module.lines() if line[2] != "atomic"]
+        assert lines
+        excess = []
+        for where, space, kind, size, requests, _, parts, least in lines:
+            times = max((m for text, m in exceptions.items() if text in source(where)), default=1)
+            if parts > least * times:
+                excess.append(f"{where}: {space} {kind} of {size} bytes: {parts} for {least} in {requests} requests")
+        assert not excess, "\n".join(excess)
+
+
+# ---- seeded bugs ----
+
+BUGS = {  # in the order of tests/csrc/seeded_bugs.cu: what the report says
+    "none": None,
+    "missing_barrier": r"race in shared memory: store .* after a load",
+    "missing_wait": r"uninitialised shared memory",
+    "missing_atomic": r"race in large: load by block (\d) thread \d+, after a store by block \1 thread \d+",
+    "missing_fence": r"race in scratch: load by block (\d) thread 0, after a store by block (?!\1)\d thread 0",
+    "overrun": r"store of 4 bytes out of bounds: at byte \d+ of sums, which has 400",
+    "shared_overrun": r"load of 4 bytes outside of every shared array",
+    "divergent_shuffle": r"deadlock(.|\n)*waits in a warp collective",
+    "shuffle_from_outside": r"shuffle from lane 0, which is not in the mask 0xffff0000",
+    "divergent_barrier": r"divergent barrier",
+    "early_exit": r"divergent barrier",
+    "uninitialised_shared": r"uninitialised shared memory",
+    "uninitialised_global": r"uninitialised scratch: element 1 read by block \d thread 0",
+    "unwritten_output": None,
+    "misaligned": r"misaligned store of 8 bytes",
+    "shared_store": r"store_vector to shared memory",
+}
+SEEDED = ROOT / "tests/csrc/seeded_bugs.cu"
+
+
+def test_every_seeded_bug_is_listed():
+    (names,) = re.findall(r"enum Bug \{(.*?)kBugs", SEEDED.read_text(), re.S)
+    assert re.findall(r"\w+", names) == list(BUGS)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bug(bug, order, checked):
+    module, _ = checked
+    module.schedule(order, 3)
+    n = 100  # a block, and one with lanes that have no row
+    arrays = dict(
+        x=torch.randn(n, 4),
+        sums=torch.empty(n + 64)[:n],  # what follows is nobody's
+        scratch=torch.empty(2),
+        total=torch.empty(1),
+        done=torch.zeros(1, dtype=torch.int32),
+        large=torch.zeros(1, dtype=torch.int32),
+    )
+    for name, t in arrays.items():
+        module.buffer(t.data_ptr(), t.nbytes, 4, name in ("x", "done", "large"), name)
+    try:
+        module.seeded_bug(list(BUGS).index(bug), *(t.data_ptr() for t in arrays.values()), n)
+        text = None
+    except RuntimeError as e:
+        text = str(e)
+    finally:
+        module.schedule(0, 1)
+    if BUGS[bug] is None:
+        assert text is None
+        assert module.unwritten(arrays["sums"].data_ptr()) == (bug == "unwritten_output")
+        rows = arrays["x"].sum(1)
+        if bug == "none":
+            assert torch.allclose(arrays["sums"], rows, atol=1e-5)
+            assert torch.allclose(arrays["total"], rows.sum(), atol=1e-4)
+            assert arrays["large"] == (arrays["sums"] > 0).sum()
+        return
+    assert text is not None
+    assert re.search(BUGS[bug], text), text
+    lines = [i for i, line in enumerate(SEEDED.read_text().splitlines(), 1) if re.search(rf"// .*\b{bug}\b", line)]
+    assert any(f"seeded_bugs.cu:{i}" in text for i in lines), text
