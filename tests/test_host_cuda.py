@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from flowkernels import backends, ops
 from flowkernels.backends import CUDA_OPS, backend
+from flowkernels.ops._library import DTYPE_CODES
 
 ROOT = Path(__file__).parents[1]
 OPS = [op for op in ops.OPS if op in CUDA_OPS]
@@ -215,9 +216,43 @@ def test_accesses_are_coalesced_and_without_bank_conflicts(op, checked):
         assert not excess, "\n".join(excess)
 
 
+# ---- the matrix unit ----
+
+
+def product(module, a, b):
+    d = torch.empty(16, 8)
+    for name, t in dict(a=a, b=b, d=d).items():
+        module.buffer(t.data_ptr(), t.nbytes, t.element_size(), t is not d, name)
+    module.product(DTYPE_CODES[a.dtype], a.data_ptr(), b.data_ptr(), d.data_ptr(), a.shape[1])
+    assert module.unwritten(d.data_ptr()) == 0
+    return d
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matrix_unit(dtype, checked):
+    module, _ = checked
+    small = torch.arange(-64, 64).view(8, 16)
+    a, b = torch.cat([small, 3 - small]).to(dtype), (small % 11).to(dtype)
+    assert torch.equal(product(module, a, b), (a.double() @ b.double().T).float())  # whole numbers are exact
+
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(rows, 4096, generator=g).to(dtype) for rows in (16, 8))
+    truth = a.double() @ b.double().T
+    error = (product(module, a, b) - truth) / truth
+    # cut off towards zero at each of 512 sums of nine terms, by up to 9 halves of an ulp and by one
+    assert (error < 0).all()
+    assert (error > -512 * 5.5 * 2**-23).all()
+
+    b[:, 5] = torch.inf
+    a[3, 5] = 0
+    d = product(module, a, b)
+    assert d[3].isnan().all()
+    assert d[4].isinf().all()
+
+
 # ---- seeded bugs ----
 
-BUGS = {  # in the order of tests/csrc/seeded_bugs.cu: what the report says
+BUGS = {  # in the order of tests/csrc/host_cuda.cu: what the report says
     "none": None,
     "missing_barrier": r"race in shared memory: store .* after a load",
     "missing_wait": r"uninitialised shared memory",
@@ -235,7 +270,7 @@ BUGS = {  # in the order of tests/csrc/seeded_bugs.cu: what the report says
     "misaligned": r"misaligned store of 8 bytes",
     "shared_store": r"store_vector to shared memory",
 }
-SEEDED = ROOT / "tests/csrc/seeded_bugs.cu"
+SEEDED = ROOT / "tests/csrc/host_cuda.cu"
 
 
 def test_every_seeded_bug_is_listed():
@@ -278,4 +313,4 @@ def test_seeded_bug(bug, order, checked):
     assert text is not None
     assert re.search(BUGS[bug], text), text
     lines = [i for i, line in enumerate(SEEDED.read_text().splitlines(), 1) if re.search(rf"// .*\b{bug}\b", line)]
-    assert any(f"seeded_bugs.cu:{i}" in text for i in lines), text
+    assert any(f"host_cuda.cu:{i}" in text for i in lines), text

@@ -317,7 +317,7 @@ void access_global(const char* p, size_t bytes, Kind kind, void* code) {
 
 void access(const void* address, size_t bytes, Kind kind, void* code) {
   const auto* p = static_cast<const char*>(address);
-  if (!current || size_t(stack_end - p) <= kStack) return;
+  if (!current || (p < stack_end && p >= stack_end - kStack)) return;
   const bool in_shared = p >= block.arena && p < block.arena_end;
   if (!in_shared && ((p >= block.contexts && p < block.contexts_end) || address == &current)) return;
   if (bytes <= 16 && reinterpret_cast<uintptr_t>(p) % bytes)

@@ -4,6 +4,7 @@
 
 #include "bindings_cuda.h"
 #include "common/cuda_runtime.h"
+#include "common/dtype.h"
 #include "host_cuda/emulation.h"
 #ifdef HOST_CUDA_CHECK
 #include "host_cuda/checks.h"
@@ -19,9 +20,10 @@ std::string error_text(int status) {
 }
 DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() {}
-#ifdef HOST_CUDA_CHECK
+#ifdef HOST_CUDA_CHECK  // tests/csrc/host_cuda.cu
 int seeded_bug(int bug, const float* x, float* sums, float* scratch, float* total, unsigned* done, unsigned* large,
-               int n);  // tests/csrc/seeded_bugs.cu
+               int n);
+int product(Dtype type, const void* a, const void* b, float* d, int depth);
 #endif
 }  // namespace cuda
 }  // namespace fk
@@ -46,6 +48,10 @@ PYBIND11_MODULE(HOST_CUDA_MODULE, m) {
     const auto floats = [](uintptr_t p) { return reinterpret_cast<float*>(p); };
     const auto counts = [](uintptr_t p) { return reinterpret_cast<unsigned*>(p); };
     fk::cuda::seeded_bug(bug, floats(x), floats(sums), floats(scratch), floats(total), counts(done), counts(large), n);
+  });
+  m.def("product", [](int type, uintptr_t a, uintptr_t b, uintptr_t d, int depth) {
+    const auto at = [](uintptr_t p) { return reinterpret_cast<void*>(p); };
+    fk::cuda::product(fk::Dtype(type), at(a), at(b), static_cast<float*>(at(d)), depth);
   });
   namespace check = host_cuda::check;
   m.def("clear", &check::clear, "Forgets buffers and accesses.");

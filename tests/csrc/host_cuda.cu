@@ -1,9 +1,11 @@
-// A small kernel that is right, and variants of it with one bug each, for tests of the checks. A comment that names a
-// variant marks the lines of which its report has to name one.
+// Kernels for tests of the emulation and of the checks.
 #include "common/cuda.h"
 
 namespace fk {
 namespace cuda {
+
+// ---- a kernel that is right, and variants of it with one bug each ----
+// A comment that names a variant marks the lines of which its report has to name one.
 
 constexpr int kThreads = 64, kColumns = 4;
 
@@ -110,6 +112,38 @@ int run(int wanted, const Arrays& a) {
 int seeded_bug(int bug, const float* x, float* sums, float* scratch, float* total, unsigned* done, unsigned* large,
                int n) {
   return run(bug, {x, sums, scratch, total, done, large, n});
+}
+
+// ---- a product of matrices by one warp ----
+
+template <class T>
+__global__ void product_kernel(const T* a, const T* b, float* d, int depth) {
+  FK_SHARED(T, tile, [24][16]);  // 16 rows of a, then 8 of b
+  const int lane = threadIdx.x, part = lane % 2 * 8;
+  float sum[4] = {};
+  for (int k = 0; k < depth; k += 16) {
+    for (int row = lane / 2; row < 24; row += 16)
+      cp_async16(tile[row] + part, (row < 16 ? a + row * depth : b + (row - 16) * depth) + k + part);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncwarp();
+    uint32_t left[4], right[2];
+    ldmatrix_x4(left, tile[lane % 16] + lane / 16 * 8);
+    ldmatrix_x2(right, tile[16 + lane % 8] + lane / 8 % 2 * 8);
+    mma_m16n8k16<T>(sum, left, right);
+    __syncwarp();
+  }
+  for (int i = 0; i < 4; i++) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sum[i];
+}
+
+// a: [16, depth], b: [8, depth], d: [16, 8].
+int product(Dtype type, const void* a, const void* b, float* d, int depth) {
+  return with_low_type(type, [&](auto low) {
+    using T = typename decltype(low)::type;
+    FK_LAUNCH(product_kernel<T>, dim3(1), dim3(32), 0, nullptr, static_cast<const T*>(a), static_cast<const T*>(b), d,
+              depth);
+    return launched();
+  });
 }
 
 }  // namespace cuda
