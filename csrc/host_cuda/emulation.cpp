@@ -99,8 +99,8 @@ struct Variable {
 struct Engine {
   std::vector<Fiber> fibers;
   std::vector<unsigned> order;
-  std::vector<char*> stacks;  // all of them, and the free ones
-  std::vector<char*> free_stacks;
+  std::vector<char*> stacks;       // as mapped
+  std::vector<char*> free_stacks;  // the ends
   std::vector<std::vector<std::unique_ptr<Collective>>> warps;  // the collectives of each
   Barrier barriers[kBarriers];
   Fiber* running = nullptr;
@@ -115,7 +115,7 @@ struct Engine {
   Random random{1};
 
   ~Engine() {
-    for (char* s : stacks) munmap(s - kStack - kPage, kStack + kPage);
+    for (char* s : stacks) munmap(s, kPage + kStack + kPage);
     if (arena) munmap(arena, kArena);
   }
 };
@@ -165,10 +165,12 @@ char* map_memory(size_t bytes) {
 // A thread that never waits leaves its stack to the next, which finds it in the cache.
 char* take_stack(Engine* e) {
   if (e->free_stacks.empty()) {
-    char* p = map_memory(kStack + kPage);
+    char* p = map_memory(kPage + kStack + kPage);
     mprotect(p, kPage, PROT_NONE);
-    e->stacks.push_back(p + kPage + kStack);
-    e->free_stacks.push_back(e->stacks.back());
+    const size_t shift =
+        e->stacks.size() % 32 * (kPage / 32);  // else all would compete for the same lines of the cache
+    e->stacks.push_back(p);
+    e->free_stacks.push_back(p + kPage + kStack + shift);
   }
   char* stack = e->free_stacks.back();
   e->free_stacks.pop_back();
@@ -251,6 +253,17 @@ std::string deadlock(const Engine* e) {
   return text;
 }
 
+bool run_ready(Engine* e, unsigned first, unsigned last) {  // each thread once; false: none is ready
+  bool any = false;
+  for (unsigned i = first; i < last && e->error.empty(); i++) {
+    Fiber* f = &e->fibers[e->order[i]];
+    if (f->state != State::fresh && f->state != State::ready) continue;
+    any = true;
+    resume(e, f);
+  }
+  return any;
+}
+
 void run_block(Engine* e, dim3 grid, dim3 block, uint3 index) {
   e->threads = e->alive = block.x * block.y * block.z;
   if (e->fibers.size() < e->threads) e->fibers.resize(e->threads);
@@ -272,15 +285,18 @@ void run_block(Engine* e, dim3 grid, dim3 block, uint3 index) {
   CHECK(check::begin_block(
             {index, grid, e->threads, e->arena, e->arena + kArena, e->fibers.data(), e->fibers.data() + e->threads});)
 
+  // In a fixed order each warp goes as far as it can before the next one: 32 stacks stay in the cache.
+  const bool random = options().order == Order::random;
+  const unsigned together = random ? e->threads : 32;
   while (e->alive && e->error.empty()) {
     bool progress = false;
-    if (options().order == Order::random) e->random.shuffle(e->order);
-    for (unsigned i : e->order) {
-      Fiber* f = &e->fibers[i];
-      if (f->state != State::fresh && f->state != State::ready) continue;
-      progress = true;
-      resume(e, f);
-      if (!e->error.empty()) break;
+    if (random) e->random.shuffle(e->order);
+    for (unsigned first = 0; first < e->threads; first += together) {
+      bool any;
+      do {
+        any = run_ready(e, first, std::min(first + together, e->threads));
+        progress |= any;
+      } while (any && !random);
     }
     if (!progress) e->error = deadlock(e);
   }
