@@ -5,7 +5,9 @@
 #include <math.h>
 #include <string.h>
 
+#include <initializer_list>
 #include <type_traits>
+#include <utility>
 
 #include "host_cuda/emulation.h"
 
