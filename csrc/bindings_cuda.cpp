@@ -6,7 +6,9 @@
 
 #include <stdexcept>
 
+#include "bellman/bellman.h"
 #include "common/cuda_runtime.h"
+#include "cost_from_gram/cost_from_gram.h"
 #include "euler_step/euler_step.h"
 
 namespace py = pybind11;
@@ -27,6 +29,18 @@ static void launch(int (*launcher)(const Args&, void*), const Args& args, int de
 
 void bind_cuda(py::module_& m) {
   m.def("device_count", &fk::cuda::device_count, "Devices that a driver shows; 0 without a driver.");
+
+  m.def("cost_from_gram",
+        [](Address gram, Address times, int64_t K, bool states, Address cost, int device, Address stream) {
+          launch(fk::cuda::cost_from_gram, {at<double>(gram), at<double>(times), K, states, at<double>(cost)}, device,
+                 stream);
+        });
+
+  m.def("bellman", [](Address cost, int64_t n, int64_t steps, Address value, Address parent, Address bad, int device,
+                      Address stream) {
+    launch(fk::cuda::bellman, {at<double>(cost), n, steps, at<double>(value), at<int64_t>(parent), at<int64_t>(bad)},
+           device, stream);
+  });
 
   m.def("euler_step", [](Address x, Address v, Address v_uncond, Address out, Address low, int x_type, int v_type,
                          int low_type, int64_t n, double h, double guidance, int device, Address stream) {
