@@ -9,6 +9,12 @@ namespace cuda {
 
 constexpr int kThreads = 1024, kTile = 1024, kRows = 8;
 
+// Entries j, j + 1, ... of a column with rows n apart, and Inf from `end` on.
+__device__ __forceinline__ void load_rows(double (&rows)[kRows], const double* column, int64_t n, int j, int end) {
+#pragma unroll
+  for (int i = 0; i < kRows; i++) rows[i] = j + i < end ? column[(j + i) * n] : double(INFINITY);
+}
+
 __global__ void __launch_bounds__(kThreads)
     bellman_kernel(const double* cost, int64_t n, int64_t steps, double* value, int64_t* parent, int64_t* bad) {
   FK_SHARED(double, last, [kTile]);
@@ -20,10 +26,14 @@ __global__ void __launch_bounds__(kThreads)
   if (me == 0) first[0] = none;
   unsigned long long mine = none;  // the first place of these columns that holds NaN or -Inf
   for (int64_t k = me; k < n; k += threads)
-#pragma unroll 8
-    for (int64_t j = 0; j < k; j++) {
-      const unsigned long long place = j * n + k;
-      if (!(cost[place] > -inf) && place < mine) mine = place;
+    for (int j = 0; j < (k | 31); j += kRows) {  // lanes stay on one row
+      double rows[kRows];
+      load_rows(rows, cost + k, n, j, static_cast<int>(k));
+#pragma unroll
+      for (int i = 0; i < kRows; i++) {
+        const unsigned long long place = (j + i) * n + k;
+        if (!(rows[i] > -inf) && place < mine) mine = place;
+      }
     }
   __syncthreads();
   if (mine != none) atomicMin(first, mine);
@@ -46,23 +56,17 @@ __global__ void __launch_bounds__(kThreads)
         __syncthreads();
         for (int64_t i = me; i < kTile && tile + i < n; i += threads) last[i] = before[tile + i];
         __syncthreads();
-        const int64_t most = k < n ? k - tile : 0;
-        const int end = static_cast<int>(most < kTile ? most : kTile);  // may be negative
-        const double* c = cost + tile * n + k;
-        int j = 0;
-        for (; j + kRows <= end; j += kRows) {
-          double row[kRows];
-#pragma unroll
-          for (int i = 0; i < kRows; i++) row[i] = c[(j + i) * n];
+        auto before_knot = [&](int64_t knot) { return int(knot - tile < kTile ? knot - tile : kTile); };  // or negative
+        const int end = k < n ? before_knot(k) : 0, warp_end = before_knot(k | 31);
+        for (int j = 0; j < warp_end; j += kRows) {
+          double rows[kRows];
+          load_rows(rows, cost + tile * n + k, n, j, end);
 #pragma unroll
           for (int i = 0; i < kRows; i++) {
-            const double sum = last[j + i] + row[i];
+            if (j + i >= end) continue;
+            const double sum = last[j + i] + rows[i];
             if (sum < best) best = sum, from = tile + j + i;
           }
-        }
-        for (; j < end; j++) {
-          const double sum = last[j] + c[j * n];
-          if (sum < best) best = sum, from = tile + j;
         }
       }
       if (k < n) value[s * n + k] = best, parent[s * n + k] = from;

@@ -31,7 +31,7 @@ __device__ __forceinline__ double from_last(double value) {
 template <bool states>
 __global__ void __launch_bounds__(kSide* kSide)
     cost_from_gram_kernel(const double* gram, const double* t, int64_t K, double* cost) {
-  FK_SHARED(double, sums, [2][kSide][kSide + 1]);  // <B(j, k-1), a_k> and <S(j, k), a_k> at [k][j]
+  FK_SHARED(double, steps, [2][kSide][kSide + 1]);  // |B(j, k)|^2 - |B(j, k-1)|^2 and <S(j, k), a_k> at [k][j]
   const int lane = threadIdx.x % kSide, warp = threadIdx.x / kSide;
   const int64_t R = states ? 2 * K - 1 : K - 1, j0 = int64_t(blockIdx.x) * kSide, j = j0 + warp;
   double BB = 0, SB = 0, SS = 0, Be = 0, Se = 0;  // at the last k of the 32 before
@@ -42,10 +42,11 @@ __global__ void __launch_bounds__(kSide* kSide)
       continue;
     }
     const int64_t column = k0 + warp;
-    double b = 0, s = 0, far_b = 0, far_s = 0;  // sums over m > j, and those of them that all rows share
+    double b = 0, s = 0, far_b = 0, far_s = 0, square = 0;  // sums over m > j, those that all rows share, |a_k|^2
     if (column > j0 && column < K) {
       const double* a = gram + (column - 1) * R;  // <a_column, a_m> at m - 1
       const double end = t[column];
+      square = a[column - 1];
       int64_t m = j0 + 1 + lane;
       if (m < column) b = a[m - 1], s = (end - t[m]) * b;
 #pragma unroll 4
@@ -58,14 +59,14 @@ __global__ void __launch_bounds__(kSide* kSide)
       far_b += __shfl_xor_sync(kAll, far_b, d);
       far_s += __shfl_xor_sync(kAll, far_s, d);
     }
-    sums[0][warp][lane] = b + far_b;
-    sums[1][warp][lane] = s + far_s;
+    steps[0][warp][lane] = 2 * (b + far_b) + square;
+    steps[1][warp][lane] = s + far_s;
     __syncthreads();
 
     const bool step = j < k && k <= K, inner = step && k < K;
     const double h = step ? t[k] - t[k - 1] : 0;
-    const Prefix bb = prefix(inner ? 2 * sums[0][lane][warp] + gram[(k - 1) * R + k - 1] : 0, BB, lane);
-    const Prefix sb = prefix(h * bb.before + (inner ? sums[1][lane][warp] : 0), SB, lane);
+    const Prefix bb = prefix(inner ? steps[0][lane][warp] : 0, BB, lane);
+    const Prefix sb = prefix(h * bb.before + (inner ? steps[1][lane][warp] : 0), SB, lane);
     const Prefix ss = prefix(2 * h * sb.before + h * h * bb.before, SS, lane);
     double c = ss.here;
     if constexpr (states) {
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kSide* kSide)
     BB = from_last(bb.here);
     SB = from_last(sb.here);
     SS = from_last(ss.here);
-    __syncthreads();  // the sums of the next 32 take the place of these
+    __syncthreads();  // the next 32 take the place of these
   }
 }
 

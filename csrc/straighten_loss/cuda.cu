@@ -19,7 +19,7 @@ struct Job {
   X *sums, *loss, *per_sample, *per_interval;
   V* gradient;
   int64_t knots, samples, B, words;  // words: of a row
-  X huber_c, features, elements;     // of a sample, and of all
+  X huber_c, features, elements;  // of a sample, and of all
 };
 
 // Sum of positive numbers with what its roundings lost.
@@ -65,44 +65,48 @@ __device__ __forceinline__ X huber_scale(const Job<X, V>& g, int64_t row, X loss
   return (g.weight ? g.weight[row] : X(1)) / g.elements / (loss + g.huber_c);
 }
 
-// Where a row's states are; none for a row past the end or a place out of range.
+// Where a row's states are.
 template <class X>
 struct Place {
-  const X *a = nullptr, *b = nullptr;
+  int64_t row = -1;  // in the bank; none for a row past the end or a place out of range
   X inverse = 0;  // of the step
+  __device__ __forceinline__ bool inside() const { return row >= 0; }
 };
-template <int E, class X, class V>
+template <class X, class V>
 __device__ __forceinline__ Place<X> place(const Job<X, V>& g, int64_t row) {
   if (row >= g.B) return {};
   const int64_t i = g.interval[row], s = g.sample[row];
   if (!in_bank(i, s, g.knots, g.samples)) return {};
-  const X* a = g.bank + (i * g.samples + s) * g.words * E;
-  return {a, a + g.samples * g.words * E, 1 / g.step_sizes[i]};
+  return {i * g.samples + s, 1 / g.step_sizes[i]};
 }
 
-// The errors of U words, `stride` words apart; all their loads are in flight at once.
+// The errors of U words of a row, `stride` words apart, and zeros from word `end` on; all loads are in flight at once.
 template <int U, int E, class X, class V>
-__device__ __forceinline__ void errors(X (&e)[U][E], const V* v, const Place<X>& at, int64_t w, int64_t stride) {
-  V c[U][E];
-  X a[U][E], b[U][E];
+__device__ __forceinline__ void errors(X (&e)[U][E], const Job<X, V>& g, int64_t row, const Place<X>& at, int64_t w,
+                                       int64_t stride, int64_t end) {
+  const V* v = g.v + (row * g.words + w) * E;
+  const X *first = g.bank + (at.row * g.words + w) * E, *second = first + g.samples * g.words * E;
+  V c[U][E] = {};
+  X a[U][E] = {}, b[U][E] = {};
 #pragma unroll
   for (int n = 0; n < U; n++) {
-    const int64_t first = (w + n * stride) * E;
-    load_vector(c[n], v + first);
-    load_vector(a[n], at.a + first);
-    load_vector(b[n], at.b + first);
+    if (w + n * stride >= end) continue;
+    load_vector(c[n], v + n * stride * E);
+    load_vector(a[n], first + n * stride * E);
+    load_vector(b[n], second + n * stride * E);
   }
 #pragma unroll
   for (int n = 0; n < U; n++)
 #pragma unroll
-    for (int i = 0; i < E; i++) e[n][i] = convert<X>(c[n][i]) - (b[n][i] - a[n][i]) * at.inverse;
+    for (int i = 0; i < E; i++)
+      e[n][i] = w + n * stride < end ? convert<X>(c[n][i]) - (b[n][i] - a[n][i]) * at.inverse : 0;
 }
 template <int E, class X, class V>
 __device__ __forceinline__ void write_gradient(V* gradient, const X (&e)[E], X scale) {
   V out[E];
 #pragma unroll
   for (int i = 0; i < E; i++) out[i] = convert<V>(scale * e[i]);
-  store_vector(gradient, out);
+  store_global(gradient, out);
 }
 template <int E, class X, class V>
 __device__ __forceinline__ void refuse_row(V* gradient, int64_t begin, int64_t end) {
@@ -118,18 +122,17 @@ __global__ void __launch_bounds__(kRowBlock) straighten_loss_kernel(Job<X, V> g,
   constexpr int many = E > 1 ? 2 : 4;
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, stride = blockDim.x;
   const int64_t begin = blockIdx.y * part, end = begin + part < g.words ? begin + part : g.words;
-  const Place<X> at = place<E>(g, row);
-  const V* v = g.v + row * g.words * E;
+  const Place<X> at = place(g, row);
   V* gradient = g.gradient ? g.gradient + row * g.words * E : nullptr;
   Sum<X> sum;
-  if (at.a) {
+  if (at.inside()) {
     const X scale = !gradient ? 0
                     : known   ? huber_scale(g, row, g.per_sample[row])
                               : 2 * (g.weight ? g.weight[row] : X(1)) / g.elements;
     auto add = [&](auto count, int64_t w) {
       constexpr int U = decltype(count)::value;
       X e[U][E], squares = 0;
-      errors(e, v, at, w, stride);
+      errors(e, g, row, at, w, stride, end);
 #pragma unroll
       for (int n = 0; n < U; n++) {
 #pragma unroll
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(kRowBlock) straighten_loss_kernel(Job<X, V> g,
   if (known) return;
   const X total = row_sum(sum.value(), scratch);
   if (threadIdx.x || row >= g.B) return;
-  const X result = at.a ? total : X(NAN);
+  const X result = at.inside() ? total : X(NAN);
   if (gridDim.y > 1)
     g.sums[row * gridDim.y + blockIdx.y] = result;
   else
@@ -160,26 +163,21 @@ __global__ void __launch_bounds__(kRowBlock) straighten_loss_held_kernel(Job<X, 
   FK_SHARED(X, scratch, [32]);
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int words = static_cast<int>(g.words), stride = blockDim.x, w = threadIdx.x;
-  const Place<X> at = place<E>(g, row);
-  const V* v = g.v + row * g.words * E;
-  X e[kHeld][1][E], squares = 0;
-#pragma unroll
-  for (int n = 0; n < kHeld; n++) {
-    if (at.a && w + n * stride < words) {
-      errors(e[n], v, at, w + n * stride, 0);
-    } else {
-#pragma unroll
-      for (int i = 0; i < E; i++) e[n][0][i] = 0;
-    }
-#pragma unroll
-    for (int i = 0; i < E; i++) squares += e[n][0][i] * e[n][0][i];
-  }
-  const X total = row_sum(squares, scratch);
-  if (row >= g.B) return;
-  const X loss = sample_loss(g, at.a ? total : X(NAN)), scale = huber_scale(g, row, loss);  // NaN makes NaN of zeros
+  const Place<X> at = place(g, row);
+  X e[kHeld][E], squares = 0;
+  errors(e, g, row, at, w, stride, at.inside() ? words : 0);
 #pragma unroll
   for (int n = 0; n < kHeld; n++)
-    if (w + n * stride < words) write_gradient(g.gradient + (row * g.words + w + n * stride) * E, e[n][0], scale);
+#pragma unroll
+    for (int i = 0; i < E; i++) squares += e[n][i] * e[n][i];
+  const X total = row_sum(squares, scratch);
+  if (row >= g.B) return;
+  const X loss = sample_loss(g, at.inside() ? total : X(NAN));
+  const X scale = huber_scale(g, row, loss);  // NaN makes NaN of zeros
+  V* gradient = g.gradient + (row * g.words + w) * E;
+#pragma unroll
+  for (int n = 0; n < kHeld; n++)
+    if (w + n * stride < words) write_gradient(gradient + n * stride * E, e[n], scale);
   if (w == 0) g.per_sample[row] = loss;
 }
 
