@@ -6,8 +6,12 @@
 
 #include <stdexcept>
 
+#include "bellman/bellman.h"
 #include "common/cuda_runtime.h"
+#include "cost_from_gram/cost_from_gram.h"
 #include "euler_step/euler_step.h"
+#include "segment_points/segment_points.h"
+#include "straighten_loss/straighten_loss.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -28,11 +32,45 @@ static void launch(int (*launcher)(const Args&, void*), const Args& args, int de
 void bind_cuda(py::module_& m) {
   m.def("device_count", &fk::cuda::device_count, "Devices that a driver shows; 0 without a driver.");
 
+  m.def("cost_from_gram",
+        [](Address gram, Address times, int64_t K, bool states, Address cost, int device, Address stream) {
+          launch(fk::cuda::cost_from_gram, {at<double>(gram), at<double>(times), K, states, at<double>(cost)}, device,
+                 stream);
+        });
+
+  m.def("bellman", [](Address cost, int64_t n, int64_t steps, Address value, Address parent, Address bad, int device,
+                      Address stream) {
+    launch(fk::cuda::bellman, {at<double>(cost), n, steps, at<double>(value), at<int64_t>(parent), at<int64_t>(bad)},
+           device, stream);
+  });
+
   m.def("euler_step", [](Address x, Address v, Address v_uncond, Address out, Address low, int x_type, int v_type,
                          int low_type, int64_t n, double h, double guidance, int device, Address stream) {
     launch(fk::cuda::euler_step,
            {at(x), at(v), at(v_uncond), at(out), at(low), fk::Dtype(x_type), fk::Dtype(v_type), fk::Dtype(low_type), n,
             h, guidance, 0},
+           device, stream);
+  });
+
+  m.def("segment_points",
+        [](Address bank, Address interval, Address sample, Address u, Address out, int bank_type, int out_type,
+           int64_t knots, int64_t samples, int64_t B, int64_t D, int device, Address stream) {
+          launch(fk::cuda::segment_points,
+                 {at(bank), at<int64_t>(interval), at<int64_t>(sample), at(u), at(out), fk::Dtype(bank_type),
+                  fk::Dtype(out_type), knots, samples, B, D, 0},
+                 device, stream);
+        });
+
+  m.def("straighten_loss_partials", &fk::cuda::straighten_loss_partials, py::arg("B"), py::arg("D"),
+        "Elements of the bank's type that straighten_loss takes for its sums.");
+  m.def("straighten_loss", [](Address v, Address bank, Address step_sizes, Address interval, Address sample,
+                              Address weight, double huber_c, int v_type, int bank_type, int64_t knots, int64_t samples,
+                              int64_t B, int64_t D, Address loss, Address per_sample, Address per_interval,
+                              Address gradient, Address partial, int device, Address stream) {
+    launch(fk::cuda::straighten_loss,
+           {at(v), at(bank), at(step_sizes), at<int64_t>(interval), at<int64_t>(sample), at(weight), huber_c,
+            fk::Dtype(v_type), fk::Dtype(bank_type), knots, samples, B, D, at(loss), at(per_sample), at(per_interval),
+            at(gradient), 0, at(partial)},
            device, stream);
   });
 }

@@ -33,8 +33,8 @@ class Calibration(Mapping):
     """The schedules of a model, by number of steps: `cal[4]`.
 
     times: the fine grid, float64 `[K+1]`. cost: all step costs, float64 `[K+1, K+1]`, Inf where k <= j.
-    schedules: {N: Schedule}. provenance: where the calibration comes from (K, n, seed, dtype, shape, guidance, the
-    model's parameter hash, library versions).
+    schedules: {N: Schedule}. All of it on the CPU. provenance: where the calibration comes from (K, n, seed, dtype,
+    shape, guidance, the model's parameter hash, library versions).
     """
 
     times: Tensor
@@ -205,7 +205,8 @@ def calibrate(
             expect_finite_flow(x, chunk_v, times, first=start)
             costs.update(chunk_v)
     cost = costs.cost()
-    return Calibration(times, cost, bellman(cost, times, wanted), _provenance(velocity, noise, velocities, K, seed))
+    schedules = bellman(cost, times, wanted)
+    return Calibration(times, cost.cpu(), schedules, _provenance(velocity, noise, velocities, K, seed))
 
 
 def _provenance(velocity, noise: Tensor, velocities: Tensor, K: int, seed: int | None) -> dict:

@@ -109,7 +109,8 @@ class StepCost:
     Args:
         times: K for a uniform grid, or K+1 increasing times from 0 to 1.
         states: True if `update` is given states that are not Euler steps of the velocities.
-        device: where the accumulated Gram matrix lives.
+        device: where the accumulated Gram matrix lives, and the costs that `cost()` makes of it; best where the
+            velocities are. None is torch's default device.
     """
 
     def __init__(self, times: int | Sequence[float] | Tensor, *, states: bool = False, device=None):
@@ -163,10 +164,11 @@ class StepCost:
         return self
 
     def cost(self) -> Tensor:
-        """Step costs `[K+1, K+1]` in float64 on the CPU: entry [j, k], k > j, is
+        """Step costs `[K+1, K+1]` in float64 on the state's device: entry [j, k], k > j, is
         `c(j, k) = mean over samples |x_k - x_j - (t_k - t_j) v_j|^2`; Inf where k <= j."""
-        expect(self.count > 0, "StepCost", "at least one update", "none")
-        return ops.cost_from_gram(self.gram.cpu() / self.count, self.times, states=self.states)
+        count = self.count
+        expect(count > 0, "StepCost", "at least one update", "none")
+        return ops.cost_from_gram(self.gram / count, self.times, states=self.states)
 
 
 def step_cost(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | None = None) -> Tensor:
@@ -180,11 +182,12 @@ def step_cost(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | None
         x: states `[K+1, n, *shape]`, where they are not the Euler steps of `v` on `times`.
 
     Returns:
-        float64 `[K+1, K+1]` on the CPU, Inf where k <= j.
+        float64 `[K+1, K+1]` on v's device, Inf where k <= j.
 
     Source: BOSS (arXiv 2312.16414), the objective of its dynamic programme.
     """
-    return StepCost(times, states=x is not None).update(v, x).cost()
+    expect_values(v, "v")
+    return StepCost(times, states=x is not None, device=v.device).update(v, x).cost()
 
 
 def bellman(
@@ -193,7 +196,8 @@ def bellman(
     """The schedule of least total cost for each number of steps N, all from one table.
 
     Args:
-        cost: float64 `[K+1, K+1]` from `step_cost`; Inf above the diagonal forbids a step.
+        cost: float64 `[K+1, K+1]` from `step_cost`; Inf above the diagonal forbids a step. The tables are made on its
+            device, and what the schedules need of them is copied to the CPU.
         times: the K+1 knots.
         steps: the numbers of steps wanted, each 1..K.
 
@@ -207,7 +211,10 @@ def bellman(
     expect_values(cost, "cost")
     expect(tuple(cost.shape) == (len(t), len(t)), "cost", f"shape [{len(t)}, {len(t)}], one row a knot", cost)
     wanted = expect_steps(steps, len(t) - 1)
-    value, parent = ops.bellman(cost.double().cpu(), max(wanted))
+    value, parent = (table.cpu() for table in ops.bellman(cost.double(), max(wanted)))
+    even = {n: uniform_indices(t, n) for n in wanted}
+    j, k = zip(*(step for n in wanted for step in itertools.pairwise(even[n])), strict=True)
+    uniform_costs = iter(cost[list(j), list(k)].tolist())  # one copy for all of them
     schedules = {}
     for n in wanted:
         expect(bool(value[n, -1] < torch.inf), "cost", f"a path of {n} steps of finite cost", "none")
@@ -215,8 +222,7 @@ def bellman(
         for s in range(n, 0, -1):
             path.append(int(parent[s, path[-1]]))
         indices = tuple(reversed(path))
-        even = uniform_indices(t, n)
-        uniform_cost = sum(cost[j, k].item() for j, k in itertools.pairwise(even))
+        uniform_cost = sum(itertools.islice(uniform_costs, n))
         schedules[n] = Schedule(t[list(indices)], t, indices, value[n, -1].item(), uniform_cost)
     return schedules
 

@@ -76,7 +76,7 @@ def test_plain_dynamic_programme_on_a_flow():
         assert schedule.ratio <= 1
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cuda", "cpu", "reference"])
 def test_ties_go_to_the_smaller_knot(backend):
     with fk.backend(backend):
         plans = fk.bellman(torch.zeros(10, 10, dtype=torch.float64), 9, range(1, 10))

@@ -8,7 +8,7 @@
 namespace fk {
 
 struct CostFromGramArgs {
-  const double* gram;   // [R, R], R = K-1, or 2K-1 with states: rows a_1..a_{K-1}, then e_0..e_{K-1}
+  const double* gram;   // [R, R], symmetric, R = K-1, or 2K-1 with states: rows a_1..a_{K-1}, then e_0..e_{K-1}
   const double* times;  // [K+1]
   int64_t K;            // >= 1
   bool states;          //
@@ -17,5 +17,8 @@ struct CostFromGramArgs {
 
 using cost_from_gram_fn = void(const CostFromGramArgs&);
 FK_DECLARE(cost_from_gram_fn, cost_from_gram)
+namespace cuda {
+int cost_from_gram(const CostFromGramArgs&, void* stream);
+}
 
 }  // namespace fk

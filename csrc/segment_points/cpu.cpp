@@ -48,7 +48,7 @@ int64_t run(const SegmentPointsArgs& g) {
       const X* a = static_cast<const X*>(g.bank) + (g.interval[r] * g.samples + g.sample[r]) * g.D + c;
       Out* out = static_cast<Out*>(g.out) + r * g.D + c;
       if (g.u)
-        points<X, Out, true>(a, a + g.samples * g.D, X(g.u[r]), out, n, past);
+        points<X, Out, true>(a, a + g.samples * g.D, X(static_cast<const double*>(g.u)[r]), out, n, past);
       else
         points<X, Out, false>(a, a, 0, out, n, past);
     }

@@ -77,6 +77,8 @@ int64_t run(const StraightenLossArgs& g) {
   for (int64_t r = 0; r < g.B; r++)
     if (g.interval[r] < 0 || g.interval[r] > g.knots - 2 || g.sample[r] < 0 || g.sample[r] >= g.samples) return r;
 
+  const auto *step_sizes = static_cast<const double*>(g.step_sizes), *weight = static_cast<const double*>(g.weight);
+  auto *per_sample = static_cast<double*>(g.per_sample), *per_interval = static_cast<double*>(g.per_interval);
   const bool huber = g.huber_c > 0;
   const int64_t blocks = (g.D + kBlock - 1) / kBlock, items = g.B * blocks;
   const int64_t want = g.D > 0 ? (g.B * g.D + kBlock - 1) / kBlock : 1;  // without features the losses are 0 / 0
@@ -89,9 +91,9 @@ int64_t run(const StraightenLossArgs& g) {
     const X* a = static_cast<const X*>(g.bank) + (g.interval[r] * g.samples + g.sample[r]) * g.D;
     V* gradient = g.gradient ? static_cast<V*>(g.gradient) + r * g.D : nullptr;
     return Row<X, V>{static_cast<const V*>(g.v) + r * g.D, a, a + g.samples * g.D, gradient,
-                     X(g.step_sizes[g.interval[r]])};
+                     X(step_sizes[g.interval[r]])};
   };
-  auto factor = [&](int64_t r) { return (g.weight ? g.weight[r] : 1.0) / double(g.B) / double(g.D); };
+  auto factor = [&](int64_t r) { return (weight ? weight[r] : 1.0) / double(g.B) / double(g.D); };
   auto block = [&](int64_t r, int64_t i) {
     const int64_t begin = i * kBlock, end = g.D - begin < kBlock ? g.D : begin + kBlock;
     if (g.gradient && !huber)
@@ -104,10 +106,10 @@ int64_t run(const StraightenLossArgs& g) {
     for (int64_t i = 0; i < blocks; i++) square += partial[r * blocks + i];
     square /= double(g.D);
     // a difference of two nearly equal roots, written so that nothing cancels
-    g.per_sample[r] = huber ? square / (__builtin_sqrt(square + g.huber_c * g.huber_c) + g.huber_c) : square;
+    per_sample[r] = huber ? square / (__builtin_sqrt(square + g.huber_c * g.huber_c) + g.huber_c) : square;
   };
   auto huber_gradient = [&](int64_t r, int64_t begin, int64_t end) {
-    errors<X, V, true>(row(r), begin, end, X(factor(r) / (g.per_sample[r] + g.huber_c)), past);
+    errors<X, V, true>(row(r), begin, end, X(factor(r) / (per_sample[r] + g.huber_c)), past);
   };
 
   if (g.B >= parts) {  // whole samples to each thread
@@ -138,16 +140,16 @@ int64_t run(const StraightenLossArgs& g) {
   release(partial);
 
   double loss = 0;
-  for (int64_t i = 0; i + 1 < g.knots; i++) g.per_interval[i] = 0;
+  for (int64_t i = 0; i + 1 < g.knots; i++) per_interval[i] = 0;
   for (int64_t r = 0; r < g.B; r++) {
-    loss += (g.weight ? g.weight[r] : 1.0) * g.per_sample[r];
-    g.per_interval[g.interval[r]] += g.per_sample[r];
+    loss += (weight ? weight[r] : 1.0) * per_sample[r];
+    per_interval[g.interval[r]] += per_sample[r];
   }
-  *g.loss = loss / double(g.B);
+  *static_cast<double*>(g.loss) = loss / double(g.B);
   for (int64_t i = 0; i + 1 < g.knots; i++) {
     int64_t count = 0;
     for (int64_t r = 0; r < g.B; r++) count += g.interval[r] == i;
-    g.per_interval[i] /= double(count);  // 0 / 0 is the NaN of an interval that was not drawn
+    per_interval[i] /= double(count);  // 0 / 0 is the NaN of an interval that was not drawn
   }
   return -1;
 }

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.backends import BACKENDS, backend
+from flowkernels.backends import BACKENDS, backend, cuda_module
 from flowkernels.ops import bellman
 
 F64 = torch.float64
@@ -157,6 +157,31 @@ def test_a_sum_that_overflows_is_unreachable(name):
         value, parent = bellman(torch.full((3, 3), 1.7e308, dtype=F64), 2)
     assert value[2].tolist() == [math.inf] * 3
     assert parent[2].tolist() == [-1] * 3
+
+
+@pytest.mark.parametrize("n", [1024, 1030, 2049])
+def test_on_a_gpu_more_knots_than_a_block_has_threads(n):
+    """Few values, so that many paths tie."""
+    cost = torch.randint(4, (n, n), generator=torch.Generator().manual_seed(0)).double()
+    with backend("cuda"):
+        got = bellman(cost, 4)
+    assert all(torch.equal(a, b) for a, b in zip(got, bellman(cost, 4), strict=True))
+
+
+@pytest.mark.parametrize("n", [4, 40, 1030])
+def test_on_a_gpu_bad_costs_are_in_the_tables(n):
+    """For a captured graph, whose launches nobody waits for; otherwise the first one raises."""
+    cost = torch.ones(n, n, dtype=F64)
+    cost[2, 3], cost[1, n - 1], cost[1, 2] = math.nan, -math.inf, math.nan
+    value, parent = torch.zeros(3, n, dtype=F64), torch.zeros(3, n, dtype=torch.int64)
+    place = torch.zeros((), dtype=torch.int64)
+    tables = value.data_ptr(), parent.data_ptr(), place.data_ptr()
+    cuda_module().bellman(cost.data_ptr(), n, 2, *tables, 0, 0)
+    assert place == n + 2
+    assert value.isnan().all()
+    assert parent.eq(-1).all()
+    with backend("cuda"), pytest.raises(ValueError, match=r"got cost\[1, 2\] = nan"):
+        bellman(cost, 2)
 
 
 def test_leaves_the_costs_alone():

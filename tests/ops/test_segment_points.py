@@ -15,6 +15,7 @@ SHAPES = st.tuples(st.integers(2, 5), st.integers(1, 4), st.integers(0, 70))
 SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = st.sampled_from([(F32, None), (F32, F32), (F32, BF16), (F32, F16), (F64, None), (F64, BF16), (F64, F16)])
 EACH = pytest.mark.parametrize("name", BACKENDS)
+RAISING = pytest.mark.parametrize("name", ["cpu", "reference"])
 
 
 def drawn(shape, batch, seed, dtype=F32):
@@ -202,14 +203,33 @@ OUTSIDE = [
 ]
 
 
-@EACH
+@RAISING
 @pytest.mark.parametrize(("interval", "sample", "message"), OUTSIDE)
 def test_an_index_outside_the_bank(interval, sample, message, name):
     with backend(name), pytest.raises(ValueError, match="^" + message):
         segment_points(torch.ones(4, 2, 5), torch.tensor(interval), torch.tensor(sample))
 
 
-@EACH
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (F64, F16)])
+@pytest.mark.parametrize("features", [5, 8, 600])
+@pytest.mark.parametrize(("interval", "sample", "_"), OUTSIDE)
+def test_on_a_gpu_an_index_outside_the_bank_makes_nan_of_its_point(interval, sample, _, features, dtypes):
+    bank, interval, sample = torch.ones(4, 2, features, dtype=dtypes[0]), torch.tensor(interval), torch.tensor(sample)
+    with backend("cuda"):
+        for u in (None, torch.full((3,), 0.5)):
+            got = segment_points(bank, interval, sample, u, dtype=dtypes[1])
+            outside = (interval < 0) | (interval > 2) | (sample < 0) | (sample > 1)
+            assert torch.equal(got.isnan(), outside[:, None].expand(-1, features))
+            assert got[~outside].eq(1).all()
+
+
+def test_on_a_gpu_a_bank_without_samples_gives_nan():
+    zero = torch.zeros(1, dtype=torch.int64)
+    with backend("cuda"):
+        assert segment_points(torch.ones(3, 0, 5), zero, zero).isnan().all()
+
+
+@RAISING
 def test_a_bank_without_samples(name):
     zero = torch.zeros(1, dtype=torch.int64)
     with (

@@ -530,22 +530,39 @@ def test_an_index_outside_the_bank_under_compile():
 # ---- errors ----
 
 
-@EACH
+OUTSIDE = [
+    ([0, 3, 0], [0, 0, 0], r"interval: expected indices from 0 to 2, got 3 at interval\[1\]"),
+    ([0, 0, -1], [0, 0, 0], r"interval: expected indices from 0 to 2, got -1 at interval\[2\]"),
+    ([0, 0, 0], [0, -1, 5], r"sample: expected indices from 0 to 1, got -1 at sample\[1\]"),
+    ([2, 2**63 - 1, 0], [2, 0, 0], r"sample: expected indices from 0 to 1, got 2 at sample\[0\]"),
+]
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize("needs_gradient", [False, True])
-@pytest.mark.parametrize(
-    ("interval", "sample", "message"),
-    [
-        ([0, 3, 0], [0, 0, 0], r"interval: expected indices from 0 to 2, got 3 at interval\[1\]"),
-        ([0, 0, -1], [0, 0, 0], r"interval: expected indices from 0 to 2, got -1 at interval\[2\]"),
-        ([0, 0, 0], [0, -1, 5], r"sample: expected indices from 0 to 1, got -1 at sample\[1\]"),
-        ([2, 2**63 - 1, 0], [2, 0, 0], r"sample: expected indices from 0 to 1, got 2 at sample\[0\]"),
-    ],
-)
+@pytest.mark.parametrize(("interval", "sample", "message"), OUTSIDE)
 def test_an_index_outside_the_bank(interval, sample, message, needs_gradient, name):
     v = torch.ones(3, 5, requires_grad=needs_gradient)
     places = torch.tensor(interval), torch.tensor(sample)
     with backend(name), pytest.raises(ValueError, match="^" + message):
         straighten_loss(v, torch.ones(4, 2, 5), torch.ones(3), *places)
+
+
+@LOSSES
+@pytest.mark.parametrize("features", [5, 600, 5000])  # lanes of a warp; a block; and parts of a sample
+@pytest.mark.parametrize(("interval", "sample", "_"), OUTSIDE)
+def test_on_a_gpu_an_index_outside_the_bank_makes_nan_of_its_sample(interval, sample, _, features, loss):
+    interval, sample = torch.tensor(interval), torch.tensor(sample)
+    outside = (interval < 0) | (interval > 2) | (sample < 0) | (sample > 1)
+    with backend("cuda"):
+        args = torch.ones(3, features), torch.ones(4, 2, features), torch.ones(3), interval, sample
+        got, gradient = with_gradient(args, loss=loss)
+    assert got.loss.isnan()
+    assert torch.equal(got.per_sample.isnan(), outside)
+    assert torch.equal(gradient.isnan(), outside[:, None].expand(-1, features))
+    for i in range(3):  # an interval that there is none of is in no mean
+        own = got.per_sample[interval == i]
+        torch.testing.assert_close(got.per_interval[i], own.mean(), equal_nan=True)
 
 
 GOOD = dict(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_positive_int, expect_tensor
-from flowkernels.ops._library import direct, register
+from flowkernels.ops._library import direct, register, stream_of
 from flowkernels.ops.bellman import reference
 
 
@@ -15,12 +15,13 @@ def bellman(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
     Args:
         cost: float64 `[K+1, K+1]`; entry [j, k] is the cost of one step from knot j to knot k. Only k > j is read;
-            +Inf there forbids the step. NaN or -Inf raise.
+            +Inf there forbids the step. NaN or -Inf raise. To know of them a call on a GPU waits for the kernel; while
+            a CUDA graph is captured it cannot, and then they make all values NaN and all parents -1.
         steps: the largest number of steps, 1..K.
 
     Returns:
         `(value, parent)`, both `[steps + 1, K+1]`: J in float64, Inf where a knot cannot be reached in s steps, and the
-        index j that attains it in int64, -1 where there is none. Not differentiable.
+        index j that attains it in int64, -1 where there is none; on cost's device. Not differentiable.
 
     Source: BOSS (arXiv 2312.16414), equation of optimality in section 3.
     """
@@ -48,6 +49,17 @@ def _kernel(C, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return value, parent
 
 
+def _cuda(module, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    cost, n = cost.contiguous(), cost.shape[0]
+    value, parent = _fake(cost, steps)
+    bad = cost.new_empty((), dtype=torch.int64)
+    pointers = cost.data_ptr(), n, steps, value.data_ptr(), parent.data_ptr(), bad.data_ptr()
+    module.bellman(*pointers, *stream_of(cost))
+    if not (cost.is_cuda and torch.cuda.is_current_stream_capturing()) and (place := bad.item()) >= 0:
+        _refuse(cost, *divmod(place, n))
+    return value, parent
+
+
 def _reference(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     bad = (~(cost > -torch.inf)).triu(1)
     if bool(bad.any()):
@@ -60,4 +72,4 @@ def _fake(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return cost.new_empty(shape), cost.new_empty(shape, dtype=torch.int64)
 
 
-register("bellman(Tensor cost, int steps) -> (Tensor, Tensor)", _kernel, _reference, _fake)
+register("bellman(Tensor cost, int steps) -> (Tensor, Tensor)", _kernel, _reference, _fake, _cuda)

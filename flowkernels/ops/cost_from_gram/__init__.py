@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_tensor, expect_times
-from flowkernels.ops._library import direct, register
+from flowkernels.ops._library import direct, register, stream_of
 from flowkernels.ops.cost_from_gram import reference
 
 
@@ -13,8 +13,9 @@ def cost_from_gram(gram: Tensor, times: Tensor, *, states: bool = False) -> Tens
 
     Args:
         gram: float64, what `velocity_gram` returns divided by the number of samples: `[K-1, K-1]`, or `[2K-1, 2K-1]`
-            with `states`. Symmetric; the upper triangle of increments, the rows of e and its diagonal are read.
-        times: the K+1 knots.
+            with `states`. Symmetric: only one triangle of increments is read, the upper one on the CPU and the lower
+            one on a GPU, with the rows of e and the diagonal.
+        times: the K+1 knots; on the CPU they are copied to gram's device at every call.
         states: whether `velocity_gram` was given states.
 
     Returns:
@@ -45,8 +46,17 @@ def _kernel(C, gram: Tensor, times: Tensor, states: bool) -> Tensor:
     return cost
 
 
+def _cuda(module, gram: Tensor, times: Tensor, states: bool) -> Tensor:
+    gram, times = gram.contiguous(), times.to(gram.device).contiguous()
+    cost = _fake(gram, times, states)
+    pointers = gram.data_ptr(), times.data_ptr(), len(times) - 1, states, cost.data_ptr()
+    module.cost_from_gram(*pointers, *stream_of(gram))
+    return cost
+
+
 def _fake(gram: Tensor, times: Tensor, states: bool) -> Tensor:
     return gram.new_empty(len(times), len(times))
 
 
-register("cost_from_gram(Tensor gram, Tensor times, bool states) -> Tensor", _kernel, reference.cost_from_gram, _fake)
+register("cost_from_gram(Tensor gram, Tensor times, bool states) -> Tensor",
+         _kernel, reference.cost_from_gram, _fake, _cuda)  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, direct, fresh, register
+from flowkernels.ops._library import DTYPE_CODES, direct, fresh, register, stream_of
 from flowkernels.ops.segment_points import reference
 
 
@@ -26,7 +26,7 @@ def segment_points(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; for an index outside the bank also
-        its place.
+        its place. The CUDA kernel, for which the call would have to wait, makes NaN of such a point instead.
 
     Source: piecewise rectified flow; with u = 0 the input of BOSS (arXiv 2312.16414). docs/mathematics.md.
     """
@@ -81,6 +81,19 @@ def _kernel(C, bank, interval, sample, u, dtype) -> Tensor:
     return out
 
 
+def _cuda(module, bank, interval, sample, u, dtype) -> Tensor:
+    bank, interval, sample = bank.contiguous(), interval.contiguous(), sample.contiguous()
+    u = None if u is None else u.to(bank.dtype).contiguous()
+    out = _fake(bank, interval, sample, u, dtype)
+    knots, n = bank.shape[:2]
+    module.segment_points(
+        *(bank.data_ptr(), interval.data_ptr(), sample.data_ptr(), 0 if u is None else u.data_ptr(), out.data_ptr()),
+        *(DTYPE_CODES[bank.dtype], DTYPE_CODES[dtype], knots, n, len(interval), math.prod(bank.shape[2:])),
+        *stream_of(bank),
+    )
+    return out
+
+
 def _reference(bank, interval, sample, u, dtype) -> Tensor:
     refuse_place(reference.expect_places(interval, sample, bank), bank, interval, sample)
     return reference.segment_points(bank, interval, sample, u).to(dtype).contiguous()
@@ -91,4 +104,4 @@ def _fake(bank, interval, sample, u, dtype) -> Tensor:
 
 
 register("segment_points(Tensor bank, Tensor interval, Tensor sample, Tensor? u, ScalarType dtype) -> Tensor",
-         _kernel, _reference, _fake)  # fmt: skip
+         _kernel, _reference, _fake, _cuda)  # fmt: skip

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import FLOATS, expect, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, fresh, is_batched, is_transformed, register
+from flowkernels.ops._library import (
+    DTYPE_CODES,
+    LIBRARY,
+    direct,
+    fresh,
+    is_batched,
+    is_transformed,
+    register,
+    stream_of,
+)
 from flowkernels.ops.segment_points import expect_bank, refuse_place
 from flowkernels.ops.segment_points.reference import expect_places
 from flowkernels.ops.straighten_loss import reference
@@ -56,7 +65,8 @@ def straighten_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; for an index outside the bank also
-        its place.
+        its place. The CUDA kernel, for which a training step would have to wait, makes NaN of that sample's loss and
+        gradient instead, and so of `loss`.
 
     Source: BOSS (arXiv 2312.16414), straightening; pseudo-Huber as in Song & Dhariwal 2023 (arXiv 2310.14189),
     equation 7, on the mean over features.
@@ -123,6 +133,22 @@ def _kernel(C, v, *args) -> tuple[Tensor, ...]:
     )
 
 
+def _cuda(module, v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
+    v, bank, interval, sample = v.contiguous(), bank.contiguous(), interval.contiguous(), sample.contiguous()
+    step_sizes = step_sizes.to(bank.dtype).contiguous()
+    weight = None if weight is None else weight.to(bank.dtype).contiguous()
+    (knots, n), B, D = bank.shape[:2], len(v), math.prod(v.shape[1:])
+    loss, each, means, grad = _fake(v, bank, step_sizes, interval, sample, weight, huber_c, gradient)
+    partial = bank.new_empty(module.straighten_loss_partials(B, D))
+    module.straighten_loss(
+        *(v.data_ptr(), bank.data_ptr(), step_sizes.data_ptr(), interval.data_ptr(), sample.data_ptr()),
+        *(0 if weight is None else weight.data_ptr(), huber_c, DTYPE_CODES[v.dtype], DTYPE_CODES[bank.dtype]),
+        *(knots, n, B, D, loss.data_ptr(), each.data_ptr(), means.data_ptr(), grad.data_ptr() if gradient else 0),
+        *(partial.data_ptr(), *stream_of(v)),
+    )
+    return loss, each, means, grad
+
+
 def _reference(v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
     refuse_place(expect_places(interval, sample, bank), bank, interval, sample)
     args = (v, bank, step_sizes, interval, sample, weight, huber_c)
@@ -141,6 +167,7 @@ register(
     _kernel,
     _reference,
     _fake,
+    _cuda,
 )
 
 
