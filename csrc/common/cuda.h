@@ -59,6 +59,12 @@ template <class Kernel>
 void allow_shared(Kernel kernel, int bytes) {
   if (bytes > (48 << 10)) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
+template <class Kernel>
+int resident_blocks(Kernel kernel, int threads, int shared_bytes) {  // that a multiprocessor holds at once
+  int n = 0;
+  const cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, threads, shared_bytes);
+  return status == cudaSuccess && n > 0 ? n : 1;
+}
 #else
 inline int launched() {
   return 0;  // the emulation throws
@@ -71,6 +77,10 @@ inline int shared_limit() {
 }
 template <class Kernel>
 void allow_shared(Kernel, int) {}
+template <class Kernel>
+int resident_blocks(Kernel, int, int) {
+  return 1;
+}
 #endif
 
 #ifdef __CUDACC__
@@ -87,6 +97,13 @@ __device__ __forceinline__ void narrow(bf16& to, float v) {
 }
 __device__ __forceinline__ void narrow(half& to, float v) {
   to = __float2half_rn(v);
+}
+
+__device__ __forceinline__ uint32_t half_pair(float first, float second) {  // rounded to nearest, as one word
+  const __half2 pair = __floats2half2_rn(first, second);
+  uint32_t word;
+  memcpy(&word, &pair, 4);
+  return word;
 }
 
 __device__ __forceinline__ unsigned smem_u32(const void* p) {
@@ -155,6 +172,13 @@ inline void narrow(bf16& to, float v) {  // to nearest, ties to even
 inline void narrow(half& to, float v) {
   const _Float16 h = _Float16(v);
   memcpy(&to, &h, 2);
+}
+inline uint32_t half_pair(float first, float second) {
+  half pair[2];
+  narrow(pair[0], first), narrow(pair[1], second);
+  uint32_t word;
+  memcpy(&word, pair, 4);
+  return word;
 }
 
 inline void cp_async16(void* dst, const void* src, unsigned src_bytes = 16, HOST_CUDA_LOC) {
