@@ -38,108 +38,112 @@ __device__ __forceinline__ int index_of(int i, int j) {
 
 // ---- increments on tensor cores ----
 
-constexpr int kTile = 32;           // rows and columns of a warp's sums; also the columns that share a scale
-constexpr int kLaneSums = 32;       // of a tile, in each lane
-constexpr int kMostRows = 128;      // of a panel
+constexpr int kTile = 32;             // rows and columns of a warp's sums; also the columns that share a scale
+constexpr int kLaneSums = 32;         // of a tile, in each lane
+constexpr int kMostRows = 128;        // of a panel
 constexpr int kRowBytes = 2 * kTile;  // of hi or lo, 32 columns: four words of 16 bytes
-constexpr int kMostThreads = 640;  // blocks have up to 512; it keeps threads to 96 registers, and so two blocks of 320
-                                   // on a multiprocessor
 
-// How a block is cut: one panel of rows and all pairs of its tiles, or the pairs between two panels.
+// How a block is cut. It takes one panel of rows, or two where panels are multiplied with each other. A slab has
+// 128 rows by bands of 32 columns, of either panel.
 struct Cut {
   int panels, panel_rows;  // that the rows make; 16 or a multiple of 32
-  int across;  // tiles along a panel
-  int two;  // whether blocks take two panels
-  int band_bits;  // log2 of a slab's bands of 32 columns
-  int group_bits;  // log2 of the rows that hi and lo have for each band, or for each of two panels
-  int steps;  // of 16 columns that a warp takes of a band: both, or one where two warps share a tile
-  int raw_rows, pitch;  // of a slab of velocities, in elements
-  int stages;  // slabs in flight or at work
-  int aligned;  // whether rows can be copied by 16 bytes
+  int across;              // tiles along a panel
+  int tiles;               // of a block
+  int band_bits;           // log2 of a slab's bands
+  int shared_bands;        // whether two warps share a tile and a band, 16 columns each
+  int raw_rows, pitch;     // of a slab of velocities, in elements
+  int stages;              // slabs in flight or at work
+  int aligned;             // whether rows can be copied by 16 bytes
+  int slabs;               // an int holds them: no device holds 2^36 columns
 
-  __host__ __device__ int tiles() const { return two ? across * across : across * (across + 1) / 2; }
-  __host__ __device__ int units() const { return (2 / steps) << band_bits; }  // warps on a tile
-  __host__ __device__ int threads() const { return 32 * tiles() * units(); }
+  __host__ __device__ int group_bits() const { return 7 - band_bits; }          // log2 of the rows of hi for a band
+  __host__ __device__ int units() const { return 1 << (band_bits + shared_bands); }  // warps on a tile
+  int threads() const { return 32 * tiles * units(); }
   __host__ __device__ int columns() const { return kTile << band_bits; }
-  __host__ __device__ int group_rows() const { return (two ? 2 : 1 << band_bits) << group_bits; }
 };
 
-// Bytes of shared memory
-template <class V>
-int raw_bytes(const Cut& c) {
-  return c.raw_rows * c.pitch * int(sizeof(V));
-}
-template <class V>
+// Parts in shared memory: hi, lo [group, row, 32 columns], scales [group, row]; then the stages, or at the end what
+// warps exchange.
+template <bool two>
+constexpr int kGroupRows = two ? 2 * kMostRows : kMostRows;
+template <bool two>
+constexpr int kLow = kGroupRows<two> * kRowBytes;  // from hi to lo
+template <bool two>
+constexpr int kParts = 2 * kLow<two> + 4 * kGroupRows<two>;
+// Two blocks of 320 on a multiprocessor leave a thread 96 registers; one of 512, 128.
+template <bool two>
+constexpr int kMostThreads = two ? 512 : 640;
+
+template <class V, bool two>
 int shared_bytes(const Cut& c) {
-  const int work = c.stages * raw_bytes<V>(c) + c.group_rows() * (2 * kRowBytes + 4);
-  const int exchange = c.units() > 1 ? c.tiles() * c.units() * kTile * kTile * 4 : 0;
+  const int work = kParts<two> + c.stages * c.raw_rows * c.pitch * int(sizeof(V));
+  const int exchange = c.units() > 1 ? c.threads() * kLaneSums * 4 : 0;
   return work > exchange ? work : exchange;
 }
 
-template <class V>
-Cut cut_for(const VelocityGramArgs& g, bool two) {
+template <class V, bool two>
+Cut cut_for(const VelocityGramArgs& g) {
   const int64_t R = g.K - 1;
   Cut c;
   c.panels = int(ceil_div(R, kMostRows));
   c.panel_rows = R <= 16 ? 16 : int(ceil_div(ceil_div(R, c.panels), kTile) * kTile);
   c.across = int(ceil_div(c.panel_rows, kTile));
-  c.two = two;
-  c.group_bits = c.panel_rows == 16 ? 4 : c.panel_rows == 32 ? 5 : c.panel_rows == 64 ? 6 : 7;
-  c.band_bits = two ? 0 : 7 - c.group_bits;
-  c.steps = c.panel_rows == 32 ? 1 : 2;
+  c.tiles = two ? c.across * c.across : int(pairs(c.across));
+  c.band_bits = c.panel_rows == 16 ? 3 : c.panel_rows == 32 ? 2 : c.panel_rows == 64 ? 1 : 0;
+  c.shared_bands = c.panel_rows == 32;
   c.raw_rows = c.panels == 1 ? int(g.K) : (two ? 2 : 1) * (c.panel_rows + 1);
-  // two rows of 32 short velocities side by side in all banks
+  // neighbouring rows of 32 short velocities are in different banks
   c.pitch = c.columns() + (sizeof(V) == 2 && c.band_bits ? kTile : 0);
+  c.slabs = int(ceil_div(g.M, c.columns()));
   c.aligned = reinterpret_cast<uintptr_t>(g.v) % 16 == 0 && g.v_stride * sizeof(V) % 16 == 0;
   // as many slabs in flight as leave room for the blocks that registers allow
-  const int blocks = 65536 / 96 / c.threads(), room = (shared_limit() + 1024) / blocks - 1024;
-  for (c.stages = 4; c.stages > 2 && shared_bytes<V>(c) > room;) c.stages--;
+  const int blocks = kMostThreads<two> / c.threads(), room = (shared_limit() + 1024) / blocks - 1024;
+  for (c.stages = 4; c.stages > 2 && shared_bytes<V, two>(c) > room;) c.stages--;
   return c;
 }
 
-// hi or lo of rows [16 r, 16 r + 16), 16 columns, as an operand; `at` is the lane's own row and word. What the left
-// operand has in words 0..3, the right one has for its first 8 rows in words 0, 2 and for the others in 1, 3.
-__device__ __forceinline__ void fragment(uint32_t (&f)[4], const unsigned char* at, int r) {
-  ldmatrix_x4(f, at + r * 16 * kRowBytes);
+// hi or lo of 16 rows, 16 columns, as an operand. What the left operand has in words 0..3, the right one has for its
+// first 8 rows in words 0, 2 and for the others in 1, 3.
+__device__ __forceinline__ void fragment(uint32_t (&f)[4], const unsigned char* at, int part) {
+  ldmatrix_x4(f, at + part * 16 * kRowBytes);
 }
 
-// sums[i][j] += left_i right_j for 16-row parts of the left and 8-row parts of the right
-template <int I, int J, bool diagonal>
-__device__ __forceinline__ void multiply(float (&sums)[2][4][4], const uint32_t (&left)[I][4],
-                                         const uint32_t (&right)[J][4]) {
-#pragma unroll
-  for (int i = 0; i < I; i++)
-#pragma unroll
-    for (int j = diagonal ? 2 * i : 0; j < 2 * J; j++) {
-      const uint32_t pair[2] = {right[j / 2][j % 2], right[j / 2][2 + j % 2]};
-      mma_m16n8k16<half>(sums[i][j], left[i], pair);
-    }
+// sums[i][2 j], sums[i][2 j + 1] += left right, the two halves of the right
+__device__ __forceinline__ void multiply(float (&even)[4], float (&odd)[4], const uint32_t (&left)[4],
+                                         const uint32_t (&right)[4]) {
+  mma_m16n8k16<half>(even, left, {right[0], right[2]});
+  mma_m16n8k16<half>(odd, left, {right[1], right[3]});
 }
 
 // 16 columns of I x J parts of 16 rows; on the diagonal, left and right are the same.
-template <int I, int J, bool diagonal>
-__device__ __forceinline__ void step(float (&sums)[2][4][4], const unsigned char* left, const unsigned char* right,
-                                     int low) {
-  uint32_t hi[I][4], lo[I][4];
+template <int I, int J, bool diagonal, int low>
+__device__ __forceinline__ void step(float (&sums)[2][4][4], const unsigned char* left, const unsigned char* right) {
+  uint32_t a[I][4], b[J][4], lo[4];
 #pragma unroll
-  for (int i = 0; i < I; i++) fragment(hi[i], left + 0, i);
-  if constexpr (diagonal) {
+  for (int i = 0; i < I; i++) fragment(a[i], left, i);
 #pragma unroll
-    for (int i = 0; i < I; i++) fragment(lo[i], left + low, i);
-    multiply<I, J, true>(sums, hi, lo);
-    multiply<I, J, true>(sums, lo, hi);
-    multiply<I, J, true>(sums, hi, hi);
-  } else {
-    uint32_t other[J][4];
+  for (int j = 0; j < J; j++) {
+    fragment(lo, right + low, j);
 #pragma unroll
-    for (int j = 0; j < J; j++) fragment(other[j], right + low, j);
-    multiply<I, J, false>(sums, hi, other);
+    for (int i = 0; i < I; i++) {
+      if (!diagonal || i <= j) multiply(sums[i][2 * j], sums[i][2 * j + 1], a[i], lo);
+      if (diagonal && i >= j) multiply(sums[j][2 * i], sums[j][2 * i + 1], lo, a[i]);
+      if (diagonal && i <= j) multiply(sums[i][2 * j], sums[i][2 * j + 1], a[i], a[j]);
+    }
+  }
+  if constexpr (!diagonal) {
 #pragma unroll
-    for (int j = 0; j < J; j++) fragment(other[j], right, j);
-    multiply<I, J, false>(sums, hi, other);
+    for (int j = 0; j < J; j++) {
+      fragment(b[j], right, j);
 #pragma unroll
-    for (int i = 0; i < I; i++) fragment(lo[i], left + low, i);
-    multiply<I, J, false>(sums, lo, other);
+      for (int i = 0; i < I; i++) multiply(sums[i][2 * j], sums[i][2 * j + 1], a[i], b[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < I; i++) {
+      fragment(lo, left + low, i);
+#pragma unroll
+      for (int j = 0; j < J; j++) multiply(sums[i][2 * j], sums[i][2 * j + 1], lo, b[j]);
+    }
   }
 }
 
@@ -163,43 +167,47 @@ __device__ __forceinline__ float split(const float (&a)[4], uint2& hi, uint2& lo
   return __uint_as_float((exponent - 14u) << 23);
 }
 
-// Grid: the splits of the columns x the panels, or pairs of panels.
-template <class V>
-__global__ void __launch_bounds__(kMostThreads)
+// Grid: the splits of the columns x the panels, or pairs of different panels.
+template <class V, bool two>
+__global__ void __launch_bounds__(kMostThreads<two>)
     velocity_gram_increments_kernel(const V* __restrict__ v,  // [K, M], rows `stride` apart
                                     int64_t stride, int K, int64_t M, Cut c,
                                     float* __restrict__ partial) {  // [splits, tiles, 32 sums, 32 lanes]
-  FK_DYNAMIC_SHARED(unsigned char, shared);
-  const int thread = threadIdx.x, threads = c.threads(), lane = thread % 32, warp = thread / 32;
-  const int stage_elements = c.raw_rows * c.pitch, low = c.group_rows() * kRowBytes;
-  V* raw = reinterpret_cast<V*>(shared);
-  unsigned char* parts = shared + c.stages * stage_elements * sizeof(V);  // hi, then lo: [group, row, 32 columns]
-  float* scales = reinterpret_cast<float*>(parts + 2 * low);  // [group, row]
-  int panel[2] = {int(blockIdx.y), int(blockIdx.y)};
-  if (c.two) {
-    pair_of(blockIdx.y, panel[0], panel[1]);
-    panel[1]++;
+  constexpr int low = kLow<two>;
+  FK_DYNAMIC_SHARED(unsigned char, parts);
+  float* scales = reinterpret_cast<float*>(parts + 2 * low);
+  V* raw = reinterpret_cast<V*>(parts + kParts<two>);
+  const int R = K - 1;
+  int first_i = blockIdx.y * c.panel_rows, first_j = first_i;
+  if constexpr (two) {
+    pair_of(blockIdx.y, first_i, first_j);
+    first_i *= c.panel_rows, first_j = (first_j + 1) * c.panel_rows;
   }
-  const int first[2] = {panel[0] * c.panel_rows, panel[1] * c.panel_rows};
 
   // a slab's velocities on their way into a stage; beyond the last column they are zero
-  auto fetch = [&](int64_t slab, int stage) {
-    const int64_t m = slab * c.columns();
-    V* to = raw + stage * stage_elements;
-    auto row_of = [&](int r) { return r <= c.panel_rows ? first[0] + r : first[1] + r - c.panel_rows - 1; };
+  auto fetch = [&](int slab, int stage) {
+    const int64_t m = int64_t(slab) * c.columns();
+    const int thread = again(threadIdx.x), threads = blockDim.x;
+    V* to = raw + stage * (c.raw_rows * c.pitch);
+    auto row_of = [&](int r) { return two && r > c.panel_rows ? first_j + r - c.panel_rows - 1 : first_i + r; };
     if (c.aligned) {
-      constexpr int E = 16 / sizeof(V), bits = E == 4 ? 3 : 2;  // words of 16 bytes in 32 columns
-      for (int i = thread; i < c.raw_rows << (c.band_bits + bits); i += threads) {
-        const int r = i >> (c.band_bits + bits), at = E * (i & ((1 << (c.band_bits + bits)) - 1)), row = row_of(r);
+      constexpr int E = 16 / sizeof(V);
+      const int bits = c.band_bits + (E == 4 ? 3 : 2);  // log2 of a row's words of 16 bytes
+#pragma unroll 1
+      for (int i = thread; i < c.raw_rows << bits; i += threads) {
+        const int r = i >> bits, row = row_of(r), at = E * (i & ((1 << bits) - 1));
         const int64_t left = M - m - at;
-        const V* from = v + row * stride + m + at;
         if (row < K)
-          cp_async16(to + r * c.pitch + at, left > 0 ? from : v, left >= E ? 16 : left > 0 ? left * sizeof(V) : 0);
+          cp_async16(to + r * c.pitch + at, left > 0 ? v + row * stride + m + at : v,
+                     left >= E  ? 16
+                     : left > 0 ? left * sizeof(V)
+                                : 0);
       }
     } else {
+      const int bits = c.band_bits + 5;
 #pragma unroll 4
-      for (int i = thread; i < c.raw_rows << (c.band_bits + 5); i += threads) {
-        const int r = i >> (c.band_bits + 5), at = i & (c.columns() - 1), row = row_of(r);
+      for (int i = thread; i < c.raw_rows << bits; i += threads) {
+        const int r = i >> bits, row = row_of(r), at = i & ((1 << bits) - 1);
         if (row < K) to[r * c.pitch + at] = at < M - m ? v[row * stride + m + at] : convert<V>(0.f);
       }
     }
@@ -207,14 +215,15 @@ __global__ void __launch_bounds__(kMostThreads)
 
   // its increments into hi, lo and scales; rows that do not exist are zero
   auto take = [&](int stage) {
-    const V* from = raw + stage * stage_elements + 4 * (lane % 8);
-    const int items = c.group_rows() - (1 << c.group_bits) + c.panel_rows;
+    const int thread = again(threadIdx.x), threads = blockDim.x, lane = thread % 32;
+    const V* from = raw + stage * (c.raw_rows * c.pitch) + 4 * (lane % 8);
+    const int items = two ? kMostRows + c.panel_rows : c.band_bits ? kMostRows : c.panel_rows;
+#pragma unroll 1
     for (int i = thread / 8; i < items; i += threads / 8) {
-      const int group = i >> c.group_bits, row = i & ((1 << c.group_bits) - 1);
-      const bool second = c.two && group;
+      const int group = i >> c.group_bits(), row = i & ((1 << c.group_bits()) - 1);
       float a[4] = {};
-      if (row < c.panel_rows && first[second] + row < K - 1) {
-        const V* at = from + (second ? c.panel_rows + 1 + row : row) * c.pitch + (c.two ? 0 : group * kTile);
+      if (row < c.panel_rows && (two && group ? first_j : first_i) + row < R) {
+        const V* at = from + (two ? row + group * (c.panel_rows + 1) : row) * c.pitch + (two ? 0 : group * kTile);
         V last[4], next[4];
         load_vector(last, at);
         load_vector(next, at + c.pitch);
@@ -231,32 +240,41 @@ __global__ void __launch_bounds__(kMostThreads)
     }
   };
 
-  // this warp's tile, and its share of a slab
-  const int unit = warp / c.tiles(), tile = warp % c.tiles(), band = c.steps == 2 ? unit : unit / 2;
-  int ti = tile / c.across, tj = tile % c.across;
-  if (!c.two) pair_of(tile, ti, tj);
-  const int R = K - 1, i0 = first[0] + ti * kTile, j0 = first[1] + tj * kTile;  // of all rows
-  const bool small = R - j0 <= 16, used = j0 < R;
-  const int left_row = ((c.two ? 0 : band) << c.group_bits) + ti * kTile;
-  const int right_row = ((c.two ? 1 : band) << c.group_bits) + tj * kTile;
-  const unsigned char *left = parts + (left_row + lane % 16) * kRowBytes,
-                      *right = parts + (right_row + lane % 16) * kRowBytes;
-
+  // this warp's tile and its share of a slab, in one register: rows of hi to the left and to the right; columns, all 32
+  // or the first or last 16; whether the tile is used, is narrow, is on the diagonal
+  auto share_of = [&](int warp) {
+    const int unit = warp / c.tiles, tile = warp % c.tiles;
+    int ti = tile / c.across, tj = tile % c.across;
+    if constexpr (!two) pair_of(tile, ti, tj);
+    const int band = two ? 0 : (unit >> c.shared_bands) << c.group_bits(), rest = R - first_j - tj * kTile;
+    return (band + ti * kTile) | ((two ? kMostRows : band) + tj * kTile) << 8 |
+           (c.shared_bands ? 1 + unit % 2 : 0) << 16 | (rest > 0) << 18 | (rest <= 16) << 19 | (!two && ti == tj) << 20;
+  };
+  const int share = share_of(threadIdx.x / 32);
   float sums[2][4][4] = {};
   auto add_products = [&] {
+    const int mine = again(share), lane = again(threadIdx.x) % 32, left = mine & 255, right = mine >> 8 & 255;
+    if (!(mine >> 18 & 1)) return;
     float products[2][4][4] = {};
-    const int last = c.steps == 2 ? 2 : unit % 2 + 1;
+    const int columns = mine >> 16 & 3;
+    int at = lane % 16 * kRowBytes + ((columns / 2 * 2 + lane / 16) ^ (lane / 2 % 4)) * 16;
 #pragma unroll 1
-    for (int k = c.steps == 2 ? 0 : unit % 2; k < last; k++) {
-      const int word = ((2 * k + lane / 16) ^ (lane / 2 % 4)) * 16;
-      if (i0 == j0)
-        small ? step<1, 1, true>(products, left + word, right + word, low)
-              : step<2, 2, true>(products, left + word, right + word, low);
-      else
-        small ? step<2, 1, false>(products, left + word, right + word, low)
-              : step<2, 2, false>(products, left + word, right + word, low);
+    for (int steps = columns ? 1 : 2; steps > 0; steps--) {
+      const unsigned char *a = parts + left * kRowBytes + at, *b = parts + right * kRowBytes + at;
+      const bool narrow = mine >> 19 & 1;
+      if (mine >> 20) {
+        if (narrow)
+          step<1, 1, true, low>(products, a, b);
+        else
+          step<2, 2, true, low>(products, a, b);
+      } else if (narrow) {
+        step<2, 1, false, low>(products, a, b);
+      } else {
+        step<2, 2, false, low>(products, a, b);
+      }
+      at ^= 32;
     }
-    const float *row_scales = scales + left_row + lane / 4, *column_scales = scales + right_row + 2 * (lane % 4);
+    const float *row_scales = scales + left + lane / 4, *column_scales = scales + right + 2 * (lane % 4);
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -266,47 +284,51 @@ __global__ void __launch_bounds__(kMostThreads)
           sums[i][j][e] += products[i][j][e] * row_scales[16 * i + 8 * (e / 2)] * column_scales[8 * j + e % 2];
   };
 
-  const int64_t slabs = (M + c.columns() - 1) / c.columns(), splits = gridDim.x;
-  int64_t ahead = blockIdx.x;  // the next slab to fetch
-  int stage = 0, stage_ahead = 0;
-  auto fetch_next = [&] {
-    if (ahead < slabs) fetch(ahead, stage_ahead);
+  const int splits = gridDim.x, ahead = c.stages - 1;
+  int slab = blockIdx.x, stage = 0;
+#pragma unroll 1
+  for (int s = 0; s < ahead; s++) {
+    if (slab + s * splits < c.slabs) fetch(slab + s * splits, s);
     cp_async_commit();
-    ahead += splits;
-    stage_ahead = stage_ahead + 1 == c.stages ? 0 : stage_ahead + 1;
-  };
-  for (int s = 1; s < c.stages; s++) fetch_next();
-  for (int64_t slab = blockIdx.x; slab < slabs; slab += splits) {
-    if (c.stages == 2)
+  }
+#pragma unroll 1
+  for (; slab < c.slabs; slab += splits) {
+    if (ahead == 1)
       cp_async_wait<0>();
-    else if (c.stages == 3)
+    else if (ahead == 2)
       cp_async_wait<1>();
     else
       cp_async_wait<2>();
-    __syncthreads();  // this slab is there; the parts of the one before are used, and its stage too
-    fetch_next();
+    __syncthreads();  // this slab is there; the parts of the one before have been used, and its stage
+    if (slab + ahead * splits < c.slabs) fetch(slab + ahead * splits, stage == 0 ? ahead : stage - 1);
+    cp_async_commit();
     take(stage);
-    stage = stage + 1 == c.stages ? 0 : stage + 1;
+    stage = stage == ahead ? 0 : stage + 1;
     __syncthreads();
-    if (used) add_products();
+    add_products();
   }
-  cp_async_wait<0>();
 
-  if (c.units() > 1) {  // the warps that share a tile, in their order
-    float* exchange = reinterpret_cast<float*>(shared) + warp * kLaneSums * 32 + lane;
+  const int warp = again(threadIdx.x) / 32, lane = again(threadIdx.x) % 32;
+  if (!two && c.units() > 1) {  // the warps that share a tile, in their order
+    float* exchange = reinterpret_cast<float*>(parts) + warp * kLaneSums * 32 + lane;
+    cp_async_wait<0>();
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < kLaneSums; k++) exchange[k * 32] = sums[k / 16][k / 4 % 4][k % 4];
     __syncthreads();
-    if (unit > 0) return;
-    for (int other = 1; other < c.units(); other++)
+    if (warp >= c.tiles) return;
+#pragma unroll 1
+    for (int other = 1; other < c.units(); other++) {
+      exchange += c.tiles * kLaneSums * 32;
 #pragma unroll
-      for (int k = 0; k < kLaneSums; k++)
-        sums[k / 16][k / 4 % 4][k % 4] += exchange[(other * c.tiles() * kLaneSums + k) * 32];
+      for (int k = 0; k < kLaneSums; k++) sums[k / 16][k / 4 % 4][k % 4] += exchange[k * 32];
+    }
   }
-  if (!used) return;
+  const int mine = again(share);
+  if (!(mine >> 18 & 1)) return;
   const int across = (R + kTile - 1) / kTile;
-  const int64_t at = int64_t(blockIdx.x) * (across * (across + 1) / 2) + index_of(i0 / kTile, j0 / kTile);
+  const int i = (first_i + (mine & 127)) / kTile, j = (first_j + (mine >> 8 & 127)) / kTile;
+  const int64_t at = int64_t(blockIdx.x) * index_of(0, across) + index_of(i, j);
 #pragma unroll
   for (int k = 0; k < kLaneSums; k++) partial[(at * kLaneSums + k) * 32 + lane] = sums[k / 16][k / 4 % 4][k % 4];
 }
@@ -456,22 +478,21 @@ int64_t splits_for(int64_t M, int64_t slab, int64_t blocks, int64_t blocks_of_sp
   return splits < slabs ? splits : slabs;
 }
 
-// The kernels' work as `workspace` and the launcher both see it
 template <class V>
 struct Increments {
   Cut one, two;
-  int64_t splits, tiles, bytes;
+  int64_t splits, bytes;
 };
 template <class V>
 Increments<V> plan_increments(const VelocityGramArgs& g) {
+  const auto kernel = velocity_gram_increments_kernel<V, false>;
   Increments<V> p;
-  p.one = cut_for<V>(g, false), p.two = cut_for<V>(g, true);
-  allow_shared(velocity_gram_increments_kernel<V>, shared_limit());
-  const int blocks =
-      multiprocessors() * resident_blocks(velocity_gram_increments_kernel<V>, p.one.threads(), shared_bytes<V>(p.one));
+  p.one = cut_for<V, false>(g), p.two = cut_for<V, true>(g);
+  const int shared = shared_bytes<V, false>(p.one);
+  allow_shared(kernel, shared);
+  const int blocks = multiprocessors() * resident_blocks(kernel, p.one.threads(), shared);
   p.splits = splits_for(g.M, p.one.columns(), blocks, pairs(p.one.panels));
-  p.tiles = pairs(ceil_div(g.K - 1, kTile));
-  p.bytes = p.splits * p.tiles * kTile * kTile * 4;
+  p.bytes = p.splits * pairs(ceil_div(g.K - 1, kTile)) * kTile * kTile * 4;
   return p;
 }
 
@@ -479,12 +500,14 @@ template <class V>
 int launch_increments(const VelocityGramArgs& g, void* stream) {
   const Increments<V> p = plan_increments<V>(g);
   auto* partial = static_cast<float*>(g.workspace);
-  auto run = [&](const Cut& c, int64_t y) {
-    FK_LAUNCH(velocity_gram_increments_kernel<V>, dim3(unsigned(p.splits), unsigned(y)), dim3(c.threads()),
-              shared_bytes<V>(c), stream, static_cast<const V*>(g.v), g.v_stride, int(g.K), g.M, c, partial);
+  auto run = [&](auto kernel, const Cut& c, int shared, int64_t y) {
+    allow_shared(kernel, shared);
+    FK_LAUNCH(kernel, dim3(unsigned(p.splits), unsigned(y)), dim3(c.threads()), shared, stream,
+              static_cast<const V*>(g.v), g.v_stride, int(g.K), g.M, c, partial);
   };
-  run(p.one, p.one.panels);
-  if (p.one.panels > 1) run(p.two, pairs(p.one.panels - 1));
+  run(velocity_gram_increments_kernel<V, false>, p.one, shared_bytes<V, false>(p.one), p.one.panels);
+  if (p.one.panels > 1)
+    run(velocity_gram_increments_kernel<V, true>, p.two, shared_bytes<V, true>(p.two), pairs(p.one.panels - 1));
   return sum_blocks<IncrementSums>(partial, p.splits, g.K - 1, g.gram, stream);
 }
 
