@@ -99,10 +99,11 @@ __device__ __forceinline__ void narrow(half& to, float v) {
   to = __float2half_rn(v);
 }
 
-// `v`, which the compiler now takes for unknown: in a loop, what follows from it is computed in every turn, not kept.
-__device__ __forceinline__ int again(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
+// threadIdx.x, read anew: in a loop, what follows from it is computed in every turn and not kept in registers.
+__device__ __forceinline__ int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
 __device__ __forceinline__ uint32_t half_pair(float first, float second) {  // rounded to nearest, as one word
   const __half2 pair = __floats2half2_rn(first, second);
@@ -178,8 +179,8 @@ inline void narrow(half& to, float v) {
   const _Float16 h = _Float16(v);
   memcpy(&to, &h, 2);
 }
-inline int again(int v) {
-  return v;
+inline int thread_again() {
+  return int(threadIdx.x);
 }
 inline uint32_t half_pair(float first, float second) {
   half pair[2];

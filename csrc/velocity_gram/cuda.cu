@@ -69,7 +69,7 @@ constexpr int kGroupRows = two ? 2 * kMostRows : kMostRows;
 template <bool two>
 constexpr int kLow = kGroupRows<two> * kRowBytes;  // from hi to lo
 template <bool two>
-constexpr int kParts = 2 * kLow<two> + 4 * kGroupRows<two>;
+constexpr int kParts = 2 * kLow<two> + 4 * kGroupRows<two> + 64;
 // Two blocks of 320 on a multiprocessor leave a thread 96 registers; one of 512, 128.
 template <bool two>
 constexpr int kMostThreads = two ? 512 : 640;
@@ -102,48 +102,57 @@ Cut cut_for(const VelocityGramArgs& g) {
   return c;
 }
 
-// hi or lo of 16 rows, 16 columns, as an operand. What the left operand has in words 0..3, the right one has for its
-// first 8 rows in words 0, 2 and for the others in 1, 3.
+// Where a lane's row of hi begins that it gives to ldmatrix for 16 rows and the k-th 16 columns. The words of 16 bytes
+// are moved about in a row, so that those of eight rows are in different banks. In a left operand the second 8x8 matrix
+// is the first one's other 8 rows; in a right one, its other 8 columns.
+__device__ __forceinline__ int word_at(int row, int word) {
+  return row * kRowBytes + (word ^ (row / 2 % 4)) * 16;
+}
+__device__ __forceinline__ int left_at(int lane, int k) {
+  return word_at(lane % 16, 2 * k + lane / 16);
+}
+__device__ __forceinline__ int right_at(int lane, int k) {
+  return word_at(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
+}
 __device__ __forceinline__ void fragment(uint32_t (&f)[4], const unsigned char* at, int part) {
   ldmatrix_x4(f, at + part * 16 * kRowBytes);
 }
 
-// sums[i][2 j], sums[i][2 j + 1] += left right, the two halves of the right
-__device__ __forceinline__ void multiply(float (&even)[4], float (&odd)[4], const uint32_t (&left)[4],
+// 16 rows of the left, 16 of the right
+__device__ __forceinline__ void multiply(float (&first)[4], float (&second)[4], const uint32_t (&left)[4],
                                          const uint32_t (&right)[4]) {
-  mma_m16n8k16<half>(even, left, {right[0], right[2]});
-  mma_m16n8k16<half>(odd, left, {right[1], right[3]});
+  mma_m16n8k16<half>(first, left, {right[0], right[1]});
+  mma_m16n8k16<half>(second, left, {right[2], right[3]});
 }
 
-// 16 columns of I x J parts of 16 rows; on the diagonal, left and right are the same.
-template <int I, int J, bool diagonal, int low>
-__device__ __forceinline__ void step(float (&sums)[2][4][4], const unsigned char* left, const unsigned char* right) {
-  uint32_t a[I][4], b[J][4], lo[4];
+// hi lo, hi hi and lo hi of 16 columns of a tile. A narrow one has 16 columns in use; on the diagonal the quarter below
+// it is left out.
+template <int low>
+__device__ __forceinline__ void step(float (&sums)[2][4][4], const unsigned char* left, const unsigned char* right,
+                                     bool narrow, bool diagonal) {
+  uint32_t a[2][4], b[2][4], lo[4];
+  auto quarter = [&](int i, int j, const uint32_t (&l)[4], const uint32_t (&r)[4]) {
+    if ((i == 0 || j == 1 || !diagonal) && (j == 0 || !narrow)) multiply(sums[i][2 * j], sums[i][2 * j + 1], l, r);
+  };
 #pragma unroll
-  for (int i = 0; i < I; i++) fragment(a[i], left, i);
+  for (int i = 0; i < 2; i++) fragment(a[i], left, i);
 #pragma unroll
-  for (int j = 0; j < J; j++) {
+  for (int j = 0; j < 2; j++) {
     fragment(lo, right + low, j);
 #pragma unroll
-    for (int i = 0; i < I; i++) {
-      if (!diagonal || i <= j) multiply(sums[i][2 * j], sums[i][2 * j + 1], a[i], lo);
-      if (diagonal && i >= j) multiply(sums[j][2 * i], sums[j][2 * i + 1], lo, a[i]);
-      if (diagonal && i <= j) multiply(sums[i][2 * j], sums[i][2 * j + 1], a[i], a[j]);
-    }
+    for (int i = 0; i < 2; i++) quarter(i, j, a[i], lo);
   }
-  if constexpr (!diagonal) {
 #pragma unroll
-    for (int j = 0; j < J; j++) {
-      fragment(b[j], right, j);
+  for (int j = 0; j < 2; j++) {
+    fragment(b[j], right, j);
 #pragma unroll
-      for (int i = 0; i < I; i++) multiply(sums[i][2 * j], sums[i][2 * j + 1], a[i], b[j]);
-    }
+    for (int i = 0; i < 2; i++) quarter(i, j, a[i], b[j]);
+  }
 #pragma unroll
-    for (int i = 0; i < I; i++) {
-      fragment(lo, left + low, i);
+  for (int i = 0; i < 2; i++) {
+    fragment(lo, left + low, i);
 #pragma unroll
-      for (int j = 0; j < J; j++) multiply(sums[i][2 * j], sums[i][2 * j + 1], lo, b[j]);
-    }
+    for (int j = 0; j < 2; j++) quarter(i, j, lo, b[j]);
   }
 }
 
@@ -176,6 +185,7 @@ __global__ void __launch_bounds__(kMostThreads<two>)
   constexpr int low = kLow<two>;
   FK_DYNAMIC_SHARED(unsigned char, parts);
   float* scales = reinterpret_cast<float*>(parts + 2 * low);
+  int* shares = reinterpret_cast<int*>(scales + kGroupRows<two>);
   V* raw = reinterpret_cast<V*>(parts + kParts<two>);
   const int R = K - 1;
   int first_i = blockIdx.y * c.panel_rows, first_j = first_i;
@@ -187,7 +197,7 @@ __global__ void __launch_bounds__(kMostThreads<two>)
   // a slab's velocities on their way into a stage; beyond the last column they are zero
   auto fetch = [&](int slab, int stage) {
     const int64_t m = int64_t(slab) * c.columns();
-    const int thread = again(threadIdx.x), threads = blockDim.x;
+    const int thread = thread_again(), threads = blockDim.x;
     V* to = raw + stage * (c.raw_rows * c.pitch);
     auto row_of = [&](int r) { return two && r > c.panel_rows ? first_j + r - c.panel_rows - 1 : first_i + r; };
     if (c.aligned) {
@@ -215,7 +225,7 @@ __global__ void __launch_bounds__(kMostThreads<two>)
 
   // its increments into hi, lo and scales; rows that do not exist are zero
   auto take = [&](int stage) {
-    const int thread = again(threadIdx.x), threads = blockDim.x, lane = thread % 32;
+    const int thread = thread_again(), threads = blockDim.x, lane = thread % 32;
     const V* from = raw + stage * (c.raw_rows * c.pitch) + 4 * (lane % 8);
     const int items = two ? kMostRows + c.panel_rows : c.band_bits ? kMostRows : c.panel_rows;
 #pragma unroll 1
@@ -232,8 +242,7 @@ __global__ void __launch_bounds__(kMostThreads<two>)
       }
       uint2 hi, lo;
       const float scale = split(a, hi, lo);
-      // the word of 16 bytes is moved by the row, so that eight rows' words are in different banks
-      unsigned char* to = parts + i * kRowBytes + ((lane % 8 / 2) ^ (row / 2 % 4)) * 16 + lane % 2 * 8;
+      unsigned char* to = parts + (i - row) * kRowBytes + word_at(row, lane % 8 / 2) + lane % 2 * 8;
       *reinterpret_cast<uint2*>(to) = hi;
       *reinterpret_cast<uint2*>(to + low) = lo;
       if (lane % 8 == 0) scales[i] = scale;
@@ -250,29 +259,20 @@ __global__ void __launch_bounds__(kMostThreads<two>)
     return (band + ti * kTile) | ((two ? kMostRows : band) + tj * kTile) << 8 |
            (c.shared_bands ? 1 + unit % 2 : 0) << 16 | (rest > 0) << 18 | (rest <= 16) << 19 | (!two && ti == tj) << 20;
   };
-  const int share = share_of(threadIdx.x / 32);
+  if (threadIdx.x % 32 == 0) shares[threadIdx.x / 32] = share_of(threadIdx.x / 32);
   float sums[2][4][4] = {};
   auto add_products = [&] {
-    const int mine = again(share), lane = again(threadIdx.x) % 32, left = mine & 255, right = mine >> 8 & 255;
+    const int thread = thread_again(), lane = thread % 32, mine = shares[thread / 32], left = mine & 255,
+              right = mine >> 8 & 255;
     if (!(mine >> 18 & 1)) return;
     float products[2][4][4] = {};
     const int columns = mine >> 16 & 3;
-    int at = lane % 16 * kRowBytes + ((columns / 2 * 2 + lane / 16) ^ (lane / 2 % 4)) * 16;
+    const bool narrow = mine >> 19 & 1;
+    int a = left * kRowBytes + left_at(lane, columns / 2), b = right * kRowBytes + right_at(lane, columns / 2);
 #pragma unroll 1
-    for (int steps = columns ? 1 : 2; steps > 0; steps--) {
-      const unsigned char *a = parts + left * kRowBytes + at, *b = parts + right * kRowBytes + at;
-      const bool narrow = mine >> 19 & 1;
-      if (mine >> 20) {
-        if (narrow)
-          step<1, 1, true, low>(products, a, b);
-        else
-          step<2, 2, true, low>(products, a, b);
-      } else if (narrow) {
-        step<2, 1, false, low>(products, a, b);
-      } else {
-        step<2, 2, false, low>(products, a, b);
-      }
-      at ^= 32;
+    for (int k = columns ? 1 : 2; k > 0; k--) {
+      step<low>(products, parts + a, parts + b, narrow, mine >> 20);
+      a ^= 32, b ^= 32;  // the other 16 columns
     }
     const float *row_scales = scales + left + lane / 4, *column_scales = scales + right + 2 * (lane % 4);
 #pragma unroll
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kMostThreads<two>)
     add_products();
   }
 
-  const int warp = again(threadIdx.x) / 32, lane = again(threadIdx.x) % 32;
+  const int warp = thread_again() / 32, lane = thread_again() % 32;
   if (!two && c.units() > 1) {  // the warps that share a tile, in their order
     float* exchange = reinterpret_cast<float*>(parts) + warp * kLaneSums * 32 + lane;
     cp_async_wait<0>();
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kMostThreads<two>)
       for (int k = 0; k < kLaneSums; k++) sums[k / 16][k / 4 % 4][k % 4] += exchange[k * 32];
     }
   }
-  const int mine = again(share);
+  const int mine = share_of(warp);
   if (!(mine >> 18 & 1)) return;
   const int across = (R + kTile - 1) / kTile;
   const int i = (first_i + (mine & 127)) / kTile, j = (first_j + (mine >> 8 & 127)) / kTile;
