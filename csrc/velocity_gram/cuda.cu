@@ -41,6 +41,7 @@ __device__ __forceinline__ int index_of(int i, int j) {
 constexpr int kTile = 32;             // rows and columns of a warp's sums; also the columns that share a scale
 constexpr int kLaneSums = 32;         // of a tile, in each lane
 constexpr int kMostRows = 128;        // of a panel
+constexpr int kMostWarps = 16;        // of a block
 constexpr int kRowBytes = 2 * kTile;  // of hi or lo, 32 columns: four words of 16 bytes
 
 // How a block is cut. It takes one panel of rows, or two where panels are multiplied with each other. A slab has
@@ -62,14 +63,14 @@ struct Cut {
   __host__ __device__ int columns() const { return kTile << band_bits; }
 };
 
-// Parts in shared memory: hi, lo [group, row, 32 columns], scales [group, row]; then the stages, or at the end what
-// warps exchange.
+// Parts in shared memory: hi, lo [group, row, 32 columns], scales [group, row], the warps' shares; then the stages,
+// or at the end what warps exchange.
 template <bool two>
 constexpr int kGroupRows = two ? 2 * kMostRows : kMostRows;
 template <bool two>
 constexpr int kLow = kGroupRows<two> * kRowBytes;  // from hi to lo
 template <bool two>
-constexpr int kParts = 2 * kLow<two> + 4 * kGroupRows<two> + 64;
+constexpr int kParts = 2 * kLow<two> + 4 * (kGroupRows<two> + kMostWarps);
 // Two blocks of 320 on a multiprocessor leave a thread 96 registers; one of 512, 128.
 template <bool two>
 constexpr int kMostThreads = two ? 512 : 640;
@@ -125,34 +126,43 @@ __device__ __forceinline__ void multiply(float (&first)[4], float (&second)[4], 
   mma_m16n8k16<half>(second, left, {right[2], right[3]});
 }
 
-// hi lo, hi hi and lo hi of 16 columns of a tile. A narrow one has 16 columns in use; on the diagonal the quarter below
-// it is left out.
+// Whether a quarter of a tile is wanted. A narrow tile has 16 columns in use, and on the diagonal 16 rows; there the
+// quarter below it is left out.
+struct Shape {
+  bool narrow, diagonal;
+  __device__ __forceinline__ bool row(int i) const { return i == 0 || !narrow || !diagonal; }
+  __device__ __forceinline__ bool column(int j) const { return j == 0 || !narrow; }
+  __device__ __forceinline__ bool quarter(int i, int j) const { return column(j) && (i == 0 || j == 1 || !diagonal); }
+};
+
+// hi lo, hi hi and lo hi of 16 columns of a tile
 template <int low>
 __device__ __forceinline__ void step(float (&sums)[2][4][4], const unsigned char* left, const unsigned char* right,
-                                     bool narrow, bool diagonal) {
+                                     Shape shape) {
   uint32_t a[2][4], b[2][4], lo[4];
-  auto quarter = [&](int i, int j, const uint32_t (&l)[4], const uint32_t (&r)[4]) {
-    if ((i == 0 || j == 1 || !diagonal) && (j == 0 || !narrow)) multiply(sums[i][2 * j], sums[i][2 * j + 1], l, r);
+  auto add = [&](int i, int j, const uint32_t (&l)[4], const uint32_t (&r)[4]) {
+    if (shape.quarter(i, j)) multiply(sums[i][2 * j], sums[i][2 * j + 1], l, r);
   };
 #pragma unroll
-  for (int i = 0; i < 2; i++) fragment(a[i], left, i);
+  for (int i = 0; i < 2; i++)
+    if (shape.row(i)) fragment(a[i], left, i);
 #pragma unroll
   for (int j = 0; j < 2; j++) {
-    fragment(lo, right + low, j);
+    if (shape.column(j)) fragment(lo, right + low, j);
 #pragma unroll
-    for (int i = 0; i < 2; i++) quarter(i, j, a[i], lo);
+    for (int i = 0; i < 2; i++) add(i, j, a[i], lo);
   }
 #pragma unroll
   for (int j = 0; j < 2; j++) {
-    fragment(b[j], right, j);
+    if (shape.column(j)) fragment(b[j], right, j);
 #pragma unroll
-    for (int i = 0; i < 2; i++) quarter(i, j, a[i], b[j]);
+    for (int i = 0; i < 2; i++) add(i, j, a[i], b[j]);
   }
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    fragment(lo, left + low, i);
+    if (shape.row(i)) fragment(lo, left + low, i);
 #pragma unroll
-    for (int j = 0; j < 2; j++) quarter(i, j, lo, b[j]);
+    for (int j = 0; j < 2; j++) add(i, j, lo, b[j]);
   }
 }
 
@@ -259,7 +269,7 @@ __global__ void __launch_bounds__(kMostThreads<two>)
     return (band + ti * kTile) | ((two ? kMostRows : band) + tj * kTile) << 8 |
            (c.shared_bands ? 1 + unit % 2 : 0) << 16 | (rest > 0) << 18 | (rest <= 16) << 19 | (!two && ti == tj) << 20;
   };
-  if (threadIdx.x % 32 == 0) shares[threadIdx.x / 32] = share_of(threadIdx.x / 32);
+  if (threadIdx.x < kMostWarps) shares[threadIdx.x] = share_of(threadIdx.x);
   float sums[2][4][4] = {};
   auto add_products = [&] {
     const int thread = thread_again(), lane = thread % 32, mine = shares[thread / 32], left = mine & 255,
@@ -267,13 +277,14 @@ __global__ void __launch_bounds__(kMostThreads<two>)
     if (!(mine >> 18 & 1)) return;
     float products[2][4][4] = {};
     const int columns = mine >> 16 & 3;
-    const bool narrow = mine >> 19 & 1;
+    const Shape shape = {bool(mine >> 19 & 1), bool(mine >> 20)};
     int a = left * kRowBytes + left_at(lane, columns / 2), b = right * kRowBytes + right_at(lane, columns / 2);
 #pragma unroll 1
     for (int k = columns ? 1 : 2; k > 0; k--) {
-      step<low>(products, parts + a, parts + b, narrow, mine >> 20);
+      step<low>(products, parts + a, parts + b, shape);
       a ^= 32, b ^= 32;  // the other 16 columns
     }
+    // with panels of 16 rows, the last scales are the 16 words after them, for products that nobody wants
     const float *row_scales = scales + left + lane / 4, *column_scales = scales + right + 2 * (lane % 4);
 #pragma unroll
     for (int i = 0; i < 2; i++)
