@@ -167,7 +167,7 @@ __device__ __forceinline__ void step(float (&sums)[2][4][4], const unsigned char
 }
 
 // Four increments into their parts; eight lanes have the row's 32 columns. Returns 1 / s.
-__device__ __forceinline__ float split(const float (&a)[4], uint2& hi, uint2& lo) {
+__device__ __forceinline__ float split(const float (&a)[4], uint64_t& hi, uint64_t& lo) {
   float most = fmaxf(fmaxf(fabsf(a[0]), fabsf(a[1])), fmaxf(fabsf(a[2]), fabsf(a[3])));
 #pragma unroll
   for (int lanes = 1; lanes < 8; lanes *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, lanes));
@@ -177,12 +177,12 @@ __device__ __forceinline__ float split(const float (&a)[4], uint2& hi, uint2& lo
   float rest[4];
 #pragma unroll
   for (int c = 0; c < 4; c++) rest[c] = a[c] * s;
-  hi = make_uint2(half_pair(rest[0], rest[1]), half_pair(rest[2], rest[3]));
+  hi = half_pair(rest[0], rest[1]) | uint64_t(half_pair(rest[2], rest[3])) << 32;
   half h[4];
   memcpy(h, &hi, sizeof(h));
 #pragma unroll
   for (int c = 0; c < 4; c++) rest[c] -= widen(h[c]);
-  lo = make_uint2(half_pair(rest[0], rest[1]), half_pair(rest[2], rest[3]));
+  lo = half_pair(rest[0], rest[1]) | uint64_t(half_pair(rest[2], rest[3])) << 32;
   return __uint_as_float((exponent - 14u) << 23);
 }
 
@@ -250,11 +250,11 @@ __global__ void __launch_bounds__(kMostThreads<two>)
 #pragma unroll
         for (int e = 0; e < 4; e++) a[e] = convert<float>(next[e]) - convert<float>(last[e]);
       }
-      uint2 hi, lo;
+      uint64_t hi, lo;
       const float scale = split(a, hi, lo);
       unsigned char* to = parts + (i - row) * kRowBytes + word_at(row, lane % 8 / 2) + lane % 2 * 8;
-      *reinterpret_cast<uint2*>(to) = hi;
-      *reinterpret_cast<uint2*>(to + low) = lo;
+      *reinterpret_cast<uint64_t*>(to) = hi;
+      *reinterpret_cast<uint64_t*>(to + low) = lo;
       if (lane % 8 == 0) scales[i] = scale;
     }
   };
