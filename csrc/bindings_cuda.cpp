@@ -12,6 +12,7 @@
 #include "euler_step/euler_step.h"
 #include "segment_points/segment_points.h"
 #include "straighten_loss/straighten_loss.h"
+#include "velocity_gram/velocity_gram.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -72,5 +73,19 @@ void bind_cuda(py::module_& m) {
             fk::Dtype(v_type), fk::Dtype(bank_type), knots, samples, B, D, at(loss), at(per_sample), at(per_interval),
             at(gradient), 0, at(partial)},
            device, stream);
+  });
+
+  using Gram = std::tuple<Address, int, int64_t, int64_t, int64_t, Address, int64_t, Address>;  // what is read
+  auto gram_args = [](const Gram& g, Address gram, Address workspace) -> fk::VelocityGramArgs {
+    const auto [v, v_type, K, M, v_stride, x, x_stride, times] = g;
+    return {at(v), fk::Dtype(v_type), K, M, v_stride, at(x), x_stride, at<double>(times), at<double>(gram),
+            0,     at(workspace)};
+  };
+  m.def("velocity_gram_workspace", [=](const Gram& g, int device) {
+    fk::cuda::DeviceGuard guard(device);
+    return fk::cuda::velocity_gram_workspace(gram_args(g, 0, 0));
+  });
+  m.def("velocity_gram", [=](const Gram& g, Address gram, Address workspace, int device, Address stream) {
+    launch(fk::cuda::velocity_gram, gram_args(g, gram, workspace), device, stream);
   });
 }

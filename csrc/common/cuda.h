@@ -43,6 +43,12 @@ template <class Kernel>
 void allow_shared(Kernel kernel, int bytes) {
   if (bytes > (48 << 10)) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
+template <class Kernel>
+int resident_blocks(Kernel kernel, int threads, int shared_bytes) {  // that a multiprocessor holds at once
+  int n = 0;
+  const cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, threads, shared_bytes);
+  return status == cudaSuccess && n > 0 ? n : 1;
+}
 
 // ---- element types, asynchronous copies, matrix units ----
 using bf16 = __nv_bfloat16;
@@ -58,6 +64,19 @@ __device__ __forceinline__ void narrow(bf16& to, float v) {
 }
 __device__ __forceinline__ void narrow(half& to, float v) {
   to = __float2half_rn(v);
+}
+
+// threadIdx.x, read anew: in a loop, what follows from it is computed in every turn and not kept in registers.
+__device__ __forceinline__ int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ __forceinline__ uint32_t half_pair(float first, float second) {  // rounded to nearest, as one word
+  const __half2 pair = __floats2half2_rn(first, second);
+  uint32_t word;
+  memcpy(&word, &pair, 4);
+  return word;
 }
 
 __device__ __forceinline__ unsigned smem_u32(const void* p) {

@@ -280,6 +280,15 @@ inline void narrow(half& to, float v) {
   to = host_cuda::bits_as<half>(_Float16(v));
 }
 
+inline int thread_again() {
+  return int(threadIdx.x);
+}
+inline uint32_t half_pair(float first, float second) {
+  half pair[2];
+  narrow(pair[0], first), narrow(pair[1], second);
+  return host_cuda::bits_as<uint32_t>(pair);
+}
+
 __forceinline__ void cp_async16(void* to, const void* from, unsigned from_bytes = 16, HOST_CUDA_LOC) {
   host_cuda::cp_async16(to, from, from_bytes, HOST_CUDA_HERE);
 }
@@ -339,6 +348,10 @@ template <class Kernel>
 void allow_shared(Kernel kernel, int bytes) {
   if (bytes > int(host_cuda::kSharedUnasked))
     host_cuda::allow_shared(reinterpret_cast<const void*>(kernel), size_t(bytes));
+}
+template <class Kernel>
+int resident_blocks(Kernel, int, int) {
+  return 1;
 }
 
 }  // namespace cuda

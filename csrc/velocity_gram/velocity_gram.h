@@ -18,10 +18,17 @@ struct VelocityGramArgs {
   int64_t x_stride;      //
   const double* times;   // [K+1], with x
   double* gram;          // [R, R] out, R = K-1, or 2K-1 with x: rows a_1..a_{K-1}, then e_0..e_{K-1}
-  int threads;           // parts of the fixed-order reduction
+  int threads;           // parts of the fixed-order reduction; not of CUDA
+  void* workspace = nullptr;  // of CUDA
 };
 
 using velocity_gram_fn = void(const VelocityGramArgs&);
 FK_DECLARE_AMX(velocity_gram_fn, velocity_gram)
+
+namespace cuda {
+// gram and workspace on the device, times on the host
+int velocity_gram(const VelocityGramArgs& g, void* stream);
+int64_t velocity_gram_workspace(const VelocityGramArgs& g);  // bytes; looks at what the pointers are, not at memory
+}  // namespace cuda
 
 }  // namespace fk

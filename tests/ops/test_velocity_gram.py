@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.backends import BACKENDS, backend
-from flowkernels.ops import velocity_gram
+from flowkernels.backends import BACKENDS, backend, cuda_module
+from flowkernels.ops import cost_from_gram, velocity_gram
 from flowkernels.ops.velocity_gram.samples import Sample, arrange, error_and_bound, sample_inputs
 
 SHAPES = st.tuples(st.integers(1, 14), st.integers(1, 5), st.integers(1, 40))
@@ -388,3 +388,91 @@ def test_many_rows_in_parts():
         torch.set_num_threads(threads)
         assert torch.equal(velocity_gram(v), whole)
     assert torch.equal(velocity_gram(v[..., :5000]) + velocity_gram(v[..., 5000:]), whole)
+
+
+# ---- the CUDA kernels, compiled for the host ----
+
+
+@pytest.mark.parametrize("K", [2, 16, 17, 18, 33, 34, 65, 66, 97, 98, 100, 128, 129, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_panels_of_rows(K, dtype):
+    """Around 16, 32, 64, 96 and 128 rows, the sizes of a block's panel; columns around those of its slabs, 256 to 32.
+    Whole numbers of four bits: every sum of 500 products is exact, however it is cut."""
+    for M in (1, 33) if K > 34 else (31, 255, 257, 515):
+        v = integers((K, 1, M), K, dtype)
+        a = v.double().flatten(1).diff(dim=0)
+        with backend("cuda"):
+            assert torch.equal(velocity_gram(v), a @ a.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_error_of_gram_and_costs(dtype):
+    """1e-5 of |a_i| |a_j|, and of every step cost, for velocities that change slowly."""
+    K, g = 24, torch.Generator().manual_seed(0)
+    v = (torch.randn(2, 300, generator=g) + 0.02 * torch.randn(K, 2, 300, generator=g).cumsum(0)).to(dtype)
+    a = v.double().flatten(1).diff(dim=0)
+    truth = a @ a.T
+    with backend("cuda"):
+        gram = velocity_gram(v)
+    norms = truth.diagonal().sqrt()
+    assert ((gram - truth).abs() / (norms[:, None] * norms)).max() < 1e-6
+    cost, expected = cost_from_gram(gram, K), cost_from_gram(truth, K)
+    torch.testing.assert_close(cost, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-12, 1e11])
+def test_cuda_increments_of_any_size(scale):
+    """Rows and columns of very different sizes have scales of their own; half's range is not float32's."""
+    g = torch.Generator().manual_seed(0)
+    v = torch.randn(10, 1, 300, generator=g) * torch.logspace(0, -6, 10)[:, None, None]
+    v[:, :, 7::32] *= 1e6
+    v *= scale
+    a = v.double().flatten(1).diff(dim=0)
+    norms = a.norm(dim=1)
+    with backend("cuda"):
+        error = (velocity_gram(v) - a @ a.T).abs()
+    # float32 holds products of the size of its smallest number, and no smaller
+    assert (error <= 1e-6 * norms[:, None] * norms + 300 * 2.0**-149).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("K", [11, 40, 70])
+def test_cuda_nan_and_inf_show_in_the_rows_they_touch(K, bad):
+    v = integers((K, 1, 70), 0)
+    with backend("cuda"):
+        clean = velocity_gram(v)
+        v[4, 0, 7] = bad
+        gram = velocity_gram(v)
+    touched = torch.zeros(K - 1, dtype=torch.bool)
+    touched[3:5] = True
+    touched = touched[:, None] | touched
+    assert not gram[touched].isfinite().any()
+    assert torch.equal(gram[~touched], clean[~touched])
+
+
+def test_cuda_same_bits_in_any_order_of_threads(host_cuda):
+    module = cuda_module()
+    samples = [torch.randn(K, 1, M, generator=torch.Generator().manual_seed(K)) for K, M in [(9, 1100), (40, 400)]]
+    x, times = torch.randn(41, 1, 400, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 41)
+
+    def run():
+        with backend("cuda"):
+            return [*map(velocity_gram, samples), velocity_gram(samples[1], x=x, times=times)]
+
+    expected = run()
+    try:
+        for order, seed in ((1, 1), (2, 1), (2, 2)):
+            module.schedule(order, seed)
+            assert all(map(torch.equal, run(), expected))
+    finally:
+        module.schedule(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_cuda_rows_that_are_not_aligned(dtype):
+    """Rows an odd number of elements apart, and 16-byte words that end beyond the last column."""
+    wide = integers((20, 133), 0, dtype)
+    for v in (wide[:, 1:], wide[:, :100], wide[:, 5:6], wide[:, :128].clone()[:, :101]):
+        a = v.double().diff(dim=0)
+        with backend("cuda"):
+            assert torch.equal(velocity_gram(v[:, None]), a @ a.T)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import FLOATS, expect, expect_tensor, expect_times
-from flowkernels.ops._library import DTYPE_CODES, direct, register
+from flowkernels.ops._library import DTYPE_CODES, direct, register, stream_of
 from flowkernels.ops.velocity_gram import reference
 
 
@@ -28,6 +28,10 @@ def velocity_gram(v: Tensor, *, x: Tensor | None = None, times: Tensor | None = 
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    On CUDA, without `x`, increments of float32 and shorter velocities are multiplied on tensor cores, each split into two
+    float16 parts of 11 bits with a scale of its row's own: about 1e-6 of |a_i| |a_j| at most. Every backend gives the
+    same bits in every run.
 
     Source: the step cost of BOSS (arXiv 2312.16414, section 3), rewritten in increments; docs/mathematics.md.
     """
@@ -60,7 +64,8 @@ def _rows(t: Tensor, order: list[int]) -> Tensor:
     return flat if flat.shape[1] <= 1 or flat.stride(1) == 1 else flat.contiguous()
 
 
-def _kernel(C, v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
+def _as_rows(v: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None, int, int, int, int]:
+    """v and x with unit stride in their columns; K, M and the strides of their rows."""
     if v.is_contiguous() and (x is None or x.is_contiguous()):
         K, states = v.shape[0], x
         M = v.numel() // K
@@ -70,6 +75,11 @@ def _kernel(C, v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
         v, states = _rows(v, order), None if x is None else _rows(x, order)
         (K, M), v_stride = v.shape, v.stride(0)
         x_stride = 0 if x is None else states.stride(0)
+    return v, states, K, M, v_stride, x_stride
+
+
+def _kernel(C, v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
+    v, states, K, M, v_stride, x_stride = _as_rows(v, x)
     size = K - 1 if x is None else 2 * K - 1
     gram = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     if size == 0 or M == 0:
@@ -79,6 +89,19 @@ def _kernel(C, v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
         *((0, 0, 0) if x is None else (states.data_ptr(), x_stride, times.data_ptr())),
         *(gram.data_ptr(), torch.get_num_threads()),
     )
+    return gram
+
+
+def _cuda(module, v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
+    v, states, K, M, v_stride, x_stride = _as_rows(v, x)
+    gram = _fake(v, x, times)
+    if gram.numel() == 0 or M == 0:
+        return gram.zero_()
+    where = stream_of(v)
+    read = (v.data_ptr(), DTYPE_CODES[v.dtype], K, M, v_stride)
+    read += (0, 0, 0) if x is None else (states.data_ptr(), x_stride, times.data_ptr())
+    workspace = v.new_empty(module.velocity_gram_workspace(read, where[0]), dtype=torch.uint8)
+    module.velocity_gram(read, gram.data_ptr(), workspace.data_ptr(), *where)
     return gram
 
 
@@ -92,4 +115,5 @@ register(
     _kernel,
     reference.velocity_gram,
     _fake,
+    _cuda,
 )
