@@ -8,6 +8,7 @@
 
 #include "common/cuda_runtime.h"
 #include "euler_step/euler_step.h"
+#include "mlp_sample/mlp_sample.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -34,5 +35,21 @@ void bind_cuda(py::module_& m) {
            {at(x), at(v), at(v_uncond), at(out), at(low), fk::Dtype(x_type), fk::Dtype(v_type), fk::Dtype(low_type), n,
             h, guidance, 0},
            device, stream);
+  });
+
+  m.def("mlp_program",
+        [](Address prepared, Address to) { return fk::cuda::mlp_program(*at<fk::MlpPrepared>(prepared), at(to)); });
+  m.def("mlp_upload", [](Address from, int64_t bytes, Address to, int device, Address stream) {
+    launch(fk::cuda::mlp_upload, {at(from), bytes, at(to)}, device, stream);
+  });
+  m.def("mlp_scratch", [](Address prepared, int64_t n, int device) {
+    fk::cuda::DeviceGuard guard(device);
+    return fk::cuda::mlp_scratch({*at<fk::MlpPrepared>(prepared), nullptr, nullptr, n, nullptr, nullptr, 0});
+  });
+  m.def("mlp_sample", [](Address prepared, Address program, Address x, Address out, int64_t n, Address states,
+                         Address velocities, Address scratch, int device, Address stream) {
+    const fk::MlpSampleArgs a = {
+        *at<fk::MlpPrepared>(prepared), at<float>(x), at<float>(out), n, at<float>(states), at<float>(velocities), 0};
+    launch(fk::cuda::mlp_sample, {a, at(program), at(scratch)}, device, stream);
   });
 }

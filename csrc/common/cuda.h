@@ -59,6 +59,13 @@ template <class Kernel>
 void allow_shared(Kernel kernel, int bytes) {
   if (bytes > (48 << 10)) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
+// Blocks that run at a time on one multiprocessor, at least 1.
+template <class Kernel>
+int blocks_per_multiprocessor(Kernel kernel, int threads, int shared) {
+  int blocks = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared));
+  return blocks > 1 ? blocks : 1;
+}
 #else
 inline int launched() {
   return 0;  // the emulation throws
@@ -71,6 +78,10 @@ inline int shared_limit() {
 }
 template <class Kernel>
 void allow_shared(Kernel, int) {}
+template <class Kernel>
+int blocks_per_multiprocessor(Kernel, int, int) {
+  return 1;
+}
 #endif
 
 #ifdef __CUDACC__
