@@ -577,9 +577,9 @@ int64_t mlp_program(const MlpPrepared& p, void* to) {
   int64_t bytes;
   Program r = program_at(p, static_cast<char*>(to), bytes);
   if (!to) return bytes;
-  for (const MlpTable* tables : {p.tables_uncond, p.tables})
-    for (int64_t i = 0; (tables || tables == p.tables) && i < p.layer_count; i++)
-      *r.layers++ = layer_of(p.layers[i], tables);
+  for (bool uncond : {true, false})
+    for (int64_t i = 0; (!uncond || p.tables_uncond) && i < p.layer_count; i++)
+      *r.layers++ = layer_of(p.layers[i], uncond ? p.tables_uncond : p.tables);
   for_panels(p, [&](const char* weights, int bytes) { *r.panels++ = {weights, bytes}; });
   for (int64_t s = 0; s < p.steps; s++) r.h[s] = float(p.h[s]);
   return bytes;
