@@ -5,8 +5,8 @@
 // are used. If the panels of all layers fit beside the rows, a block loads them once. Else they stream from the second
 // level cache through a ring of slots, always kStages - 1 panels ahead, across layers and steps.
 //
-// Every sum of products runs over the inputs in one order whatever the tile, so that a sample does not depend on the
-// others. One sample is one block on one multiprocessor: the layers follow on one another, and to share one out over
+// Every sum of products runs over the inputs in one order whatever the tile, by multiply-adds that are spelled out, so
+// that a sample does not depend on the others. One sample is one block on one multiprocessor: the layers follow on one another, and to share one out over
 // several would take a barrier of the whole grid a layer. Such a block is as fast as its multiprocessor reads weights
 // from the cache (or from shared memory), which eight samples a tile would not change much: few samples are therefore
 // given a block each, as long as there are multiprocessors.
@@ -193,7 +193,7 @@ struct Fma {
 #pragma unroll
             for (int r = 0; r < RT; r++)
 #pragma unroll
-              for (int i = 0; i < OT; i++) sum[r][i] += input[r][j] * weight[i];
+              for (int i = 0; i < OT; i++) sum[r][i] = __fmaf_rn(input[r][j], weight[i], sum[r][i]);
           }
         }
       }
@@ -272,7 +272,7 @@ __device__ __forceinline__ float activate(float x, Activation a, float alpha) {
     case Activation::leaky_relu: return x < 0.0f ? alpha * x : x;
     case Activation::silu: return x * sigmoid(x);
     case Activation::gelu: return 0.5f * x * erfcf(-0.707106781f * x);
-    case Activation::gelu_tanh: return x * sigmoid(x * (1.5957691216f + 0.07135481283f * (x * x)));
+    case Activation::gelu_tanh: return x * sigmoid(x * __fmaf_rn(0.07135481283f, x * x, 1.5957691216f));
     case Activation::elu: return x > 0.0f ? x : alpha * expm1f(x);
     case Activation::tanh: return tanhf(x);
     case Activation::sigmoid: return sigmoid(x);
@@ -333,7 +333,7 @@ __device__ __forceinline__ void moments(const Layer& l, const float* rows, int p
     float sum = 0, squares = 0;
     for (int i = lane; i < l.in_width; i += kLanes) sum += x[i];
     const float mean = sum_of_warp(sum) / float(l.in_width);
-    for (int i = lane; i < l.in_width; i += kLanes) squares += (x[i] - mean) * (x[i] - mean);
+    for (int i = lane; i < l.in_width; i += kLanes) squares = __fmaf_rn(x[i] - mean, x[i] - mean, squares);
     squares = sum_of_warp(squares);
     if (lane == 0) to[s] = {mean, 1.0f / sqrtf(squares / float(l.in_width) + l.eps)};
   }
@@ -392,7 +392,7 @@ __device__ __forceinline__ void run_layer(const Layer& l, const Run& a, Ring& ri
     for (int e = 0; e < E; e++, at.next()) {
       v[e] = at.r < samples ? rows[at.r * a.pitch + in + at.c] : 0.0f;
       if (l.map == MlpMap::layer_norm && at.r < samples) v[e] = (v[e] - moment[at.r].x) * moment[at.r].y;
-      v[e] = v[e] * entry.scale[e] + entry.shift[e];
+      v[e] = __fmaf_rn(v[e], entry.scale[e], entry.shift[e]);
     }
     if (at.r < samples) entry.load(l, step, sample, ahead, samples);
 #pragma unroll
@@ -454,8 +454,8 @@ __global__ void __launch_bounds__(kThreads, wide ? 1 : 2) mlp_sample_kernel(Run 
       for (Walk at(a.D); at.r < samples; at.next()) {
         float* row = rows + at.r * a.pitch + at.c;
         float v = row[a.velocity];
-        if (a.guided) v = row[a.uncond] + a.guidance * (v - row[a.uncond]);
-        const float x = row[0] + h * v;
+        if (a.guided) v = __fmaf_rn(a.guidance, v - row[a.uncond], row[a.uncond]);
+        const float x = __fmaf_rn(h, v, row[0]);
         row[0] = x;
         const int64_t i = place + int64_t(at.r) * a.D + at.c;
         if (a.velocities) a.velocities[s * a.n * a.D + i] = v;
