@@ -6,10 +6,10 @@
 // level cache through a ring of slots, always kStages - 1 panels ahead, across layers and steps.
 //
 // Every sum of products runs over the inputs in one order whatever the tile, by multiply-adds that are spelled out, so
-// that a sample does not depend on the others. One sample is one block on one multiprocessor: the layers follow on one another, and to share one out over
-// several would take a barrier of the whole grid a layer. Such a block is as fast as its multiprocessor reads weights
-// from the cache (or from shared memory), which eight samples a tile would not change much: few samples are therefore
-// given a block each, as long as there are multiprocessors.
+// that a sample does not depend on the others. One sample is one block on one multiprocessor: the layers follow on one
+// another, and to share one out over several would take a barrier of the whole grid a layer. Such a block is as fast as
+// its multiprocessor reads weights from the cache (or from shared memory), which eight samples a tile would not change
+// much: few samples are therefore given a block each, as long as there are multiprocessors.
 #include "common/cuda.h"
 #include "mlp_sample/mlp_sample.h"
 
@@ -18,11 +18,11 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256, kLanes = 32, kWarps = kThreads / kLanes;
-constexpr int kWide = 256;           // outputs of a panel
-constexpr int kPanel = 16 << 10;     // bytes of a panel
-constexpr int kStages = 4;           // slots of the ring
-constexpr int kMost = 32;            // samples of a tile
-constexpr int kStatic = 1 << 10;     // bytes of shared memory that are not asked for at the launch, and more
+constexpr int kWide = 256;  // outputs of a panel
+constexpr int kPanel = 16 << 10;  // bytes of a panel
+constexpr int kStages = 4;  // slots of the ring
+constexpr int kMost = 32;  // samples of a tile
+constexpr int kStatic = 1 << 10;  // bytes of shared memory that are not asked for at the launch, and more
 
 // ---- the program: what mlp_program writes ----
 struct Table {
@@ -95,8 +95,8 @@ struct Run {
   bool guided, resident, wide;
   float guidance;
   int64_t n, tiles;
-  int per;                         // samples of a tile; there is room for as many or more
-  int pitch, input_pitch;          // floats of a row, elements of a row of inputs
+  int per;  // samples of a tile; there is room for as many or more
+  int pitch, input_pitch;  // floats of a row, elements of a row of inputs
   int weight_bytes;
   int64_t row_bytes, input_bytes;
   const float* x;
@@ -224,26 +224,31 @@ struct Mma {
       float sum[MT][NT][4] = {};
       for (int k = 0; k < in; k += deep) {
         const int inputs = min(deep, in - k);
-        const char* w = ring.next(inputs * outputs * int(sizeof(W)));
+        const auto* w = reinterpret_cast<const uint32_t*>(ring.next(inputs * outputs * int(sizeof(W))));
         if (warp * 16 >= outputs) continue;
         for (int q = 0; q < inputs; q += 16) {
           uint32_t input[NT][2];
+          const bf16* row = x + k + q;
+          if constexpr (wide) {  // not in shared memory
+            const bf16* p = row + lane / 4 * x_pitch + lane % 4 * 2;
+            memcpy(&input[0][0], p, 4);
+            memcpy(&input[0][1], p + 8, 4);
+          } else if constexpr (NT == 1) {
+            ldmatrix_x2(input[0], row + lane % 8 * x_pitch + lane / 8 % 2 * 8);
+          } else {
 #pragma unroll
-          for (int j = 0; j < NT; j++) {
-            if constexpr (wide) {  // the inputs are not in shared memory
-              const bf16* p = x + (j * 8 + lane / 4) * x_pitch + k + q + lane % 4 * 2;
-              memcpy(&input[j][0], p, 4);
-              memcpy(&input[j][1], p + 8, 4);
-            } else {
-              ldmatrix_x2(input[j], x + (j * 8 + lane % 8) * x_pitch + k + q + lane / 8 % 2 * 8);
+            for (int j = 0; j < NT; j += 2) {
+              uint32_t two[4];
+              ldmatrix_x4(two, row + ((j + lane / 16) * 8 + lane % 8) * x_pitch + lane / 8 % 2 * 8);
+              input[j][0] = two[0], input[j][1] = two[1], input[j + 1][0] = two[2], input[j + 1][1] = two[3];
             }
           }
 #pragma unroll
           for (int i = 0; i < MT; i++) {
             const int tile = warp + i * kWarps;
             if (tile * 16 >= outputs) continue;
-            const uint4 v = reinterpret_cast<const uint4*>(w)[(q / 16 * (outputs / 16) + tile) * kLanes + lane];
-            const uint32_t weight[4] = {v.x, v.y, v.z, v.w};
+            uint32_t weight[4];
+            load_vector(weight, w + ((q / 16 * (outputs / 16) + tile) * kLanes + lane) * 4);
 #pragma unroll
             for (int j = 0; j < NT; j++) mma_m16n8k16<bf16>(sum[i][j], weight, input[j]);
           }
@@ -348,9 +353,15 @@ __device__ __forceinline__ void copy_inputs(const Layer& l, const float* rows, i
 __device__ __forceinline__ void copy_inputs(const Layer& l, const float* rows, int pitch, int samples, bf16* to,
                                             int to_pitch) {
   for (Walk at(padded<bf16>(l.in_width) / 2); at.r < samples; at.next()) {
-    const float* x = rows + at.r * pitch + l.in + at.c * 2;
-    bf16 two[2] = {convert<bf16>(at.c * 2 < l.in_width ? x[0] : 0.0f),
-                   convert<bf16>(at.c * 2 + 1 < l.in_width ? x[1] : 0.0f)};
+    const float* x = rows + at.r * pitch + l.in + at.c * 2;  // what lies past the last one is in the row, too
+    float from[2];
+    if (l.in % 2 == 0) {
+      load_vector(from, x);
+    } else {
+      from[0] = x[0], from[1] = x[1];
+    }
+    const bf16 two[2] = {convert<bf16>(at.c * 2 < l.in_width ? from[0] : 0.0f),
+                         convert<bf16>(at.c * 2 + 1 < l.in_width ? from[1] : 0.0f)};
     uint32_t word;
     memcpy(&word, two, 4);
     memcpy(to + at.r * to_pitch + at.c * 2, &word, 4);
@@ -385,25 +396,26 @@ __device__ __forceinline__ void run_layer(const Layer& l, const Run& a, Ring& ri
     moments(l, rows, a.pitch, samples, moment);
     __syncthreads();
   }
+  const Layer k = l;
   while (at.r < samples) {
     float v[E];
     Walk to = at;
 #pragma unroll
     for (int e = 0; e < E; e++, at.next()) {
       v[e] = at.r < samples ? rows[at.r * a.pitch + in + at.c] : 0.0f;
-      if (l.map == MlpMap::layer_norm && at.r < samples) v[e] = (v[e] - moment[at.r].x) * moment[at.r].y;
+      if (k.map == MlpMap::layer_norm && at.r < samples) v[e] = (v[e] - moment[at.r].x) * moment[at.r].y;
       v[e] = __fmaf_rn(v[e], entry.scale[e], entry.shift[e]);
     }
-    if (at.r < samples) entry.load(l, step, sample, ahead, samples);
+    if (at.r < samples) entry.load(k, step, sample, ahead, samples);
 #pragma unroll
-    for (int e = 0; e < E; e++) v[e] = activate(v[e], l.activation, l.alpha) * l.gain;
+    for (int e = 0; e < E; e++) v[e] = activate(v[e], k.activation, k.alpha) * k.gain;
 #pragma unroll
     for (int e = 0; e < E; e++, to.next()) {
       if (to.r >= samples) break;
       float* row = rows + to.r * a.pitch;
-      if (l.combine == MlpCombine::add) v[e] += row[l.other + to.c];
-      if (l.combine == MlpCombine::multiply) v[e] *= row[l.other + to.c];
-      row[l.out + to.c] = v[e];
+      if (k.combine == MlpCombine::add) v[e] += row[k.other + to.c];
+      if (k.combine == MlpCombine::multiply) v[e] *= row[k.other + to.c];
+      row[k.out + to.c] = v[e];
     }
   }
   __syncthreads();
@@ -426,13 +438,6 @@ __global__ void __launch_bounds__(kThreads, wide ? 1 : 2) mlp_sample_kernel(Run 
   for (int64_t tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
     const int64_t sample = tile * a.per, place = sample * a.D;
     const int samples = int(a.n - sample < a.per ? a.n - sample : a.per);
-    auto evaluate = [&](int pass, int step) {
-      ring.rewind();
-      for (int i = 0; i < a.layers; i++) {
-        const Layer& l = a.program.layers[pass * a.layers + i];
-        run_layer<Linear, wide>(l, a, ring, rows, inputs, moment, step, sample, samples);
-      }
-    };
     for (Walk at(a.D); at.r < samples; at.next()) {
       const int64_t i = int64_t(at.r) * a.D + at.c;
       const float x = a.x[place + i];
@@ -442,15 +447,20 @@ __global__ void __launch_bounds__(kThreads, wide ? 1 : 2) mlp_sample_kernel(Run 
     __syncthreads();
     for (int s = 0; s < a.steps; s++) {
       const float h = a.program.h[s];
-      if (a.guided) {
-        evaluate(0, s);
-        for (Walk at(a.D); at.r < samples; at.next()) {
-          float* row = rows + at.r * a.pitch + at.c;
-          row[a.uncond] = row[a.velocity];
+      for (int pass = 0; pass <= a.guided; pass++) {
+        if (pass) {  // what the layers have found is the unconditional velocity
+          for (Walk at(a.D); at.r < samples; at.next()) {
+            float* row = rows + at.r * a.pitch + at.c;
+            row[a.uncond] = row[a.velocity];
+          }
+          __syncthreads();
         }
-        __syncthreads();
+        ring.rewind();
+        for (int i = 0; i < a.layers; i++) {
+          const Layer& l = a.program.layers[pass * a.layers + i];
+          run_layer<Linear, wide>(l, a, ring, rows, inputs, moment, s, sample, samples);
+        }
       }
-      evaluate(a.guided, s);
       for (Walk at(a.D); at.r < samples; at.next()) {
         float* row = rows + at.r * a.pitch + at.c;
         float v = row[a.velocity];
