@@ -173,7 +173,8 @@ class FusedSampler:
             `[n, *shape]`, float32.
 
         Raises:
-            TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
+            TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step. On a GPU nothing waits
+                for the kernel to look for NaN and Inf: they show in the result.
         """
         return self.run(noise, conditioning)[0]
 

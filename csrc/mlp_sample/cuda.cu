@@ -164,7 +164,7 @@ class Ring {
 template <int RT, int OT>
 struct Fma {
   using W = float;
-  static constexpr int kSamples = RT * OT, kTogether = RT > 1 ? 4 : 1;
+  static constexpr int kSamples = RT * OT, kTogether = RT > 1 ? 2 : 1;
 
   template <bool wide>
   static __device__ __forceinline__ void multiply(const Layer& l, Ring& ring, const float* x, int x_pitch, float* rows,
@@ -212,7 +212,7 @@ struct Fma {
 template <int NT>
 struct Mma {
   using W = bf16;
-  static constexpr int kSamples = 8 * NT, kTogether = 4;
+  static constexpr int kSamples = 8 * NT, kTogether = 2;
 
   template <bool wide>
   static __device__ __forceinline__ void multiply(const Layer& l, Ring& ring, const bf16* x, int x_pitch, float* rows,
