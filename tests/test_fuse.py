@@ -178,7 +178,15 @@ def test_what_is_not_finite_shows_in_the_result_of_the_cuda_kernel():
     x[17, 3] = math.nan
     with backend("cuda"):
         found = sampler(x).isfinite().all(1)
+        with pytest.raises(ValueError, match="noise: expected finite values"):
+            fk.calibrate(sampler, x, 4, 2, progress=False)
     assert (~found).nonzero().tolist() == [[17]]
+    obs = noise(10, 11)
+    field = fk.VelocityField(randomised(Policy()), conditioning={"obs": obs})
+    sampler = fk.fuse(field, 4)
+    field.conditioning["obs"] = obs.index_fill(0, torch.tensor([7]), math.inf)
+    with backend("cuda"), pytest.raises(ValueError, match="expected finite velocities, .* in sample 7 at step 0"):
+        fk.calibrate(sampler, noise(10, 7), 4, 2, chunk=3, progress=False)
 
 
 def test_sequential_takes_time_as_its_last_column():

@@ -292,6 +292,7 @@ __device__ __forceinline__ float activate(float x, Activation a, float alpha) {
 // A thread's elements of [samples][width]: number threadIdx.x and every kThreads-th from there.
 struct Walk {
   int r, c, width, dr, dc;
+  Walk() = default;
   explicit __device__ __forceinline__ Walk(int w)
       : r(int(threadIdx.x) / w), c(int(threadIdx.x) % w), width(w), dr(kThreads / w), dc(kThreads % w) {}
   __device__ __forceinline__ void next() {
@@ -375,9 +376,14 @@ __device__ __forceinline__ void run_layer(const Layer& l, const Run& a, Ring& ri
                                           int samples) {
   using W = typename Linear::W;
   constexpr int E = Linear::kTogether;
-  Walk at(l.out_width), ahead = at;
+  Walk at, ahead;
   Entries<E> entry;
-  entry.load(l, step, sample, ahead, samples);  // on their way while the products are done
+  auto look_ahead = [&] {
+    at = ahead = Walk(l.out_width);
+    entry.load(l, step, sample, ahead, samples);
+  };
+  constexpr bool early = Linear::kSamples <= 8;  // on their way while the products are done, where registers are left
+  if constexpr (early) look_ahead();
   int in = l.in;
   if (l.map == MlpMap::linear) {
     in = l.out;
@@ -396,6 +402,7 @@ __device__ __forceinline__ void run_layer(const Layer& l, const Run& a, Ring& ri
     moments(l, rows, a.pitch, samples, moment);
     __syncthreads();
   }
+  if constexpr (!early) look_ahead();
   const Layer k = l;
   while (at.r < samples) {
     float v[E];

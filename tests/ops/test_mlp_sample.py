@@ -271,6 +271,11 @@ def test_weights_in_every_layout(name):
         with backend(name):
             assert torch.equal(mlp_sample(x, [1.0], [Layer("linear", Source(0, 0, 17), 17, w)]), x + x @ w.T)
     assert torch.equal(expected, x + x @ weight.T)
+    x, weight = torch.randint(-4, 5, (5, 32)).float(), torch.randint(-4, 5, (32, 32)).float()
+    layer = Layer("linear", Source(0, 0, 32), 32, weight.T.contiguous().T)  # nothing is padded
+    for low in (None, BF16):
+        with backend(name):
+            assert torch.equal(mlp_sample(x, [1.0], [layer], low=low), x + x @ weight.T)
 
 
 @EACH

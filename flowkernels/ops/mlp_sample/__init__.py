@@ -283,7 +283,7 @@ class Plan:
         weight = torch.nn.functional.pad(weight, (0, -weight.shape[1] % unit, 0, -weight.shape[0] % unit))
         panels = weight.split(256)
         if self.low:  # outputs: tile, half, row; inputs: tile, half, pair, one of the pair
-            tiles = [w.bfloat16().view(-1, 2, 8, w.shape[1] // 16, 2, 4, 2) for w in panels]
+            tiles = [w.bfloat16().reshape(-1, 2, 8, w.shape[1] // 16, 2, 4, 2) for w in panels]
             panels = [t.permute(3, 0, 2, 5, 4, 1, 6) for t in tiles]
         else:
             panels = [w.t() for w in panels]
@@ -299,7 +299,8 @@ class Prepared:
     """A plan with the tables of one schedule: all that the kernel is given but the samples."""
 
     def __init__(self, plan: Plan, h: Tensor, tables: "Tables", unconditional: "Tables | None", guidance: float):
-        self.C, self.kept = plan.C, (plan, h, tables, unconditional)  # their memory is read
+        self.C, self.is_cuda = plan.C, is_cuda(plan.C)
+        self.kept = (plan, h, tables, unconditional)  # their memory is read
         uncond = 0 if unconditional is None else unconditional.structs.data_ptr()
         numbers = struct.pack(
             "=qqqqqqqqqdq",
@@ -313,7 +314,7 @@ class Prepared:
     def run(self, x: Tensor, out: Tensor, states: Tensor | None = None, velocities: Tensor | None = None) -> int:
         """The first sample whose result is not finite, or -1; always -1 on a GPU, which is not waited for."""
         kept = (0 if t is None else t.data_ptr() for t in (states, velocities))
-        if not is_cuda(self.C):
+        if not self.is_cuda:
             pointers = x.data_ptr(), out.data_ptr()
             return self.C.mlp_sample(self.address, *pointers, len(x), *kept, torch.get_num_threads())
         where = stream_of(x)
