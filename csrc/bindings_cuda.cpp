@@ -10,6 +10,7 @@
 #include "common/cuda_runtime.h"
 #include "cost_from_gram/cost_from_gram.h"
 #include "euler_step/euler_step.h"
+#include "mlp_sample/mlp_sample.h"
 #include "segment_points/segment_points.h"
 #include "straighten_loss/straighten_loss.h"
 #include "velocity_gram/velocity_gram.h"
@@ -87,5 +88,21 @@ void bind_cuda(py::module_& m) {
   });
   m.def("velocity_gram", [=](const Gram& g, Address gram, Address workspace, int device, Address stream) {
     launch(fk::cuda::velocity_gram, gram_args(g, gram, workspace), device, stream);
+  });
+
+  m.def("mlp_program",
+        [](Address prepared, Address to) { return fk::cuda::mlp_program(*at<fk::MlpPrepared>(prepared), at(to)); });
+  m.def("mlp_upload", [](Address from, int64_t bytes, Address to, int device, Address stream) {
+    launch(fk::cuda::mlp_upload, {at(from), bytes, at(to)}, device, stream);
+  });
+  m.def("mlp_scratch", [](Address prepared, int64_t n, int device) {
+    fk::cuda::DeviceGuard guard(device);
+    return fk::cuda::mlp_scratch({*at<fk::MlpPrepared>(prepared), nullptr, nullptr, n, nullptr, nullptr, 0});
+  });
+  m.def("mlp_sample", [](Address prepared, Address program, Address x, Address out, int64_t n, Address states,
+                         Address velocities, Address scratch, int device, Address stream) {
+    const fk::MlpSampleArgs a = {
+        *at<fk::MlpPrepared>(prepared), at<float>(x), at<float>(out), n, at<float>(states), at<float>(velocities), 0};
+    launch(fk::cuda::mlp_sample, {a, at(program), at(scratch)}, device, stream);
   });
 }

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from flowkernels._checks import LOW, expect, expect_finite_flow, expect_noise, expect_tensor, expect_times
 from flowkernels._lowering import Lowering, Replayed
 from flowkernels._record import ROWS, STATE, TIME, NotFusable, Record, sample_rows
-from flowkernels.ops._library import direct, fresh
+from flowkernels.ops._library import direct, direct_cuda, fresh
 from flowkernels.ops.mlp_sample import Layer, Plan, Prepared, Tables, mlp_sample
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import VelocityField, warn_if_training
@@ -173,7 +173,8 @@ class FusedSampler:
             `[n, *shape]`, float32.
 
         Raises:
-            TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
+            TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step. On a GPU nothing waits
+                for the kernel to look for NaN and Inf: they show in the result.
         """
         return self.run(noise, conditioning)[0]
 
@@ -207,7 +208,7 @@ class FusedSampler:
             found = zip(*parts, (0, 1, 1), strict=True)
             return tuple(None if t[0] is None else torch.cat(t[:-1], t[-1]) for t in found)
         batch = self._prepare(n, conditioning)
-        if (C := direct("mlp_sample", x)) is not None:
+        if (C := direct("mlp_sample", x) or direct_cuda("mlp_sample", x)) is not None:
             out, kept = torch.empty_like(x), [None, None]
             if states:
                 kept[0] = fresh(x.new_empty(len(self._h) + 1, *x.shape))
@@ -370,7 +371,7 @@ class _Recorded:
         low = network.weights or (torch.bfloat16 if matrices == {torch.bfloat16} else torch.float32)
         self.low = None if low == torch.float32 else low
         self.is_low = self.low is not None or not dtypes.isdisjoint(LOW)
-        self.plan: Plan | None = None
+        self.plans: dict[Any, Plan] = {}  # by the module of the kernel
 
     def is_stale(self) -> bool:
         for owner, name, t, pointer, version in self.watched:
@@ -448,7 +449,7 @@ class _Batch:
         if field.is_guided:
             known_too = known.unconditional if known else self.layers
             self.unconditional = network.layers(times, n, {**given, **field.unconditional}, known_too)
-        self._prepared: Prepared | None = None
+        self._prepared: dict[Any, Prepared] = {}  # by the module of the kernel
 
     def is_stale(self, network: _Network, n: int, given: Mapping[str, Any]) -> bool:
         if self.network is not network.recorded or self.network.is_stale():
@@ -459,13 +460,15 @@ class _Batch:
         same = n == self.n and all(a is b for a, b in zip(now, self.given, strict=True))
         return not same or [_version(v) for v in now] != self.versions
 
+    @torch.no_grad()
     def prepared(self, C, h: Tensor) -> Prepared:
-        if self._prepared is None:
+        if C not in self._prepared:
             network = self.network
-            network.plan = network.plan or Plan(C, network.dim, self.layers, network.low)
+            if C not in network.plans:
+                network.plans[C] = Plan(C, network.dim, self.layers, network.low)
             others = None if self.unconditional is None else Tables(self.unconditional)
-            self._prepared = Prepared(network.plan, h, Tables(self.layers), others, network.field.guidance)
-        return self._prepared
+            self._prepared[C] = Prepared(network.plans[C], h, Tables(self.layers), others, network.field.guidance)
+        return self._prepared[C]
 
 
 def _has_rows(v: Any, n: int) -> bool:

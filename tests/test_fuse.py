@@ -146,6 +146,49 @@ class Gated(nn.Module):
         return -self.out(z[:, :]).reshape(x.shape)
 
 
+@pytest.mark.parametrize("weights", [None, torch.bfloat16])
+def test_on_the_cuda_kernel(weights):
+    """Its programs are made from the same layers; compiled for the host it takes them on the CPU's tensors."""
+    net, x = randomised(ClassConditional()), noise(7, 10)
+    label, none = torch.arange(7) % 5, torch.tensor([5])
+    field = fk.VelocityField(net, conditioning={"label": label}, guidance=2.5, unconditional={"label": none})
+    policy = fk.VelocityField(randomised(Policy()), conditioning={"obs": noise(1, 11)})
+    close = dict(rtol=0.05, atol=0.05) if weights else dict(rtol=1e-5, atol=1e-5)
+    for velocity, dim in ((field, 10), (policy, 7), (randomised(Gated()), 6)):
+        sampler, x = fk.fuse(velocity, 4, weights=weights), noise(7, dim)
+        expected = sampler.run(x, states=True, velocities=True)
+        with backend("cuda"):
+            got = sampler.run(x, states=True, velocities=True)
+            again = sampler(x)
+        assert torch.equal(again, got[0])
+        assert len(sampler._batch._prepared) == 2
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, **close)
+    sampler = fk.fuse(policy, 4, weights=weights)
+    for n in (1, 3, 20):
+        x, obs = noise(n, 7), noise(n, 11, seed=n)
+        expected = sampler(x, obs=obs)
+        with backend("cuda"):
+            torch.testing.assert_close(sampler(x, obs=obs), expected, **close)
+
+
+def test_what_is_not_finite_shows_in_the_result_of_the_cuda_kernel():
+    """Nothing waits for a GPU to look for it."""
+    sampler, x = fk.fuse(randomised(mlp([9, 16, 8])), 4), noise(30, 8)
+    x[17, 3] = math.nan
+    with backend("cuda"):
+        found = sampler(x).isfinite().all(1)
+        with pytest.raises(ValueError, match="noise: expected finite values"):
+            fk.calibrate(sampler, x, 4, 2, progress=False)
+    assert (~found).nonzero().tolist() == [[17]]
+    obs = noise(10, 11)
+    field = fk.VelocityField(randomised(Policy()), conditioning={"obs": obs})
+    sampler = fk.fuse(field, 4)
+    field.conditioning["obs"] = obs.index_fill(0, torch.tensor([7]), math.inf)
+    with backend("cuda"), pytest.raises(ValueError, match=r"expected finite velocities, .* sample 7 at step 0"):
+        fk.calibrate(sampler, noise(10, 7), 4, 2, chunk=10, progress=False)
+
+
 def test_sequential_takes_time_as_its_last_column():
     net = randomised(mlp([65, 96, 96, 64]))
     field = fk.VelocityField(net, time_column=True)

@@ -286,7 +286,9 @@ inline int thread_again() {
 inline uint32_t half_pair(float first, float second) {
   half pair[2];
   narrow(pair[0], first), narrow(pair[1], second);
-  return host_cuda::bits_as<uint32_t>(pair);
+  uint32_t word;
+  memcpy(&word, pair, sizeof(word));
+  return word;
 }
 
 __forceinline__ void cp_async16(void* to, const void* from, unsigned from_bytes = 16, HOST_CUDA_LOC) {

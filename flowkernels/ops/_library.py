@@ -67,13 +67,24 @@ def direct(op: str, *tensors: Tensor | None, gradient: bool = False):
     (unless the caller sees to that). Otherwise it would only cost time: about 40 us a call, and 300 us where there is a
     gradient.
     """
-    if torch.compiler.is_compiling() or _tracing() or _modes() or _profiling() or _is_transformed():
+    if _watched():
         return None
     grad = not gradient and torch.is_grad_enabled()
     for t in tensors:
         if t is not None and (not is_plain(t) or (grad and t.requires_grad)):
             return None
     return backends.extension() if backends.choose(op, "cpu") == "cpu" else None
+
+
+def direct_cuda(op: str, t: Tensor):
+    """The module of CUDA kernels, if a call on `t`, without a gradient, may go straight to it; see `direct`."""
+    if _watched() or type(t) is not Tensor or t.is_neg() or t._is_zerotensor():
+        return None
+    return backends.cuda_module() if backends.choose(op, t.device.type) == "cuda" else None
+
+
+def _watched() -> bool:
+    return torch.compiler.is_compiling() or _tracing() or _modes() or _profiling() or _is_transformed()
 
 
 def is_plain(t: Tensor) -> bool:

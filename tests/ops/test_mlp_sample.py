@@ -74,6 +74,15 @@ def test_random_networks_against_float64(net, guidance, trajectory, low):
     assert error <= bound
 
 
+@settings(max_examples=40)
+@given(networks(), st.sampled_from([None, None, 0.0, 2.5]), st.booleans(), st.sampled_from([None, BF16]))
+def test_random_networks_on_cuda_against_float64(net, guidance, trajectory, low):
+    sample = net.sample("", guidance=guidance, trajectory=trajectory, low=low)
+    with backend("cuda"):
+        error, bound = error_and_bound(sample, call(sample))
+    assert error <= bound
+
+
 @settings(max_examples=150)
 @given(networks())
 def test_values_that_are_alive_have_rooms_of_their_own(net):
@@ -166,6 +175,43 @@ def test_large_weights_that_threads_share(low):
     assert error <= bound
 
 
+def two_layers(n, widths, low, steps=2):
+    net = Network(5, n, steps)
+    for width in widths:
+        net.add(width, activation="silu")
+    return net.head().sample("", low=low, guidance=1.5)
+
+
+@pytest.mark.parametrize("low", [None, BF16])
+@pytest.mark.parametrize(
+    ("n", "widths"),
+    [
+        (2, [300, 280]),  # weights that stream, more outputs than a panel has
+        (97, [150, 130]),  # tiles of 32 samples
+        (70, [800, 24]),  # rows that leave room for fewer
+        (3, [17000, 9]),  # rows that do not fit in shared memory
+    ],
+)
+def test_tiles_and_rows_on_cuda(n, widths, low):
+    sample = two_layers(n, widths, low)
+    with backend("cuda"):
+        error, bound = error_and_bound(sample, call(sample))
+    assert error <= bound
+
+
+@pytest.mark.parametrize("low", [None, BF16])
+def test_a_sample_does_not_depend_on_the_batch_on_cuda(low):
+    """Not in bfloat16 either: sums run over the inputs in one order, whatever the tile."""
+    net = Network(33, 97, 3).add(260, activation="silu").add(100, activation="mish")
+    x, h, layers = net.add(map="layer_norm", shift="both").head().sample("").args
+    with backend("cuda"):
+        whole = mlp_sample(x, h, layers, low=low)
+        for n in (1, 2, 7, 13, 33, 48):
+            for first in (0, 97 - n):
+                rows = slice(first, first + n)
+                assert torch.equal(mlp_sample(x[rows], h, rows_of(layers, rows), low=low), whole[rows])
+
+
 # ---- exact results: whole numbers ----
 
 
@@ -225,6 +271,11 @@ def test_weights_in_every_layout(name):
         with backend(name):
             assert torch.equal(mlp_sample(x, [1.0], [Layer("linear", Source(0, 0, 17), 17, w)]), x + x @ w.T)
     assert torch.equal(expected, x + x @ weight.T)
+    x, weight = torch.randint(-4, 5, (5, 32)).float(), torch.randint(-4, 5, (32, 32)).float()
+    layer = Layer("linear", Source(0, 0, 32), 32, weight.T.contiguous().T)  # nothing is padded
+    for low in (None, BF16):
+        with backend(name):
+            assert torch.equal(mlp_sample(x, [1.0], [layer], low=low), x + x @ weight.T)
 
 
 @EACH

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, direct, fresh, register
+from flowkernels.ops._library import DTYPE_CODES, direct, fresh, register, stream_of
 from flowkernels.ops.mlp_sample import reference
 
 MAPS, COMBINES = ("identity", "linear", "layer_norm"), ("none", "add", "multiply")  # as csrc/mlp_sample/mlp_sample.h
@@ -69,9 +69,9 @@ def mlp_sample(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """All Euler steps `x <- x + h_s v(x, t_s)` of a velocity network in one call.
 
-    The state and all activations of a few samples stay in the caches through every layer and step; memory sees x, the
-    result and the weights. `fk.fuse` makes the layers of a network, and packs its weights once instead of at every
-    call as this function does.
+    The state and all activations of a few samples stay in the caches (on a GPU in shared memory) through every layer
+    and step; memory sees x, the result and the weights. `fk.fuse` makes the layers of a network, and packs its weights
+    once instead of at every call as this function does. NaN and Inf are not looked for: they show in the result.
 
     Args:
         x: noise `[n, D]`, float32.
@@ -228,7 +228,7 @@ def _layers(tensors, code, numbers, guided) -> tuple[list[Layer], list[Layer] | 
     return found, others
 
 
-# The CPU kernel's side
+# The kernels' side
 
 
 def _round_up(n: int) -> int:
@@ -236,18 +236,22 @@ def _round_up(n: int) -> int:
 
 
 class Plan:
-    """A network as the CPU kernel reads it: packed weights, and every value's place in a row of scratch memory."""
+    """A network as a kernel reads it: packed weights, and every value's place in a row of scratch memory.
+
+    C: the compiled module, or that of the CUDA kernels.
+    """
 
     def __init__(self, C, dim: int, layers: Sequence[Layer], low: torch.dtype | None):
         self.C, self.dim, self.low = C, dim, int(low is not None)
         self.weight_type = DTYPE_CODES[low or torch.float32]
+        pack = self._pack_for_cuda if is_cuda(C) else self._pack
         places, self.row = _places(dim, layers)
         self.packed, structs, value, table = [], b"", 0, 0
         for a in layers:
             value += not a.first
             weight = 0
             if a.map == "linear":
-                self.packed.append(self._pack(a.weight))
+                self.packed.append(pack(a.weight))
                 weight = self.packed[-1].data_ptr()
             numbers = []
             for t in a.tables:
@@ -272,12 +276,31 @@ class Plan:
         self.C.mlp_pack(weight.data_ptr(), *weight.shape, self.weight_type, packed.data_ptr())
         return packed
 
+    def _pack_for_cuda(self, weight: Tensor) -> Tensor:
+        """Panels of 256 outputs, one after another: [inputs][outputs], padded to multiples of 4. For tensor cores to
+        multiples of 16: [tile of inputs][tile of outputs][lane][8], as a lane holds them for mma.m16n8k16."""
+        unit = 16 if self.low else 4
+        weight = torch.nn.functional.pad(weight, (0, -weight.shape[1] % unit, 0, -weight.shape[0] % unit))
+        panels = weight.split(256)
+        if self.low:  # outputs: tile, half, row; inputs: tile, half, pair, one of the pair
+            tiles = [w.bfloat16().reshape(-1, 2, 8, w.shape[1] // 16, 2, 4, 2) for w in panels]
+            panels = [t.permute(3, 0, 2, 5, 4, 1, 6) for t in tiles]
+        else:
+            panels = [w.t() for w in panels]
+        return torch.cat([w.reshape(-1) for w in panels])
+
+
+def is_cuda(C) -> bool:
+    """Whether it is the module of the CUDA kernels."""
+    return hasattr(C, "mlp_program")
+
 
 class Prepared:
     """A plan with the tables of one schedule: all that the kernel is given but the samples."""
 
     def __init__(self, plan: Plan, h: Tensor, tables: "Tables", unconditional: "Tables | None", guidance: float):
-        self.call, self.kept = plan.C.mlp_sample, (plan, h, tables, unconditional)  # their memory is read
+        self.C, self.is_cuda = plan.C, is_cuda(plan.C)
+        self.kept = (plan, h, tables, unconditional)  # their memory is read
         uncond = 0 if unconditional is None else unconditional.structs.data_ptr()
         numbers = struct.pack(
             "=qqqqqqqqqdq",
@@ -286,11 +309,24 @@ class Prepared:
         )
         self.struct = torch.frombuffer(bytearray(numbers), dtype=torch.uint8)
         self.address = self.struct.data_ptr()
+        self.program: Tensor | None = None
 
     def run(self, x: Tensor, out: Tensor, states: Tensor | None = None, velocities: Tensor | None = None) -> int:
-        """The first sample whose result is not finite, or -1."""
+        """The first sample whose result is not finite, or -1; always -1 on a GPU, which is not waited for."""
         kept = (0 if t is None else t.data_ptr() for t in (states, velocities))
-        return self.call(self.address, x.data_ptr(), out.data_ptr(), len(x), *kept, torch.get_num_threads())
+        if not self.is_cuda:
+            pointers = x.data_ptr(), out.data_ptr()
+            return self.C.mlp_sample(self.address, *pointers, len(x), *kept, torch.get_num_threads())
+        where = stream_of(x)
+        if self.program is None:
+            host = torch.empty(self.C.mlp_program(self.address, 0), dtype=torch.uint8, device="cpu")
+            self.C.mlp_program(self.address, host.data_ptr())
+            self.program = torch.empty_like(host, device=x.device)
+            self.C.mlp_upload(host.data_ptr(), len(host), self.program.data_ptr(), *where)
+        scratch = x.new_empty(self.C.mlp_scratch(self.address, len(x), where[0]), dtype=torch.uint8)
+        pointers = self.program.data_ptr(), x.data_ptr(), out.data_ptr()
+        self.C.mlp_sample(self.address, *pointers, len(x), *kept, scratch.data_ptr(), *where)
+        return -1
 
 
 def _places(dim: int, layers: Sequence[Layer]) -> tuple[list[int], int]:
@@ -327,7 +363,7 @@ def _places(dim: int, layers: Sequence[Layer]) -> tuple[list[int], int]:
 
 
 class Tables:
-    """The tables of some layers as the CPU kernel reads them: rows padded to whole vectors, their addresses."""
+    """The tables of some layers as the kernels read them: rows padded to whole vectors, their addresses."""
 
     def __init__(self, layers: Sequence[Layer]):
         self.padded, numbers = [], []
@@ -375,4 +411,5 @@ register(
     _kernel,
     _reference,
     _fake,
+    _kernel,
 )
