@@ -8,6 +8,7 @@
 
 #include "common/cuda_runtime.h"
 #include "euler_step/euler_step.h"
+#include "linear_update/linear_update.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -15,6 +16,10 @@ using Address = uintptr_t;
 template <class T = void>
 static T* at(Address a) {
   return reinterpret_cast<T*>(a);
+}
+
+static const void* const* pointers(const std::vector<Address>& a) {
+  return reinterpret_cast<const void* const*>(a.data());
 }
 
 // Runs a launcher on a device that need not be the current one.
@@ -33,6 +38,14 @@ void bind_cuda(py::module_& m) {
     launch(fk::cuda::euler_step,
            {at(x), at(v), at(v_uncond), at(out), at(low), fk::Dtype(x_type), fk::Dtype(v_type), fk::Dtype(low_type), n,
             h, guidance, 0},
+           device, stream);
+  });
+
+  m.def("linear_update", [](Address x, const std::vector<Address>& v, const std::vector<double>& b, Address out,
+                            Address low, int x_type, int v_type, int low_type, int64_t n, int device, Address stream) {
+    launch(fk::cuda::linear_update,
+           {at(x), pointers(v), b.data(), int64_t(v.size()), at(out), at(low), fk::Dtype(x_type), fk::Dtype(v_type),
+            fk::Dtype(low_type), n, 0},
            device, stream);
   });
 }
