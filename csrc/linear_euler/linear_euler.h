@@ -46,5 +46,10 @@ struct LinearEulerArgs {
 
 using linear_euler_fn = void(const LinearEulerArgs&);
 FK_DECLARE(linear_euler_fn, linear_euler)
+namespace cuda {
+// weight, norm_weight, norm_bias, scale and shift are of one type. Of 16 bits or float32, their rows start at multiples
+// of 16 bytes, and d is a multiple of 8 or there are zeros behind them up to one.
+int linear_euler(const LinearEulerArgs&, void* stream);
+}  // namespace cuda
 
 }  // namespace fk
