@@ -340,8 +340,8 @@ __global__ void __launch_bounds__(kHeadThreads, sizeof(W) == 2 ? 2 : 1)
     for (int j = 0; j < NT; j++)
 #pragma unroll
       for (int k = 0; k < 2; k++) {
-        const float two[2] = {sums[i][j][2 * k], sums[i][j][2 * k + 1]};
-        store_vector(partial + (warp * M + 16 * i + 8 * k + g) * S::sum_row + 8 * j + 2 * t, two);
+        float* to = partial + (warp * M + 16 * i + 8 * k + g) * S::sum_row + 8 * j + 2 * t;
+        *reinterpret_cast<float2*>(to) = make_float2(sums[i][j][2 * k], sums[i][j][2 * k + 1]);
       }
   __syncthreads();
   for (int e = threadIdx.x; e < M * N; e += kHeadThreads) {
