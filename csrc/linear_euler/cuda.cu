@@ -10,9 +10,9 @@
 // exactly, float16 weights into two; products below 2^-22 of the first are left out. Tokens that go into the Linear as
 // they are, with weights of their type, need no parts.
 //
-// A feature's place in the sum is free as long as A and B agree: a lane takes neighbouring features of a row as one
-// 16-byte word, where ldmatrix would hand it pairs. Float64, and rows of tokens that do not fit in shared memory, go
-// through a kernel without tensor cores.
+// A feature's place in the sum is free as long as A and B agree: a lane takes four neighbours of a row as one word,
+// where ldmatrix would hand it two pairs. Float64, and rows of tokens that do not fit in shared memory, go through a
+// kernel without tensor cores.
 #include "common/cuda.h"
 #include "linear_euler/linear_euler.h"
 #include "linear_update/linear_update.h"
@@ -21,7 +21,7 @@ namespace fk {
 namespace cuda {
 
 constexpr int kWarps = 8, kHeadThreads = 32 * kWarps;
-constexpr int kColumns = 32;  // features that a warp takes at a time, 8 a lane
+constexpr int kColumns = 16;  // features that a warp takes at a time, 4 a lane
 constexpr int kTerms = 16;  // of the history
 
 // LinearEulerArgs with the scalars in X, as the kernels take them
@@ -68,6 +68,7 @@ __device__ __forceinline__ void put(void* p, Dtype type, int64_t i, X v) {
 template <class X>
 __device__ __forceinline__ void take_step(const Head<X>& a, int64_t at, X v) {
   X sum = a.x[at] + a.h * v;
+#pragma unroll 1
   for (int t = 0; t < a.terms; t++) sum += a.b[t] * get<X>(a.history[t], a.history_type, at);
   a.out[at] = sum;
   put(a.low, a.low_type, at, sum);
@@ -82,61 +83,27 @@ __device__ __forceinline__ int64_t token_offset(const Head<X>& a, int64_t token)
 }
 
 // ---- the parts of f and W that tensor cores multiply ----
-// Upper halves of a and b, one in each half of a register; then those of what remains of them
+// part[i]: the upper halves of four numbers, neighbours in one register; then of what remains of them
 template <int P>
-__device__ __forceinline__ void cut(uint32_t (&part)[P], float a, float b) {
+__device__ __forceinline__ void cut(uint32_t (&part)[P][2], float (&v)[4]) {
 #pragma unroll
-  for (int i = 0; i < P; i++) {
-    const uint32_t upper_a = __float_as_uint(a) & 0xffff0000u, upper_b = __float_as_uint(b) & 0xffff0000u;
-    part[i] = upper_a >> 16 | upper_b;
-    a -= __uint_as_float(upper_a);
-    b -= __uint_as_float(upper_b);
-  }
-}
-// The same of eight, in the order of two fragments: pairs 0 and 1 of the first k16, then of the second
-template <int P, class T>
-__device__ __forceinline__ void cut_eight(uint32_t (&part)[P][4], const T (&v)[8]) {
+  for (int i = 0; i < P; i++)
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    uint32_t pair[P];
-    cut(pair, convert<float>(v[2 * i]), convert<float>(v[2 * i + 1]));
-#pragma unroll
-    for (int k = 0; k < P; k++) part[k][i] = pair[k];
-  }
+    for (int j = 0; j < 4; j += 2) {
+      const uint32_t first = __float_as_uint(v[j]) & 0xffff0000u, second = __float_as_uint(v[j + 1]) & 0xffff0000u;
+      part[i][j / 2] = first >> 16 | second;
+      v[j] -= __uint_as_float(first);
+      v[j + 1] -= __uint_as_float(second);
+    }
 }
 
-// Eight features of a row from `column` on: neighbours where a token has 16 bits, so that they are one word; else two
-// times four, 16 apart, so that the four lanes of a row read 64 bytes on end.
-template <class Z, class T>
-__device__ __forceinline__ void load_eight(T (&to)[8], const T* row, int column) {
-  if constexpr (sizeof(T) == 2) {
-    load_vector(to, row + column);
-  } else {
-    constexpr int apart = sizeof(Z) == 2 ? 4 : 16;
-    T first[4], second[4];
-    load_vector(first, row + column);
-    load_vector(second, row + column + apart);
+// Four features from `column` on, of a row that ends at d: zeros past it. d is a multiple of 4, or the row goes on with
+// zeros up to one.
+template <class T>
+__device__ __forceinline__ void load_four(T (&to)[4], const T* row, int column, int d) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) to[j] = first[j], to[4 + j] = second[j];
-  }
-}
-// The same of a row that ends at d. d is a multiple of 8, or the row goes on with zeros up to one.
-template <class Z, class T>
-__device__ __forceinline__ void load_eight_before(T (&to)[8], const T* row, int column, int d) {
-#pragma unroll
-  for (int j = 0; j < 8; j++) to[j] = convert<T>(0.f);
-  if constexpr (sizeof(Z) == 2) {
-    if (column < d) load_eight<Z>(to, row, column);
-  } else {
-    T four[4];
-#pragma unroll
-    for (int k = 0; k < 2; k++)
-      if (column + 16 * k < d) {
-        load_vector(four, row + column + 16 * k);
-#pragma unroll
-        for (int j = 0; j < 4; j++) to[4 * k + j] = four[j];
-      }
-  }
+  for (int j = 0; j < 4; j++) to[j] = convert<T>(0.f);
+  if (column < d) load_vector(to, row + column);
 }
 template <class T>
 __device__ __forceinline__ const T* row_of(const Rows& rows, int64_t row) {
@@ -150,10 +117,10 @@ __device__ __forceinline__ float warp_sum(float v) {
 }
 
 // ---- the tensor-core kernel ----
-// Bytes from one row of tokens in shared memory to the next: two neighbouring rows have 64 bytes of each 128 in
-// different banks, which is what eight lanes read at once.
+// Bytes from one row of tokens in shared memory to the next. What lanes read at once, 32 bytes of each of four rows of
+// 16-bit tokens or 64 of two of float32, lies in different banks.
 inline int64_t row_bytes(int64_t d, int64_t element) {
-  return (d * element + 127) / 128 * 128 + 64;
+  return (d * element + 127) / 128 * 128 + kColumns * element;
 }
 
 // Of tiles of M rows and N outputs
@@ -165,7 +132,7 @@ struct Shape {
 
 // MT times 16 rows of tokens, NT times 8 outputs. plain: f(z) = z, and W has z's type.
 template <class Z, class W, bool plain, int MT, int NT>
-__global__ void __launch_bounds__(kHeadThreads, sizeof(W) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(kHeadThreads, 2)
     linear_euler_kernel(const Head<float> a, int tile, int row_bytes, bool aligned) {
   constexpr int M = 16 * MT, N = 8 * NT;
   constexpr int AP = plain ? 1 : 3, BP = plain || std::is_same_v<W, bf16> ? 1 : std::is_same_v<W, half> ? 2 : 3;
@@ -176,25 +143,27 @@ __global__ void __launch_bounds__(kHeadThreads, sizeof(W) == 2 ? 2 : 1)
   FK_SHARED(float, inverses, [M]);
   FK_SHARED(int64_t, offsets, [M]);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, d = a.d;
-  const int64_t tokens = a.n * a.T, first = int64_t(blockIdx.x) * tile;
-  const int count = static_cast<int>(tokens - first < tile ? tokens - first : tile), begin = blockIdx.y * N;
+  const int T = static_cast<int>(a.T), first = blockIdx.x * tile, begin = blockIdx.y * N;  // fewer than 2^31 tokens
+  const int rest = static_cast<int>(a.n * a.T - first), count = rest < tile ? rest : tile;
   const int slots = a.guided ? 2 * tile : tile, padded = (d + kColumns - 1) / kColumns * kColumns;
 
   // rows of tokens, with zeros up to whole columns, each by one warp
   for (int s = warp; s < slots; s += kWarps) {
-    const int64_t token = first + s % tile;
-    if (token >= tokens) continue;
-    const int64_t sample = token / a.T + (s < tile ? 0 : a.n);
-    const Z* from = static_cast<const Z*>(a.z.p) + sample * a.z.stride + token % a.T * a.z_token;
+    const int in_half = s < tile ? s : s - tile, token = first + in_half;
+    if (in_half >= count) continue;
+    const int64_t sample = token / T + (s < tile ? 0 : a.n);
+    const Z* from = static_cast<const Z*>(a.z.p) + sample * a.z.stride + token % T * a.z_token;
     Z* to = reinterpret_cast<Z*>(rows + s * row_bytes);
     constexpr int E = 16 / sizeof(Z);
-    if (aligned)
+    if (aligned) {
       for (int i = lane * E; i < padded; i += 32 * E) {
         const int exist = d - i < E ? d - i : E;
         cp_async16(to + i, exist > 0 ? from + i : from, exist > 0 ? exist * int(sizeof(Z)) : 0);
       }
-    else
+    } else {
+#pragma unroll 1
       for (int i = lane; i < padded; i += 32) to[i] = i < d ? from[i] : convert<Z>(0.f);
+    }
   }
   cp_async_commit();
   if (threadIdx.x < count) offsets[threadIdx.x] = token_offset(a, first + threadIdx.x);
@@ -202,12 +171,13 @@ __global__ void __launch_bounds__(kHeadThreads, sizeof(W) == 2 ? 2 : 1)
   __syncwarp();
   if (!plain) {
     for (int s = warp; s < slots; s += kWarps) {
-      if (s % tile >= count) continue;
+      if ((s < tile ? s : s - tile) >= count) continue;
       const Z* row = reinterpret_cast<const Z*>(rows + s * row_bytes);
       constexpr int E = 16 / sizeof(Z);
       float mean = 0, inverse = 1;
       if (a.normed) {  // squares of deviations: those of z would cancel where the mean is large
         float sum = 0, square = 0;
+#pragma unroll 2
         for (int i = lane * E; i < padded; i += 32 * E) {
           Z z[E];
           load_vector(z, row + i);
@@ -215,6 +185,7 @@ __global__ void __launch_bounds__(kHeadThreads, sizeof(W) == 2 ? 2 : 1)
           for (int j = 0; j < E; j++) sum += convert<float>(z[j]);
         }
         mean = warp_sum(sum) / static_cast<float>(d);
+#pragma unroll 2
         for (int i = lane * E; i < padded; i += 32 * E) {
           Z z[E];
           load_vector(z, row + i);
@@ -245,69 +216,77 @@ __global__ void __launch_bounds__(kHeadThreads, sizeof(W) == 2 ? 2 : 1)
       if constexpr (!plain) {
         mean[i][k] = means[slot];
         inverse[i][k] = inverses[slot];
-        const int64_t sample = (first + token) / a.T + (r < half_rows ? 0 : a.n);
+        const int64_t sample = (first + token) / T + (r < half_rows ? 0 : a.n);
         scale[i][k] = row_of<W>(a.scale, sample);
         shift[i][k] = row_of<W>(a.shift, sample);
       }
     }
 
   float sums[MT][NT][4] = {};
-  const W* weight = static_cast<const W*>(a.weight.p);
-  for (int c = warp * kColumns; c < d; c += kWarps * kColumns) {
-    const int column = c + t * (sizeof(Z) == 2 ? 8 : 4);
-    uint32_t A[MT][AP][2][4];  // [part][k16][register]
+  const W* weight = static_cast<const W*>(a.weight.p) + (begin + g) * a.weight.stride;
+  for (int column = warp * kColumns + 4 * t; column < padded; column += kWarps * kColumns) {
+    W w[NT][4], gain[MT][2][4], offset[MT][2][4];
+    if constexpr (!plain) {
+#pragma unroll
+      for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          load_four(gain[i][k], scale[i][k], column, scale[i][k] ? d : 0);
+          load_four(offset[i][k], shift[i][k], column, shift[i][k] ? d : 0);
+        }
+    }
+    const W* row = weight;
+#pragma unroll
+    for (int j = 0; j < NT; j++, row += 8 * a.weight.stride)
+      load_four(w[j], row, column, begin + 8 * j + g < a.outputs ? d : 0);
+
+    uint32_t A[MT][AP][4];
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
       for (int k = 0; k < 2; k++) {
-        Z low[8];
-        load_eight<Z>(low, z[i][k], column);
-        uint32_t part[AP][4];
+        Z low[4];
+        load_vector(low, z[i][k] + column);
+        uint32_t part[AP][2];
         if constexpr (plain) {
           memcpy(part, low, sizeof(part));
         } else {
-          float f[8];
-          W p[8];
+          float f[4];
+          W p[4];
 #pragma unroll
-          for (int j = 0; j < 8; j++) f[j] = (convert<float>(low[j]) - mean[i][k]) * inverse[i][k];
+          for (int j = 0; j < 4; j++) f[j] = (convert<float>(low[j]) - mean[i][k]) * inverse[i][k];
           if (a.norm_weight.p) {
-            load_eight_before<Z>(p, row_of<W>(a.norm_weight, 0), column, d);
+            load_four(p, static_cast<const W*>(a.norm_weight.p), column, d);
 #pragma unroll
-            for (int j = 0; j < 8; j++) f[j] *= convert<float>(p[j]);
+            for (int j = 0; j < 4; j++) f[j] *= convert<float>(p[j]);
           }
           if (a.norm_bias.p) {
-            load_eight_before<Z>(p, row_of<W>(a.norm_bias, 0), column, d);
+            load_four(p, static_cast<const W*>(a.norm_bias.p), column, d);
 #pragma unroll
-            for (int j = 0; j < 8; j++) f[j] += convert<float>(p[j]);
+            for (int j = 0; j < 4; j++) f[j] += convert<float>(p[j]);
           }
-          if (scale[i][k]) {
-            load_eight_before<Z>(p, scale[i][k], column, d);
 #pragma unroll
-            for (int j = 0; j < 8; j++) f[j] += f[j] * convert<float>(p[j]);
+          for (int j = 0; j < 4; j++) {
+            f[j] += f[j] * convert<float>(gain[i][k][j]);
+            f[j] += convert<float>(offset[i][k][j]);
           }
-          if (shift[i][k]) {
-            load_eight_before<Z>(p, shift[i][k], column, d);
-#pragma unroll
-            for (int j = 0; j < 8; j++) f[j] += convert<float>(p[j]);
-          }
-          cut_eight(part, f);
+          cut(part, f);
         }
 #pragma unroll
-        for (int p = 0; p < AP; p++)
-#pragma unroll
-          for (int j = 0; j < 4; j++) A[i][p][j / 2][j % 2 * 2 + k] = part[p][j];
+        for (int p = 0; p < AP; p++) A[i][p][k] = part[p][0], A[i][p][k + 2] = part[p][1];
       }
 #pragma unroll
     for (int j = 0; j < NT; j++) {
-      const int o = begin + 8 * j + g;
-      W w[8];
-      load_eight_before<Z>(w, weight + o * a.weight.stride, column, o < a.outputs ? d : 0);
-      uint32_t B[BP][4];  // [part][k16, register]
-      if constexpr (BP == 1)
-        memcpy(B, w, sizeof(B));
-      else
-        cut_eight(B, w);
-      // Tensor cores round their sums toward zero: those of these columns, the small parts first, are added to the
+      uint32_t B[BP][2];
+      if constexpr (BP == 1) {
+        memcpy(B, w[j], sizeof(B));
+      } else {
+        float four[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) four[k] = convert<float>(w[j][k]);
+        cut(B, four);
+      }
+      // Tensor cores round their sums toward zero: those of these features, the small parts first, are added to the
       // others by an addition that rounds to nearest.
       float sum[MT][4] = {};
 #pragma unroll
@@ -317,11 +296,7 @@ __global__ void __launch_bounds__(kHeadThreads, sizeof(W) == 2 ? 2 : 1)
           const int q = order - p;
           if (q < 0 || q >= BP) continue;
 #pragma unroll
-          for (int s = 0; s < 2; s++) {
-            const uint32_t b[2] = {B[q][2 * s], B[q][2 * s + 1]};
-#pragma unroll
-            for (int i = 0; i < MT; i++) mma_m16n8k16<Part>(sum[i], A[i][p][s], b);
-          }
+          for (int i = 0; i < MT; i++) mma_m16n8k16<Part>(sum[i], A[i][p], B[q]);
         }
 #pragma unroll
       for (int i = 0; i < MT; i++)
@@ -355,6 +330,7 @@ __global__ void __launch_bounds__(kHeadThreads, sizeof(W) == 2 ? 2 : 1)
 
   // neighbours in the state to neighbouring threads: with patches the pixels of a row of patches
   const int P = a.patch, width = a.outputs - begin < N ? a.outputs - begin : N, channels = P ? a.outputs / (P * P) : 0;
+#pragma unroll 1
   for (int e = threadIdx.x; e < count * (P ? a.C * P * P : width); e += kHeadThreads) {
     int r, o;
     int64_t at;
@@ -404,7 +380,7 @@ __device__ __forceinline__ X warp_total(X v) {
   return v;
 }
 template <class X>
-__global__ void __launch_bounds__(kHeadThreads) linear_euler_rows_kernel(const Head<X> a) {
+__global__ void __launch_bounds__(kHeadThreads, 1) linear_euler_rows_kernel(const Head<X> a) {
   FK_SHARED(X, means, [2]);
   FK_SHARED(X, inverses, [2]);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, d = a.d, halves = a.guided ? 2 : 1;
@@ -478,7 +454,7 @@ int launch_rows(const Head<X>& a, void* stream) {
 template <class Z, class W, bool plain>
 int by_shape(const Head<float>& a, void* stream) {
   const int64_t halves = a.guided ? 2 : 1, fit = (shared_limit() - 1024) / row_bytes(a.d, sizeof(Z)) / halves;
-  if (fit < 1) return launch_rows(a, stream);
+  if (fit < 1 || a.n * a.T > (int64_t(1) << 31) - 64) return launch_rows(a, stream);
   const int tile = static_cast<int>(fit < 16 / halves ? fit : 16 / halves);
   // blocks of fewer outputs read z once more, from the second cache, and pay where there are multiprocessors left
   const int64_t blocks = (a.n * a.T + tile - 1) / tile * ((a.outputs + 31) / 32);
@@ -490,8 +466,9 @@ int by_shape(const Head<float>& a, void* stream) {
 template <class Z>
 int by_weight(const Head<float>& a, void* stream) {
   if (a.weight.type == Dtype::f32) return by_shape<Z, float, false>(a, stream);
-  if (a.normed || a.scale.p || a.shift.p) return by_shape<Z, Z, false>(a, stream);
-  return by_shape<Z, Z, true>(a, stream);
+  if constexpr (std::is_same_v<Z, bf16>)
+    if (!a.normed && !a.scale.p && !a.shift.p) return by_shape<Z, Z, true>(a, stream);
+  return by_shape<Z, Z, false>(a, stream);
 }
 
 template <class X>

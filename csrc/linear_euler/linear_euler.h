@@ -47,8 +47,8 @@ struct LinearEulerArgs {
 using linear_euler_fn = void(const LinearEulerArgs&);
 FK_DECLARE(linear_euler_fn, linear_euler)
 namespace cuda {
-// weight, norm_weight, norm_bias, scale and shift are of one type. Of 16 bits or float32, their rows start at multiples
-// of 16 bytes, and d is a multiple of 8 or there are zeros behind them up to one.
+// weight, norm_weight, norm_bias, scale and shift are of one type. Unless that is float64, a row starts at a multiple
+// of the size of four entries, and d is a multiple of 4 or there are zeros behind the row up to one.
 int linear_euler(const LinearEulerArgs&, void* stream);
 }  // namespace cuda
 

@@ -219,8 +219,8 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _for_cuda(operands: list[Tensor | None], state: torch.dtype) -> list[Tensor | None]:
-    """The weight and the parameters with d entries in one dtype, and their rows where the kernel can read them: at
-    multiples of 16 bytes, with zeros up to a multiple of 8. Those of most models are so."""
+    """The weight and the parameters with d entries in one dtype, and their rows where the kernel can read four
+    entries as one word: at multiples of its size, with zeros up to a multiple of 4. Those of most models are so."""
     weight, bias, *parameters = operands
     given = [weight, *(t for t in parameters if t is not None)]
     dtype = weight.dtype if all(t.dtype == weight.dtype for t in given) else state
@@ -229,10 +229,10 @@ def _for_cuda(operands: list[Tensor | None], state: torch.dtype) -> list[Tensor 
         if t is None:
             return None
         t, d = t.to(dtype), t.shape[-1]
-        apart = t.stride(0) * t.element_size() if t.dim() == 2 and len(t) > 1 else 0
-        if dtype == torch.float64 or (d % 8 == 0 and t.data_ptr() % 16 == 0 and apart % 16 == 0):
+        apart = t.stride(0) if t.dim() == 2 and len(t) > 1 else 0
+        if dtype == torch.float64 or (d % 4 == 0 == apart % 4 and t.data_ptr() % (4 * t.element_size()) == 0):
             return t
-        padded = t.new_zeros(*t.shape[:-1], -(-d // 8) * 8)
+        padded = t.new_zeros(*t.shape[:-1], -(-d // 4) * 4)
         padded[..., :d] = t
         return padded
 
