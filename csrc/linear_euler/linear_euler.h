@@ -46,5 +46,10 @@ struct LinearEulerArgs {
 
 using linear_euler_fn = void(const LinearEulerArgs&);
 FK_DECLARE(linear_euler_fn, linear_euler)
+namespace cuda {
+// weight, norm_weight, norm_bias, scale and shift are of one type. Unless that is float64, a row starts at a multiple
+// of the size of four entries, and d is a multiple of 4 or there are zeros behind the row up to one.
+int linear_euler(const LinearEulerArgs&, void* stream);
+}  // namespace cuda
 
 }  // namespace fk

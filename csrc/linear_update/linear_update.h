@@ -22,5 +22,8 @@ struct LinearUpdateArgs {
 
 using linear_update_fn = void(const LinearUpdateArgs&);
 FK_DECLARE(linear_update_fn, linear_update)
+namespace cuda {
+int linear_update(const LinearUpdateArgs&, void* stream);
+}
 
 }  // namespace fk

@@ -306,6 +306,40 @@ def test_shapes_past_the_tiles(d, outputs, dtype):
     assert error <= bound
 
 
+@pytest.mark.parametrize(
+    ("shape", "d", "dtype", "guidance", "options"),
+    [
+        ((40, 70), 72, BF16, None, EVERY),  # blocks of 64 outputs and of the 6 after them
+        ((40, 70), 72, BF16, None, "bias"),
+        ((40, 70), 72, F16, 2.0, EVERY),
+        ((9, 33), 72, F32, 2.0, EVERY),
+        ((5, 6), 5000, F32, 2.0, EVERY),  # fewer tokens in a block than its tensor-core tile has rows
+        ((3, 6), 16000, BF16, None, EVERY),
+        ((2, 9), 26000, F32, None, EVERY),  # a token is more than shared memory holds
+        ((2, 9), 26000, F16, 1.5, EVERY),
+    ],
+)
+def test_shapes_past_the_tiles_of_cuda(shape, d, dtype, guidance, options):
+    sample = make(shape, d, dtype=dtype, options=options, guidance=guidance, mean=5.0, low=BF16)
+    with backend("cuda"):
+        error, bound = error_and_bound(sample, linear_euler(*sample.args, **sample.kwargs))
+    assert error <= bound
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_long_history_whose_last_the_velocity_replaces(dtype, name):
+    x, z, weight, options = exact(2, 5, 9, 6, 0, dtype)
+    history = [integers(*x.shape, seed=7 + i, dtype=x.dtype) for i in range(40)]
+    b = (integers(40, seed=6, dtype=F64) / 4).tolist()
+    v = linear_euler(torch.zeros_like(x), z, weight, 1.0, **options)
+    expected = linear_update(x, [v, *history], [1.5, *b])
+    with backend(name):
+        got = linear_euler(x, z, weight, 1.5, **options, history=history, b=b, velocity_out=history[-1])
+    assert torch.equal(history[-1], v)
+    assert torch.equal(got, expected)
+
+
 # ---- no gradients; transforms; compilers ----
 
 

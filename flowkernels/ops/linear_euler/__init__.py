@@ -15,7 +15,7 @@ from flowkernels._checks import (
     expect_positive_int,
     expect_tensor,
 )
-from flowkernels.ops._library import DTYPE_CODES, direct, fresh, is_transformed, register
+from flowkernels.ops._library import DTYPE_CODES, direct, fresh, is_transformed, register, stream_of
 from flowkernels.ops.linear_euler import reference
 
 ORDERS = ("pqc", "cpq")
@@ -218,14 +218,38 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def _for_cuda(operands: list[Tensor | None], state: torch.dtype) -> list[Tensor | None]:
+    """The weight and the parameters with d entries in one dtype, and their rows where the kernel can read four
+    entries as one word: at multiples of its size, with zeros up to a multiple of 4. Those of most models are so."""
+    weight, bias, *parameters = operands
+    given = [weight, *(t for t in parameters if t is not None)]
+    dtype = weight.dtype if all(t.dtype == weight.dtype for t in given) else state
+
+    def readable(t):
+        if t is None:
+            return None
+        t, d = t.to(dtype), t.shape[-1]
+        apart = t.stride(0) if t.dim() == 2 and len(t) > 1 else 0
+        if dtype == torch.float64 or (d % 4 == 0 == apart % 4 and t.data_ptr() % (4 * t.element_size()) == 0):
+            return t
+        padded = t.new_zeros(*t.shape[:-1], -(-d // 4) * 4)
+        padded[..., :d] = t
+        return padded
+
+    return [readable(weight), bias, *map(readable, parameters)]
+
+
 def _launch(C, x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b,
-            out, low, velocity_out) -> None:  # fmt: skip
+            out, low, velocity_out, *where) -> None:  # fmt: skip
+    """`where`: device and stream of CUDA kernels, none for those of the CPU."""
     if scale is not None and shift is not None and scale.dtype != shift.dtype:
         scale, shift = scale.to(x.dtype), shift.to(x.dtype)
     # tensors whose addresses are taken have names here, and so live until the call is over
     z = _dense(z if z.dim() < 4 else z.flatten(1, -2))
     T, token = (1, 0) if z.dim() == 2 else (z.shape[1], z.stride(1))
     operands = [t if t is None else _dense(t) for t in (weight, bias, norm_weight, norm_bias, scale, shift)]
+    if where:
+        operands = _for_cuda(operands, x.dtype)
     x, history = x.contiguous(), [t.contiguous() for t in history]
     given = (out, low, velocity_out)
     to = [t if t is None or t.is_contiguous() else _empty(t) for t in given]
@@ -235,23 +259,31 @@ def _launch(C, x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, p
         *(x.data_ptr(), (z.data_ptr(), DTYPE_CODES[z.dtype], z.stride(0)), token, *map(_rows, operands)),
         *([t.data_ptr() for t in history], b, *pointers, *codes),
         *((len(x), T, z.shape[-1], len(weight)), (0, 0, 0, 0) if patch is None else (patch, *x.shape[1:])),
-        *(order == "cpq", norm, h, guidance, torch.get_num_threads()),
+        *(order == "cpq", norm, h, guidance, *(where or (torch.get_num_threads(),))),
     )
     for t, written in zip(given, to, strict=True):
         if t is not written:
             t.copy_(written)
 
 
-def _kernel_out(C, *args) -> None:
-    _launch(C, *args)
+def _kernel_out(C, *args, where=()) -> None:
+    _launch(C, *args, *where)
     torch.autograd.graph.increment_version([t for t in args[-3:] if t is not None])
 
 
-def _kernel(C, *args) -> tuple[Tensor, Tensor]:
+def _kernel(C, *args, where=()) -> tuple[Tensor, Tensor]:
     *head, low = args
     new, copy = _fake(*args)
-    _launch(C, *head, new, None if low is None else copy, None)
+    _launch(C, *head, new, None if low is None else copy, None, *where)
     return new, copy
+
+
+def _cuda(module, *args) -> tuple[Tensor, Tensor]:
+    return _kernel(module, *args, where=stream_of(args[0]))
+
+
+def _cuda_out(module, *args) -> None:
+    _kernel_out(module, *args, where=stream_of(args[0]))
 
 
 def _reference(*args) -> tuple[Tensor, Tensor]:
@@ -284,6 +316,6 @@ _HEAD = (
     "Tensor x, Tensor z, Tensor weight, Tensor? bias, float? norm, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? scale, Tensor? shift, int? patch, str order, float? guidance, float h, Tensor[] history, float[] b"
 )
-register(f"linear_euler({_HEAD}, ScalarType? low) -> (Tensor, Tensor)", _kernel, _reference, _fake)
+register(f"linear_euler({_HEAD}, ScalarType? low) -> (Tensor, Tensor)", _kernel, _reference, _fake, _cuda)
 register(f"linear_euler_out({_HEAD}, Tensor(a!) out, Tensor(b!)? low, Tensor(c!)? velocity_out) -> ()",
-         _kernel_out, _reference_out, _fake_out)  # fmt: skip
+         _kernel_out, _reference_out, _fake_out, _cuda_out)  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import LOW, expect, expect_like, expect_low, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, fresh, is_transformed, register
+from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, fresh, is_transformed, register, stream_of
 from flowkernels.ops.linear_update import reference
 
 
@@ -94,28 +94,37 @@ def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return fresh(torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format))
 
 
-def _launch(C, x, v, b, out, low) -> None:
+def _launch(C, x, v, b, out, low, *where) -> None:
+    """`where`: device and stream of CUDA kernels, none for those of the CPU."""
     x, v = x.contiguous(), [t.contiguous() for t in v]
     to = out if out.is_contiguous() else _empty(out)
     copy = low if low is None or low.is_contiguous() else _empty(low)
     copy_ptr, copy_code = (0, 0) if copy is None else (copy.data_ptr(), DTYPE_CODES[copy.dtype])
     codes = DTYPE_CODES[x.dtype], DTYPE_CODES[v[0].dtype], copy_code
     pointers = x.data_ptr(), [t.data_ptr() for t in v], b, to.data_ptr(), copy_ptr
-    C.linear_update(*pointers, *codes, x.numel(), torch.get_num_threads())
+    C.linear_update(*pointers, *codes, x.numel(), *(where or (torch.get_num_threads(),)))
     if to is not out:
         out.copy_(to)
     if copy is not low:
         low.copy_(copy)
 
 
-def _kernel_out(C, x, v, b, out, low) -> None:
-    _launch(C, x, v, b, out, low)
+def _kernel_out(C, x, v, b, out, low, *where) -> None:
+    _launch(C, x, v, b, out, low, *where)
     torch.autograd.graph.increment_version(out if low is None else [out, low])
 
 
-def _kernel(C, x, v, b, low) -> tuple[Tensor, Tensor]:
+def _cuda(module, x, *args) -> tuple[Tensor, Tensor]:
+    return _kernel(module, x, *args, *stream_of(x))
+
+
+def _cuda_out(module, x, *args) -> None:
+    _kernel_out(module, x, *args, *stream_of(x))
+
+
+def _kernel(C, x, v, b, low, *where) -> tuple[Tensor, Tensor]:
     new, copy = _fake(x, v, b, low)
-    _launch(C, x, v, b, new, None if low is None else copy)
+    _launch(C, x, v, b, new, None if low is None else copy, *where)
     return new, copy
 
 
@@ -140,9 +149,9 @@ def _fake_out(x, v, b, out, low) -> None:
 
 
 register("linear_update(Tensor x, Tensor[] v, float[] b, ScalarType? low) -> (Tensor, Tensor)",
-         _kernel, _reference, _fake)  # fmt: skip
+         _kernel, _reference, _fake, _cuda)  # fmt: skip
 register("linear_update_out(Tensor x, Tensor[] v, float[] b, Tensor(a!) out, Tensor(b!)? low) -> ()",
-         _kernel_out, _reference_out, _fake_out)  # fmt: skip
+         _kernel_out, _reference_out, _fake_out, _cuda_out)  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output) -> None:
