@@ -73,13 +73,19 @@ def direct(op: str, *tensors: Tensor | None, gradient: bool = False):
     need a gradient (unless the caller sees to that). Otherwise it would only cost time: about 40 us a call, and 300 us
     where there is a gradient.
     """
-    if torch.compiler.is_compiling() or _tracing() or _modes() or _profiling() or _is_transformed() or _ranges.asked:
+    if _watched():
         return None
     grad = not gradient and torch.is_grad_enabled()
     for t in tensors:
         if t is not None and (not is_plain(t) or (grad and t.requires_grad)):
             return None
     return backends.extension() if backends.choose(op, "cpu") == "cpu" else None
+
+
+def _watched() -> bool:
+    if torch.compiler.is_compiling() or _tracing() or _modes() or _profiling() or _is_transformed():
+        return True
+    return _ranges.asked
 
 
 def is_plain(t: Tensor) -> bool:
