@@ -312,4 +312,5 @@ def machine() -> str:
     """The GPU, its driver and the versions; and the date."""
     device = torch.device("cuda", torch.cuda.current_device())
     found = bench.provenance(device)
-    return " | ".join(f"{k} {found[k]}" for k in ("device", "driver", "cuda", "torch", "flowkernels", "commit", "date"))
+    keys = ("device", "driver", "cuda", "torch", "flowkernels", "commit", "date")
+    return " | ".join(f"{k} {found[k]}" for k in keys if found.get(k))

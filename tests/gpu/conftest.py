@@ -36,14 +36,18 @@ def gpu(request):
         torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
 
 
-def pytest_terminal_summary(terminalreporter):
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # after all that pytest itself prints
+def pytest_sessionfinish(session):
+    outcome = yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     results = []
-    for outcome in ("passed", "failed", "error", "skipped"):
-        for report in terminalreporter.stats.get(outcome, ()):
+    for kind in ("passed", "failed", "error", "skipped"):
+        for report in reporter.stats.get(kind, ()) if reporter else ():
             ours = "tests/gpu/" in getattr(report, "nodeid", "")
-            if ours and (report.when == "call" or outcome in ("error", "skipped")):
-                results.append((report.nodeid, "failed" if outcome == "error" else outcome))
+            if ours and (report.when == "call" or kind in ("error", "skipped")):
+                results.append((report.nodeid, "failed" if kind == "error" else kind))
     if results and torch.cuda.is_available():
-        terminalreporter.section("on the GPU")
-        terminalreporter.write_line(_gpu_checks.table(sorted(results)))
-        terminalreporter.write_line(_gpu_checks.machine())
+        reporter.section("on the GPU")
+        reporter.write_line(_gpu_checks.table(sorted(results)))
+        reporter.write_line(_gpu_checks.machine())
+    return outcome
