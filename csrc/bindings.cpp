@@ -35,9 +35,10 @@ static const void* const* pointers(const std::vector<Address>& a) {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return fk::isa_name(fk::isa()); });
-#if defined(FK_CUDA)
+#if defined(FK_CUDA_ARCHS)
   auto cuda = m.def_submodule("cuda");
   bind_cuda(cuda);
+  cuda.attr("architectures") = FK_CUDA_ARCHS;
 #endif
   m.def("thread_runtime", &fk::thread_runtime);
   m.def("advise_large_pages", [](Address p, size_t bytes) { fk::advise_large_pages(at(p), bytes); });

@@ -69,16 +69,32 @@ def host_cuda(module):
 
 
 def _why_not_cuda(device: str, op: str | None) -> str | None:
-    if _host_cuda is None:
-        if device != "cuda":
-            return f"the tensors are on {device}; move them to a CUDA GPU"
-        if cuda_module() is None:
-            return "this build has no CUDA kernels; reinstall flowkernels where nvcc 12.4 or newer is on the PATH"
-        if cuda_module().device_count() == 0:
-            return "there is no NVIDIA driver, or it shows no GPU"
-    elif device != "cpu":
-        return f"the tensors are on {device}, and the kernels are compiled for the host"
+    if device != "cuda":
+        return f"the tensors are on {device}; move them to a CUDA GPU"
+    module = getattr(extension(), "cuda", None)
+    if module is None:
+        return "this build has no CUDA kernels; reinstall flowkernels where nvcc 12.4 or newer is on the PATH"
+    if module.device_count() == 0:
+        return "there is no NVIDIA driver, or it shows no GPU"
+    import torch
+
+    for i in range(torch.cuda.device_count()):
+        if not _has_code(module.architectures, *torch.cuda.get_device_capability(i)):
+            return (
+                f"device {i} ({torch.cuda.get_device_name(i)}) has none of the architectures {module.architectures}; "
+                "reinstall flowkernels with CMAKE_ARGS=-DFLOWKERNELS_CUDA_ARCHS=..."
+            )
     return None if op is None or op in CUDA_OPS else "it has no CUDA kernel"
+
+
+def _has_code(architectures: str, major: int, minor: int) -> bool:
+    """Whether a device of this compute capability runs binaries for one of the architectures ("80,90a"): they run on
+    the same major version from their minor one on, or with a letter on theirs alone."""
+    for arch in architectures.split(","):
+        number = int(arch.rstrip("af"))
+        if number // 10 == major and (number % 10 == minor if arch.endswith("a") else number % 10 <= minor):
+            return True
+    return False
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -134,14 +150,14 @@ def _from_environment() -> str:
 @functools.cache
 def _decide(op: str, device: str, requested: str) -> str:
     if requested != "auto":
+        if requested == "cuda" and device == "cpu" and _host_cuda is not None:
+            return requested
         if reason := why_not(requested, device, op):
             raise BackendError(f"{op}: backend {requested!r} was asked for, but {reason}")
         log.debug("%s on %s: %s, as asked", op, device, requested)
         return requested
     reasons = []
-    for name in BACKENDS:
-        if name == "cuda" and _host_cuda is not None:
-            continue
+    for name in BACKENDS if device == "cuda" else BACKENDS[1:]:
         if (reason := why_not(name, device, op)) is None:
             log.debug("%s on %s: %s%s", op, device, name, f" ({'; '.join(reasons)})" if reasons else "")
             return name

@@ -1,5 +1,6 @@
 # Sourced by scripts/demo and scripts/test: makes .venv with flowkernels (editable), its build tools and what "$1" names.
-# An active virtual environment or a torch >= 2.6 of the system's Python is used as it is.
+# An active virtual environment or a torch >= 2.6 of the system's Python is used as it is. The tests look at the GPU
+# binaries, so they need an nvcc: PATH's (or CUDACXX), else PyPI's, about 330 MB in .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras="${1:-}"
@@ -30,4 +31,10 @@ fi
 # shellcheck disable=SC1091
 . .venv/bin/activate
 has_torch python || pip install -q "torch==2.13.0"
+if [ "$extras" = test ] && [ -z "${CUDACXX:-}" ] && ! have nvcc; then
+  pip install -q nvidia-{cuda-nvcc,cuda-crt,nvvm,cuda-runtime,cuda-cccl,cuda-culibos}==13.0.*
+  cuda="$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13"
+  [ -e "$cuda/lib64" ] || ln -s lib "$cuda/lib64" # where nvcc looks
+  export CUDACXX="$cuda/bin/nvcc"
+fi
 pip install -q -e ".${extras:+[$extras]}"

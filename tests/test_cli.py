@@ -267,7 +267,7 @@ def test_info_without_the_compiled_module(run, monkeypatch):
     monkeypatch.setattr(backends, "extension", lambda: None)
     monkeypatch.setattr(backends, "extension_error", lambda: "ImportError: no _C")
     out, _ = run("info")
-    assert re.search(r"^velocity_gram +no +yes$", out, re.MULTILINE)
+    assert re.search(r"^velocity_gram +no +no +yes$", out, re.MULTILINE)
     assert "cpu, cpu tensors: no, the compiled module is missing (ImportError: no _C)" in out
 
 

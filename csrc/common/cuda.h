@@ -253,6 +253,29 @@ __device__ __forceinline__ void load_vector(T (&to)[N], const T* p) {
   for (int i = 0; i < words; i++) w[i] = reinterpret_cast<const W*>(p)[i];
   memcpy(to, w, sizeof(to));
 }
+#ifdef __CUDACC__
+// nvcc takes the assignment of a word that was computed in parts for stores of these parts; this is one store.
+__device__ __forceinline__ void store_word(uint4* p, uint4 w) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
+}
+__device__ __forceinline__ void store_word(uint2* p, uint2 w) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(w.x), "r"(w.y) : "memory");
+}
+#else
+inline void store_word(uint4* p, uint4 w) {
+  *p = w;
+}
+inline void store_word(uint2* p, uint2 w) {
+  *p = w;
+}
+#endif
+__device__ __forceinline__ void store_word(uint32_t* p, uint32_t w) {
+  *p = w;
+}
+__device__ __forceinline__ void store_word(uint16_t* p, uint16_t w) {
+  *p = w;
+}
+// To global memory only.
 template <class T, int N>
 __device__ __forceinline__ void store_vector(T* p, const T (&from)[N]) {
   using W = Word<int(N * sizeof(T))>;
@@ -260,7 +283,7 @@ __device__ __forceinline__ void store_vector(T* p, const T (&from)[N]) {
   W w[words];
   memcpy(w, from, sizeof(from));
 #pragma unroll
-  for (int i = 0; i < words; i++) reinterpret_cast<W*>(p)[i] = w[i];
+  for (int i = 0; i < words; i++) store_word(reinterpret_cast<W*>(p) + i, w[i]);
 }
 
 // Elements before the first place where N neighbours of every one of these can be taken as words; -1: there is none.

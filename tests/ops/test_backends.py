@@ -211,3 +211,47 @@ assert not torch.cuda.is_initialized()
 def test_import_without_the_compiled_module():
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+# CUDA kernels on a machine without a GPU
+
+
+@pytest.fixture
+def built():
+    """The module of CUDA kernels as nvcc built it, in place of the one for the host."""
+    with backends.host_cuda(None):
+        yield backends.cuda_module()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/gpu runs the kernels")
+def test_cuda_kernels_without_a_driver(built):
+    assert built.device_count() == 0
+    assert built.architectures.split(",")[0] == "80"
+    x = torch.zeros(4)
+    at = x.data_ptr()
+    with pytest.raises(RuntimeError, match=r"^CUDA: .* \(cudaError(InsufficientDriver|NoDevice)\)$"):
+        built.euler_step(at, at, 0, at, 0, 0, 0, 0, 4, 0.1, 1.0, 0, 0)
+    reason = "euler_step: backend 'cuda' was asked for, but the tensors are on cpu; move them to a CUDA GPU"
+    with backend("cuda"), pytest.raises(BackendError, match=reason):
+        euler_step(x, x, 0.1)
+    assert why_not("cuda", "cuda", "euler_step") == "there is no NVIDIA driver, or it shows no GPU"
+    assert choose("euler_step", "cuda") == "reference"
+
+
+def test_a_device_that_the_binaries_are_not_for(built, monkeypatch):
+    monkeypatch.setattr(built, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Old GPU")
+    for capability, runs in {(7, 5): False, (8, 0): True, (8, 9): True, (9, 0): True, (12, 1): True}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, c=capability: c)
+        reason = why_not("cuda", "cuda", "euler_step")
+        assert reason is None if runs else reason.startswith(r"device 0 (Old GPU) has none of the architectures 80,90a")
+    assert [backends._has_code("90a", 9, minor) for minor in (0, 1)] == [True, False]
+
+
+def test_a_build_without_nvcc(monkeypatch):
+    class Extension:
+        pass
+
+    monkeypatch.setattr(backends, "extension", Extension)
+    assert why_not("cuda", "cuda").startswith("this build has no CUDA kernels; reinstall flowkernels where nvcc 12.4")
