@@ -106,9 +106,7 @@ def cases(entry: str, device: torch.device) -> list[Case]:
 
 def ours(call: Callable[[], Any], device: torch.device) -> dict[str, Callable[[], Any]]:
     """A provider for each of our backends that can run on the device: the automatic choice, then the others."""
-    # not the CUDA kernels compiled for the host, which tests have on the CPU
-    known = [b for b in backends.BACKENDS if b != "cuda" or device.type == "cuda"]
-    chosen, *others = [b for b in known if backends.why_not(b, device.type) is None]
+    chosen, *others = [b for b in backends.BACKENDS if backends.why_not(b, device.type) is None]
 
     def on(name: str) -> Callable[[], Any]:
         def run():
@@ -330,7 +328,7 @@ def run(args: argparse.Namespace) -> int:
         device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device: expected a device of this torch build, got {args.device!r} ({e})") from e
-    if _is_gpu(device) and (reason := backends.why_not("cuda", device.type)):
+    if device.type == "cuda" and (reason := backends.why_not("cuda", "cuda")):
         raise ValueError(f"--device: expected a GPU that our kernels run on, got {args.device!r}: {reason}")
     if args.seconds is None:
         args.seconds = 0.5 if _is_gpu(device) else 6.0
