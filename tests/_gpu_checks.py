@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import warnings
+from typing import NamedTuple
 
 import torch
 from _contract import identical, op_args
@@ -25,17 +26,26 @@ def bounds_of(op: str):
     return importlib.import_module(f"flowkernels.ops.{op}.samples").error_and_bound
 
 
-def moved(value, device, memories: dict | None = None):
+class Memories(NamedTuple):
+    """What has been moved."""
+
+    tensors: dict  # by the identity of the old one
+    storages: dict  # by the old address
+
+
+def moved(value, device, memories: Memories | None = None):
     """`value` with every tensor in it on the device, in memory laid out as it is here: offset, strides, what lies in
-    between, and which tensors share it. The memory is new, on the same device too."""
-    memories = {} if memories is None else memories
+    between, and which tensors share it or are one. The memory is new, on the same device too."""
+    memories = Memories({}, {}) if memories is None else memories
     if isinstance(value, Tensor):
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in memories or not storage.nbytes():
-            flat = value.as_strided((storage.nbytes() // value.element_size(),), (1,), 0)
-            memories[storage.data_ptr()] = torch.empty_like(flat, device=device).copy_(flat)
-        memory = memories[storage.data_ptr()].view(value.dtype)
-        return memory.as_strided(value.shape, value.stride(), value.storage_offset())
+        if id(value) not in memories.tensors:
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in memories.storages or not storage.nbytes():
+                flat = value.as_strided((storage.nbytes() // value.element_size(),), (1,), 0)
+                memories.storages[storage.data_ptr()] = torch.empty_like(flat, device=device).copy_(flat)
+            memory = memories.storages[storage.data_ptr()].view(value.dtype)
+            memories.tensors[id(value)] = memory.as_strided(value.shape, value.stride(), value.storage_offset())
+        return memories.tensors[id(value)]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(moved(v, device, memories) for v in value))
     if isinstance(value, (list, tuple)):

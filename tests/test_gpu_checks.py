@@ -84,6 +84,13 @@ def test_tensors_that_share_memory_still_do():
     assert memory[2] == 2
 
 
+def test_a_tensor_in_two_places_is_one_tensor_still():
+    t = torch.ones(3)
+    a, b, c = checks.moved((t, [t], torch.ones(3)), CPU)
+    assert a is b[0] is not c
+    assert a is not t
+
+
 def test_moving_leaves_what_lies_between():
     wide = torch.full((3, 5), torch.nan)
     wide[:, 1:3] = 1
