@@ -6,6 +6,7 @@ none: its calls happened when it was recorded.
 """
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Iterator
@@ -33,9 +34,14 @@ def _add(n: int) -> None:
         asked = _count > 0
 
 
+@functools.cache
+def _has_nvtx() -> bool:
+    return torch.cuda.is_available()
+
+
 @contextlib.contextmanager
 def around(op: str, backend: str) -> Iterator[None]:
-    name, nvtx = f"flowkernels::{op}.{backend}", torch.cuda.is_available()
+    name, nvtx = f"flowkernels::{op}.{backend}", _has_nvtx()
     with torch.profiler.record_function(name):
         if nvtx:
             torch.cuda.nvtx.range_push(name)
