@@ -153,6 +153,11 @@ class CudaEvents:
             a, b, out = self.matrices[unit]
             return 2 * n**3 / statistics.median(self._events(lambda: torch.mm(a, b, out=out), 3))
 
+    def limits(self) -> str:
+        """All that is measured of the machine, in words."""
+        rates = ", ".join(f"{unit} {self.operations(1, unit) / 1e12:.3g}" for unit in UNITS)
+        return f"copy {self.bandwidth(1) / 1e9:.3g} GB/s | torch.matmul {rates} TFLOP/s"
+
     def extra_memory(self, call: Callable[[], Any]) -> float:
         """Peak MB beyond inputs and result while `call` runs, of what torch allocates."""
         gc.collect()

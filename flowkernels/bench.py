@@ -425,6 +425,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
         print(f"\nleft out, {args.minutes:g} minutes being over (--minutes): " + "; ".join(left_out))
     if _is_gpu(device):
         print_summary(everything, clock.titles)
+        print(clock.limits())
         print(" | ".join(source[k] for k in ("device", "driver", "cuda", "torch", "date") if source[k]))
     return int(failed)
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import math
+import re
 import time
 import types
 
@@ -263,7 +264,7 @@ def test_both_timers_measure_the_same_work(gpu):
     mine = found["flowkernels cpu"]
     assert mine["gate"] == "ok"
     assert 1000 <= mine["p20_us"] <= mine["p50_us"] <= mine["p80_us"]
-    assert mine["looped_us"] >= 1000
+    assert mine["looped_us"] == "" or mine["looped_us"] >= 1000  # none on a machine so busy that a call takes 2 ms
     assert mine["ratio"] > 0
     assert mine["stream_percent"] > 0
     assert mine["fma_percent"] > 0
@@ -288,11 +289,14 @@ def test_command_on_a_gpu(bench_on_the_stand_in, tmp_path, capsys):
     table = out[out.index("x eager") :].splitlines()
     assert table[1].startswith("bellman: K=16, N=1..8 ")
     assert table[1].endswith("ok")
-    assert table[2].startswith("stand-in")
+    assert re.fullmatch(
+        r"copy \S+ GB/s \| torch.matmul float32 \S+, tf32 \S+, bfloat16 \S+, float16 \S+ TFLOP/s", table[2]
+    )
+    assert table[3].startswith("stand-in")
     with open(tmp_path / "bellman.csv", newline="") as f:
         row = next(csv.DictReader(f))
     assert row["device"] == "stand-in"
-    assert float(row["looped_us"]) > 0
+    assert row["looped_us"] == "" or float(row["looped_us"]) > 0
 
 
 def test_what_there_is_no_time_for_is_named(bench_on_the_stand_in, capsys):
