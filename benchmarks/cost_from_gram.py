@@ -20,12 +20,12 @@ def cases(device) -> Iterator[Case]:
         def make():
             gram, times = inputs(K, device)
             compiled = torch.compile(reference.cost_from_gram)
-            sample = Sample("", (gram.cpu(), times), dict(states=False))
+            sample, on_device = Sample("", (gram.cpu(), times), dict(states=False)), times.to(device)
             return Work(
                 ours(lambda: cost_from_gram(gram, times), device)
                 | {
-                    "torch eager": lambda: reference.cost_from_gram(gram, times),
-                    "torch compile": lambda: compiled(gram, times),
+                    "torch eager": lambda: reference.cost_from_gram(gram, on_device),
+                    "torch compile": lambda: compiled(gram, on_device),
                 },
                 lambda got: error_and_bound(sample, got.cpu()),
                 moved=2 * gram.nbytes,

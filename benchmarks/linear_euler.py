@@ -57,6 +57,7 @@ def cases(device) -> Iterator[Case]:
                 check,
                 moved=z.nbytes + weight.nbytes + 2 * x.nbytes,
                 flops=2 * m * tokens * d * outputs,
+                unit=str(dtype)[6:],
             )
 
         return Case(f"{name}, {str(dtype)[6:]}", m * tokens * d, make, quick=quick)

@@ -73,6 +73,7 @@ def cases(device) -> Iterator[Case]:
                 lambda got: (relative_error(got, truth), bound),
                 moved=x.nbytes * 2,
                 flops=2 * macs,
+                unit=str(weights)[6:],
             )
 
         curves = {}

@@ -55,11 +55,12 @@ def cases(device) -> Iterator[Case]:
 
     def costs():
         matrix, times = cost_from_gram.inputs(10, device)
+        on_device = times.to(device)
         sample = cost_from_gram.Sample("", (matrix.cpu(), times), dict(states=False))
         return (
             lambda: ops.cost_from_gram(matrix, times),
             kernel("cost_from_gram", matrix, times, False),
-            lambda: cost_from_gram.reference.cost_from_gram(matrix, times),
+            lambda: cost_from_gram.reference.cost_from_gram(matrix, on_device),
             lambda got: cost_from_gram.error_and_bound(sample, got.cpu()),
         )
 
@@ -138,7 +139,7 @@ def cases(device) -> Iterator[Case]:
         x, h, layers = net.args
         x, layers = x.to(device), [replace(a, weight=a.weight.to(device), shift=a.shift.to(device)) for a in layers]
         first, last = layers
-        module, C = sys.modules["flowkernels.ops.mlp_sample"], backends.extension()
+        module, C = sys.modules["flowkernels.ops.mlp_sample"], backends.extension() if on_cpu else None
         out, step_sizes = torch.empty_like(x), torch.tensor(h, dtype=torch.float64)
         plan = C and module.Plan(C, 64, layers, None)
         prepared = C and module.Prepared(plan, step_sizes, module.Tables(layers), None, 1.0)

@@ -13,7 +13,7 @@ from .velocity_gram import gram, velocities
 
 def pairwise(v: torch.Tensor, x: torch.Tensor, t: list[float]) -> torch.Tensor:
     """BOSS (arXiv 2312.16414) as published: one squared norm over the batch for each pair of knots."""
-    cost = torch.full((len(t), len(t)), torch.inf, dtype=torch.float64)
+    cost = torch.full((len(t), len(t)), torch.inf, dtype=torch.float64, device=v.device)
     for k in range(1, len(t)):
         for j in range(k):
             residual = x[j] + (t[k] - t[j]) * v[j] - x[k]
@@ -25,15 +25,16 @@ def cases(device) -> Iterator[Case]:
     def case(K, n, D, dtype=torch.float32, loop=True, quick=False):
         def make():
             v, times = velocities(K, n, D, device, dtype), torch.linspace(0, 1, K + 1, dtype=torch.float64)
+            on_device = times.to(device)
 
             def by_torch():
-                return cost_from_gram(gram(v).cpu() / n, times)
+                return cost_from_gram(gram(v) / n, on_device)
 
             def by_raw_product():  # what the increments are for: the same from products of the velocities themselves
                 flat = v.flatten(1).float()
                 raw = (flat @ flat.T).double()
                 a = raw[1:, 1:] - raw[1:, :-1] - raw[:-1, 1:] + raw[:-1, :-1]
-                return cost_from_gram(a.cpu() / n, times)
+                return cost_from_gram(a / n, on_device)
 
             calls = ours(lambda: fk.step_cost(v, times), device)
             calls |= {"torch eager": by_torch, "torch raw product": by_raw_product}
@@ -50,12 +51,12 @@ def cases(device) -> Iterator[Case]:
                 if truth is None:
                     a = v.flatten(1).double().diff(dim=0)
                     truth = cost_from_gram((a @ a.T).cpu() / n, times)
-                j, k = torch.triu_indices(K + 1, K + 1, 2)
+                got, (j, k) = got.cpu(), torch.triu_indices(K + 1, K + 1, 2)
                 error = ((got[j, k] - truth[j, k]).abs() / truth[j, k]).max().item() if len(j) else 0.0
                 # a loop over states carries their rounding: float32 states allow no more
                 return error, 1e-5
 
-            return Work(calls, check, moved=v.nbytes, flops=K * (K - 1) * n * D)
+            return Work(calls, check, moved=v.nbytes, flops=K * (K - 1) * n * D, unit=str(dtype)[6:])
 
         curves = {"velocities, K * n * D": K * n * D} if dtype == torch.float32 else {}
         return Case(f"K={K}, n={n}, D={D}, {str(dtype)[6:]}", K * n * D, make, quick=quick, curves=curves)

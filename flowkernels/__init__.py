@@ -6,6 +6,7 @@ result = fk.straighten(None, velocity, cal[4], noise=(3, 32, 32), iterations=200
 """
 
 from flowkernels import ops
+from flowkernels._ranges import profile_ranges
 from flowkernels._version import __version__
 from flowkernels.backends import BackendError, backend
 from flowkernels.calibrate import Calibration, calibrate, load
@@ -49,6 +50,7 @@ __all__ = [
     "load",
     "mlp_sample",
     "ops",
+    "profile_ranges",
     "rollout",
     "sample",
     "segment_points",

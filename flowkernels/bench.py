@@ -1,15 +1,14 @@
 """The benchmark harness: `flowkernels bench`, or `python -m flowkernels.bench`. The entries are in benchmarks/.
 
 Providers of one piece of work are timed in turns, in an order that rotates, together with what the machine can do at
-most at that moment: the memory's bandwidth and the multiply-adds of its cores. Ratios and percentages are medians over
-rounds of values taken within one round, since a shared machine is faster in one second than in the next.
+most at that moment: the memory's bandwidth and the multiply-adds of its cores, or a GPU's copies and matrix products.
+Ratios and percentages are medians over rounds of values taken within one round, since a shared machine is faster in one
+second than in the next. How a GPU is measured is in _timers.py.
 """
 
 import argparse
 import contextlib
 import csv
-import ctypes
-import gc
 import importlib
 import importlib.util
 import math
@@ -29,6 +28,7 @@ import torch
 
 from flowkernels import backends
 from flowkernels._files import whole_file
+from flowkernels._timers import CudaEvents, WallClock, timer
 from flowkernels._version import __version__
 
 ENTRIES = (
@@ -50,6 +50,7 @@ FIELDS = (
     *("entry", "case", "size", "provider", "gate", "error", "bound", "p20_us", "p50_us", "p80_us", "rounds"),
     *("ratio", "best_torch", "gb_s", "gflop_s", "stream_percent", "fma_percent", "extra_mb"),
     *("device", "threads", "isa", "cpu", "torch", "python", "flowkernels", "commit", "date"),
+    *("looped_us", "driver", "cuda", "clocks"),  # of a GPU
 )
 
 
@@ -60,12 +61,14 @@ class Work:
     calls: provider -> a call of it; "flowkernels ..." are ours, "torch ..." the peers that ratios are taken to.
     check: (error, bound) of a call's result; more than the bound, or NaN, and no speed is printed.
     moved: bytes that must be read and written. flops: operations that must be done, 0 where that says nothing.
+    unit: the matrix products that `flops` are compared with on a GPU, a key of _timers.UNITS.
     """
 
     calls: Mapping[str, Callable[[], Any]]
     check: Callable[[Any], tuple[float, float]]
     moved: float = 0
     flops: float = 0
+    unit: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -118,78 +121,6 @@ def ours(call: Callable[[], Any], device: torch.device) -> dict[str, Callable[[]
 # Measuring
 
 
-class Ceilings:
-    """Bandwidth and multiply-adds of this machine, measured by kernels of ours."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.C = device, backends.extension()
-        n = 1 << (25 if device.type == "cpu" else 28)
-        self.arrays = [torch.ones(n, device=device) for _ in range(3)]
-
-    def bandwidth(self, threads: int) -> float:
-        """Bytes a second of `out = a + s b` on arrays larger than the caches."""
-        a, b, out = self.arrays
-        start = time.perf_counter()
-        if self.device.type == "cpu" and self.C is not None:
-            self.C.triad(a.data_ptr(), b.data_ptr(), 3.0, out.data_ptr(), a.numel(), threads)
-        else:
-            torch.add(a, b, alpha=3.0, out=out)
-            _wait(self.device)
-        return 12 * a.numel() / (time.perf_counter() - start)
-
-    def multiply_adds(self, threads: int) -> float:
-        """float32 operations a second, two for a multiply-add; NaN where there is no kernel for it."""
-        if self.device.type != "cpu" or self.C is None:
-            return math.nan
-        start = time.perf_counter()
-        done = self.C.multiply_adds(200_000, threads)
-        return done / (time.perf_counter() - start)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _time(call: Callable[[], Any], loops: int, device: torch.device) -> float:
-    start = time.perf_counter()
-    for _ in range(loops):
-        call()
-    _wait(device)
-    return (time.perf_counter() - start) / loops
-
-
-def extra_memory(call: Callable[[], Any], device: torch.device) -> float:
-    """Peak MB beyond inputs and result while `call` runs; NaN where the system does not tell."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        result = call()
-        return (torch.cuda.max_memory_allocated(device) - before - _bytes(result)) / 1e6
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = _status("VmRSS")
-        result = call()
-        return max(0.0, _status("VmHWM") - before - _bytes(result)) / 1e6
-    except (OSError, AttributeError):
-        return math.nan
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {key}")
-
-
-def _bytes(result: Any) -> int:
-    if isinstance(result, torch.Tensor):
-        return result.nbytes
-    return sum(map(_bytes, result)) if isinstance(result, (tuple, list)) else 0
-
-
 @dataclass
 class Measured:
     """What one provider did: seconds of each round, and the machine's ceilings in the same rounds."""
@@ -198,13 +129,14 @@ class Measured:
     bound: float
     extra_mb: float = math.nan
     seconds: list[float] = field(default_factory=list)
+    looped: list[float] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         return self.error <= self.bound
 
 
-def measure(work: Work, device: torch.device, threads: int, ceilings: Ceilings, budget: float):
+def measure(work: Work, clock: WallClock | CudaEvents, threads: int, budget: float):
     """Gate, warm up and time all providers in turns for about `budget` seconds; at least three rounds."""
     measured, loops, cost = {}, {}, {}
     for name, call in work.calls.items():
@@ -212,22 +144,22 @@ def measure(work: Work, device: torch.device, threads: int, ceilings: Ceilings, 
         measured[name] = Measured(error, bound)
         if not measured[name].ok:
             continue
-        once = min(_time(call, 1, device) for _ in range(2))
-        loops[name] = max(1, min(10_000, math.ceil(1e-3 / max(once, 1e-7))))
-        cost[name] = once * loops[name]
-        measured[name].extra_mb = extra_memory(call, device)
+        loops[name], cost[name] = clock.plan(call)
+        measured[name].extra_mb = clock.extra_memory(call)
     names = [name for name in work.calls if measured[name].ok]
     slow = {name for name in names if cost[name] > budget / 8}
     each = sum(cost[name] for name in names if name not in slow) + 0.02
     rounds = max(3, min(200, int(budget / each)))
     stream, fma = [], []
     for r in range(rounds):
-        stream.append(ceilings.bandwidth(threads))
-        fma.append(ceilings.multiply_adds(threads))
+        stream.append(clock.bandwidth(threads))
+        fma.append(clock.operations(threads, work.unit))
         for k in range(len(names)):
             name = names[(k + r) % len(names)]
             if name not in slow or r < 3:
-                measured[name].seconds.append(_time(work.calls[name], loops[name], device))
+                measured[name].seconds.append(clock.seconds(work.calls[name], loops[name]))
+                if (looped := clock.looped(work.calls[name], cost[name] / loops[name])) is not None:
+                    measured[name].looped.append(looped)
     return measured, stream, fma
 
 
@@ -254,6 +186,8 @@ def rows(entry: str, case: Case, work: Work, measured: dict[str, Measured], stre
             row["best_torch"] = best or ""
             if best:
                 row["ratio"] = _paired(peers[best].seconds, m.seconds)
+            if m.looped:
+                row["looped_us"] = 1e6 * statistics.median(m.looped)
             if work.moved:
                 row["gb_s"] = work.moved * statistics.median(rate) / 1e9
                 row["stream_percent"] = 100 * work.moved * _paired(rate, stream)
@@ -263,16 +197,36 @@ def rows(entry: str, case: Case, work: Work, measured: dict[str, Measured], stre
         yield row
 
 
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def provenance(device: torch.device) -> dict:
     """What every row says of where it comes from."""
     from flowkernels.demo import environment
 
     e = environment()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{e['cpu']}, {e['cores']} cores",
+        "device": torch.cuda.get_device_name(device) if _is_gpu(device) else f"{e['cpu']}, {e['cores']} cores",
         **dict(isa=e["instruction_set"], cpu=e["cpu"], torch=e["torch"], python=e["python"], flowkernels=__version__),
         **dict(commit=_commit(), date=datetime.now(timezone.utc).date().isoformat()),
+        **(_of_the_gpu(device) if _is_gpu(device) else {}),
     }
+
+
+def _of_the_gpu(device: torch.device) -> dict:
+    """Driver, CUDA runtime and clocks; what only nvidia-smi knows is empty where that is missing."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # CUDA_VISIBLE_DEVICES renumbers
+    which = str(device.index or 0) if uuid is None else f"GPU-{uuid}".replace("GPU-GPU-", "GPU-")
+    keys = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    try:
+        query = ["nvidia-smi", f"--id={which}", f"--query-gpu={keys}", "--format=csv,noheader"]
+        answer = subprocess.check_output(query, text=True, timeout=30).strip().split(", ")
+        driver, sm, most, memory, power = answer
+        clocks = f"SM {sm} of {most}, memory {memory}, power limit {power}"
+    except (OSError, subprocess.SubprocessError, ValueError):
+        driver = clocks = ""
+    return {"driver": driver, "cuda": torch.version.cuda or "", "clocks": clocks}
 
 
 def _commit() -> str:
@@ -298,15 +252,42 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}"
 
 
-def print_case(results: list[dict]) -> None:
+def print_case(results: list[dict], titles: tuple[str, str] = WallClock.titles) -> None:
+    """titles: what the bandwidth and the operations are percentages of."""
     first = results[0]
     print(f"\n{first['entry']}: {first['case']} ({first['threads']} threads)")
-    titles = ("p50 us", "p20", "p80", "x best torch", "GB/s", "% stream", "GFLOP/s", "% FMA", "extra MB")
-    keys = ("p50_us", "p20_us", "p80_us", "ratio", "gb_s", "stream_percent", "gflop_s", "fma_percent", "extra_mb")
-    print(f"  {'':<24}" + "".join(f"{t:>13}" for t in titles) + "  gate")
+    columns = {"p50 us": "p50_us", "p20": "p20_us", "p80": "p80_us"}
+    if any(row["looped_us"] != "" for row in results):
+        columns["in a loop"] = "looped_us"
+    columns |= {"x best torch": "ratio", "GB/s": "gb_s", titles[0]: "stream_percent", "GFLOP/s": "gflop_s"}
+    columns |= {titles[1]: "fma_percent", "extra MB": "extra_mb"}
+    print(f"  {'':<24}" + "".join(f"{t:>13}" for t in columns) + "  gate")
     for row in results:
         gate = "ok" if row["gate"] == "ok" else f"RED {row['error']:.2g} > {row['bound']:.2g}"
-        print(f"  {row['provider']:<24}" + "".join(f"{_cell(row[k]):>13}" for k in keys) + f"  {gate}", flush=True)
+        cells = "".join(f"{_cell(row[k]):>13}" for k in columns.values())
+        print(f"  {row['provider']:<24}{cells}  {gate}", flush=True)
+
+
+PEERS = {"x eager": "torch eager", "x compile": "torch compile", "x loop": "published loop"}
+
+
+def print_summary(results: list[dict], titles: tuple[str, str]) -> None:
+    """One line a case: our default call, how many times as long its peers take, and how near it is to the limits."""
+    if not results:
+        return
+    name = 2 + max(len(f"{row['entry']}: {row['case']}") for row in results)
+    columns = ("ours us", "in a loop", *PEERS, *titles)
+    print(f"\n{'':<{name}}" + "".join(f"{c:>11}" for c in columns) + "  gate")
+    for key in dict.fromkeys((row["entry"], row["case"]) for row in results):
+        of = {row["provider"]: row for row in results if (row["entry"], row["case"]) == key}
+        ours_of = [row for name, row in of.items() if name.startswith("flowkernels")]
+        mine = ours_of[0]
+        times = [of.get(peer, {}).get("p50_us", "") for peer in PEERS.values()]
+        known = mine["p50_us"] != ""
+        ratios = [t / mine["p50_us"] if known and t != "" else "" for t in times]
+        cells = [mine["p50_us"], mine["looped_us"], *ratios, mine["stream_percent"], mine["fma_percent"]]
+        gates = "ok" if all(row["gate"] == "ok" for row in ours_of) else "RED"
+        print(f"{': '.join(key):<{name}}" + "".join(f"{_cell(c):>11}" for c in cells) + f"  {gates}", flush=True)
 
 
 def write_csv(path: Path, results: list[dict]) -> None:
@@ -323,7 +304,8 @@ def add_arguments(add: Callable) -> None:
     add("--device", default="cpu", help="torch device")
     add("--threads", type=int, default=torch.get_num_threads(), help="threads of a CPU run")
     add("--quick", action="store_true", help="a few small cases, a second each")
-    add("--seconds", type=float, default=6.0, help="time for each case")
+    add("--seconds", type=float, help="time for each case; 6, on a GPU 0.5")
+    add("--minutes", type=float, help="for the whole run, shared out; cases beyond are left out; none, on a GPU 9")
     add("--match", default="", help="only cases whose name contains this")
     add("--out", type=Path, help="folder for one CSV file an entry; none is written if not given")
     add("--list", action="store_true", help="print the names of the cases and stop")
@@ -338,10 +320,20 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--threads: expected at least 1, got {args.threads}")
     if args.out is not None and not args.out.is_dir():
         raise ValueError(f"--out: expected a folder that exists, got {args.out}")
+    for option in ("seconds", "minutes"):
+        value = getattr(args, option)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{option}: expected more than 0, got {value}")
     try:
         device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device: expected a device of this torch build, got {args.device!r} ({e})") from e
+    if device.type == "cuda" and (reason := backends.why_not("cuda", "cuda")):
+        raise ValueError(f"--device: expected a GPU that our kernels run on, got {args.device!r}: {reason}")
+    if args.seconds is None:
+        args.seconds = 0.5 if _is_gpu(device) else 6.0
+    if args.minutes is None:
+        args.minutes = 9.0 if _is_gpu(device) else math.inf
     with _pinned(args.threads):
         return _run(args, device)
 
@@ -362,39 +354,79 @@ def _pinned(threads: int) -> Iterator[None]:
             os.sched_setaffinity(0, cores)
 
 
-def _run(args: argparse.Namespace, device: torch.device) -> int:
-    source, failed = provenance(device), False
-    ceilings = None if args.list else Ceilings(device)
-    if not args.list:
-        print(" | ".join(f"{k} {v}" for k, v in source.items() if v))
+class Shares:
+    """The time of a run, shared out: an entry gets of what is left in proportion to its cases, and keeps none of it.
+
+    An entry's cases come in order, the quick ones first, until its share is spent. A case that has begun goes on.
+    """
+
+    def __init__(self, minutes: float, cases: Mapping[str, int]):
+        self.end, self.left = time.monotonic() + 60 * minutes, dict(cases)
+        self.entry_end = self.end
+
+    def begin(self, entry: str) -> None:
+        now, all_left = time.monotonic(), sum(self.left.values())
+        self.entry_end = now + (self.end - now) * self.left.pop(entry) / max(1, all_left)
+
+    def spent(self) -> bool:
+        return time.monotonic() >= self.entry_end
+
+
+def _chosen(args: argparse.Namespace, device: torch.device) -> dict[str, list[Case]]:
+    """The cases asked for, by entry; with a limit of time the quick ones, which matter most, first."""
+    found = {}
     for entry in args.entries or ENTRIES:
-        results = []
-        for case in cases(entry, device):
-            if args.match not in case.name or (args.quick and not case.quick):
-                continue
-            if args.list:
+        found[entry] = [c for c in cases(entry, device) if args.match in c.name and (c.quick or not args.quick)]
+        if args.minutes < math.inf:
+            found[entry].sort(key=lambda case: not case.quick)
+    return found
+
+
+def _run(args: argparse.Namespace, device: torch.device) -> int:
+    chosen = _chosen(args, device)
+    if args.list:
+        for entry, found in chosen.items():
+            for case in found:
                 print(f"{entry}: {case.name}")
-                continue
+        return 0
+    source, failed = provenance(device), False
+    print(" | ".join(f"{k} {v}" for k, v in source.items() if v))
+    clock, everything, left_out = timer(device), [], []
+    shares = Shares(args.minutes, {entry: len(found) for entry, found in chosen.items()})
+    for entry, found in chosen.items():
+        results = []
+        shares.begin(entry)
+        for case in found:
             threads = case.threads or args.threads
             if threads > args.threads:
+                continue
+            if shares.spent():
+                left_out.append(f"{entry}: {case.name}")
                 continue
             torch.set_num_threads(threads)
             torch._dynamo.reset()
             try:
                 work = case.make()
-                measured = measure(work, device, threads, ceilings, 1.0 if args.quick else args.seconds)
+                measured = measure(work, clock, threads, min(1.0, args.seconds) if args.quick else args.seconds)
             except Exception:
                 print(f"\n{entry}: {case.name} failed\n{traceback.format_exc()}", flush=True)
                 failed = True
                 continue
-            found = [row | source | {"threads": threads} for row in rows(entry, case, work, *measured)]
-            failed |= any(row["gate"] != "ok" for row in found if row["provider"].startswith("flowkernels"))
-            print_case(found)
-            results += found
+            rows_of_case = [row | source | {"threads": threads} for row in rows(entry, case, work, *measured)]
+            failed |= any(row["gate"] != "ok" for row in rows_of_case if row["provider"].startswith("flowkernels"))
+            print_case(rows_of_case, clock.titles)
+            results += rows_of_case
             del work, measured
+        everything += results
         if args.out is not None and results:
             write_csv(args.out / f"{entry}.csv", results)
             print(f"{args.out / entry}.csv: {len(results)} rows")
+    if left_out:
+        print(f"\nleft out, {args.minutes:g} minutes being over (--minutes): " + "; ".join(left_out))
+    if _is_gpu(device):
+        print_summary(everything, clock.titles)
+        print(clock.limits())
+        print(" | ".join(source[k] for k in ("device", "driver", "cuda", "torch", "date") if source[k]))
     return int(failed)
 
 

@@ -1,14 +1,18 @@
 """The benchmark harness: gates, ratios, what it writes and refuses. No test looks at a speed."""
 
+import contextlib
 import csv
 import math
+import re
 import time
+import types
 
 import pytest
 import torch
 
-from flowkernels import backends, bench, cli
-from flowkernels.bench import Ceilings, Measured, Work, measure, rows
+from flowkernels import _timers, backends, bench, cli
+from flowkernels._timers import CudaEvents, WallClock
+from flowkernels.bench import Measured, Work, measure, rows
 
 CPU = torch.device("cpu")
 
@@ -18,18 +22,18 @@ def wait(seconds):
 
 
 @pytest.fixture(scope="module")
-def ceilings():
-    return Ceilings(CPU)
+def clock():
+    return WallClock(CPU)
 
 
-def table(work, ceilings):
-    found = rows("entry", bench.Case("case", 1, lambda: work), work, *measure(work, CPU, 1, ceilings, 0.1))
+def table(work, clock):
+    found = rows("entry", bench.Case("case", 1, lambda: work), work, *measure(work, clock, 1, 0.1))
     return {row["provider"]: row for row in found}
 
 
-def test_a_red_gate_prints_no_speed(ceilings, capsys):
+def test_a_red_gate_prints_no_speed(clock, capsys):
     calls = {"flowkernels cpu": lambda: torch.ones(1), "torch eager": lambda: torch.zeros(1)}
-    found = table(Work(calls, lambda got: (got.item(), 0.5), moved=8, flops=8), ceilings)
+    found = table(Work(calls, lambda got: (got.item(), 0.5), moved=8, flops=8), clock)
     red, green = found["flowkernels cpu"], found["torch eager"]
     assert (red["gate"], red["error"], red["bound"], green["gate"]) == ("RED", 1.0, 0.5, "ok")
     figures = ("p20_us", "p50_us", "p80_us", "ratio", "gb_s", "gflop_s", "stream_percent", "fma_percent")
@@ -68,10 +72,10 @@ def test_ratios_are_to_the_best_torch_provider_round_by_round():
     assert mine["fma_percent"] == pytest.approx(25)  # of 50, 25 and 12.5
 
 
-def test_providers_take_turns_in_an_order_that_rotates(ceilings):
+def test_providers_take_turns_in_an_order_that_rotates(clock):
     order = []
     calls = {name: (lambda name=name: order.append(name) or wait(0.004)()) for name in ("flowkernels cpu", "torch a")}
-    measured, stream, fma = measure(Work(calls, lambda got: (0, 1)), CPU, 1, ceilings, 0.2)
+    measured, stream, fma = measure(Work(calls, lambda got: (0, 1)), clock, 1, 0.2)
     rounds = len(stream)
     assert rounds == len(fma) >= 3
     assert {len(m.seconds) for m in measured.values()} == {rounds}
@@ -80,21 +84,21 @@ def test_providers_take_turns_in_an_order_that_rotates(ceilings):
     assert all(s >= 0.004 for m in measured.values() for s in m.seconds)
 
 
-def test_slow_providers_run_three_rounds_only(ceilings):
+def test_slow_providers_run_three_rounds_only(clock):
     calls = {"flowkernels cpu": wait(0.001), "torch eager": wait(0.05)}
-    measured, *_ = measure(Work(calls, lambda got: (0, 1)), CPU, 1, ceilings, 0.2)
+    measured, *_ = measure(Work(calls, lambda got: (0, 1)), clock, 1, 0.2)
     assert len(measured["torch eager"].seconds) == 3
     assert len(measured["flowkernels cpu"].seconds) >= 3
 
 
-def test_extra_memory():
+def test_extra_memory(clock):
     size = 64 << 20
 
     def call():
         scratch = torch.ones(size // 4)
         return scratch.sum() + torch.ones(size // 8)  # a result of half the size, which does not count
 
-    found = bench.extra_memory(call, CPU)
+    found = clock.extra_memory(call)
     assert found != found or 0.9 * size / 1e6 < found < 1.9 * size / 1e6
 
 
@@ -146,6 +150,9 @@ def test_list_runs_nothing(capsys):
         (["gram"], "ENTRY: expected one of velocity_gram, "),
         (["bellman", "--device", "abacus"], "--device: expected a device of this torch build, got 'abacus'"),
         (["bellman", "--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["bellman", "--seconds", "0"], "--seconds: expected more than 0, got 0"),
+        (["bellman", "--minutes", "nan"], "--minutes: expected more than 0, got nan"),
+        (["bellman", "--device", "cuda"], "--device: expected "),
         (["bellman", "--out", "nowhere"], "--out: expected a folder that exists, got nowhere"),
     ],
 )
@@ -164,3 +171,168 @@ def test_a_failing_case_and_a_red_gate_are_failures(monkeypatch, capsys):
         monkeypatch.setattr(bench, "cases", lambda entry, device, make=make: [bench.Case("c", 1, make, quick=True)])
         assert cli.main(["bench", "bellman", "--quick"]) == code
     assert "RuntimeError: no inputs" in capsys.readouterr().out
+
+
+# ---- a GPU's timer, on a stand-in for torch.cuda ----
+
+
+class Event:
+    """An event whose stream is the host."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What `CudaEvents` asks of torch.cuda; counts how often the host waited."""
+    waited = []
+    for name, value in dict(
+        **dict(
+            Event=Event, device=lambda device: contextlib.nullcontext(), synchronize=lambda device: waited.append(1)
+        ),
+        get_device_properties=lambda device: types.SimpleNamespace(L2_cache_size=1 << 20, uuid="0-1"),
+        reset_peak_memory_stats=lambda device: None,
+        **dict(memory_allocated=lambda device: 1000, max_memory_allocated=lambda device: 3_000_000 + 1000),
+        get_device_name=lambda device: "stand-in",
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(CudaEvents, "COPIED", 1 << 16)
+    monkeypatch.setattr(CudaEvents, "OVERWRITTEN", 1 << 16)
+    small = {unit: (dtype, 16, precision) for unit, (dtype, _, precision) in _timers.UNITS.items()}
+    monkeypatch.setattr(_timers, "UNITS", small)
+    return waited
+
+
+def test_events_are_around_the_call_and_not_around_what_empties_the_cache(gpu):
+    events = CudaEvents(CPU)
+    assert events.other.nbytes == 2 << 20  # larger than the L2
+    order = []
+    events.other = types.SimpleNamespace(zero_=lambda: order.append("cold") or time.sleep(0.02))
+    found = events.seconds(lambda: order.append("call") or time.sleep(0.002), 4)
+    assert order == ["cold", "call"] * 4
+    assert 0.002 <= found < 0.02
+    assert len(gpu) == 1  # after the last call, not between them
+    order.clear()
+    assert 0.002 <= events.looped(lambda: order.append("call") or time.sleep(0.002), 0.001) < 0.02
+    assert set(order) == {"call"}
+    assert len(order) >= 3
+    assert events.looped(lambda: order.append("call"), 0.1) is None
+
+
+def test_the_time_is_the_median_call(gpu, monkeypatch):
+    events = CudaEvents(CPU)
+    monkeypatch.setattr(events, "_events", lambda *_: [9.0, 1.0, 2.0])
+    assert events.seconds(lambda: None, 3) == 2
+    assert events.bandwidth(1) == 2 * (1 << 16) / 2
+    assert events.operations(1, "float32") == 2 * 16**3 / 2
+
+
+def test_calls_shorter_than_the_tick_of_events_take_one(gpu, monkeypatch):
+    monkeypatch.setattr(Event, "elapsed_time", lambda *_: 0.0)
+    assert CudaEvents(CPU).seconds(lambda: None, 3) == 5e-7
+
+
+@pytest.mark.parametrize("unit", ["float32", "tf32", "bfloat16", "float16"])
+def test_matrix_products_have_the_precision_of_their_unit(gpu, unit, monkeypatch):
+    events, seen = CudaEvents(CPU), []
+    product = torch.mm
+
+    def mm(a, b, out=None):
+        seen.append((a.dtype, torch.get_float32_matmul_precision()))
+        return product(a, b) if out is None else product(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    before = torch.get_float32_matmul_precision()
+    assert events.operations(1, unit) > 0
+    assert torch.get_float32_matmul_precision() == before
+    dtype = torch.float32 if unit == "tf32" else getattr(torch, unit)
+    assert set(seen) == {(dtype, "high" if unit == "tf32" else "highest")}
+    assert set(_timers.UNITS) == {"float32", "tf32", "bfloat16", "float16"}
+
+
+def test_both_timers_measure_the_same_work(gpu):
+    calls = {"flowkernels cpu": wait(0.001), "torch eager": wait(0.002), "torch red": lambda: torch.full((1,), 9.0)}
+    work = Work(calls, lambda got: (got.item(), 0.5), moved=8, flops=8, unit="bfloat16")
+    found = table(work, CudaEvents(CPU))
+    mine = found["flowkernels cpu"]
+    assert mine["gate"] == "ok"
+    assert 1000 <= mine["p20_us"] <= mine["p50_us"] <= mine["p80_us"]
+    assert mine["looped_us"] == "" or mine["looped_us"] >= 1000  # none on a machine so busy that a call takes 2 ms
+    assert mine["ratio"] > 0
+    assert mine["stream_percent"] > 0
+    assert mine["fma_percent"] > 0
+    assert mine["extra_mb"] == pytest.approx(3 - 4e-6)
+    assert found["torch red"]["gate"] == "RED"
+    assert found["torch red"]["p50_us"] == found["torch red"]["looped_us"] == ""
+    assert set(table(work, WallClock(CPU))) == set(found)
+
+
+@pytest.fixture
+def bench_on_the_stand_in(gpu, monkeypatch):
+    """`flowkernels bench` takes the CPU for a GPU."""
+    monkeypatch.setattr(bench, "timer", CudaEvents)
+    monkeypatch.setattr(bench, "_is_gpu", lambda device: True)
+
+
+def test_command_on_a_gpu(bench_on_the_stand_in, tmp_path, capsys):
+    assert cli.main(["bench", "bellman", "--match", "K=16", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "% copy" in out
+    assert "in a loop" in out
+    table = out[out.index("x eager") :].splitlines()
+    assert table[1].startswith("bellman: K=16, N=1..8 ")
+    assert table[1].endswith("ok")
+    assert re.fullmatch(
+        r"copy \S+ GB/s \| torch.matmul float32 \S+, tf32 \S+, bfloat16 \S+, float16 \S+ TFLOP/s", table[2]
+    )
+    assert table[3].startswith("stand-in")
+    with open(tmp_path / "bellman.csv", newline="") as f:
+        row = next(csv.DictReader(f))
+    assert row["device"] == "stand-in"
+    assert row["looped_us"] == "" or float(row["looped_us"]) > 0
+
+
+def test_what_there_is_no_time_for_is_named(bench_on_the_stand_in, capsys):
+    assert cli.main(["bench", "bellman", "--minutes", "1e-9"]) == 0
+    out = capsys.readouterr().out
+    left = next(line for line in out.splitlines() if line.startswith("left out, 1e-09 minutes being over"))
+    assert all(f"bellman: {case.name}" in left for case in bench.cases("bellman", CPU))
+
+
+def test_time_is_shared_out_by_cases(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
+    shares = bench.Shares(1, {"a": 1, "b": 2, "c": 3})
+    shares.begin("a")
+    assert shares.entry_end == 10
+    now[0] = 30
+    assert shares.spent()
+    shares.begin("b")  # of what is left, although "a" took too long
+    assert shares.entry_end == 30 + 30 * 2 / 5
+    now[0] = 32
+    assert not shares.spent()
+    shares.begin("c")  # and all of the rest
+    assert shares.entry_end == 60
+
+
+def test_what_nvidia_smi_says(gpu, monkeypatch):
+    asked = []
+    answer = "580.1, 1200 MHz, 1980 MHz, 2619 MHz, 700.00 W\n"
+    monkeypatch.setattr(bench.subprocess, "check_output", lambda c, **_: asked.append(c) or answer)
+    found = bench._of_the_gpu(torch.device("cuda", 1))
+    assert found["driver"] == "580.1"
+    assert found["clocks"] == "SM 1200 MHz of 1980 MHz, memory 2619 MHz, power limit 700.00 W"
+    assert "--id=GPU-0-1" in asked[0]
+
+    def missing(*args, **kwargs):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(bench.subprocess, "check_output", missing)
+    assert bench._of_the_gpu(torch.device("cuda", 1)) == {**found, "driver": "", "clocks": ""}

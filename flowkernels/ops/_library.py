@@ -11,7 +11,7 @@ from torch._C._functorch import peek_interpreter_stack as _transforms
 from torch.autograd import _profiler_enabled as _profiling
 from torch.autograd import forward_ad
 
-from flowkernels import backends
+from flowkernels import _ranges, backends
 
 with contextlib.suppress(ImportError):
     importlib.import_module("flowkernels._C")  # now, not at the first call: it has to know of forks before they happen
@@ -28,13 +28,19 @@ def register(schema: str, kernel, reference, fake, cuda=None) -> None:
     if cuda is not None:
         backends.CUDA_OPS.add(name)
 
-    def run(*args):
-        choice = backends.choose(name, args[0].device.type)
+    def on(choice, args):
         if choice == "cpu":
             return kernel(backends.extension(), *args)
         if choice == "cuda":
             return cuda(backends.cuda_module(), *args)
         return reference(*args)
+
+    def run(*args):
+        choice = backends.choose(name, args[0].device.type)
+        if not _ranges.asked:
+            return on(choice, args)
+        with _ranges.around(name, choice):
+            return on(choice, args)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flowkernels::{name}", fake, lib=LIBRARY)
@@ -62,10 +68,10 @@ def fresh(t: Tensor) -> Tensor:
 def direct(op: str, *tensors: Tensor | None, gradient: bool = False):
     """The compiled module, if the call may go straight to it; None if torch's dispatcher has something to do.
 
-    It has under a compiler, a tracer, a mode, a transform or a profiler, and for tensors that are a subclass, live
-    elsewhere, carry a pending negation, are zeros without memory (of forward-mode differentiation), or need a gradient
-    (unless the caller sees to that). Otherwise it would only cost time: about 40 us a call, and 300 us where there is a
-    gradient.
+    It has under a compiler, a tracer, a mode, a transform, a profiler or `profile_ranges`, and for tensors that are a
+    subclass, live elsewhere, carry a pending negation, are zeros without memory (of forward-mode differentiation), or
+    need a gradient (unless the caller sees to that). Otherwise it would only cost time: about 40 us a call, and 300 us
+    where there is a gradient.
     """
     if _watched():
         return None
@@ -84,7 +90,9 @@ def direct_cuda(op: str, t: Tensor):
 
 
 def _watched() -> bool:
-    return torch.compiler.is_compiling() or _tracing() or _modes() or _profiling() or _is_transformed()
+    if torch.compiler.is_compiling() or _tracing() or _modes() or _profiling() or _is_transformed():
+        return True
+    return _ranges.asked
 
 
 def is_plain(t: Tensor) -> bool:

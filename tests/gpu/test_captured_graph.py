@@ -15,8 +15,6 @@ from flowkernels.models import BUNDLED, DiT, UNet
 from flowkernels.rollout import euler, initial_state
 from flowkernels.velocity_field import VelocityField
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 
 def scrambled(net):
     torch.manual_seed(0)

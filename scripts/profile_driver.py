@@ -1,0 +1,56 @@
+"""Runs one op on one case of its benchmark, or on one of its samples, a few times: what a profiler looks at.
+
+python scripts/profile_driver.py euler_step "1024 Ki"
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import _gpu_checks  # noqa: E402
+import torch  # noqa: E402
+
+from flowkernels import bench  # noqa: E402
+from flowkernels.ops import OPS  # noqa: E402
+
+
+def find(op: str, which: str, device: torch.device):
+    """(what it is, the call)."""
+    samples = {s.id: s for s in _gpu_checks.samples(op)}
+    if which in samples:
+        there = _gpu_checks.moved(samples[which], device)
+        return f"sample {which}", lambda: _gpu_checks.call(op, there)
+    cases = bench.cases(op, device)
+    if which.isdecimal():
+        case = min((c for c in cases if c.size), key=lambda c: abs(math.log(c.size / max(1, int(which)))))
+    else:
+        case = next((c for c in cases if which in c.name), None)
+    if case is None:
+        names = "\n  ".join(c.name for c in cases)
+        sys.exit(f"{op}: no sample has the id {which!r}, and no case has it in its name:\n  {names}")
+    calls = case.make().calls
+    return f"case {case.name}", next(call for name, call in calls.items() if name.startswith("flowkernels"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("op", choices=OPS)
+    parser.add_argument("which", nargs="?", default="", help="part of a case's name, a size, or a sample's id")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--calls", type=int, default=8)
+    args = parser.parse_args()
+    device = torch.zeros(1, device=args.device).device
+    what, call = find(args.op, args.which, device)
+    for _ in range(args.calls):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    print(f"{args.op}, {what}: {args.calls} calls on {device}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Tests on a CUDA GPU. Without one all are skipped; with one the CUDA kernels are those of this build."""
+
+import time
+
+import _gpu_checks
+import pytest
+import torch
+
+from flowkernels import backends
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu-minutes", type=float, help="tests of tests/gpu that would begin later are skipped")
+
+
+def pytest_configure(config):
+    config.gpu_start = time.monotonic()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def host_cuda():
+    """In place of the kernels compiled for the host, which the other tests have for backend "cuda"."""
+
+
+@pytest.fixture(autouse=True)
+def gpu(request):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    minutes = request.config.getoption("--gpu-minutes", None)
+    if minutes is not None and time.monotonic() - request.config.gpu_start > 60 * minutes:
+        pytest.skip(f"the {minutes:g} minutes of --gpu-minutes are over")
+    with backends.host_cuda(None):  # which tests before these may have set
+        if reason := backends.why_not("cuda", "cuda"):
+            pytest.fail(f"there is a GPU, but {reason}")
+        yield torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # after all that pytest itself prints
+def pytest_sessionfinish(session):
+    outcome = yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    results = []
+    for kind in ("passed", "failed", "error", "skipped"):
+        for report in reporter.stats.get(kind, ()) if reporter else ():
+            ours = "tests/gpu/" in getattr(report, "nodeid", "")
+            if ours and (report.when == "call" or kind in ("error", "skipped")):
+                results.append((report.nodeid, "failed" if kind == "error" else kind))
+    if results and torch.cuda.is_available():
+        reporter.section("on the GPU")
+        reporter.write_line(_gpu_checks.table(sorted(results)))
+        reporter.write_line(_gpu_checks.machine())
+    return outcome

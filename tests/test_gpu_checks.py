@@ -1,0 +1,246 @@
+"""The checks of tests/gpu, run on the CPU: on the kernels compiled for the host, and on stand-ins for torch.cuda's
+graphs, streams and watch of syncs. A check that could not fail would say nothing, so each is also seen to fail."""
+
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import _gpu_checks as checks
+import _gpu_pipeline
+import pytest
+import torch
+from _contract import tensors
+from test_capture import HostGraph, Recording
+from torch.utils._pytree import tree_map_only
+
+from flowkernels import bench
+from flowkernels.backends import CUDA_OPS, backend
+from flowkernels.ops import OPS
+
+CPU = torch.device("cpu")
+HERE = Path(__file__).parent
+EACH = pytest.mark.parametrize("op", [op for op in OPS if op in CUDA_OPS])
+KEPT = 6  # samples of each op
+
+
+class Graph(HostGraph):
+    """Replays on the kernels that it was recorded on."""
+
+    def replay(self):
+        with backend("cuda"):
+            super().replay()
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    every = checks.samples
+    monkeypatch.setattr(checks, "samples", lambda op: every(op)[:: max(1, len(every(op)) // KEPT)])
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    """What the checks ask of torch.cuda."""
+    stream = types.SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+    for name, value in dict(
+        **dict(Stream=lambda device: stream, current_stream=lambda device: stream, stream=contextlib.nullcontext),
+        **dict(CUDAGraph=Graph, graph=lambda graph, **settings: Recording(graph, **settings)),
+        **dict(set_sync_debug_mode=lambda mode: None, _sleep=lambda cycles: None),
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+# ---- moving ----
+
+
+def layout(t):
+    return t.dtype, t.shape, t.stride(), t.storage_offset(), t.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_moved_samples_are_laid_out_as_they_were(op, monkeypatch):
+    monkeypatch.undo()
+    for sample in checks.samples(op):
+        there = checks.moved(sample, CPU)
+        before, after = (checks.tensors_in(checks.op_args(op, s)) for s in (sample, there))
+        assert len(before) == len(after) > 0
+        for a, b in zip(before, after, strict=True):
+            assert layout(a) == layout(b)
+            assert checks.identical(a, b)
+            assert not a.numel() or a.data_ptr() != b.data_ptr()
+            assert a.data_ptr() % 16 == b.data_ptr() % 16
+        assert there.id == sample.id
+        assert there.kwargs.keys() == sample.kwargs.keys()
+
+
+def test_tensors_that_share_memory_still_do():
+    memory = torch.arange(10.0)
+    a, b = checks.moved([memory[1:4], memory[::2]], CPU)
+    a[1] = 7
+    assert b.tolist() == [0, 7, 4, 6, 8]
+    assert memory[2] == 2
+
+
+def test_a_tensor_in_two_places_is_one_tensor_still():
+    t = torch.ones(3)
+    a, b, c = checks.moved((t, [t], torch.ones(3)), CPU)
+    assert a is b[0] is not c
+    assert a is not t
+
+
+def test_moving_leaves_what_lies_between():
+    wide = torch.full((3, 5), torch.nan)
+    wide[:, 1:3] = 1
+    t = checks.moved(wide[:, 1:3], CPU)
+    assert t.as_strided((15,), (1,), 0).isnan().sum() == 9
+
+
+def test_settings_are_not_touched():
+    given = dict(low=torch.bfloat16, b=[0.5, 1.0], name=None, pair=(1, "x"))
+    assert checks.moved(given, CPU) == given
+
+
+# ---- the checks ----
+
+CHECKS = [checks.float64, checks.same_bits, checks.graph, checks.no_wait, checks.other_stream]
+
+
+@EACH
+@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
+def test_the_kernels_on_the_host_pass(op, check):
+    assert check(op, CPU) == []
+
+
+def with_kernel(monkeypatch, change):
+    """Every call of a kernel goes through `change(result)`."""
+    for name in ("call", "bare"):
+        kernel = getattr(checks, name)
+        monkeypatch.setattr(checks, name, lambda *args, kernel=kernel: change(kernel(*args)))
+
+
+def test_a_wrong_result_is_found(monkeypatch):
+    with_kernel(monkeypatch, lambda found: tuple(t + 1e-3 for t in found) if type(found) is tuple else found + 1e-3)
+    found = checks.float64("euler_step", CPU)
+    assert len(found) >= KEPT - 2  # all but the empty ones
+    assert " > " in found[0]
+
+
+def test_results_that_vary_are_found(monkeypatch):
+    calls = []
+
+    def vary(found):
+        calls.append(1)
+        return tuple(t + len(calls) for t in tensors(found))
+
+    with_kernel(monkeypatch, vary)
+    assert len(checks.same_bits("euler_step", CPU)) >= KEPT - 2
+    assert len(checks.graph("euler_step", CPU)) >= KEPT - 2
+    assert len(checks.other_stream("euler_step", CPU)) >= KEPT - 2
+
+
+def test_a_result_that_is_not_written_is_found(monkeypatch):
+    with_kernel(monkeypatch, lambda found: torch.empty(3))
+    assert len(checks.same_bits("euler_step", CPU)) >= KEPT - 2
+
+
+def test_a_graph_that_keeps_its_first_inputs_is_found(monkeypatch):
+    class Stuck(HostGraph):
+        def replay(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Stuck)
+    found = checks.graph("euler_step", CPU)
+    assert found
+    assert all(line.endswith("the replay does not see new values") for line in found)
+
+
+def test_a_wait_is_named(monkeypatch):
+    watching = []
+
+    def waits(found):
+        if watching and watching[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation\nand more")
+        return found
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", watching.append)
+    with_kernel(monkeypatch, waits)
+    found = checks.no_wait("euler_step", CPU)
+    assert len(found) >= KEPT
+    assert found[0].endswith(": called a synchronizing CUDA operation")
+    assert watching[-1] == "default"
+
+
+@pytest.mark.parametrize("op", [op for op in checks.LARGE if op in CUDA_OPS])
+def test_large(op):
+    check, _ = checks.LARGE[op]
+    assert check(CPU, 10_003) <= 4
+
+
+@pytest.mark.parametrize("op", [op for op in checks.LARGE if op in CUDA_OPS])
+def test_large_ones_that_are_wrong_are_found(op, monkeypatch):
+    kernel = getattr(checks.ops, op)
+    wrong = functools.partial(tree_map_only, torch.Tensor, lambda t: t * 1.001)
+    monkeypatch.setattr(checks.ops, op, lambda *args: wrong(kernel(*args)))
+    check, _ = checks.LARGE[op]
+    assert check(CPU, 10_003) > 4
+
+
+@pytest.mark.parametrize("stage", _gpu_pipeline.STAGES)
+def test_pipeline(stage):
+    _gpu_pipeline.STAGES[stage](CPU)
+
+
+# ---- what runs them ----
+
+
+def test_the_program_for_compute_sanitizer():
+    command = [sys.executable, str(HERE / "gpu/every_op.py"), "euler_step", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["euler_step: ran"]
+
+
+def test_the_table():
+    found = checks.table([
+        ("tests/gpu/test_ops.py::test_float64[bellman]", "passed"),
+        ("tests/gpu/test_ops.py::test_graph[bellman]", "failed"),
+        ("tests/gpu/test_ops.py::test_float64[euler_step]", "skipped"),
+        ("tests/gpu/test_captured_graph.py::test_no_host_sync[unet]", "passed"),
+        ("tests/gpu/test_captured_graph.py::test_no_host_sync[dit]", "passed"),
+        ("tests/gpu/test_captured_graph.py::test_no_host_sync[digits]", "failed"),
+    ]).splitlines()  # fmt: skip
+    assert [line.split() for line in found] == [
+        ["op", "float64", "graph"],
+        ["bellman", "ok", "FAILED"],
+        ["euler_step", "skipped", "-"],
+        ["test_captured_graph:", "no_host_sync", "2", "passed,", "1", "failed"],
+    ]
+
+
+def test_the_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    known = dict(device="A GPU", driver="580.1", cuda="13.0", torch="2", flowkernels="1", commit="c", date="2026-01-02")
+    monkeypatch.setattr(bench, "provenance", lambda device: known)
+    assert checks.machine() == (
+        "device A GPU | driver 580.1 | cuda 13.0 | torch 2 | flowkernels 1 | commit c | date 2026-01-02"
+    )
+
+
+def run_pytest(folder, *options):
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, env=environment)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_all_of_it_is_skipped_for_one_reason():
+    done = run_pytest(HERE.parent, "tests/gpu", "--gpu-minutes", "9")
+    assert done.returncode == 0, done.stdout
+    reasons = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+    assert reasons
+    assert all(line.endswith("needs a CUDA GPU") for line in reasons)
+    assert "failed" not in done.stdout
+    assert "passed" not in done.stdout
