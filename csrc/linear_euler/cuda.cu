@@ -7,8 +7,8 @@
 //   z [tile, d] --cp.async--> shared --f, parts--> A   W [outputs, d] --> B   A B -> [warp, tile, outputs] -> state
 //
 // Tensor cores multiply 16-bit numbers. f and float32 weights are cut into three bf16 numbers that add up to them
-// exactly, float16 weights into two; products below 2^-22 of the first are left out. Tokens that go into the Linear as
-// they are, with weights of their type, need no parts.
+// exactly, float16 weights into two; products below 2^-22 of the first are left out. bf16 tokens that go into the
+// Linear as they are, with bf16 weights, need no parts.
 //
 // A feature's place in the sum is free as long as A and B agree: a lane takes four neighbours of a row as one word,
 // where ldmatrix would hand it two pairs. Float64, and rows of tokens that do not fit in shared memory, go through a
