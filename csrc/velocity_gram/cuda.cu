@@ -3,9 +3,9 @@
 // Increments alone, of float32 or shorter velocities, go through the tensor cores. A block takes slabs of columns, all
 // rows of them: each byte is read once. Every increment, taken in float32, is split into two halves of 11 bits,
 // s a = hi + lo, where the power of two s brings the largest of a row's 32 columns near the end of half's range: the
-// two parts hold what float32 does, whatever the size of the row. <a_i, a_j> is summed from three products, hi hi + hi
-// lo + lo hi; lo lo is below 2^-24 |a_i| |a_j|. The unit adds in float32 and truncates, so that its sums move on after
-// 32 columns, to ordinary float32.
+// two parts hold what float32 does, whatever the size of the row. <a_i, a_j> is summed from three products,
+// hi hi + hi lo + lo hi; lo lo is below 2^-24 |a_i| |a_j|. The unit adds in float32 and truncates, so that its sums
+// move on after 32 columns, to ordinary float32.
 //
 //   v [K, M] --cp.async--> slab [K, columns] --differences, split--> hi, lo [rows, 32] --tiles of 32 x 32 sums, upper
 //   triangle, in registers--> a partial sum for each block --in float64, in a fixed order--> gram
@@ -55,7 +55,7 @@ struct Cut {
   int raw_rows, pitch;     // of a slab of velocities, in elements
   int stages;              // slabs in flight or at work
   int aligned;             // whether rows can be copied by 16 bytes
-  int slabs;               // an int holds them: no device holds 2^36 columns
+  int slabs;               // no device holds the 2^36 columns that an int could not count
 
   __host__ __device__ int group_bits() const { return 7 - band_bits; }          // log2 of the rows of hi for a band
   __host__ __device__ int units() const { return 1 << (band_bits + shared_bands); }  // warps on a tile
@@ -259,8 +259,8 @@ __global__ void __launch_bounds__(kMostThreads<two>)
     }
   };
 
-  // this warp's tile and its share of a slab, in one register: rows of hi to the left and to the right; columns, all 32
-  // or the first or last 16; whether the tile is used, is narrow, is on the diagonal
+  // a warp's tile and its share of a slab, in one word that it reads again for every slab: rows of hi to the left and
+  // to the right; columns, all 32 or the first or last 16; whether the tile is used, is narrow, is on the diagonal
   auto share_of = [&](int warp) {
     const int unit = warp / c.tiles, tile = warp % c.tiles;
     int ti = tile / c.across, tj = tile % c.across;

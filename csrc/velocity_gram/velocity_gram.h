@@ -19,7 +19,7 @@ struct VelocityGramArgs {
   const double* times;   // [K+1], with x
   double* gram;          // [R, R] out, R = K-1, or 2K-1 with x: rows a_1..a_{K-1}, then e_0..e_{K-1}
   int threads;           // parts of the fixed-order reduction; not of CUDA
-  void* workspace = nullptr;  // of CUDA
+  void* workspace = nullptr;  // of CUDA, velocity_gram_workspace bytes
 };
 
 using velocity_gram_fn = void(const VelocityGramArgs&);
