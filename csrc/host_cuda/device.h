@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include <initializer_list>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -42,6 +43,17 @@ namespace host_cuda {
 // Copying the arguments into the kernel's parameters is no access of the kernel's own.
 template <class... P, class... A>
 void launch_kernel(const char* name, dim3 grid, dim3 block, size_t shared, void (*kernel)(P...), A&&... a) {
+  if (launch_instead) {
+    const std::tuple<P...> values(static_cast<P>(a)...);
+    return std::apply(
+        [&](const P&... value) {
+          const void* arguments[] = {&value...};
+          const size_t sizes[] = {sizeof(P)...};
+          launch_instead(name, grid, block, shared, reinterpret_cast<const void*>(kernel), arguments, sizes,
+                         sizeof...(P));
+        },
+        values);
+  }
   auto call = [&]() __attribute__((no_sanitize("thread"))) { kernel(static_cast<P>(a)...); };
   using Call = decltype(call);
   launch(

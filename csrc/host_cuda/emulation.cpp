@@ -567,6 +567,10 @@ void* dynamic_shared(Loc where) {
   return shared(nullptr, engine->dynamic_bytes, where);
 }
 
+char* shared_space() {
+  return engine->arena;
+}
+
 bool is_shared(const void* p, size_t bytes) {
   const auto* c = static_cast<const char*>(p);
   return c >= engine->arena && c + bytes <= engine->arena + kArena;
@@ -601,6 +605,8 @@ void fence() {
 }
 
 // ---- launches ----
+
+void (*launch_instead)(const char*, dim3, dim3, size_t, const void*, const void* const*, const size_t*, size_t);
 
 void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const void* kernel,
             void (*body)(const void*), const void* arguments) {

@@ -50,6 +50,7 @@ void mma_m16n8k16(Low, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
 constexpr size_t kSharedLimit = 99 << 10, kSharedUnasked = 48 << 10;  // the first is sm_120's, the least of our targets
 void* shared(const void* key, size_t bytes, Loc);
 void* dynamic_shared(Loc);
+char* shared_space();  // where it begins
 bool is_shared(const void* p, size_t bytes);
 void allow_shared(const void* kernel, size_t bytes);
 void cp_async16(void* to, const void* from, unsigned from_bytes, Loc);
@@ -67,5 +68,9 @@ Options& options();
 
 void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const void* kernel,
             void (*body)(const void* arguments), const void* arguments);
+
+// Set by ptx.cpp: what runs in place of a kernel, given the addresses and sizes of its arguments.
+extern void (*launch_instead)(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const void* kernel,
+                              const void* const* arguments, const size_t* sizes, size_t count);
 
 }  // namespace host_cuda

@@ -9,6 +9,9 @@
 #ifdef HOST_CUDA_CHECK
 #include "host_cuda/checks.h"
 #endif
+#ifdef HOST_CUDA_PTX
+#include "host_cuda/ptx.h"
+#endif
 
 namespace fk {
 namespace cuda {
@@ -42,6 +45,9 @@ PYBIND11_MODULE(HOST_CUDA_MODULE, m) {
   m.def(
       "async_lazy", [](bool lazy) { host_cuda::options().async_lazy = lazy; },
       "Whether cp.async lands as late as it may, or at once.");
+#ifdef HOST_CUDA_PTX
+  m.def("ptx_launches", &host_cuda::ptx::launches, "Launches so far of kernels translated from PTX.");
+#endif
 #ifdef HOST_CUDA_CHECK
   m.def("seeded_bug", [](int bug, uintptr_t x, uintptr_t sums, uintptr_t scratch, uintptr_t total, uintptr_t done,
                          uintptr_t large, int n) {

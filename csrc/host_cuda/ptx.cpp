@@ -1,0 +1,131 @@
+// Finds the kernel translated from PTX for one that the host's compiler made: by name.
+#include "host_cuda/ptx.h"
+
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <elf.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <regex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace host_cuda {
+namespace ptx {
+namespace {
+
+struct Kernel {
+  void (*function)(const char*);
+  std::vector<Parameter> layout;
+};
+std::map<std::string, Kernel>& kernels() {
+  static std::map<std::string, Kernel> all;
+  return all;
+}
+std::atomic<uint64_t> launch_count{0};
+
+// The name as written in C++, with nvcc's names of the 16-bit types, and without unnamed namespaces.
+std::string canonical(const char* symbol) {
+  int status;
+  char* demangled = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
+  std::string name = status == 0 ? demangled : symbol;
+  free(demangled);
+  name = std::regex_replace(name, std::regex(R"(\(anonymous namespace\)::|_GLOBAL__N__\w+::)"), "");
+  name = std::regex_replace(name, std::regex("fk::cuda::bf16"), "__nv_bfloat16");
+  return std::regex_replace(name, std::regex("fk::cuda::half"), "__half");
+}
+
+// The symbols of the file that this is in, local ones too, by their distance from where it is loaded.
+std::map<uint64_t, std::string> symbols(const char* path) {
+  std::ifstream stream(path, std::ios::binary);
+  const std::string file{std::istreambuf_iterator<char>(stream), {}};
+  const auto* header = reinterpret_cast<const Elf64_Ehdr*>(file.data());
+  const auto* sections = reinterpret_cast<const Elf64_Shdr*>(file.data() + header->e_shoff);
+  std::map<uint64_t, std::string> found;
+  for (int i = 0; i < header->e_shnum; i++) {
+    if (sections[i].sh_type != SHT_SYMTAB) continue;
+    const auto* all = reinterpret_cast<const Elf64_Sym*>(file.data() + sections[i].sh_offset);
+    const char* names = file.data() + sections[sections[i].sh_link].sh_offset;
+    for (size_t k = 0; k < sections[i].sh_size / sizeof(Elf64_Sym); k++)
+      if (ELF64_ST_TYPE(all[k].st_info) == STT_FUNC) found[all[k].st_value] = names + all[k].st_name;
+  }
+  return found;
+}
+std::string name_of(const void* kernel) {
+  Dl_info info;
+  if (!dladdr(kernel, &info)) throw std::runtime_error("a kernel that is in no file");
+  static const auto all = symbols(info.dli_fname);
+  const auto found = all.find(static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase));
+  if (found == all.end()) throw std::runtime_error(std::string("a kernel that has no symbol in ") + info.dli_fname);
+  return canonical(found->second.c_str());
+}
+
+const Kernel& find(const std::string& name, size_t count) {
+  const auto found = kernels().find(name);
+  if (found == kernels().end()) throw std::runtime_error("no PTX of the kernel " + name);
+  if (found->second.layout.size() != count)
+    throw std::runtime_error(name + ": " + std::to_string(count) + " arguments for " +
+                             std::to_string(found->second.layout.size()) + " parameters");
+  return found->second;
+}
+void run(const std::string& name, const Kernel& to, dim3 grid, dim3 block, size_t dynamic_shared, const void* kernel,
+         const void* const* arguments) {
+  const size_t bytes = to.layout.empty() ? 0 : to.layout.back().offset + to.layout.back().size;
+  std::vector<max_align_t> parameters(bytes / sizeof(max_align_t) + 1);
+  auto* p = reinterpret_cast<char*>(parameters.data());
+  for (size_t i = 0; i < to.layout.size(); i++) memcpy(p + to.layout[i].offset, arguments[i], to.layout[i].size);
+  auto call = [&] { to.function(p); };
+  launch_count++;
+  launch(
+      name.c_str(), grid, block, dynamic_shared, kernel,
+      [](const void* c) { (*static_cast<const decltype(call)*>(c))(); }, &call);
+}
+
+const bool redirected =
+    (launch_instead = [](const char*, dim3 grid, dim3 block, size_t dynamic_shared, const void* kernel,
+                         const void* const* arguments, const size_t* sizes, size_t count) {
+      const std::string name = name_of(kernel);
+      const Kernel& to = find(name, count);
+      for (size_t i = 0; i < count; i++)
+        if (sizes[i] != to.layout[i].size)
+          throw std::runtime_error(name + ": parameter " + std::to_string(i) + " has " +
+                                   std::to_string(to.layout[i].size) + " bytes in PTX and " + std::to_string(sizes[i]) +
+                                   " on the host");
+      run(name, to, grid, block, dynamic_shared, kernel, arguments);
+    },
+     true);
+
+}  // namespace
+
+Registration::Registration(const char* name, void (*kernel)(const char*), std::initializer_list<Parameter> layout) {
+  kernels()[canonical(name)] = {kernel, layout};
+}
+uint64_t launches() {
+  return launch_count;
+}
+
+}  // namespace ptx
+}  // namespace host_cuda
+
+// For ctypes: by the kernel's name; returns what went wrong, or null.
+extern "C" __attribute__((visibility("default"))) const char* host_cuda_ptx_launch(
+    const char* name, const unsigned* grid, const unsigned* block, size_t dynamic_shared, const void* const* arguments,
+    size_t count) {
+  static thread_local std::string error;
+  try {
+    const auto& kernel = host_cuda::ptx::find(host_cuda::ptx::canonical(name), count);
+    const auto* id = reinterpret_cast<const void*>(kernel.function);
+    host_cuda::allow_shared(id, dynamic_shared);
+    host_cuda::ptx::run(name, kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, dynamic_shared, id,
+                        arguments);
+    return nullptr;
+  } catch (const std::exception& e) {
+    error = e.what();
+    return error.c_str();
+  }
+}

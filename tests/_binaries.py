@@ -1,0 +1,239 @@
+"""What the built extension holds for GPUs: registers, memory and instructions of every kernel, from its machine code.
+
+The tools are NVIDIA's, from the triton wheel; no GPU is needed.
+"""
+
+import functools
+import importlib.util
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# for each multiprocessor: warps, blocks, bytes of shared memory (of which each block takes 1 KiB more than it asks for)
+MULTIPROCESSORS = {80: (64, 32, 164 << 10), 90: (64, 32, 228 << 10), 100: (64, 32, 228 << 10), 120: (48, 24, 100 << 10)}
+REGISTERS, REGISTER_UNIT, SHARED_UNIT, SHARED_RESERVED = 65536, 256, 128, 1024
+
+# what is looked for in a kernel; modifiers can stand between the parts
+INSTRUCTIONS = {
+    "LDG": r"LDG\b",
+    "LDG.128": r"LDG\b.*\.128\b",
+    "LDG.narrow": r"LDG\b(?!.*\.(64|128)\b)",
+    "STG": r"STG\b",
+    "STG.128": r"STG\b.*\.128\b",
+    "STG.narrow": r"STG\b(?!.*\.(64|128)\b)",
+    "LDS": r"LDS\b",
+    "STS": r"STS\b",
+    "LDSM": r"LDSM\b",
+    "LDGSTS": r"LDGSTS\b",
+    "HMMA": r"HMMA\b",
+    "FFMA": r"FFMA2?\b",
+    "FP32": r"F(ADD|MUL|FMA)2?\b",
+    "MUFU": r"MUFU\b",
+    "SHFL": r"SHFL\b",
+    "BAR": r"BAR\b",
+    "atomics": r"(RED|ATOM)[GS]?\b",
+    "local": r"(LDL|STL)\b",
+    "FP64": r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64\b|MUFU\..*64H\b",
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str  # "euler_step_kernel<float, __nv_bfloat16, float, false, 8>"
+    arch: str  # "90a"
+    registers: int
+    stack: int  # bytes for each thread
+    local: int
+    shared: int  # bytes for each block, those that the kernel declares
+    threads: int  # in a block, at most
+    instructions: list[str] = field(repr=False)  # without operands: "LDG.E.128"
+    loops: list[range] = field(repr=False)  # the innermost ones, as places in instructions
+
+    @property
+    def sm(self) -> int:
+        return int(self.arch.rstrip("af"))
+
+    @property
+    def template_arguments(self) -> str:
+        return self.name.partition("<")[2]
+
+    def count(self, what: str, among: range | None = None) -> int:
+        which = self.instructions if among is None else (self.instructions[i] for i in among)
+        return sum(bool(re.match(INSTRUCTIONS[what], i)) for i in which)
+
+    @property
+    def hot_loop(self) -> range | None:
+        """The innermost loop that computes most, else that loads most, else the longest."""
+        weight = lambda loop: (*(self.count(what, loop) for what in ("HMMA", "FP32", "LDG")), len(loop))  # noqa: E731
+        return max(self.loops, key=weight, default=None)
+
+    def occupancy(self, dynamic: int = 0, threads: int = 0) -> tuple[int, float, str]:
+        """Blocks on a multiprocessor, the part of its warps that they are, and what limits them; `dynamic` bytes of
+        shared memory beside what the kernel declares."""
+        return occupancy(self.sm, self.registers, self.shared + dynamic, threads or self.threads)
+
+
+def occupancy(sm: int, registers: int, shared: int, threads: int) -> tuple[int, float, str]:
+    warps, blocks, memory = MULTIPROCESSORS[sm]
+    of_block = -(-threads // 32)
+    of_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    limits = {
+        "warps": warps // of_block,
+        "blocks": blocks,
+        "registers": REGISTERS // 4 // of_warp * 4 // of_block,  # a quarter of the multiprocessor has its own
+        "shared memory": memory // (-(-(shared + SHARED_RESERVED) // SHARED_UNIT) * SHARED_UNIT),
+    }
+    limit = min(limits, key=limits.get)
+    return limits[limit], limits[limit] * of_block / warps, limit
+
+
+def tool(name: str) -> str:
+    spec = importlib.util.find_spec("triton")
+    path = spec and Path(spec.origin).parent / "backends/nvidia/bin" / name
+    if not path or not path.exists():
+        raise RuntimeError(f"{name} is needed: pip install triton")
+    return str(path)
+
+
+def run(*command) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def demangle(names: list[str]) -> list[str]:
+    """Without the return type, our namespace, unnamed ones and the parameters."""
+    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    short = [re.sub(r"\bfk::cuda::|\(anonymous namespace\)::|^void ", "", n) for n in plain.splitlines()]
+    return [n.rpartition("(")[0] or n for n in short]
+
+
+def sections(cubin: bytes) -> Iterator[tuple[str, bytes]]:
+    """Of an ELF file for 64 bits, little endian: name and contents."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    for name, kind, _, _, offset, length in headers:
+        at = headers[names][4] + name
+        yield cubin[at : cubin.index(b"\0", at)].decode(), b"" if kind == 8 else cubin[offset : offset + length]
+
+
+def max_threads(cubin: bytes) -> dict[str, int]:
+    """Threads of a block by kernel: the bounds that it was compiled for, in its section .nv.info."""
+    found = {}
+    for name, contents in sections(cubin):
+        if name.startswith(".nv.info."):
+            at = 0
+            while at < len(contents):
+                form, attribute, size = struct.unpack_from("<BBH", contents, at)
+                if form == 4 and attribute in (0x05, 0x10):  # MAX_THREADS, REQNTID
+                    x, y, z = struct.unpack_from("<III", contents, at + 4)
+                    found[name.removeprefix(".nv.info.")] = x * y * z
+                at += 4 + (size if form == 4 else 0)
+    return found
+
+
+def instructions(listing: str) -> tuple[list[str], list[range]]:
+    """Of one kernel's disassembly: instructions, and the innermost loops."""
+    found, labels, branches = [], {}, []
+    for m in re.finditer(r"^(\.L\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", listing, re.M):
+        if m[1]:
+            labels[m[1]] = len(found)
+        else:
+            if m[2].startswith("BRA") and (to := re.search(r"`\((\.L\w+)\)", m[3])):
+                branches.append((len(found), to[1]))
+            if m[2] != "NOP":
+                found.append(m[2])
+    loops = [range(labels[to], at + 1) for at, to in branches if labels.get(to, at) < at]
+    inner = [a for a in loops if not any(b != a and a.start <= b.start and b.stop <= a.stop for b in loops)]
+    return found, inner
+
+
+def read_cubin(path: Path) -> list[Kernel]:
+    usage = run(tool("cuobjdump"), "--dump-resource-usage", path)
+    code = run(tool("nvdisasm"), "-c", path)
+    arch = re.search(r"\.target\s+sm_(\w+)", code)[1]
+    threads = max_threads(path.read_bytes())
+    texts = dict(s.split(",", 1) for s in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.M)[1:])
+    found = re.findall(r"Function (\S+):\s*\n\s*(.*)", usage)
+    kernels = []
+    for (symbol, line), name in zip(found, demangle([symbol for symbol, _ in found]), strict=True):
+        use = {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", line)}
+        # from sm_90 on, what is reserved is counted in
+        shared = use["SHARED"] - (SHARED_RESERVED if int(arch.rstrip("af")) >= 90 and use["SHARED"] else 0)
+        sass, loops = instructions(texts[symbol])
+        limit = threads.get(symbol, 1024)
+        kernels.append(Kernel(name, arch, use["REG"], use["STACK"], use["LOCAL"], shared, limit, sass, loops))
+    return kernels
+
+
+@functools.cache
+def read(path: str) -> list[Kernel]:
+    """The kernels of a module, an object file or a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubins = [Path(path)]
+        if cubins[0].suffix != ".cubin":
+            subprocess.run([tool("cuobjdump"), "-xelf", "all", path], cwd=folder, check=True, capture_output=True)
+            cubins = sorted(Path(folder).glob("*.cubin"))
+        with ThreadPoolExecutor(2) as pool:
+            return [kernel for kernels in pool.map(read_cubin, cubins) for kernel in kernels]
+
+
+def compiler(path: str) -> str:
+    """The release of nvcc that made it: "13.0, V13.0.88"."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([tool("cuobjdump"), "-xelf", "all", path], cwd=folder, check=True, capture_output=True)
+        text = b"".join(p.read_bytes() for p in Path(folder).glob("*.cubin"))
+    return re.search(rb"Cuda compilation tools, release ([\w., ]+)", text)[1].decode()
+
+
+def built() -> str:
+    """The path of the extension."""
+    import flowkernels._C
+
+    return flowkernels._C.__file__
+
+
+# ---- rules ----
+@dataclass(frozen=True)
+class Rule:
+    """What has to hold for the kernels whose whole name matches."""
+
+    name: str
+    registers: int  # at most
+    occupancy: float  # at least, as a part of the warps, with `dynamic` bytes of shared memory
+    dynamic: int = 0
+    has: str = ""  # instructions that occur, or how many at least or at most: "LDG.128 STG.128>=2 STG.narrow<=1"
+    double: bool = False  # computes in double, whatever its template arguments
+
+
+def problems(kernels: list[Kernel], rules: list[Rule]) -> list[str]:
+    found, used = [], set()
+    for k in kernels:
+        say = lambda text, k=k: found.append(f"sm_{k.arch} {k.name}: {text}")  # noqa: E731
+        if k.stack or k.local or k.count("local"):
+            say(f"{k.stack} bytes of stack, {k.local} of local memory, {k.count('local')} accesses to it")
+        matching = [r for r in rules if re.fullmatch(r.name, k.name)]
+        used |= {id(r) for r in matching}
+        if len(matching) != 1:
+            say(f"{len(matching)} rules")
+        for r in matching:
+            if k.registers > r.registers:
+                say(f"{k.registers} registers, more than {r.registers}")
+            part, limit = k.occupancy(r.dynamic)[1:]
+            if part < r.occupancy:
+                say(f"occupancy {part:.0%} (by {limit}), less than {r.occupancy:.0%}")
+            for wanted in r.has.split():
+                what, bound, number = re.fullmatch(r"([^<>]+)(?:([<>])=(\d+))?", wanted).groups()
+                count = k.count(what)
+                if count > int(number) if bound == "<" else count < int(number or 1):
+                    say(f"{count} {what}, wanted {wanted}")
+            if not r.double and "double" not in k.template_arguments and k.count("FP64"):
+                say(f"{k.count('FP64')} double-precision instructions")
+    return found + [f"rule {r.name}: no such kernel" for r in rules if id(r) not in used]
