@@ -230,9 +230,8 @@ struct Mma {
           uint32_t input[NT][2];
           const bf16* row = x + k + q;
           if constexpr (wide) {  // not in shared memory
-            const bf16* p = row + lane / 4 * x_pitch + lane % 4 * 2;
-            memcpy(&input[0][0], p, 4);
-            memcpy(&input[0][1], p + 8, 4);
+            const auto* p = reinterpret_cast<const uint32_t*>(row + lane / 4 * x_pitch + lane % 4 * 2);
+            input[0][0] = p[0], input[0][1] = p[4];
           } else if constexpr (NT == 1) {
             ldmatrix_x2(input[0], row + lane % 8 * x_pitch + lane / 8 % 2 * 8);
           } else {
@@ -365,7 +364,7 @@ __device__ __forceinline__ void copy_inputs(const Layer& l, const float* rows, i
                          convert<bf16>(at.c * 2 + 1 < l.in_width ? from[1] : 0.0f)};
     uint32_t word;
     memcpy(&word, two, 4);
-    memcpy(to + at.r * to_pitch + at.c * 2, &word, 4);
+    *reinterpret_cast<uint32_t*>(to + at.r * to_pitch + at.c * 2) = word;
   }
 }
 
