@@ -6,10 +6,12 @@
 // level cache through a ring of slots, always kStages - 1 panels ahead, across layers and steps.
 //
 // Every sum of products runs over the inputs in one order whatever the tile, by multiply-adds that are spelled out, so
-// that a sample does not depend on the others. One sample is one block on one multiprocessor: the layers follow on one
-// another, and to share one out over several would take a barrier of the whole grid a layer. Such a block is as fast as
-// its multiprocessor reads weights from the cache (or from shared memory), which eight samples a tile would not change
-// much: few samples are therefore given a block each, as long as there are multiprocessors.
+// that a sample does not depend on the others.
+//
+// One sample is one block on one multiprocessor: the layers follow on one another, and to share one out over several
+// would take a barrier of the whole grid a layer. Such a block reads every weight once a step for few products, so what
+// it waits for is weights, whether it has one sample or eight. Few samples are therefore given a block each, as long as
+// there are multiprocessors; beyond that tiles grow to 32 samples.
 #include "common/cuda.h"
 #include "mlp_sample/mlp_sample.h"
 
