@@ -6,10 +6,12 @@
 // level cache through a ring of slots, always kStages - 1 panels ahead, across layers and steps.
 //
 // Every sum of products runs over the inputs in one order whatever the tile, by multiply-adds that are spelled out, so
-// that a sample does not depend on the others. One sample is one block on one multiprocessor: the layers follow on one
-// another, and to share one out over several would take a barrier of the whole grid a layer. Such a block is as fast as
-// its multiprocessor reads weights from the cache (or from shared memory), which eight samples a tile would not change
-// much: few samples are therefore given a block each, as long as there are multiprocessors.
+// that a sample does not depend on the others.
+//
+// One sample is one block on one multiprocessor: the layers follow on one another, and to share one out over several
+// would take a barrier of the whole grid a layer. Such a block reads every weight once a step for few products, so what
+// it waits for is weights, whether it has one sample or eight. Few samples are therefore given a block each, as long as
+// there are multiprocessors; beyond that tiles grow to 32 samples.
 #include "common/cuda.h"
 #include "mlp_sample/mlp_sample.h"
 
@@ -230,9 +232,8 @@ struct Mma {
           uint32_t input[NT][2];
           const bf16* row = x + k + q;
           if constexpr (wide) {  // not in shared memory
-            const bf16* p = row + lane / 4 * x_pitch + lane % 4 * 2;
-            memcpy(&input[0][0], p, 4);
-            memcpy(&input[0][1], p + 8, 4);
+            const auto* p = reinterpret_cast<const uint32_t*>(row + lane / 4 * x_pitch + lane % 4 * 2);
+            input[0][0] = p[0], input[0][1] = p[4];
           } else if constexpr (NT == 1) {
             ldmatrix_x2(input[0], row + lane % 8 * x_pitch + lane / 8 % 2 * 8);
           } else {
@@ -365,7 +366,7 @@ __device__ __forceinline__ void copy_inputs(const Layer& l, const float* rows, i
                          convert<bf16>(at.c * 2 + 1 < l.in_width ? from[1] : 0.0f)};
     uint32_t word;
     memcpy(&word, two, 4);
-    memcpy(to + at.r * to_pitch + at.c * 2, &word, 4);
+    *reinterpret_cast<uint32_t*>(to + at.r * to_pitch + at.c * 2) = word;
   }
 }
 
