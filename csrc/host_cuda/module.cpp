@@ -2,7 +2,7 @@
 // CPU tensors, and the emulation's settings.
 #include <pybind11/stl.h>
 
-#include "bindings_cuda.h"
+#include "bindings.h"
 #include "common/cuda_runtime.h"
 #include "common/dtype.h"
 #include "host_cuda/emulation.h"

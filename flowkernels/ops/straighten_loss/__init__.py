@@ -116,7 +116,8 @@ def _launch(C, v, bank, step_sizes, interval, sample, weight, huber_c, gradient)
     bad = C.straighten_loss(
         *(v.data_ptr(), bank.data_ptr(), step_sizes.data_ptr(), interval.data_ptr(), sample.data_ptr()),
         *(0 if weight is None else weight.data_ptr(), huber_c, DTYPE_CODES[v.dtype], DTYPE_CODES[bank.dtype]),
-        *(knots, n, B, D, at, at + 8, at + 8 * (B + 1), grad.data_ptr() if gradient else 0, torch.get_num_threads()),
+        *(knots, n, B, D, at, at + 8, at + 8 * (B + 1), grad.data_ptr() if gradient else 0),
+        *(0, torch.get_num_threads()),
     )
     refuse_place(bad, bank, interval, sample)
     return results.to(bank.dtype), grad
