@@ -13,7 +13,11 @@
 template <class Args>
 static void launch(int (*launcher)(const Args&, void*), const Args& args, int device, Address stream) {
   fk::cuda::DeviceGuard guard(device);
-  const int status = guard.status() ? guard.status() : launcher(args, at(stream));
+  int status = guard.status();
+  if (!status) {
+    py::gil_scoped_release others_run;  // a launch waits where the device's queue is full
+    status = launcher(args, at(stream));
+  }
   if (status) throw std::runtime_error(fk::cuda::error_text(status));
 }
 
@@ -23,7 +27,7 @@ static auto on_stream(Args (*make)(A...), int (*launcher)(const Args&, void*)) {
 }
 
 void bind_cuda(py::module_& m) {
-  m.def("device_count", &fk::cuda::device_count, "Devices that a driver shows; 0 without a driver.");
+  m.def("device_problem", &fk::cuda::device_problem, "Why there is no device to run on; empty where there is one.");
 
   m.def("cost_from_gram",
         [](Address gram, Address times, int64_t K, bool states, Address cost, int device, Address stream) {

@@ -88,7 +88,7 @@ def expect_times(times, name: str) -> Tensor:
         expect(times >= 1, name, "at least 1 step", times)
         return torch.linspace(0, 1, int(times) + 1, dtype=torch.float64, device="cpu")
     try:
-        t = torch.as_tensor(times, dtype=torch.float64).detach().cpu()
+        t = torch.as_tensor(times, dtype=torch.float64, device="cpu").detach().contiguous()
     except (TypeError, ValueError, RuntimeError):
         expect(False, name, "a number of steps or a sequence of times", times, TypeError)
     expect(t.dim() == 1 and len(t) >= 2, name, "a number of steps or at least two times in one dimension", times)

@@ -20,6 +20,7 @@ class Replayed:
     values: dict[int, Tensor]
     steps: int
     n: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,11 @@ class Static:
 
     @staticmethod
     def number(value: float) -> "Static":
-        return Static(frozenset(), frozenset(), lambda _: torch.full((1, 1, 1), float(value), dtype=torch.float64))
+        return Static(
+            frozenset(),
+            frozenset(),
+            lambda r: torch.full((1, 1, 1), float(value), dtype=torch.float64, device=r.device),
+        )
 
     def combine(self, other: "Static", f: Callable[[Tensor, Tensor], Tensor]) -> "Static":
         return Static(self.kind | other.kind, self.places | other.places, lambda r: f(self.table(r), other.table(r)))
@@ -190,7 +195,7 @@ class Lowering:
             self._fail(call, "uses time or conditioning other than as one row a sample")
 
         def table(r: Replayed) -> Tensor:
-            value = r.values[place]
+            value = r.values[place].to(r.device)  # constants of no dimension may be on the CPU
             value = value.broadcast_to(len(value) if leads else 1, *shape).reshape(len(value) if leads else 1, -1)
             steps, n = r.steps if TIME in kind else 1, r.n if ROWS in kind else 1
             return value.double().view(steps, n, -1)

@@ -74,8 +74,8 @@ def _why_not_cuda(device: str, op: str | None) -> str | None:
     module = getattr(extension(), "cuda", None)
     if module is None:
         return "this build has no CUDA kernels; reinstall flowkernels where nvcc 12.4 or newer is on the PATH"
-    if module.device_count() == 0:
-        return "there is no NVIDIA driver, or it shows no GPU"
+    if problem := module.device_problem():
+        return f"the driver shows no GPU that this build can use ({problem})"
     import torch
 
     for i in range(torch.cuda.device_count()):

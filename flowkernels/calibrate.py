@@ -68,7 +68,7 @@ class Calibration(Mapping):
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file; whole or not at all."""
-        row, column = torch.triu_indices(len(self.times), len(self.times), 1)
+        row, column = torch.triu_indices(len(self.times), len(self.times), 1, device="cpu")
         data = {
             "format": FORMAT,
             "version": 1,
@@ -108,10 +108,10 @@ def load(path: str | Path, velocity=None) -> Calibration:
     try:
         times = expect_times(data["times"], "times")
         K = len(times) - 1
-        cost = torch.full((K + 1, K + 1), torch.inf, dtype=torch.float64)
+        cost = torch.full((K + 1, K + 1), torch.inf, dtype=torch.float64, device="cpu")
         values = np.frombuffer(base64.b64decode(data["cost"]["data"], validate=True), "<f8")
         expect(len(values) == K * (K + 1) // 2, "cost", f"{K * (K + 1) // 2} entries", str(len(values)))
-        row, column = torch.triu_indices(K + 1, K + 1, 1)
+        row, column = torch.triu_indices(K + 1, K + 1, 1, device="cpu")
         cost[row, column] = torch.from_numpy(values.astype(np.float64))
         schedules = {}
         for n, s in data["schedules"].items():

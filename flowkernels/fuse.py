@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -208,6 +209,8 @@ class FusedSampler:
             found = zip(*parts, (0, 1, 1), strict=True)
             return tuple(None if t[0] is None else torch.cat(t[:-1], t[-1]) for t in found)
         batch = self._prepare(n, conditioning)
+        if x.device != batch.network.device:
+            expect(False, "noise", f"a tensor on {batch.network.device}, where the network is", f"one on {x.device}")
         if (C := direct("mlp_sample", x) or direct_cuda("mlp_sample", x)) is not None:
             out, kept = torch.empty_like(x), [None, None]
             if states:
@@ -258,7 +261,8 @@ class FusedSampler:
         """Raise NotFusable unless a few samples have the velocities that the network itself has."""
         field = self._network.field
         n = _samples_of(field)
-        x = torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(0)).to(self._network.device)
+        x = torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        x = x.to(self._network.device)
         _, states, velocities = self.run(x, states=True, velocities=True)
         for s in sorted({0, len(self._h) // 2, len(self._h) - 1}):
             t = torch.full((n,), self.times[s].item(), device=x.device)
@@ -281,10 +285,15 @@ class _Network:
         self.velocity, self.field, self.shape, self.weights = velocity, field, shape, weights
         self.dim, self.is_flat = torch.Size(shape).numel(), len(shape) == 1
         expect(self.dim > 0, "shape", "at least one feature", shape)
-        tensors = [*field.net.parameters(), *field.net.buffers()] if isinstance(field.net, nn.Module) else []
-        self.device = tensors[0].device if tensors else torch.device("cpu")
         self.recorded: _Recorded | None = None
         self.lock = threading.Lock()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is now."""
+        net = self.field.net
+        tensors = itertools.chain(net.parameters(), net.buffers()) if isinstance(net, nn.Module) else iter(())
+        return next((t.device for t in tensors), torch.device("cpu"))
 
     def given(self, conditioning: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """The VelocityField's conditioning with what a call puts in its place."""
@@ -340,7 +349,8 @@ class _Recorded:
         tensors = [t for _, _, t, _, _ in self.watched] + [v for v in given.values() if isinstance(v, Tensor)]
         rows = sample_rows(d for shape in (network.shape, *(t.shape for t in tensors)) for d in shape)
         self.record = Record(module, rows)
-        x = torch.randn(rows, *network.shape, generator=torch.Generator().manual_seed(0)).to(network.device)
+        x = torch.randn(rows, *network.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        x = x.to(network.device)
         t = torch.linspace(0, 1, rows, device=x.device)
         x_place, self.t_place = self.record.input(x, STATE), self.record.input(t, TIME)
         kwargs, self.places = dict(given), {}
@@ -418,7 +428,7 @@ class _Recorded:
         steps, shared = len(times) - 1, set(self.places) - self.each
         of_rows = known is not None and not shared
         values = self.record.replay(inputs, steps, n, self.lowering.needed(of_rows))
-        layers = self.lowering.layers(Replayed(self.record, values, steps, n), known if of_rows else None)
+        layers = self.lowering.layers(Replayed(self.record, values, steps, n, self.device), known if of_rows else None)
         if known is None or of_rows:
             return layers
         return [replace(a, weight=b.weight) for a, b in zip(layers, known, strict=True)]

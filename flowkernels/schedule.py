@@ -87,7 +87,8 @@ class Schedule:
 def uniform_indices(times: Tensor, steps: int) -> tuple[int, ...]:
     """The grid's knots nearest to 0, 1/N, ..., 1, kept strictly increasing."""
     K = len(times) - 1
-    nearest = (times[None] - torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None]).abs().argmin(1).tolist()
+    even = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
+    nearest = (times[None] - even[:, None]).abs().argmin(1).tolist()
     nearest[0], nearest[-1] = 0, K
     for i in range(1, steps):  # on a grid with large gaps two may share a knot
         nearest[i] = max(nearest[i], nearest[i - 1] + 1)

@@ -193,7 +193,7 @@ def straighten(
     history = {k: [] for k in ("iteration", "loss", "lr", "grad_norm", "interval_loss")}
     times = schedule.times.to(device)
     h = times.diff()
-    start, totals, counts = 0, torch.zeros(N), torch.zeros(N)
+    start, (totals, counts) = 0, torch.zeros(2, N, device="cpu")
     if saved is not None:
         _load_weights(student, saved["student"], "checkpoint")
         opt.load_state_dict(saved["optimizer"])
@@ -229,11 +229,12 @@ def straighten(
             for group in opt.param_groups:
                 group["lr"] = rate
 
-            interval = torch.randint(N, (batch,), generator=generator)
-            pick = torch.randint(size, (batch,), generator=generator)
-            where = torch.rand(batch, generator=generator) if u == "uniform" else torch.zeros(batch)
+            interval = torch.randint(N, (batch,), generator=generator, device="cpu")
+            pick = torch.randint(size, (batch,), generator=generator, device="cpu")
+            random = u == "uniform"
+            where = torch.rand(batch, generator=generator, device="cpu") if random else torch.zeros(batch, device="cpu")
             i, s, where = interval.to(device), pick.to(device), where.to(device)
-            x = segment_points(states, i, s, where if u == "uniform" else None)
+            x = segment_points(states, i, s, where if random else None)
             t = times[i] + where * h[i]
             v = velocity_rows(student, s, size)(x, t.to(torch.float32))
             if not isinstance(v, Tensor) or v.shape != x.shape:
@@ -254,7 +255,7 @@ def straighten(
                 average.update_parameters(student)
 
             totals.index_add_(0, interval, each.float().cpu())
-            counts.index_add_(0, interval, torch.ones(batch))
+            counts.index_add_(0, interval, torch.ones(batch, device="cpu"))
             if it % log_every == 0 or it == iterations - 1:
                 row = dict(
                     iteration=it, loss=value, lr=rate, grad_norm=norm.item(), interval_loss=(totals / counts).tolist()
@@ -321,7 +322,7 @@ def _noise_source(noise, device: torch.device) -> Callable[[int, torch.Generator
     except (TypeError, ValueError):
         expect(False, "noise", "a tensor, a shape or a function (n, generator)", noise, TypeError)
     expect(len(shape) >= 1 and min(shape) >= 1, "noise", "a shape of at least one dimension, each >= 1", shape)
-    return lambda n, generator: torch.randn(n, *shape, generator=generator).to(device)
+    return lambda n, generator: torch.randn(n, *shape, generator=generator, device="cpu").to(device)
 
 
 def _noise_identity(noise) -> str:

@@ -15,7 +15,7 @@ hypothesis.settings.load_profile("flowkernels")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def host_cuda():
+def cuda_on_the_host():
     """Backend "cuda" is, where a test asks for it, the CUDA kernels compiled for the host."""
     with backends.host_cuda(_host_cuda.module()):
         yield

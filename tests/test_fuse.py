@@ -815,3 +815,35 @@ def test_recording_leaves_other_threads_alone():
     for t in threads:
         t.join()
     assert not failed
+
+
+# Devices. There is one here that holds values; tensors that would be made on the default device show on "meta".
+
+
+class WithNumbers(nn.Module):
+    """Numbers where tables are: with a table beside them, and alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 32), nn.Linear(32, 6)
+
+    def forward(self, x, t):
+        return 1 - (self.b(torch.relu(self.a(x)) * 2.0) / 3 + 1.0) + t[:, None]
+
+
+def test_everything_is_made_where_the_network_is():
+    torch.manual_seed(0)
+    net, noise = WithNumbers().eval(), torch.randn(5, 6)
+    expected = fk.sample(net, noise, 4)
+    with torch.device("meta"):
+        sampler = fk.fuse(net, 4, shape=(6,))
+        got = sampler(noise)
+        calibration = fk.calibrate(sampler, noise, grid=10, steps=[2, 3])
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert calibration.schedules == fk.calibrate(sampler, noise, grid=10, steps=[2, 3]).schedules
+
+
+def test_noise_where_the_network_is_not():
+    sampler = fk.fuse(WithNumbers().eval(), 4, shape=(6,))
+    with pytest.raises(ValueError, match="noise: expected a tensor on cpu, where the network is, got one on meta"):
+        sampler(torch.zeros(5, 6, device="meta"))

@@ -5,15 +5,16 @@
 namespace fk {
 namespace cuda {
 
-int device_count() {
+std::string device_problem() {
   int n = 0;
-  if (cudaGetDeviceCount(&n) == cudaSuccess) return n;
+  const cudaError_t status = cudaGetDeviceCount(&n);
   cudaGetLastError();  // not to be found by the next launch
-  return 0;
+  return error_text(status ? status : n ? cudaSuccess : cudaErrorNoDevice);
 }
 
 std::string error_text(int status) {
   const auto error = static_cast<cudaError_t>(status);
+  if (error == cudaSuccess) return "";
   return std::string("CUDA: ") + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
 }
 

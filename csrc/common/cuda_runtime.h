@@ -5,7 +5,7 @@
 namespace fk {
 namespace cuda {
 
-int device_count();  // 0 without a driver
+std::string device_problem();  // empty where a driver shows a device
 std::string error_text(int status);
 
 // Makes a device current and, at its end, the one before again.

@@ -15,8 +15,8 @@
 
 namespace fk {
 namespace cuda {
-int device_count() {
-  return 1;
+std::string device_problem() {
+  return "";
 }
 std::string error_text(int status) {
   return std::to_string(status);

@@ -18,7 +18,7 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def host_cuda():
+def cuda_on_the_host():
     """In place of the kernels compiled for the host, which the other tests have for backend "cuda"."""
 
 

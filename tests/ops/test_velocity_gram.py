@@ -476,3 +476,13 @@ def test_cuda_rows_that_are_not_aligned(dtype):
         a = v.double().diff(dim=0)
         with backend("cuda"):
             assert torch.equal(velocity_gram(v[:, None]), a @ a.T)
+
+
+def test_times_that_are_every_other_of_others():
+    """The knots are read by address."""
+    v, x = torch.randn(4, 3, 5), torch.randn(5, 3, 5)
+    grid = torch.linspace(0, 1, 9, dtype=torch.float64).square()
+    for name in BACKENDS:
+        with backend(name):
+            got = velocity_gram(v, x=x, times=grid[::2])
+            assert torch.equal(got, velocity_gram(v, x=x, times=grid[::2].tolist()))

@@ -318,13 +318,15 @@ class Prepared:
             pointers = x.data_ptr(), out.data_ptr()
             return self.C.mlp_sample(self.address, *pointers, len(x), *kept, torch.get_num_threads())
         where = stream_of(x)
-        if self.program is None:
+        if (program := self.program) is None:
             host = torch.empty(self.C.mlp_program(self.address, 0), dtype=torch.uint8, device="cpu")
             self.C.mlp_program(self.address, host.data_ptr())
-            self.program = torch.empty_like(host, device=x.device)
-            self.C.mlp_upload(host.data_ptr(), len(host), self.program.data_ptr(), *where)
+            program = torch.empty_like(host, device=x.device)
+            self.C.mlp_upload(host.data_ptr(), len(host), program.data_ptr(), *where)
+            if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph uploads at its replays alone
+                self.program = program
         scratch = x.new_empty(self.C.mlp_scratch(self.address, len(x), where[0]), dtype=torch.uint8)
-        pointers = self.program.data_ptr(), x.data_ptr(), out.data_ptr()
+        pointers = program.data_ptr(), x.data_ptr(), out.data_ptr()
         self.C.mlp_sample(self.address, *pointers, len(x), *kept, scratch.data_ptr(), *where)
         return -1
 
