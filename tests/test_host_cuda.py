@@ -220,28 +220,42 @@ def _linear_update():
     x, *v = torch.randn(6, 4096)
     b = [0.1, 0.2, 0.3, 0.4, 0.5]
     yield Accesses(ops.linear_update, (x, v, b), {}, {})
-    yield Accesses(ops.linear_update, (x, [t.bfloat16() for t in v], b), dict(low=torch.bfloat16), {})
+    halves = {"load_vector(sum, x + at)": 2.0, "store_vector(out + at, sum)": 2.0}
+    yield Accesses(ops.linear_update, (x, [t.bfloat16() for t in v], b), dict(low=torch.bfloat16), halves)
 
 
 def _linear_euler():
     make, bf16 = SAMPLES["linear_euler"].make, torch.bfloat16
+    # the sums go to the state in its order, which is not theirs, once an output
+    exceptions = {"total[o * (M + 1)": 2.0}
+    patches = dict(shape=(1, 4, 8, 16), d=256, patch=2)
+    modulated = dict(extra=4, guidance=2.0, options="bias norm scale shift")
     for sample in (
-        make((1, 4, 8, 16), 256, dtype=bf16, patch=2, options="bias"),
-        make((1, 4, 8, 16), 256, dtype=bf16, patch=2, extra=4, guidance=2.0, options="bias norm scale shift", low=bf16),
-        make((1, 4, 8, 16), 256, patch=2, options="bias norm affine", order="cpq"),
+        make(**patches, dtype=bf16, options="bias"),
+        make(**patches, dtype=bf16, low=bf16, **modulated),
+        make(**patches, dtype=bf16, parameters=torch.float32, options="norm affine", order="cpq"),
+        make(**patches, **modulated),
         make((2, 16, 16), 256, (16,), guidance=2.0, options="bias scale shift", terms=1),
-        make((1, 32, 64), 256, (32,), dtype=bf16, options="bias"),
+        make((1, 32, 64), 256, (32,), dtype=bf16),
         make((1, 32, 64), 256, (32,), options="bias norm"),
     ):
-        yield Accesses(ops.linear_euler, sample.args, sample.kwargs, {})
+        yield Accesses(ops.linear_euler, sample.args, sample.kwargs, exceptions)
 
 
 def _mlp_sample():
     network, bf16 = SAMPLES["mlp_sample"].Network, torch.bfloat16
-    for n, width, low in ((1, 128, None), (40, 64, None), (3, 256, None), (8, 128, bf16), (40, 64, bf16), (3, 256, bf16)):
-        net = network(16, n, 2).add(width, activation="silu").add(width, activation="silu").add(map="layer_norm")
-        sample = net.head().sample("", low=low)
-        yield Accesses(ops.mlp_sample, sample.args, sample.kwargs, {})
+    # Neighbouring outputs of a thread are stored one by one, once for all inputs: nvcc splits wider stores, whose
+    # alignment it cannot know.
+    sums = {"pitch + l.out + c + o + i] = sum[r][i]": 4.0}
+    for width, low in ((64, None), (128, None), (64, bf16), (192, bf16)):  # the wider ones are streamed
+        for n in (1, 8, 80):
+            net = network(64, n, 2).add(width, activation="silu").add(width, activation="silu").add(map="layer_norm")
+            sample = net.head().sample("", low=low)
+            yield Accesses(ops.mlp_sample, sample.args, sample.kwargs, sums)
+    # a warp takes several rows of fewer than 32 values, which begin 4 or 20 banks after one another
+    narrow = dict.fromkeys(("row[a.velocity]", "row[0]", "rows[at.r * a.pitch", "row[k.out + to.c]"), 2.0)
+    sample = network(8, 40, 2).add(64).head().sample("")
+    yield Accesses(ops.mlp_sample, sample.args, sample.kwargs, sums | narrow)
 
 
 ACCESSES = {
