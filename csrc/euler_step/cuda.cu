@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const int64_t rest = n - vectors * E;  // fewer than 2 E
-  if (i < rest) {
+  if (E > 1 && i < rest) {
     const int64_t at = i < head ? i : i + vectors * E;
     const X a = step(x[at], v[at], guided ? v_uncond[at] : v[at]);
     out[at] = a;
