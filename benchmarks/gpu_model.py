@@ -66,7 +66,7 @@ FLOORS = [
     Floor(
         *("euler_step", "64 Mi elements, guided, bfloat16 velocities and copy", dict(n=64 << 20)),
         *("n * (4 + 2 + 2 + 4 + 2)", "n * 5", "fp32"),
-        *("euler_step_kernel<float, __nv_bfloat16, __nv_bfloat16, true, 8>", 8),
+        *("euler_step_kernel<float, __nv_bfloat16, __nv_bfloat16, true, 4>", 8),
     ),
     Floor(
         *("euler_step", "64 Mi elements, float32", dict(n=64 << 20), "n * (4 + 4 + 4)", "n * 2", "fp32"),

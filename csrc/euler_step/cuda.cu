@@ -1,5 +1,6 @@
-// One pass over memory. A thread takes the elements of one 16-byte word of velocities, where the tensors can be aligned
-// together, and has all its loads in flight at once.
+// One pass over memory. A thread takes 16 bytes of the state, where the tensors can be aligned together, or twice as
+// many a block's width apart where velocities have half the bytes, so that a warp's requests are of whole sectors, and
+// has all its loads in flight at once.
 #include "common/cuda.h"
 #include "euler_step/euler_step.h"
 
@@ -8,11 +9,14 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 
+// Vectors of a thread
+template <class X, class V, int E>
+constexpr int kVectors = E > 1 ? sizeof(X) / sizeof(V) : 1;
+
 // Elements [0, head) and from head + vectors * E on are taken one by one, what lies between E at a time.
 template <class X, class V, class Low, bool guided, int E>
 __global__ void __launch_bounds__(kThreads)
     euler_step_kernel(const X* x, const V* v, const V* v_uncond, X* out, Low* low, int64_t n, int head, X h, X w) {
-  const int64_t vectors = (n - head) / E, i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   auto step = [&](X state, V cond, V uncond) {
     const X c = convert<X>(cond);
     if constexpr (guided) {
@@ -21,25 +25,34 @@ __global__ void __launch_bounds__(kThreads)
     }
     return state + h * c;
   };
-  if (i < vectors) {
-    const int64_t at = head + i * E;
-    X a[E];
-    V c[E], u[E];
-    load_vector(a, x + at);
-    load_vector(c, v + at);
-    if constexpr (guided) load_vector(u, v_uncond + at);
+  constexpr int N = kVectors<X, V, E>;
+  const int64_t vectors = (n - head) / E, i = int64_t(blockIdx.x) * kThreads * N + threadIdx.x;
+  X a[N][E];
+  V c[N][E], u[N][E];
 #pragma unroll
-    for (int j = 0; j < E; j++) a[j] = step(a[j], c[j], guided ? u[j] : c[j]);
-    store_vector(out + at, a);
+  for (int k = 0; k < N; k++) {
+    if (i + k * kThreads >= vectors) break;
+    const int64_t at = head + (i + k * kThreads) * E;
+    load_vector(a[k], x + at);
+    load_vector(c[k], v + at);
+    if constexpr (guided) load_vector(u[k], v_uncond + at);
+  }
+#pragma unroll
+  for (int k = 0; k < N; k++) {
+    if (i + k * kThreads >= vectors) break;
+    const int64_t at = head + (i + k * kThreads) * E;
+#pragma unroll
+    for (int j = 0; j < E; j++) a[k][j] = step(a[k][j], c[k][j], guided ? u[k][j] : c[k][j]);
+    store_vector(out + at, a[k]);
     if constexpr (!std::is_same_v<Low, X>) {
       Low l[E];
 #pragma unroll
-      for (int j = 0; j < E; j++) l[j] = convert<Low>(a[j]);
+      for (int j = 0; j < E; j++) l[j] = convert<Low>(a[k][j]);
       store_vector(low + at, l);
     }
   }
   const int64_t rest = n - vectors * E;  // fewer than 2 E
-  if (i < rest) {
+  if (E > 1 && i < rest) {
     const int64_t at = i < head ? i : i + vectors * E;
     const X a = step(x[at], v[at], guided ? v_uncond[at] : v[at]);
     out[at] = a;
@@ -50,20 +63,20 @@ __global__ void __launch_bounds__(kThreads)
 // Low is X where no copy is wanted.
 template <class X, class V, class Low, bool guided>
 int launch(const EulerStepArgs& a, void* stream) {
-  constexpr int E = 16 / sizeof(V);
+  constexpr int E = 16 / sizeof(X);
   const auto* x = static_cast<const X*>(a.x);
   const auto *v = static_cast<const V*>(a.v), *u = static_cast<const V*>(a.v_uncond);
   auto* out = static_cast<X*>(a.out);
   auto* low = static_cast<Low*>(a.low);
-  auto run = [&](auto kernel, int64_t threads, int head) {
-    const dim3 grid(static_cast<unsigned>((threads + kThreads - 1) / kThreads));
+  auto run = [&](auto kernel, int64_t vectors, int each, int head) {
+    const dim3 grid(static_cast<unsigned>((vectors + kThreads * each - 1) / (kThreads * each)));
     FK_LAUNCH(kernel, grid, dim3(kThreads), 0, stream, x, v, u, out, low, a.n, head, X(a.h), X(a.guidance));
     return launched();
   };
   const int head = aligned_head<E>(a.n, x, v, u, out, low);
-  if (head < 0) return run(euler_step_kernel<X, V, Low, guided, 1>, a.n, 0);
+  if (head < 0) return run(euler_step_kernel<X, V, Low, guided, 1>, a.n, 1, 0);
   const int64_t vectors = (a.n - head) / E, rest = a.n - vectors * E;
-  return run(euler_step_kernel<X, V, Low, guided, E>, vectors > rest ? vectors : rest, head);
+  return run(euler_step_kernel<X, V, Low, guided, E>, vectors > rest ? vectors : rest, kVectors<X, V, E>, head);
 }
 
 template <class X, class V>
