@@ -71,17 +71,14 @@ class Kernel:
 
     @property
     def hot_loop(self) -> range | None:
-        """The innermost loop that computes most, else that loads most, else the longest."""
-        weight = lambda loop: (*(self.count(what, loop) for what in ("HMMA", "FP32", "LDG")), len(loop))  # noqa: E731
+        """The innermost loop with most multiply-adds, else that computes most, else that loads most, else the longest."""
+        by = ("HMMA", "FFMA", "FP32", "FP64", "LDG")
+        weight = lambda loop: (*(self.count(what, loop) for what in by), len(loop))  # noqa: E731
         return max(self.loops, key=weight, default=None)
-
-    def occupancy(self, dynamic: int = 0, threads: int = 0) -> tuple[int, float, str]:
-        """Blocks on a multiprocessor, the part of its warps that they are, and what limits them; `dynamic` bytes of
-        shared memory beside what the kernel declares."""
-        return occupancy(self.sm, self.registers, self.shared + dynamic, threads or self.threads)
 
 
 def occupancy(sm: int, registers: int, shared: int, threads: int) -> tuple[int, float, str]:
+    """Blocks on a multiprocessor, the part of its warps that they are, and what limits them."""
     warps, blocks, memory = MULTIPROCESSORS[sm]
     of_block = -(-threads // 32)
     of_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
@@ -232,14 +229,25 @@ def built() -> str:
 # ---- rules ----
 @dataclass(frozen=True)
 class Rule:
-    """What has to hold for the kernels whose whole name matches."""
+    """What has to hold for the kernels whose whole name matches. Where GPUs differ, values by architecture: {80: ...}."""
 
     name: str
     registers: int  # at most
-    occupancy: float  # at least, as a part of the warps, with `dynamic` bytes of shared memory
-    dynamic: int = 0
+    occupancy: float | dict[int, float]  # at least, as a part of the warps, with `dynamic` bytes of shared memory
+    dynamic: int | dict[int, int] = 0
     has: str = ""  # instructions that occur, or how many at least or at most: "LDG.128 STG.128>=2 STG.narrow<=1"
     double: bool = False  # computes in double, whatever its template arguments
+    threads: int = 0  # of a block, where they are fewer than the kernel was compiled for
+
+    def shared(self, k: Kernel) -> int:
+        return k.shared + by_sm(self.dynamic, k.sm)
+
+    def occupied(self, k: Kernel) -> tuple[int, float, str]:
+        return occupancy(k.sm, k.registers, self.shared(k), self.threads or k.threads)
+
+
+def by_sm(value, sm: int):
+    return value[sm] if isinstance(value, dict) else value
 
 
 def problems(kernels: list[Kernel], rules: list[Rule]) -> list[str]:
@@ -255,9 +263,9 @@ def problems(kernels: list[Kernel], rules: list[Rule]) -> list[str]:
         for r in matching:
             if k.registers > r.registers:
                 say(f"{k.registers} registers, more than {r.registers}")
-            part, limit = k.occupancy(r.dynamic)[1:]
-            if part < r.occupancy:
-                say(f"occupancy {part:.0%} (by {limit}), less than {r.occupancy:.0%}")
+            part, limit = r.occupied(k)[1:]
+            if part < (least := by_sm(r.occupancy, k.sm)):
+                say(f"occupancy {part:.0%} (by {limit}), less than {least:.0%}")
             for wanted in r.has.split():
                 what, bound, number = re.fullmatch(r"([^<>]+)(?:([<>])=(\d+))?", wanted).groups()
                 count = k.count(what)
