@@ -71,7 +71,7 @@ class Kernel:
 
     @property
     def hot_loop(self) -> range | None:
-        """The innermost loop with most multiply-adds, else that computes most, else that loads most, else the longest."""
+        """The innermost loop with most multiply-adds, else that computes or loads most, else the longest."""
         by = ("HMMA", "FFMA", "FP32", "FP64", "LDG")
         weight = lambda loop: (*(self.count(what, loop) for what in by), len(loop))  # noqa: E731
         return max(self.loops, key=weight, default=None)
@@ -229,7 +229,7 @@ def built() -> str:
 # ---- rules ----
 @dataclass(frozen=True)
 class Rule:
-    """What has to hold for the kernels whose whole name matches. Where GPUs differ, values by architecture: {80: ...}."""
+    """What has to hold for the kernels whose whole name matches. Values can differ by architecture: {80: ...}."""
 
     name: str
     registers: int  # at most

@@ -30,8 +30,8 @@ RULES = [
     # the loads of four terms are in flight together
     Rule(r"linear_update_kernel<.*, [248]>", 40, 0.75, has="LDG.128>=12 STG.128 STG.narrow<=2"),
     Rule(r"linear_update_kernel<.*, 1>", 40, 1.0),
-    # Rows are read by 16 bytes of the bank's type, and what becomes of these is stored as one word, of 4 or 8 bytes where
-    # it is narrower: neighbouring lanes fill whole sectors.
+    # Rows are read by 16 bytes of the bank's type, and what becomes of these is stored as one word, of 4 or 8 bytes
+    # where it is narrower: neighbouring lanes fill whole sectors.
     Rule(
         r"segment_points_kernel<(float, float, .*, 4|double, double, .*, 2)>",
         *(48, 0.62),
@@ -56,13 +56,15 @@ RULES = [
         *(64, 0.5),
         has="LDG.128>=12 LDG.narrow<=2 STG.128>=4 STG.narrow<=1",
     ),
-    Rule(rf"straighten_loss_held_kernel<float, {LOW}, 4>", 56, 0.5, has="LDG.128>=8 LDG.narrow<=2 STG>=4 STG.narrow<=1"),
+    Rule(
+        rf"straighten_loss_held_kernel<float, {LOW}, 4>", 56, 0.5, has="LDG.128>=8 LDG.narrow<=2 STG>=4 STG.narrow<=1"
+    ),
     Rule(r"straighten_loss_held_kernel<float, .*, [12]>", 48, 0.62),
     Rule(r"straighten_loss_held_kernel<double, double, 2>", 80, 0.375, has="LDG.128>=12 STG.128>=4"),
     Rule(r"straighten_loss_held_kernel<double, double, 1>", 56, 0.5),
     Rule(r"straighten_loss_join_kernel<.*>", 32, 1.0),
     Rule(r"straighten_loss_mean_kernel<.*>", 40, 0.66),
-    # Guided tokens of 1,152 features, 16 outputs; 4,096 tokens of 3,072, 64 outputs; a Linear of 512. Shared memory takes
+    # Guided tokens of 1,152 features, 16 outputs; 4,096 tokens of 3,072, 64 outputs; a Linear of 512. Tokens come by
     # cp.async's 16 bytes; bfloat16 and float16 weights come by 8 bytes, four features of one output.
     Rule(
         rf"linear_euler_kernel<{LOW}, .*, false, 1, 4>",
@@ -87,8 +89,8 @@ RULES = [
     # for float64, and tokens too long for shared memory
     Rule(r"linear_euler_rows_kernel<float>", 96, 0.25),
     Rule(r"linear_euler_rows_kernel<double>", 136, 0.125),
-    # K = 100 and, for pairs of panels, 256; as many slabs in flight as there is room for. The widest blocks have 320 and
-    # 512 threads.
+    # K = 100, blocks of 320 threads; for pairs of panels K = 256, blocks of 512; as many slabs in flight as there is
+    # room for
     Rule(
         r"velocity_gram_increments_kernel<float, false>",
         *(96, {80: 0.3125, 90: 0.3125, 100: 0.3125, 120: 0.416}),
