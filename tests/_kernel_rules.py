@@ -37,7 +37,7 @@ RULES = [
         *(48, 0.62),
         has="LDG.128>=3 LDG.narrow<=1 STG.128>=4 STG.narrow<=0",
     ),
-    Rule(rf"segment_points_kernel<float, {LOW}, .*, 4>", 48, 0.75, has="LDG.128>=3 LDG.narrow<=1 STG>=4 STG.narrow<=0"),
+    Rule(rf"segment_points_kernel<float, {LOW}, .*, 4>", 48, 0.62, has="LDG.128>=3 LDG.narrow<=1 STG>=4 STG.narrow<=0"),
     Rule(rf"segment_points_kernel<double, {LOW}, .*, 2>", 48, 0.62, has="LDG.128>=3 LDG.narrow<=0"),
     Rule(r"segment_points_kernel<float, .*, 2>", 40, 0.75, has="LDG>=5 LDG.narrow<=1"),
     Rule(r"segment_points_kernel<.*, 1>", 40, 0.75),
