@@ -8,7 +8,7 @@ It reads the built extension with tests/_binaries.py and measures nothing.
 import argparse
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +24,15 @@ class Gpu:
     arch: str
     bandwidth: float  # TB/s
     source: str
-    rates: dict[str, float]  # Tflop/s, from data sheets, without sparsity; bf16 and tf32 on tensor cores
+    rates: dict[str, float]  # Tflop/s, from data sheets, without sparsity; 16-bit: bfloat16 or float16, on tensor cores
 
 
-HOPPER = dict(fp32=67, tf32=495, bf16=989, fp64=34)
+HOPPER = {"fp32": 67, "16-bit": 989, "fp64": 34}
 GPUS = [
-    Gpu("A100 80 GB SXM", "80", 2.04, "data sheet", dict(fp32=19.5, tf32=156, bf16=312, fp64=9.7)),
+    Gpu("A100 80 GB SXM", "80", 2.04, "data sheet", {"fp32": 19.5, "16-bit": 312, "fp64": 9.7}),
     Gpu("H100 SXM", "90a", 3.0, "copy, measured on one (data sheet: 3.35)", HOPPER),
     Gpu("H200", "90a", 4.3, "copy, measured on one (data sheet: 4.8)", HOPPER),
-    Gpu("B200", "100", 8.0, "data sheet", dict(fp32=75, tf32=1100, bf16=2250, fp64=37)),
+    Gpu("B200", "100", 8.0, "data sheet", {"fp32": 75, "16-bit": 2250, "fp64": 37}),
 ]
 
 
@@ -47,9 +47,10 @@ class Floor:
     computes: str  # operations; a multiply-add is two
     unit: str  # what computes them: a key of Gpu.rates
     kernel: str  # its whole name
-    # Elements that a thread takes in one pass through the hot loop, or through the kernel if it has no loop, where it
-    # does the same for each; 0 where that cannot be said.
+    # Elements that a thread takes in one pass through the kernel, which has no loop; or FP32 instructions for each in
+    # the hot loop, which nvcc may unroll; neither where it does not do the same for each.
     elements: int = 0
+    fp32: int = 0
 
     def bytes(self) -> int:
         return eval(self.moves, {}, self.sizes)
@@ -62,15 +63,90 @@ class Floor:
         return (memory, "memory") if memory >= compute else (compute, self.unit)
 
 
+MI = 1 << 20
 FLOORS = [
     Floor(
-        *("euler_step", "64 Mi elements, guided, bfloat16 velocities and copy", dict(n=64 << 20)),
+        *("velocity_gram", "float32, three products of halves", dict(K=100, M=307200)),
+        *("K * M * 4", "3 * K * (K - 1) * M", "16-bit"),  # each pair of increments once
+        "velocity_gram_increments_kernel<float, false>",
+    ),
+    Floor(
+        *(
+            "velocity_gram",
+            "bfloat16, three products of halves",
+            dict(K=100, M=307200),
+            "K * M * 2",
+            "3 * K * (K - 1) * M",
+            "16-bit",
+        ),
+        "velocity_gram_increments_kernel<__nv_bfloat16, false>",
+    ),
+    Floor(  # half of a symmetric matrix in, all costs out; two sums of products and three recursions for each pair
+        *("cost_from_gram", "float64", dict(K=256)),
+        *("K * (K - 1) // 2 * 8 + (K + 1) ** 2 * 8", "13 * K * (K + 1) // 2", "fp64", "cost_from_gram_kernel<false>"),
+    ),
+    Floor(  # a sum and a comparison for each pair and step
+        *("bellman", "float64", dict(K=1000, N=20)),
+        *("K * (K + 1) // 2 * 8 + (N + 1) * (K + 1) * 16", "N * K * (K + 1)", "fp64", "bellman_kernel"),
+    ),
+    Floor(
+        *("euler_step", "guided, bfloat16 velocities and copy", dict(n=64 * MI)),
         *("n * (4 + 2 + 2 + 4 + 2)", "n * 5", "fp32"),
         *("euler_step_kernel<float, __nv_bfloat16, __nv_bfloat16, true, 4>", 8),
     ),
     Floor(
-        *("euler_step", "64 Mi elements, float32", dict(n=64 << 20), "n * (4 + 4 + 4)", "n * 2", "fp32"),
+        *("euler_step", "float32", dict(n=16 * MI), "n * (4 + 4 + 4)", "n * 2", "fp32"),
         *("euler_step_kernel<float, float, float, false, 4>", 4),
+    ),
+    Floor(
+        *("linear_update", "float32", dict(n=4 * MI, terms=16), "n * (4 + 4 * terms + 4)", "n * 2 * terms", "fp32"),
+        *("linear_update_kernel<float, float, float, 4>", 0, 1),
+    ),
+    Floor(
+        *("linear_update", "bfloat16 velocities", dict(n=4 * MI, terms=16)),
+        *(
+            "n * (4 + 2 * terms + 4)",
+            "n * 2 * terms",
+            "fp32",
+            "linear_update_kernel<float, __nv_bfloat16, float, 8>",
+            0,
+            1,
+        ),
+    ),
+    Floor(
+        *("linear_euler", "bfloat16, normed, three products of parts", dict(T=4096, d=3072, o=64)),
+        *("T * d * 2 + o * d * 2 + T * o * (4 + 4)", "3 * 2 * T * d * o", "16-bit"),
+        "linear_euler_kernel<__nv_bfloat16, __nv_bfloat16, false, 1, 8>",
+    ),
+    Floor(
+        *("linear_euler", "float32, normed and guided, six products of parts", dict(T=1024, d=1152, o=16)),
+        *("2 * T * d * 4 + o * d * 4 + T * o * (4 + 4)", "6 * 2 * 2 * T * d * o", "16-bit"),
+        "linear_euler_kernel<float, float, false, 1, 4>",
+    ),
+    Floor(  # two rows of the bank, velocities, their gradient
+        *("straighten_loss", "float32, with gradient, places all different", dict(B=256, D=65536)),
+        *("B * D * (4 + 4 + 4 + 4)", "B * D * 6", "fp32", "straighten_loss_kernel<float, float, 4>"),
+    ),
+    Floor(
+        *(
+            "segment_points",
+            "float32, places all different",
+            dict(B=256, D=65536),
+            "B * D * (4 + 4 + 4)",
+            "B * D * 3",
+            "fp32",
+        ),
+        *("segment_points_kernel<float, float, true, 4>", 0, 2),
+    ),
+    Floor(
+        *("mlp_sample", "D -> w x 3 -> D, float32", dict(n=4096, D=64, w=256, N=8)),
+        *("n * D * 8 + 4 * (2 * D * w + 2 * w * w)", "2 * n * N * (2 * D * w + 2 * w * w)", "fp32"),
+        "mlp_sample_kernel<Fma<8, 4>, false>",
+    ),
+    Floor(
+        *("mlp_sample", "D -> w x 3 -> D, bfloat16 weights (A100: Mma<2>)", dict(n=1024, D=64, w=256, N=8)),
+        *("n * D * 8 + 2 * (2 * D * w + 2 * w * w)", "2 * n * N * (2 * D * w + 2 * w * w)", "16-bit"),
+        "mlp_sample_kernel<Mma<1>, false>",
     ),
 ]
 
@@ -82,24 +158,29 @@ how long a GPU must take at least for the bytes that have to move and the operat
 and computed at the rates stated and did nothing else. A kernel takes longer than that, and how much longer only a GPU
 can tell.
 
+A launch alone takes microseconds: where the floor is less, it says nothing. `bellman` runs on one multiprocessor,
+because each step needs all of the one before, `cost_from_gram` on K / 32, a tile of `mlp_sample` on one, layer after
+layer: these have only that part of a GPU's rates, whereas the floors are those of a whole one.
+
 `python benchmarks/gpu_model.py --write docs/gpu.md` writes this page from the built extension; a test compares them.
 Compiled by nvcc {compiler}.
 """
 COMPILED = """
-## The kernels of these cases, as compiled
+## One kernel of each op, as compiled
 
-Registers of a thread; shared memory of a block; blocks on a multiprocessor, the part of its warps that they are, and
-what limits them; instructions in the hot loop, or in the whole kernel where it has no loop, with the paths for what
-does not fit in vectors; and, where a pass does the same for a known number of elements, instructions for each, at most.
-FP32 counts additions, multiplications and multiply-adds in float32, FP64 those in double; LDG and STG are accesses
-narrower than 16 bytes.
+Of the op's first case above. Registers of a thread; shared memory of a block; blocks on a multiprocessor of so many
+threads, the part of its warps that they are, and what limits them. Instructions in the hot loop, or in the whole kernel
+where it has no loop, with the paths for what does not fit in vectors; and, where each element is treated alike,
+instructions for each (of each term, in `linear_update`), addresses and loop included. FP32 counts additions,
+multiplications and multiply-adds in float32, FP64 those in double; LDG and STG are accesses narrower than 16 bytes.
+nvcc unrolls some loops more for one architecture than for another.
 """
 ALL = """
 ## All kernels
 
-Over sm_80, sm_90a, sm_100 and sm_120. The tests hold the kernels to the ceilings and instructions that are named here
-(tests/_kernel_rules.py); none has a stack frame or local memory, and none whose types are float32 or narrower has
-instructions in double precision, unless said.
+Over sm_80, sm_90a, sm_100 and sm_120. The tests hold the kernels to these ceilings, occupancies and instructions
+(tests/_kernel_rules.py, which says what cases the shared memory is of). None has a stack frame or local memory, and
+none whose types are float32 or narrower has instructions in double precision, unless said.
 """
 SHOWN = (
     "LDG.128",
@@ -138,11 +219,11 @@ def microseconds(seconds: float) -> str:
 
 def floors() -> list[str]:
     lines = ["## The least time", "", "At these rates; those of operations are the data sheets', without sparsity.", ""]
-    units = ("fp32", "tf32", "bf16", "fp64")
+    units = ("fp32", "16-bit", "fp64")
     lines += table(
         ["GPU", "TB/s", "whence", *(f"{u}, Tflop/s" for u in units)],
         ([g.name, g.bandwidth, g.source, *(g.rates[u] for u in units)] for g in GPUS),
-        (1, 3, 4, 5, 6),
+        (1, 3, 4, 5),
     )[1:]
     rows = []
     for f in FLOORS:
@@ -167,53 +248,43 @@ def counts(kernel, among) -> str:
 
 def compiled(kernels) -> list[str]:
     lines = [COMPILED]
-    for name, elements in dict.fromkeys((f.kernel, f.elements) for f in FLOORS):
+    firsts = {f.op: f for f in reversed(FLOORS)}
+    for f in (f for f in FLOORS if f is firsts[f.op]):
         rows = []
-        for k in sorted((k for k in kernels if k.name == name), key=lambda k: k.sm):
-            (rule,) = (r for r in RULES if re.fullmatch(r.name, name))
-            blocks, part, limit = k.occupancy(rule.dynamic)
+        for k in sorted((k for k in kernels if k.name == f.kernel), key=lambda k: k.sm):
+            (rule,) = (r for r in RULES if re.fullmatch(r.name, k.name))
+            blocks, part, limit = rule.occupied(k)
             loop = k.hot_loop
             size = len(k.instructions) if loop is None else len(loop)
+            elements = k.count("FP32", loop) / f.fp32 if f.fp32 else f.elements
             per = f"{size / elements:.1f}" if elements else ""
-            shared = k.shared + rule.dynamic
             where = f"{'kernel' if loop is None else 'loop'}: {size}"
-            occupied = f"{blocks} of {k.threads}, {part:.0%} ({limit})"
-            rows.append([f"sm_{k.arch}", k.registers, f"{shared:,}", occupied, where, counts(k, loop), per])
-        head = [
-            "",
-            "registers",
-            "shared memory",
-            "blocks of threads, occupancy",
-            "instructions",
-            "of these",
-            "an element",
-        ]
-        lines += ["", f"`{name}`", *table(head, rows, (1, 2, 6))]
+            occupied = f"{blocks} of {rule.threads or k.threads}, {percent(part)} ({limit})"
+            rows.append([f"sm_{k.arch}", k.registers, f"{rule.shared(k):,}", occupied, where, counts(k, loop), per])
+        head = ["", "registers", "shared memory", "blocks", "instructions", "of these", "an element"]
+        lines += ["", f"`{f.kernel}`", *table(head, rows, (1, 2, 6))]
     return lines
+
+
+def percent(part: float) -> str:
+    return f"{100 * part:.3g}%"
+
+
+def span(values: Iterable, form: Callable = str) -> str:
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def all_kernels(kernels) -> list[str]:
     rows = []
     for r in RULES:
         of = [k for k in kernels if re.fullmatch(r.name, k.name)]
-        registers = [k.registers for k in of]
-        least = min(of, key=lambda k: k.occupancy(r.dynamic)[1])
-        occupied = f"{least.occupancy(r.dynamic)[1]:.0%} (sm_{least.arch})"
-        shared = max(k.shared for k in of) + r.dynamic
-        span = f"{min(registers)} to {max(registers)}"
         name = r.name.replace("|", "\\|")
-        rows.append(
-            [
-                f"`{name}`",
-                len({k.name for k in of}),
-                span,
-                r.registers,
-                f"{shared:,}",
-                occupied,
-                f"{r.has} (in double)" if r.double else r.has,
-            ]
-        )
-    head = ["kernels", "instances", "registers", "at most", "shared memory", "least occupancy", "has"]
+        registers, shared = span([k.registers for k in of]), span([r.shared(k) for k in of], "{:,}".format)
+        occupied = span([r.occupied(k)[1] for k in of], percent)
+        has = " ".join([r.has, "(in double)" * r.double]).strip()
+        rows.append([f"`{name}`", len({k.name for k in of}), registers, r.registers, shared, occupied, has])
+    head = ["kernels", "instances", "registers", "at most", "shared memory", "occupancy", "has"]
     return [ALL, *table(head, rows, (1, 2, 3, 4, 5))]
 
 

@@ -4,7 +4,10 @@ The tools are NVIDIA's, from the triton wheel; no GPU is needed.
 """
 
 import functools
+import hashlib
 import importlib.util
+import os
+import pickle
 import re
 import struct
 import subprocess
@@ -68,17 +71,14 @@ class Kernel:
 
     @property
     def hot_loop(self) -> range | None:
-        """The innermost loop that computes most, else that loads most, else the longest."""
-        weight = lambda loop: (*(self.count(what, loop) for what in ("HMMA", "FP32", "LDG")), len(loop))  # noqa: E731
+        """The innermost loop with most multiply-adds, else that computes or loads most, else the longest."""
+        by = ("HMMA", "FFMA", "FP32", "FP64", "LDG")
+        weight = lambda loop: (*(self.count(what, loop) for what in by), len(loop))  # noqa: E731
         return max(self.loops, key=weight, default=None)
-
-    def occupancy(self, dynamic: int = 0, threads: int = 0) -> tuple[int, float, str]:
-        """Blocks on a multiprocessor, the part of its warps that they are, and what limits them; `dynamic` bytes of
-        shared memory beside what the kernel declares."""
-        return occupancy(self.sm, self.registers, self.shared + dynamic, threads or self.threads)
 
 
 def occupancy(sm: int, registers: int, shared: int, threads: int) -> tuple[int, float, str]:
+    """Blocks on a multiprocessor, the part of its warps that they are, and what limits them."""
     warps, blocks, memory = MULTIPROCESSORS[sm]
     of_block = -(-threads // 32)
     of_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
@@ -100,8 +100,8 @@ def tool(name: str) -> str:
     return str(path)
 
 
-def run(*command) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+def run(*command, cwd: Path | None = None) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd)
     if done.returncode:
         raise RuntimeError(f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.stdout
@@ -173,23 +173,49 @@ def read_cubin(path: Path) -> list[Kernel]:
     return kernels
 
 
+def cubins(path: str, folder: Path) -> list[Path]:
+    """Of a module, extracted into a folder. One fat binary at a time: those of other sources would take each other's
+    place, as all of them are named cuda.cu."""
+    module, found = Path(path).read_bytes(), []
+    fat = b"".join(contents for name, contents in sections(module) if name == ".nv_fatbin")
+    while fat:
+        magic, _, head, size = struct.unpack_from("<IHHQ", fat)
+        if magic != 0xBA55ED50:
+            raise RuntimeError(f"{path}: not a fat binary")
+        own = folder / str(len(found))
+        own.mkdir()
+        (own / "one.fatbin").write_bytes(fat[: head + size])
+        run(tool("cuobjdump"), "-xelf", "all", own / "one.fatbin", cwd=own)
+        found.append(sorted(own.glob("*.cubin")))
+        fat = fat[head + size :].lstrip(b"\0")
+    return [cubin for of_one in found for cubin in of_one]
+
+
 @functools.cache
 def read(path: str) -> list[Kernel]:
-    """The kernels of a module, an object file or a cubin."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubins = [Path(path)]
-        if cubins[0].suffix != ".cubin":
-            subprocess.run([tool("cuobjdump"), "-xelf", "all", path], cwd=folder, check=True, capture_output=True)
-            cubins = sorted(Path(folder).glob("*.cubin"))
-        with ThreadPoolExecutor(2) as pool:
-            return [kernel for kernels in pool.map(read_cubin, cubins) for kernel in kernels]
+    """The kernels of a module or a cubin. To disassemble the extension takes a minute: what was found in a module is
+    kept in build/ for as long as neither it nor this file changes."""
+    if path.endswith(".cubin"):
+        return read_cubin(Path(path))
+    digest = hashlib.sha256(Path(path).read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
+    kept = Path(__file__).parents[1] / "build/binaries" / f"{digest}.pickle"
+    if kept.exists():
+        return pickle.loads(kept.read_bytes())
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        kernels = [k for of_one in pool.map(read_cubin, cubins(path, Path(folder))) for k in of_one]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    for old in kept.parent.glob("*.pickle"):
+        old.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+        pickle.dump(kernels, file)
+    os.replace(file.name, kept)
+    return kernels
 
 
 def compiler(path: str) -> str:
     """The release of nvcc that made it: "13.0, V13.0.88"."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([tool("cuobjdump"), "-xelf", "all", path], cwd=folder, check=True, capture_output=True)
-        text = b"".join(p.read_bytes() for p in Path(folder).glob("*.cubin"))
+        text = cubins(path, Path(folder))[0].read_bytes()
     return re.search(rb"Cuda compilation tools, release ([\w., ]+)", text)[1].decode()
 
 
@@ -203,14 +229,25 @@ def built() -> str:
 # ---- rules ----
 @dataclass(frozen=True)
 class Rule:
-    """What has to hold for the kernels whose whole name matches."""
+    """What has to hold for the kernels whose whole name matches. Values can differ by architecture: {80: ...}."""
 
     name: str
     registers: int  # at most
-    occupancy: float  # at least, as a part of the warps, with `dynamic` bytes of shared memory
-    dynamic: int = 0
+    occupancy: float | dict[int, float]  # at least, as a part of the warps, with `dynamic` bytes of shared memory
+    dynamic: int | dict[int, int] = 0
     has: str = ""  # instructions that occur, or how many at least or at most: "LDG.128 STG.128>=2 STG.narrow<=1"
     double: bool = False  # computes in double, whatever its template arguments
+    threads: int = 0  # of a block, where they are fewer than the kernel was compiled for
+
+    def shared(self, k: Kernel) -> int:
+        return k.shared + by_sm(self.dynamic, k.sm)
+
+    def occupied(self, k: Kernel) -> tuple[int, float, str]:
+        return occupancy(k.sm, k.registers, self.shared(k), self.threads or k.threads)
+
+
+def by_sm(value, sm: int):
+    return value[sm] if isinstance(value, dict) else value
 
 
 def problems(kernels: list[Kernel], rules: list[Rule]) -> list[str]:
@@ -226,9 +263,9 @@ def problems(kernels: list[Kernel], rules: list[Rule]) -> list[str]:
         for r in matching:
             if k.registers > r.registers:
                 say(f"{k.registers} registers, more than {r.registers}")
-            part, limit = k.occupancy(r.dynamic)[1:]
-            if part < r.occupancy:
-                say(f"occupancy {part:.0%} (by {limit}), less than {r.occupancy:.0%}")
+            part, limit = r.occupied(k)[1:]
+            if part < (least := by_sm(r.occupancy, k.sm)):
+                say(f"occupancy {part:.0%} (by {limit}), less than {least:.0%}")
             for wanted in r.has.split():
                 what, bound, number = re.fullmatch(r"([^<>]+)(?:([<>])=(\d+))?", wanted).groups()
                 count = k.count(what)

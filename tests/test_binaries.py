@@ -90,6 +90,9 @@ def bad(tmp_path_factory):
         (Rule("fine_kernel", **ANY, has="LDG.128"), r"0 LDG.128, wanted LDG.128"),
         (Rule("fine_kernel", **ANY, has="HMMA>=2"), r"0 HMMA, wanted HMMA>=2"),
         (Rule("fine_kernel", 16, 0.5, dynamic=40 << 10), r"occupancy 25% \(by shared memory\), less than 50%"),
+        (Rule("fine_kernel", 16, {80: 0.5, 90: 1.0}, {80: 40 << 10, 90: 0}), r"occupancy 25%.*, less than 50%"),
+        (Rule("fine_kernel", 16, {80: 0.25, 90: 1.0}, {80: 40 << 10, 90: 0}), None),
+        (Rule("fine_kernel", 16, 1.0, threads=32), r"occupancy 50% \(by blocks\), less than 100%"),
         (Rule("array_kernel", **ANY), r"128 bytes of stack, 0 of local memory, \d+ accesses to it"),
         (Rule("spilling_kernel", **ANY), r"[1-9]\d* bytes of stack"),
         (Rule("literal_kernel", **ANY), r"[1-9]\d* double-precision instructions"),
@@ -192,7 +195,7 @@ def test_occupancy_is_what_nvidia_reckons(tmp_path):
 # ---- docs/gpu.md ----
 def skeleton(text: str) -> list[str]:
     """Without what depends on the release of nvcc."""
-    floors, compiled = text.split("## The kernels of these cases")
+    floors, compiled = text.split("## One kernel of each op")
     lines = [line for line in floors.splitlines() if not line.startswith("Compiled by")]
     return lines + [line.split(" | ")[0] if line.startswith("|") else line for line in compiled.splitlines()]
 

@@ -192,33 +192,6 @@ __device__ __forceinline__ void store_vector(T* p, const T (&from)[N]) {
   for (int i = 0; i < words; i++) store_word(reinterpret_cast<W*>(p) + i, w[i]);
 }
 
-// The same to global memory, surely in whole words: where nvcc cannot derive the alignment from the address, it makes
-// one store for each element of a store_vector.
-template <class T, int N>
-__device__ __forceinline__ void store_global(T* p, const T (&from)[N]) {
-#ifdef __CUDACC__
-  using W = Word<int(N * sizeof(T))>;
-  constexpr int words = N * sizeof(T) / sizeof(W);
-  W w[words];
-  memcpy(w, from, sizeof(from));
-#pragma unroll
-  for (int i = 0; i < words; i++) {
-    W* to = reinterpret_cast<W*>(p) + i;
-    if constexpr (sizeof(W) == 16)
-      asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)), "r"(w[i].x),
-                   "r"(w[i].y), "r"(w[i].z), "r"(w[i].w)
-                   : "memory");
-    else if constexpr (sizeof(W) == 8)
-      asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(__cvta_generic_to_global(to)), "r"(w[i].x), "r"(w[i].y)
-                   : "memory");
-    else
-      *to = w[i];
-  }
-#else
-  store_vector(p, from);
-#endif
-}
-
 // Elements before the first place where N neighbours of every one of these can be taken as words; -1: there is none.
 // Null pointers do not count.
 template <int N, class... T>

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kRowBlock)
       Out point[E];
 #pragma unroll
       for (int e = 0; e < E; e++) point[e] = convert<Out>(lerp ? x[n][e] + p * (y[n][e] - x[n][e]) : x[n][e]);
-      store_global(out + (w + n * stride) * E, point);
+      store_vector(out + (w + n * stride) * E, point);
     }
   };
   int64_t w = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kRowBlock)
     Out none[E];
 #pragma unroll
     for (int e = 0; e < E; e++) none[e] = convert<Out>(X(NAN));
-    for (; w < words; w += stride) store_global(out + w * E, none);
+    for (; w < words; w += stride) store_vector(out + w * E, none);
     return;
   }
   for (; w + (many - 1) * stride < words; w += many * stride) points(std::integral_constant<int, many>{}, w);

@@ -106,7 +106,7 @@ __device__ __forceinline__ void write_gradient(V* gradient, const X (&e)[E], X s
   V out[E];
 #pragma unroll
   for (int i = 0; i < E; i++) out[i] = convert<V>(scale * e[i]);
-  store_global(gradient, out);
+  store_vector(gradient, out);
 }
 template <int E, class X, class V>
 __device__ __forceinline__ void refuse_row(V* gradient, int64_t begin, int64_t end) {
