@@ -12,7 +12,7 @@ import pytest
 from flowkernels import backends, ops
 
 # Ops whose kernels have inline assembly, for which the emulation has other code. CMakeLists.txt has the same list.
-OPS = ["euler_step"]
+OPS = ["euler_step", "velocity_gram", "linear_euler", "mlp_sample", "straighten_loss", "linear_update", "segment_points", "bellman", "cost_from_gram"]
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
 CASES = [pytest.param(op, s, id=f"{op}-{s.id}") for op in OPS for s in SAMPLES[op].sample_inputs()]
 
