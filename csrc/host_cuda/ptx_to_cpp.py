@@ -351,7 +351,7 @@ class Kernel:
             return f"cp_async_wait(int({self.u32(operands[0])}));"
         if "wait_all" in modifiers:
             return "cp_async_commit(); cp_async_wait(0);"
-        if operands[2] != "16":
+        if int(operands[2], 0) != 16:
             raise Unsupported
         size = self.u32(operands[3] if len(operands) > 3 else operands[2])
         to, of = self.address(operands[0], "shared"), self.address(operands[1], "global")
