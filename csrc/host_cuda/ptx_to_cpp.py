@@ -84,10 +84,9 @@ def one_of(modifiers: list[str], names, default: str | None = None) -> str:
 
 
 class Kernel:
-    def __init__(self, name: str, parameters: str, shared: dict[str, int | None], files: dict[str, str]):
-        self.name, self.shared, self.files = name, shared, files
+    def __init__(self, name: str, parameters: str, shared: dict, tables: dict[str, list[str]], files: dict[str, str]):
+        self.name, self.shared, self.tables, self.files = name, shared, tables, files
         self.arrays: set[str] = set()  # .local
-        self.tables: dict[str, list[str]] = {}  # .branchtargets
         self.used: set[str] = set()  # shared arrays
         self.parameters: dict[str, tuple[int, int]] = {}  # offset and size
         end = 0
@@ -352,7 +351,7 @@ class Kernel:
             return f"cp_async_wait(int({self.u32(operands[0])}));"
         if "wait_all" in modifiers:
             return "cp_async_commit(); cp_async_wait(0);"
-        if operands[2] != "16":
+        if int(operands[2], 0) != 16:
             raise Unsupported
         size = self.u32(operands[3] if len(operands) > 3 else operands[2])
         to, of = self.address(operands[0], "shared"), self.address(operands[1], "global")
@@ -373,7 +372,6 @@ class Kernel:
     # ---- the whole ----
     def translate(self, text: str, at: int) -> str:
         """The kernel whose body begins at that place, as C++."""
-        self.tables = {m[1]: split(m[2]) for m in re.finditer(r"([$\w]+):\s*\.branchtargets([^;]*);", text[at:])}
         code, depth = [], 0
         while True:
             m = STATEMENT.match(text, at)
@@ -403,11 +401,12 @@ static const Registration registration{function}("{self.name}", {function}, {{{l
 def translate(text: str) -> str:
     files = {m[1]: m[2].rpartition("/")[2] for m in re.finditer(r'\.file\s+(\d+)\s+"([^"]+)"', text)}
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text.partition("\t.section")[0], flags=re.S)
+    tables = {m[1]: split(m[2]) for m in re.finditer(r"([$\w]+):\s*\.branchtargets([^;]*);", text)}
     shared = {}
     for m in re.finditer(r"\.shared\s+\.align\s+\d+\s+\.(\w+)\s+([\w$]+)(\[(\d*)\])?", text):
         shared[m[2]] = bits(m[1]) // 8 * (int(m[4] or 0) if m[3] else 1)
     kernels = [
-        Kernel(m[1], m[2], shared, files).translate(text, m.end())
+        Kernel(m[1], m[2], shared, tables, files).translate(text, m.end())
         for m in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)[^{;]*", text, re.S)
     ]
     if not kernels:
