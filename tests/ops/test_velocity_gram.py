@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.backends import BACKENDS, backend, cuda_module
+from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import cost_from_gram, velocity_gram
 from flowkernels.ops.velocity_gram.samples import Sample, arrange, error_and_bound, sample_inputs
 
@@ -448,24 +448,6 @@ def test_cuda_nan_and_inf_show_in_the_rows_they_touch(K, bad):
     touched = touched[:, None] | touched
     assert not gram[touched].isfinite().any()
     assert torch.equal(gram[~touched], clean[~touched])
-
-
-def test_cuda_same_bits_in_any_order_of_threads(host_cuda):
-    module = cuda_module()
-    samples = [torch.randn(K, 1, M, generator=torch.Generator().manual_seed(K)) for K, M in [(9, 1100), (40, 400)]]
-    x, times = torch.randn(41, 1, 400, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 41)
-
-    def run():
-        with backend("cuda"):
-            return [*map(velocity_gram, samples), velocity_gram(samples[1], x=x, times=times)]
-
-    expected = run()
-    try:
-        for order, seed in ((1, 1), (2, 1), (2, 2)):
-            module.schedule(order, seed)
-            assert all(map(torch.equal, run(), expected))
-    finally:
-        module.schedule(0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
