@@ -1,18 +1,23 @@
 """Which backend runs a call, and why.
 
-`auto` takes the CUDA kernels for tensors on an NVIDIA GPU, the compiled CPU kernels for CPU tensors, and the torch
-reference elsewhere. A backend that is asked for
-(`with backend("cpu")`, or FLOWKERNELS_BACKEND) and cannot run the call raises. Decisions are logged at DEBUG level.
+`auto` takes the first that can run the call: on a GPU the CUDA kernels, then those in Triton, for CPU tensors the
+compiled CPU kernels, and then the torch reference, of which it warns once for each kind of device. A backend that is
+asked for (`with backend("cpu")`, or FLOWKERNELS_BACKEND) and cannot run the call raises. `explain` says why; decisions
+are logged at DEBUG level, and remembered: a call asks for 0.3 us.
 """
 
 import contextlib
 import contextvars
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 
-BACKENDS = ("cuda", "cpu", "reference")
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+OLDEST_TRITON = (3, 3)
 CUDA_OPS: set[str] = set()  # registered with a CUDA kernel
 log = logging.getLogger("flowkernels")
 
@@ -68,22 +73,20 @@ def host_cuda(module):
         cuda_module.cache_clear(), _decide.cache_clear()
 
 
-def _why_not_cuda(device: str, op: str | None) -> str | None:
-    if device != "cuda":
-        return f"the tensors are on {device}; move them to a CUDA GPU"
+def _why_not_cuda(device: torch.device, op: str | None) -> str | None:
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}; move them to a CUDA GPU"
     module = getattr(extension(), "cuda", None)
     if module is None:
         return "this build has no CUDA kernels; reinstall flowkernels where nvcc 12.4 or newer is on the PATH"
     if problem := module.device_problem():
         return f"the driver shows no GPU that this build can use ({problem})"
-    import torch
-
-    for i in range(torch.cuda.device_count()):
-        if not _has_code(module.architectures, *torch.cuda.get_device_capability(i)):
-            return (
-                f"device {i} ({torch.cuda.get_device_name(i)}) has none of the architectures {module.architectures}; "
-                "reinstall flowkernels with CMAKE_ARGS=-DFLOWKERNELS_CUDA_ARCHS=..."
-            )
+    i = device.index or 0
+    if not _has_code(module.architectures, *torch.cuda.get_device_capability(i)):
+        return (
+            f"device {i} ({torch.cuda.get_device_name(i)}) has none of the architectures {module.architectures}; "
+            "reinstall flowkernels with CMAKE_ARGS=-DFLOWKERNELS_CUDA_ARCHS=..."
+        )
     return None if op is None or op in CUDA_OPS else "it has no CUDA kernel"
 
 
@@ -95,6 +98,36 @@ def _has_code(architectures: str, major: int, minor: int) -> bool:
         if number // 10 == major and (number % 10 == minor if arch.endswith("a") else number % 10 <= minor):
             return True
     return False
+
+
+@functools.cache
+def triton_error() -> str | None:
+    """Why Triton cannot be used, or None. Imports it."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as e:
+        return f"Triton cannot be imported ({type(e).__name__}: {e}); pip install triton"
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}; pip install -U triton"
+    return None
+
+
+@functools.cache
+def triton_op(op: str):
+    """The function of a registered op on its Triton kernels."""
+    folder = op.removesuffix("_out")
+    return getattr(importlib.import_module(f"flowkernels.ops.{folder}.triton_kernel"), op)
+
+
+def _why_not_triton(device: torch.device, op: str | None) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        return f"the tensors are on {device.type}; move them to a GPU, or set TRITON_INTERPRET=1 to debug on the CPU"
+    if problem := triton_error():
+        return problem
+    if op is not None and importlib.util.find_spec(f"flowkernels.ops.{op.removesuffix('_out')}.triton_kernel") is None:
+        return "it has no Triton kernel"
+    return None
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -110,7 +143,7 @@ _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("flowker
 
 @contextlib.contextmanager
 def backend(name: str):
-    """Run the ops inside the `with` block on this backend: "auto", "cuda", "cpu" or "reference"."""
+    """Run the ops inside the `with` block on this backend: "auto", "cuda", "triton", "cpu" or "reference"."""
     token = _requested.set(_checked(name, "backend") or "auto")
     try:
         yield
@@ -118,22 +151,33 @@ def backend(name: str):
         _requested.reset(token)
 
 
-def why_not(name: str, device: str, op: str | None = None) -> str | None:
-    """Why the backend cannot run this op (or any) on tensors of this device type, or None if it can."""
+def why_not(name: str, device: torch.device | str, op: str | None = None) -> str | None:
+    """Why the backend cannot run this op (or any) on tensors of this device, or None if it can."""
+    device = torch.device(device)
     if name == "reference":
         return None
     if name == "cuda":
         return _why_not_cuda(device, op)
-    if device != "cpu":
-        return f"the tensors are on {device}; move them to the CPU or use backend 'reference'"
+    if name == "triton":
+        return _why_not_triton(device, op)
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}; move them to the CPU or use backend 'reference'"
     if extension() is None:
         return f"the compiled module is missing ({extension_error()}); reinstall flowkernels with a C++ compiler"
     return None
 
 
-def choose(op: str, device: str) -> str:
-    """The backend for one call of `op` on tensors of this device type."""
+def choose(op: str, device: torch.device | str) -> str:
+    """The backend for one call of `op` on tensors of this device."""
     return _decide(op, device, _requested.get() or _from_environment())
+
+
+def explain(op: str, device: torch.device | str) -> str:
+    """Which backend runs `op` on tensors of this device, and why not one that comes before it: a line to read."""
+    requested = _requested.get() or _from_environment()
+    choice = choose(op, device)
+    because = ", as asked" if requested != "auto" else _because(_first(op, torch.device(device))[1])
+    return f"{op} on {device}: {choice}{because}"
 
 
 def asked() -> bool:
@@ -148,18 +192,34 @@ def _from_environment() -> str:
 
 
 @functools.cache
-def _decide(op: str, device: str, requested: str) -> str:
+def _decide(op: str, device: torch.device | str, requested: str) -> str:
+    where = torch.device(device)
     if requested != "auto":
-        if requested == "cuda" and device == "cpu" and _host_cuda is not None:
-            return requested
-        if reason := why_not(requested, device, op):
+        on_host = requested == "cuda" and where.type == "cpu" and _host_cuda is not None
+        if not on_host and (reason := why_not(requested, where, op)):
             raise BackendError(f"{op}: backend {requested!r} was asked for, but {reason}")
         log.debug("%s on %s: %s, as asked", op, device, requested)
         return requested
+    choice, reasons = _first(op, where)
+    slow = choice == "reference" and where.type not in _warned
+    log.log(logging.WARNING if slow else logging.DEBUG, "%s on %s: %s%s", op, device, choice, _because(reasons))
+    if slow:
+        _warned.add(where.type)
+    return choice
+
+
+_warned: set[str] = set()  # kinds of devices on which an op was left to the reference
+
+
+def _first(op: str, device: torch.device) -> tuple[str, list[str]]:
+    """What "auto" takes, and why none before it. CPU tensors are not for kernels of a GPU, emulated or interpreted."""
     reasons = []
-    for name in BACKENDS if device == "cuda" else BACKENDS[1:]:
+    for name in BACKENDS[2:] if device.type == "cpu" else BACKENDS:
         if (reason := why_not(name, device, op)) is None:
-            log.debug("%s on %s: %s%s", op, device, name, f" ({'; '.join(reasons)})" if reasons else "")
-            return name
+            break
         reasons.append(f"not {name}: {reason}")
-    raise BackendError(f"{op}: no backend can run it: {'; '.join(reasons)}")
+    return name, reasons
+
+
+def _because(reasons: list[str]) -> str:
+    return f" ({'; '.join(reasons)})" if reasons else ""

@@ -158,7 +158,7 @@ def instructions(listing: str) -> tuple[list[str], list[range]]:
 def read_cubin(path: Path) -> list[Kernel]:
     usage = run(tool("cuobjdump"), "--dump-resource-usage", path)
     code = run(tool("nvdisasm"), "-c", path)
-    arch = re.search(r"\.target\s+sm_(\w+)", code)[1]
+    arch = "".join(re.search(r"\.target\s+sm_(\w+)|EF_CUDA_SM(\d+)", code).groups(""))  # as nvcc's or Triton's ptxas
     threads = max_threads(path.read_bytes())
     texts = dict(s.split(",", 1) for s in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.M)[1:])
     found = re.findall(r"Function (\S+):\s*\n\s*(.*)", usage)

@@ -3,6 +3,9 @@ import os
 # before torch: idle threads sleep, since on a busy machine spinning ones hold back those that work
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# before triton: its kernels run in the interpreter (scripts/test_gpu turns that off)
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import _host_cuda
 import hypothesis
 import pytest

@@ -21,8 +21,8 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 
 
 def register(schema: str, kernel, reference, fake, cuda=None) -> None:
-    """Define an op: `kernel(C, *args)` runs on the compiled module, `cuda(module, *args)` on that of CUDA kernels,
-    `reference(*args)` on torch."""
+    """Define an op: `kernel(C, *args)` runs on the compiled module, `cuda(module, *args)` on that of CUDA kernels, the
+    function of its name in <op>/triton_kernel.py on Triton, `reference(*args)` on torch."""
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if cuda is not None:
@@ -33,10 +33,12 @@ def register(schema: str, kernel, reference, fake, cuda=None) -> None:
             return kernel(backends.extension(), *args)
         if choice == "cuda":
             return cuda(backends.cuda_module(), *args)
+        if choice == "triton":
+            return backends.triton_op(name)(*args)
         return reference(*args)
 
     def run(*args):
-        choice = backends.choose(name, args[0].device.type)
+        choice = backends.choose(name, args[0].device)
         if not _ranges.asked:
             return on(choice, args)
         with _ranges.around(name, choice):
@@ -86,7 +88,7 @@ def direct_cuda(op: str, t: Tensor):
     """The module of CUDA kernels, if a call on `t`, without a gradient, may go straight to it; see `direct`."""
     if _watched() or type(t) is not Tensor or t.is_neg() or t._is_zerotensor():
         return None
-    return backends.cuda_module() if backends.choose(op, t.device.type) == "cuda" else None
+    return backends.cuda_module() if backends.choose(op, t.device) == "cuda" else None
 
 
 def _watched() -> bool:

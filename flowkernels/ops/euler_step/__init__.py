@@ -1,5 +1,7 @@
 """One Euler step of the flow, with classifier-free guidance and a low-precision copy for the next model call."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -110,22 +112,27 @@ def _contiguous(*tensors: Tensor | None) -> bool:
     return True
 
 
+def dense_alike(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all tensors share one dense layout, so that an elementwise kernel may run over them in storage order."""
+    strides = x.stride()
+    dense = torch.empty_like(x).stride() == strides  # empty_like keeps the strides of dense tensors only
+    return dense and all(t is None or t.stride() == strides for t in others)
+
+
+def on_copies(launch, x, v, h, v_uncond, guidance, out, low, *where) -> None:
+    to, copy = (None if t is None else t.new_empty(x.shape) for t in (out, low))
+    u = None if v_uncond is None else v_uncond.contiguous()
+    launch(x.contiguous(), v.contiguous(), h, u, guidance, to, copy, *where)
+    out.copy_(to)
+    if low is not None:
+        low.copy_(copy)
+
+
 def _launch(C, x, v, h, v_uncond, guidance, out, low, *where) -> None:
     """Elementwise on memory in storage order, where all tensors share one dense layout; on contiguous copies else.
     `where`: device and stream of CUDA kernels, none for those of the CPU."""
-    if not _contiguous(x, v, v_uncond, out, low):
-        strides = x.stride()
-        dense = torch.empty_like(x).stride() == strides  # empty_like keeps the strides of dense tensors only
-        if not dense or any(t is not None and t.stride() != strides for t in (v, v_uncond, out, low)):
-            to, copy = x.new_empty(x.shape), None
-            if low is not None:
-                copy = low.new_empty(x.shape)
-            u = None if v_uncond is None else v_uncond.contiguous()
-            _launch(C, x.contiguous(), v.contiguous(), h, u, guidance, to, copy, *where)
-            out.copy_(to)
-            if low is not None:
-                low.copy_(copy)
-            return
+    if not _contiguous(x, v, v_uncond, out, low) and not dense_alike(x, v, v_uncond, out, low):
+        return on_copies(functools.partial(_launch, C), x, v, h, v_uncond, guidance, out, low, *where)
     u_ptr = 0 if v_uncond is None else v_uncond.data_ptr()
     low_ptr, low_code = (0, 0) if low is None else (low.data_ptr(), DTYPE_CODES[low.dtype])
     pointers = x.data_ptr(), v.data_ptr(), u_ptr, out.data_ptr(), low_ptr

@@ -1,0 +1,103 @@
+"""What the Triton kernels of the ops share.
+
+An op's kernels are in <op>/triton_kernel.py: `CONFIGS`, the shipped configuration of each kernel; `SEARCH`, what
+`flowkernels tune` tries instead; the kernels; and for each registered op a function of its name and arguments.
+
+Python hands floats to a kernel as float32, under torch.compile as float64: kernels make of them what they compute in,
+with `scalar`. Products and sums are contracted into fused multiply-adds, at every launch and on purpose: it is one
+rounding less, and Triton's own default (TRITON_DEFAULT_FP_FUSION) is about to change.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launch(kernel, grid: tuple[int, ...], *args, on: Tensor, config: dict, **constants) -> None:
+    """Run a kernel on the device and the current stream of the tensor `on`.
+
+    config: num_warps, num_stages and block sizes, from `config_of`; constants: other compile-time arguments.
+    """
+    if on.is_cuda and on.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(on.device):
+            return launch(kernel, grid, *args, on=on, config=config, **constants)
+    with np.errstate(all="ignore") if INTERPRETED else contextlib.nullcontext():  # NaN and Inf are values
+        kernel[grid](*args, **constants, **config, enable_fp_fusion=True)
+
+
+def config_of(configs: dict[str, dict], kernel: str) -> dict:
+    """The configuration of a kernel: its shipped one."""
+    return configs[kernel]
+
+
+def target() -> str:
+    """What kernels are compiled for: "cuda" or "hip"; the interpreter is taken for a CUDA GPU."""
+    return "cuda" if INTERPRETED else triton.runtime.driver.active.get_current_target().backend
+
+
+def parts(value: float, dtype: torch.dtype) -> tuple[float, ...]:
+    """A number for a kernel that computes in `dtype`: itself, or in float64 three float32 that add up to it."""
+    if dtype != torch.float64:
+        return (value,)
+    first = ctypes.c_float(value).value
+    if not math.isfinite(first):
+        return first, 0.0, 0.0
+    second = ctypes.c_float(value - first).value
+    return first, second, value - first - second
+
+
+@triton.jit
+def scalar(parts, dtype: tl.constexpr):
+    """The number of which these are the `parts`."""
+    value = tl.full((), parts[0], dtype)
+    for i in tl.static_range(1, len(parts)):
+        value += tl.full((), parts[i], dtype)
+    return value
+
+
+def _mend_interpreter() -> None:
+    """Make Triton's interpreter round to 16 bits as a GPU does: it cuts bfloat16 off, takes it for an integer next to
+    float64 and in products of matrices."""
+    from triton.runtime import interpreter
+
+    dtypes = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: torch.float32,
+              tl.float64: torch.float64}  # fmt: skip
+    Handle, Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
+    cast, dot = Builder.cast_impl, Builder.create_dot
+
+    def as_torch(t) -> Tensor:
+        array = np.ascontiguousarray(t.data).reshape(t.data.shape)
+        bits = torch.from_numpy(array.view("int16") if t.dtype.scalar == tl.bfloat16 else array)
+        return bits.view(torch.bfloat16) if t.dtype.scalar == tl.bfloat16 else bits
+
+    def as_handle(t: Tensor, dtype) -> Handle:
+        return Handle(t.view(torch.int16).numpy().view("uint16") if dtype == tl.bfloat16 else t.numpy(), dtype)
+
+    def cast_impl(self, src, dst_type):
+        source, wanted = src.dtype.scalar, dst_type.scalar
+        if tl.bfloat16 not in (source, wanted):
+            return cast(self, src, dst_type)
+        if wanted not in dtypes:  # to an integer
+            return cast(self, as_handle(as_torch(src).float(), tl.float32), dst_type)
+        return as_handle(as_torch(src).to(dtypes[wanted]), wanted)
+
+    def create_dot(self, a, b, d, *options):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (cast_impl(self, t, tl.float32) for t in (a, b))
+        return dot(self, a, b, d, *options)
+
+    Builder.cast_impl, Builder.create_dot = cast_impl, create_dot
+    Builder.create_fp_to_fp = lambda self, src, dst_type, rounding: self.cast_impl(src, dst_type)
+
+
+if INTERPRETED:
+    _mend_interpreter()

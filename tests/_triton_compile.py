@@ -1,0 +1,130 @@
+"""Compiles the Triton kernels of an op ahead of time, as the op launches them on its sample inputs; no GPU is needed.
+
+    python tests/_triton_compile.py OP [OP ...] --out DIR [--targets 80,90,100,120,gfx942]
+
+Writes DIR/<variant>.<target>.cubin (.hsaco) and DIR/variants.json, and prints a line for each kernel. A process of its
+own: Triton decides between its interpreter and its compiler when it is imported.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from _contract import op_args  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from flowkernels import backends  # noqa: E402
+from flowkernels.ops import OPS, _triton  # noqa: E402
+
+TARGETS = {"80": ("cuda", 80, 32), "90": ("cuda", 90, 32), "100": ("cuda", 100, 32), "120": ("cuda", 120, 32)}
+TARGETS["gfx942"] = ("hip", "gfx942", 64)
+
+
+class Driver:
+    """Stands in for the driver of a GPU: enough to compile for it."""
+
+    def __init__(self, target: str):
+        self.target = GPUTarget(*TARGETS[target])
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def typed(arg) -> tuple[str, int]:
+    """The type of an argument as a kernel sees it, and how much is known of its alignment."""
+    if isinstance(arg, torch.Tensor):
+        return "*" + str(arg.dtype)[6:], arg.data_ptr() % 16 == 0
+    if isinstance(arg, (tuple, list)):
+        names, known = zip(*map(typed, arg), strict=True) if arg else ((), ())
+        return f"({', '.join(names)})", sum(known)
+    if isinstance(arg, bool) or arg is None:
+        return str(arg), 0
+    if isinstance(arg, int):
+        return "int", 2 * (arg % 16 == 0) - (arg == 1)
+    return type(arg).__name__, 0
+
+
+class Recorder:
+    """In place of `_triton.launch`: of each kernel with its types and constants, the launch with the best aligned
+    arguments."""
+
+    def __init__(self):
+        self.launches = {}
+
+    def __call__(self, kernel, grid, *args, on, config, **constants):
+        given = kernel.arg_names[: len(args)]
+        types = {name: typed(arg) for name, arg in zip(given, args, strict=True)}
+        shown = {n: t[1:] if t[0] == "*" else t for n, (t, _) in types.items() if t not in ("int", "(float)")}
+        label = f"{kernel.__name__}<{', '.join(f'{k}={v}' for k, v in (shown | constants | config).items())}>"
+        known = sum(score for _, score in types.values())
+        if label not in self.launches or known > self.launches[label][0]:
+            self.launches[label] = known, kernel, grid, args, constants | config
+
+    def record(self, op: str) -> None:
+        samples = importlib.import_module(f"flowkernels.ops.{op}.samples")
+        calls = [op_args(op, s) for s in samples.sample_inputs()]
+        for args in calls:
+            backends.triton_op(op)(*args)
+
+
+def compile_for(target: str, ops: list[str], out: Path) -> list[dict]:
+    triton.runtime.driver.set_active(Driver(target))
+    found = []
+    for op in ops:
+        recorder = Recorder()
+        before, _triton.launch = _triton.launch, recorder
+        recorder.record(op)
+        _triton.launch = before
+        for i, (label, (_, kernel, grid, args, options)) in enumerate(recorder.launches.items()):
+            kernel.device_caches.clear()
+            start = time.monotonic()
+            compiled = kernel.warmup(*args, grid=grid, **options, enable_fp_fusion=True)
+            binary = "cubin" if "cubin" in compiled.asm else "hsaco"
+            path = out / f"{op}.{i}.{target}.{binary}"
+            path.write_bytes(compiled.asm[binary])
+            if "ptx" in compiled.asm:
+                path.with_suffix(".ptx").write_text(compiled.asm["ptx"])
+            found.append(dict(op=op, label=label, target=target, file=path.name, shared=compiled.metadata.shared,
+                              warps=compiled.metadata.num_warps, seconds=time.monotonic() - start))  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="+", choices=OPS, metavar="OP")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    variants = [v for t in args.targets.split(",") for v in compile_for(t, args.ops, args.out)]
+    (args.out / "variants.json").write_text(json.dumps(variants, indent=1))
+    import _binaries
+
+    for v in variants:
+        line = f"{v['target']:>6} {v['seconds']:5.1f} s  {v['label']}"
+        if v["file"].endswith("cubin"):
+            (k,) = _binaries.read_cubin(args.out / v["file"])
+            known = ("LDG", "LDG.128", "STG", "STG.128", "HMMA", "LDGSTS", "FP64", "SHFL", "BAR", "atomics")
+            counts = " ".join(f"{n}:{k.count(n)}" for n in known if k.count(n))
+            line += f"\n{'':>14}{k.registers} registers, stack {k.stack}, local {k.local}, shared {v['shared']}, {counts}"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
