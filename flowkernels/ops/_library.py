@@ -44,6 +44,64 @@ def register(schema: str, kernel, reference, fake, cuda=None) -> None:
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flowkernels::{name}", fake, lib=LIBRARY)
+    if any(kind.startswith("float") for kind in _kinds(schema)):
+        _register_open(schema, run, fake)
+
+
+NUMBERS: dict[str, list[str]] = {}  # of ops that take numbers, the types of their arguments
+
+
+def _kinds(schema: str) -> list[str]:
+    return [argument.split()[0] for argument in schema[schema.index("(") + 1 : schema.rindex(") ->")].split(", ")]
+
+
+def _register_open(schema: str, run, fake) -> None:
+    """The overload `tensor`, with a tensor of no dimensions on the CPU in the place of every number: the compiler
+    keeps a tensor open, where it would bake a number into the code and compile anew for the next."""
+    name, kinds = schema.split("(")[0], _kinds(schema)
+    NUMBERS[name] = kinds
+    LIBRARY.define(schema.replace("(", ".tensor(", 1).replace("float", "Tensor"), tags=(torch.Tag.pt2_compliant_tag,))
+
+    def number(kind, arg):
+        if arg is None or not kind.startswith("float"):
+            return arg
+        return [t.item() for t in arg] if kind == "float[]" else arg.item()
+
+    LIBRARY.impl(f"{name}.tensor", lambda *args: run(*map(number, kinds, args)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flowkernels::{name}.tensor", fake, lib=LIBRARY)
+
+
+def register_autograd(name: str, backward, setup_context) -> None:
+    """For both overloads: the numbers that `setup_context` sees are tensors in one of them."""
+    for overload in (name, f"{name}.tensor"):
+        torch.library.register_autograd(f"flowkernels::{overload}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def dispatch(name: str, *args):
+    """The registered op, by torch's dispatcher; compiled, with numbers that are not known yet left open."""
+    op = getattr(torch.ops.flowkernels, name)
+    if torch.compiler.is_compiling() and any(map(_is_open, NUMBERS[name], args)):
+        return op.tensor(*map(_as_tensor, NUMBERS[name], args))
+    return op(*args)
+
+
+def _is_open(kind: str, arg) -> bool:
+    """Whether it holds a number that the compiler keeps open: one that it does not know to have a sign."""
+    if arg is None or not kind.startswith("float"):
+        return False
+    if kind == "float[]":
+        return any(_is_open("float", a) for a in arg)
+    known = torch.fx.experimental.symbolic_shapes.statically_known_true
+    return isinstance(arg, Tensor) or not (known(arg < 0) or known(arg >= 0))
+
+
+def _as_tensor(kind: str, arg):
+    if arg is None or not kind.startswith("float"):
+        return arg
+    if kind == "float[]":
+        return [_as_tensor("float", a) for a in arg]
+    # a product, which the compiler knows how to make of an open number
+    return torch.ones((), dtype=torch.float64, device="cpu") * arg
 
 
 def stream_of(t: Tensor) -> tuple[int, int]:

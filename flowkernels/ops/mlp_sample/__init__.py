@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, direct, fresh, register, stream_of
+from flowkernels.ops._library import DTYPE_CODES, direct, dispatch, fresh, register, stream_of
 from flowkernels.ops.mlp_sample import reference
 
 MAPS, COMBINES = ("identity", "linear", "layer_norm"), ("none", "add", "multiply")  # as csrc/mlp_sample/mlp_sample.h
@@ -114,7 +114,7 @@ def mlp_sample(
     if (C := direct("mlp_sample", x, *args[2])) is not None:
         state, states, velocities = _kernel(C, *args)
     else:
-        state, states, velocities = torch.ops.flowkernels.mlp_sample(*args)
+        state, states, velocities = dispatch("mlp_sample", *args)
     return (state, states, velocities) if trajectory else state
 
 
