@@ -99,9 +99,13 @@ def _as_tensor(kind: str, arg):
     if arg is None or not kind.startswith("float"):
         return arg
     if kind == "float[]":
-        return [_as_tensor("float", a) for a in arg]
-    # a product, which the compiler knows how to make of an open number
-    return torch.ones((), dtype=torch.float64, device="cpu") * arg
+        return [as_tensor(a) for a in arg]
+    return as_tensor(arg)
+
+
+def as_tensor(number) -> Tensor:
+    """A number as the overload `tensor` takes it; a product, which the compiler knows how to make of an open number."""
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
 
 
 def stream_of(t: Tensor) -> tuple[int, int]:
