@@ -33,7 +33,8 @@ def register(schema: str, kernel, reference, fake, cuda=None) -> None:
             return kernel(backends.extension(), *args)
         if choice == "cuda":
             return cuda(backends.cuda_module(), *args)
-        return reference(*args)
+        with no_autocast(args[0]):
+            return reference(*args)
 
     def run(*args):
         choice = backends.choose(name, args[0].device.type)
@@ -46,6 +47,13 @@ def register(schema: str, kernel, reference, fake, cuda=None) -> None:
     torch.library.register_fake(f"flowkernels::{name}", fake, lib=LIBRARY)
     if any(kind.startswith("float") for kind in _kinds(schema)):
         _register_open(schema, run, fake)
+
+
+def no_autocast(t: Tensor):
+    """A context in which torch's own operations compute in the dtypes that they are given, as the kernels do."""
+    device = t.device.type
+    on = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 NUMBERS: dict[str, list[str]] = {}  # of ops that take numbers, the types of their arguments

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, direct, dispatch, fresh, is_transformed, register, stream_of
+from flowkernels.ops._library import (
+    DTYPE_CODES,
+    direct,
+    dispatch,
+    fresh,
+    is_transformed,
+    no_autocast,
+    register,
+    stream_of,
+)
 from flowkernels.ops.mlp_sample import reference
 
 MAPS, COMBINES = ("identity", "linear", "layer_norm"), ("none", "add", "multiply")  # as csrc/mlp_sample/mlp_sample.h
@@ -115,7 +124,8 @@ def mlp_sample(
     if (C := direct("mlp_sample", x, *args[2])) is not None:
         state, states, velocities = _kernel(C, *args)
     elif is_transformed():
-        state, states, velocities = reference.mlp_sample(x, h, layers, unconditional, float(guidance), low)
+        with no_autocast(x):
+            state, states, velocities = reference.mlp_sample(x, h, layers, unconditional, float(guidance), low)
     else:
         state, states, velocities = dispatch("mlp_sample", *args)
     return (state, states, velocities) if trajectory else state
