@@ -22,7 +22,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 
 def register(schema: str, kernel, reference, fake, cuda=None) -> None:
     """Define an op: `kernel(C, *args)` runs on the compiled module, `cuda(module, *args)` on that of CUDA kernels,
-    `reference(*args)` on torch."""
+    `reference(*args)` on torch. An op that takes numbers gets a second overload, `tensor`: see `_register_open`."""
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if cuda is not None:
