@@ -173,6 +173,13 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tupl
     return error(state), 2 * error(expected) + 4 * torch.finfo(x.dtype).eps
 
 
+def of_velocity(sample: Sample) -> Sample:
+    """The sample whose new state is the velocity of this one, that `velocity_out` stores: a step of 1 from 0."""
+    x, z, weight, _ = sample.args
+    head = {name: sample.kwargs[name] for name in HEAD if name in sample.kwargs}
+    return Sample(sample.id, (torch.zeros_like(x), z, weight, 1.0), head)
+
+
 def _scale(x: Tensor, z: Tensor, weight: Tensor, head: dict) -> Tensor:
     """|v| of absolute terms, in float64."""
     f = z.reshape(len(z), -1, z.shape[-1]).abs()
