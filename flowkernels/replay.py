@@ -23,14 +23,8 @@ from flowkernels.calls import Call, open_calls, record_calls
 
 def add_capture_arguments(add: Callable) -> None:
     add("op", metavar="OP", help=f"which of {', '.join(ops.OPS)}")
-    add(
-        "--from",
-        dest="script",
-        metavar="SCRIPT",
-        type=Path,
-        required=True,
-        help="Python script; its arguments after --",
-    )
+    about = "Python script to run; its arguments come last, after --"
+    add("--from", dest="script", metavar="SCRIPT", type=Path, required=True, help=about)
     add("--out", type=Path, help="file to write; OP.safetensors if not given")
     add("--calls", type=int, default=8, help="calls to store at most, the first of each signature")
     add("--max-gb", type=float, default=4.0, help="largest size of the file in GB")
@@ -40,10 +34,13 @@ def capture(args: argparse.Namespace) -> int:
     """Run the script and store its calls; returns the script's exit code, 1 for an exception."""
     expect(args.script.is_file(), "--from", "a Python script", f"{args.script}, which is no file")
     path = args.out or Path(f"{args.op}.safetensors")
-    with contextlib.ExitStack() as at_the_end:
+    recording = None
+    try:
         with record_calls(args.op, path, calls=args.calls, max_gb=args.max_gb) as recording:
-            at_the_end.callback(lambda: recording.calls and print(recording))  # after Ctrl-C too
             return _run_script(str(args.script), args.script_args)
+    finally:  # after Ctrl-C too
+        if recording is not None and recording.calls:
+            print(recording)
 
 
 def _run_script(script: str, args: list[str]) -> int:
@@ -103,10 +100,8 @@ def replay(args: argparse.Namespace) -> int:
             if not args.json:
                 _print_call(everything[-len(rows) :])
     if args.json:
-        rows = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in everything
-        ]
-        print(json.dumps({"made": found.made, "rows": rows, "not_run": not_run}, indent=1))
+        results = {"made": found.made, "rows": [_plain(row) for row in everything], "not_run": not_run}
+        print(json.dumps(results, indent=1))
     else:
         for name, reason in not_run.items():
             print(f"\n{name}: not run, {reason}")
@@ -117,15 +112,11 @@ def _device(asked: str | None, recorded: torch.device) -> torch.device:
     try:
         return torch.zeros(1, device=asked or recorded).device
     except (RuntimeError, AssertionError) as e:
-        there = (
-            f"{asked!r}" if asked else f"{str(recorded)!r}, where the calls were made; --device cpu replays them there"
-        )
-        raise ValueError(f"--device: expected a device of this torch build, got {there} ({e})") from e
+        got = repr(asked) if asked else f"{str(recorded)!r}, where the calls were made; --device cpu replays them there"
+        raise ValueError(f"--device: expected a device of this torch build, got {got} ({e})") from e
 
 
-def _backends(
-    asked: str | None, calls: list[Call], device: torch.device
-) -> tuple[dict[str, str | None], dict[str, str]]:
+def _backends(asked: str | None, calls: list[Call], device: torch.device) -> tuple[dict, dict]:
     """What to run -> why without a speed, or None; and what not -> why not."""
     names = asked.split(",") if asked else backends.BACKENDS
     for name in names:
@@ -161,54 +152,47 @@ def _why_no_speed(name: str, device: torch.device) -> str | None:
     return None
 
 
-def _rows(
-    title: str, call: Call, run: dict[str, str | None], device: torch.device, clock, args: argparse.Namespace
-) -> list[dict]:
+def _rows(title: str, call: Call, run: dict, device: torch.device, clock, args: argparse.Namespace) -> list[dict]:
     """Results for each backend, in the benchmark's fields: those that are right take turns and have times."""
-    op = call.op.removesuffix("_out")
-    given, _ = _inputs(call, device)
-    measured, notes = {}, {}
-    for name, untimed in run.items():
-        # what is written to is made anew for each: nobody is right by what another one left there
-        sample, outs = _inputs(call, device) if call.written else (given, {})
-        if call.written and not call.in_place:
-            given = sample
-        try:
-            with backends.backend(name):
-                got = getattr(ops, op)(*sample.args, **sample.kwargs | outs)
-            error, bound, share = check(op, given, got, outs)
-        except Exception as e:  # of a kernel, or of its inputs: the others are looked at all the same
-            measured[name], notes[name] = Measured(math.inf, 0.0), f"raised {type(e).__name__}: {e}"
-            continue
-        measured[name] = Measured(error, bound)
-        notes[name] = "; ".join(
-            note
-            for note in (
-                untimed,
-                None if share == 1 else f"{100 * share:.3g} % of the result compared",
-                None if error <= bound or _finite(given) else "the inputs hold NaN or Inf",
-            )
-            if note
-        )
-        del got
-    sample, outs = _inputs(call, device) if call.in_place else (sample, outs)
+    judged = {name: _judge(name, call, device) for name in run}
+    measured = {name: Measured(error, bound) for name, (error, bound, _) in judged.items()}
+    sample, outs = _inputs(call, device)
 
     def on(name: str) -> Callable:
         def timed():
-            with backends.backend(name):
-                return getattr(ops, op)(*sample.args, **options)
+            return _call(name, call, sample, outs)
 
-        options = sample.kwargs | outs
         return timed
 
     right = [name for name, m in measured.items() if m.ok and run[name] is None]
     work = Work({name: on(name) for name in right}, lambda _: (0.0, 0.0))
-    times, *ceilings = bench.measure(work, clock, args.threads, args.seconds) if right else ({}, [], [])
+    times, *_ = bench.measure(work, clock, args.threads, args.seconds, limits=False)
     for name, m in times.items():
         measured[name].seconds, measured[name].looped, measured[name].extra_mb = m.seconds, m.looped, m.extra_mb
     case = bench.Case(title, sample.args[0].numel(), lambda: work)
-    rows = bench.rows(call.op, case, work, measured, *ceilings)
+    rows = bench.rows(call.op, case, work, measured, [], [])
+    notes = {name: "; ".join(n for n in (run[name], judged[name][2]) if n) for name in run}
     return [{"count": call.count, "note": notes[row["provider"]], **row} for row in rows]
+
+
+def _call(name: str, call: Call, sample, outs: dict[str, Tensor]):
+    with backends.backend(name):
+        return getattr(ops, call.op.removesuffix("_out"))(*sample.args, **sample.kwargs | outs)
+
+
+def _judge(name: str, call: Call, device: torch.device) -> tuple[float, float, str | None]:
+    """(error, bound, a note) of one backend, on inputs and in memory that no other one has written to."""
+    sample, outs = _inputs(call, device)
+    given = _inputs(call, device)[0] if call.in_place else sample
+    try:
+        error, bound, share = check(call.op.removesuffix("_out"), given, _call(name, call, sample, outs), outs)
+    except Exception as e:  # of a kernel, or of its inputs: the other backends are looked at all the same
+        return math.inf, 0.0, f"raised {type(e).__name__}: {e}"
+    if not bound < math.inf:  # which allows anything
+        error, bound = math.inf, 0.0
+    if not error <= bound:
+        return error, bound, None if _finite(given) else "the inputs hold NaN or Inf"
+    return error, bound, None if share == 1 else f"{100 * share:.3g} % of the result compared"
 
 
 def _inputs(call: Call, device: torch.device):
@@ -300,3 +284,8 @@ def _print_call(rows: list[dict]) -> None:
         known = row["p50_us"] != ""
         cells = (bench._cell(row[c] if known else "") for c in columns.values())
         print(f"  {row['provider']:<12}" + "".join(f"{c:>11}" for c in cells) + f"  {gate}", flush=True)
+
+
+def _plain(row: dict) -> dict:
+    """Without NaN and Inf, which JSON has not."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
