@@ -44,7 +44,7 @@ def record_calls(op: str, path: str | Path, *, calls: int = 8, max_gb: float = 4
     arguments but floating-point numbers. The inputs go to disk as they are seen; memory holds none of them. Calls by
     the stages, by a `FusedSampler` or a `FusedHead` and inside torch.compile count. None are seen where there are none:
     in a replayed CUDA graph, in torch.func's transforms and in the loop of `sample(capture="compile")`, which run as
-    plain torch, and in other processes.
+    plain torch; nor in other processes, nor of a loop that was running before the block.
 
     Args:
         op: one of `ops.OPS`, its form that writes to a given tensor included.

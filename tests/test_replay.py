@@ -443,7 +443,7 @@ def test_a_wrong_output_of_the_form_that_writes(name, tmp_path, capsys, monkeypa
 def test_parts_of_a_large_sample(op, monkeypatch):
     """Every part of a right result is right, all of it is looked at, and a wrong element is found in any part."""
     monkeypatch.setattr("flowkernels.ops._samples.PART", 2000 if op in ("mlp_sample", "velocity_gram") else 64)
-    for sample in SAMPLES[op].sample_inputs():
+    for sample in [*SAMPLES[op].sample_inputs()][:: 4 if op == "mlp_sample" else 1]:  # which takes a second each
         got = call(op, sample)
         error, bound, share = replay.check(op, sample, got, {})
         assert error <= bound
