@@ -115,13 +115,12 @@ class Recording:
             if (call := self._signatures[signature]) is not None:
                 call["count"] += 1
             return
+        if args[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            self._leave_out("calls in a CUDA graph being recorded, whose inputs hold no values yet")
+            return
         self._signatures[signature] = None
         if len(self.calls) == self.most:
-            reason = f"left out: signatures beyond {self.most} calls (--calls)"
-            self.left_out += [] if reason in self.left_out else [reason]
-            return
-        if args[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            self.left_out.append("left out: calls in a CUDA graph being recorded, whose inputs hold no values yet")
+            self._leave_out(f"signatures beyond {self.most} calls (--calls)")
             return
         size, before = self.spool.seek(0, 2), dict(self._stored)
         try:
@@ -131,10 +130,14 @@ class Recording:
             self._stored = before
             if not isinstance(e, _TooLarge):
                 raise
-            self.left_out.append(f"left out: {e}, beyond {self.max_gb:g} GB in all (--max-gb)")
+            self._leave_out(f"{e}, beyond {self.max_gb:g} GB in all (--max-gb)")
             return
         self.calls.append(call)
         self._signatures[signature] = call
+
+    def _leave_out(self, reason: str) -> None:
+        if f"left out: {reason}" not in self.left_out:
+            self.left_out.append(f"left out: {reason}")
 
     def _stored_call(self, op: str, args: tuple) -> dict:
         schema = _schema(op)
@@ -147,6 +150,8 @@ class Recording:
             elif isinstance(value, (list, tuple)):
                 views += [(t, f"{name}.{i}", False) for i, t in enumerate(value) if isinstance(t, Tensor)]
         regions, places = [], {}
+        for t, name, _ in views:
+            expect(t.data_ptr() % t.element_size() == 0, name, "a tensor aligned to its elements", t)
         for group in _overlapping([v for v in views if v[0].numel()]):
             begin, end = min(_span(t)[0] for t, *_ in group), max(_span(t)[1] for t, *_ in group)
             first, name, _ = group[0]

@@ -323,6 +323,26 @@ def test_a_fused_head(tmp_path):
     assert (step.op, step.count) == ("linear_euler_out", 3)
 
 
+def test_calls_in_a_graph_are_refused_and_later_ones_are_not(tmp_path, monkeypatch, unasked):
+    """As where a CUDA graph is being recorded, on a stand-in."""
+
+    class OnGpu:
+        is_cuda = True
+
+        def __getattr__(self, name):
+            return getattr(torch.ones(3), name)
+
+    x = torch.ones(3)
+    monkeypatch.setattr(calls, "_signature", lambda op, args: op)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with fk.record_calls("euler_step", tmp_path / "a") as recording:
+        for _ in range(2):
+            recording.see("euler_step", (OnGpu(), x, 0.5, None, 1.0, None))
+        euler(3)
+    assert recording.left_out == ["left out: calls in a CUDA graph being recorded, whose inputs hold no values yet"]
+    assert (recording.seen, len(recording.calls)) == (3, 1)
+
+
 # replay
 
 
