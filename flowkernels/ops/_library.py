@@ -43,7 +43,7 @@ def register(schema: str, kernel, reference, fake, cuda=None) -> None:
         choice = backends.choose(name, args[0].device)
         if not _ranges.asked:
             return on(choice, args)
-        with _ranges.around(name, choice):
+        with _ranges.around(name, choice, args):
             return on(choice, args)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -141,10 +141,10 @@ def fresh(t: Tensor) -> Tensor:
 def direct(op: str, *tensors: Tensor | None, gradient: bool = False):
     """The compiled module, if the call may go straight to it; None if torch's dispatcher has something to do.
 
-    It has under a compiler, a tracer, a mode, a transform, a profiler or `profile_ranges`, and for tensors that are a
-    subclass, live elsewhere, carry a pending negation, are zeros without memory (of forward-mode differentiation), or
-    need a gradient (unless the caller sees to that). Otherwise it would only cost time: about 40 us a call, and 300 us
-    where there is a gradient.
+    It has under a compiler, a tracer, a mode, a transform, a profiler, `profile_ranges` or `record_calls`, and for
+    tensors that are a subclass, live elsewhere, carry a pending negation, are zeros without memory (of forward-mode
+    differentiation), or need a gradient (unless the caller sees to that). Otherwise it would only cost time: about
+    40 us a call, and 300 us where there is a gradient.
     """
     if _watched():
         return None
