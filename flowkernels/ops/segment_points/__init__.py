@@ -100,7 +100,8 @@ def _reference(bank, interval, sample, u, dtype) -> Tensor:
 
 
 def _fake(bank, interval, sample, u, dtype) -> Tensor:
-    return bank.new_empty(len(interval), *bank.shape[2:], dtype=dtype)
+    # here and in other fakes: len() would make a number of a size that a compiler keeps open
+    return bank.new_empty(interval.shape[0], *bank.shape[2:], dtype=dtype)
 
 
 register("segment_points(Tensor bank, Tensor interval, Tensor sample, Tensor? u, ScalarType dtype) -> Tensor",

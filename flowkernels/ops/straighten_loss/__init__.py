@@ -160,7 +160,7 @@ def _reference(v, bank, step_sizes, interval, sample, weight, huber_c, gradient)
 
 def _fake(v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
     grad = torch.empty_like(v, memory_format=torch.contiguous_format) if gradient else v.new_empty(0)
-    return bank.new_empty(()), bank.new_empty(len(v)), bank.new_empty(len(bank) - 1), grad
+    return bank.new_empty(()), bank.new_empty(v.shape[0]), bank.new_empty(bank.shape[0] - 1), grad
 
 
 register(
