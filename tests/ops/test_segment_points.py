@@ -16,6 +16,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = st.sampled_from([(F32, None), (F32, F32), (F32, BF16), (F32, F16), (F64, None), (F64, BF16), (F64, F16)])
 EACH = pytest.mark.parametrize("name", BACKENDS)
 RAISING = pytest.mark.parametrize("name", ["cpu", "reference"])
+ON_A_GPU = pytest.mark.parametrize("name", ["cuda", "triton"])
 
 
 def drawn(shape, batch, seed, dtype=F32):
@@ -210,12 +211,13 @@ def test_an_index_outside_the_bank(interval, sample, message, name):
         segment_points(torch.ones(4, 2, 5), torch.tensor(interval), torch.tensor(sample))
 
 
+@ON_A_GPU
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (F64, F16)])
 @pytest.mark.parametrize("features", [5, 8, 600])
 @pytest.mark.parametrize(("interval", "sample", "_"), OUTSIDE)
-def test_on_a_gpu_an_index_outside_the_bank_makes_nan_of_its_point(interval, sample, _, features, dtypes):
+def test_on_a_gpu_an_index_outside_the_bank_makes_nan_of_its_point(interval, sample, _, features, dtypes, name):
     bank, interval, sample = torch.ones(4, 2, features, dtype=dtypes[0]), torch.tensor(interval), torch.tensor(sample)
-    with backend("cuda"):
+    with backend(name):
         for u in (None, torch.full((3,), 0.5)):
             got = segment_points(bank, interval, sample, u, dtype=dtypes[1])
             outside = (interval < 0) | (interval > 2) | (sample < 0) | (sample > 1)
@@ -223,9 +225,10 @@ def test_on_a_gpu_an_index_outside_the_bank_makes_nan_of_its_point(interval, sam
             assert got[~outside].eq(1).all()
 
 
-def test_on_a_gpu_a_bank_without_samples_gives_nan():
+@ON_A_GPU
+def test_on_a_gpu_a_bank_without_samples_gives_nan(name):
     zero = torch.zeros(1, dtype=torch.int64)
-    with backend("cuda"):
+    with backend(name):
         assert segment_points(torch.ones(3, 0, 5), zero, zero).isnan().all()
 
 

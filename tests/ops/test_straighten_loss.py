@@ -548,13 +548,14 @@ def test_an_index_outside_the_bank(interval, sample, message, needs_gradient, na
         straighten_loss(v, torch.ones(4, 2, 5), torch.ones(3), *places)
 
 
+@pytest.mark.parametrize("name", ["cuda", "triton"])
 @LOSSES
 @pytest.mark.parametrize("features", [5, 600, 5000])  # lanes of a warp; a block; and parts of a sample
 @pytest.mark.parametrize(("interval", "sample", "_"), OUTSIDE)
-def test_on_a_gpu_an_index_outside_the_bank_makes_nan_of_its_sample(interval, sample, _, features, loss):
+def test_on_a_gpu_an_index_outside_the_bank_makes_nan_of_its_sample(interval, sample, _, features, loss, name):
     interval, sample = torch.tensor(interval), torch.tensor(sample)
     outside = (interval < 0) | (interval > 2) | (sample < 0) | (sample > 1)
-    with backend("cuda"):
+    with backend(name):
         args = torch.ones(3, features), torch.ones(4, 2, features), torch.ones(3), interval, sample
         got, gradient = with_gradient(args, loss=loss)
     assert got.loss.isnan()
