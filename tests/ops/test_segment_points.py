@@ -126,6 +126,18 @@ def test_nan_and_inf_propagate(dtype, name):
 
 
 @EACH
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_a_result_of_float64_is_rounded_as_by_torch(dtype, name):
+    """By way of float32: these are just above the middle of two neighbours, and float32 takes them for the middle."""
+    bank = (1 + torch.finfo(dtype).eps * torch.tensor([0.5, 1.5], dtype=F64) + 2**-40).expand(2, 1, 2)
+    zero = torch.zeros(1, dtype=torch.int64)
+    with backend(name):
+        got = segment_points(bank, zero, zero, torch.ones(1), dtype=dtype)
+    assert torch.equal(got, bank[0].to(dtype))
+    assert got[0, 0] == 1
+
+
+@EACH
 def test_only_the_rows_that_are_drawn_are_read(name):
     bank = torch.full((4, 3, 20), math.nan)
     bank[1:3, 2] = 1

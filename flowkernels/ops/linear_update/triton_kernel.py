@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels.ops import _triton
-from flowkernels.ops._triton import scalar
+from flowkernels.ops._triton import convert, scalar
 from flowkernels.ops.linear_update import _empty, _fake
 
 TERMS = 8  # of a launch; more go through memory again
@@ -22,7 +22,7 @@ def _elements(x, v, b, out, low, i, mask):
         state += scalar(b[t], state.dtype) * tl.load(v[t] + i, mask=mask).to(state.dtype)
     tl.store(out + i, state, mask=mask)
     if low is not None:
-        tl.store(low + i, state.to(low.dtype.element_ty), mask=mask)
+        tl.store(low + i, convert(state, low.dtype.element_ty), mask=mask)
 
 
 @triton.jit

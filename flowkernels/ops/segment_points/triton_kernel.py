@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels.ops import _triton
+from flowkernels.ops._triton import convert
 from flowkernels.ops.segment_points import _fake
 
 # rows of few features share a program; longer ones are cut in chunks of COLS
@@ -54,7 +55,7 @@ def segment_points_kernel(
     if u is not None:
         p = tl.load(u + row, mask=row < B)[:, None]
         point += p * (tl.load(a + samples.to(tl.int64) * D, mask=mask) - point)
-    tl.store(out + row[:, None] * D + col, point.to(out.dtype.element_ty), mask=(row < B)[:, None] & (col < D))
+    tl.store(out + row[:, None] * D + col, convert(point, out.dtype.element_ty), mask=(row < B)[:, None] & (col < D))
 
 
 def segment_points(bank, interval, sample, u, dtype) -> Tensor:

@@ -54,14 +54,21 @@ def _root(x):
 
 
 @triton.jit
-def _errors(v, bank, step_sizes, place, row, col, mask, samples, D):
-    """`v - (x_b - x_a) / h` in the columns of the mask, else 0; NaN in rows that the bank does not have."""
-    i, start, inside = place
+def _place(interval, sample, step_sizes, row, B, D, knots, samples):
+    """Where the rows' states begin in the bank, the inverse of their steps (NaN if nowhere), and whether they do."""
+    i, start, inside = place(interval, sample, row, B, knots, samples)
     h = tl.load(step_sizes + i, mask=inside, other=float("nan"))
-    a = bank + start * D + col
+    return start * D, _divide(tl.full((), 1, h.dtype), h), inside
+
+
+@triton.jit
+def _errors(v, bank, at, row, col, mask, samples, D):
+    """`v - (x_b - x_a) / h` in the columns of the mask, else 0; NaN in rows that are nowhere in the bank."""
+    start, inverse, inside = at
+    a = bank + start + col
     target = tl.load(a + samples.to(tl.int64) * D, mask=mask & inside) - tl.load(a, mask=mask & inside)
     velocity = tl.load(v + row * D + col, mask=mask).to(target.dtype)
-    return tl.where(mask, velocity - target * _divide(tl.full((), 1, h.dtype), h), 0)
+    return tl.where(mask, velocity - target * inverse, 0)
 
 
 @triton.jit
@@ -115,7 +122,8 @@ def straighten_loss_held_kernel(
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     col = tl.arange(0, COLS)[None, :]
     mask = (row < B) & (col < D)
-    e = _errors(v, bank, step_sizes, place(interval, sample, row, B, knots, samples), row, col, mask, samples, D)
+    at = _place(interval, sample, step_sizes, row, B, D, knots, samples)
+    e = _errors(v, bank, at, row, col, mask, samples, D)
     c = scalar(huber_c, dtype)
     loss = _sample_loss(tl.sum(e * e, 1, keep_dims=True), features, c)
     tl.store(per_sample + row, loss, mask=row < B)
@@ -150,14 +158,14 @@ def straighten_loss_part_kernel(
     dtype: tl.constexpr = bank.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     row, begin = program // parts, program % parts * part
-    at = place(interval, sample, row, B, knots, samples)
+    at = _place(interval, sample, step_sizes, row, B, D, knots, samples)
+    scale = 2 * _share(weight, row, row < B, elements, dtype)
     total, lost = tl.zeros((BLOCK,), dtype), tl.zeros((BLOCK,), dtype)
     for first in range(begin, tl.minimum(begin + part, D), BLOCK):
         col = first + tl.arange(0, BLOCK)
-        e = _errors(v, bank, step_sizes, at, row, col, col < D, samples, D)
+        e = _errors(v, bank, at, row, col, col < D, samples, D)
         total, lost = _add(total, lost, e * e)
         if gradient is not None:
-            scale = 2 * _share(weight, row, row < B, elements, dtype)
             tl.store(gradient + row * D + col, (scale * e).to(gradient.dtype.element_ty), mask=col < D)
     if parts == 1:
         tl.store(per_sample + row, _sample_loss(_sum(total, lost), features, scalar(huber_c, dtype)))
@@ -201,8 +209,8 @@ def straighten_loss_gradient_kernel(
     chunks = tl.cdiv(D, BLOCK)
     program = tl.program_id(0).to(tl.int64)
     row, col = program // chunks, program % chunks * BLOCK + tl.arange(0, BLOCK)
-    at = place(interval, sample, row, B, knots, samples)
-    e = _errors(v, bank, step_sizes, at, row, col, col < D, samples, D)
+    at = _place(interval, sample, step_sizes, row, B, D, knots, samples)
+    e = _errors(v, bank, at, row, col, col < D, samples, D)
     share = _share(weight, row, row < B, elements, dtype)
     scale = _divide(share, tl.load(per_sample + row) + scalar(huber_c, dtype))
     tl.store(gradient + row * D + col, (scale * e).to(gradient.dtype.element_ty), mask=col < D)
@@ -244,7 +252,7 @@ def straighten_loss(v, bank, step_sizes, interval, sample, weight, huber_c, grad
     weight = None if weight is None else weight.to(bank.dtype).contiguous()
     loss, each, means, grad = _fake(v, bank, step_sizes, interval, sample, weight, huber_c, gradient)
     (knots, samples), B, D = bank.shape[:2], len(v), math.prod(v.shape[1:])
-    c, features, elements = (_triton.parts(number, bank.dtype) for number in (huber_c, D, B * D))
+    c, features, elements = (_triton.parts(float(number), bank.dtype) for number in (huber_c, D, B * D))
     inputs, sizes = (v, bank, step_sizes, interval, sample, weight), (knots, samples, B, D)
 
     def launch(kernel, name, programs, *args):
