@@ -67,9 +67,8 @@ def scalar(parts, dtype: tl.constexpr):
 @triton.jit
 def convert(x, dtype: tl.constexpr):
     """x in another type; from float64 to 16 bits through float32, as in torch."""
-    if x.dtype == tl.float64:
-        if dtype.primitive_bitwidth == 16:
-            x = x.to(tl.float32)
+    if x.dtype == tl.float64 and dtype.primitive_bitwidth == 16:
+        x = x.to(tl.float32)
     return x.to(dtype)
 
 

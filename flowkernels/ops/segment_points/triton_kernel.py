@@ -10,7 +10,7 @@ from flowkernels.ops.segment_points import _fake
 
 # rows of few features share a program; longer ones are cut in chunks of COLS
 CONFIGS = {
-    "segment_points_short": {"ROWS": 16, "COLS": 64, "num_warps": 4},
+    "segment_points_short": {"ROWS": 8, "COLS": 64, "num_warps": 4},
     "segment_points": {"ROWS": 1, "COLS": 1024, "num_warps": 4},
 }
 SEARCH = {

@@ -20,7 +20,7 @@ HELD = ("straighten_loss_short", "straighten_loss_medium", "straighten_loss_held
 MOST_PARTS, SMALLEST_PART = 1024, 2048  # programs enough for the largest devices, with work enough for each
 
 CONFIGS = {
-    "straighten_loss_short": {"ROWS": 16, "COLS": 64, "num_warps": 4},
+    "straighten_loss_short": {"ROWS": 8, "COLS": 64, "num_warps": 4},
     "straighten_loss_medium": {"ROWS": 1, "COLS": 1024, "num_warps": 4},
     "straighten_loss_held": {"ROWS": 1, "COLS": 4096, "num_warps": 8},
     "straighten_loss_part": {"BLOCK": 1024, "num_warps": 4},
@@ -167,10 +167,11 @@ def straighten_loss_part_kernel(
         total, lost = _add(total, lost, e * e)
         if gradient is not None:
             tl.store(gradient + row * D + col, (scale * e).to(gradient.dtype.element_ty), mask=col < D)
+    sum = _sum(total, lost)
     if parts == 1:
-        tl.store(per_sample + row, _sample_loss(_sum(total, lost), features, scalar(huber_c, dtype)))
+        tl.store(per_sample + row, _sample_loss(sum, features, scalar(huber_c, dtype)))
     else:
-        tl.store(sums + program, _sum(total, lost))
+        tl.store(sums + program, sum)
 
 
 @triton.jit
