@@ -8,7 +8,7 @@ from flowkernels.ops import _triton
 from flowkernels.ops._triton import convert
 from flowkernels.ops.segment_points import _fake
 
-# rows of few features share a program; longer ones are cut in chunks of COLS
+# rows of few features share a program, four elements a thread; longer ones are cut in chunks
 CONFIGS = {
     "segment_points_short": {"ROWS": 8, "COLS": 64, "num_warps": 4},
     "segment_points": {"ROWS": 1, "COLS": 1024, "num_warps": 4},
@@ -21,7 +21,7 @@ SEARCH = {
 
 @triton.jit
 def place(interval, sample, row, B, knots, samples):
-    """The interval of each row, its row in the bank [knots, samples, ...], and whether they are there; 0 if not."""
+    """For each row of a batch its interval, the row of x_a in the bank, and whether there are such; 0 if not."""
     i = tl.load(interval + row, mask=row < B, other=-1)
     s = tl.load(sample + row, mask=row < B, other=-1)
     inside = (i >= 0) & (i < knots - 1) & (s >= 0) & (s < samples)
@@ -29,7 +29,8 @@ def place(interval, sample, row, B, knots, samples):
     return i, tl.where(inside, i * samples + s, 0), inside
 
 
-# Masks cost no width: rows are aligned where the number of features is a multiple of 16, and so are their ends then.
+# Masks cost no width: where D is a multiple of 16 they are known to be the same for neighbours, and elsewhere rows do
+# not begin at multiples of a vector.
 @triton.jit
 def segment_points_kernel(
     bank,  # [knots, samples, D] float32 or float64
@@ -50,11 +51,11 @@ def segment_points_kernel(
     col = program % chunks * COLS + tl.arange(0, COLS)[None, :]
     _, start, inside = place(interval, sample, row, B, knots, samples)
     mask = inside[:, None] & (col < D)
-    a = bank + start[:, None] * D + col
-    point = tl.load(a, mask=mask, other=float("nan"))  # what is nowhere is NaN
+    first, second = bank + start[:, None] * D + col, bank + (start + samples)[:, None] * D + col
+    point = tl.load(first, mask=mask, other=float("nan"))  # what is nowhere is NaN
     if u is not None:
         p = tl.load(u + row, mask=row < B)[:, None]
-        point += p * (tl.load(a + samples.to(tl.int64) * D, mask=mask) - point)
+        point += p * (tl.load(second, mask=mask) - point)
     tl.store(out + row[:, None] * D + col, convert(point, out.dtype.element_ty), mask=(row < B)[:, None] & (col < D))
 
 
@@ -66,8 +67,9 @@ def segment_points(bank, interval, sample, u, dtype) -> Tensor:
         return out
     (knots, samples), B = bank.shape[:2], len(interval)
     D = out.numel() // B
-    short = CONFIGS["segment_points_short"]["COLS"]
-    config = _triton.config_of(CONFIGS, "segment_points_short" if short >= D else "segment_points")
+    config = _triton.config_of(CONFIGS, "segment_points_short")
+    if config["COLS"] < D:
+        config = _triton.config_of(CONFIGS, "segment_points")
     grid = (triton.cdiv(B, config["ROWS"]) * triton.cdiv(D, config["COLS"]),)
     sizes = (knots, samples, B, D)
     _triton.launch(segment_points_kernel, grid, bank, interval, sample, u, out, *sizes, on=bank, config=config)

@@ -1,8 +1,8 @@
 """`straighten_loss` in Triton.
 
-A program holds the errors of short samples until their sums are there: one pass. A long sample is cut in parts, whose
-number depends on the sizes alone, so the same sums are made in the same order on every device; the gradient of the
-squared error is written in the same pass, that of pseudo-Huber needs the sum first and is a second one.
+A program holds the errors of a sample that is not too long, or of several short ones, until their sums are there, and
+writes the gradient in the same pass. A longer sample is cut in parts: the gradient of the squared error is written as
+they are summed, that of pseudo-Huber needs the sum first, and forms the errors again.
 """
 
 import math
@@ -16,7 +16,7 @@ from flowkernels.ops._triton import scalar
 from flowkernels.ops.segment_points.triton_kernel import place
 from flowkernels.ops.straighten_loss import _fake
 
-HELD = ("straighten_loss_short", "straighten_loss_medium", "straighten_loss_held")  # by rising COLS
+HELD = ("straighten_loss_short", "straighten_loss_medium", "straighten_loss_held")  # by rising COLS, the most features
 MOST_PARTS, SMALLEST_PART = 1024, 2048  # programs enough for the largest devices, with work enough for each
 
 CONFIGS = {
@@ -54,19 +54,19 @@ def _root(x):
 
 
 @triton.jit
-def _place(interval, sample, step_sizes, row, B, D, knots, samples):
-    """Where the rows' states begin in the bank, the inverse of their steps (NaN if nowhere), and whether they do."""
+def _place(interval, sample, step_sizes, row, B, knots, samples):
+    """For each row of the batch the row of x_a in the bank, 1 / h (NaN if nowhere), and whether the bank has them."""
     i, start, inside = place(interval, sample, row, B, knots, samples)
     h = tl.load(step_sizes + i, mask=inside, other=float("nan"))
-    return start * D, _divide(tl.full((), 1, h.dtype), h), inside
+    return start, _divide(tl.full((), 1, h.dtype), h), inside
 
 
 @triton.jit
 def _errors(v, bank, at, row, col, mask, samples, D):
     """`v - (x_b - x_a) / h` in the columns of the mask, else 0; NaN in rows that are nowhere in the bank."""
     start, inverse, inside = at
-    a = bank + start + col
-    target = tl.load(a + samples.to(tl.int64) * D, mask=mask & inside) - tl.load(a, mask=mask & inside)
+    first, second = bank + start * D + col, bank + (start + samples) * D + col
+    target = tl.load(second, mask=mask & inside) - tl.load(first, mask=mask & inside)
     velocity = tl.load(v + row * D + col, mask=mask).to(target.dtype)
     return tl.where(mask, velocity - target * inverse, 0)
 
@@ -87,7 +87,7 @@ def _share(weight, row, mask, elements, dtype: tl.constexpr):
 
 @triton.jit
 def _add(total, lost, x):
-    """Sum of positive numbers with what its roundings lose."""
+    """A sum with what its roundings lose."""
     new = total + x
     added = new - total
     return new, lost + ((total - (new - added)) + (x - added))
@@ -122,7 +122,7 @@ def straighten_loss_held_kernel(
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     col = tl.arange(0, COLS)[None, :]
     mask = (row < B) & (col < D)
-    at = _place(interval, sample, step_sizes, row, B, D, knots, samples)
+    at = _place(interval, sample, step_sizes, row, B, knots, samples)
     e = _errors(v, bank, at, row, col, mask, samples, D)
     c = scalar(huber_c, dtype)
     loss = _sample_loss(tl.sum(e * e, 1, keep_dims=True), features, c)
@@ -158,7 +158,7 @@ def straighten_loss_part_kernel(
     dtype: tl.constexpr = bank.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     row, begin = program // parts, program % parts * part
-    at = _place(interval, sample, step_sizes, row, B, D, knots, samples)
+    at = _place(interval, sample, step_sizes, row, B, knots, samples)
     scale = 2 * _share(weight, row, row < B, elements, dtype)
     total, lost = tl.zeros((BLOCK,), dtype), tl.zeros((BLOCK,), dtype)
     for first in range(begin, tl.minimum(begin + part, D), BLOCK):
@@ -210,7 +210,7 @@ def straighten_loss_gradient_kernel(
     chunks = tl.cdiv(D, BLOCK)
     program = tl.program_id(0).to(tl.int64)
     row, col = program // chunks, program % chunks * BLOCK + tl.arange(0, BLOCK)
-    at = _place(interval, sample, step_sizes, row, B, D, knots, samples)
+    at = _place(interval, sample, step_sizes, row, B, knots, samples)
     e = _errors(v, bank, at, row, col, col < D, samples, D)
     share = _share(weight, row, row < B, elements, dtype)
     scale = _divide(share, tl.load(per_sample + row) + scalar(huber_c, dtype))
@@ -259,7 +259,7 @@ def straighten_loss(v, bank, step_sizes, interval, sample, weight, huber_c, grad
     def launch(kernel, name, programs, *args):
         _triton.launch(kernel, (programs,), *args, on=v, config=_triton.config_of(CONFIGS, name))
 
-    held = next((name for name in HELD if CONFIGS[name]["COLS"] >= D), None)
+    held = next((name for name in HELD if _triton.config_of(CONFIGS, name)["COLS"] >= D), None)
     if B == 0:
         pass
     elif held:
