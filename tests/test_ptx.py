@@ -158,7 +158,7 @@ FLOAT = {
 }
 
 
-def test_single_instructions(tmp_path):
+def test_single_instructions():
     body = ""
     for i, text in enumerate([*INTEGER, *FLOAT]):
         scoped = text
@@ -175,7 +175,6 @@ def test_single_instructions(tmp_path):
         mul.wide.u32 %l, %t0, 12; add.s64 %in, %in, %l; mul.wide.u32 %l, %t0, {4 * rows}; add.s64 %out, %out, %l;
         ld.global.u32 %a, [%in]; ld.global.u32 %b, [%in+4]; ld.global.nc.u32 %c, [%in+8]; setp.ne.s32 %z, 1, 1;
         {body} ret; }}""",
-        tmp_path,
     )
     operands = [(a, b, c) for a in WORDS for b in WORDS for c in (3, 0x80000001, 0x12345678, 0x3F000000)]
     given = np.array(operands, np.uint32)
@@ -201,7 +200,7 @@ def test_single_instructions(tmp_path):
     "instruction",
     ["wgmma.fence.sync.aligned;", "add.sat.s32 %r, %r, %r;", "fma.rn.relu.f32 %r, %r, %r, %r;", "call f;"],
 )
-def test_unknown_instruction_is_an_error(tmp_path, instruction):
+def test_unknown_instruction_is_an_error(instruction):
     text = f".visible .entry odd(.param .u64 p) {{ .reg .b32 %r; {instruction} ret; }}"
     with pytest.raises(RuntimeError, match=rf"odd: unsupported instruction {instruction.split('.')[0].split()[0]}"):
-        _host_cuda.PtxLibrary(text, tmp_path)
+        _host_cuda.PtxLibrary(text)

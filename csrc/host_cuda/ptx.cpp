@@ -19,15 +19,23 @@ namespace host_cuda {
 namespace ptx {
 namespace {
 
-struct Kernel {
-  void (*function)(const char*);
-  std::vector<Parameter> layout;
-};
-std::map<std::string, Kernel>& kernels() {
-  static std::map<std::string, Kernel> all;
+using Kernel = Registration;
+std::map<std::string, const Kernel*>& kernels() {  // of one name, the last one loaded
+  static std::map<std::string, const Kernel*> all;
   return all;
 }
 std::atomic<uint64_t> launch_count{0};
+
+struct Range {
+  const char* first;
+  size_t bytes;
+};
+std::vector<Range>& variables() {
+  static std::vector<Range> all;
+  return all;
+}
+bool limited = false;  // whether a launch may access variables and these only
+std::vector<Range> tensors;
 
 // The name as written in C++, with nvcc's names of the 16-bit types, and without unnamed namespaces.
 std::string canonical(const char* symbol) {
@@ -65,16 +73,21 @@ std::string name_of(const void* kernel) {
   return canonical(found->second.c_str());
 }
 
-const Kernel& find(const std::string& name, size_t count) {
+const Kernel& find(const std::string& name) {
   const auto found = kernels().find(name);
   if (found == kernels().end()) throw std::runtime_error("no PTX of the kernel " + name);
-  if (found->second.layout.size() != count)
-    throw std::runtime_error(name + ": " + std::to_string(count) + " arguments for " +
-                             std::to_string(found->second.layout.size()) + " parameters");
-  return found->second;
+  return *found->second;
 }
 void run(const std::string& name, const Kernel& to, dim3 grid, dim3 block, size_t dynamic_shared, const void* kernel,
-         const void* const* arguments) {
+         const void* const* arguments, const size_t* sizes, size_t count) {
+  if (count != to.layout.size())
+    throw std::runtime_error(name + ": " + std::to_string(count) + " arguments for " +
+                             std::to_string(to.layout.size()) + " parameters");
+  for (size_t i = 0; i < count; i++)
+    if (sizes[i] != to.layout[i].size)
+      throw std::runtime_error(name + ": parameter " + std::to_string(i) + " has " +
+                               std::to_string(to.layout[i].size) + " bytes in PTX and " + std::to_string(sizes[i]) +
+                               " on the host");
   const size_t bytes = to.layout.empty() ? 0 : to.layout.back().offset + to.layout.back().size;
   std::vector<max_align_t> parameters(bytes / sizeof(max_align_t) + 1);
   auto* p = reinterpret_cast<char*>(parameters.data());
@@ -90,20 +103,30 @@ const bool redirected =
     (launch_instead = [](const char*, dim3 grid, dim3 block, size_t dynamic_shared, const void* kernel,
                          const void* const* arguments, const size_t* sizes, size_t count) {
       const std::string name = name_of(kernel);
-      const Kernel& to = find(name, count);
-      for (size_t i = 0; i < count; i++)
-        if (sizes[i] != to.layout[i].size)
-          throw std::runtime_error(name + ": parameter " + std::to_string(i) + " has " +
-                                   std::to_string(to.layout[i].size) + " bytes in PTX and " + std::to_string(sizes[i]) +
-                                   " on the host");
-      run(name, to, grid, block, dynamic_shared, kernel, arguments);
+      run(name, find(name), grid, block, dynamic_shared, kernel, arguments, sizes, count);
     },
      true);
 
 }  // namespace
 
-Registration::Registration(const char* name, void (*kernel)(const char*), std::initializer_list<Parameter> layout) {
-  kernels()[canonical(name)] = {kernel, layout};
+Registration::Registration(const char* name, void (*function)(const char*), std::initializer_list<Parameter> layout)
+    : name(canonical(name)), function(function), layout(layout) {
+  kernels()[this->name] = this;
+}
+Variable::Variable(const void* p, size_t bytes) {
+  variables().push_back({static_cast<const char*>(p), bytes});
+}
+void check_global(const void* p, size_t bytes, Loc loc) {
+  if (!limited) return;
+  const auto* c = static_cast<const char*>(p);
+  for (const auto* ranges : {&tensors, &variables()})
+    for (const Range& r : *ranges)
+      if (c >= r.first && c + bytes <= r.first + r.bytes) return;
+  const char* near = nullptr;  // the start of the tensor that lies closest below
+  for (const Range& r : tensors)
+    if (r.first <= c && r.first > near) near = r.first;
+  fail(loc, "access of %zu bytes at %p, in no tensor of the launch; %td bytes from the start of the last one below it",
+       bytes, p, near ? c - near : 0);
 }
 uint64_t launches() {
   return launch_count;
@@ -112,20 +135,39 @@ uint64_t launches() {
 }  // namespace ptx
 }  // namespace host_cuda
 
-// For ctypes: by the kernel's name; returns what went wrong, or null.
-extern "C" __attribute__((visibility("default"))) const char* host_cuda_ptx_launch(
-    const char* name, const unsigned* grid, const unsigned* block, size_t dynamic_shared, const void* const* arguments,
-    size_t count) {
+// For ctypes.
+#define HOST_CUDA_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The kernel of that name that was loaded last, or null.
+HOST_CUDA_EXPORT const void* host_cuda_ptx_kernel(const char* name) {
+  const auto found = host_cuda::ptx::kernels().find(host_cuda::ptx::canonical(name));
+  return found == host_cuda::ptx::kernels().end() ? nullptr : found->second;
+}
+HOST_CUDA_EXPORT void host_cuda_ptx_options(int order, uint64_t seed, bool async_lazy) {
+  host_cuda::options() = {static_cast<host_cuda::Order>(order), seed, async_lazy};
+}
+// Returns what went wrong, or null. The kernel may access the given tensors.
+HOST_CUDA_EXPORT const char* host_cuda_ptx_launch(const void* kernel, const unsigned* grid, const unsigned* block,
+                                                  size_t dynamic_shared, const void* const* arguments,
+                                                  const size_t* sizes, size_t count, const void* const* tensors,
+                                                  const size_t* tensor_bytes, size_t tensor_count) {
   static thread_local std::string error;
+  namespace ptx = host_cuda::ptx;
+  for (size_t i = 0; i < tensor_count; i++)
+    ptx::tensors.push_back({static_cast<const char*>(tensors[i]), tensor_bytes[i]});
+  ptx::limited = true;
+  const char* result = nullptr;
   try {
-    const auto& kernel = host_cuda::ptx::find(host_cuda::ptx::canonical(name), count);
-    const auto* id = reinterpret_cast<const void*>(kernel.function);
+    const auto& to = *static_cast<const ptx::Kernel*>(kernel);
+    const auto* id = reinterpret_cast<const void*>(to.function);
     host_cuda::allow_shared(id, dynamic_shared);
-    host_cuda::ptx::run(name, kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, dynamic_shared, id,
-                        arguments);
-    return nullptr;
+    ptx::run(to.name, to, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, dynamic_shared, id, arguments,
+             sizes, count);
   } catch (const std::exception& e) {
     error = e.what();
-    return error.c_str();
+    result = error.c_str();
   }
+  ptx::limited = false;
+  ptx::tensors.clear();
+  return result;
 }
