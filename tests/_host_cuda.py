@@ -59,15 +59,16 @@ def _ptx_folder() -> Path:
     return folder
 
 
-def _compile(library: str, sources: list[Path], *flags: str | Path) -> Path:
-    """A library in that folder, unless it is there."""
-    path = _ptx_folder() / library
+def _compile(name: str, source: Path, *flags: str | Path) -> Path:
+    """What g++ makes of that, as a file of that folder, unless it is there."""
+    folder = _ptx_folder()
+    path = folder / name
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         made = path.with_suffix(f".{os.getpid()}")
-        command = ["g++", "-std=gnu++17", "-march=x86-64-v3", "-ffp-contract=off", "-w", "-fPIC", "-shared"]
-        done = subprocess.run(
-            [*command, "-I", ROOT / "csrc", "-o", made, *sources, *flags], capture_output=True, text=True
-        )
+        command = ["g++", "-std=gnu++17", "-march=x86-64-v3", "-ffp-contract=off", "-w", "-fPIC"]
+        command += ["-I", folder, "-I", ROOT / "csrc", "-o", made, source, *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr[-4000:])
         made.replace(path)
@@ -76,9 +77,11 @@ def _compile(library: str, sources: list[Path], *flags: str | Path) -> Path:
 
 @functools.cache
 def _ptx_runtime() -> ctypes.CDLL:
-    """The emulation, for all libraries of PTX texts."""
-    sources = [ROOT / "csrc/host_cuda" / name for name in ("emulation.cpp", "ptx.cpp")]
-    runtime = ctypes.CDLL(_compile("runtime.so", sources, "-O3", "-ldl", "-lpthread"))
+    """The emulation, for all libraries of PTX texts; and for their compilation its header."""
+    source = ROOT / "csrc/host_cuda"
+    path = _compile("runtime.so", source / "emulation.cpp", source / "ptx.cpp", "-O3", "-shared", "-ldl", "-lpthread")
+    _compile("host_cuda/ptx.h.gch", source / "ptx.h", "-O0", "-x", "c++-header")
+    runtime = ctypes.CDLL(path)
     runtime.host_cuda_ptx_kernel.restype = ctypes.c_void_p
     runtime.host_cuda_ptx_launch.restype = ctypes.c_char_p
     return runtime
@@ -94,9 +97,9 @@ class PtxLibrary:
     """The kernels of a PTX text, translated and compiled, to be launched by name."""
 
     def __init__(self, text: str):
-        name = hashlib.sha256(text.encode()).hexdigest()[:32]
-        runtime = _ptx_runtime()
-        if not (_ptx_folder() / f"{name}.so").exists():
+        name = hashlib.sha256(text.encode()).hexdigest()[:32] + ".so"
+        runtime, library = _ptx_runtime(), _ptx_folder() / name
+        if not library.exists():
             with tempfile.TemporaryDirectory() as folder:
                 ptx, cpp = Path(folder, "kernel.ptx"), Path(folder, "kernel.cpp")
                 ptx.write_text(text)
@@ -104,8 +107,8 @@ class PtxLibrary:
                 done = subprocess.run(translate, capture_output=True, text=True)
                 if done.returncode:
                     raise RuntimeError(done.stderr[-4000:])
-                _compile(f"{name}.so", [cpp], "-O0", _ptx_folder() / "runtime.so")
-        ctypes.CDLL(_ptx_folder() / f"{name}.so")  # registers its kernels
+                _compile(name, cpp, "-O0", "-shared", _ptx_folder() / "runtime.so")
+        ctypes.CDLL(library)  # registers its kernels
         names = re.findall(r"\.entry\s+([\w$]+)", text)
         self.kernels = {name: ctypes.c_void_p(runtime.host_cuda_ptx_kernel(name.encode())) for name in names}
 

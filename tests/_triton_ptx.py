@@ -1,24 +1,26 @@
 """Triton kernels compiled for sm_80 and run on the host: their PTX, translated (csrc/host_cuda/ptx_to_cpp.py).
 
-    python tests/_triton_ptx.py OP...
+    python tests/_triton_ptx.py [kernels] [OP...]
 
-runs the sample inputs of ops with the Triton backend and prints error and bound of each as JSON. A process of its own:
-Triton must not be told to interpret (TRITON_INTERPRET) when it is imported. `drive()` gives Triton a driver whose GPU is
-the emulation, so that `kernel[grid](...)` compiles, specialises and launches as on a GPU, on tensors in host memory.
+runs the kernels of _triton_kernels.py and the sample inputs of ops with the Triton backend, and prints a line of JSON
+for each, with its error and bound. A process of its own: Triton decides between its interpreter and its compiler when
+it is imported. `drive()` gives Triton a driver whose GPU is the emulation, so that `kernel[grid](...)` compiles,
+specialises and launches as on a GPU, on tensors in host memory.
 """
 
 import ctypes
+import functools
 import importlib
 import json
 import os
-import subprocess
 import sys
-import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import _host_cuda
 import torch
-from torch.utils._pytree import tree_leaves
 
 TARGET, SHARED = ("cuda", 80, 32), 99 << 10  # what a block may have: the emulation's limit, that of every target
 SCALARS = dict(i1="int8", u1="uint8", fp32="float", fp64="double")
@@ -114,3 +116,54 @@ def drive() -> Driver:
     triton.knobs.runtime.add_stages_inspection_hook = stages
     driver.set_active(emulation := Driver())
     return emulation
+
+
+def row(of: str, name: str, call) -> dict:
+    """What came of a call that returns an error and its bound, as JSON holds it."""
+    before = launches
+    try:
+        error, bound = call()
+        failed = None
+    except Exception as e:
+        error = bound = 0.0
+        failed = "".join(traceback.format_exception(e))
+    return dict(of=of, id=name, error=float(error), bound=float(bound), failed=failed, launches=launches - before)
+
+
+def run_op(op: str) -> Iterator[dict]:
+    """Every sample input of an op, twice: threads forward and copies late, and backward and at once."""
+    from _contract import identical
+
+    from flowkernels import backends, ops
+
+    samples = importlib.import_module(f"flowkernels.ops.{op}.samples")
+
+    def call(sample):
+        results = []
+        for order, async_lazy in (("forward", True), ("reverse", False)):
+            _host_cuda.ptx_order(order, async_lazy)
+            with backends.backend("triton"):
+                results.append(getattr(ops, op)(*sample.args, **sample.kwargs))
+        if not identical(*results):
+            raise AssertionError("threads in another order give other bits")
+        return samples.error_and_bound(sample, results[0])
+
+    with patch.object(backends, "_why_not_triton", lambda device, op: None):  # the emulation's GPU has CPU tensors
+        for sample in samples.sample_inputs():
+            yield row(op, sample.id, functools.partial(call, sample))
+
+
+if __name__ == "__main__":
+    os.environ |= dict(TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1")
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    torch.use_deterministic_algorithms(True)  # every torch.empty holds NaN, or the largest integer
+    drive()
+    for of in sys.argv[1:]:
+        if of == "kernels":
+            import _triton_kernels
+
+            found = (row(of, name, case) for name, case in _triton_kernels.CASES.items())
+        else:
+            found = run_op(of)
+        for r in found:
+            print(json.dumps(r), flush=True)

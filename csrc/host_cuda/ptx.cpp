@@ -85,9 +85,8 @@ void run(const std::string& name, const Kernel& to, dim3 grid, dim3 block, size_
                              std::to_string(to.layout.size()) + " parameters");
   for (size_t i = 0; i < count; i++)
     if (sizes[i] != to.layout[i].size)
-      throw std::runtime_error(name + ": parameter " + std::to_string(i) + " has " +
-                               std::to_string(to.layout[i].size) + " bytes in PTX and " + std::to_string(sizes[i]) +
-                               " on the host");
+      throw std::runtime_error(name + ": parameter " + std::to_string(i) + " has " + std::to_string(to.layout[i].size) +
+                               " bytes in PTX and " + std::to_string(sizes[i]) + " on the host");
   const size_t bytes = to.layout.empty() ? 0 : to.layout.back().offset + to.layout.back().size;
   std::vector<max_align_t> parameters(bytes / sizeof(max_align_t) + 1);
   auto* p = reinterpret_cast<char*>(parameters.data());
@@ -130,6 +129,65 @@ void check_global(const void* p, size_t bytes, Loc loc) {
 }
 uint64_t launches() {
   return launch_count;
+}
+
+// Of the matrix, the other operands of the quads are found by their lane. A row of A and a column of B are spread over
+// the four lanes of a quad, a 32-bit word at a time; words whose rows or depths are 8 rows or 4 words apart follow each
+// other in a lane. Of an operand in tf32 the unit sees 19 bits. It adds 16 bytes of a row at a time, which are 8
+// products of 16-bit floats or 4 of tf32.
+struct tf32 {
+  uint32_t bits;
+};
+inline float widen(tf32 v) {
+  return __uint_as_float(v.bits & 0xffffe000u);
+}
+struct Fragments {
+  const uint32_t *a, *b;
+  float* d;
+};
+template <class T>
+static void multiply(unsigned depth, unsigned row, const void* const (&lanes)[32]) {
+  constexpr unsigned each = 4 / sizeof(T), block = 4 * each;
+  const auto lane = [&](unsigned i) { return static_cast<const Fragments*>(lanes[i]); };
+  const auto element = [](uint32_t word, unsigned k) { return double(widen(read<T>(word >> k % each * width<T>))); };
+  const auto sum = [&](unsigned n) { return &lane(row % 8 * 4 + n / 2)->d[row / 8 * 2 + n % 2]; };
+  double sums[8], terms[block + 1][8];
+  for (unsigned n = 0; n < 8; n++) sums[n] = *sum(n);
+  for (unsigned word = 0; word < depth / block; word++) {
+    for (unsigned k = 0; k < block; k++) {
+      const unsigned quad = k / each;
+      const double x = element(lane(row % 8 * 4 + quad)->a[row / 8 + 2 * word], k);
+      for (unsigned n = 0; n < 8; n++) terms[k][n] = x * element(lane(n * 4 + quad)->b[word], k);
+    }
+    memcpy(terms[block], sums, sizeof sums);
+    add_and_cut(terms, block + 1, sums);
+  }
+  for (unsigned n = 0; n < 8; n++) *sum(n) = static_cast<float>(sums[n]);
+}
+void mma(Element type, unsigned depth, float (&d)[4], std::initializer_list<uint32_t> a,
+         std::initializer_list<uint32_t> b, Loc loc) {
+  const unsigned words = depth / (type == Element::tf32 ? 4 : 8);
+  if (a.size() != 2 * words || b.size() != words) fail(loc, "mma: registers and shape do not agree");
+  const Fragments mine{a.begin(), b.begin(), d};
+  const void* lanes[32];
+  exchange(&mine, lanes, loc);
+  if (const unsigned row = current->lane; row < 16)  // a lane for each row
+    (type == Element::bf16   ? multiply<bf16>
+     : type == Element::half ? multiply<half>
+                             : multiply<tf32>)(depth, row, lanes);
+  warp_barrier(~0u, loc);  // before registers change, and after the sums are there
+}
+void mma_m8n8k4(double (&d)[2], double a, double b, Loc loc) {  // a lane has an element of A and one of B
+  const double mine[] = {a, b};
+  const void* lanes[32];
+  exchange(mine, lanes, loc);
+  for (unsigned i = 0; i < 2; i++)
+    for (unsigned k = 0; k < 4; k++) {
+      const auto* x = static_cast<const double*>(lanes[current->lane / 4 * 4 + k]);
+      const auto* y = static_cast<const double*>(lanes[(2 * (current->lane % 4) + i) * 4 + k]);
+      d[i] = std::fma(x[0], y[1], d[i]);
+    }
+  warp_barrier(~0u, loc);
 }
 
 }  // namespace ptx

@@ -130,8 +130,8 @@ struct Twice<uint64_t> {
 template <class T>
 using Wide = typename Twice<T>::type;
 
-// To 16 bits from more than a float has: what a float cannot hold makes its last bit odd, so that rounding from there is
-// rounding from the value itself. Of two floats of 16 bits, sum, difference and product round once if a float holds
+// To 16 bits from more than a float has: what a float cannot hold makes its last bit odd, so that rounding from there
+// is rounding from the value itself. Of two floats of 16 bits, sum, difference and product round once if a float holds
 // them first: it has more than twice their bits.
 template <class T>
 inline T narrow_from(double v) {
@@ -502,53 +502,11 @@ inline void ldmatrix(uint32_t (&r)[count], const char* row, Loc loc) {
       memcpy(reinterpret_cast<char*>(&r[i]) + 2 * half, static_cast<const char*>(rows[8 * i + in]) + 2 * at, 2);
     }
 }
-// mma.m16n8k<depth>. A row of A and a column of B are spread over the four lanes of a quad, a 32-bit word at a time;
-// words whose rows or depths are 8 rows or 4 words apart follow each other in a lane. Of an operand in tf32 the unit
-// sees 19 bits. It adds 16 bytes of a row at a time, so 8 products of 16-bit floats or 4 of tf32.
-struct tf32 {
-  uint32_t bits;
-};
-inline float widen(tf32 v) {
-  return __uint_as_float(v.bits & 0xffffe000u);
-}
-template <class T, int depth>
-inline void mma(float (&d)[4], std::initializer_list<uint32_t> a, std::initializer_list<uint32_t> b, Loc loc) {
-  constexpr unsigned each = 4 / sizeof(T), block = 4 * each;
-  if (a.size() != depth / block * 2 || b.size() != depth / block) fail(loc, "mma: registers and shape do not agree");
-  struct Fragments {
-    const uint32_t *a, *b;
-  } const mine{a.begin(), b.begin()};
-  const void* all[32];
-  exchange(&mine, all, loc);
-  double sums[8] = {d[0], d[1], d[2], d[3]}, terms[block + 1][8] = {};
-  for (unsigned word = 0; word < depth / block; word++) {
-    for (unsigned k = 0; k < block; k++)
-      for (unsigned i = 0; i < 4; i++) {
-        const unsigned row = current->lane / 4 + 8 * (i / 2), column = 2 * (current->lane % 4) + i % 2;
-        const unsigned quad = k / each, shift = k % each * width<T>;
-        const uint32_t x = static_cast<const Fragments*>(all[row % 8 * 4 + quad])->a[row / 8 + 2 * word];
-        const uint32_t y = static_cast<const Fragments*>(all[column * 4 + quad])->b[word];
-        terms[k][i] = double(widen(read<T>(x >> shift))) * widen(read<T>(y >> shift));
-      }
-    memcpy(terms[block], sums, sizeof sums);
-    add_and_cut(terms, block + 1, sums);
-  }
-  for (unsigned i = 0; i < 4; i++) d[i] = static_cast<float>(sums[i]);
-  warp_barrier(~0u, loc);  // before this lane's registers change
-}
-// mma.m8n8k4 of doubles: a lane has one element of A and one of B; the sums round like fma's.
-inline void mma_m8n8k4(double (&d)[2], double a, double b, Loc loc) {
-  const double mine[] = {a, b};
-  const void* all[32];
-  exchange(mine, all, loc);
-  for (unsigned i = 0; i < 2; i++)
-    for (unsigned k = 0; k < 4; k++) {
-      const auto* x = static_cast<const double*>(all[current->lane / 4 * 4 + k]);
-      const auto* y = static_cast<const double*>(all[(2 * (current->lane % 4) + i) * 4 + k]);
-      d[i] = std::fma(x[0], y[1], d[i]);
-    }
-  warp_barrier(~0u, loc);
-}
+// mma.m16n8k<depth> of 16-bit floats or tf32, and mma.m8n8k4 of doubles.
+enum class Element { bf16, half, tf32 };
+void mma(Element, unsigned depth, float (&d)[4], std::initializer_list<uint32_t> a, std::initializer_list<uint32_t> b,
+         Loc loc);
+void mma_m8n8k4(double (&d)[2], double a, double b, Loc loc);
 
 }  // namespace ptx
 }  // namespace host_cuda

@@ -122,7 +122,9 @@ class Kernel:
         if operand in self.shared:
             self.used.add(operand)
             return identifier(operand)
-        if operand in self.arrays or operand in self.variables:
+        if operand in self.arrays:
+            return f"uint64_t({identifier(operand)} - local)"
+        if operand in self.variables:
             return f"uint64_t({identifier(operand)})"
         if operand in self.parameters:
             return f"uint64_t(parameters + {self.parameters[operand][0]})"
@@ -154,6 +156,8 @@ class Kernel:
         base, offset = self.value(m[1]), int(m[2] or "0", 0)
         if space == "shared":
             return f"(space + uint32_t({base} + {offset}))"
+        if space == "local":
+            return f"(local + uint32_t({base} + {offset}))"
         return f"((char*)(uint64_t({base}) + {offset}ll))"
 
     def checked(self, operand: str, space: str, size: int) -> str:
@@ -243,8 +247,9 @@ class Kernel:
 
     def op_cvta(self, modifiers, operands, kind):
         value = f"uint64_t({self.value(operands[1])})"
-        if one_of(modifiers, SPACES) == "shared":  # an offset there, an address elsewhere
-            value += f" {'-' if 'to' in modifiers else '+'} uint64_t(space)"
+        where = dict(shared="space", local="local").get(one_of(modifiers, SPACES))
+        if where:  # an offset there, an address elsewhere
+            value += f" {'-' if 'to' in modifiers else '+'} uint64_t({where})"
         return self.write(operands[0], value)
 
     def moved(self, modifiers, parts, kind):
@@ -390,7 +395,7 @@ class Kernel:
         a_words, b_words = (", ".join(map(self.u32, elements(o))) for o in operands[1:3])
         c_values = ", ".join(self.read(o, "f32") for o in elements(operands[3]))
         writes = " ".join(self.write(to, f"d[{i}]", "f32") for i, to in enumerate(elements(operands[0])))
-        call = f"mma<{MMA[a]}, {depth}>(d, {{{a_words}}}, {{{b_words}}}, HERE);"
+        call = f"mma(Element::{MMA[a]}, {depth}, d, {{{a_words}}}, {{{b_words}}}, HERE);"
         return f"{{ float d[] = {{{c_values}}}; {call} {writes} }}"
 
     # ---- memory ----
@@ -445,6 +450,7 @@ class Kernel:
         return f"""\
 static void {function}([[maybe_unused]] const char* parameters) {{
 [[maybe_unused]] char* const space = shared_space();
+[[maybe_unused]] char* const local = static_cast<char*>(__builtin_frame_address(0)) - (1 << 20);  // below all arrays
 [[maybe_unused]] bool carry = false;
 {NEWLINE.join(shared)}
 {NEWLINE.join(filter(None, code))}
@@ -465,9 +471,9 @@ class Text:
         self.shared = {}  # bytes, of arrays and variables
         for m in re.finditer(r"\.shared\s+\.align\s+\d+\s+\.(\w+)\s+([\w$]+)(\[(\d*)\])?", text):
             self.shared[m[2]] = bits(m[1]) // 8 * (int(m[4] or 0) if m[3] else 1)
-        self.variables = {}  # global and constant ones, in C++
+        self.variables = {}  # of global memory, in C++
         for m in re.finditer(
-            r"\.(?:global|const)\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?(?:\s*=\s*([^;]*))?;", text
+            r"\.global\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?(?:\s*=\s*([^;]*))?;", text
         ):
             name, values = identifier(m[3]), (m[5] or "").strip("{} \n")
             if not re.fullmatch(r"[\s\w,-]*", values):
