@@ -53,7 +53,7 @@ def module(name: str = "host_cuda"):
 @functools.cache
 def _ptx_folder() -> Path:
     """Where libraries of PTX texts are kept, for these sources of the translator and of the emulation."""
-    sources = sorted([*(ROOT / "csrc/host_cuda").iterdir(), *(ROOT / "csrc/common").glob("*.h"), Path(__file__)])
+    sources = sorted([*(ROOT / "csrc/host_cuda").iterdir(), *(ROOT / "csrc/common").glob("*.h")])
     folder = BUILD / "ptx" / hashlib.sha256(b"".join(s.read_bytes() for s in sources)).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -93,24 +93,29 @@ def ptx_order(order: str = "forward", async_lazy: bool = True):
     _ptx_runtime().host_cuda_ptx_options(number, ctypes.c_uint64(1), ctypes.c_bool(async_lazy))
 
 
+@functools.cache  # a library that is loaded already does not register its kernels again
+def _ptx_kernels(text: str) -> dict[str, ctypes.c_void_p]:
+    name = hashlib.sha256(text.encode()).hexdigest()[:32] + ".so"
+    runtime, library = _ptx_runtime(), _ptx_folder() / name
+    if not library.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            ptx, cpp = Path(folder, "kernel.ptx"), Path(folder, "kernel.cpp")
+            ptx.write_text(text)
+            translate = [sys.executable, ROOT / "csrc/host_cuda/ptx_to_cpp.py", ptx, cpp]
+            done = subprocess.run(translate, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr[-4000:])
+            _compile(name, cpp, "-O0", "-shared", _ptx_folder() / "runtime.so")
+    ctypes.CDLL(library)  # registers its kernels
+    names = re.findall(r"\.entry\s+([\w$]+)", text)
+    return {name: ctypes.c_void_p(runtime.host_cuda_ptx_kernel(name.encode())) for name in names}
+
+
 class PtxLibrary:
     """The kernels of a PTX text, translated and compiled, to be launched by name."""
 
     def __init__(self, text: str):
-        name = hashlib.sha256(text.encode()).hexdigest()[:32] + ".so"
-        runtime, library = _ptx_runtime(), _ptx_folder() / name
-        if not library.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                ptx, cpp = Path(folder, "kernel.ptx"), Path(folder, "kernel.cpp")
-                ptx.write_text(text)
-                translate = [sys.executable, ROOT / "csrc/host_cuda/ptx_to_cpp.py", ptx, cpp]
-                done = subprocess.run(translate, capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(done.stderr[-4000:])
-                _compile(name, cpp, "-O0", "-shared", _ptx_folder() / "runtime.so")
-        ctypes.CDLL(library)  # registers its kernels
-        names = re.findall(r"\.entry\s+([\w$]+)", text)
-        self.kernels = {name: ctypes.c_void_p(runtime.host_cuda_ptx_kernel(name.encode())) for name in names}
+        self.kernels = _ptx_kernels(text)
 
     def launch(self, name: str, grid: tuple, block: tuple, shared: int, *arguments, memory=()):
         """Arguments: numpy arrays, whose addresses are passed, and ctypes values. The kernel may access these arrays,

@@ -1,4 +1,4 @@
-"""The PTX that Triton makes of its kernels for sm_80, run on the emulation: in a process of its own (_triton_ptx.py)."""
+"""The PTX that Triton makes of its kernels for sm_80, run on the emulation, in a process of its own: _triton_ptx.py."""
 
 import importlib
 import json

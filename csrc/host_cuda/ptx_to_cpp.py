@@ -410,7 +410,9 @@ class Kernel:
             return "cp_async_commit(); cp_async_wait(0);"
         hinted = any("cache_hint" in m for m in modifiers)
         to, of, size, *given = operands[: len(operands) - hinted]
-        if int(size, 0) not in (4, 8, 16) or len(given) > 1 or given and not re.fullmatch(r"%rs?\d+|\d+", given[0]):
+        if int(size, 0) not in (4, 8, 16) or len(given) > 1:
+            raise Unsupported
+        if given and not re.fullmatch(r"%rs?\d+|\d+", given[0]):  # a predicate here means something else
             raise Unsupported
         to, of = self.address(to, "shared"), self.address(of, "global")
         taken = self.u32(given[0] if given else size)
