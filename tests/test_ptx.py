@@ -346,7 +346,7 @@ def test_copies_of_every_size(async_lazy):
     _host_cuda.ptx_order(async_lazy=async_lazy)
     library.launch("copies", (1,), (1,), 32, given, got)
     assert got.tolist() == [10, 6, 12, 0, 14, 15, 16, 17]
-    with pytest.raises(RuntimeError, match="access of 16 bytes at .*in no tensor of the launch; 16 bytes from"):
+    with pytest.raises(RuntimeError, match=r"access of 16 bytes at .*in no tensor of the launch; 16 bytes from"):
         library.launch("copies", (1,), (1,), 32, given[:7], got)
-    with pytest.raises(RuntimeError, match="copies: parameter 1 has 8 bytes in PTX and 4 on the host"):
+    with pytest.raises(RuntimeError, match=r"copies: parameter 1 has 8 bytes in PTX and 4 on the host"):
         library.launch("copies", (1,), (1,), 32, given, ctypes.c_int(3))
