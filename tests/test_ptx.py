@@ -218,7 +218,7 @@ FLOAT = {
 
 FLOAT |= {"cvt.rna.tf32.f32 %d, %a;": lambda a, b, c: to_tf32(a)}
 FLOAT |= {
-    f"min.NaN.f32 %d, %a, %b; max.NaN.f32 %d, %d, %c; abs.f32 %d, %d;": lambda a, b, c: of_f32(
+    "min.NaN.f32 %d, %a, %b; max.NaN.f32 %d, %d, %c; abs.f32 %d, %d;": lambda a, b, c: of_f32(
         abs(np.maximum(np.minimum(f32(a), f32(b)), f32(c)))
     )
 }
