@@ -14,21 +14,24 @@ from torch import Tensor
 from flowkernels.ops import _triton
 from flowkernels.ops.velocity_gram import _as_rows, _fake
 
-# by the number of rows; those of a tile are the M and the N of tl.dot, COLUMNS its K
+# by the most rows for which a tile is used; its rows are M and N of tl.dot, COLUMNS is K. Twice the columns need all
+# registers there are, and on sm_80 and sm_120 more
 CONFIGS = {
-    "velocity_gram_16": {"TILE": 16, "COLUMNS": 64, "num_warps": 1, "num_stages": 2},
-    "velocity_gram_32": {"TILE": 32, "COLUMNS": 32, "num_warps": 2, "num_stages": 2},
-    "velocity_gram_64": {"TILE": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 2},
-    "velocity_gram_double": {"TILE": 32, "COLUMNS": 16, "num_warps": 4, "num_stages": 1},
-    "velocity_gram_sum": {"ENTRIES": 64, "SLICES": 16, "num_warps": 4},
+    "velocity_gram_16": {"TILE": 16, "COLUMNS": 32, "num_warps": 1, "num_stages": 3},
+    "velocity_gram_32": {"TILE": 32, "COLUMNS": 16, "num_warps": 2, "num_stages": 3},
+    "velocity_gram_64": {"TILE": 64, "COLUMNS": 16, "num_warps": 4, "num_stages": 3},
+    "velocity_gram_double": {"TILE": 32, "COLUMNS": 16, "num_warps": 4, "num_stages": 2},
+    "velocity_gram_sum": {"ENTRIES": 256, "SLICES": 16, "num_warps": 4},
 }
-WARPS = 12  # of a multiprocessor, about as many as registers allow
-BLOCKS = 512  # of a slice, at most
 SEARCH = {
-    name: {"COLUMNS": (16, 32, 64), "num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4)}
-    for name in CONFIGS
-    if name != "velocity_gram_sum"
+    "velocity_gram_16": {"COLUMNS": (32, 64), "num_warps": (1, 2), "num_stages": (2, 3, 4)},
+    "velocity_gram_32": {"COLUMNS": (16, 32), "num_warps": (1, 2, 4), "num_stages": (2, 3, 4)},
+    "velocity_gram_64": {"TILE": (32, 64), "COLUMNS": (16, 32), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
+    "velocity_gram_double": {"TILE": (16, 32, 64), "num_warps": (2, 4), "num_stages": (2, 3)},
+    "velocity_gram_sum": {"ENTRIES": (64, 256), "SLICES": (8, 16, 32), "num_warps": (2, 4)},
 }
+WARPS = 12  # of a multiprocessor, as many as the registers and the shared memory of all of them allow
+BLOCKS = 512  # of COLUMNS each, in a slice, at most
 
 
 @triton.jit
@@ -42,11 +45,10 @@ def _pair(p):
 
 
 @triton.jit
-def _of_velocities(v, stride, row, c, mask, dtype: tl.constexpr):
-    """a_1, a_2, .. by row [rows, 1] and column c [1, columns]."""
-    here = v + row * stride + c
-    before = tl.load(here, mask=mask, other=0.0).to(dtype)
-    return tl.load(here + stride, mask=mask, other=0.0).to(dtype) - before
+def _of_velocities(rows, stride, c, mask, dtype: tl.constexpr):
+    """a_1, a_2, .. at columns c [1, columns]; rows [rows, 1] point to the earlier of each one's two velocities."""
+    earlier = tl.load(rows + c, mask=mask, other=0.0).to(dtype)
+    return tl.load(rows + stride + c, mask=mask, other=0.0).to(dtype) - earlier
 
 
 @triton.jit
@@ -63,15 +65,6 @@ def _of_states(v, stride, x, x_stride, times, K, row, c, mask, dtype: tl.constex
     secant = (after - state) / (tl.load(times + i + 1) - t)
     last = (state - before) / (t - tl.load(times + j))
     return (secant - tl.where(is_e, velocity, last)).to(dtype)
-
-
-@triton.jit
-def _increments(v, stride, x, x_stride, times, K, row, c, mask, dtype: tl.constexpr):
-    if x is None:
-        rows = _of_velocities(v, stride, row, c, mask, dtype)
-    else:
-        rows = _of_states(v, stride, x, x_stride, times, K, row, c, mask, dtype)
-    return rows
 
 
 @triton.jit
@@ -97,13 +90,19 @@ def velocity_gram_kernel(
     right = tl.minimum(j * TILE + own, rows - 1)
 
     first = tl.program_id(1).to(tl.int64) * columns
-    count = tl.minimum(M - first, columns)
+    last = tl.minimum(first + columns, M)
+    c = first + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros((TILE, TILE), dtype)
-    for block in range(tl.cdiv(count, COLUMNS)):
-        c = first + block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        a = _increments(v, stride, x, x_stride, times, K, left, c, c < M, dtype)
-        b = _increments(v, stride, x, x_stride, times, K, right, c, c < M, dtype)
+    for block in range(tl.cdiv(last - first, COLUMNS)):
+        mask = c < M
+        if x is None:
+            a = _of_velocities(v + left * stride, stride, c, mask, dtype)
+            b = _of_velocities(v + right * stride, stride, c, mask, dtype)
+        else:
+            a = _of_states(v, stride, x, x_stride, times, K, left, c, mask, dtype)
+            b = _of_states(v, stride, x, x_stride, times, K, right, c, mask, dtype)
         total += tl.dot(a, b.T, input_precision=PRECISION, out_dtype=dtype, max_num_imprecise_acc=COLUMNS)
+        c += COLUMNS
 
     tile = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     at = tl.arange(0, TILE)
@@ -128,7 +127,7 @@ def velocity_gram_sum_kernel(
         sums += tl.load(partial + s * entries + entry[None, :], mask=s < slices, other=0.0).to(tl.float64)
     total = tl.sum(sums, axis=0)
 
-    i, j = _pair(tl.program_id(0) // (TILE * TILE // ENTRIES))
+    i, j = _pair(tl.program_id(0) * ENTRIES // (TILE * TILE))
     row, column = i * TILE + entry % (TILE * TILE) // TILE, j * TILE + entry % TILE
     mask = (row <= column) & (column < rows)
     tl.store(gram + row * rows + column, total, mask=mask)
