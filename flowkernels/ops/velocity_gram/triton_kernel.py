@@ -55,9 +55,10 @@ def _pair(p):
 @triton.jit
 def _rows(at, stride, c, mask, dtype: tl.constexpr, DIFFERENCES: tl.constexpr):
     """Columns c [1, columns] of the rows that begin `at` [rows, 1], or of what the next ones add to them."""
-    rows = tl.load(at + c, mask=mask, other=0.0).to(dtype)
+    here = at + c
+    rows = tl.load(here, mask=mask, other=0.0).to(dtype)
     if DIFFERENCES:
-        rows = tl.load(at + stride + c, mask=mask, other=0.0).to(dtype) - rows
+        rows = tl.load(here + stride, mask=mask, other=0.0).to(dtype) - rows
     return rows
 
 
@@ -77,16 +78,16 @@ def velocity_gram_kernel(
     dtype: tl.constexpr = partial.dtype.element_ty
     i, j = _pair(tl.program_id(0))
     own = tl.arange(0, TILE).to(tl.int64)[:, None]
-    left = v + tl.minimum(i * TILE + own, rows - 1) * stride  # the last row once more beyond it, for unwanted sums
-    right = v + tl.minimum(j * TILE + own, rows - 1) * stride
-
     first = tl.program_id(1).to(tl.int64) * columns
-    last = tl.minimum(first + columns, M)
+    # the last row once more beyond it, for sums that nobody wants
+    left = v + tl.minimum(i * TILE + own, rows - 1) * stride + first
+    right = v + tl.minimum(j * TILE + own, rows - 1) * stride + first
     total = tl.zeros((TILE, TILE), dtype)
-    for start in range(first, last, COLUMNS):
+    for start in range(0, tl.minimum(columns, M - first).to(tl.int32), COLUMNS):
         c = start + tl.arange(0, COLUMNS)[None, :]
-        a = _rows(left, stride, c, c < M, dtype, DIFFERENCES)
-        b = _rows(right, stride, c, c < M, dtype, DIFFERENCES)
+        mask = c < M - first
+        a = _rows(left, stride, c, mask, dtype, DIFFERENCES)
+        b = _rows(right, stride, c, mask, dtype, DIFFERENCES)
         # with the last argument the compiler leaves the products and `total` apart
         total += tl.dot(a, b.T, input_precision=PRECISION, out_dtype=dtype, max_num_imprecise_acc=COLUMNS)
 
