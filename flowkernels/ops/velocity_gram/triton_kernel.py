@@ -102,7 +102,7 @@ def velocity_gram_sum_kernel(
     slices,
     rows,
     gram,  # [rows, rows]
-    TILE: tl.constexpr,
+    TILE,
     ENTRIES: tl.constexpr,
     SLICES: tl.constexpr,
 ):
@@ -194,7 +194,7 @@ def velocity_gram(v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
             add(formed, chunk, width, first)
 
     grid = (pairs * tile * tile // sums["ENTRIES"],)
-    _triton.launch(velocity_gram_sum_kernel, grid, partial, all_slices, rows, gram, on=v, config=sums, TILE=tile)
+    _triton.launch(velocity_gram_sum_kernel, grid, partial, all_slices, rows, gram, tile, on=v, config=sums)
     return gram
 
 
