@@ -13,12 +13,12 @@ from flowkernels.ops import _triton
 from flowkernels.ops._triton import scalar
 from flowkernels.ops.linear_euler import _dense, _empty, _fake
 
-# ROWS of tokens, with guidance half of them unconditional, BLOCK_D features at a time. Few rows: there are to be
-# programs for every multiprocessor. Of float32 weights each is three numbers.
+# ROWS of tokens, with guidance half of them unconditional, BLOCK_D features at a time, in as many groups as there are
+# warps: each warp multiplies its own features. Few rows: there are to be programs for every multiprocessor.
 CONFIGS = {
-    "linear_euler": {"ROWS": 16, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
-    "linear_euler_float32": {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
-    "linear_euler_float64": {"ROWS": 16, "BLOCK_D": 16, "num_warps": 4, "num_stages": 1},
+    "linear_euler": {"ROWS": 16, "BLOCK_D": 128, "GROUPS": 4, "num_warps": 4, "num_stages": 2},
+    "linear_euler_float32": {"ROWS": 16, "BLOCK_D": 64, "GROUPS": 4, "num_warps": 4, "num_stages": 2},
+    "linear_euler_float64": {"ROWS": 16, "BLOCK_D": 64, "GROUPS": 4, "num_warps": 4, "num_stages": 1},
 }
 _OF_WEIGHTS = {torch.float32: "linear_euler_float32", torch.float64: "linear_euler_float64"}
 _TRIED = {"ROWS": (16, 32, 64), "BLOCK_D": (32, 64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
@@ -83,9 +83,9 @@ def _parts(v):
 
 @triton.jit
 def _add_product(
-    sums,  # [ROWS, BLOCK_O]
-    f,  # [ROWS, BLOCK_D]
-    w,  # [BLOCK_D, BLOCK_O]
+    sums,  # [GROUPS, ROWS, BLOCK_O]
+    f,  # [GROUPS, ROWS, BLOCK_D / GROUPS]
+    w,  # [GROUPS, BLOCK_D / GROUPS, BLOCK_O]
 ):
     """sums + f w, of parts that are not below 2^-22 of the first."""
     total = tl.zeros(sums.shape, sums.dtype)
@@ -135,6 +135,7 @@ def linear_euler_kernel(
     ORDER: tl.constexpr,  # "pqc" or "cpq"
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
@@ -154,18 +155,21 @@ def linear_euler_kernel(
     if eps is not None:
         mean, inverse = _statistics(z, d, eps, dtype, BLOCK_D)
 
-    v = tl.zeros((ROWS, BLOCK_O), dtype)
+    sums = tl.zeros((GROUPS, ROWS, BLOCK_O), dtype)
+    group = tl.arange(0, GROUPS)[:, None, None] * (BLOCK_D // GROUPS)
+    member = tl.arange(0, BLOCK_D // GROUPS)
     for first in range(0, d, BLOCK_D):
-        i = first + tl.arange(0, BLOCK_D)[None, :]
-        f = tl.load(z + i, mask=i < d, other=0)
+        i = first + group + member[None, None, :]
+        f = tl.load(z[None, :, :] + i, mask=i < d, other=0)
         if eps is not None:
-            f = (f.to(dtype) - mean) * inverse
+            f = (f.to(dtype) - mean[None, :, :]) * inverse[None, :, :]
         if scale is not None:
-            factor = scalar(one, dtype) + tl.load(scale + i, mask=i < d, other=0).to(dtype)
-            f = f.to(dtype) * factor + tl.load(shift + i, mask=i < d, other=0).to(dtype)
-        i = first + tl.arange(0, BLOCK_D)[:, None]
-        w = tl.load(weight + o * weight_row + i, mask=(i < d) & (o < outputs), other=0)
-        v = _add_product(v, f, w)
+            factor = scalar(one, dtype) + tl.load(scale[None, :, :] + i, mask=i < d, other=0).to(dtype)
+            f = f.to(dtype) * factor + tl.load(shift[None, :, :] + i, mask=i < d, other=0).to(dtype)
+        i = first + group + member[None, :, None]
+        w = tl.load(weight + o[None, :, :] * weight_row + i, mask=(i < d) & (o < outputs)[None, :, :], other=0)
+        sums = _add_product(sums, f, w)
+    v = tl.sum(sums, axis=0)
     if bias is not None:
         v += tl.load(bias + o, mask=o < outputs, other=0).to(dtype)
     if guidance is not None:
