@@ -52,7 +52,7 @@ def _statistics(
     mean = tl.zeros((z.shape[0], BLOCK_D), dtype)
     square = tl.zeros((z.shape[0], BLOCK_D), dtype)
     steps = tl.zeros((1, 1), dtype)
-    for first in range(0, d, BLOCK_D):
+    for first in tl.range(0, d, BLOCK_D, num_stages=4):
         steps += 1
         within = first + lane < d
         v = tl.load(z + first + lane, mask=within, other=0).to(dtype)
