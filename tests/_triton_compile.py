@@ -122,9 +122,7 @@ def main() -> None:
             (k,) = _binaries.read_cubin(args.out / v["file"])
             known = ("LDG", "LDG.128", "STG", "STG.128", "HMMA", "LDGSTS", "FP64", "SHFL", "BAR", "atomics")
             counts = " ".join(f"{n}:{k.count(n)}" for n in known if k.count(n))
-            line += (
-                f"\n{'':>14}{k.registers} registers, stack {k.stack}, local {k.local}, shared {v['shared']}, {counts}"
-            )
+            line += f"\n{'':>14}{k.registers} registers, stack {k.stack}, local {k.local}, shared {v['shared']}, {counts}"
         print(line)
 
 
