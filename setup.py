@@ -43,8 +43,12 @@ class CMakeBuild(build_ext):
         import pybind11
 
         out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        tmp = Path(self.build_temp).resolve()
-        tmp.mkdir(parents=True, exist_ok=True)
+        # setuptools would build an editable install in a folder of its own: here, a later install or wheel compiles
+        # only what has changed. What CMake found for the earlier one, such as a compiler or none, is found anew.
+        tmp = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        for compilers in tmp.glob("CMakeFiles/[0-9]*"):
+            shutil.rmtree(compilers)
+        (tmp / "CMakeCache.txt").unlink(missing_ok=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         configure = [
             *("-S", str(ROOT), "-B", str(tmp), "-G", "Ninja"),

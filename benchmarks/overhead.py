@@ -1,4 +1,6 @@
-"""What a call costs beside its work: every op on one 8x8 image, by the public function and by the stages' own call."""
+"""What a call costs beside its work, by layer: every op on one 8x8 image, by the public function, by the dispatcher of
+torch, by the call of our own stages, which has checked its arguments before, and by the bare binding of the C++ kernel;
+and the choice of a backend."""
 
 import sys
 from collections.abc import Iterator
@@ -6,6 +8,8 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowkernels import backends, ops
 from flowkernels.bench import Case, Work, ours
@@ -25,6 +29,63 @@ from . import (
 )
 
 
+class _Seen(TorchDispatchMode):
+    """The registered op that a call ends in, and its arguments."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "flowkernels":
+            self.call = func, args
+        return func(*args, **(kwargs or {}))
+
+
+class _Kept(TorchFunctionMode):
+    """Keeps all tensors alive, of which a binding knows the addresses only."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.tensors.append(func(*args, **(kwargs or {})))
+        return self.tensors[-1]
+
+
+class _Spy:
+    """The compiled module, of which the last call is remembered."""
+
+    def __init__(self, C):
+        self.C = C
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.call = getattr(self.C, name), args
+            return self.call[0](*args)
+
+        return call
+
+
+def layers(op: str, public):
+    """Provider -> the same call one layer and two layers further down; its result is that of the public function."""
+    with _Seen() as seen:
+        expected = public()
+    registered, args = seen.call
+    module, spy, kept = sys.modules[f"flowkernels.ops.{op}"], _Spy(backends.extension()), _Kept()
+    with kept:
+        kept.tensors.append(module._kernel(spy, *args))
+    binding, addresses = spy.call
+
+    def bare():
+        bare.kept = kept
+        binding(*addresses)
+        return expected
+
+    def dispatched():
+        registered(*args)
+        return expected
+
+    return {"flowkernels by the dispatcher": dispatched, "flowkernels bare binding": bare}
+
+
 def kernel(op: str, *args):
     """The op's kernel past the checks and the dispatcher."""
     module, C = sys.modules[f"flowkernels.ops.{op}"], backends.extension()
@@ -38,7 +99,9 @@ def cases(device) -> Iterator[Case]:
     def case(op, build):
         def make():
             call, inner, peer, check = build()
-            calls = ours(call, device) | ({"flowkernels inner call": inner} if on_cpu else {})
+            calls = ours(call, device)
+            if on_cpu:
+                calls |= {"flowkernels inner call": inner} | layers(op, call)
             return Work(calls | {"torch eager": peer}, check)
 
         return Case(f"{op}, one 8x8 image", 64, make, quick=True)
@@ -162,3 +225,12 @@ def cases(device) -> Iterator[Case]:
     builds = (gram, costs, recursion, step, head, update, points, loss, network)
     for op, build in zip(ops.OPS, builds, strict=True):
         yield case(op, build)
+
+    def choice():
+        x = torch.ones(1, device=device)
+        return Work(
+            {"flowkernels choice": lambda: backends.choose("euler_step", x.device), "torch eager": lambda: x.device},
+            lambda got: (0.0, 0.0 if got in (*backends.BACKENDS, x.device) else -1.0),
+        )
+
+    yield Case("choice of a backend", 1, choice, quick=True)

@@ -19,6 +19,12 @@ import torch
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 OLDEST_TRITON = (3, 3)
 CUDA_OPS: set[str] = set()  # registered with a CUDA kernel
+HAS_RUN = {  # where each backend's kernels have been run and compared with float64, in every test run
+    "cuda": "compiled for the host, and as PTX on the host; on no GPU yet",
+    "triton": "in Triton's interpreter; PTX of the Gram, the reductions and the loss on the host; on no GPU yet",
+    "cpu": "x86-64: baseline, AVX2, AVX-512, AMX",
+    "reference": "x86-64",
+}
 log = logging.getLogger("flowkernels")
 
 
@@ -119,12 +125,23 @@ def triton_op(op: str):
     return getattr(importlib.import_module(f"flowkernels.ops.{folder}.triton_kernel"), op)
 
 
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU: slow, and only where they are asked for."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _why_not_triton(device: torch.device, op: str | None) -> str | None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+    if device.type != "cuda" and not (triton_interpreted() and device.type == "cpu"):
         return f"the tensors are on {device.type}; move them to a GPU, or set TRITON_INTERPRET=1 to debug on the CPU"
     if problem := triton_error():
         return problem
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "torch sees no GPU"
+        i = device.index or 0
+        if torch.version.hip is None and (capability := torch.cuda.get_device_capability(i)) < (8, 0):
+            name = torch.cuda.get_device_name(i)
+            return f"device {i} ({name}) has compute capability {'.'.join(map(str, capability))}, less than 8.0"
     if op is not None and importlib.util.find_spec(f"flowkernels.ops.{op.removesuffix('_out')}.triton_kernel") is None:
         return "it has no Triton kernel"
     return None
@@ -175,9 +192,10 @@ def choose(op: str, device: torch.device | str) -> str:
 def explain(op: str, device: torch.device | str) -> str:
     """Which backend runs `op` on tensors of this device, and why not one that comes before it: a line to read."""
     requested = _requested.get() or _from_environment()
-    choice = choose(op, device)
-    because = ", as asked" if requested != "auto" else _because(_first(op, torch.device(device))[1])
-    return f"{op} on {device}: {choice}{because}"
+    if requested != "auto":
+        return f"{op} on {device}: {_decide(op, device, requested)}, as asked"
+    choice, reasons = _first(op, torch.device(device))
+    return f"{op} on {device}: {choice}{_because(reasons)}"
 
 
 def asked() -> bool:
@@ -212,10 +230,13 @@ _warned: set[str] = set()  # kinds of devices on which an op was left to the ref
 
 
 def _first(op: str, device: torch.device) -> tuple[str, list[str]]:
-    """What "auto" takes, and why none before it. CPU tensors are not for kernels of a GPU, emulated or interpreted."""
+    """What "auto" takes, and why none before it. Of kernels for a GPU, those compiled for one."""
     reasons = []
-    for name in BACKENDS[2:] if device.type == "cpu" else BACKENDS:
-        if (reason := why_not(name, device, op)) is None:
+    for name in ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton", "reference"):
+        reason = why_not(name, device, op)
+        if name == "triton" and reason is None and triton_interpreted():
+            reason = "TRITON_INTERPRET=1 has it interpreted"
+        if reason is None:
             break
         reasons.append(f"not {name}: {reason}")
     return name, reasons

@@ -104,9 +104,14 @@ def cases(entry: str, device: torch.device) -> list[Case]:
     return list(importlib.import_module(f"{suite().__name__}.{entry}").cases(device))
 
 
+def interpreted(backend: str) -> bool:
+    """Whether it is Triton's interpreter, whose speed says nothing."""
+    return backend == "triton" and backends.triton_interpreted()
+
+
 def ours(call: Callable[[], Any], device: torch.device) -> dict[str, Callable[[], Any]]:
     """A provider for each of our backends that can run on the device: the automatic choice, then the others."""
-    chosen, *others = [b for b in backends.BACKENDS if backends.why_not(b, device.type) is None]
+    chosen, *others = [b for b in backends.BACKENDS if backends.why_not(b, device) is None and not interpreted(b)]
 
     def on(name: str) -> Callable[[], Any]:
         def run():

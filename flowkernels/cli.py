@@ -363,16 +363,26 @@ def _image_grid(samples: Tensor):
 
 
 def _info(args) -> None:
-    places = [("cuda", "cuda"), ("cpu", "cpu"), ("reference", "cpu")]
-    table = {op: {f"{name}, {d} tensors": backends.why_not(name, d, op) for name, d in places} for op in ops.OPS}
+    device = dict(cuda="cuda", triton="cpu" if backends.triton_interpreted() else "cuda", cpu="cpu", reference="cpu")
+    table = {op: {b: backends.why_not(b, device[b], op) for b in backends.BACKENDS} for op in ops.OPS}
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    chosen = {d: backends.explain("euler_step", d) for d in devices}
     if args.json:
-        print(json.dumps({"environment": demo.environment(), "ops": table}, indent=1))
+        told = {"environment": demo.environment(), "ops": table, "has_run": backends.HAS_RUN, "chosen": chosen}
+        print(json.dumps(told, indent=1))
         return
     for key, value in demo.environment().items():
         print(f"{key.replace('_', ' '):<18} {'-' if value is None else value}")
-    columns = list(table[ops.OPS[0]])
-    print("\n" + "".join(f"{c:<24}" for c in ["op", *columns]).rstrip())
+    reasons = list(dict.fromkeys(why for cells in table.values() for why in cells.values() if why))
+    print("\n" + "".join(f"{c:<18}" for c in ["op", *backends.BACKENDS]).rstrip())
     for op, cells in table.items():
-        print("".join(f"{c:<24}" for c in [op, *("no" if cells[c] else "yes" for c in columns)]).rstrip())
-    for reason in dict.fromkeys(f"{c}: no, {why}" for cells in table.values() for c, why in cells.items() if why):
-        print(f"\n{reason}")
+        marks = ("yes" if cells[b] is None else f"no ({reasons.index(cells[b]) + 1})" for b in backends.BACKENDS)
+        print("".join(f"{c:<18}" for c in [op, *marks]).rstrip())
+    for i, reason in enumerate(reasons):
+        print(f"({i + 1}) {reason}")
+    print("\nwhere the kernels have run:")
+    for name, where in backends.HAS_RUN.items():
+        print(f"  {name:<16}{where}")
+    print("\nwhat a call takes, such as:")
+    for line in chosen.values():
+        print(f"  {line}")

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # before triton: its kernels run in the interpreter (scripts/test_gpu turns that off)
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import _gpu_checks
 import _host_cuda
 import hypothesis
 import pytest
@@ -31,3 +32,22 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # after all that pytest itself prints
+def pytest_sessionfinish(session):
+    """A table of what tests/gpu found. Here, since of two processes that run tests the one that prints does not load
+    tests/gpu/conftest.py."""
+    outcome = yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    results = []
+    for kind in ("passed", "failed", "error", "skipped"):
+        for report in reporter.stats.get(kind, ()) if reporter else ():
+            ours = "tests/gpu/" in getattr(report, "nodeid", "")
+            if ours and (report.when == "call" or kind in ("error", "skipped")):
+                results.append((report.nodeid, "failed" if kind == "error" else kind))
+    if results and torch.cuda.is_available():
+        reporter.section("on the GPU")
+        reporter.write_line(_gpu_checks.table(sorted(results)))
+        reporter.write_line(_gpu_checks.machine())
+    return outcome

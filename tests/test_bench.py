@@ -123,7 +123,7 @@ def test_entries_name_their_cases_before_any_work():
 
 @pytest.mark.parametrize("entry", ["bellman", "overhead"])
 def test_command(entry, tmp_path, capsys):
-    assert cli.main(["bench", entry, "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    assert cli.main(["bench", entry, "--quick", "--seconds", "0.1", "--threads", "1", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     with open(tmp_path / f"{entry}.csv", newline="") as f:
         found = list(csv.DictReader(f))

@@ -253,22 +253,30 @@ def test_interrupt(folder, monkeypatch, capsys):
 # info
 
 
-def test_info(run, monkeypatch):
+def test_info(run):
     out, _ = run("info")
     assert fk.__version__ in out
-    for op in ops.OPS:
-        assert re.search(rf"^{op} .*yes$", out, re.MULTILINE)
+    for op in ops.OPS:  # the CUDA kernels are not those of the tests here; Triton's are interpreted
+        assert re.search(rf"^{op} +no \(1\) +yes +yes +yes$", out, re.MULTILINE)
+    assert re.search(r"^\(1\) (the driver shows no GPU|this build has no CUDA kernels)", out, re.MULTILINE)
+    assert f"  triton          {backends.HAS_RUN['triton']}\n" in out
+    assert "  euler_step on cpu: cpu\n" in out
     told = json.loads(run("info --json")[0])
     assert told["environment"]["torch"] == torch.__version__
-    assert told["ops"]["bellman"]["reference, cpu tensors"] is None
+    assert set(told["ops"]["bellman"]) == set(told["has_run"]) == set(backends.BACKENDS)
+    assert told["ops"]["bellman"]["reference"] is None
+    assert told["chosen"]["cpu"] == "euler_step on cpu: cpu"
 
 
-def test_info_without_the_compiled_module(run, monkeypatch):
+def test_info_without_the_compiled_module_and_without_triton(run, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(backends, "extension", lambda: None)
     monkeypatch.setattr(backends, "extension_error", lambda: "ImportError: no _C")
+    monkeypatch.setattr(backends, "triton_error", lambda: "Triton cannot be imported")
     out, _ = run("info")
-    assert re.search(r"^velocity_gram +no +no +yes$", out, re.MULTILINE)
-    assert "cpu, cpu tensors: no, the compiled module is missing (ImportError: no _C)" in out
+    assert re.search(r"^velocity_gram +no \(1\) +no \(2\) +no \(3\) +yes$", out, re.MULTILINE)
+    assert "(2) Triton cannot be imported\n(3) the compiled module is missing (ImportError: no _C)" in out
+    assert "  euler_step on cpu: reference (not cpu: the compiled module is missing" in out
 
 
 def test_module_runs_and_imports_stay_light():

@@ -2,7 +2,6 @@
 
 import time
 
-import _gpu_checks
 import pytest
 import torch
 
@@ -34,20 +33,3 @@ def gpu(request):
             pytest.fail(f"there is a GPU, but {reason}")
         yield torch.device("cuda", torch.cuda.current_device())
         torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # after all that pytest itself prints
-def pytest_sessionfinish(session):
-    outcome = yield
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    results = []
-    for kind in ("passed", "failed", "error", "skipped"):
-        for report in reporter.stats.get(kind, ()) if reporter else ():
-            ours = "tests/gpu/" in getattr(report, "nodeid", "")
-            if ours and (report.when == "call" or kind in ("error", "skipped")):
-                results.append((report.nodeid, "failed" if kind == "error" else kind))
-    if results and torch.cuda.is_available():
-        reporter.section("on the GPU")
-        reporter.write_line(_gpu_checks.table(sorted(results)))
-        reporter.write_line(_gpu_checks.machine())
-    return outcome

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flowkernels import backends
-from flowkernels.backends import BACKENDS, BackendError, backend, choose, why_not
+from flowkernels.backends import BACKENDS, BackendError, backend, choose, explain, why_not
 from flowkernels.ops import (
     OPS,
     bellman,
@@ -26,10 +26,11 @@ from flowkernels.ops import (
 )
 from flowkernels.ops.mlp_sample import Layer, Source
 
-CACHES = (backends.extension, backends._load, backends._decide, backends._from_environment)
+CACHES = (backends.extension, backends._load, backends._decide, backends._from_environment, backends.triton_error)
 
 
 def forget():
+    backends._warned.clear()
     for cached in CACHES:
         getattr(cached, "cache_clear", lambda: None)()
 
@@ -187,11 +188,80 @@ def test_choices_are_logged_once_with_the_reason(caplog, no_extension):
     with caplog.at_level(logging.DEBUG, logger="flowkernels"):
         for _ in range(3):
             choose("bellman", "cpu")
+        choose("euler_step", "cpu")
         with backend("reference"):
             choose("bellman", "cpu")
-    first, second = (r.getMessage() for r in caplog.records if r.name == "flowkernels")
-    assert first.startswith("bellman on cpu: reference (not cpu: the compiled module is missing")
-    assert second == "bellman on cpu: reference, as asked"
+    told = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "flowkernels"]
+    # what falls back is a warning, once for a kind of device
+    assert [level for level, _ in told] == ["WARNING", "DEBUG", "DEBUG"]
+    assert told[0][1].startswith("bellman on cpu: reference (not cpu: the compiled module is missing")
+    assert told[1][1].startswith("euler_step on cpu: reference (not cpu: ")
+    assert told[2][1] == "bellman on cpu: reference, as asked"
+
+
+def test_explain_says_what_is_chosen_and_why(monkeypatch):
+    assert explain("euler_step", "cpu") == "euler_step on cpu: cpu"
+    with backend("reference"):
+        assert explain("euler_step", "cpu") == "euler_step on cpu: reference, as asked"
+    for device in ("mps", "cuda"):
+        with backends.host_cuda(None):
+            choice, told = choose("euler_step", device), explain("euler_step", device)
+        assert told.startswith(f"euler_step on {device}: {choice} (not cuda: ")
+    assert "; not triton: the tensors are on mps; move them to a GPU" in explain("euler_step", "mps")
+    with backend("cpu"), pytest.raises(BackendError, match="the tensors are on mps"):
+        explain("euler_step", "mps")
+
+
+class Gpu:
+    """What torch says of a GPU that is not there."""
+
+    def __init__(self, monkeypatch, *capabilities):
+        monkeypatch.delenv("TRITON_INTERPRET")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
+
+
+def test_triton_is_taken_where_the_cuda_kernels_cannot_run(monkeypatch):
+    Gpu(monkeypatch, (9, 0), (7, 5))
+    with backends.host_cuda(None):
+        for op in OPS:
+            assert choose(op, "cuda:0") == choose(op, torch.device("cuda", 0)) == choose(op, "cuda") == "triton"
+            assert choose(op, "cuda:1") == "reference"
+            assert re.match(rf"{op} on cuda:0: triton \(not cuda: [^;]*\)$", explain(op, "cuda:0"))
+    assert "not triton: device 1 (GPU 1) has compute capability 7.5, less than 8.0" in explain("bellman", "cuda:1")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    backends._decide.cache_clear()
+    assert choose("bellman", "cuda:0") == "reference"
+    assert "not triton: TRITON_INTERPRET=1 has it interpreted" in explain("bellman", "cuda:0")
+
+
+def test_each_gpu_is_judged_by_itself(monkeypatch):
+    """One that the binaries are not for does not turn the CUDA kernels off for the others."""
+    Gpu(monkeypatch, (9, 0), (7, 5))
+    with backends.host_cuda(None):
+        monkeypatch.setattr(backends.cuda_module(), "device_problem", lambda: "")
+        assert [choose("bellman", f"cuda:{i}") for i in (0, 1)] == ["cuda", "reference"]
+
+
+def test_triton_that_is_missing_old_or_not_interpreted(monkeypatch):
+    x = torch.zeros(4)
+    with monkeypatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET")
+        reason = "the tensors are on cpu; move them to a GPU, or set TRITON_INTERPRET=1 to debug on the CPU"
+        with backend("triton"), pytest.raises(BackendError, match=f"euler_step: backend 'triton' .*, but {reason}"):
+            euler_step(x, x, 0.1)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "triton", None)
+        with (
+            backend("triton"),
+            pytest.raises(BackendError, match=r"Triton cannot be imported \(.*\); pip install triton"),
+        ):
+            euler_step(x, x, 0.1)
+    backends.triton_error.cache_clear()
+    monkeypatch.setattr("triton.__version__", "3.1.0")
+    assert why_not("triton", "cpu") == "Triton 3.1.0 is older than 3.3; pip install -U triton"
 
 
 IMPORT = """
@@ -240,6 +310,7 @@ def test_cuda_kernels_without_a_driver(built):
     expected = rf"the driver shows no GPU that this build can use \({NO_DRIVER}\)"
     assert re.fullmatch(expected, why_not("cuda", "cuda", "euler_step"))
     assert choose("euler_step", "cuda") == "reference"
+    assert why_not("triton", "cuda", "euler_step") == "torch sees no GPU"
 
 
 def test_a_device_that_the_binaries_are_not_for(built, monkeypatch):

@@ -54,8 +54,7 @@ def test_every_op_has_samples():
         )
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "threads"), [*((b, 2) for b in BACKENDS), ("cpu", 1)])
 @over(CASES)
 def test_against_float64(op, sample, name, threads):
     torch.set_num_threads(threads)

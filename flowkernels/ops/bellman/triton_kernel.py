@@ -1,0 +1,85 @@
+"""`bellman` in Triton: a launch for each step, since a step needs all values of the step before."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowkernels.ops import _triton
+from flowkernels.ops.bellman import _fake, _refuse
+
+CONFIGS = {
+    "bellman_check": {"BLOCK": 128, "num_warps": 4},
+    "bellman_step": {"BLOCK_J": 32, "BLOCK_K": 32, "num_warps": 4},
+}
+SEARCH = {
+    "bellman_check": {"BLOCK": (64, 128, 256), "num_warps": (1, 2, 4)},
+    "bellman_step": {"BLOCK_J": (16, 32, 64), "BLOCK_K": (16, 32, 64), "num_warps": (2, 4, 8)},
+}
+NONE = torch.iinfo(torch.int64).max
+
+
+@triton.jit
+def bellman_check_kernel(
+    cost,  # [n, n]
+    bad,  # [n], by row: the first place above the diagonal with NaN or -Inf
+    n,
+    none,
+    BLOCK: tl.constexpr,
+):
+    j = tl.program_id(0).to(tl.int64)
+    first = tl.full((), none, tl.int64)
+    for start in range(j + 1, n, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        c = tl.load(cost + j * n + k, mask=k < n, other=0.0)
+        first = tl.minimum(first, tl.min(tl.where(c > float("-inf"), none, j * n + k)))
+    tl.store(bad + j, first)
+
+
+@triton.jit
+def bellman_step_kernel(
+    cost,  # [n, n]
+    before,  # [n], the values of the step before
+    value,  # [n]
+    parent,  # [n]
+    n,
+    first,  # the first knot that the step before can have reached
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    best = tl.full((BLOCK_K,), float("inf"), tl.float64)
+    best_j = tl.full((BLOCK_K,), -1, tl.int64)
+    for start in range(first, tl.minimum(tl.max(k), n - 1), BLOCK_J):
+        j = (start + tl.arange(0, BLOCK_J)).to(tl.int64)[:, None]
+        is_step = (j < k) & (k < n)
+        reached = tl.load(before + j, mask=j < n, other=float("inf"))
+        total = reached + tl.load(cost + j * n + k, mask=is_step, other=float("inf"))
+        least = tl.min(total, 0)
+        least_j = tl.min(tl.where(total == least, j, n), 0)  # ties go to the smaller j
+        best_j = tl.where(least < best, least_j, best_j)
+        best = tl.minimum(least, best)
+    tl.store(value + k, best, mask=k < n)
+    tl.store(parent + k, best_j, mask=k < n)
+
+
+def bellman(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    cost, n = cost.contiguous(), cost.shape[0]
+    places = cost.new_empty(n, dtype=torch.int64)
+    config = _triton.config_of(CONFIGS, "bellman_check")
+    _triton.launch(bellman_check_kernel, (n,), cost, places, n, NONE, on=cost, config=config)
+    bad = places.amin()
+    captured = cost.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not captured and (place := bad.item()) != NONE:
+        _refuse(cost, *divmod(place, n))
+
+    value, parent = (t.fill_(start) for t, start in zip(_fake(cost, steps), (torch.inf, -1), strict=True))
+    value[0, 0] = 0
+    config = _triton.config_of(CONFIGS, "bellman_step")
+    grid = (triton.cdiv(n, config["BLOCK_K"]),)
+    for s in range(1, steps + 1):
+        rows = value[s - 1], value[s], parent[s]
+        _triton.launch(bellman_step_kernel, grid, cost, *rows, n, s - 1, on=cost, config=config)
+    if captured:
+        value, parent = torch.where(bad == NONE, value, torch.nan), torch.where(bad == NONE, parent, -1)
+    return value, parent
