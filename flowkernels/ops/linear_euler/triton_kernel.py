@@ -13,20 +13,19 @@ from flowkernels.ops import _triton
 from flowkernels.ops._triton import scalar
 from flowkernels.ops.linear_euler import _dense, _empty, _fake
 
-# ROWS of tokens, with guidance half of them unconditional, BLOCK_D features at a time, in as many groups as there are
-# warps: each warp multiplies its own features. Few rows: there are to be programs for every multiprocessor.
+# ROWS of tokens, with guidance half of them unconditional, BLOCK_D features at a time, of which each warp multiplies its
+# own. Few rows: there are to be programs for every multiprocessor. One configuration for each size of weights.
 CONFIGS = {
-    "linear_euler": {"ROWS": 16, "BLOCK_D": 128, "GROUPS": 4, "num_warps": 4, "num_stages": 2},
-    "linear_euler_float32": {"ROWS": 16, "BLOCK_D": 64, "GROUPS": 4, "num_warps": 4, "num_stages": 2},
-    "linear_euler_float64": {"ROWS": 16, "BLOCK_D": 64, "GROUPS": 4, "num_warps": 4, "num_stages": 1},
+    "linear_euler": {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2},
+    "linear_euler_float32": {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
+    "linear_euler_float64": {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 1},
 }
-_OF_WEIGHTS = {torch.float32: "linear_euler_float32", torch.float64: "linear_euler_float64"}
-_TRIED = {"ROWS": (16, 32, 64), "BLOCK_D": (32, 64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
-SEARCH = {
-    "linear_euler": _TRIED,
-    "linear_euler_float32": _TRIED,
-    "linear_euler_float64": {"BLOCK_D": (16, 32, 64), "num_warps": (2, 4, 8)},
+SEARCH = {  # a warp's features are at least 16
+    "linear_euler": {"ROWS": (16, 32), "BLOCK_D": (128, 256), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)},
+    "linear_euler_float32": {"ROWS": (16, 32), "BLOCK_D": (64, 128), "num_warps": (2, 4), "num_stages": (1, 2, 3)},
+    "linear_euler_float64": {"BLOCK_D": (64, 128), "num_warps": (2, 4)},
 }
+OF_WEIGHTS = {torch.float32: "linear_euler_float32", torch.float64: "linear_euler_float64"}
 MOST_OUTPUTS = 64  # of a program
 MOST_TERMS = 8  # of the history
 
@@ -54,10 +53,11 @@ def _statistics(
     steps = tl.zeros((1, 1), dtype)
     for first in tl.range(0, d, BLOCK_D, num_stages=4):
         steps += 1
+        share = _quotient(tl.full(steps.shape, 1, dtype), steps)
         within = first + lane < d
         v = tl.load(z + first + lane, mask=within, other=0).to(dtype)
         deviation = tl.where(within, v - mean, 0)
-        mean += deviation * (1 / steps)
+        mean += deviation * share
         square += deviation * (v - mean)
     count = ((d - lane + BLOCK_D - 1) // BLOCK_D).to(dtype)
     features = tl.full((z.shape[0], 1), d, dtype)
@@ -109,14 +109,14 @@ def linear_euler_kernel(
     z_sample,  # elements between samples
     z_token,  # and between tokens
     weight,  # [outputs, d]
-    weight_row,  # elements between rows, of which a shared one has none
+    weight_row,  # elements between rows
     bias,  # [outputs] or None
     eps,  # of LayerNorm, or None
     scale,  # [m, d] or None: f (one + scale) + shift
-    scale_row,
+    scale_row,  # elements between rows, of which a shared one has none
     shift,  # [m, d], None without scale
     shift_row,
-    one,
+    one,  # or 0
     guidance,  # or None
     h,
     history,  # of x's shape
@@ -135,7 +135,7 @@ def linear_euler_kernel(
     ORDER: tl.constexpr,  # "pqc" or "cpq"
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr,  # of the features: a warp's own
     BLOCK_O: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
@@ -152,6 +152,7 @@ def linear_euler_kernel(
     if scale is not None:
         scale += sample * scale_row
         shift += sample * shift_row
+    weight += o.to(tl.int64) * weight_row
     if eps is not None:
         mean, inverse = _statistics(z, d, eps, dtype, BLOCK_D)
 
@@ -167,7 +168,7 @@ def linear_euler_kernel(
             factor = scalar(one, dtype) + tl.load(scale[None, :, :] + i, mask=i < d, other=0).to(dtype)
             f = f.to(dtype) * factor + tl.load(shift[None, :, :] + i, mask=i < d, other=0).to(dtype)
         i = first + group + member[None, :, None]
-        w = tl.load(weight + o[None, :, :] * weight_row + i, mask=(i < d) & (o < outputs)[None, :, :], other=0)
+        w = tl.load(weight[None, :, :] + i, mask=(i < d) & (o < outputs)[None, :, :], other=0)
         sums = _add_product(sums, f, w)
     v = tl.sum(sums, axis=0)
     if bias is not None:
@@ -224,9 +225,9 @@ def _launch(x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patc
     T, z_token = (1, 0) if z.dim() == 2 else (z.shape[1], z.stride(1))
     weight, bias = _dense(weight), bias if bias is None else _dense(bias)
     scale, shift, one = _modulation(x.dtype, norm_weight, norm_bias, scale, shift)
-    x, dtype = x.contiguous(), x.dtype
     for term, factor in zip(history[MOST_TERMS:], b[MOST_TERMS:], strict=True):
         x = torch.add(x, term, alpha=factor)
+    x, dtype = x.contiguous(), x.dtype
     history = tuple(t.contiguous() for t in history[:MOST_TERMS])
     given = (out, low, velocity_out)
     to = [t if t is None or t.is_contiguous() else _empty(t) for t in given]
@@ -234,7 +235,7 @@ def _launch(x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patc
     def numbers(value):
         return None if value is None else _triton.parts(value, dtype)
 
-    config = _triton.config_of(CONFIGS, _OF_WEIGHTS.get(weight.dtype, "linear_euler"))
+    config = _triton.config_of(CONFIGS, OF_WEIGHTS.get(weight.dtype, "linear_euler"))
     (n, d), outputs = (len(x), z.shape[-1]), len(weight)
     block = min(MOST_OUTPUTS, max(16, triton.next_power_of_2(outputs)))
     halves = 1 if guidance is None else 2
@@ -243,7 +244,7 @@ def _launch(x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patc
         linear_euler_kernel, grid, x, z, z.stride(0), z_token, weight, weight.stride(0), bias, numbers(norm),
         scale, _row(scale), shift, _row(shift), numbers(one), numbers(guidance), numbers(h), history,
         tuple(map(numbers, b[:MOST_TERMS])), *to, n, T, d, outputs, *((0, 0, 0) if patch is None else x.shape[1:]),
-        on=x, config=config, PATCH=patch, ORDER=order, BLOCK_O=block,
+        on=x, config=config, PATCH=patch, ORDER=order, GROUPS=config["num_warps"], BLOCK_O=block,
     )  # fmt: skip
     for t, written in zip(given, to, strict=True):
         if t is not written:
