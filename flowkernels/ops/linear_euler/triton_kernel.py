@@ -13,8 +13,8 @@ from flowkernels.ops import _triton
 from flowkernels.ops._triton import scalar
 from flowkernels.ops.linear_euler import _dense, _empty, _fake
 
-# ROWS of tokens, with guidance half of them unconditional, and BLOCK_D features at a time, of which each warp multiplies
-# its own. Few rows: there are to be programs for every multiprocessor. One configuration for each size of weights.
+# ROWS of tokens, with guidance half of them unconditional, and BLOCK_D features at a time: each warp multiplies its own
+# of them. Few rows: there are to be programs for every multiprocessor. One configuration for each size of weights.
 CONFIGS = {
     "linear_euler": {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2},
     "linear_euler_float32": {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
