@@ -26,7 +26,7 @@ SEARCH = {  # a warp's features are at least 16
     "linear_euler_float64": {"BLOCK_D": (64, 128), "num_warps": (2, 4)},
 }
 OF_WEIGHTS = {torch.float32: "linear_euler_float32", torch.float64: "linear_euler_float64"}
-MOST_OUTPUTS = 64  # of a program
+MOST_OUTPUTS = {2: 64, 4: 32, 8: 32}  # of a program, by the size of weights: those of float32 are three numbers each
 MOST_TERMS = 8  # of the history
 
 
@@ -237,7 +237,7 @@ def _launch(x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patc
 
     config = _triton.config_of(CONFIGS, OF_WEIGHTS.get(weight.dtype, "linear_euler"))
     (n, d), outputs = (len(x), z.shape[-1]), len(weight)
-    block = min(MOST_OUTPUTS, max(16, triton.next_power_of_2(outputs)))
+    block = min(MOST_OUTPUTS[weight.element_size()], max(16, triton.next_power_of_2(outputs)))
     halves = 1 if guidance is None else 2
     grid = (triton.cdiv(halves * n * T, config["ROWS"]), triton.cdiv(outputs, block))
     _triton.launch(
