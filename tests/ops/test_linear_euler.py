@@ -212,8 +212,8 @@ def arrange_in(memory, like, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned", "sliced", "permuted"])
 def test_writes_what_it_is_given_and_nothing_else(layout, patch, name):
     x = integers(2, 3, 4, 10, seed=0)
-    z, weight = (integers(*s, seed=1) for s in (((2, 10, 7), (12, 7)) if patch else ((2, 4, 7), (30, 7))))
-    v = linear_euler(torch.zeros_like(x), z, weight, 1.0, patch=patch)
+    z, weight = (integers(*s, seed=1) for s in (((2, 10, 7), (16, 7)) if patch else ((2, 4, 7), (30, 7))))
+    v = linear_euler(torch.zeros_like(x), z, weight, 1.0, patch=patch)  # of a patch's 4 channels 3 are the velocity
     # no two values alike: a write to a neighbour would show
     memories = [torch.arange(1000, 3000, dtype=F32), torch.arange(2000).bfloat16(), torch.arange(2000).half()]
     out, low, velocity = (arrange_in(m, x, layout) for m in memories)
