@@ -135,20 +135,22 @@ def linear_euler_kernel(
     ORDER: tl.constexpr,  # "pqc" or "cpq"
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    INDEX: tl.constexpr,  # type of the number of a token
     GROUPS: tl.constexpr,  # of the features: a warp's own
     BLOCK_O: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
     BLOCK_T: tl.constexpr = ROWS if guidance is None else ROWS // 2
-    first_token = tl.program_id(0).to(tl.int64) * BLOCK_T
-    tokens = n.to(tl.int64) * T
+    n, T = n.to(INDEX), T.to(INDEX)
+    first_token = tl.program_id(0).to(INDEX) * BLOCK_T
+    tokens = n * T
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
 
     # rows of conditional tokens, then of the same unconditional ones; past the last token: it once more
     row = tl.arange(0, ROWS)[:, None]
     token = tl.minimum(first_token + row % BLOCK_T, tokens - 1)
-    sample = token // T + row // BLOCK_T * n
-    z += sample * z_sample + token % T * z_token
+    sample = (token // T + row // BLOCK_T * n).to(tl.int64)
+    z += sample * z_sample + (token % T).to(tl.int64) * z_token
     if scale is not None:
         scale += sample * scale_row
         shift += sample * shift_row
@@ -181,7 +183,7 @@ def linear_euler_kernel(
     token = first_token + tl.arange(0, BLOCK_T)[:, None]
     exists = (token < tokens) & (o < outputs)
     if PATCH is None:
-        at = token * outputs + o
+        at = token.to(tl.int64) * outputs + o
     else:
         if ORDER == "cpq":
             channel, p, q = o // (PATCH * PATCH), o // PATCH % PATCH, o % PATCH
@@ -189,9 +191,9 @@ def linear_euler_kernel(
             channels = outputs // (PATCH * PATCH)
             channel, p, q = o % channels, o // channels // PATCH, o // channels % PATCH
         exists &= channel < C
-        across = W // PATCH
+        across = W.to(INDEX) // PATCH
         down, right = token % T // across * PATCH + p, token % T % across * PATCH + q
-        at = ((token // T * C + channel) * H + down) * W + right
+        at = (((token // T).to(tl.int64) * C + channel) * H + down) * W + right
 
     state = tl.load(x + at, mask=exists, other=0)
     state += scalar(h, dtype) * v
@@ -238,13 +240,14 @@ def _launch(x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patc
     config = _triton.config_of(CONFIGS, OF_WEIGHTS.get(weight.dtype, "linear_euler"))
     (n, d), outputs = (len(x), z.shape[-1]), len(weight)
     block = min(MOST_OUTPUTS[weight.element_size()], max(16, triton.next_power_of_2(outputs)))
+    index = tl.int32 if 2 * n * T + 64 < 2**31 else tl.int64  # a division of the latter is a call of a function
     halves = 1 if guidance is None else 2
     grid = (triton.cdiv(halves * n * T, config["ROWS"]), triton.cdiv(outputs, block))
     _triton.launch(
         linear_euler_kernel, grid, x, z, z.stride(0), z_token, weight, weight.stride(0), bias, numbers(norm),
         scale, _row(scale), shift, _row(shift), numbers(one), numbers(guidance), numbers(h), history,
         tuple(map(numbers, b[:MOST_TERMS])), *to, n, T, d, outputs, *((0, 0, 0) if patch is None else x.shape[1:]),
-        on=x, config=config, PATCH=patch, ORDER=order, GROUPS=config["num_warps"], BLOCK_O=block,
+        on=x, config=config, PATCH=patch, ORDER=order, INDEX=index, GROUPS=config["num_warps"], BLOCK_O=block,
     )  # fmt: skip
     for t, written in zip(given, to, strict=True):
         if t is not written:
