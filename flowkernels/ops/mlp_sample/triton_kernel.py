@@ -1,0 +1,428 @@
+"""`mlp_sample` in Triton: all steps in one launch.
+
+A program takes a tile of samples through every layer and every step. It reads the network from a list of lines in
+memory, one line a layer, so that one compiled kernel runs any network. Unrolling the list at compile time instead would
+save reading a line of 21 numbers a layer, and the branches on what it says, but compile for seconds at every new
+network; and values would go through memory all the same, since Triton cannot take columns of a tensor in registers.
+
+The values of a tile lie in rows of scratch memory which no other program reads; they stay in the caches. Whatever a
+layer reads there was written before a barrier of the program: it orders accesses to all memory among the threads of one
+program, which share a first level cache, on NVIDIA's GPUs as on AMD's.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flowkernels.ops import _triton
+from flowkernels.ops._triton import scalar
+from flowkernels.ops.mlp_sample import ACTIVATIONS, COMBINES, MAPS, PLACE, Layer, _kernel, _places
+
+# BLOCK: columns of a tile of outputs, DEEP: inputs that are multiplied at a time, a divisor of DEPTH
+CONFIGS = {"mlp_sample": {"ROWS": 32, "BLOCK": 128, "DEEP": 32, "num_warps": 4, "num_stages": 3}}
+SEARCH = {
+    "mlp_sample": {
+        "ROWS": (16, 32, 64),
+        "BLOCK": (64, 128, 256),
+        "DEEP": (32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    }
+}
+DEPTH = 64  # what the inputs of products are padded to
+RESIDENT = 4  # programs for each multiprocessor; more samples are taken tile after tile, so that the rows stay in caches
+
+# What a line says. A place is that of a column in the row. Products read their inputs at INPUTS; they are to be copied
+# there where they are rounded, not aligned or not padded. Tables: where they begin, and from step to step and from
+# sample to sample; the first is -1 for none.
+LINE = 21
+MAP, SOURCE, DEEPNESS, COPIED, INPUTS, OUT, WIDTH, WEIGHT, ACTIVATION, COMBINE, OTHER = map(tl.constexpr, range(11))
+SCALE, SHIFT, SHIFT_EACH = map(tl.constexpr, (12, 15, 18))
+EPS, ALPHA, GAIN = map(tl.constexpr, range(3))
+LINEAR, LAYER_NORM = (tl.constexpr(MAPS.index(name)) for name in ("linear", "layer_norm"))
+ADD, MULTIPLY = (tl.constexpr(COMBINES.index(name)) for name in ("add", "multiply"))
+RELU, LEAKY_RELU, SILU, GELU, GELU_TANH, ELU, TANH, SIGMOID, MISH = map(tl.constexpr, range(1, len(ACTIVATIONS)))
+
+
+# ---- rows ----
+
+
+@triton.jit
+def _read(row, place, column, mask):
+    if place % 4 == 0:  # 16 bytes at a time
+        found = tl.load(row + place // 4 * 4 + column, mask=mask)
+    else:
+        found = tl.load(row + place + column, mask=mask)
+    return found
+
+
+@triton.jit
+def _write(row, place, column, value, mask):
+    if place % 4 == 0:
+        tl.store(row + place // 4 * 4 + column, value, mask=mask)
+    else:
+        tl.store(row + place + column, value, mask=mask)
+
+
+@triton.jit
+def _up_to(width, unit: tl.constexpr):
+    """The next multiple."""
+    return (width + unit - 1) // unit * unit
+
+
+# ---- what a layer does ----
+
+
+@triton.jit
+def _copy_inputs(row, place, width, inputs, at, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """The inputs of a product where it can read them: rounded, aligned, with zeros after the last one."""
+    padded = _up_to(width, DEPTH)
+    for first in range(0, padded, BLOCK):
+        column = first + tl.arange(0, BLOCK)[None, :]
+        found = _read(row, place, column, column < _up_to(width, 4))
+        found = tl.where(column < width, found, 0.0).to(inputs.dtype.element_ty)
+        tl.store(inputs + at // 8 * 8 + column, found, mask=column < padded)
+
+
+@triton.jit
+def _product(
+    inputs,  # [ROWS, 1] pointers to rows
+    at,  # their first column
+    depth,
+    weight,  # [depth, outputs], both padded
+    outputs,
+    first,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Outputs first..first + BLOCK of the tile's samples. The order of a sum is the same whatever the tile."""
+    column = first + tl.arange(0, BLOCK)[None, :]
+    k = tl.arange(0, DEEP)
+    x = inputs + at // 8 * 8 + k[None, :]
+    w = weight + k[:, None] * outputs + column
+    sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for _ in range(0, depth, DEEP):
+        sum = tl.dot(tl.load(x), tl.load(w, mask=column < outputs), sum, input_precision=PRECISION)
+        x += DEEP
+        w += DEEP * outputs
+    return sum
+
+
+@triton.jit
+def _moments(row, place, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The mean and 1 / deviation of each sample."""
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)[None, :]
+        value = _read(row, place, column, column < _up_to(width, 4))
+        sums += tl.where(column < width, value, 0.0)
+    mean = tl.sum(sums, 1, keep_dims=True) / width
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)[None, :]
+        off = tl.where(column < width, _read(row, place, column, column < _up_to(width, 4)) - mean, 0.0)
+        squares += off * off
+    return mean, 1.0 / tl.sqrt_rn(tl.sum(squares, 1, keep_dims=True) / width + eps)
+
+
+@triton.jit
+def _table(tables, line, step, sample, column, mask):
+    """A table's entries: line points to where it begins in `tables` and to its two strides, multiples of 16."""
+    begin = tl.load(line) + step * tl.load(line + 1) + sample * tl.load(line + 2)
+    return tl.load(tables + begin // 16 * 16 + column, mask=mask)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0: its series near 0, where the difference would lose digits."""
+    series = x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040))))))
+    return tl.where(x > -0.4, x + x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _activate(x, activation, alpha):
+    if activation == RELU:
+        x = tl.where(x < 0.0, 0.0, x)
+    elif activation == LEAKY_RELU:
+        x = tl.where(x < 0.0, alpha * x, x)
+    elif activation == SILU:
+        x = x * _sigmoid(x)
+    elif activation == GELU:
+        x = 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
+    elif activation == GELU_TANH:
+        x = x * _sigmoid(x * (0.07135481283 * x * x + 1.5957691216))
+    elif activation == ELU:
+        x = tl.where(x > 0.0, x, alpha * _expm1(x))
+    elif activation == TANH:
+        e = _expm1(-2.0 * tl.abs(x))
+        x = tl.where(x < 0.0, e, -e) / (e + 2.0)
+    elif activation == SIGMOID:
+        x = _sigmoid(x)
+    elif activation == MISH:  # x tanh(log(1 + e)) = x w / (w + 2), w = e (e + 2)
+        e = tl.exp(tl.minimum(x, 40.0))
+        w = e * (e + 2.0)
+        x = x * (w / (w + 2.0))
+    return x
+
+
+@triton.jit
+def _layer(
+    line,  # [LINE]
+    numbers,  # [3]
+    step,
+    sample,  # [ROWS, 1]
+    weights,
+    tables,
+    row,  # [ROWS, 1] pointers
+    inputs,  # [ROWS, 1] pointers
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEEP: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out = other (+ or *) gain * activation(scale * map(source) + shift + shift_each)"""
+    map = tl.load(line + MAP)
+    source, depth = tl.load(line + SOURCE), tl.load(line + DEEPNESS).to(tl.int32)
+    out, width = tl.load(line + OUT), tl.load(line + WIDTH).to(tl.int32)
+    at, weight = tl.load(line + INPUTS), weights + tl.load(line + WEIGHT) // 16 * 16
+    activation, combine = tl.load(line + ACTIVATION), tl.load(line + COMBINE)
+    alpha, gain = tl.load(numbers + ALPHA), tl.load(numbers + GAIN)
+    padded = _up_to(width, 16)
+    mean, scale = tl.zeros([ROWS, 1], tl.float32), tl.full([ROWS, 1], 1.0, tl.float32)
+    if map == LAYER_NORM:
+        mean, scale = _moments(row, source, depth, tl.load(numbers + EPS), ROWS, BLOCK)
+    if tl.load(line + COPIED) != 0:
+        _copy_inputs(row, source, depth, inputs, at, BLOCK, DEPTH)
+        tl.debug_barrier()
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)[None, :]
+        mask = column < padded
+        if map == LINEAR:
+            y = _product(inputs, at, depth, weight, padded.to(tl.int64), first, ROWS, BLOCK, DEEP, PRECISION)
+        else:
+            y = (_read(row, source, column, mask) - mean) * scale
+        if tl.load(line + SCALE) >= 0:
+            y *= _table(tables, line + SCALE, step, sample, column, mask)
+        if tl.load(line + SHIFT) >= 0:
+            y += _table(tables, line + SHIFT, step, sample, column, mask)
+        if tl.load(line + SHIFT_EACH) >= 0:
+            y += _table(tables, line + SHIFT_EACH, step, sample, column, mask)
+        y = gain * _activate(y, activation, alpha)
+        if combine == ADD:
+            y = _read(row, tl.load(line + OTHER), column, mask) + y
+        elif combine == MULTIPLY:
+            y = _read(row, tl.load(line + OTHER), column, mask) * y
+        _write(row, out, column, y, mask)
+
+
+# ---- all layers, all steps ----
+
+
+@triton.jit
+def mlp_sample_kernel(
+    x,  # [n, D]
+    out,  # [n, D]
+    states,  # [steps + 1, n, D] or None
+    velocities,  # [steps, n, D] or None
+    h,  # [steps]
+    lines,  # [count, LINE]
+    numbers,  # [count, 3]: eps, alpha, gain
+    weights,
+    tables,
+    rows,  # [programs * ROWS, pitch]: the state at 0, the velocity, the unconditional one or -1, other values
+    inputs,  # [programs * ROWS, input_pitch]: rows again, or in bfloat16 the inputs of a product
+    guidance,
+    n,
+    D,
+    steps,
+    count,
+    velocity,
+    uncond,
+    pitch,
+    input_pitch,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEEP: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    r = tl.arange(0, ROWS)[:, None].to(tl.int64)
+    n = tl.full((), n, tl.int64)
+    place = tl.program_id(0) * ROWS + r
+    row, inputs = rows + place * pitch, inputs + place * input_pitch
+    for tile in range(tl.program_id(0), tl.cdiv(n, ROWS), tl.num_programs(0)):
+        sample = tile * ROWS + r
+        here = sample < n
+        sample = tl.minimum(sample, n - 1)  # rows past the last sample are it again
+        for first in range(0, D, BLOCK):
+            column = first + tl.arange(0, BLOCK)[None, :]
+            mask = column < D
+            state = tl.load(x + sample * D + column, mask=mask)
+            tl.store(row + column, state, mask=mask)
+            if states is not None:
+                tl.store(states + sample * D + column, state, mask=mask & here)
+        tl.debug_barrier()
+        for step in range(steps):
+            for i in range(count):
+                _layer(lines + i * LINE, numbers + i * 3, step, sample, weights, tables, row, inputs,
+                       ROWS, BLOCK, DEEP, DEPTH, PRECISION)  # fmt: skip
+                tl.debug_barrier()
+            for first in range(0, D, BLOCK):
+                column = first + tl.arange(0, BLOCK)[None, :]
+                mask = column < D
+                v = tl.load(row + velocity + column, mask=mask)
+                if uncond >= 0:
+                    u = tl.load(row + uncond + column, mask=mask)
+                    v = u + scalar(guidance, tl.float32) * (v - u)
+                state = tl.load(row + column, mask=mask) + tl.load(h + step) * v
+                tl.store(row + column, state, mask=mask)
+                at = (step * n + sample) * D + column
+                if velocities is not None:
+                    tl.store(velocities + at, v, mask=mask & here)
+                if states is not None:
+                    tl.store(states + at + n * D, state, mask=mask & here)
+            tl.debug_barrier()
+        for first in range(0, D, BLOCK):
+            column = first + tl.arange(0, BLOCK)[None, :]
+            state = tl.load(row + column, mask=column < D)
+            tl.store(out + sample * D + column, state, mask=(column < D) & here)
+        tl.debug_barrier()
+
+
+# ---- the host ----
+
+
+class Plan:
+    """A network as the kernel reads it: packed weights and lines without the tables."""
+
+    def __init__(self, dim: int, layers: Sequence[Layer], low: torch.dtype | None):
+        self.dim, self.low = dim, low
+        self.places, self.row = _places(dim, layers)
+        values = []  # the number of each layer's value
+        for a in layers:
+            values.append((values[-1] if values else 0) + (not a.first))
+        self.velocity = self.places[values[-1]]
+        self.lines, self.numbers, packed, end, self.input_width = [], [], [], 0, 0
+        for a, value in zip(layers, values, strict=True):
+            source = self.places[a.source.value] + a.source.first
+            other = 0 if a.other is None else self.places[a.other.value] + a.other.first
+            linear = a.map == "linear"
+            copied = linear and (low is not None or source % 8 != 0 or a.source.width % DEPTH != 0)
+            if copied:
+                self.input_width = max(self.input_width, -(-a.source.width // DEPTH) * DEPTH)
+            self.lines.append([
+                *(MAPS.index(a.map), source, a.source.width, copied, source),
+                *(self.places[value] + a.first, a.width, end),
+                *(ACTIVATIONS.index(a.activation), COMBINES.index(a.combine), other, 0),
+            ])  # fmt: skip
+            self.numbers += [a.eps, a.alpha, a.gain]
+            if linear:
+                weight = pad(a.weight.t(), (0, -a.width % PLACE, 0, -a.source.width % DEPTH))
+                packed.append(weight.to(low or torch.float32).reshape(-1))
+                end += packed[-1].numel()
+        self.weights = torch.cat(packed) if packed else None
+        self.sent: dict[str, tuple[list, Tensor]] = {}
+
+    def prepare(self, h: Tensor, layers, unconditional, guidance: float) -> "Prepared":
+        return Prepared(self, h, layers, unconditional, guidance)
+
+    def on_device(self, what: str, values: list, x: Tensor) -> Tensor:
+        """These numbers beside x. They come as arguments of launches: nothing waits, and a graph may capture it."""
+        if what in self.sent and self.sent[what][0] == values and self.sent[what][1].device == x.device:
+            return self.sent[what][1]
+        dtype = torch.int64 if what == "lines" else torch.float32
+        found = torch.zeros(len(values), dtype=dtype, device=x.device)
+        if values:
+            torch._foreach_add_(list(found.unbind()), values)
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph writes it at its replays alone
+            self.sent[what] = values, found
+        return found
+
+
+class Prepared:
+    """A plan with the tables of one schedule: all that the kernel is given but the samples."""
+
+    def __init__(self, plan: Plan, h: Tensor, layers: Sequence[Layer], unconditional, guidance: float):
+        self.plan, self.h, self.guidance = plan, h.tolist(), guidance
+        packed, self.lines, self.numbers, end = [], [], [], 0
+        self.pitch, self.uncond = plan.row, -1
+        if unconditional is not None:
+            self.uncond = self.pitch
+            self.pitch += -(-plan.dim // PLACE) * PLACE
+        inputs = 0
+        if plan.low is None:  # copies of inputs are in the row
+            inputs = self.pitch
+            self.pitch += plan.input_width
+        for of in (unconditional, layers):
+            if of is None:
+                continue
+            for line, a in zip(plan.lines, of, strict=True):
+                copied = line[COPIED.value]
+                self.lines += line[: INPUTS.value] + [inputs if copied else line[INPUTS.value]] + line[INPUTS.value + 1 :]
+                for table in a.tables:
+                    if table is None:
+                        self.lines += [-1, 0, 0]
+                        continue
+                    for d in (0, 1):  # what is repeated, once
+                        if table.stride(d) == 0 and table.shape[d] > 1:
+                            table = table.narrow(d, 0, 1)
+                    steps, samples, _ = table.shape
+                    table = pad(table, (0, -table.shape[2] % PLACE))
+                    width = table.shape[2]
+                    self.lines += [end, (steps > 1) * samples * width, (samples > 1) * width]
+                    packed.append(table.reshape(-1))
+                    end += table.numel()
+            self.numbers += plan.numbers
+            if of is unconditional:  # what these layers have found is the unconditional velocity
+                copy = [MAPS.index("identity"), plan.velocity, plan.dim, 0, 0, self.uncond, plan.dim, 0, 0, 0, 0, 0]
+                self.lines += [*copy, *[-1, 0, 0] * 3]
+                self.numbers += [0.0, 0.0, 1.0]
+        self.tables = torch.cat(packed) if packed else None
+
+    def run(self, x: Tensor, out: Tensor, states: Tensor | None = None, velocities: Tensor | None = None) -> int:
+        """-1, as a GPU is not waited for: what is not finite shows in the result."""
+        plan, (n, D) = self.plan, (len(x), self.plan.dim)
+        if n == 0:
+            return -1
+        config = _triton.config_of(CONFIGS, "mlp_sample")
+        programs = min(triton.cdiv(n, config["ROWS"]), RESIDENT * _multiprocessors(x.device))
+        places = programs * config["ROWS"]
+        inputs = rows = x.new_empty(places, self.pitch)
+        if plan.low is not None:
+            inputs = x.new_empty(places, plan.input_width, dtype=plan.low)
+        none = x.new_empty(0)
+        weights, tables = (none if t is None else t for t in (plan.weights, self.tables))
+        h, lines, numbers = (plan.on_device(k, getattr(self, k), x) for k in ("h", "lines", "numbers"))
+        # On NVIDIA's tensor cores float32 is a sum of three products of parts with 11 bits
+        precision = "tf32x3" if _triton.target() == "cuda" and plan.low is None else "ieee"
+        _triton.launch(
+            *(mlp_sample_kernel, (programs,), x, out, states, velocities, h, lines, numbers, weights, tables),
+            *(rows, inputs, _triton.parts(self.guidance, x.dtype), n, D, len(self.h), len(self.lines) // LINE),
+            *(plan.velocity, self.uncond, self.pitch, inputs.shape[1]),
+            **dict(on=x, config=config, DEPTH=DEPTH, LINE=LINE, PRECISION=precision),
+        )
+        return -1
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def mlp_sample(*args) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernel(sys.modules[__name__], *args)
