@@ -25,7 +25,7 @@ from flowkernels.ops._triton import scalar
 from flowkernels.ops.mlp_sample import ACTIVATIONS, COMBINES, MAPS, PLACE, Layer, _kernel, _places
 
 # BLOCK: columns of a tile of outputs, DEEP: inputs that are multiplied at a time, a divisor of DEPTH
-CONFIGS = {"mlp_sample": {"ROWS": 32, "BLOCK": 128, "DEEP": 32, "num_warps": 4, "num_stages": 3}}
+CONFIGS = {"mlp_sample": {"ROWS": 16, "BLOCK": 128, "DEEP": 32, "num_warps": 8, "num_stages": 3}}
 SEARCH = {
     "mlp_sample": {
         "ROWS": (16, 32, 64),
@@ -36,13 +36,15 @@ SEARCH = {
     }
 }
 DEPTH = 64  # what the inputs of products are padded to
-RESIDENT = 4  # programs for each multiprocessor; more samples are taken tile after tile, so that the rows stay in caches
+RESIDENT = 2  # programs for each multiprocessor: more samples are taken tile after tile, so that rows stay in caches
 
-# What a line says. A place is that of a column in the row. Products read their inputs at INPUTS; they are to be copied
-# there where they are rounded, not aligned or not padded. Tables: where they begin, and from step to step and from
-# sample to sample; the first is -1 for none.
+# What a line says. A place is that of a column in the row. Products read their inputs at INPUTS, where they are to be
+# COPIED if they have to be rounded, aligned or padded. Tables: where they begin, and from step to step and from sample
+# to sample; the first is -1 for none.
 LINE = 21
-MAP, SOURCE, DEEPNESS, COPIED, INPUTS, OUT, WIDTH, WEIGHT, ACTIVATION, COMBINE, OTHER = map(tl.constexpr, range(11))
+MAP, SOURCE, DEPTH_, COPIED, INPUTS, OUT, WIDTH, WEIGHT, OUTPUTS, ACTIVATION, COMBINE, OTHER = map(
+    tl.constexpr, range(12)
+)
 SCALE, SHIFT, SHIFT_EACH = map(tl.constexpr, (12, 15, 18))
 EPS, ALPHA, GAIN = map(tl.constexpr, range(3))
 LINEAR, LAYER_NORM = (tl.constexpr(MAPS.index(name)) for name in ("linear", "layer_norm"))
@@ -50,53 +52,28 @@ ADD, MULTIPLY = (tl.constexpr(COMBINES.index(name)) for name in ("add", "multipl
 RELU, LEAKY_RELU, SILU, GELU, GELU_TANH, ELU, TANH, SIGMOID, MISH = map(tl.constexpr, range(1, len(ACTIVATIONS)))
 
 
-# ---- rows ----
-
-
-@triton.jit
-def _read(row, place, column, mask):
-    if place % 4 == 0:  # 16 bytes at a time
-        found = tl.load(row + place // 4 * 4 + column, mask=mask)
-    else:
-        found = tl.load(row + place + column, mask=mask)
-    return found
-
-
-@triton.jit
-def _write(row, place, column, value, mask):
-    if place % 4 == 0:
-        tl.store(row + place // 4 * 4 + column, value, mask=mask)
-    else:
-        tl.store(row + place + column, value, mask=mask)
-
-
-@triton.jit
-def _up_to(width, unit: tl.constexpr):
-    """The next multiple."""
-    return (width + unit - 1) // unit * unit
-
-
 # ---- what a layer does ----
+# Rows and tables are read 4 bytes a thread, neighbours side by side: columns begin anywhere, and with one layout for
+# all that follows a product nothing is exchanged between threads. Products read 16 bytes a thread.
 
 
 @triton.jit
 def _copy_inputs(row, place, width, inputs, at, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
-    """The inputs of a product where it can read them: rounded, aligned, with zeros after the last one."""
-    padded = _up_to(width, DEPTH)
+    """The inputs of a product where it can read them, with zeros after the last one."""
+    padded = (width + DEPTH - 1) // DEPTH * DEPTH
     for first in range(0, padded, BLOCK):
         column = first + tl.arange(0, BLOCK)[None, :]
-        found = _read(row, place, column, column < _up_to(width, 4))
-        found = tl.where(column < width, found, 0.0).to(inputs.dtype.element_ty)
-        tl.store(inputs + at // 8 * 8 + column, found, mask=column < padded)
+        found = tl.load(row + place + column, mask=column < width, other=0.0)
+        tl.store(inputs + at + column, found.to(inputs.dtype.element_ty), mask=column < padded)
 
 
 @triton.jit
 def _product(
     inputs,  # [ROWS, 1] pointers to rows
-    at,  # their first column
+    at,  # their first column, a multiple of 8
     depth,
     weight,  # [depth, outputs], both padded
-    outputs,
+    outputs,  # a multiple of 16
     first,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -105,44 +82,39 @@ def _product(
 ):
     """Outputs first..first + BLOCK of the tile's samples. The order of a sum is the same whatever the tile."""
     column = first + tl.arange(0, BLOCK)[None, :]
+    mask = column < outputs
     k = tl.arange(0, DEEP)
-    x = inputs + at // 8 * 8 + k[None, :]
+    x = inputs + at + k[None, :]
     w = weight + k[:, None] * outputs + column
     sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for _ in range(0, depth, DEEP):
-        sum = tl.dot(tl.load(x), tl.load(w, mask=column < outputs), sum, input_precision=PRECISION)
+        sum = tl.dot(tl.load(x), tl.load(w, mask=mask), sum, input_precision=PRECISION)
         x += DEEP
         w += DEEP * outputs
     return sum
 
 
 @triton.jit
-def _moments(row, place, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _moments(row, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The mean and 1 / deviation of each sample."""
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)[None, :]
-        value = _read(row, place, column, column < _up_to(width, 4))
-        sums += tl.where(column < width, value, 0.0)
+        sums += tl.load(row + column, mask=column < width, other=0.0)
     mean = tl.sum(sums, 1, keep_dims=True) / width
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)[None, :]
-        off = tl.where(column < width, _read(row, place, column, column < _up_to(width, 4)) - mean, 0.0)
+        off = tl.where(column < width, tl.load(row + column, mask=column < width, other=0.0) - mean, 0.0)
         squares += off * off
     return mean, 1.0 / tl.sqrt_rn(tl.sum(squares, 1, keep_dims=True) / width + eps)
 
 
 @triton.jit
 def _table(tables, line, step, sample, column, mask):
-    """A table's entries: line points to where it begins in `tables` and to its two strides, multiples of 16."""
-    begin = tl.load(line) + step * tl.load(line + 1) + sample * tl.load(line + 2)
-    return tl.load(tables + begin // 16 * 16 + column, mask=mask)
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    """A table's entries; line points to where it begins in `tables` and to its strides."""
+    begin = tl.load(line) + step * tl.load(line + 1)
+    return tl.load(tables + begin + sample * tl.load(line + 2) + column, mask=mask)
 
 
 @triton.jit
@@ -159,18 +131,18 @@ def _activate(x, activation, alpha):
     elif activation == LEAKY_RELU:
         x = tl.where(x < 0.0, alpha * x, x)
     elif activation == SILU:
-        x = x * _sigmoid(x)
+        x = x * tl.sigmoid(x)
     elif activation == GELU:
         x = 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
     elif activation == GELU_TANH:
-        x = x * _sigmoid(x * (0.07135481283 * x * x + 1.5957691216))
+        x = x * tl.sigmoid(x * (0.07135481283 * x * x + 1.5957691216))
     elif activation == ELU:
         x = tl.where(x > 0.0, x, alpha * _expm1(x))
     elif activation == TANH:
         e = _expm1(-2.0 * tl.abs(x))
         x = tl.where(x < 0.0, e, -e) / (e + 2.0)
     elif activation == SIGMOID:
-        x = _sigmoid(x)
+        x = tl.sigmoid(x)
     elif activation == MISH:  # x tanh(log(1 + e)) = x w / (w + 2), w = e (e + 2)
         e = tl.exp(tl.minimum(x, 40.0))
         w = e * (e + 2.0)
@@ -196,25 +168,25 @@ def _layer(
 ):
     """out = other (+ or *) gain * activation(scale * map(source) + shift + shift_each)"""
     map = tl.load(line + MAP)
-    source, depth = tl.load(line + SOURCE), tl.load(line + DEEPNESS).to(tl.int32)
-    out, width = tl.load(line + OUT), tl.load(line + WIDTH).to(tl.int32)
-    at, weight = tl.load(line + INPUTS), weights + tl.load(line + WEIGHT) // 16 * 16
+    source, depth = tl.load(line + SOURCE), tl.load(line + DEPTH_).to(tl.int32)
+    at, outputs = tl.load(line + INPUTS) // 8 * 8, tl.load(line + OUTPUTS) // 16 * 16
+    weight = weights + tl.load(line + WEIGHT) // 16 * 16
+    out, width = row + tl.load(line + OUT), tl.load(line + WIDTH).to(tl.int32)
     activation, combine = tl.load(line + ACTIVATION), tl.load(line + COMBINE)
     alpha, gain = tl.load(numbers + ALPHA), tl.load(numbers + GAIN)
-    padded = _up_to(width, 16)
-    mean, scale = tl.zeros([ROWS, 1], tl.float32), tl.full([ROWS, 1], 1.0, tl.float32)
+    mean, factor = tl.zeros([ROWS, 1], tl.float32), tl.full([ROWS, 1], 1.0, tl.float32)
     if map == LAYER_NORM:
-        mean, scale = _moments(row, source, depth, tl.load(numbers + EPS), ROWS, BLOCK)
+        mean, factor = _moments(row + source, depth, tl.load(numbers + EPS), ROWS, BLOCK)
     if tl.load(line + COPIED) != 0:
         _copy_inputs(row, source, depth, inputs, at, BLOCK, DEPTH)
         tl.debug_barrier()
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)[None, :]
-        mask = column < padded
+        mask = column < width
         if map == LINEAR:
-            y = _product(inputs, at, depth, weight, padded.to(tl.int64), first, ROWS, BLOCK, DEEP, PRECISION)
+            y = _product(inputs, at, depth, weight, outputs, first, ROWS, BLOCK, DEEP, PRECISION)
         else:
-            y = (_read(row, source, column, mask) - mean) * scale
+            y = (tl.load(row + source + column, mask=mask) - mean) * factor
         if tl.load(line + SCALE) >= 0:
             y *= _table(tables, line + SCALE, step, sample, column, mask)
         if tl.load(line + SHIFT) >= 0:
@@ -222,22 +194,21 @@ def _layer(
         if tl.load(line + SHIFT_EACH) >= 0:
             y += _table(tables, line + SHIFT_EACH, step, sample, column, mask)
         y = gain * _activate(y, activation, alpha)
-        if combine == ADD:
-            y = _read(row, tl.load(line + OTHER), column, mask) + y
-        elif combine == MULTIPLY:
-            y = _read(row, tl.load(line + OTHER), column, mask) * y
-        _write(row, out, column, y, mask)
+        if combine != 0:
+            other = tl.load(row + tl.load(line + OTHER) + column, mask=mask)
+            y = tl.where(combine == ADD, other + y, other * y)
+        tl.store(out + column, y, mask=mask)
 
 
 # ---- all layers, all steps ----
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "D", "steps", "count", "velocity", "uncond", "kept"])
 def mlp_sample_kernel(
     x,  # [n, D]
     out,  # [n, D]
-    states,  # [steps + 1, n, D] or None
-    velocities,  # [steps, n, D] or None
+    states,  # [steps + 1, n, D], if 1 is in `kept`
+    velocities,  # [steps, n, D], if 2 is in `kept`
     h,  # [steps]
     lines,  # [count, LINE]
     numbers,  # [count, 3]: eps, alpha, gain
@@ -252,6 +223,7 @@ def mlp_sample_kernel(
     count,
     velocity,
     uncond,
+    kept,
     pitch,
     input_pitch,
     ROWS: tl.constexpr,
@@ -274,7 +246,7 @@ def mlp_sample_kernel(
             mask = column < D
             state = tl.load(x + sample * D + column, mask=mask)
             tl.store(row + column, state, mask=mask)
-            if states is not None:
+            if kept % 2 == 1:
                 tl.store(states + sample * D + column, state, mask=mask & here)
         tl.debug_barrier()
         for step in range(steps):
@@ -292,9 +264,9 @@ def mlp_sample_kernel(
                 state = tl.load(row + column, mask=mask) + tl.load(h + step) * v
                 tl.store(row + column, state, mask=mask)
                 at = (step * n + sample) * D + column
-                if velocities is not None:
+                if kept >= 2:
                     tl.store(velocities + at, v, mask=mask & here)
-                if states is not None:
+                if kept % 2 == 1:
                     tl.store(states + at + n * D, state, mask=mask & here)
             tl.debug_barrier()
         for first in range(0, D, BLOCK):
@@ -327,8 +299,8 @@ class Plan:
                 self.input_width = max(self.input_width, -(-a.source.width // DEPTH) * DEPTH)
             self.lines.append([
                 *(MAPS.index(a.map), source, a.source.width, copied, source),
-                *(self.places[value] + a.first, a.width, end),
-                *(ACTIVATIONS.index(a.activation), COMBINES.index(a.combine), other, 0),
+                *(self.places[value] + a.first, a.width, end, -(-a.width // PLACE) * PLACE),
+                *(ACTIVATIONS.index(a.activation), COMBINES.index(a.combine), other),
             ])  # fmt: skip
             self.numbers += [a.eps, a.alpha, a.gain]
             if linear:
@@ -373,7 +345,8 @@ class Prepared:
                 continue
             for line, a in zip(plan.lines, of, strict=True):
                 copied = line[COPIED.value]
-                self.lines += line[: INPUTS.value] + [inputs if copied else line[INPUTS.value]] + line[INPUTS.value + 1 :]
+                at = inputs if copied else line[INPUTS.value]
+                self.lines += [*line[: INPUTS.value], at, *line[INPUTS.value + 1 :]]
                 for table in a.tables:
                     if table is None:
                         self.lines += [-1, 0, 0]
@@ -405,15 +378,16 @@ class Prepared:
         inputs = rows = x.new_empty(places, self.pitch)
         if plan.low is not None:
             inputs = x.new_empty(places, plan.input_width, dtype=plan.low)
-        none = x.new_empty(0)
+        none, kept = x.new_empty(0), (states is not None) + 2 * (velocities is not None)
         weights, tables = (none if t is None else t for t in (plan.weights, self.tables))
         h, lines, numbers = (plan.on_device(k, getattr(self, k), x) for k in ("h", "lines", "numbers"))
         # On NVIDIA's tensor cores float32 is a sum of three products of parts with 11 bits
         precision = "tf32x3" if _triton.target() == "cuda" and plan.low is None else "ieee"
         _triton.launch(
-            *(mlp_sample_kernel, (programs,), x, out, states, velocities, h, lines, numbers, weights, tables),
-            *(rows, inputs, _triton.parts(self.guidance, x.dtype), n, D, len(self.h), len(self.lines) // LINE),
-            *(plan.velocity, self.uncond, self.pitch, inputs.shape[1]),
+            *(mlp_sample_kernel, (programs,), x, out, *(out if t is None else t for t in (states, velocities))),
+            *(h, lines, numbers, weights, tables, rows, inputs),
+            *(_triton.parts(self.guidance, x.dtype), n, D, len(self.h), len(self.lines) // LINE),
+            *(plan.velocity, self.uncond, kept, self.pitch, inputs.shape[1]),
             **dict(on=x, config=config, DEPTH=DEPTH, LINE=LINE, PRECISION=precision),
         )
         return -1
