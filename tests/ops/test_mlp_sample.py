@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import math
 from dataclasses import replace
@@ -18,6 +19,7 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 NAN, INF = math.nan, math.inf
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 EACH = pytest.mark.parametrize("name", BACKENDS)
+ON_GPUS = pytest.mark.parametrize("name", ["cuda", "triton"])
 WIDTHS = st.sampled_from([1, 2, 3, 5, 15, 16, 17, 33, 64, 65, 100])
 ROWS = st.sampled_from([None, None, "one", "step", "sample", "both"])
 
@@ -81,6 +83,23 @@ def test_random_networks_on_cuda_against_float64(net, guidance, trajectory, low)
     with backend("cuda"):
         error, bound = error_and_bound(sample, call(sample))
     assert error <= bound
+
+
+@settings(max_examples=10)
+@given(networks(n=(1, 3, 17, 33)), st.sampled_from([None, 2.5]), st.booleans(), st.sampled_from([None, BF16]))
+def test_random_networks_on_triton_against_float64(net, guidance, trajectory, low):
+    """Whatever memory held before."""
+    sample = net.sample("", guidance=guidance, trajectory=trajectory, low=low)
+    with backend("triton"), nan_in_new_memory():
+        error, bound = error_and_bound(sample, call(sample))
+    assert error <= bound
+
+
+@contextlib.contextmanager
+def nan_in_new_memory():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @settings(max_examples=150)
@@ -182,6 +201,7 @@ def two_layers(n, widths, low, steps=2):
     return net.head().sample("", low=low, guidance=1.5)
 
 
+@ON_GPUS
 @pytest.mark.parametrize("low", [None, BF16])
 @pytest.mark.parametrize(
     ("n", "widths"),
@@ -192,19 +212,20 @@ def two_layers(n, widths, low, steps=2):
         (3, [17000, 9]),  # rows that do not fit in shared memory
     ],
 )
-def test_tiles_and_rows_on_cuda(n, widths, low):
+def test_tiles_and_rows_of_gpus(n, widths, low, name):
     sample = two_layers(n, widths, low)
-    with backend("cuda"):
+    with backend(name):
         error, bound = error_and_bound(sample, call(sample))
     assert error <= bound
 
 
+@ON_GPUS
 @pytest.mark.parametrize("low", [None, BF16])
-def test_a_sample_does_not_depend_on_the_batch_on_cuda(low):
+def test_a_sample_does_not_depend_on_the_batch_on_gpus(low, name):
     """Not in bfloat16 either: sums run over the inputs in one order, whatever the tile."""
     net = Network(33, 97, 3).add(260, activation="silu").add(100, activation="mish")
     x, h, layers = net.add(map="layer_norm", shift="both").head().sample("").args
-    with backend("cuda"):
+    with backend(name):
         whole = mlp_sample(x, h, layers, low=low)
         for n in (1, 2, 7, 13, 33, 48):
             for first in (0, 97 - n):

@@ -25,7 +25,7 @@ from flowkernels.ops._triton import scalar
 from flowkernels.ops.mlp_sample import ACTIVATIONS, COMBINES, MAPS, PLACE, Layer, _kernel, _places
 
 # BLOCK: columns of a tile of outputs, DEEP: inputs that are multiplied at a time, a divisor of DEPTH
-CONFIGS = {"mlp_sample": {"ROWS": 16, "BLOCK": 128, "DEEP": 32, "num_warps": 8, "num_stages": 3}}
+CONFIGS = {"mlp_sample": {"ROWS": 16, "BLOCK": 128, "DEEP": 32, "num_warps": 8, "num_stages": 4}}
 SEARCH = {
     "mlp_sample": {
         "ROWS": (16, 32, 64),
