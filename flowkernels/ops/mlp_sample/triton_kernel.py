@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from flowkernels.ops import _triton
 from flowkernels.ops._triton import scalar
-from flowkernels.ops.mlp_sample import ACTIVATIONS, COMBINES, MAPS, PLACE, Layer, _kernel, _places
+from flowkernels.ops.mlp_sample import ACTIVATIONS, COMBINES, MAPS, PLACE, Layer, _kernel, _places, _round_up
 
 # BLOCK: columns of a tile of outputs, DEEP: inputs that are multiplied at a time, a divisor of DEPTH
 CONFIGS = {"mlp_sample": {"ROWS": 16, "BLOCK": 128, "DEEP": 32, "num_warps": 8, "num_stages": 4}}
@@ -35,17 +35,15 @@ SEARCH = {
         "num_stages": (2, 3, 4),
     }
 }
-DEPTH = 64  # what the inputs of products are padded to
+DEPTH = tl.constexpr(64)  # what the inputs of products are padded to a multiple of
 RESIDENT = 2  # programs for each multiprocessor: more samples are taken tile after tile, so that rows stay in caches
 
 # What a line says. A place is that of a column in the row. Products read their inputs at INPUTS, where they are to be
 # COPIED if they have to be rounded, aligned or padded. Tables: where they begin, and from step to step and from sample
 # to sample; the first is -1 for none.
-LINE = 21
-MAP, SOURCE, DEPTH_, COPIED, INPUTS, OUT, WIDTH, WEIGHT, OUTPUTS, ACTIVATION, COMBINE, OTHER = map(
-    tl.constexpr, range(12)
-)
-SCALE, SHIFT, SHIFT_EACH = map(tl.constexpr, (12, 15, 18))
+MAP, SOURCE, SOURCE_WIDTH, COPIED, INPUTS, OUT, WIDTH, WEIGHT, OUTPUTS = map(tl.constexpr, range(9))
+ACTIVATION, COMBINE, OTHER = map(tl.constexpr, range(9, 12))
+SCALE, SHIFT, SHIFT_EACH, LINE = map(tl.constexpr, (12, 15, 18, 21))
 EPS, ALPHA, GAIN = map(tl.constexpr, range(3))
 LINEAR, LAYER_NORM = (tl.constexpr(MAPS.index(name)) for name in ("linear", "layer_norm"))
 ADD, MULTIPLY = (tl.constexpr(COMBINES.index(name)) for name in ("add", "multiply"))
@@ -58,7 +56,7 @@ RELU, LEAKY_RELU, SILU, GELU, GELU_TANH, ELU, TANH, SIGMOID, MISH = map(tl.const
 
 
 @triton.jit
-def _copy_inputs(row, place, width, inputs, at, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+def _copy_inputs(row, place, width, inputs, at, BLOCK: tl.constexpr):
     """The inputs of a product where it can read them, with zeros after the last one."""
     padded = (width + DEPTH - 1) // DEPTH * DEPTH
     for first in range(0, padded, BLOCK):
@@ -163,12 +161,11 @@ def _layer(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DEEP: tl.constexpr,
-    DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out = other (+ or *) gain * activation(scale * map(source) + shift + shift_each)"""
     map = tl.load(line + MAP)
-    source, depth = tl.load(line + SOURCE), tl.load(line + DEPTH_).to(tl.int32)
+    source, depth = tl.load(line + SOURCE), tl.load(line + SOURCE_WIDTH).to(tl.int32)
     at, outputs = tl.load(line + INPUTS) // 8 * 8, tl.load(line + OUTPUTS) // 16 * 16
     weight = weights + tl.load(line + WEIGHT) // 16 * 16
     out, width = row + tl.load(line + OUT), tl.load(line + WIDTH).to(tl.int32)
@@ -178,7 +175,7 @@ def _layer(
     if map == LAYER_NORM:
         mean, factor = _moments(row + source, depth, tl.load(numbers + EPS), ROWS, BLOCK)
     if tl.load(line + COPIED) != 0:
-        _copy_inputs(row, source, depth, inputs, at, BLOCK, DEPTH)
+        _copy_inputs(row, source, depth, inputs, at, BLOCK)
         tl.debug_barrier()
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)[None, :]
@@ -229,8 +226,6 @@ def mlp_sample_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DEEP: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LINE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     r = tl.arange(0, ROWS)[:, None].to(tl.int64)
@@ -252,7 +247,7 @@ def mlp_sample_kernel(
         for step in range(steps):
             for i in range(count):
                 _layer(lines + i * LINE, numbers + i * 3, step, sample, weights, tables, row, inputs,
-                       ROWS, BLOCK, DEEP, DEPTH, PRECISION)  # fmt: skip
+                       ROWS, BLOCK, DEEP, PRECISION)  # fmt: skip
                 tl.debug_barrier()
             for first in range(0, D, BLOCK):
                 column = first + tl.arange(0, BLOCK)[None, :]
@@ -280,48 +275,48 @@ def mlp_sample_kernel(
 
 
 class Plan:
-    """A network as the kernel reads it: packed weights and lines without the tables."""
+    """A network as the kernel reads it: packed weights, and lines that lack their tables."""
 
     def __init__(self, dim: int, layers: Sequence[Layer], low: torch.dtype | None):
         self.dim, self.low = dim, low
-        self.places, self.row = _places(dim, layers)
-        values = []  # the number of each layer's value
+        places, self.row = _places(dim, layers)
+        self.lines, self.numbers, self.input_width = [], [], 0
+        packed, begin, value = [], 0, 0
         for a in layers:
-            values.append((values[-1] if values else 0) + (not a.first))
-        self.velocity = self.places[values[-1]]
-        self.lines, self.numbers, packed, end, self.input_width = [], [], [], 0, 0
-        for a, value in zip(layers, values, strict=True):
-            source = self.places[a.source.value] + a.source.first
-            other = 0 if a.other is None else self.places[a.other.value] + a.other.first
-            linear = a.map == "linear"
-            copied = linear and (low is not None or source % 8 != 0 or a.source.width % DEPTH != 0)
+            value += not a.first
+            source = places[a.source.value] + a.source.first
+            other = 0 if a.other is None else places[a.other.value] + a.other.first
+            copied = False
+            if a.map == "linear":
+                copied = low is not None or source % 8 != 0 or a.source.width % DEPTH.value != 0
+                room = (0, -a.width % PLACE, 0, -a.source.width % DEPTH.value)
+                packed.append(pad(a.weight.t(), room).to(low or torch.float32).reshape(-1))
             if copied:
-                self.input_width = max(self.input_width, -(-a.source.width // DEPTH) * DEPTH)
+                self.input_width = max(self.input_width, a.source.width + -a.source.width % DEPTH.value)
             self.lines.append([
                 *(MAPS.index(a.map), source, a.source.width, copied, source),
-                *(self.places[value] + a.first, a.width, end, -(-a.width // PLACE) * PLACE),
+                *(places[value] + a.first, a.width, begin, _round_up(a.width)),
                 *(ACTIVATIONS.index(a.activation), COMBINES.index(a.combine), other),
             ])  # fmt: skip
             self.numbers += [a.eps, a.alpha, a.gain]
-            if linear:
-                weight = pad(a.weight.t(), (0, -a.width % PLACE, 0, -a.source.width % DEPTH))
-                packed.append(weight.to(low or torch.float32).reshape(-1))
-                end += packed[-1].numel()
+            begin = sum(w.numel() for w in packed)
+        self.velocity = places[value]
         self.weights = torch.cat(packed) if packed else None
         self.sent: dict[str, tuple[list, Tensor]] = {}
 
     def prepare(self, h: Tensor, layers, unconditional, guidance: float) -> "Prepared":
+        """With the tables of these layers, which are the plan's."""
         return Prepared(self, h, layers, unconditional, guidance)
 
     def on_device(self, what: str, values: list, x: Tensor) -> Tensor:
-        """These numbers beside x. They come as arguments of launches: nothing waits, and a graph may capture it."""
-        if what in self.sent and self.sent[what][0] == values and self.sent[what][1].device == x.device:
+        """These numbers beside x. They go there as arguments of launches: nothing waits, and a graph may capture it."""
+        if what in self.sent and self.sent[what][0] == values:
             return self.sent[what][1]
         dtype = torch.int64 if what == "lines" else torch.float32
         found = torch.zeros(len(values), dtype=dtype, device=x.device)
         if values:
             torch._foreach_add_(list(found.unbind()), values)
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph writes it at its replays alone
+        if not _is_capturing(x):  # a graph writes it at its replays alone
             self.sent[what] = values, found
         return found
 
@@ -331,66 +326,73 @@ class Prepared:
 
     def __init__(self, plan: Plan, h: Tensor, layers: Sequence[Layer], unconditional, guidance: float):
         self.plan, self.h, self.guidance = plan, h.tolist(), guidance
-        packed, self.lines, self.numbers, end = [], [], [], 0
-        self.pitch, self.uncond = plan.row, -1
+        self.pitch, self.uncond, inputs = plan.row, -1, 0
         if unconditional is not None:
-            self.uncond = self.pitch
-            self.pitch += -(-plan.dim // PLACE) * PLACE
-        inputs = 0
-        if plan.low is None:  # copies of inputs are in the row
-            inputs = self.pitch
-            self.pitch += plan.input_width
-        for of in (unconditional, layers):
-            if of is None:
-                continue
-            for line, a in zip(plan.lines, of, strict=True):
-                copied = line[COPIED.value]
-                at = inputs if copied else line[INPUTS.value]
-                self.lines += [*line[: INPUTS.value], at, *line[INPUTS.value + 1 :]]
-                for table in a.tables:
-                    if table is None:
-                        self.lines += [-1, 0, 0]
-                        continue
-                    for d in (0, 1):  # what is repeated, once
-                        if table.stride(d) == 0 and table.shape[d] > 1:
-                            table = table.narrow(d, 0, 1)
-                    steps, samples, _ = table.shape
-                    table = pad(table, (0, -table.shape[2] % PLACE))
-                    width = table.shape[2]
-                    self.lines += [end, (steps > 1) * samples * width, (samples > 1) * width]
-                    packed.append(table.reshape(-1))
-                    end += table.numel()
-            self.numbers += plan.numbers
-            if of is unconditional:  # what these layers have found is the unconditional velocity
-                copy = [MAPS.index("identity"), plan.velocity, plan.dim, 0, 0, self.uncond, plan.dim, 0, 0, 0, 0, 0]
-                self.lines += [*copy, *[-1, 0, 0] * 3]
-                self.numbers += [0.0, 0.0, 1.0]
-        self.tables = torch.cat(packed) if packed else None
+            self.uncond, self.pitch = self.pitch, self.pitch + _round_up(plan.dim)
+        if plan.low is None:  # copies of inputs are in the row as well
+            inputs, self.pitch = self.pitch, self.pitch + plan.input_width
+        self.lines, self.numbers, packed = [], [], []
+
+        def table(t: Tensor | None) -> list[int]:
+            if t is None:
+                return [-1, 0, 0]
+            for d in (0, 1):
+                if t.stride(d) == 0 and t.shape[d] > 1:  # it is repeated
+                    t = t.narrow(d, 0, 1)
+            begin = packed[-1][0] + packed[-1][1].numel() if packed else 0
+            packed.append((begin, t.reshape(-1)))
+            steps, samples, width = t.shape
+            return [begin, samples * width if steps > 1 else 0, width if samples > 1 else 0]
+
+        def add(lines: list[list[int]], numbers: list[float], tables) -> None:
+            for line, given in zip(lines, tables, strict=True):
+                where = inputs if line[COPIED.value] else line[INPUTS.value]
+                self.lines += [*line[: INPUTS.value], where, *line[INPUTS.value + 1 :]]
+                self.lines += [number for t in given for number in table(t)]
+            self.numbers += numbers
+
+        if unconditional is not None:  # first, and what they have found is kept
+            add(plan.lines, plan.numbers, [a.tables for a in unconditional])
+            copy = [MAPS.index("identity"), plan.velocity, plan.dim, 0, 0, self.uncond, plan.dim, 0, 0, 0, 0, 0]
+            add([copy], [0.0, 0.0, 1.0], [(None, None, None)])
+        add(plan.lines, plan.numbers, [a.tables for a in layers])
+        self.tables = torch.cat([t for _, t in packed]) if packed else None
+        self.sent: list[Tensor] | None = None
 
     def run(self, x: Tensor, out: Tensor, states: Tensor | None = None, velocities: Tensor | None = None) -> int:
         """-1, as a GPU is not waited for: what is not finite shows in the result."""
         plan, (n, D) = self.plan, (len(x), self.plan.dim)
         if n == 0:
             return -1
+        if (sent := self.sent) is None:
+            sent = [plan.on_device(what, getattr(self, what), x) for what in ("h", "lines", "numbers")]
+            self.sent = None if _is_capturing(x) else sent
         config = _triton.config_of(CONFIGS, "mlp_sample")
         programs = min(triton.cdiv(n, config["ROWS"]), RESIDENT * _multiprocessors(x.device))
-        places = programs * config["ROWS"]
-        inputs = rows = x.new_empty(places, self.pitch)
+        inputs = rows = x.new_empty(programs * config["ROWS"], self.pitch)
         if plan.low is not None:
-            inputs = x.new_empty(places, plan.input_width, dtype=plan.low)
+            inputs = x.new_empty(len(rows), plan.input_width, dtype=plan.low)
         none, kept = x.new_empty(0), (states is not None) + 2 * (velocities is not None)
-        weights, tables = (none if t is None else t for t in (plan.weights, self.tables))
-        h, lines, numbers = (plan.on_device(k, getattr(self, k), x) for k in ("h", "lines", "numbers"))
-        # On NVIDIA's tensor cores float32 is a sum of three products of parts with 11 bits
-        precision = "tf32x3" if _triton.target() == "cuda" and plan.low is None else "ieee"
         _triton.launch(
             *(mlp_sample_kernel, (programs,), x, out, *(out if t is None else t for t in (states, velocities))),
-            *(h, lines, numbers, weights, tables, rows, inputs),
-            *(_triton.parts(self.guidance, x.dtype), n, D, len(self.h), len(self.lines) // LINE),
+            *(*sent, *(none if t is None else t for t in (plan.weights, self.tables)), rows, inputs),
+            *(_triton.parts(self.guidance, x.dtype), n, D, len(self.h), len(self.lines) // LINE.value),
             *(plan.velocity, self.uncond, kept, self.pitch, inputs.shape[1]),
-            **dict(on=x, config=config, DEPTH=DEPTH, LINE=LINE, PRECISION=precision),
+            **dict(on=x, config=config, PRECISION=_precision(plan.low)),
         )
         return -1
+
+
+def _precision(low: torch.dtype | None) -> str:
+    """Of float32 on NVIDIA's tensor cores: three products of parts of 11 bits, each less exact than one in float32 by
+    about half a bit. Their sums are cut off instead of rounded, but only within DEEP inputs; those are then added up as
+    float32. Emulated so, errors are below a quarter of what `samples.error_and_bound` allows. AMD's cores take float32.
+    """
+    return "tf32x3" if low is None and _triton.target() == "cuda" else "ieee"
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
