@@ -69,9 +69,10 @@ def mlp_sample(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """All Euler steps `x <- x + h_s v(x, t_s)` of a velocity network in one call.
 
-    The state and all activations of a few samples stay in the caches (on a GPU in shared memory) through every layer
-    and step; memory sees x, the result and the weights. `fk.fuse` makes the layers of a network, and packs its weights
-    once instead of at every call as this function does. NaN and Inf are not looked for: they show in the result.
+    The state and all activations of a few samples stay in the caches (of the CUDA kernels in shared memory) through
+    every layer and step; memory sees x, the result and the weights. `fk.fuse` makes the layers of a network, and packs
+    its weights once instead of at every call as this function does. NaN and Inf are not looked for: they show in the
+    result.
 
     Args:
         x: noise `[n, D]`, float32.
