@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import functools
 import importlib
-import importlib.util
 import logging
 import os
 
@@ -130,7 +129,7 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _why_not_triton(device: torch.device, op: str | None) -> str | None:
+def _why_not_triton(device: torch.device) -> str | None:
     if device.type != "cuda" and not (triton_interpreted() and device.type == "cpu"):
         return f"the tensors are on {device.type}; move them to a GPU, or set TRITON_INTERPRET=1 to debug on the CPU"
     if problem := triton_error():
@@ -142,8 +141,6 @@ def _why_not_triton(device: torch.device, op: str | None) -> str | None:
         if torch.version.hip is None and (capability := torch.cuda.get_device_capability(i)) < (8, 0):
             name = torch.cuda.get_device_name(i)
             return f"device {i} ({name}) has compute capability {'.'.join(map(str, capability))}, less than 8.0"
-    if op is not None and importlib.util.find_spec(f"flowkernels.ops.{op.removesuffix('_out')}.triton_kernel") is None:
-        return "it has no Triton kernel"
     return None
 
 
@@ -176,7 +173,7 @@ def why_not(name: str, device: torch.device | str, op: str | None = None) -> str
     if name == "cuda":
         return _why_not_cuda(device, op)
     if name == "triton":
-        return _why_not_triton(device, op)
+        return _why_not_triton(device)
     if device.type != "cpu":
         return f"the tensors are on {device.type}; move them to the CPU or use backend 'reference'"
     if extension() is None:

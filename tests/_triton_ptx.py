@@ -148,7 +148,7 @@ def run_op(op: str) -> Iterator[dict]:
             raise AssertionError("threads in another order give other bits")
         return samples.error_and_bound(sample, results[0])
 
-    with patch.object(backends, "_why_not_triton", lambda device, op: None):  # the emulation's GPU has CPU tensors
+    with patch.object(backends, "_why_not_triton", lambda device: None):  # the emulation's GPU has CPU tensors
         for sample in samples.sample_inputs():
             yield row(op, sample.id, functools.partial(call, sample))
 
