@@ -179,8 +179,8 @@ def _call(work: Work) -> Callable[[], Any]:
 def _few(cases: list[Case]) -> list[Case]:
     """The quick ones, which matter most, the largest, and one from the middle."""
     others = sorted((case for case in cases if not case.quick), key=lambda case: case.size)
-    found = [*(case for case in cases if case.quick), *others[-1:], *others[:-1][len(others) // 2 :][:1]]
-    return found[:CASES]
+    middle = others[:-1][(len(others) - 1) // 2 :][:1]
+    return [*(case for case in cases if case.quick), *others[-1:], *middle][:CASES]
 
 
 def _mean(values) -> float:
@@ -190,7 +190,7 @@ def _mean(values) -> float:
 def _faster(times: list[list[float]], base: list[list[float]]) -> bool:
     """By more than noise: in four rounds out of five, by LEAST_GAIN."""
     ratios = [_mean(a / b for a, b in zip(*pair, strict=True)) for pair in zip(times, base, strict=True)]
-    return bench._percentile(ratios, 0.8) < 1 - LEAST_GAIN
+    return 5 * sum(ratio < 1 - LEAST_GAIN for ratio in ratios) >= 4 * len(ratios)
 
 
 def _reason(e: Exception) -> str:
