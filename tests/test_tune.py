@@ -255,14 +255,18 @@ def test_a_few_cases_of_many():
 
 def test_minutes(cases, monkeypatch):
     """Kernels share them; what they do not suffice for stays."""
-    now = itertools.count()  # a second for each look at the clock
+    now = itertools.count()  # a second passes with each look at the clock, and none otherwise
     monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
-    clock = steady(at("bellman_step", [(FAST, 0.5)]))
-    found, left = tune.tune({"bellman": cases[:1], "euler_step": cases[:1]}, Tuner(clock), {}, 20 / 60)
-    assert [t.kernel for t in found] == ["bellman_check", "bellman_step"]
-    assert all(1 <= t.tried < t.of for t in found)
-    assert left == {"euler_step": "no case of the benchmark launches it"}
-    found, left = tune.tune({"bellman": cases[:1]}, Tuner(clock), {}, 1 / 6000)
+    tuner = Tuner(steady(at("bellman_step", [(FAST, 0.5)])))
+    found, left = tune.tune({"bellman": cases[:1]}, tuner, {}, 8 / 60)
+    assert [(t.kernel, t.tried, t.of) for t in found] == [("bellman_check", 2, 2), ("bellman_step", 1, 4)]
+    assert not left
+    now = itertools.count()
+    found, left = tune.tune({"bellman": cases[:1]}, tuner, {}, 6 / 60)
+    assert [(t.kernel, t.tried, t.of) for t in found] == [("bellman_check", 1, 2)]
+    assert left == {"bellman_step": "the time was over"}
+    now = itertools.count()
+    found, left = tune.tune({"bellman": cases[:1]}, tuner, {}, 1 / 6000)
     assert not found
     assert left == dict.fromkeys(("bellman_check", "bellman_step"), "the time was over")
 
@@ -516,9 +520,9 @@ def test_ctrl_c_writes_nothing(command, monkeypatch, capsys):
 def test_time_that_is_over_is_said(command, monkeypatch, capsys):
     now = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
-    assert cli.main(["tune", "bellman", "--minutes", "0.5"]) == 0
+    assert cli.main(["tune", "bellman", "--minutes", str(8 / 60)]) == 0
     out = capsys.readouterr().out
-    assert "configurations not tried, 0.5 minutes being over" in out
+    assert "bellman_step: 3 of 4 configurations not tried, 0.133333 minutes being over\n" in out
     assert command.exists()
     command.unlink()
     assert cli.main(["tune", "bellman", "--minutes", "0.0001"]) == 1
