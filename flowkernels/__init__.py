@@ -10,6 +10,7 @@ from flowkernels._ranges import profile_ranges
 from flowkernels._version import __version__
 from flowkernels.backends import BackendError, backend
 from flowkernels.calibrate import Calibration, calibrate, load
+from flowkernels.calls import record_calls
 from flowkernels.fuse import FusedSampler, NotFusable, fuse
 from flowkernels.fuse_head import FusedHead, fuse_head
 from flowkernels.ops import (
@@ -51,6 +52,7 @@ __all__ = [
     "mlp_sample",
     "ops",
     "profile_ranges",
+    "record_calls",
     "rollout",
     "sample",
     "segment_points",

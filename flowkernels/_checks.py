@@ -72,11 +72,11 @@ def expect_low(low, x: Tensor) -> None:
 
 
 def expect_noise(noise, name: str = "noise") -> Tensor:
-    """Noise `[n, *shape]`: floating point, not empty, finite."""
+    """Noise `[n, *shape]`: floating point, not empty, finite (while compiled, values are not known yet)."""
     expect_values(noise, name, FLOATS)
     expect(noise.dim() >= 2, name, "shape [n, *shape] with at least 2 dimensions", noise)
     expect(noise.numel() > 0, name, "at least one sample and one feature", noise)
-    if not torch.isfinite(noise).all():
+    if not torch.compiler.is_compiling() and not torch.isfinite(noise).all():
         bad = (~torch.isfinite(noise.flatten(1)).all(1)).nonzero()[0].item()
         expect(False, name, "finite values", f"NaN or Inf in sample {bad}")
     return noise
@@ -86,6 +86,8 @@ def expect_times(times, name: str) -> Tensor:
     """Times as float64 on the CPU: strictly increasing from 0 to 1. An integer K means K uniform steps."""
     if isinstance(times, numbers.Integral) and not isinstance(times, bool):  # numpy's integers too
         expect(times >= 1, name, "at least 1 step", times)
+        if torch.compiler.is_compiling():
+            return _uniform(times)
         return torch.linspace(0, 1, int(times) + 1, dtype=torch.float64, device="cpu")
     try:
         t = torch.as_tensor(times, dtype=torch.float64, device="cpu").detach().contiguous()
@@ -103,6 +105,13 @@ def expect_times(times, name: str) -> Tensor:
     if not ends:
         expect(False, name, "times from 0 (noise) to 1 (data)", f"times from {values[0]:.9g} to {values[-1]:.9g}")
     return t
+
+
+def _uniform(steps) -> Tensor:
+    """`torch.linspace(0, 1, steps + 1)`, to an ulp, for a compiler, which would make a constant of its `steps`."""
+    i = torch.arange(steps + 1, dtype=torch.float64, device="cpu")
+    h = torch.ones((), dtype=torch.float64, device="cpu") / steps
+    return torch.where(i < (steps + 1) // 2, i * h, 1 - (steps - i) * h)
 
 
 def expect_finite_flow(x: Tensor, v: Iterable[Tensor], times: Tensor, first: int = 0) -> None:

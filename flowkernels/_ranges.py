@@ -1,20 +1,22 @@
-"""Named ranges around the ops, for profilers: "flowkernels::euler_step.cuda" is that op on that backend.
+"""Who watches the calls of the ops: profilers, and `record_calls` (flowkernels/calls.py).
 
-In torch.profiler they are events, in Nsight's tools NVTX ranges. Asked for by `with flowkernels.profile_ranges():` or
-FLOWKERNELS_PROFILE=1, for the whole process; every call then goes through torch's dispatcher. A replayed CUDA graph has
-none: its calls happened when it was recorded.
+For profilers there are named ranges, "flowkernels::euler_step.cuda" is that op on that backend: in torch.profiler they
+are events, in Nsight's tools NVTX ranges. Asked for by `with flowkernels.profile_ranges():` or FLOWKERNELS_PROFILE=1,
+for the whole process. Where anybody watches, every call goes through torch's dispatcher. A replayed CUDA graph has no
+calls: they happened when it was recorded.
 """
 
 import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-asked = os.environ.get("FLOWKERNELS_PROFILE") == "1"  # looked at by every call
+asked = os.environ.get("FLOWKERNELS_PROFILE") == "1"  # whether anybody watches; looked at by every call
 _lock, _count = threading.Lock(), int(asked)
+_recorders: tuple[Callable, ...] = ()
 
 
 @contextlib.contextmanager
@@ -27,11 +29,22 @@ def profile_ranges() -> Iterator[None]:
         _add(-1)
 
 
-def _add(n: int) -> None:
-    global asked, _count
+@contextlib.contextmanager
+def recorded(see: Callable) -> Iterator[None]:
+    """`see(op, args)` ahead of every call inside the `with` block, from any thread."""
+    _add(0, see)
+    try:
+        yield
+    finally:
+        _add(0, gone=see)
+
+
+def _add(n: int, see: Callable | None = None, gone: Callable | None = None) -> None:
+    global asked, _count, _recorders
     with _lock:
         _count += n
-        asked = _count > 0
+        _recorders = tuple(r for r in (*_recorders, see) if r not in (None, gone))
+        asked = _count > 0 or len(_recorders) > 0
 
 
 @functools.cache
@@ -40,7 +53,12 @@ def _has_nvtx() -> bool:
 
 
 @contextlib.contextmanager
-def around(op: str, backend: str) -> Iterator[None]:
+def around(op: str, backend: str, args: tuple) -> Iterator[None]:
+    for see in _recorders:
+        see(op, args)
+    if _count == 0:
+        yield
+        return
     name, nvtx = f"flowkernels::{op}.{backend}", _has_nvtx()
     with torch.profiler.record_function(name):
         if nvtx:

@@ -7,6 +7,7 @@ the machine can do at most.
 
 import contextlib
 import ctypes
+import functools
 import gc
 import math
 import statistics
@@ -38,8 +39,11 @@ class WallClock:
 
     def __init__(self, device: torch.device):
         self.device, self.C = device, backends.extension()
-        n = 1 << (25 if device.type == "cpu" else 28)
-        self.arrays = [torch.ones(n, device=device) for _ in range(3)]
+
+    @functools.cached_property
+    def arrays(self) -> list[torch.Tensor]:
+        n = 1 << (25 if self.device.type == "cpu" else 28)
+        return [torch.ones(n, device=self.device) for _ in range(3)]
 
     def plan(self, call: Callable[[], Any]) -> tuple[int, float]:
         """How many calls make one measurement, and the seconds that it takes."""

@@ -141,8 +141,11 @@ class Measured:
         return self.error <= self.bound
 
 
-def measure(work: Work, clock: WallClock | CudaEvents, threads: int, budget: float):
-    """Gate, warm up and time all providers in turns for about `budget` seconds; at least three rounds."""
+def measure(work: Work, clock: WallClock | CudaEvents, threads: int, budget: float, limits: bool = True):
+    """Gate, warm up and time all providers in turns for about `budget` seconds; at least three rounds.
+
+    limits: whether what the machine can do at most is measured as well, in every round.
+    """
     measured, loops, cost = {}, {}, {}
     for name, call in work.calls.items():
         error, bound = work.check(call())
@@ -153,12 +156,13 @@ def measure(work: Work, clock: WallClock | CudaEvents, threads: int, budget: flo
         measured[name].extra_mb = clock.extra_memory(call)
     names = [name for name in work.calls if measured[name].ok]
     slow = {name for name in names if cost[name] > budget / 8}
-    each = sum(cost[name] for name in names if name not in slow) + 0.02
+    each = sum(cost[name] for name in names if name not in slow) + (0.02 if limits else 1e-6)
     rounds = max(3, min(200, int(budget / each)))
     stream, fma = [], []
     for r in range(rounds):
-        stream.append(clock.bandwidth(threads))
-        fma.append(clock.operations(threads, work.unit))
+        if limits:
+            stream.append(clock.bandwidth(threads))
+            fma.append(clock.operations(threads, work.unit))
         for k in range(len(names)):
             name = names[(k + r) % len(names)]
             if name not in slow or r < 3:

@@ -1,4 +1,4 @@
-"""The `flowkernels` command: demo, calibrate, straighten, sample, bench, tune and info."""
+"""The `flowkernels` command: demo, calibrate, straighten, sample, bench, tune, capture, replay and info."""
 
 import argparse
 import importlib
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels import _tuned, backends, bench, demo, ops, tune
+from flowkernels import _tuned, backends, bench, demo, ops, replay, tune
 from flowkernels._files import whole_file
 from flowkernels.models import BUNDLED, save_network
 from flowkernels.velocity_field import VelocityField, parameter_hash
@@ -48,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_: print(f"flowkernels: warning: {message}", file=sys.stderr)
         try:
-            args = _parser().parse_args(argv)
+            argv = sys.argv[1:] if argv is None else argv
+            of_script = argv.index("--") if argv[:1] == ["capture"] and "--" in argv else len(argv)
+            args = _parser().parse_args(argv[:of_script])
+            args.script_args = argv[of_script + 1 :]
             return args.command(args) or 0
         except KeyboardInterrupt:
             print("flowkernels: interrupted", file=sys.stderr)
@@ -125,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
 
     bench.add_arguments(command("bench", bench.run, "Time the kernels and their peers, side by side."))
     tune.add_arguments(command("tune", _tune, "Find the fastest configurations of the Triton kernels on this GPU."))
+
+    text = "Run a script and store the real inputs of an op's calls, for replay."
+    replay.add_capture_arguments(command("capture", replay.capture, text))
+    replay.add_replay_arguments(command("replay", replay.replay, "Check and time each backend on stored calls."))
 
     add = command("info", _info, "Versions, hardware, and which op has which backend or why not.")
     add("--json", action="store_true", help="as JSON")

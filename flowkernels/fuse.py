@@ -219,11 +219,11 @@ class FusedSampler:
                 kept[1] = fresh(x.new_empty(len(self._h), *x.shape))
             bad = batch.prepared(C, self._h).run(x, out, *kept)
         else:
-            out, *kept = self._by_op(batch, x)
+            out, *kept = self._by_op(batch, x, states or velocities)
             bad = -1 if torch.isfinite(out).all() else 0
         if bad >= 0:
             expect_noise(noise)
-            _, _, v = self._by_op(batch, x)
+            _, _, v = self._by_op(batch, x, True)
             expect_finite_flow(out, v, self.times, first)
         return out, kept[0] if states else None, kept[1] if velocities else None
 
@@ -241,11 +241,14 @@ class FusedSampler:
         return noise.detach().float()
 
     @torch.no_grad()
-    def _by_op(self, batch: "_Batch", x: Tensor) -> list[Tensor]:
-        """(samples, states, velocities) through the public op: any backend, and any tracer of torch's."""
+    def _by_op(self, batch: "_Batch", x: Tensor, trajectory: bool) -> list[Tensor | None]:
+        """(samples, states, velocities), the latter two for a trajectory, through the public op: any backend, and any
+        tracer of torch's."""
         low, w = batch.network.low, self._network.field.guidance
-        options = dict(unconditional=batch.unconditional, guidance=w, low=low, trajectory=True)
+        options = dict(unconditional=batch.unconditional, guidance=w, low=low, trajectory=trajectory)
         found = mlp_sample(x.flatten(1), self._h.tolist(), batch.layers, **options)
+        if not trajectory:
+            return [found.view(x.shape), None, None]
         return [t.view(*t.shape[:-1], *x.shape[1:]) for t in found]
 
     def _prepare(self, n: int, conditioning: Mapping[str, Any] | None) -> "_Batch":

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
 from tqdm import tqdm
 
 from flowkernels import capture as captured
-from flowkernels._checks import expect_finite_flow, expect_noise, expect_times
+from flowkernels._checks import expect, expect_finite_flow, expect_noise, expect_times
 from flowkernels.fuse import FusedSampler
-from flowkernels.rollout import euler, initial_state, replay
+from flowkernels.fuse_head import FusedHead
+from flowkernels.ops import euler_step
+from flowkernels.rollout import euler, initial_state, replay, step_times
 from flowkernels.schedule import Schedule
-from flowkernels.velocity_field import warn_if_training
+from flowkernels.velocity_field import evaluate, has_time_embedding, warn_if_training
 
 
 @torch.no_grad()
@@ -44,6 +47,11 @@ def sample(
             no tensors, modules, functions or short containers.
         progress: show a progress bar; a captured loop, which is one call, has none.
 
+    Inside `torch.compile(fullgraph=True, dynamic=True)` the loop is one graph whatever the number of steps, the
+    schedule (a Schedule, an integer or a tensor; a list of numbers is compiled anew for each) and the guidance weight.
+    Values are not looked at there: NaN and Inf show in the result, and times are taken to increase from 0 to 1.
+    Neither a captured loop nor a `FusedSampler` or fused head, which are compiled already, goes in there.
+
     Returns:
         `[n, *shape]`, float32 (float64 for float64 noise). On all knots of a rollout's grid this is its last state,
         bit for bit; captured, to rounding.
@@ -53,6 +61,8 @@ def sample(
         RuntimeError: for a velocity that cannot be captured, what stopped it.
     """
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
+    if torch.compiler.is_compiling():
+        return _traced(velocity, noise, times, capture)
     if isinstance(velocity, FusedSampler):
         return velocity.on(times)(noise)
     x0 = initial_state(expect_noise(noise))
@@ -66,3 +76,25 @@ def sample(
             x1 = step[0]
     expect_finite_flow(x1, replay(velocity, x0, times), times)
     return x1
+
+
+def _traced(velocity, noise: Tensor, times: Tensor, capture: str | None) -> Tensor:
+    """The loop as torch.compile takes it: a loop of its graph. A Python loop would be unrolled, for each N anew."""
+    fused = isinstance(velocity, (FusedSampler, FusedHead))
+    expect(not fused, "velocity", "a network inside torch.compile, which fuses on its own", type(velocity).__name__)
+    expect(capture in (None, "auto"), "capture", "None or 'auto' inside torch.compile", capture)
+    warn_if_training(velocity)
+    x = initial_state(expect_noise(noise)).contiguous()
+    t, h, embedded = step_times(times, x), times.diff(), has_time_embedding(velocity)
+
+    def more(i, x):
+        return (i < len(h)).all()
+
+    def step(i, x):  # numbers of the velocity's are for it alone: the loop cannot take in one that was looked at before
+        now = t.index_select(0, i.to(x.device, non_blocking=True))
+        embedding = velocity.time_embedding(now) if embedded else None
+        v, v_uncond, w = evaluate(velocity, x, now.expand(len(x)).clone(), embedding)
+        return i + 1, euler_step(x, v, h.index_select(0, i).reshape(()), v_uncond=v_uncond, guidance=w)
+
+    i = torch.zeros(1, dtype=torch.int64, device="cpu")  # on the CPU: a GPU would be waited for before every step
+    return while_loop(more, step, (i, x))[1]

@@ -224,13 +224,19 @@ _forwards = weakref.WeakKeyDictionary()  # class -> whether its forward takes an
 
 def _takes_embedding(kind: type) -> bool:
     """Whether the class's forward has a parameter `embedding=None`."""
+    if torch.compiler.is_compiling():  # which would compile anew when the answer is there already
+        return _looks_for_embedding(kind)
     if kind not in _forwards:
-        try:
-            call = inspect.signature(kind.forward if issubclass(kind, nn.Module) else kind.__call__)
-            _forwards[kind] = "embedding" in call.parameters and call.parameters["embedding"].default is None
-        except (TypeError, ValueError):  # a callable without a signature
-            _forwards[kind] = False
+        _forwards[kind] = _looks_for_embedding(kind)
     return _forwards[kind]
+
+
+def _looks_for_embedding(kind: type) -> bool:
+    try:
+        call = inspect.signature(kind.forward if issubclass(kind, nn.Module) else kind.__call__)
+        return "embedding" in call.parameters and call.parameters["embedding"].default is None
+    except (TypeError, ValueError):  # a callable without a signature
+        return False
 
 
 def has_time_embedding(velocity) -> bool:

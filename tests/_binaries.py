@@ -271,6 +271,7 @@ def problems(kernels: list[Kernel], rules: list[Rule]) -> list[str]:
                 count = k.count(what)
                 if count > int(number) if bound == "<" else count < int(number or 1):
                     say(f"{count} {what}, wanted {wanted}")
-            if not r.double and "double" not in k.template_arguments and k.count("FP64"):
+            double = r.double or re.search("double|float64", k.template_arguments)
+            if not double and k.count("FP64"):
                 say(f"{k.count('FP64')} double-precision instructions")
     return found + [f"rule {r.name}: no such kernel" for r in rules if id(r) not in used]

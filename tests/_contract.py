@@ -1,41 +1,14 @@
 """What every op's tests share, on the CPU and on a GPU."""
 
-import torch
+import importlib
 
-from flowkernels.ops.mlp_sample import _flat
+import torch
 
 
 def op_args(op, sample):
-    """The sample's arguments as the registered op takes them."""
-    k = sample.kwargs
-    if op == "velocity_gram":
-        return (*sample.args, k.get("x"), k.get("times"))
-    if op == "cost_from_gram":
-        return (*sample.args, k["states"])
-    if op == "bellman":
-        return sample.args
-    if op == "euler_step":
-        return (*sample.args, k.get("v_uncond"), k.get("guidance", 1.0), k.get("low"))
-    if op == "linear_euler":
-        x, z, weight, h = sample.args
-        names = ("bias", "norm", "norm_weight", "norm_bias", "scale", "shift", "patch")
-        step = (k.get("order", "pqc"), k.get("guidance"), h, k.get("history", []), k.get("b", []), k.get("low"))
-        return (x, z, weight, *map(k.get, names), *step)
-    if op == "linear_update":
-        return (*sample.args, k.get("low"))
-    if op == "segment_points":
-        return (*sample.args, k.get("dtype") or sample.args[0].dtype)
-    if op == "mlp_sample":
-        x, h, layers = sample.args
-        return (
-            x,
-            h,
-            *_flat(layers, k.get("unconditional")),
-            k.get("guidance", 1.0),
-            k.get("low"),
-            k.get("trajectory", False),
-        )
-    return (*sample.args, k.get("weight"), 0.0 if k["loss"] == "l2" else 0.03, True)
+    """The sample's arguments as the registered op takes them; `straighten_loss` with its gradient."""
+    args = importlib.import_module(f"flowkernels.ops.{op}.samples").to_op(sample)
+    return (*args[:-1], True) if op == "straighten_loss" else args
 
 
 def tensors(result):

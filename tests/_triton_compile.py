@@ -2,24 +2,27 @@
 
     python tests/_triton_compile.py OP [OP ...] --out DIR [--targets 80,90,100,120,gfx942]
 
-Writes DIR/<variant>.<target>.cubin (.hsaco) and DIR/variants.json, and prints a line for each kernel. A process of its
-own: Triton decides between its interpreter and its compiler when it is imported.
+Writes DIR/<variant>.<target>.cubin (.hsaco) and what it read in them, DIR/kernels.pickle, and prints a line or two for
+each. A process of its own: Triton decides between its interpreter and its compiler when it is imported.
 """
 
 import argparse
+import dataclasses
 import importlib
-import json
 import os
+import pickle
 import sys
 import time
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ["TRITON_INTERPRET"] = "0"
-os.environ["FLOWKERNELS_TRITON_CONFIGS"] = ""  # the shipped ones, on a machine with a GPU too
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "0"  # whatever those who start it have set
+    os.environ["FLOWKERNELS_TRITON_CONFIGS"] = ""  # the shipped ones, on a machine with a GPU too
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import _binaries  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from _contract import op_args  # noqa: E402
@@ -48,35 +51,37 @@ class Driver:
         return 0
 
 
-def typed(arg) -> tuple[str, int]:
-    """The type of an argument as a kernel sees it, and how much is known of its alignment."""
+def typical(name: str, arg):
+    """The argument as real models have it: sizes are multiples of 16, memory is aligned."""
     if isinstance(arg, torch.Tensor):
-        return "*" + str(arg.dtype)[6:], arg.data_ptr() % 16 == 0
+        return torch.empty(16, dtype=arg.dtype)
     if isinstance(arg, (tuple, list)):
-        names, known = zip(*map(typed, arg), strict=True) if arg else ((), ())
-        return f"({', '.join(names)})", sum(known)
-    if isinstance(arg, bool) or arg is None:
-        return str(arg), 0
-    if isinstance(arg, int):
-        return "int", 2 * (arg % 16 == 0) - (arg == 1)
-    return type(arg).__name__, 0
+        return tuple(typical(name, a) for a in arg)
+    if type(arg) is int and not (arg == 1 and "stride" in name):  # a stride of 1 is compiled in
+        return min(-(-arg // 16) * 16 or 16, arg | 1 << 40)
+    return arg
+
+
+def typed(arg) -> str:
+    """The type of an argument as a kernel sees it."""
+    if isinstance(arg, torch.Tensor):
+        return str(arg.dtype)[6:]
+    if isinstance(arg, (tuple, list)):
+        return f"({', '.join(map(typed, arg))})"
+    return str(arg) if isinstance(arg, bool) or arg is None else type(arg).__name__
 
 
 class Recorder:
-    """In place of `_triton.launch`: of each kernel with its types and constants, the launch with the best aligned
-    arguments."""
+    """In place of `_triton.launch`: each kernel with each choice of types and constants, once."""
 
     def __init__(self):
         self.launches = {}
 
     def __call__(self, kernel, grid, *args, on, config, **constants):
-        given = kernel.arg_names[: len(args)]
-        types = {name: typed(arg) for name, arg in zip(given, args, strict=True)}
-        shown = {n: t[1:] if t[0] == "*" else t for n, (t, _) in types.items() if t not in ("int", "(float)")}
-        label = f"{kernel.__name__}<{', '.join(f'{k}={v}' for k, v in (shown | constants | config).items())}>"
-        known = sum(score for _, score in types.values())
-        if label not in self.launches or known > self.launches[label][0]:
-            self.launches[label] = known, kernel, grid, args, constants | config
+        given = dict(zip(kernel.arg_names, args, strict=False))
+        types = {name: t for name, arg in given.items() if (t := typed(arg)) not in ("int", "(float)")}
+        label = f"{kernel.__name__}<{', '.join(f'{k}={v}' for k, v in (types | constants | config).items())}>"
+        self.launches[label] = kernel, grid, [typical(*a) for a in given.items()], constants | config
 
     def record(self, op: str) -> None:
         samples = importlib.import_module(f"flowkernels.ops.{op}.samples")
@@ -94,7 +99,7 @@ def compile_for(target: str, ops: list[str], out: Path) -> list[dict]:
         before, _triton.launch = _triton.launch, recorder
         recorder.record(op)
         _triton.launch = before
-        for i, (label, (_, kernel, grid, args, options)) in enumerate(recorder.launches.items()):
+        for i, (label, (kernel, grid, args, options)) in enumerate(recorder.launches.items()):
             kernel.device_caches.clear()
             start = time.monotonic()
             compiled = kernel.warmup(*args, grid=grid, **options, enable_fp_fusion=True)
@@ -116,19 +121,18 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     variants = [v for t in args.targets.split(",") for v in compile_for(t, args.ops, args.out)]
-    (args.out / "variants.json").write_text(json.dumps(variants, indent=1))
-    import _binaries
-
+    kernels = []
     for v in variants:
-        line = f"{v['target']:>6} {v['seconds']:5.1f} s  {v['label']}"
-        if v["file"].endswith("cubin"):
-            (k,) = _binaries.read_cubin(args.out / v["file"])
-            known = ("LDG", "LDG.128", "STG", "STG.128", "HMMA", "LDGSTS", "FP64", "SHFL", "BAR", "atomics")
-            counts = " ".join(f"{n}:{k.count(n)}" for n in known if k.count(n))
-            line += (
-                f"\n{'':>14}{k.registers} registers, stack {k.stack}, local {k.local}, shared {v['shared']}, {counts}"
-            )
-        print(line)
+        print(f"{v['target']:>6} {v['seconds']:5.1f} s  {v['label']}")
+        if not v["file"].endswith("cubin"):
+            continue
+        (read,) = _binaries.read_cubin(args.out / v["file"])
+        k = dataclasses.replace(read, name=v["label"], arch=v["target"], shared=v["shared"])
+        kernels.append(k)
+        known = ("LDG", "LDG.128", "STG", "STG.128", "HMMA", "LDGSTS", "FP64", "SHFL", "BAR", "atomics")
+        counts = " ".join(f"{n}:{k.count(n)}" for n in known if k.count(n))
+        print(f"{'':>14}{k.registers} registers, stack {k.stack}, local {k.local}, shared {k.shared}, {counts}")
+    (args.out / "kernels.pickle").write_bytes(pickle.dumps((kernels, variants)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 
 def register(schema: str, kernel, reference, fake, cuda=None) -> None:
     """Define an op: `kernel(C, *args)` runs on the compiled module, `cuda(module, *args)` on that of CUDA kernels, the
-    function of its name in <op>/triton_kernel.py on Triton, `reference(*args)` on torch."""
+    function of its name in <op>/triton_kernel.py on Triton, `reference(*args)` on torch. An op that takes numbers gets
+    a second overload, `tensor`: see `_register_open`."""
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if cuda is not None:
@@ -35,17 +36,87 @@ def register(schema: str, kernel, reference, fake, cuda=None) -> None:
             return cuda(backends.cuda_module(), *args)
         if choice == "triton":
             return backends.triton_op(name)(*args)
-        return reference(*args)
+        with no_autocast(args[0]):
+            return reference(*args)
 
     def run(*args):
         choice = backends.choose(name, args[0].device)
         if not _ranges.asked:
             return on(choice, args)
-        with _ranges.around(name, choice):
+        with _ranges.around(name, choice, args):
             return on(choice, args)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flowkernels::{name}", fake, lib=LIBRARY)
+    if any(kind.startswith("float") for kind in _kinds(schema)):
+        _register_open(schema, run, fake)
+
+
+def no_autocast(t: Tensor):
+    """A context in which torch's own operations compute in the dtypes that they are given, as the kernels do."""
+    device = t.device.type
+    on = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
+
+
+NUMBERS: dict[str, list[str]] = {}  # of ops that take numbers, the types of their arguments
+
+
+def _kinds(schema: str) -> list[str]:
+    return [argument.split()[0] for argument in schema[schema.index("(") + 1 : schema.rindex(") ->")].split(", ")]
+
+
+def _register_open(schema: str, run, fake) -> None:
+    """The overload `tensor`, with a tensor of no dimensions on the CPU in the place of every number: the compiler
+    keeps a tensor open, where it would bake a number into the code and compile anew for the next."""
+    name, kinds = schema.split("(")[0], _kinds(schema)
+    NUMBERS[name] = kinds
+    LIBRARY.define(schema.replace("(", ".tensor(", 1).replace("float", "Tensor"), tags=(torch.Tag.pt2_compliant_tag,))
+
+    def number(kind, arg):
+        if arg is None or not kind.startswith("float"):
+            return arg
+        return [t.item() for t in arg] if kind == "float[]" else arg.item()
+
+    LIBRARY.impl(f"{name}.tensor", lambda *args: run(*map(number, kinds, args)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flowkernels::{name}.tensor", fake, lib=LIBRARY)
+
+
+def register_autograd(name: str, backward, setup_context) -> None:
+    """For both overloads: the numbers that `setup_context` sees are tensors in one of them."""
+    for overload in (name, f"{name}.tensor"):
+        torch.library.register_autograd(f"flowkernels::{overload}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def dispatch(name: str, *args):
+    """The registered op, by torch's dispatcher; compiled, with numbers that are not known yet left open."""
+    op = getattr(torch.ops.flowkernels, name)
+    if torch.compiler.is_compiling() and any(map(_is_open, NUMBERS[name], args)):
+        return op.tensor(*map(_as_tensor, NUMBERS[name], args))
+    return op(*args)
+
+
+def _is_open(kind: str, arg) -> bool:
+    """Whether it holds a number that the compiler keeps open: one that it does not know to have a sign."""
+    if arg is None or not kind.startswith("float"):
+        return False
+    if kind == "float[]":
+        return any(_is_open("float", a) for a in arg)
+    known = torch.fx.experimental.symbolic_shapes.statically_known_true
+    return isinstance(arg, Tensor) or not (known(arg < 0) or known(arg >= 0))
+
+
+def _as_tensor(kind: str, arg):
+    if arg is None or not kind.startswith("float"):
+        return arg
+    if kind == "float[]":
+        return [as_tensor(a) for a in arg]
+    return as_tensor(arg)
+
+
+def as_tensor(number) -> Tensor:
+    """A number as the overload `tensor` takes it; a product, which the compiler knows how to make of an open number."""
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
 
 
 def stream_of(t: Tensor) -> tuple[int, int]:
@@ -70,10 +141,10 @@ def fresh(t: Tensor) -> Tensor:
 def direct(op: str, *tensors: Tensor | None, gradient: bool = False):
     """The compiled module, if the call may go straight to it; None if torch's dispatcher has something to do.
 
-    It has under a compiler, a tracer, a mode, a transform, a profiler or `profile_ranges`, and for tensors that are a
-    subclass, live elsewhere, carry a pending negation, are zeros without memory (of forward-mode differentiation), or
-    need a gradient (unless the caller sees to that). Otherwise it would only cost time: about 40 us a call, and 300 us
-    where there is a gradient.
+    It has under a compiler, a tracer, a mode, a transform, a profiler, `profile_ranges` or `record_calls`, and for
+    tensors that are a subclass, live elsewhere, carry a pending negation, are zeros without memory (of forward-mode
+    differentiation), or need a gradient (unless the caller sees to that). Otherwise it would only cost time: about
+    40 us a call, and 300 us where there is a gradient.
     """
     if _watched():
         return None

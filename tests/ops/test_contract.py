@@ -12,6 +12,7 @@ from _contract import identical, op_args, tensors
 from flowkernels import ops
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import OPS
+from flowkernels.ops._samples import arrange
 
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
 FUNCTIONS = {op: getattr(ops, op) for op in OPS}
@@ -77,6 +78,33 @@ def test_same_bits_every_run_from_poisoned_memory(op, sample, poisoned):
 def test_opcheck(op, sample):
     args = tuple(with_gradient(a) if i in DIFFERENTIABLE.get(op, ()) else a for i, a in enumerate(op_args(op, sample)))
     torch.library.opcheck(getattr(torch.ops.flowkernels, op).default, args)
+
+
+# schema, fake and gradient are those of the op; what a backend may get wrong is what it aliases, writes to and returns
+@pytest.mark.parametrize("name", [b for b in BACKENDS if b != "cpu"])
+@over(CASES[::5])
+def test_opcheck_of_other_backends(op, sample, name):
+    with backend(name):
+        test_opcheck(op, sample)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("layout", ["sliced", "permuted", "reversed", "channels_last", "expanded", "misaligned"])
+@over([next(c for c in CASES if c[0] == op and c[1].args[0].dim() == 4) for op in DIFFERENTIABLE if op[-4:] != "loss"])
+def test_gradients_that_arrive_in_any_layout(op, sample, layout, name):
+    """Those of every output, against the same numbers side by side. The loss has one number: test_straighten_loss."""
+    leaves = [with_gradient(a) if i in DIFFERENTIABLE[op] else a for i, a in enumerate(op_args(op, sample))]
+    with backend(name):
+        outputs = getattr(torch.ops.flowkernels, op)(*leaves[:-1], torch.bfloat16)
+    arriving = [arrange(torch.randn(out.shape).to(out.dtype), layout) for out in outputs]
+    inputs = [t for a in leaves for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+    got, expected = (
+        torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+        for gradients in (arriving, [g.contiguous() for g in arriving])
+    )
+    assert identical(got, expected)
+    x = torch.stack([g.float() for g in arriving]).sum(0)
+    torch.testing.assert_close(got[0], x.to(got[0].dtype))
 
 
 # every fourth sample is one of each dtype and most layouts; a compilation takes 0.2 s

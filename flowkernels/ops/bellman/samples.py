@@ -33,6 +33,14 @@ def sample_inputs() -> Iterator[Sample]:
     yield Sample("17-misaligned", (flat[1:].view(17, 17).copy_(_costs(17, g)), 16), {})
 
 
+def to_op(sample: Sample) -> tuple:
+    return sample.args
+
+
+def from_op(args: tuple) -> Sample:
+    return Sample("from_op", tuple(args), {})
+
+
 def error_and_bound(sample: Sample, got: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """How many entries differ from the reference's, and none: a sum of two and a minimum round alike everywhere."""
     value, parent = reference.bellman(*sample.args)

@@ -1,24 +1,24 @@
 """Sample inputs of `cost_from_gram` and the error allowed on them, for its tests and its benchmark."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops._samples import Sample, arrange, slices
 from flowkernels.ops.cost_from_gram import reference
 
 
-def weights(times: Tensor, states: bool) -> Tensor:
-    """`[K+1, K+1, R]`: the residual of the step j -> k as a combination of the rows a_m, e_j."""
+def weights(times: Tensor, states: bool, starts: slice = slice(None)) -> Tensor:
+    """`[K+1, K+1, R]`: the residual of the step j -> k as a combination of the rows a_m, e_j. starts: which j."""
     K = len(times) - 1
-    j, k, m = torch.meshgrid(torch.arange(K + 1), torch.arange(K + 1), torch.arange(1, K), indexing="ij")
+    j, k, m = torch.meshgrid(torch.arange(K + 1)[starts], torch.arange(K + 1), torch.arange(1, K), indexing="ij")
     a = torch.where((j < m) & (m < k), times[k] - times[m], 0.0)
     if not states:
         return a
-    span = (times[None, :] - times[:, None])[:, :, None]
-    return torch.cat([a, span * torch.eye(K + 1, K, dtype=torch.float64)[:, None, :]], 2)
+    span = (times[None, :] - times[starts, None])[:, :, None]
+    return torch.cat([a, span * torch.eye(K + 1, K, dtype=torch.float64)[starts, None, :]], 2)
 
 
 def sample_inputs() -> Iterator[Sample]:
@@ -45,6 +45,15 @@ def sample_inputs() -> Iterator[Sample]:
         yield sample(9, states=True, layout=layout)
 
 
+def to_op(sample: Sample) -> tuple:
+    return (*sample.args, sample.kwargs["states"])
+
+
+def from_op(args: tuple) -> Sample:
+    *of_function, states = args
+    return Sample("from_op", tuple(of_function), dict(states=states))
+
+
 def error_and_bound(sample: Sample, got: Tensor) -> tuple[float, float]:
     """The largest error against the quadratic form itself, relative to the sum of the sizes of its terms.
 
@@ -53,9 +62,16 @@ def error_and_bound(sample: Sample, got: Tensor) -> tuple[float, float]:
     4 for its factors.
     """
     gram, times = sample.args
-    w = weights(times, sample.kwargs["states"])
-    truth = (w @ gram * w).sum(2)
-    scale = (w.abs() @ gram.abs() * w.abs()).sum(2).clamp(min=torch.finfo(torch.float64).tiny)
+
+    def form(of: Callable[[Tensor], Tensor]) -> Tensor:
+        found = []
+        for starts in slices(len(times), len(times) * len(gram)):
+            w = of(weights(times, sample.kwargs["states"], starts))
+            found.append((w @ of(gram) * w).sum(2))
+        return torch.cat(found)
+
+    truth = form(lambda t: t)
+    scale = form(torch.abs).clamp(min=torch.finfo(torch.float64).tiny)
     inside = torch.ones_like(truth, dtype=torch.bool).triu(1)
 
     def error(cost):

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import LOW, expect, expect_like, expect_low, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, fresh, is_plain, is_transformed, register, stream_of
+from flowkernels.ops._library import (
+    DTYPE_CODES,
+    direct,
+    dispatch,
+    fresh,
+    is_plain,
+    is_transformed,
+    register,
+    register_autograd,
+    stream_of,
+)
 from flowkernels.ops.euler_step import reference
 
 
@@ -69,7 +79,7 @@ def euler_step(
         new = reference.euler_step(x, v, h, v_uncond, guidance)
         return (new, new.to(low)) if wants_low else new
     if functional:
-        new, copy = torch.ops.flowkernels.euler_step(x, v, h, v_uncond, guidance, low)
+        new, copy = dispatch("euler_step", x, v, h, v_uncond, guidance, low)
         return (new, copy) if wants_low else new
 
     if out is None:
@@ -84,7 +94,7 @@ def euler_step(
     if (C := direct("euler_step_out", x, v, v_uncond, out, low)) is not None:
         _kernel_out(C, x, v, h, v_uncond, guidance, out, low)
     else:
-        torch.ops.flowkernels.euler_step_out(x, v, h, v_uncond, guidance, out, low)
+        dispatch("euler_step_out", x, v, h, v_uncond, guidance, out, low)
     return (out, low) if wants_low else out
 
 
@@ -99,7 +109,7 @@ def stepper(x: Tensor):
         if C is not None and is_plain(v) and (v_uncond is None or is_plain(v_uncond)):
             _kernel_out(C, x, v, h, v_uncond, guidance, out, None)
         else:
-            torch.ops.flowkernels.euler_step_out(x, v, h, v_uncond, guidance, out, None)
+            dispatch("euler_step_out", x, v, h, v_uncond, guidance, out, None)
         return out
 
     return step
@@ -211,4 +221,4 @@ def _backward(ctx, grad, grad_low):
     return grad, dv, None, du, None, None
 
 
-torch.library.register_autograd("flowkernels::euler_step", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("euler_step", _backward, _setup_context)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops._samples import Sample, arrange, not_none, of_state, pieces
 from flowkernels.ops.euler_step import reference
 
 
@@ -50,6 +50,24 @@ def sample_inputs() -> Iterator[Sample]:
         yield sample((2, 3, 5, 7), f32, 2.0, bf16, layouts)
     for layouts in [("misaligned",) * 3, ("sliced", "channels_last", "permuted")]:
         yield sample((2, 3, 5, 7), bf16, 2.0, bf16, layouts)
+
+
+def to_op(sample: Sample) -> tuple:
+    k = sample.kwargs
+    return (*sample.args, k.get("v_uncond"), k.get("guidance", 1.0), k.get("low"))
+
+
+def from_op(args: tuple) -> Sample:
+    x, v, h, v_uncond, guidance, low = args
+    return Sample("from_op", (x, v, h), not_none(v_uncond=v_uncond, guidance=guidance, low=low))
+
+
+def parts(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> Iterator[tuple[Sample, Tensor | tuple]]:
+    x, v, h = sample.args
+    u, low = sample.kwargs.get("v_uncond"), sample.kwargs.get("low")
+    for piece in pieces(x.shape):
+        kwargs = sample.kwargs if u is None else sample.kwargs | dict(v_uncond=u[piece])
+        yield Sample(sample.id, (x[piece], v[piece], h), kwargs), of_state(got, low is not None, piece)
 
 
 def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tuple[float, float]:

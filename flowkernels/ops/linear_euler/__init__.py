@@ -15,7 +15,16 @@ from flowkernels._checks import (
     expect_positive_int,
     expect_tensor,
 )
-from flowkernels.ops._library import DTYPE_CODES, direct, fresh, is_transformed, register, stream_of
+from flowkernels.ops._library import (
+    DTYPE_CODES,
+    direct,
+    dispatch,
+    fresh,
+    is_transformed,
+    no_autocast,
+    register,
+    stream_of,
+)
 from flowkernels.ops.linear_euler import reference
 
 ORDERS = ("pqc", "cpq")
@@ -124,10 +133,11 @@ def linear_euler(
     if is_transformed():
         expected = "None, and low a dtype, inside torch.func's transforms"
         expect(functional, "out" if velocity_out is None else "velocity_out", expected, "a tensor to write to")
-        new = reference.linear_euler(x, reference.head_velocity(*head[:12]), h, history, b)
+        with no_autocast(x):
+            new = reference.linear_euler(x, reference.head_velocity(*head[:12]), h, history, b)
         return (new, new.to(low)) if wants_low else new
     if functional:
-        new, copy = torch.ops.flowkernels.linear_euler(*head, low)
+        new, copy = dispatch("linear_euler", *head, low)
         return (new, copy) if wants_low else new
 
     out = _empty(x) if out is None else out
@@ -141,7 +151,7 @@ def linear_euler(
     if (C := direct("linear_euler_out", *tensors, out, low, velocity_out)) is not None:
         _kernel_out(C, *head, out, low, velocity_out)
     else:
-        torch.ops.flowkernels.linear_euler_out(*head, out, low, velocity_out)
+        dispatch("linear_euler_out", *head, out, low, velocity_out)
     return (out, low) if wants_low else out
 
 

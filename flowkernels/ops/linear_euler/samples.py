@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops._samples import Sample, arrange, not_none, of_state, slices
 from flowkernels.ops.linear_euler import reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -110,6 +110,33 @@ def sample_inputs() -> Iterator[Sample]:
         yield make((2, 24), 96, (6,), dtype=dtype, options="bias norm", mean=100.0)
 
 
+def to_op(sample: Sample) -> tuple:
+    (x, z, weight, h), k = sample.args, sample.kwargs
+    names = ("bias", "norm", "norm_weight", "norm_bias", "scale", "shift", "patch")
+    step = (k.get("order", "pqc"), k.get("guidance"), h, k.get("history", []), k.get("b", []), k.get("low"))
+    return (x, z, weight, *map(k.get, names), *step)
+
+
+def from_op(args: tuple) -> Sample:
+    h, history, b, low = args[12:]
+    kwargs = dict(zip(HEAD, args[3:12], strict=True), history=history or None, b=b or None, low=low)
+    return Sample("from_op", (*args[:3], h), not_none(**kwargs))
+
+
+def parts(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> Iterator[tuple[Sample, Tensor | tuple]]:
+    (x, z, weight, h), k = sample.args, sample.kwargs
+    n, guided, low = len(x), k.get("guidance") is not None, k.get("low")
+    for piece in slices(n, z[:1].numel() + x[:1].numel()):
+
+        def rows(t: Tensor, piece=piece) -> Tensor:
+            return torch.cat([t[:n][piece], t[n:][piece]]) if guided else t[piece]
+
+        kwargs = k | {name: rows(k[name]) for name in ("scale", "shift") if name in k and len(k[name]) > 1}
+        if "history" in k:
+            kwargs["history"] = [t[piece] for t in k["history"]]
+        yield Sample(sample.id, (x[piece], rows(z), weight, h), kwargs), of_state(got, low is not None, piece)
+
+
 def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tuple[float, float]:
     """The largest error of the new state against float64, and the largest allowed, relative to the sum's terms.
 
@@ -144,6 +171,13 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tupl
 
     expected = reference.linear_euler(x, reference.head_velocity(x, z, weight, **head), h, history, b)
     return error(state), 2 * error(expected) + 4 * torch.finfo(x.dtype).eps
+
+
+def of_velocity(sample: Sample) -> Sample:
+    """The sample whose new state is the velocity of this one, that `velocity_out` stores: a step of 1 from 0."""
+    x, z, weight, _ = sample.args
+    head = {name: sample.kwargs[name] for name in HEAD if name in sample.kwargs}
+    return Sample(sample.id, (torch.zeros_like(x), z, weight, 1.0), head)
 
 
 def _scale(x: Tensor, z: Tensor, weight: Tensor, head: dict) -> Tensor:

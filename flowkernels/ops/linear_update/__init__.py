@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import LOW, expect, expect_like, expect_low, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, LIBRARY, direct, fresh, is_transformed, register, stream_of
+from flowkernels.ops._library import (
+    DTYPE_CODES,
+    direct,
+    dispatch,
+    fresh,
+    is_transformed,
+    register,
+    register_autograd,
+    stream_of,
+)
 from flowkernels.ops.linear_update import reference
 
 
@@ -70,7 +79,7 @@ def linear_update(
         new = reference.linear_update(x, v, b)
         return (new, new.to(low)) if wants_low else new
     if functional:
-        new, copy = torch.ops.flowkernels.linear_update(x, v, b, low)
+        new, copy = dispatch("linear_update", x, v, b, low)
         return (new, copy) if wants_low else new
 
     out = _empty(x) if out is None else out
@@ -85,7 +94,7 @@ def linear_update(
     if (C := direct("linear_update_out", x, *v, out, low)) is not None:
         _kernel_out(C, x, v, b, out, low)
     else:
-        torch.ops.flowkernels.linear_update_out(x, v, b, out, low)
+        dispatch("linear_update_out", x, v, b, out, low)
     return (out, low) if wants_low else out
 
 
@@ -164,9 +173,9 @@ def _backward(ctx, grad, grad_low):
     if grad_low is not None and grad_low.numel():
         low = grad_low.to(grad.dtype if grad is not None else torch.float32)
         grad = low if grad is None else grad + low
-    if grad is None:
-        return None, [None] * len(ctx.b), None, None
-    return grad, [(grad * b).to(dtype) for b, dtype in zip(ctx.b, ctx.dtypes, strict=True)], None, None
+    none = [None] * len(ctx.b)
+    dv = none if grad is None else [(grad * b).to(dtype) for b, dtype in zip(ctx.b, ctx.dtypes, strict=True)]
+    return grad, dv, none if isinstance(ctx.b[0], Tensor) else None, None
 
 
-torch.library.register_autograd("flowkernels::linear_update", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("linear_update", _backward, _setup_context)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops._samples import Sample, arrange, not_none, of_state, pieces
 from flowkernels.ops.linear_update import reference
 
 
@@ -36,6 +36,23 @@ def sample_inputs() -> Iterator[Sample]:
     for layout in ("misaligned", "sliced", "permuted", "channels_last", "expanded"):
         yield sample((2, 3, 5, 7), 3, f32, bf16, layout)
     yield sample((2, 3, 5, 7), 3, bf16, bf16, "channels_last")
+
+
+def to_op(sample: Sample) -> tuple:
+    return (*sample.args, sample.kwargs.get("low"))
+
+
+def from_op(args: tuple) -> Sample:
+    *of_function, low = args
+    return Sample("from_op", tuple(of_function), not_none(low=low))
+
+
+def parts(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> Iterator[tuple[Sample, Tensor | tuple]]:
+    x, v, b = sample.args
+    low = sample.kwargs.get("low")
+    for piece in pieces(x.shape):
+        part = x[piece], [t[piece] for t in v], b
+        yield Sample(sample.id, part, sample.kwargs), of_state(got, low is not None, piece)
 
 
 def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tuple[float, float]:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, direct, fresh, register, stream_of
+from flowkernels.ops._library import (
+    DTYPE_CODES,
+    direct,
+    dispatch,
+    fresh,
+    is_transformed,
+    no_autocast,
+    register,
+    stream_of,
+)
 from flowkernels.ops.mlp_sample import reference
 
 MAPS, COMBINES = ("identity", "linear", "layer_norm"), ("none", "add", "multiply")  # as csrc/mlp_sample/mlp_sample.h
@@ -72,6 +81,7 @@ def mlp_sample(
     The state and all activations of a few samples stay in the caches (on a GPU in shared memory) through every layer
     and step; memory sees x, the result and the weights. `fk.fuse` makes the layers of a network, and packs its weights
     once instead of at every call as this function does. NaN and Inf are not looked for: they show in the result.
+    Inside torch.func's transforms and forward-mode differentiation it runs as plain torch.
 
     Args:
         x: noise `[n, D]`, float32.
@@ -113,8 +123,11 @@ def mlp_sample(
     args = (x, h, *_flat(layers, unconditional), float(guidance), low, trajectory)
     if (C := direct("mlp_sample", x, *args[2])) is not None:
         state, states, velocities = _kernel(C, *args)
+    elif is_transformed():
+        with no_autocast(x):
+            state, states, velocities = reference.mlp_sample(x, h, layers, unconditional, float(guidance), low)
     else:
-        state, states, velocities = torch.ops.flowkernels.mlp_sample(*args)
+        state, states, velocities = dispatch("mlp_sample", *args)
     return (state, states, velocities) if trajectory else state
 
 

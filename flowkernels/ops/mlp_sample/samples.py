@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange
-from flowkernels.ops.mlp_sample import Layer, Source, reference
+from flowkernels.ops._samples import Sample, arrange, not_none, slices
+from flowkernels.ops.mlp_sample import Layer, Source, _flat, _layers, reference
 
 TRIALS = 3
+CHECKED = 10**10  # multiply-adds, about, that the samples of a large batch that are checked may cost in each of them
 
 
 class Network:
@@ -114,6 +115,40 @@ def sample_inputs() -> Iterator[Sample]:
         yield residual(33, n, 3).sample("residual low", low=bf16, trajectory=n == 6)
     yield gates(49, 2, "sample").sample("gates low", "sliced", guidance=1.5, low=bf16)
     yield Network(3, 17, 4).add(100, activation="silu").add(15, activation="silu").head().sample("narrow low", low=bf16)
+
+
+def to_op(sample: Sample) -> tuple:
+    (x, h, layers), k = sample.args, sample.kwargs
+    options = k.get("guidance", 1.0), k.get("low"), k.get("trajectory", False)
+    return (x, h, *_flat(layers, k.get("unconditional")), *options)
+
+
+def from_op(args: tuple) -> Sample:
+    x, h, tensors, code, numbers, guided, guidance, low, trajectory = args
+    layers, unconditional = _layers(tensors, code, numbers, guided)
+    kwargs = not_none(unconditional=unconditional, guidance=guidance, low=low, trajectory=trajectory)
+    return Sample("from_op", (x, h, layers), kwargs)
+
+
+def parts(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> Iterator[tuple[Sample, Tensor | tuple]]:
+    """Of a batch that would take long, samples from the first to the last at even distances."""
+    (x, h, layers), others = sample.args, sample.kwargs.get("unconditional")
+    n, cost = len(x), len(h) * sum(a.weight.numel() for a in layers if a.weight is not None)
+    checked = min(n, max(1, CHECKED // max(1, cost)))
+    places = torch.linspace(0, n - 1, checked, dtype=torch.float64, device=x.device).round().long()
+
+    def of(layers, where):
+        names = "scale", "shift", "shift_each"
+        tables = [
+            {k: t[:, where] for k in names if (t := getattr(a, k)) is not None and t.shape[1] > 1} for a in layers
+        ]
+        return [replace(a, **each) for a, each in zip(layers, tables, strict=True)]
+
+    for piece in slices(checked, sum(a.width for a in layers)):
+        where = places[piece]
+        kwargs = sample.kwargs if others is None else sample.kwargs | dict(unconditional=of(others, where))
+        found = (got[0][where], *(t[:, where] for t in got[1:])) if sample.kwargs.get("trajectory") else got[where]
+        yield Sample(sample.id, (x[where], h, of(layers, where)), kwargs), found
 
 
 def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops._samples import Sample, arrange, not_none, slices
 from flowkernels.ops.segment_points import reference
 
 
@@ -44,6 +44,30 @@ def sample_inputs() -> Iterator[Sample]:
     yield sample((4, 3, 37), 6, f64, None, f64)
     for layout in ("misaligned", "sliced", "permuted", "expanded"):
         yield sample((4, 3, 5, 7), 9, f32, layout=layout)
+
+
+def to_op(sample: Sample) -> tuple:
+    bank, interval, s, u = (*sample.args, None)[:4]
+    return (bank, interval, s, u, sample.kwargs.get("dtype") or bank.dtype)
+
+
+def from_op(args: tuple) -> Sample:
+    *of_function, dtype = args
+    return Sample("from_op", tuple(of_function), not_none(dtype=dtype if dtype != args[0].dtype else None))
+
+
+def used(bank: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """The bank with those of its samples alone that are used, and their new places."""
+    kept, places = s.unique(return_inverse=True)
+    return bank[:, kept], places
+
+
+def parts(sample: Sample, got: Tensor) -> Iterator[tuple[Sample, Tensor]]:
+    bank, interval, s, u = sample.args
+    for piece in slices(len(s), len(bank) * math.prod(bank.shape[2:])):
+        smaller, places = used(bank, s[piece])
+        args = smaller, interval[piece], places, None if u is None else u[piece]
+        yield Sample(sample.id, args, sample.kwargs), got[piece]
 
 
 def error_and_bound(sample: Sample, got: Tensor) -> tuple[float, float]:

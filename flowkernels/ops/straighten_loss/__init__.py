@@ -9,12 +9,13 @@ from torch import Tensor
 from flowkernels._checks import FLOATS, expect, expect_number, expect_tensor
 from flowkernels.ops._library import (
     DTYPE_CODES,
-    LIBRARY,
     direct,
+    dispatch,
     fresh,
     is_batched,
     is_transformed,
     register,
+    register_autograd,
     stream_of,
 )
 from flowkernels.ops.segment_points import expect_bank, refuse_place
@@ -95,7 +96,7 @@ def straighten_loss(
     if (C := direct("straighten_loss", *args[:-1], gradient=True)) is not None:
         results = _Direct.apply(C, *args) if gradient else _launch(C, *args, False)[0]
         return StraightenLoss(results[0], *results.detach()[1:].split([len(v), len(bank) - 1]))
-    return StraightenLoss(*torch.ops.flowkernels.straighten_loss(*args, gradient)[:3])
+    return StraightenLoss(*dispatch("straighten_loss", *args, gradient)[:3])
 
 
 def _expect_vector(t, name: str, length: int, v: Tensor) -> None:
@@ -206,4 +207,4 @@ def _backward(ctx, grad, *_):
     return (gradient, *(None,) * 7)
 
 
-torch.library.register_autograd("flowkernels::straighten_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("straighten_loss", _backward, _setup_context)

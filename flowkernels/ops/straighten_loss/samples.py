@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange
-from flowkernels.ops.segment_points.samples import places
+from flowkernels.ops._samples import Sample, arrange, not_none
+from flowkernels.ops.segment_points.samples import places, used
 from flowkernels.ops.straighten_loss import StraightenLoss, reference
 
 
@@ -44,6 +44,27 @@ def sample_inputs() -> Iterator[Sample]:
         yield sample((4, 3, 5, 7), 9, loss, bf16, True, "expanded", "sliced")
 
 
+def to_op(sample: Sample) -> tuple:
+    return (*sample.args, sample.kwargs.get("weight"), _huber_c(sample), sample.args[0].requires_grad)
+
+
+def from_op(args: tuple) -> Sample:
+    v, bank, step_sizes, interval, s, weight, c, gradient = args
+    kwargs = not_none(weight=weight, loss="huber" if c else "l2", huber_c=c or None)
+    return Sample("from_op", (v.detach().requires_grad_(gradient), bank, step_sizes, interval, s), kwargs)
+
+
+def parts(sample: Sample, got: StraightenLoss) -> Iterator[tuple[Sample, StraightenLoss]]:
+    """The whole, with the part of the bank that is used."""
+    v, bank, h, interval, s = sample.args
+    smaller, where = used(bank, s)
+    yield Sample(sample.id, (v, smaller, h, interval, where), sample.kwargs), got
+
+
+def _huber_c(sample: Sample) -> float:
+    return sample.kwargs.get("huber_c", 0.03) if sample.kwargs["loss"] == "huber" else 0.0
+
+
 def error_and_bound(sample: Sample, got: StraightenLoss) -> tuple[float, float]:
     """The largest relative error of any loss against float64, and the largest allowed.
 
@@ -52,7 +73,7 @@ def error_and_bound(sample: Sample, got: StraightenLoss) -> tuple[float, float]:
     difference, relative to their terms and doubled by the square, and 2 for the sum.
     """
     v, bank, h, interval, s = sample.args
-    weight, c = sample.kwargs.get("weight"), 0.03 if sample.kwargs["loss"] == "huber" else 0.0
+    weight, c = sample.kwargs.get("weight"), _huber_c(sample)
     wide = (v.double(), bank.double(), h.double(), interval, s)
     truth = reference.straighten_loss(*wide, weight, c)
     target = reference.errors(torch.zeros_like(v).double(), *wide[1:])
@@ -76,7 +97,7 @@ def relative_error(got, truth) -> float:
 def gradient_error_and_bound(sample: Sample, gradient: Tensor) -> tuple[float, float]:
     """The same for the gradient, relative to the scale of each sample's error terms `|v| + |target|`."""
     v, bank, h, interval, s = sample.args
-    weight, c = sample.kwargs.get("weight"), 0.03 if sample.kwargs["loss"] == "huber" else 0.0
+    weight, c = sample.kwargs.get("weight"), _huber_c(sample)
     wide = (v.double(), bank.double(), h.double(), interval, s)
     truth = reference.gradient(*wide, weight, c)
     target = reference.errors(torch.zeros_like(v).double(), *wide[1:])
