@@ -218,7 +218,7 @@ def other_stream(op: str, device, on: str = "cuda") -> list[str]:
     return wrong
 
 
-# ---- more than 2^31 elements: (device, elements, backend) -> the largest error in ulp of float32, of a few allowed ----
+# ---- sizes past 2^31 elements: (device, elements, backend) -> the largest error in ulp of float32; a few are allowed
 
 
 def _apart(got: Tensor, expected: Tensor, scale: Tensor) -> float:

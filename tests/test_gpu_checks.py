@@ -281,9 +281,10 @@ def pytest_collection_finish(session):
 def test_triton_in_the_interpreter_is_no_test_of_a_gpu(tmp_path, monkeypatch):
     (tmp_path / "seeming_gpu.py").write_text(SEEMING_GPU)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    done = run_pytest(HERE.parent, "tests/gpu/test_ops.py", "-p", "seeming_gpu", "-k", "bellman", path=tmp_path)
+    options = ("-p", "seeming_gpu", "-k", "bellman and triton")
+    done = run_pytest(HERE.parent, "tests/gpu/test_ops.py", *options, path=tmp_path)
+    assert done.returncode == 0, done.stdout
     skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
-    assert skipped, done.stdout
+    assert skipped
     assert all("scripts/test_gpu has them compiled (TRITON_INTERPRET=0)" in line for line in skipped)
-    assert "test_float64[bellman] - Failed: there is a GPU, but" in done.stdout  # in CUDA, which this stand-in has not
-    assert "bellman, triton]" not in "".join(line for line in done.stdout.splitlines() if line.startswith("ERROR"))
+    assert "bellman, triton  " in done.stdout  # in the table
