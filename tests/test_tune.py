@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import logging
+import operator
 import re
 import time
 
@@ -28,10 +29,10 @@ GPU = "Some GPU 80GB"
 
 
 class Clock:
-    """Seconds of a call: `planted(configs in use)`, in a machine whose speed drifts. What a GPU is asked by."""
+    """In place of a GPU's: seconds of a call are `planted(configs in use)`, times a drift."""
 
     def __init__(self, planted):
-        self.planted, self.seen, self.drift = planted, [], itertools.cycle([1.0, 1.3, 0.8])
+        self.planted, self.seen, self.drift = planted, [], itertools.repeat(1.0)
 
     def plan(self, call):
         return 3, 1e-3
@@ -40,12 +41,6 @@ class Clock:
         assert loops == 3
         self.seen.append(dict(_triton._configs))
         return next(self.drift) * self.planted(_triton._configs)
-
-
-def steady(planted):
-    clock = Clock(planted)
-    clock.drift = itertools.repeat(1.0)
-    return clock
 
 
 def at(kernel, times, otherwise=1.0):
@@ -113,7 +108,7 @@ def test_candidates_begin_with_the_shipped_one():
 
 
 def test_the_fastest_is_found(works):
-    found = search(steady(at("bellman_step", [(FAST, 0.7), ({**STEP, "BLOCK_K": 16}, 0.8)])), works)
+    found = search(Clock(at("bellman_step", [(FAST, 0.7), ({**STEP, "BLOCK_K": 16}, 0.8)])), works)
     assert (found.best, found.shipped) == (FAST, STEP)
     assert (found.tried, found.of) == (4, 4)
     assert (found.best_seconds, found.shipped_seconds) == pytest.approx((0.7, 1.0))
@@ -121,15 +116,19 @@ def test_the_fastest_is_found(works):
     assert not found.skipped
 
 
-def test_times_are_those_of_a_round(works):
-    """On a machine whose speed drifts by half, by more than the gain."""
-    found = search(Clock(at("bellman_step", [(FAST, 0.2)])), works)
-    assert found.best == FAST
+def test_times_are_taken_beside_the_shipped_one():
+    """On a machine that slows down, the last of many is found all the same."""
+    tried = candidates(STEP, SEARCH["bellman_step"])
+    assert len(tried) > 2 * tune.FINALISTS
+    clock = Clock(at("bellman_step", [(tried[-1], 0.9)]))
+    clock.drift = itertools.accumulate(itertools.repeat(1.02), operator.mul)
+    nothing = Work({"flowkernels cpu": lambda: None}, lambda got: (0.0, 1.0))
+    assert search(clock, {"nothing": nothing}, tried=tried).best == tried[-1]
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.005])
 def test_the_shipped_one_stays_where_nothing_is_clearly_faster(works, gain):
-    found = search(steady(at("bellman_step", [(FAST, 1.0 - gain)])), works)
+    found = search(Clock(at("bellman_step", [(FAST, 1.0 - gain)])), works)
     assert found.best == STEP
     assert found.best_seconds == found.shipped_seconds == pytest.approx(1.0)
 
@@ -137,10 +136,10 @@ def test_the_shipped_one_stays_where_nothing_is_clearly_faster(works, gain):
 def test_the_shipped_one_stays_within_noise(works):
     """One that is faster by half in three rounds of five has the better median."""
     rounds = itertools.cycle([0.5, 1.1, 0.5, 1.1, 0.5])
-    clock = steady(lambda configs: next(rounds) if configs["bellman_step"] == FAST else 1.0)
+    clock = Clock(lambda configs: next(rounds) if configs["bellman_step"] == FAST else 1.0)
     assert search(clock, works, tried=[STEP, FAST]).best == STEP
     often = itertools.cycle([0.5, 1.1, 0.5, 0.5, 0.5, 0.5])
-    clock = steady(lambda configs: next(often) if configs["bellman_step"] == FAST else 1.0)
+    clock = Clock(lambda configs: next(often) if configs["bellman_step"] == FAST else 1.0)
     assert search(clock, works, tried=[STEP, FAST]).best == FAST
 
 
@@ -148,9 +147,9 @@ def test_all_works_count(cases):
     """One that is faster on one and slower on the other, by more, is not faster."""
     works = {case.name: case.make() for case in cases}
     order = itertools.count()
-    clock = steady(lambda configs: (0.5, 3.0)[next(order) % 2] if configs["bellman_step"] == FAST else 1.0)
+    clock = Clock(lambda configs: (0.5, 3.0)[next(order) % 2] if configs["bellman_step"] == FAST else 1.0)
     assert search(clock, works, tried=[STEP, FAST]).best == STEP
-    clock = steady(lambda configs: (0.5, 1.5)[next(order) % 2] if configs["bellman_step"] == FAST else 1.0)
+    clock = Clock(lambda configs: (0.5, 1.5)[next(order) % 2] if configs["bellman_step"] == FAST else 1.0)
     found = search(clock, works, tried=[STEP, FAST])
     assert found.best == FAST
     assert found.best_seconds == pytest.approx(0.75**0.5)
@@ -159,7 +158,7 @@ def test_all_works_count(cases):
 def test_a_wrong_one_is_dropped_and_said(works, launched):
     launched(FAST, lambda args: args[2].add_(1.0))  # values
     said = []
-    found = search(steady(at("bellman_step", [(FAST, 0.1)])), works, said=said)
+    found = search(Clock(at("bellman_step", [(FAST, 0.1)])), works, said=said)
     assert found.best == STEP
     assert list(found.wrong) == ["BLOCK_J=16 BLOCK_K=32 num_warps=2"]
     (line,) = said
@@ -171,14 +170,14 @@ def test_one_that_does_not_run_is_skipped(works, launched):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
     launched(FAST, fail)
-    found = search(steady(at("bellman_step", [(FAST, 0.1)])), works)
+    found = search(Clock(at("bellman_step", [(FAST, 0.1)])), works)
     assert found.best == STEP
     (reason,) = found.skipped.values()
     assert reason.startswith("OutOfResources: out of resource: shared memory, Required: 300000")
     assert found.tried == 4
 
     launched(STEP, fail)  # the shipped one: the others are compared with the first that runs
-    found = search(steady(at("bellman_step", [(FAST, 0.1)])), works)
+    found = search(Clock(at("bellman_step", [(FAST, 0.1)])), works)
     assert found.best == FAST
     assert found.shipped_seconds != found.shipped_seconds
     assert len(found.skipped) == 1
@@ -193,12 +192,12 @@ def test_a_gpu_that_is_lost_ends_it(works, launched):
 
     launched(FAST, lambda args: lost.append(1))
     with pytest.raises(RuntimeError, match=r"bellman_step with BLOCK_J=16 .* left the GPU unusable .*illegal"):
-        Tuner(steady(at("bellman_step", [])), wait=wait).search("bellman_step", [STEP, FAST], works, {})
+        Tuner(Clock(at("bellman_step", [])), wait=wait).search("bellman_step", [STEP, FAST], works, {})
 
 
 def test_time_that_is_over_ends_it_with_what_is_known(works):
     asked = itertools.count()
-    clock = steady(at("bellman_step", [(FAST, 0.7)]))
+    clock = Clock(at("bellman_step", [(FAST, 0.7)]))
     tried = [STEP, {**STEP, "BLOCK_J": 64}, FAST, {**STEP, "BLOCK_K": 64}]
     found = search(clock, works, tried=tried, spent=lambda: next(asked) == 2)
     assert (found.tried, found.of, found.best) == (3, 4, FAST)
@@ -216,7 +215,7 @@ def test_kernel_by_kernel_on_cases_that_launch_them(cases):
     def planted(configs):
         return at("bellman_check", times["bellman_check"])(configs) * at("bellman_step", times["bellman_step"])(configs)
 
-    clock = steady(planted)
+    clock = Clock(planted)
     found, left = tune.tune({"bellman": cases}, Tuner(clock), {}, float("inf"))
     assert not left
     assert {t.kernel: t.best for t in found} == {"bellman_check": fast_check, "bellman_step": FAST}
@@ -227,7 +226,7 @@ def test_kernel_by_kernel_on_cases_that_launch_them(cases):
 
 
 def test_a_kernel_that_no_case_launches_stays(cases):
-    clock = steady(lambda configs: 1.0)
+    clock = Clock(lambda configs: 1.0)
     found, left = tune.tune({"bellman": cases[:1], "euler_step": cases[:1]}, Tuner(clock), {}, float("inf"))
     assert [t.kernel for t in found] == ["bellman_check", "bellman_step"]
     assert left == {"euler_step": "no case of the benchmark launches it"}
@@ -270,7 +269,7 @@ def test_minutes(cases, monkeypatch):
     """Kernels share them; what they do not suffice for stays."""
     now = itertools.count()  # a second passes with each look at the clock, and none otherwise
     monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
-    tuner = Tuner(steady(at("bellman_step", [(FAST, 0.5)])))
+    tuner = Tuner(Clock(at("bellman_step", [(FAST, 0.5)])))
     found, left = tune.tune({"bellman": cases[:1]}, tuner, {}, 8 / 60)
     assert [(t.kernel, t.tried, t.of) for t in found] == [("bellman_check", 2, 2), ("bellman_step", 1, 4)]
     assert not left
@@ -457,7 +456,7 @@ def test_watch():
 def command(gpu, cases, monkeypatch):
     """`flowkernels tune bellman` on the interpreter, FAST being twice as fast."""
     monkeypatch.setattr(tune, "_gpu", lambda name: CPU)
-    monkeypatch.setattr(tune, "timer", lambda device: steady(at("bellman_step", [(FAST, 5e-6)], 1e-5)))
+    monkeypatch.setattr(tune, "timer", lambda device: Clock(at("bellman_step", [(FAST, 5e-6)], 1e-5)))
     monkeypatch.setattr(bench, "cases", lambda op, device: cases[:1])
     return gpu
 
