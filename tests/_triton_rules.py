@@ -15,4 +15,8 @@ RULES = [
     Rule(r"bellman_check_kernel.*", 32, 1.0),
     Rule(r"bellman_step_kernel.*", 72, 0.37, double=True),
     Rule(r"cost_from_gram_kernel.*", 96, 0.31),
+    # tokens and weights come asynchronously; the state of a token's 64 outputs 16 bytes at once, that of patches not
+    Rule(r"linear_euler_kernel<x=float32.*BLOCK_O=(32|64).*", 136, 0.1, has="HMMA LDGSTS LDG.128 STG.128"),
+    Rule(r"linear_euler_kernel<x=float32.*BLOCK_O=16.*", 104, 0.1, has="HMMA LDGSTS"),
+    Rule(r"linear_euler_kernel<x=float64.*", 128, 0.1, has="LDGSTS"),
 ]

@@ -162,6 +162,18 @@ def test_transformers_give_the_unfused_numbers(name, guidance, packed, steps):
 
 
 @EACH
+@pytest.mark.parametrize("on", ["cuda", "triton"])
+def test_kernels_of_a_gpu_give_the_unfused_numbers(name, on, steps):
+    field, noise = field_of(name, 2, guidance=3.0)
+    expected = fk.rollout(field, noise, 2)
+    with fk.backend(on):
+        got = fk.rollout(fk.fuse_head(field), noise, 2)
+    assert len(steps) == 2 + 1
+    close(got.x, expected.x, 2e-6)
+    close(got.v, expected.v, 5e-6)
+
+
+@EACH
 def test_calibrations_agree(name, steps):
     """In chunks, with each sample's own conditioning; compared and found once for all chunks."""
     field, noise = field_of(name, 5, guidance=2.0)

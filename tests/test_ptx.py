@@ -1,5 +1,6 @@
 """The PTX that nvcc makes of the kernels, translated to C++ (csrc/host_cuda/ptx_to_cpp.py) and run on the emulation."""
 
+import ctypes
 import importlib
 import math
 import struct
@@ -98,6 +99,49 @@ def minimum(a, b):
     return float(np.fmin(f32(a), f32(b)))
 
 
+def to_tf32(a):
+    return 0x7FFFFFFF if math.isnan(f32(a)) else a + 0x1000 & ~0x1FFF
+
+
+LOW = dict(f16=(11, -14), bf16=(8, -126))  # digits, and the least exponent
+
+
+def of_low(bits, kind):
+    return float(f32(bits << 16) if kind == "bf16" else np.array(bits, np.uint16).view(np.float16)[()])
+
+
+def low(kind, f, count):
+    """f of 16-bit floats: both halves of a, then the lower one of b; rounded once, to nearest and ties to even."""
+
+    def rounded(a, b, c):
+        values = [of_low(bits, kind) for bits in (a & 0xFFFF, a >> 16, b & 0xFFFF)][:count]
+        if not all(map(math.isfinite, values)):
+            return of_f32(f(*map(np.float32, values)))
+        if not (exact := f(*map(Fraction, values))):
+            return of_f32(f(*map(np.float32, values)))
+        digits, least = LOW[kind]
+        ulp = Fraction(2) ** (max(math.frexp(exact)[1] - 1, least) - digits + 1)
+        value = round(exact / ulp) * ulp
+        return of_f32(
+            math.copysign(math.inf, value) if abs(value) >= 2 ** (127 if kind == "bf16" else 15) * 2 else value
+        )
+
+    return rounded
+
+
+def low_row(instruction, kind, count):
+    operands = ", ".join(["%h", "%i", "%j"][:count])
+    return f"mov.b32 {{%h, %i}}, %a; mov.b32 {{%j, _}}, %b; {instruction}.{kind} %h, {operands}; cvt.f32.{kind} %d, %h;"
+
+
+def in_pairs(kind):
+    """The lower half of a product of pairs, and the upper one, by the instruction for single ones."""
+    return (
+        f"mul.{kind}x2 %d, %a, %b; mov.b32 {{%h, %i}}, %a; mov.b32 {{%j, %k}}, %b; mul.{kind} %h, %h, %j; "
+        f"mul.{kind} %i, %i, %k; mov.b32 %t0, {{%h, %i}}; xor.b32 %d, %d, %t0;"
+    )
+
+
 INTEGER = {
     "add.s32 %d, %a, %b;": lambda a, b, c: a + b,
     "sub.s32 %d, %a, -7;": lambda a, b, c: a + 7,
@@ -131,6 +175,20 @@ INTEGER = {
     "setp.ge.and.s32 %p, %a, 0, %z; selp.b32 %d, 1, 2, %p;": lambda a, b, c: 2,
     "mov.b32 {%h, %i}, %a; mov.b32 %d, {%i, %h};": lambda a, b, c: a >> 16 | a << 16,
     "cvt.s32.s8 %d, %a;": lambda a, b, c: sign_extend(a, 8),
+    "add.cc.u32 %d, %a, %b; addc.u32 %d, %c, 9;": lambda a, b, c: c + 9 + (a + b >> 32),
+    "sub.cc.u32 %d, %a, %b; subc.u32 %d, %c, 9;": lambda a, b, c: c - 9 - (a < b),
+    "add.cc.u32 %d, -1, 1; addc.cc.u32 %d, %a, %b; addc.u32 %d, 0, 0;": lambda a, b, c: a + b + 1 >> 32,
+    "mad.lo.cc.u32 %d, %a, %b, %c; madc.hi.u32 %d, %a, %b, %c;": lambda a, b, c: (
+        (a * b >> 32) + c + ((a * b & MASK) + c >> 32)
+    ),
+    "rem.u32 %d, %a, 3; mul.wide.u32 %l, %d, 4; mov.b64 %m, digits; add.s64 %l, %l, %m; "
+    "ld.global.nc.b32 %d, [%l];": lambda a, b, c: (7, 80, 900)[a % 3],
+    "mov.b32 %t0, depot; st.local.v2.b32 [%t0+8], {%a, %b}; ld.local.b32 %d, [%t0+12];": lambda a, b, c: b,
+    "cvta.local.u64 %l, depot; st.b32 [%l+4], %a; ld.local.b32 %d, [depot+4];": lambda a, b, c: a,
+    "createpolicy.fractional.L2::evict_last.b64 %l, 1.0; "
+    "ld.global.L1::evict_last.L2::cache_hint.b32 {%d}, [%in + 4], %l;": lambda a, b, c: b,
+    in_pairs("f16"): lambda a, b, c: 0,
+    in_pairs("bf16"): lambda a, b, c: 0,
     "mov.b32 %d, 1; @!%z bra SKIP; mov.b32 %d, 2; SKIP: add.s32 %d, %d, %a;": lambda a, b, c: a + 1,
     "rem.u32 %d, %a, 3; brx.idx %d, TABLE; TABLE: .branchtargets ZERO, ONE, TWO; ZERO: mov.b32 %d, 7; bra.uni END; "
     "ONE: mov.b32 %d, 8; bra END; TWO: mov.b32 %d, 9; END:": lambda a, b, c: 7 + a % 3,
@@ -158,7 +216,28 @@ FLOAT = {
 }
 
 
-def test_single_instructions(tmp_path):
+FLOAT |= {"cvt.rna.tf32.f32 %d, %a;": lambda a, b, c: to_tf32(a)}
+FLOAT |= {
+    "min.NaN.f32 %d, %a, %b; max.NaN.f32 %d, %d, %c; abs.f32 %d, %d;": lambda a, b, c: of_f32(
+        abs(np.maximum(np.minimum(f32(a), f32(b)), f32(c)))
+    )
+}
+for kind in LOW:
+    FLOAT |= {
+        low_row("add", kind, 2): low(kind, lambda x, y: x + y, 2),
+        low_row("sub", kind, 2): low(kind, lambda x, y: x - y, 2),
+        low_row("mul", kind, 2): low(kind, lambda x, y: x * y, 2),
+        low_row("fma.rn", kind, 3): low(kind, lambda x, y, z: x * y + z, 3),
+        low_row("neg", kind, 1): low(kind, lambda x: -x, 1),
+        low_row("max", kind, 2) + " abs.f32 %d, %d;": low(kind, lambda x, y: abs(y if x != x or y > x else x), 2),
+        low_row("min.NaN", kind, 2) + " abs.f32 %d, %d;": low(kind, lambda x, y: abs(x if x != x or x < y else y), 2),
+        f"mov.b32 {{%h, %i}}, %a; setp.lt.{kind} %p, %h, %i; selp.b32 %d, 1, 2, %p;": lambda a, b, c, kind=kind: (
+            1 if of_low(a & 0xFFFF, kind) < of_low(a >> 16, kind) else 2
+        ),
+    }
+
+
+def test_single_instructions():
     body = ""
     for i, text in enumerate([*INTEGER, *FLOAT]):
         scoped = text
@@ -168,14 +247,15 @@ def test_single_instructions(tmp_path):
     rows = len(INTEGER) + len(FLOAT)
     library = _host_cuda.PtxLibrary(
         f""".version 8.0\n.target sm_80\n.address_size 64
+        .global .align 4 .b32 digits[3] = {{7, 80, 900}};
         .visible .entry table(.param .u64 .ptr .global .align 4 table_0, .param .u64 table_1) {{
-        .reg .b32 %a, %b, %c, %d, %t<2>; .reg .b64 %l, %in, %out; .reg .pred %p, %q, %z; .reg .b16 %h, %i;
+        .local .align 8 .b8 depot[16];
+        .reg .b32 %a, %b, %c, %d, %t<2>; .reg .b64 %l, %m, %in, %out; .reg .pred %p, %q, %z; .reg .b16 %h, %i, %j, %k;
         ld.param.u64 %in, [table_0]; ld.param.u64 %out, [table_1];
         mov.u32 %t0, %ctaid.x; mov.u32 %t1, %ntid.x; mov.u32 %a, %tid.x; mad.lo.u32 %t0, %t0, %t1, %a;
         mul.wide.u32 %l, %t0, 12; add.s64 %in, %in, %l; mul.wide.u32 %l, %t0, {4 * rows}; add.s64 %out, %out, %l;
         ld.global.u32 %a, [%in]; ld.global.u32 %b, [%in+4]; ld.global.nc.u32 %c, [%in+8]; setp.ne.s32 %z, 1, 1;
         {body} ret; }}""",
-        tmp_path,
     )
     operands = [(a, b, c) for a in WORDS for b in WORDS for c in (3, 0x80000001, 0x12345678, 0x3F000000)]
     given = np.array(operands, np.uint32)
@@ -199,9 +279,74 @@ def test_single_instructions(tmp_path):
 
 @pytest.mark.parametrize(
     "instruction",
-    ["wgmma.fence.sync.aligned;", "add.sat.s32 %r, %r, %r;", "fma.rn.relu.f32 %r, %r, %r, %r;", "call f;"],
+    [
+        "wgmma.fence.sync.aligned;",
+        "add.sat.s32 %r, %r, %r;",
+        "fma.rn.relu.f32 %r, %r, %r, %r;",
+        "call f;",
+        "ld.global.v8.b32 {%r}, [p];",
+        "add.u32x2 %r, %r, %r;",
+        "cp.async.ca.shared.global [p], [p], 2;",
+    ],
 )
-def test_unknown_instruction_is_an_error(tmp_path, instruction):
+def test_unknown_instruction_is_an_error(instruction):
     text = f".visible .entry odd(.param .u64 p) {{ .reg .b32 %r; {instruction} ret; }}"
     with pytest.raises(RuntimeError, match=rf"odd: unsupported instruction {instruction.split('.')[0].split()[0]}"):
-        _host_cuda.PtxLibrary(text, tmp_path)
+        _host_cuda.PtxLibrary(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth", "a", "c", "expected"),
+    [
+        ("tf32", 8, 0x3F800FFF, 0.0, 8.0),  # of 1 + 2^-11 - 2^-23 the unit sees 1
+        ("tf32", 4, 0x3F802000, 0.0, 4 + 2.0**-8),
+        ("tf32", 8, 0x3F800000, 2.0**24, 2.0**24 + 8),
+        ("tf32", 8, 0x3F800000, 2.0**25, 2.0**25),  # an accumulator so large that what is added is cut off
+        ("tf32", 8, 0x40400000, 2.0**25, 2.0**25 + 16),  # 3 becomes 2, four times; the sum is cut off again
+        ("bf16", 16, 0x3F803F80, 2.0**24, 2.0**24 + 16),
+        ("bf16", 8, 0x3F803F80, -(2.0**25), -(2.0**25)),
+        ("f16", 16, 0x3C003C00, 2.0**25, 2.0**25),
+    ],
+)
+def test_matrix_unit(kind, depth, a, c, expected):
+    """A of equal elements, B of ones: the operands' digits, and what the unit of an A100 cuts off."""
+    words = depth // (4 if kind == "tf32" else 8)
+    one = dict(tf32=0x3F800000, bf16=0x3F803F80, f16=0x3C003C00)[kind]
+    library = _host_cuda.PtxLibrary(
+        f""".visible .entry unit(.param .u64 unit_0, .param .u32 unit_1, .param .f32 unit_2) {{
+        .reg .b32 %a, %b, %c<4>; .reg .b64 %out, %at; ld.param.b64 %out, [unit_0];
+        ld.param.b32 %a, [unit_1]; mov.b32 %b, {one}; mov.u32 %c0, %tid.x; mul.wide.u32 %at, %c0, 16;
+        add.s64 %out, %out, %at;
+        ld.param.b32 %c0, [unit_2]; mov.b32 %c1, %c0; mov.b32 %c2, %c0; mov.b32 %c3, %c0;
+        mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32 {{%c0, %c1, %c2, %c3}},
+            {{{", ".join(["%a"] * 2 * words)}}}, {{{", ".join(["%b"] * words)}}}, {{%c0, %c1, %c2, %c3}};
+        st.global.v4.b32 [%out], {{%c0, %c1, %c2, %c3}}; ret; }}"""
+    )
+    out = np.zeros(128, np.float32)
+    library.launch("unit", (1,), (32,), 0, out, ctypes.c_uint32(a), ctypes.c_float(c))
+    assert set(out) == {np.float32(expected)}
+
+
+@pytest.mark.parametrize("async_lazy", [True, False])
+def test_copies_of_every_size(async_lazy):
+    library = _host_cuda.PtxLibrary(
+        """.extern .shared .align 16 .b8 memory[];
+        .visible .entry copies(.param .u64 copies_0, .param .u64 copies_1) {
+        .reg .b32 %to, %r<9>; .reg .b64 %in, %out; ld.param.b64 %in, [copies_0]; ld.param.b64 %out, [copies_1];
+        mov.b32 %to, memory; mov.b32 %r8, 4;
+        st.shared.v4.b32 [%to], {5, 6, 7, 8};
+        cp.async.ca.shared.global [ %to + 0 ], [ %in + 0 ], 0x4;
+        cp.async.ca.shared.global [ %to + 8 ], [ %in + 8 ], 0x8, %r8;
+        cp.async.cg.shared.global.L2::128B [ %to + 16 ], [ %in + 16 ], 0x10;
+        cp.async.commit_group; cp.async.wait_group 0;
+        ld.shared.v4.b32 {%r0, %r1, %r2, %r3}, [%to]; ld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%to+16];
+        st.global.v4.b32 [%out], {%r0, %r1, %r2, %r3}; st.global.v4.b32 [%out+16], {%r4, %r5, %r6, %r7}; ret; }"""
+    )
+    given, got = np.arange(10, 18, dtype=np.uint32), np.zeros(8, np.uint32)
+    _host_cuda.ptx_order(async_lazy=async_lazy)
+    library.launch("copies", (1,), (1,), 32, given, got)
+    assert got.tolist() == [10, 6, 12, 0, 14, 15, 16, 17]
+    with pytest.raises(RuntimeError, match=r"access of 16 bytes at .*in no tensor of the launch; 16 bytes from"):
+        library.launch("copies", (1,), (1,), 32, given[:7], got)
+    with pytest.raises(RuntimeError, match=r"copies: parameter 1 has 8 bytes in PTX and 4 on the host"):
+        library.launch("copies", (1,), (1,), 32, given, ctypes.c_int(3))

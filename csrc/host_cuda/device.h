@@ -304,7 +304,7 @@ inline uint32_t half_pair(float first, float second) {
 }
 
 __forceinline__ void cp_async16(void* to, const void* from, unsigned from_bytes = 16, HOST_CUDA_LOC) {
-  host_cuda::cp_async16(to, from, from_bytes, HOST_CUDA_HERE);
+  host_cuda::cp_async(to, from, 16, from_bytes, HOST_CUDA_HERE);
 }
 inline void cp_async_commit() {
   host_cuda::cp_async_commit();

@@ -39,7 +39,7 @@ enum class State : unsigned char { fresh, ready, waiting, done };
 struct Copy {
   void* to;
   const void* from;
-  unsigned from_bytes;
+  unsigned bytes, from_bytes;
   size_t group;
   void* code;  // where the kernel asked for it
 };
@@ -193,9 +193,9 @@ void land(Fiber* f, size_t groups) {  // the copies of the first so many groups
   for (; n < f->copies.size() && f->copies[n].group < groups; n++) {
     const Copy& c = f->copies[n];
     CHECK(if (c.from_bytes) check::access(c.from, c.from_bytes, check::Kind::load, c.code);
-          check::access(c.to, 16, check::Kind::store, c.code);)
+          check::access(c.to, c.bytes, check::Kind::store, c.code);)
     memcpy(c.to, c.from, c.from_bytes);
-    memset(static_cast<char*>(c.to) + c.from_bytes, 0, 16 - c.from_bytes);
+    memset(static_cast<char*>(c.to) + c.from_bytes, 0, c.bytes - c.from_bytes);
   }
   f->copies.erase(f->copies.begin(), f->copies.begin() + ptrdiff_t(n));
 }
@@ -353,35 +353,6 @@ void collective(unsigned mask, Collective::Work work, Collective::Lane mine, Loc
     if (in(mask, i) && i != t.lane) engine->fibers[first + i].state = State::ready;
 }
 
-// Sums of nine terms as the matrix unit of an A100 forms them, by what has been measured (PeerJ CS 7:e330 and arXiv
-// 2512.07004): the terms are exact, cut off towards zero one bit below the last one that a float as large as the
-// largest of them has, added without error, and the sum cut off to a float. Later GPUs keep more bits. Loops over the
-// columns are innermost, for the compiler to vectorise.
-void add_and_cut(const double (&terms)[9][8], double (&sums)[8]) {
-  constexpr uint64_t kBelowFloat = (uint64_t(1) << 29) - 1;
-  double largest[8] = {}, plain[8] = {}, sum[8] = {}, unit[8], inverse[8];
-  uint64_t bits[8];
-  for (const auto& row : terms)
-    for (int n = 0; n < 8; n++) {
-      const double size = std::fabs(row[n]);
-      largest[n] = largest[n] < size ? size : largest[n];
-      plain[n] += row[n];
-    }
-  memcpy(bits, largest, sizeof bits);
-  for (auto& b : bits) b = ((b >> 52) - 24) << 52;
-  memcpy(unit, bits, sizeof bits);
-  for (auto& b : bits) b = (uint64_t(2046) << 52) - b;
-  memcpy(inverse, bits, sizeof bits);
-  for (const auto& row : terms)
-    for (int n = 0; n < 8; n++) sum[n] += std::trunc(row[n] * inverse[n]);
-  for (int n = 0; n < 8; n++) sum[n] *= unit[n];
-  memcpy(bits, sum, sizeof bits);
-  for (auto& b : bits) b &= ~kBelowFloat;
-  memcpy(sum, bits, sizeof bits);
-  for (int n = 0; n < 8; n++)  // else zero, infinite or not a number: products of finite floats are within these
-    sums[n] = largest[n] > 1e-100 && plain[n] - plain[n] == 0 ? sum[n] : plain[n];
-}
-
 struct Fragments {  // PTX: of A, the registers are rows g and g + 8 of columns 2 t, then of columns 2 t + 8
   uint32_t a[4], b[2];
   float* d;
@@ -420,7 +391,7 @@ void multiply(Collective& c) {
       for (int j = 0; j < 8; j++)
         for (int n = 0; n < 8; n++) terms[j][n] = a[m][k + j] * b[k + j][n];
       memcpy(terms[8], d[m], sizeof d[m]);
-      add_and_cut(terms, d[m]);
+      add_and_cut(terms, 9, d[m]);
     }
   for (int i = 0; i < 32; i++)
     for (int r = 0; r < 4; r++) lane(i)->d[r] = float(d[i / 4 + r / 2 * 8][2 * (i % 4) + r % 2]);
@@ -547,6 +518,35 @@ void exchange(const void* row, const void* (&rows)[32], Loc where) {
       {row, rows, 0, 0}, where);
 }
 
+// Sums of products and the accumulator as the matrix unit of an A100 forms them, by what has been measured (PeerJ CS
+// 7:e330 and arXiv 2512.07004): the terms are exact, cut off towards zero one bit below the last one that a float as
+// large as the largest of them has, added without error, and the sum cut off to a float. Later GPUs keep more bits.
+// Loops over the columns are innermost, for the compiler to vectorise.
+void add_and_cut(const double (*terms)[8], int count, double (&sums)[8]) {
+  constexpr uint64_t kBelowFloat = (uint64_t(1) << 29) - 1;
+  double largest[8] = {}, plain[8] = {}, sum[8] = {}, unit[8], inverse[8];
+  uint64_t bits[8];
+  for (int i = 0; i < count; i++)
+    for (int n = 0; n < 8; n++) {
+      const double size = std::fabs(terms[i][n]);
+      largest[n] = largest[n] < size ? size : largest[n];
+      plain[n] += terms[i][n];
+    }
+  memcpy(bits, largest, sizeof bits);
+  for (auto& b : bits) b = ((b >> 52) - 24) << 52;
+  memcpy(unit, bits, sizeof bits);
+  for (auto& b : bits) b = (uint64_t(2046) << 52) - b;
+  memcpy(inverse, bits, sizeof bits);
+  for (int i = 0; i < count; i++)
+    for (int n = 0; n < 8; n++) sum[n] += std::trunc(terms[i][n] * inverse[n]);
+  for (int n = 0; n < 8; n++) sum[n] *= unit[n];
+  memcpy(bits, sum, sizeof bits);
+  for (auto& b : bits) b &= ~kBelowFloat;
+  memcpy(sum, bits, sizeof bits);
+  for (int n = 0; n < 8; n++)  // else zero, infinite or not a number: products of finite floats are within these
+    sums[n] = largest[n] > 1e-100 && plain[n] - plain[n] == 0 ? sum[n] : plain[n];
+}
+
 void mma_m16n8k16(Low low, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Loc where) {
   const Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, d};
   collective(~0u, low == Low::bf16 ? multiply<Low::bf16> : multiply<Low::half>, {&mine, nullptr, 0, 0}, where);
@@ -581,13 +581,13 @@ void allow_shared(const void* kernel, size_t bytes) {
   allowed_shared[kernel] = bytes;
 }
 
-void cp_async16(void* to, const void* from, unsigned from_bytes, Loc where) {
-  if (from_bytes > 16) fail(where, "cp.async of %u bytes", from_bytes);
-  if (reinterpret_cast<uintptr_t>(to) % 16 || (from_bytes && reinterpret_cast<uintptr_t>(from) % 16))
-    fail(where, "cp.async from %p to %p: not aligned to 16 bytes", from, to);
-  if (!is_shared(to, 16)) fail(where, "cp.async to %p, which is not in shared memory", to);
+void cp_async(void* to, const void* from, unsigned bytes, unsigned from_bytes, Loc where) {
+  if (from_bytes > bytes) fail(where, "cp.async of %u bytes to %u", from_bytes, bytes);
+  if (reinterpret_cast<uintptr_t>(to) % bytes || (from_bytes && reinterpret_cast<uintptr_t>(from) % bytes))
+    fail(where, "cp.async from %p to %p: not aligned to %u bytes", from, to, bytes);
+  if (!is_shared(to, bytes)) fail(where, "cp.async to %p, which is not in shared memory", to);
   Fiber* f = engine->running;
-  f->copies.push_back({to, from, from_bytes, f->groups, __builtin_return_address(0)});
+  f->copies.push_back({to, from, bytes, from_bytes, f->groups, __builtin_return_address(0)});
   if (!options().async_lazy) land(f, SIZE_MAX);
 }
 

@@ -45,6 +45,7 @@ unsigned ballot(unsigned mask, bool vote, Loc);
 void exchange(const void* row, const void* (&rows)[32], Loc);  // everyone's pointer, for ldmatrix
 enum class Low { bf16, half };
 void mma_m16n8k16(Low, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Loc);
+void add_and_cut(const double (*terms)[8], int count, double (&sums)[8]);  // columns, as the matrix unit adds
 
 // Memory. Shared memory is found by the key of its declaration and starts as NaN.
 constexpr size_t kSharedLimit = 99 << 10, kSharedUnasked = 48 << 10;  // the first is sm_120's, the least of our targets
@@ -53,7 +54,7 @@ void* dynamic_shared(Loc);
 char* shared_space();  // where it begins
 bool is_shared(const void* p, size_t bytes);
 void allow_shared(const void* kernel, size_t bytes);
-void cp_async16(void* to, const void* from, unsigned from_bytes, Loc);
+void cp_async(void* to, const void* from, unsigned bytes, unsigned from_bytes, Loc);  // 4, 8 or 16 bytes
 void cp_async_commit();
 void cp_async_wait(size_t pending);
 void fence();

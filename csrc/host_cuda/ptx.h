@@ -5,6 +5,8 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <string>
+#include <vector>
 
 #include "common/cuda.h"
 
@@ -21,7 +23,14 @@ struct Parameter {
   size_t offset, size;
 };
 struct Registration {
-  Registration(const char* name, void (*kernel)(const char* parameters), std::initializer_list<Parameter> layout);
+  std::string name;
+  void (*function)(const char* parameters);
+  std::vector<Parameter> layout;
+  Registration(const char* name, void (*)(const char*), std::initializer_list<Parameter> layout);
+};
+// A variable of the text's own in global memory.
+struct Variable {
+  Variable(const void* p, size_t bytes);
 };
 uint64_t launches();  // of translated kernels so far
 
@@ -63,6 +72,13 @@ inline P aligned(P p, Loc loc) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail(loc, "access of %d bytes at the misaligned address %p", bytes, p);
   return p;
 }
+// An access of global memory has to be of a tensor of the launch, where the launch says which those are.
+void check_global(const void* p, size_t bytes, Loc loc);
+template <int bytes, class P>
+inline P global(P p, Loc loc) {
+  check_global(p, bytes, loc);
+  return aligned<bytes>(p, loc);
+}
 template <class T>
 inline T load(const char* p) {
   T value;
@@ -77,6 +93,8 @@ inline void store(char* p, T value) {
 // ---- arithmetic ----
 template <class T>
 constexpr bool is_float = std::is_floating_point_v<T>;
+template <class T>
+constexpr bool is_low = std::is_same_v<T, bf16> || std::is_same_v<T, half>;
 template <class T>
 constexpr uint32_t width = 8 * sizeof(T);
 template <class T>
@@ -112,11 +130,26 @@ struct Twice<uint64_t> {
 template <class T>
 using Wide = typename Twice<T>::type;
 
+// To 16 bits from more than a float has: what a float cannot hold makes its last bit odd, so that rounding from there
+// is rounding from the value itself. Of two floats of 16 bits, sum, difference and product round once if a float holds
+// them first: it has more than twice their bits.
+template <class T>
+inline T narrow_from(double v) {
+  float f = static_cast<float>(v);
+  if (std::isfinite(f) && double(f) != v) {
+    if (std::fabs(double(f)) > std::fabs(v)) f = std::nextafter(f, 0.0f);
+    f = __uint_as_float(__float_as_uint(f) | 1);
+  }
+  return fk::cuda::convert<T>(f);
+}
+
 // Integers wrap around: in 64 bits unsigned.
 #define HOST_CUDA_BINARY(name, op)                       \
   template <class T>                                     \
   inline T name(T a, T b) {                              \
-    if constexpr (is_float<T>)                           \
+    if constexpr (is_low<T>)                             \
+      return fk::cuda::convert<T>(widen(a) op widen(b)); \
+    else if constexpr (is_float<T>)                      \
       return a op b;                                     \
     else                                                 \
       return static_cast<T>(uint64_t(a) op uint64_t(b)); \
@@ -145,10 +178,31 @@ template <class T>
 inline Wide<T> mad_wide_(T a, T b, Wide<T> c) {
   return add_(mul_wide_(a, b), c);
 }
+// With the carry of the instruction before, and for the one after.
+template <class T>
+inline T add_carry(T a, T b, bool in, bool& out) {
+  const unsigned __int128 sum = static_cast<unsigned __int128>(Bits<T>(a)) + Bits<T>(b) + in;
+  out = sum >> width<T> & 1;
+  return static_cast<T>(sum);
+}
+template <class T>
+inline T sub_carry(T a, T b, bool in, bool& out) {  // what is carried is a borrow
+  const unsigned __int128 difference = static_cast<unsigned __int128>(Bits<T>(a)) - Bits<T>(b) - in;
+  out = difference >> width<T> & 1;
+  return static_cast<T>(difference);
+}
 template <class T>
 inline T fma_(T a, T b, T c) {
-  static_assert(is_float<T>);
-  return std::fma(a, b, c);
+  if constexpr (is_low<T>) {  // the product is exact in double; of the sum, the error makes its last bit odd
+    const double product = double(widen(a)) * widen(b), addend = widen(c), sum = product + addend;
+    const double part = sum - product, error = (product - (sum - part)) + (addend - part);
+    uint64_t bits = to_bits(sum);
+    if (std::isfinite(sum) && error != 0 && !(bits & 1)) bits += (error < 0) == (sum < 0) ? 1 : -1;
+    return narrow_from<T>(read<double>(bits));
+  } else {
+    static_assert(is_float<T>);
+    return std::fma(a, b, c);
+  }
 }
 inline float below(float v) {
   return std::nextafter(v, -std::numeric_limits<float>::infinity());
@@ -174,17 +228,28 @@ inline T rem_(T a, T b) {
 }
 template <class T>
 inline T neg_(T a) {
-  if constexpr (is_float<T>)
+  if constexpr (is_low<T>)
+    return {static_cast<uint16_t>(a.bits ^ 0x8000)};
+  else if constexpr (is_float<T>)
     return -a;
   else
     return sub_(T(0), a);
 }
 template <class T>
 inline T abs_(T a) {
-  if constexpr (is_float<T>)
+  if constexpr (is_low<T>)
+    return {static_cast<uint16_t>(a.bits & 0x7fff)};
+  else if constexpr (is_float<T>)
     return std::fabs(a);
   else
     return a < 0 ? neg_(a) : a;
+}
+template <class T>
+inline auto comparable(T a) {
+  if constexpr (is_low<T>)
+    return widen(a);
+  else
+    return a;
 }
 template <class T>
 inline bool unordered(T a, T b) {
@@ -192,11 +257,21 @@ inline bool unordered(T a, T b) {
 }
 template <class T>
 inline T min_(T a, T b) {  // of a number and NaN, the number
-  return a != a ? b : b != b ? a : a < b ? a : b;
+  const auto x = comparable(a), y = comparable(b);
+  return x != x ? b : y != y ? a : x < y ? a : b;
 }
 template <class T>
 inline T max_(T a, T b) {
-  return a != a ? b : b != b ? a : a > b ? a : b;
+  const auto x = comparable(a), y = comparable(b);
+  return x != x ? b : y != y ? a : x > y ? a : b;
+}
+template <class T>
+inline T min_NaN_(T a, T b) {  // of a number and NaN, NaN
+  return comparable(a) != comparable(a) ? a : comparable(b) != comparable(b) ? b : min_(a, b);
+}
+template <class T>
+inline T max_NaN_(T a, T b) {
+  return comparable(a) != comparable(a) ? a : comparable(b) != comparable(b) ? b : max_(a, b);
 }
 template <class T>
 inline T copysign_(T sign, T a) {
@@ -233,6 +308,11 @@ inline uint64_t sub_f32x2(uint64_t a, uint64_t b) {
 }
 inline uint64_t mul_f32x2(uint64_t a, uint64_t b) {
   return each_f32(a, b, 0, [](float x, float y, float) { return x * y; });
+}
+template <class T, class F, class... Words>
+inline uint64_t each_low(F f, Words... words) {  // of two floats of 16 bits
+  const auto at = [&](int shift) { return to_bits(f(read<T>(uint32_t(words) >> shift)...)) << shift; };
+  return at(0) | at(16);
 }
 
 // ---- bits ----
@@ -353,12 +433,10 @@ inline T to_integral(T v, Rounding rounding) {
 }
 template <class To, class From>
 inline To cvt(From v, Rounding rounding, bool saturate) {
-  constexpr bool from_low = std::is_same_v<From, bf16> || std::is_same_v<From, half>;
-  constexpr bool to_low = std::is_same_v<To, bf16> || std::is_same_v<To, half>;
-  if constexpr (from_low) {
+  if constexpr (is_low<From>) {
     return cvt<To>(widen(v), rounding, saturate);
-  } else if constexpr (to_low) {
-    return fk::cuda::convert<To>(cvt<float>(v, rounding, saturate));
+  } else if constexpr (is_low<To>) {
+    return narrow_from<To>(cvt<double>(v, rounding, saturate));
   } else if constexpr (is_float<To>) {
     To to = static_cast<To>(v);
     if constexpr (is_float<From>) to = static_cast<To>(to_integral(v, rounding));
@@ -376,6 +454,10 @@ inline To cvt(From v, Rounding rounding, bool saturate) {
       return static_cast<To>(v);
     }
   }
+}
+inline uint32_t cvt_rna_tf32(float v) {  // to nearest, ties away from zero
+  const uint32_t bits = __float_as_uint(v);
+  return v != v ? 0x7fffffffu : (bits + 0x1000u) & 0xffffe000u;
 }
 template <class T>
 inline uint32_t pair(float lower, float upper) {
@@ -420,34 +502,11 @@ inline void ldmatrix(uint32_t (&r)[count], const char* row, Loc loc) {
       memcpy(reinterpret_cast<char*>(&r[i]) + 2 * half, static_cast<const char*>(rows[8 * i + in]) + 2 * at, 2);
     }
 }
-// mma.m16n8k<depth>. A row of A and a column of B are spread over the four lanes of a quad, a 32-bit word at a time;
-// words whose rows or depths are 8 rows or 4 words apart follow each other in a lane.
-struct tf32 {
-  uint32_t bits;
-};
-inline float widen(tf32 v) {
-  return __uint_as_float(v.bits & 0xffffe000u);
-}
-template <class T, int depth>
-inline void mma(float (&d)[4], std::initializer_list<uint32_t> a, std::initializer_list<uint32_t> b, Loc loc) {
-  constexpr unsigned each = 4 / sizeof(T), block = 4 * each;
-  if (a.size() != depth / block * 2 || b.size() != depth / block) fail(loc, "mma: registers and shape do not agree");
-  struct Fragments {
-    const uint32_t *a, *b;
-  } const mine{a.begin(), b.begin()};
-  const void* all[32];
-  exchange(&mine, all, loc);
-  for (unsigned i = 0; i < 4; i++) {
-    const unsigned row = current->lane / 4 + 8 * (i / 2), column = 2 * (current->lane % 4) + i % 2;
-    for (unsigned k = 0; k < depth; k++) {
-      const unsigned quad = k % block / each, word = k / block, shift = k % each * width<T>;
-      const uint32_t x = static_cast<const Fragments*>(all[row % 8 * 4 + quad])->a[row / 8 + 2 * word];
-      const uint32_t y = static_cast<const Fragments*>(all[column * 4 + quad])->b[word];
-      d[i] += widen(read<T>(x >> shift)) * widen(read<T>(y >> shift));
-    }
-  }
-  warp_barrier(~0u, loc);  // before this lane's registers change
-}
+// mma.m16n8k<depth> of 16-bit floats or tf32, and mma.m8n8k4 of doubles.
+enum class Element { bf16, half, tf32 };
+void mma(Element, unsigned depth, float (&d)[4], std::initializer_list<uint32_t> a, std::initializer_list<uint32_t> b,
+         Loc loc);
+void mma_m8n8k4(double (&d)[2], double a, double b, Loc loc);
 
 }  // namespace ptx
 }  // namespace host_cuda

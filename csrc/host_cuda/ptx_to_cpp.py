@@ -14,13 +14,14 @@ INTEGERS = dict(u="uint", s="int", b="uint")
 TYPES = {f"{kind}{size}": f"{name}{size}_t" for kind, name in INTEGERS.items() for size in (8, 16, 32, 64)}
 TYPES |= dict(f16="half", bf16="bf16", f32="float", f64="double", pred="bool")
 FLOATS = ("f16", "bf16", "f32", "f64")
+LOW = ("f16", "bf16")
 SPECIAL = dict(tid="index", ctaid="block", ntid="block_size", nctaid="grid_size")
 
 # Instructions that are functions of their operands, by these operands' types: t the instruction's own, w twice as wide,
 # u 32 bits unsigned, p a predicate. One of FORMS belongs to the name.
 FUNCTIONS = {
     "t": "neg abs not cnot popc clz brev sqrt rcp rsqrt ex2 lg2 sin cos tanh",
-    "tt": "add sub mul mul.lo mul.hi mul.wide div rem min max and or xor copysign",
+    "tt": "add sub mul mul.lo mul.hi mul.wide div rem min max min.NaN max.NaN and or xor copysign",
     "ttt": "fma fma.rm mad.lo prmt shf.l.wrap shf.l.clamp shf.r.wrap shf.r.clamp",
     "tttt": "lop3",
     "ttw": "mad.wide",
@@ -30,7 +31,7 @@ FUNCTIONS = {
     "ttuu": "bfi",
 }
 FUNCTIONS = {name: types for types, names in FUNCTIONS.items() for name in names.split()}
-FORMS = ("rm", "lo", "hi", "wide", "l", "r", "wrap", "clamp")
+FORMS = ("rm", "lo", "hi", "wide", "l", "r", "wrap", "clamp", "NaN")
 WITHOUT_EFFECT = {"rn", "ftz", "approx", "full", "uni"}
 
 COMPARISONS = dict(eq="==", ne="!=", lt="<", le="<=", gt=">", ge=">=")
@@ -45,6 +46,11 @@ VOTES = {"popc": "{0}", "or": "{0} > 0", "and": "{1} == 0"}
 REDUX = {name: ATOMICS[name] for name in ("add", "min", "max", "and", "or", "xor")}
 NEWLINE = "\n"
 MMA = dict(bf16="bf16", f16="half", tf32="tf32")
+# of loads and stores: what says where values are kept and who sees them when, which is one on the host
+HINTS = {"nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "weak", "relaxed", "acquire", "release", "volatile", "cta",
+         "gpu", "sys", "L1", "L2"}  # fmt: skip
+ELEMENTS = {"v2": 2, "v4": 4}
+CARRYING = re.compile(r"(add|sub|mad)(c?)(?:\.(lo|hi))?(\.cc)?\.([us](?:32|64))")
 
 STATEMENT = re.compile(
     r"""\s*(?: (?P<line>\.loc\s+(?P<file>\d+)\s+(?P<number>\d+)[^\n]*) | (?P<brace>[{}]) | (?P<label>[$\w]+): |
@@ -84,8 +90,9 @@ def one_of(modifiers: list[str], names, default: str | None = None) -> str:
 
 
 class Kernel:
-    def __init__(self, name: str, parameters: str, shared: dict, tables: dict[str, list[str]], files: dict[str, str]):
-        self.name, self.shared, self.tables, self.files = name, shared, tables, files
+    def __init__(self, name: str, parameters: str, text: "Text"):
+        self.name, self.shared, self.tables, self.files = name, text.shared, text.tables, text.files
+        self.variables = text.variables
         self.arrays: set[str] = set()  # .local
         self.used: set[str] = set()  # shared arrays
         self.parameters: dict[str, tuple[int, int]] = {}  # offset and size
@@ -116,6 +123,8 @@ class Kernel:
             self.used.add(operand)
             return identifier(operand)
         if operand in self.arrays:
+            return f"uint64_t({identifier(operand)} - local)"
+        if operand in self.variables:
             return f"uint64_t({identifier(operand)})"
         if operand in self.parameters:
             return f"uint64_t(parameters + {self.parameters[operand][0]})"
@@ -130,6 +139,11 @@ class Kernel:
     def u32(self, operand: str) -> str:
         return self.read(operand, "u32")
 
+    def number(self, operand: str, kind: str) -> str:
+        """To compare: C++ has no such operators for 16-bit floats."""
+        value = self.read(operand, kind)
+        return f"widen({value})" if kind in LOW else value
+
     def write(self, operand: str, expression: str, kind: str = "b64") -> str:
         if operand == "_":
             return f"(void)({expression});"
@@ -142,7 +156,14 @@ class Kernel:
         base, offset = self.value(m[1]), int(m[2] or "0", 0)
         if space == "shared":
             return f"(space + uint32_t({base} + {offset}))"
+        if space == "local":
+            return f"(local + uint32_t({base} + {offset}))"
         return f"((char*)(uint64_t({base}) + {offset}ll))"
+
+    def checked(self, operand: str, space: str, size: int) -> str:
+        """The address of an access of so many bytes."""
+        check = "global" if space == "global" else "aligned"
+        return f"{check}<{size}>({self.address(operand, space)}, HERE)"
 
     # ---- statements ----
     def statement(self, m: re.Match) -> str:
@@ -186,16 +207,32 @@ class Kernel:
         handler = getattr(self, f"op_{op}", None)
         if handler:
             return handler(modifiers, operands, *kinds[-1:])
+        if (carrying := CARRYING.fullmatch(name)) and (carrying[2] or carrying[4]):
+            return self.carrying(*carrying.groups(), *operands)
         if "f32x2" in modifiers:
             return self.write(operands[0], f"{op}_f32x2({', '.join(map(self.value, operands[1:]))})")
         form = ".".join([op, *(m for m in modifiers if m in FORMS)])
-        others = set(modifiers) - set(FORMS) - {*kinds} - WITHOUT_EFFECT
-        if form not in FUNCTIONS or len(kinds) != 1 or others:
+        function, pair = form.replace(".", "_") + "_", one_of(modifiers, ("f16x2", "bf16x2"), "")
+        if form not in FUNCTIONS or set(modifiers) - {*FORMS, *kinds, pair} - WITHOUT_EFFECT:
             raise Unsupported
+        if pair and FUNCTIONS[form] == "t" * len(operands[1:]):
+            of = TYPES[pair.removesuffix("x2")]
+            each = f"[](auto... v) {{ return {function}<{of}>(v...); }}"
+            return self.write(operands[0], f"each_low<{of}>({', '.join([each, *map(self.value, operands[1:])])})")
         (kind,) = kinds
         types = dict(t=kind, u="u32", p="pred", w=f"{kind[0]}{2 * bits(kind)}")
         values = [self.read(o, types[t]) for o, t in zip(operands[1:], FUNCTIONS[form], strict=True)]
-        return self.write(operands[0], f"{form.replace('.', '_')}_<{TYPES[kind]}>({', '.join(values)})", kind)
+        return self.write(operands[0], f"{function}<{TYPES[kind]}>({', '.join(values)})", kind)
+
+    def carrying(self, op, takes, half, gives, kind, to, *operands):
+        a, b, *c = (self.read(o, kind) for o in operands)
+        if op == "mad":
+            a, (b,) = f"mul_{half}_<{TYPES[kind]}>({a}, {b})", c
+        elif half or c:
+            raise Unsupported
+        function = "sub_carry" if op == "sub" else "add_carry"
+        code = f"{function}<{TYPES[kind]}>({a}, {b}, {'carry' if takes else 'false'}, {'carry' if gives else 'unused'})"
+        return f"{{ [[maybe_unused]] bool unused; {self.write(to, code)} }}"
 
     def op_mov(self, modifiers, operands, kind):
         to, parts = elements(operands[0]), elements(operands[1])
@@ -210,28 +247,38 @@ class Kernel:
 
     def op_cvta(self, modifiers, operands, kind):
         value = f"uint64_t({self.value(operands[1])})"
-        if one_of(modifiers, SPACES) == "shared":  # an offset there, an address elsewhere
-            value += f" {'-' if 'to' in modifiers else '+'} uint64_t(space)"
+        where = dict(shared="space", local="local").get(one_of(modifiers, SPACES))
+        if where:  # an offset there, an address elsewhere
+            value += f" {'-' if 'to' in modifiers else '+'} uint64_t({where})"
         return self.write(operands[0], value)
+
+    def moved(self, modifiers, parts, kind):
+        """Of a load or store: the space, and that its name is one of the known ones."""
+        known = {kind, *SPACES, *HINTS, *ELEMENTS}
+        if {m.split("::")[0] for m in modifiers} - known:
+            raise Unsupported
+        if len(parts) != ELEMENTS[one_of(modifiers, ELEMENTS)] if {*ELEMENTS} & {*modifiers} else len(parts) != 1:
+            raise Unsupported
+        return one_of(modifiers, SPACES, "generic")
 
     def op_ld(self, modifiers, operands, kind):
         size = bits(kind) // 8
+        space = self.moved(modifiers, elements(operands[0]), kind)
         loads = [
             self.write(to, f"load<{TYPES[kind]}>(p + {size * i})", kind) for i, to in enumerate(elements(operands[0]))
         ]
-        p = self.address(operands[1], one_of(modifiers, SPACES, "generic"))
-        return f"{{ const char* p = aligned<{size * len(loads)}>({p}, HERE); {' '.join(loads)} }}"
+        return f"{{ const char* p = {self.checked(operands[1], space, size * len(loads))}; {' '.join(loads)} }}"
 
     def op_st(self, modifiers, operands, kind):
         size = bits(kind) // 8
+        space = self.moved(modifiers, elements(operands[1]), kind)
         values = [self.read(v, kind) for v in elements(operands[1])]
         stores = [f"store<{TYPES[kind]}>(p + {size * i}, {v});" for i, v in enumerate(values)]
-        p = self.address(operands[0], one_of(modifiers, SPACES, "generic"))
-        return f"{{ char* p = aligned<{size * len(stores)}>({p}, HERE); {' '.join(stores)} }}"
+        return f"{{ char* p = {self.checked(operands[0], space, size * len(stores))}; {' '.join(stores)} }}"
 
     def op_setp(self, modifiers, operands, kind):
         test, flip = modifiers[0], ""
-        a, b = (self.read(o, f"u{kind[1:]}" if test in UNSIGNED else kind) for o in operands[1:3])
+        a, b = (self.number(o, f"u{kind[1:]}" if test in UNSIGNED else kind) for o in operands[1:3])
         unordered = f"unordered({a}, {b})"
         if test in ("num", "nan"):
             code = ("!" if test == "num" else "") + unordered
@@ -250,6 +297,8 @@ class Kernel:
         return f"{{ const bool t = {code}, f = {negated}; {self.write(to, 't')} {self.write(complement[0], 'f')} }}"
 
     def op_cvt(self, modifiers, operands, kind):
+        if modifiers == ["rna", "tf32", "f32"]:
+            return self.write(operands[0], f"cvt_rna_tf32({self.read(operands[1], 'f32')})")
         for pair in ("bf16x2", "f16x2"):
             if pair in modifiers and modifiers[-1] == "f32" and "relu" not in modifiers:
                 high, low = (self.read(o, "f32") for o in operands[1:])
@@ -297,6 +346,9 @@ class Kernel:
     def op_trap(self, modifiers, operands):
         return 'fail(HERE, "trap");'
 
+    def op_createpolicy(self, modifiers, operands, kind):  # for a cache, which the host does not ask
+        return self.write(operands[0], "0")
+
     def op_prefetch(self, modifiers, operands):
         return "(void)0;"
 
@@ -332,13 +384,18 @@ class Kernel:
 
     def op_mma(self, modifiers, operands, *kinds):
         (shape,) = (m for m in modifiers if m[0] == "m" and m[1].isdigit())
+        if modifiers == ["sync", "aligned", "m8n8k4", "row", "col", *["f64"] * 4]:
+            a, b = (self.read(*elements(o), "f64") for o in operands[1:3])
+            c_values = ", ".join(self.read(o, "f64") for o in elements(operands[3]))
+            writes = " ".join(self.write(to, f"d[{i}]", "f64") for i, to in enumerate(elements(operands[0])))
+            return f"{{ double d[] = {{{c_values}}}; mma_m8n8k4(d, {a}, {b}, HERE); {writes} }}"
         depth, (d, a, b, c) = int(shape.removeprefix("m16n8k")), modifiers[-4:]
         if (a, d, c) != (b, "f32", "f32") or modifiers[:2] != ["sync", "aligned"] or modifiers[3:5] != ["row", "col"]:
             raise Unsupported
         a_words, b_words = (", ".join(map(self.u32, elements(o))) for o in operands[1:3])
         c_values = ", ".join(self.read(o, "f32") for o in elements(operands[3]))
         writes = " ".join(self.write(to, f"d[{i}]", "f32") for i, to in enumerate(elements(operands[0])))
-        call = f"mma<{MMA[a]}, {depth}>(d, {{{a_words}}}, {{{b_words}}}, HERE);"
+        call = f"mma(Element::{MMA[a]}, {depth}, d, {{{a_words}}}, {{{b_words}}}, HERE);"
         return f"{{ float d[] = {{{c_values}}}; {call} {writes} }}"
 
     # ---- memory ----
@@ -351,11 +408,16 @@ class Kernel:
             return f"cp_async_wait(int({self.u32(operands[0])}));"
         if "wait_all" in modifiers:
             return "cp_async_commit(); cp_async_wait(0);"
-        if int(operands[2], 0) != 16:
+        hinted = any("cache_hint" in m for m in modifiers)
+        to, of, size, *given = operands[: len(operands) - hinted]
+        if int(size, 0) not in (4, 8, 16) or len(given) > 1:
             raise Unsupported
-        size = self.u32(operands[3] if len(operands) > 3 else operands[2])
-        to, of = self.address(operands[0], "shared"), self.address(operands[1], "global")
-        return f"cp_async16({to}, {of}, {size}, HERE);"
+        if given and not re.fullmatch(r"%rs?\d+|\d+", given[0]):  # a predicate here means something else
+            raise Unsupported
+        to, of = self.address(to, "shared"), self.address(of, "global")
+        taken = self.u32(given[0] if given else size)
+        check = f"check_global({of}, {taken}, HERE)"
+        return f"{{ if ({taken}) {check}; cp_async({to}, {of}, {int(size, 0)}, {taken}, HERE); }}"
 
     def op_atom(self, modifiers, operands, kind):
         return self.atomic(modifiers, TYPES[kind], kind, *operands)
@@ -365,7 +427,7 @@ class Kernel:
 
     def atomic(self, modifiers, t, kind, to, place, *values):
         names = ", ".join(f"{n} = {self.read(v, kind)}" for n, v in zip("xy", values, strict=False))
-        p = f"({t}*)aligned<sizeof({t})>({self.address(place, one_of(modifiers, SPACES, 'generic'))}, HERE)"
+        p = f"({t}*){self.checked(place, one_of(modifiers, SPACES, 'generic'), bits(kind) // 8)}"
         change = f"[=]({t} old) {{ return {t}({ATOMICS[one_of(modifiers, ATOMICS)]}); }}"
         return f"{{ const {t} {names}; {self.write(to, f'update({p}, {change})', kind)} }}"
 
@@ -390,6 +452,8 @@ class Kernel:
         return f"""\
 static void {function}([[maybe_unused]] const char* parameters) {{
 [[maybe_unused]] char* const space = shared_space();
+[[maybe_unused]] char* const local = static_cast<char*>(__builtin_frame_address(0)) - (1 << 20);  // below all arrays
+[[maybe_unused]] bool carry = false;
 {NEWLINE.join(shared)}
 {NEWLINE.join(filter(None, code))}
 }}
@@ -398,22 +462,40 @@ static const Registration registration{function}("{self.name}", {function}, {{{l
 """
 
 
-def translate(text: str) -> str:
-    files = {m[1]: m[2].rpartition("/")[2] for m in re.finditer(r'\.file\s+(\d+)\s+"([^"]+)"', text)}
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text.partition("\t.section")[0], flags=re.S)
-    tables = {m[1]: split(m[2]) for m in re.finditer(r"([$\w]+):\s*\.branchtargets([^;]*);", text)}
-    shared = {}
-    for m in re.finditer(r"\.shared\s+\.align\s+\d+\s+\.(\w+)\s+([\w$]+)(\[(\d*)\])?", text):
-        shared[m[2]] = bits(m[1]) // 8 * (int(m[4] or 0) if m[3] else 1)
+class Text:
+    """What kernels of one text share."""
+
+    def __init__(self, text: str):
+        self.files = {m[1]: m[2].rpartition("/")[2] for m in re.finditer(r'\.file\s+(\d+)\s+"([^"]+)"', text)}
+        text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text.partition("\t.section")[0], flags=re.S)
+        self.text = text
+        self.tables = {m[1]: split(m[2]) for m in re.finditer(r"([$\w]+):\s*\.branchtargets([^;]*);", text)}
+        self.shared = {}  # bytes, of arrays and variables
+        for m in re.finditer(r"\.shared\s+\.align\s+\d+\s+\.(\w+)\s+([\w$]+)(\[(\d*)\])?", text):
+            self.shared[m[2]] = bits(m[1]) // 8 * (int(m[4] or 0) if m[3] else 1)
+        self.variables = {}  # of global memory, in C++
+        for m in re.finditer(
+            r"\.global\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?(?:\s*=\s*([^;]*))?;", text
+        ):
+            name, values = identifier(m[3]), (m[5] or "").strip("{} \n")
+            if not re.fullmatch(r"[\s\w,-]*", values):
+                raise Unsupported(f"unsupported initial value of {m[3]}: {values}")
+            self.variables[m[3]] = (
+                f"alignas({m[1]}) static {TYPES[f'u{bits(m[2])}']} {name}[{m[4] or 1}] = {{{values}}};\n"
+                f"static const Variable variable{name}({name}, sizeof {name});\n"
+            )
+
+
+def translate(source: str) -> str:
+    text = Text(source)
     kernels = [
-        Kernel(m[1], m[2], shared, tables, files).translate(text, m.end())
-        for m in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)[^{;]*", text, re.S)
+        Kernel(m[1], m[2], text).translate(text.text, m.end())
+        for m in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)[^{;]*", text.text, re.S)
     ]
     if not kernels:
         raise Unsupported("no kernel")
-    return (
-        f'#include "host_cuda/ptx.h"\nusing namespace host_cuda;\nusing namespace host_cuda::ptx;\n{"".join(kernels)}'
-    )
+    parts = ["using namespace host_cuda;\nusing namespace host_cuda::ptx;\n", *text.variables.values(), *kernels]
+    return '#include "host_cuda/ptx.h"\n' + "".join(parts)
 
 
 if __name__ == "__main__":

@@ -99,9 +99,18 @@ def scalar(parts, dtype: tl.constexpr):
     return value
 
 
+@triton.jit
+def convert(x, dtype: tl.constexpr):
+    """x in another type; from float64 to 16 bits through float32, as in torch."""
+    if x.dtype == tl.float64 and dtype.primitive_bitwidth == 16:
+        x = x.to(tl.float32)
+    return x.to(dtype)
+
+
 def _mend_interpreter() -> None:
     """Make Triton's interpreter round to 16 bits as a GPU does: it cuts bfloat16 off, takes it for an integer next to
-    float64 and in products of matrices."""
+    float64 and in products of matrices. And a comparison of scalars, made a block, stays one of truth values, and
+    the language is patched once a launch: again at every call of a function, it takes longer than most of them."""
     from triton.runtime import interpreter
 
     dtypes = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: torch.float32,
@@ -130,7 +139,17 @@ def _mend_interpreter() -> None:
             a, b = (cast_impl(self, t, tl.float32) for t in (a, b))
         return dot(self, a, b, d, *options)
 
-    Builder.cast_impl, Builder.create_dot = cast_impl, create_dot
+    def create_splat(self, block_type, scalar):  # whose type is said to be that of the numbers compared
+        return Handle(np.full(block_type.shape, scalar.data, scalar.data.dtype), scalar.dtype.scalar)
+
+    patch_lang = interpreter._patch_lang
+
+    def patch_once(fn):
+        modules = [m for m in (tl, tl.core) if any(value is m for value in fn.__globals__.values())]
+        return patch_lang(fn) if any(tl.core.is_builtin(m.load) for m in modules) else None
+
+    interpreter._patch_lang = patch_once
+    Builder.cast_impl, Builder.create_dot, Builder.create_splat = cast_impl, create_dot, create_splat
     Builder.create_fp_to_fp = lambda self, src, dst_type, rounding: self.cast_impl(src, dst_type)
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import euler_step, linear_update
 from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops.linear_update import triton_kernel
 from flowkernels.ops.linear_update.samples import error_and_bound, sample_inputs
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -168,6 +169,30 @@ def test_low_as_a_dtype_and_as_a_tensor(low, name):
     assert torch.equal(state, same)
     assert torch.equal(state, stepped)
     assert all(torch.equal(state.to(low), c) for c in (copy, given, last))
+
+
+@EACH
+@pytest.mark.parametrize("low", [BF16, F16])
+def test_a_copy_of_float64_is_rounded_as_by_torch(low, name):
+    """By way of float32: these are just above the middle of two neighbours, and float32 takes them for the middle."""
+    x = 1 + torch.finfo(low).eps * torch.tensor([0.5, 1.5], dtype=F64) + 2**-40
+    with backend(name):
+        state, copy = linear_update(x, [torch.zeros(2, dtype=F64)], [1.0], low=low)
+    assert torch.equal(state, x)
+    assert torch.equal(copy, x.to(low))
+    assert copy[0] == 1
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_launches_of_triton_do_not_change_a_bit(dtypes, monkeypatch):
+    x, *v = (randn(700, seed=i, dtype=dtypes[min(i, 1)]) for i in range(8))
+    b, results = randn(7, seed=99).tolist(), []
+    for terms in (7, 3, 1):
+        monkeypatch.setattr(triton_kernel, "TERMS", terms)
+        with backend("triton"):
+            results.append(linear_update(x, v, b, low=BF16))
+    assert all(torch.equal(*pair) for other in results[1:] for pair in zip(other, results[0], strict=True))
+    assert torch.equal(results[0][1], results[0][0].bfloat16())
 
 
 # ---- values that are not finite ----

@@ -16,6 +16,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = st.sampled_from([(F32, None), (F32, F32), (F32, BF16), (F32, F16), (F64, None), (F64, BF16), (F64, F16)])
 EACH = pytest.mark.parametrize("name", BACKENDS)
 RAISING = pytest.mark.parametrize("name", ["cpu", "reference"])
+ON_A_GPU = pytest.mark.parametrize("name", ["cuda", "triton"])
 
 
 def drawn(shape, batch, seed, dtype=F32):
@@ -125,6 +126,18 @@ def test_nan_and_inf_propagate(dtype, name):
 
 
 @EACH
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_a_result_of_float64_is_rounded_as_by_torch(dtype, name):
+    """By way of float32: these are just above the middle of two neighbours, and float32 takes them for the middle."""
+    bank = (1 + torch.finfo(dtype).eps * torch.tensor([0.5, 1.5], dtype=F64) + 2**-40).expand(2, 1, 2)
+    zero = torch.zeros(1, dtype=torch.int64)
+    with backend(name):
+        got = segment_points(bank, zero, zero, torch.ones(1), dtype=dtype)
+    assert torch.equal(got, bank[0].to(dtype))
+    assert got[0, 0] == 1
+
+
+@EACH
 def test_only_the_rows_that_are_drawn_are_read(name):
     bank = torch.full((4, 3, 20), math.nan)
     bank[1:3, 2] = 1
@@ -210,12 +223,13 @@ def test_an_index_outside_the_bank(interval, sample, message, name):
         segment_points(torch.ones(4, 2, 5), torch.tensor(interval), torch.tensor(sample))
 
 
+@ON_A_GPU
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (F64, F16)])
 @pytest.mark.parametrize("features", [5, 8, 600])
 @pytest.mark.parametrize(("interval", "sample", "_"), OUTSIDE)
-def test_on_a_gpu_an_index_outside_the_bank_makes_nan_of_its_point(interval, sample, _, features, dtypes):
+def test_on_a_gpu_an_index_outside_the_bank_makes_nan_of_its_point(interval, sample, _, features, dtypes, name):
     bank, interval, sample = torch.ones(4, 2, features, dtype=dtypes[0]), torch.tensor(interval), torch.tensor(sample)
-    with backend("cuda"):
+    with backend(name):
         for u in (None, torch.full((3,), 0.5)):
             got = segment_points(bank, interval, sample, u, dtype=dtypes[1])
             outside = (interval < 0) | (interval > 2) | (sample < 0) | (sample > 1)
@@ -223,9 +237,10 @@ def test_on_a_gpu_an_index_outside_the_bank_makes_nan_of_its_point(interval, sam
             assert got[~outside].eq(1).all()
 
 
-def test_on_a_gpu_a_bank_without_samples_gives_nan():
+@ON_A_GPU
+def test_on_a_gpu_a_bank_without_samples_gives_nan(name):
     zero = torch.zeros(1, dtype=torch.int64)
-    with backend("cuda"):
+    with backend(name):
         assert segment_points(torch.ones(3, 0, 5), zero, zero).isnan().all()
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import cost_from_gram, velocity_gram
+from flowkernels.ops.velocity_gram import triton_kernel
 from flowkernels.ops.velocity_gram.samples import Sample, arrange, error_and_bound, sample_inputs
 
 SHAPES = st.tuples(st.integers(1, 14), st.integers(1, 5), st.integers(1, 40))
@@ -390,29 +391,33 @@ def test_many_rows_in_parts():
     assert torch.equal(velocity_gram(v[..., :5000]) + velocity_gram(v[..., 5000:]), whole)
 
 
-# ---- the CUDA kernels, compiled for the host ----
+# ---- kernels of a GPU: in CUDA compiled for the host, in Triton interpreted ----
+
+ON_GPU = pytest.mark.parametrize("name", BACKENDS[:2])
 
 
+@ON_GPU
 @pytest.mark.parametrize("K", [2, 16, 17, 18, 33, 34, 65, 66, 97, 98, 100, 128, 129, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cuda_panels_of_rows(K, dtype):
+def test_gpu_panels_of_rows(name, K, dtype):
     """Around 16, 32, 64, 96 and 128 rows, the sizes of a block's panel; columns around those of its slabs, 256 to 32.
     Whole numbers of four bits: every sum of 500 products is exact, however it is cut."""
     for M in (1, 33) if K > 34 else (31, 255, 257, 515):
         v = integers((K, 1, M), K, dtype)
         a = v.double().flatten(1).diff(dim=0)
-        with backend("cuda"):
+        with backend(name):
             assert torch.equal(velocity_gram(v), a @ a.T)
 
 
+@ON_GPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cuda_error_of_gram_and_costs(dtype):
+def test_gpu_error_of_gram_and_costs(name, dtype):
     """1e-5 of |a_i| |a_j|, and of every step cost, for velocities that change slowly."""
     K, g = 24, torch.Generator().manual_seed(0)
     v = (torch.randn(2, 300, generator=g) + 0.02 * torch.randn(K, 2, 300, generator=g).cumsum(0)).to(dtype)
     a = v.double().flatten(1).diff(dim=0)
     truth = a @ a.T
-    with backend("cuda"):
+    with backend(name):
         gram = velocity_gram(v)
     norms = truth.diagonal().sqrt()
     assert ((gram - truth).abs() / (norms[:, None] * norms)).max() < 1e-6
@@ -420,8 +425,9 @@ def test_cuda_error_of_gram_and_costs(dtype):
     torch.testing.assert_close(cost, expected, rtol=1e-6, atol=0)
 
 
+@ON_GPU
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-12, 1e11])
-def test_cuda_increments_of_any_size(scale):
+def test_gpu_increments_of_any_size(name, scale):
     """Rows and columns of very different sizes have scales of their own; half's range is not float32's."""
     g = torch.Generator().manual_seed(0)
     v = torch.randn(10, 1, 300, generator=g) * torch.logspace(0, -6, 10)[:, None, None]
@@ -429,17 +435,18 @@ def test_cuda_increments_of_any_size(scale):
     v *= scale
     a = v.double().flatten(1).diff(dim=0)
     norms = a.norm(dim=1)
-    with backend("cuda"):
+    with backend(name):
         error = (velocity_gram(v) - a @ a.T).abs()
     # float32 holds products of the size of its smallest number, and no smaller
     assert (error <= 1e-6 * norms[:, None] * norms + 300 * 2.0**-149).all()
 
 
+@ON_GPU
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("K", [11, 40, 70])
-def test_cuda_nan_and_inf_show_in_the_rows_they_touch(K, bad):
+def test_gpu_nan_and_inf_show_in_the_rows_they_touch(name, K, bad):
     v = integers((K, 1, 70), 0)
-    with backend("cuda"):
+    with backend(name):
         clean = velocity_gram(v)
         v[4, 0, 7] = bad
         gram = velocity_gram(v)
@@ -450,14 +457,43 @@ def test_cuda_nan_and_inf_show_in_the_rows_they_touch(K, bad):
     assert torch.equal(gram[~touched], clean[~touched])
 
 
+@ON_GPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_cuda_rows_that_are_not_aligned(dtype):
+def test_gpu_rows_that_are_not_aligned(name, dtype):
     """Rows an odd number of elements apart, and 16-byte words that end beyond the last column."""
     wide = integers((20, 133), 0, dtype)
     for v in (wide[:, 1:], wide[:, :100], wide[:, 5:6], wide[:, :128].clone()[:, :101]):
         a = v.double().diff(dim=0)
-        with backend("cuda"):
+        with backend(name):
             assert torch.equal(velocity_gram(v[:, None]), a @ a.T)
+
+
+@pytest.mark.parametrize("constants", [{}, {"WARPS": 100}, {"BLOCKS": 1}, {"ROWS": 2000}, {"WARPS": 9, "ROWS": 5000}])
+def test_triton_columns_in_parts(constants, monkeypatch):
+    """Slices, and chunks of rows from states, that do not divide the columns. Whole numbers and steps of 1/2^k, so
+    every cut gives the same bits."""
+    for name, value in constants.items():
+        monkeypatch.setattr(triton_kernel, name, value)
+    times = torch.tensor([1 - 2.0**-i for i in range(7)] + [1.0], dtype=torch.float64)
+    v, x = integers((7, 3, 115), 0, torch.float64), integers((8, 3, 115), 1, torch.float64)
+    u = x.diff(dim=0) / times.diff().view(-1, 1, 1)
+    increments, with_states = v.flatten(1).diff(dim=0), torch.cat([u.diff(dim=0), u - v]).flatten(1)
+    with backend("triton"):
+        for dtype in (torch.float32, torch.float64):
+            assert torch.equal(velocity_gram(v.to(dtype)), increments @ increments.T)
+        assert torch.equal(velocity_gram(v, x=x, times=times), with_states @ with_states.T)
+        sample = Sample("", (v.bfloat16(),), dict(x=x.float(), times=times))
+        error, bound = error_and_bound(sample, velocity_gram(*sample.args, **sample.kwargs))
+        assert error <= bound
+
+
+def test_triton_slices_are_short_and_fill_the_device():
+    config = {"COLUMNS": 16, "num_warps": 4}
+    for M, pairs in ((1, 1), (17, 3), (100_000, 6), (30_000_000, 3)):
+        slices, columns = triton_kernel._slices(torch.empty(0), M, pairs, config)
+        assert columns % 16 == 0
+        assert (slices - 1) * columns < M <= slices * columns
+        assert columns <= 16 * triton_kernel.BLOCKS
 
 
 def test_times_that_are_every_other_of_others():

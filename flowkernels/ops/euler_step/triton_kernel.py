@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels.ops import _triton
-from flowkernels.ops._triton import scalar
+from flowkernels.ops._triton import convert, scalar
 from flowkernels.ops.euler_step import _empty, dense_alike, on_copies
 
 # four elements a thread: 16 bytes of a float32 state, and no exchange between threads next to 16-bit velocities
@@ -25,7 +25,7 @@ def _elements(x, v, v_uncond, h, guidance, out, low, i, mask):
     state += scalar(h, dtype) * velocity
     tl.store(out + i, state, mask=mask)
     if low is not None:
-        tl.store(low + i, state.to(low.dtype.element_ty), mask=mask)
+        tl.store(low + i, convert(state, low.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -63,7 +63,8 @@ def linear_euler(
         weight: `[outputs, d]`, in z's dtype or the state's, as are all the parameters that follow.
         h: step size, in units of time: the coefficient of the new velocity.
         bias: `[outputs]`.
-        norm: the eps of a LayerNorm over d; None for none. The mean and the squares of deviations are taken in turn.
+        norm: the eps of a LayerNorm over d; None for none. The mean and the squares of deviations are taken in turn, in
+            Triton together, by Welford's update.
         norm_weight, norm_bias: its elementwise affine map, `[d]`.
         scale, shift: modulation, `[m, d]`, or `[1, d]` for all samples.
         patch: None if the outputs of a sample's tokens, in their order, are the state (Flux's packed latents, a plain

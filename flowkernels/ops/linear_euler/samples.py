@@ -137,6 +137,17 @@ def parts(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> Iterator[tuple
         yield Sample(sample.id, (x[piece], rows(z), weight, h), kwargs), of_state(got, low is not None, piece)
 
 
+def compiled_inputs() -> Iterator[Sample]:
+    """Of all choices of types and options, each its own kernel in Triton, those that its targets are compiled for."""
+    every = "bias norm affine scale shift"
+    for dtype in (F32, BF16):
+        yield make((2, 64), 64, dtype=dtype, options="bias norm scale shift")
+    yield make((2, 4, 6, 8), 64, dtype=BF16, patch=2, guidance=4.0, options=every, terms=1, low=BF16)
+    yield make((2, 3, 4, 8), 64, dtype=F16, parameters=F32, patch=2, order="cpq", guidance=0.5)
+    yield make((5, 64), 64, dtype=F16, options="bias", low=F16)
+    yield make((2, 4, 6, 8), 64, dtype=F64, patch=2, guidance=4.0, options=every, terms=1, low=BF16)
+
+
 def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tuple[float, float]:
     """The largest error of the new state against float64, and the largest allowed, relative to the sum's terms.
 

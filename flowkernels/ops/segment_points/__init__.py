@@ -26,7 +26,7 @@ def segment_points(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; for an index outside the bank also
-        its place. The CUDA kernel, for which the call would have to wait, makes NaN of such a point instead.
+        its place. The kernels of a GPU, for which the call would have to wait, make NaN of such a point instead.
 
     Source: piecewise rectified flow; with u = 0 the input of BOSS (arXiv 2312.16414). docs/mathematics.md.
     """
@@ -100,7 +100,8 @@ def _reference(bank, interval, sample, u, dtype) -> Tensor:
 
 
 def _fake(bank, interval, sample, u, dtype) -> Tensor:
-    return bank.new_empty(len(interval), *bank.shape[2:], dtype=dtype)
+    # here and in other fakes: len() would make a number of a size that a compiler keeps open
+    return bank.new_empty(interval.shape[0], *bank.shape[2:], dtype=dtype)
 
 
 register("segment_points(Tensor bank, Tensor interval, Tensor sample, Tensor? u, ScalarType dtype) -> Tensor",

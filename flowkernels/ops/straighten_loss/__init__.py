@@ -66,8 +66,8 @@ def straighten_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; for an index outside the bank also
-        its place. The CUDA kernel, for which a training step would have to wait, makes NaN of that sample's loss and
-        gradient instead, and so of `loss`.
+        its place. The kernels of a GPU, for which a training step would have to wait, make NaN of that sample's loss
+        and gradient instead, and so of `loss`.
 
     Source: BOSS (arXiv 2312.16414), straightening; pseudo-Huber as in Song & Dhariwal 2023 (arXiv 2310.14189),
     equation 7, on the mean over features.
@@ -160,7 +160,7 @@ def _reference(v, bank, step_sizes, interval, sample, weight, huber_c, gradient)
 
 def _fake(v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
     grad = torch.empty_like(v, memory_format=torch.contiguous_format) if gradient else v.new_empty(0)
-    return bank.new_empty(()), bank.new_empty(len(v)), bank.new_empty(len(bank) - 1), grad
+    return bank.new_empty(()), bank.new_empty(v.shape[0]), bank.new_empty(bank.shape[0] - 1), grad
 
 
 register(

@@ -30,7 +30,8 @@ def velocity_gram(v: Tensor, *, x: Tensor | None = None, times: Tensor | None = 
         TypeError, ValueError: naming the argument, what was expected and what came.
 
     On CUDA, without `x`, increments of float32 and shorter velocities are multiplied on tensor cores, each split into
-    two float16 parts with a scale of its row's own; the sums keep to 1e-5 of |a_i| |a_j|. The same bits in every run.
+    two float16 parts with a scale of its row's own; the sums keep to 1e-5 of |a_i| |a_j|. In Triton each is split into
+    two of tf32, rows with `x` too; on AMD GPUs none is. The same bits in every run.
 
     Source: the step cost of BOSS (arXiv 2312.16414, section 3), rewritten in increments; docs/mathematics.md.
     """

@@ -1,0 +1,74 @@
+"""`linear_update` in Triton."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowkernels.ops import _triton
+from flowkernels.ops._triton import convert, scalar
+from flowkernels.ops.linear_update import _empty, _fake
+
+TERMS = 8  # of a launch; more go through memory again
+# four elements a thread: 16 bytes of a float32 state, and no exchange between threads next to 16-bit velocities
+CONFIGS = {"linear_update": {"BLOCK": 512, "num_warps": 4}}
+SEARCH = {"linear_update": {"BLOCK": (512, 1024, 2048, 4096), "num_warps": (2, 4, 8)}}
+
+
+@triton.jit
+def _elements(x, v, b, out, low, i, mask):
+    state = tl.load(x + i, mask=mask)
+    for t in tl.static_range(len(v)):
+        state += scalar(b[t], state.dtype) * tl.load(v[t] + i, mask=mask).to(state.dtype)
+    tl.store(out + i, state, mask=mask)
+    if low is not None:
+        tl.store(low + i, convert(state, low.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def linear_update_kernel(
+    x,  # [n] float32 or float64
+    v,  # tuple of [n], one for each term
+    b,  # tuple of as many numbers
+    out,  # [n], x's type; may be x
+    low,  # [n] or None
+    n,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    if first + BLOCK <= n:  # without a mask its accesses are wide, whatever n is
+        _elements(x, v, b, out, low, i, None)
+    else:
+        _elements(x, v, b, out, low, i, i < n)
+
+
+def linear_update_out(x, v, b, out, low) -> None:
+    _launch(x, v, b, out, low)
+    torch.autograd.graph.increment_version(out if low is None else [out, low])
+
+
+def linear_update(x, v, b, low) -> tuple[Tensor, Tensor]:
+    new, copy = _fake(x, v, b, low)
+    _launch(x, v, b, new, None if low is None else copy)
+    return new, copy
+
+
+def _launch(x, v, b, out, low) -> None:
+    if (n := x.numel()) == 0:
+        return
+    x, v = x.contiguous(), [t.contiguous() for t in v]
+    to = out if out.is_contiguous() else _empty(out)
+    copy = low if low is None or low.is_contiguous() else _empty(low)
+    config = _triton.config_of(CONFIGS, "linear_update")
+    grid = (triton.cdiv(n, config["BLOCK"]),)
+    numbers = [_triton.parts(factor, x.dtype) for factor in b]
+    for first in range(0, len(v), TERMS):
+        terms = slice(first, first + TERMS)
+        state, last = to if first else x, copy if first + TERMS >= len(v) else None
+        arguments = (state, tuple(v[terms]), tuple(numbers[terms]), to, last, n)
+        _triton.launch(linear_update_kernel, grid, *arguments, on=x, config=config)
+    if to is not out:
+        out.copy_(to)
+    if copy is not low:
+        low.copy_(copy)

@@ -1,0 +1,46 @@
+"""The PTX that Triton makes of its kernels for sm_80, run on the emulation, in a process of its own: _triton_ptx.py."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+OPS = ["velocity_gram", "cost_from_gram", "bellman", "straighten_loss"]
+OPS = [op for op in OPS if importlib.util.find_spec(f"flowkernels.ops.{op}.triton_kernel")]
+SAMPLES = {op: list(importlib.import_module(f"flowkernels.ops.{op}.samples").sample_inputs()) for op in OPS}
+CASES = [(op, s.id) for op in OPS for s in SAMPLES[op]]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """What came of the kernels and ops, by the arguments of the program; each is run when it is asked for first."""
+    found = {}
+
+    def of(name: str) -> dict[str, dict]:
+        if name not in found:
+            program = [sys.executable, Path(__file__).with_name("_triton_ptx.py"), name]
+            done = subprocess.run(program, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-4000:]
+            found[name] = {row["id"]: row for row in map(json.loads, done.stdout.splitlines())}
+        return found[name]
+
+    return of
+
+
+def test_kernels_of_every_kind(rows):
+    found = rows("kernels")
+    assert len(found) >= 19
+    wrong = [r["failed"] or r for r in found.values() if r["failed"] or not r["error"] <= r["bound"]]
+    assert not wrong, "\n".join(map(str, wrong))
+    assert all(r["launches"] == 1 for r in found.values())
+
+
+@pytest.mark.parametrize(("op", "sample"), [pytest.param(*c, id="-".join(c)) for c in CASES])
+def test_op_against_float64(rows, op, sample):
+    row = rows(op)[sample]
+    assert not row["failed"], row["failed"]
+    assert row["error"] <= row["bound"]
+    assert row["launches"] or row["empty"]
