@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_flatten
 from flowkernels._checks import LOW, expect, expect_finite_flow, expect_noise, expect_tensor, expect_times
 from flowkernels._lowering import Lowering, Replayed
 from flowkernels._record import ROWS, STATE, TIME, NotFusable, Record, sample_rows
-from flowkernels.ops._library import direct, direct_cuda, fresh
-from flowkernels.ops.mlp_sample import Layer, Plan, Prepared, Tables, mlp_sample
+from flowkernels.ops._library import direct, direct_gpu, fresh
+from flowkernels.ops.mlp_sample import Layer, mlp_sample, plan_for
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import VelocityField, warn_if_training
 
@@ -211,7 +211,7 @@ class FusedSampler:
         batch = self._prepare(n, conditioning)
         if x.device != batch.network.device:
             expect(False, "noise", f"a tensor on {batch.network.device}, where the network is", f"one on {x.device}")
-        if (C := direct("mlp_sample", x) or direct_cuda("mlp_sample", x)) is not None:
+        if (C := direct("mlp_sample", x) or direct_gpu("mlp_sample", x)) is not None:
             out, kept = torch.empty_like(x), [None, None]
             if states:
                 kept[0] = fresh(x.new_empty(len(self._h) + 1, *x.shape))
@@ -384,7 +384,7 @@ class _Recorded:
         low = network.weights or (torch.bfloat16 if matrices == {torch.bfloat16} else torch.float32)
         self.low = None if low == torch.float32 else low
         self.is_low = self.low is not None or not dtypes.isdisjoint(LOW)
-        self.plans: dict[Any, Plan] = {}  # by the module of the kernel
+        self.plans: dict[Any, Any] = {}  # by the module of the kernels
 
     def is_stale(self) -> bool:
         for owner, name, t, pointer, version in self.watched:
@@ -462,7 +462,7 @@ class _Batch:
         if field.is_guided:
             known_too = known.unconditional if known else self.layers
             self.unconditional = network.layers(times, n, {**given, **field.unconditional}, known_too)
-        self._prepared: dict[Any, Prepared] = {}  # by the module of the kernel
+        self._prepared: dict[Any, Any] = {}  # by the module of the kernels
 
     def is_stale(self, network: _Network, n: int, given: Mapping[str, Any]) -> bool:
         if self.network is not network.recorded or self.network.is_stale():
@@ -474,13 +474,13 @@ class _Batch:
         return not same or [_version(v) for v in now] != self.versions
 
     @torch.no_grad()
-    def prepared(self, C, h: Tensor) -> Prepared:
+    def prepared(self, C, h: Tensor):
         if C not in self._prepared:
             network = self.network
             if C not in network.plans:
-                network.plans[C] = Plan(C, network.dim, self.layers, network.low)
-            others = None if self.unconditional is None else Tables(self.unconditional)
-            self._prepared[C] = Prepared(network.plans[C], h, Tables(self.layers), others, network.field.guidance)
+                network.plans[C] = plan_for(C, network.dim, self.layers, network.low)
+            given = self.layers, self.unconditional, network.field.guidance
+            self._prepared[C] = network.plans[C].prepare(h, *given)
         return self._prepared[C]
 
 

@@ -146,9 +146,10 @@ class Gated(nn.Module):
         return -self.out(z[:, :]).reshape(x.shape)
 
 
+@pytest.mark.parametrize("name", ["cuda", "triton"])
 @pytest.mark.parametrize("weights", [None, torch.bfloat16])
-def test_on_the_cuda_kernel(weights):
-    """Its programs are made from the same layers; compiled for the host it takes them on the CPU's tensors."""
+def test_on_the_kernels_of_gpus(weights, name):
+    """Their programs are made from the same layers; on the host they take them on the CPU's tensors."""
     net, x = randomised(ClassConditional()), noise(7, 10)
     label, none = torch.arange(7) % 5, torch.tensor([5])
     field = fk.VelocityField(net, conditioning={"label": label}, guidance=2.5, unconditional={"label": none})
@@ -157,7 +158,7 @@ def test_on_the_cuda_kernel(weights):
     for velocity, dim in ((field, 10), (policy, 7), (randomised(Gated()), 6)):
         sampler, x = fk.fuse(velocity, 4, weights=weights), noise(7, dim)
         expected = sampler.run(x, states=True, velocities=True)
-        with backend("cuda"):
+        with backend(name):
             got = sampler.run(x, states=True, velocities=True)
             again = sampler(x)
         assert torch.equal(again, got[0])
@@ -168,15 +169,16 @@ def test_on_the_cuda_kernel(weights):
     for n in (1, 3, 20):
         x, obs = noise(n, 7), noise(n, 11, seed=n)
         expected = sampler(x, obs=obs)
-        with backend("cuda"):
+        with backend(name):
             torch.testing.assert_close(sampler(x, obs=obs), expected, **close)
 
 
-def test_what_is_not_finite_shows_in_the_result_of_the_cuda_kernel():
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_what_is_not_finite_shows_in_the_result_of_kernels_of_gpus(name):
     """Nothing waits for a GPU to look for it."""
     sampler, x = fk.fuse(randomised(mlp([9, 16, 8])), 4), noise(30, 8)
     x[17, 3] = math.nan
-    with backend("cuda"):
+    with backend(name):
         found = sampler(x).isfinite().all(1)
         with pytest.raises(ValueError, match="noise: expected finite values"):
             fk.calibrate(sampler, x, 4, 2, progress=False)
@@ -185,7 +187,7 @@ def test_what_is_not_finite_shows_in_the_result_of_the_cuda_kernel():
     field = fk.VelocityField(randomised(Policy()), conditioning={"obs": obs})
     sampler = fk.fuse(field, 4)
     field.conditioning["obs"] = obs.index_fill(0, torch.tensor([7]), math.inf)
-    with backend("cuda"), pytest.raises(ValueError, match=r"expected finite velocities, .* sample 7 at step 0"):
+    with backend(name), pytest.raises(ValueError, match=r"expected finite velocities, .* sample 7 at step 0"):
         fk.calibrate(sampler, noise(10, 7), 4, 2, chunk=10, progress=False)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import sys
 
 import torch
 from torch import Tensor
@@ -155,11 +156,15 @@ def direct(op: str, *tensors: Tensor | None, gradient: bool = False):
     return backends.extension() if backends.choose(op, "cpu") == "cpu" else None
 
 
-def direct_cuda(op: str, t: Tensor):
-    """The module of CUDA kernels, if a call on `t`, without a gradient, may go straight to it; see `direct`."""
+def direct_gpu(op: str, t: Tensor):
+    """The module of CUDA kernels or that of the op's Triton kernels, if a call on `t`, without a gradient, may go
+    straight to it; see `direct`."""
     if _watched() or type(t) is not Tensor or t.is_neg() or t._is_zerotensor():
         return None
-    return backends.cuda_module() if backends.choose(op, t.device) == "cuda" else None
+    choice = backends.choose(op, t.device)
+    if choice == "triton":
+        return sys.modules[backends.triton_op(op).__module__]
+    return backends.cuda_module() if choice == "cuda" else None
 
 
 def _watched() -> bool:

@@ -100,6 +100,13 @@ def scalar(parts, dtype: tl.constexpr):
 
 
 @triton.jit
+def product(x, y):
+    """x y, rounded, for `tl.sum`. A plain product would be contracted with the first sum of two lanes, in each lane its
+    own, and leave them with different results, of which any may be the one that is stored."""
+    return tl.fma(x, y, tl.zeros_like(x))
+
+
+@triton.jit
 def convert(x, dtype: tl.constexpr):
     """x in another type; from float64 to 16 bits through float32, as in torch."""
     if x.dtype == tl.float64 and dtype.primitive_bitwidth == 16:

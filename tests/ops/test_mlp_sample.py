@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import math
 from dataclasses import replace
@@ -81,6 +82,25 @@ def test_random_networks_on_cuda_against_float64(net, guidance, trajectory, low)
     with backend("cuda"):
         error, bound = error_and_bound(sample, call(sample))
     assert error <= bound
+
+
+@settings(max_examples=10)
+@given(networks(n=(1, 3, 17, 33)), st.sampled_from([None, 2.5]), st.booleans(), st.sampled_from([None, BF16]))
+def test_random_networks_on_triton_against_float64(net, guidance, trajectory, low):
+    """Whatever memory held before."""
+    sample = net.sample("", guidance=guidance, trajectory=trajectory, low=low)
+    with backend("triton"), nan_in_new_memory():
+        error, bound = error_and_bound(sample, call(sample))
+    assert error <= bound
+
+
+@contextlib.contextmanager
+def nan_in_new_memory():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @settings(max_examples=150)
@@ -199,14 +219,15 @@ def test_tiles_and_rows_on_cuda(n, widths, low):
     assert error <= bound
 
 
+@pytest.mark.parametrize(("name", "sizes"), [("cuda", (1, 2, 7, 13, 33, 48)), ("triton", (1, 17))])
 @pytest.mark.parametrize("low", [None, BF16])
-def test_a_sample_does_not_depend_on_the_batch_on_cuda(low):
+def test_a_sample_does_not_depend_on_the_batch_on_gpus(low, name, sizes):
     """Not in bfloat16 either: sums run over the inputs in one order, whatever the tile."""
     net = Network(33, 97, 3).add(260, activation="silu").add(100, activation="mish")
     x, h, layers = net.add(map="layer_norm", shift="both").head().sample("").args
-    with backend("cuda"):
+    with backend(name):
         whole = mlp_sample(x, h, layers, low=low)
-        for n in (1, 2, 7, 13, 33, 48):
+        for n in sizes:
             for first in (0, 97 - n):
                 rows = slice(first, first + n)
                 assert torch.equal(mlp_sample(x[rows], h, rows_of(layers, rows), low=low), whole[rows])

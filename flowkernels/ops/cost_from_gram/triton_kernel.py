@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels.ops import _triton
+from flowkernels.ops._triton import product
 from flowkernels.ops.cost_from_gram import _fake
 
 CONFIGS = {"cost_from_gram": {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4}}
@@ -58,7 +59,7 @@ def cost_from_gram_kernel(
             m = (first + tl.arange(0, BLOCK_M))[:, None]
             a = tl.load(gram + (m - 1) * R + k - 1, mask=(m < k) & has_a, other=0.0)
             b += tl.sum(a, 0)
-            s += tl.sum((t_k - tl.load(times + m, mask=m <= K, other=0.0)) * a, 0)
+            s += tl.sum(product(t_k - tl.load(times + m, mask=m <= K, other=0.0), a), 0)
         square = tl.load(gram + (k - 1) * (R + 1), mask=has_a, other=0.0)
 
         BB_step = 2 * b + square

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels.ops import _triton
-from flowkernels.ops._triton import scalar
+from flowkernels.ops._triton import product, scalar
 from flowkernels.ops.linear_euler import _dense, _empty, _fake
 
 # ROWS of tokens, with guidance half of them unconditional, and BLOCK_D features at a time: each warp multiplies its own
@@ -61,7 +61,7 @@ def _statistics(
         square += deviation * (v - mean)
     count = ((d - lane + BLOCK_D - 1) // BLOCK_D).to(dtype)
     features = tl.full((z.shape[0], 1), d, dtype)
-    center = _quotient(tl.sum(mean * count, axis=1, keep_dims=True), features)
+    center = _quotient(tl.sum(product(mean, count), axis=1, keep_dims=True), features)
     mean -= center
     variance = _quotient(tl.sum(square + count * mean * mean, axis=1, keep_dims=True), features) + scalar(eps, dtype)
     deviation = tl.sqrt_rn(variance) if dtype == tl.float32 else tl.sqrt(variance)

@@ -78,10 +78,10 @@ def mlp_sample(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """All Euler steps `x <- x + h_s v(x, t_s)` of a velocity network in one call.
 
-    The state and all activations of a few samples stay in the caches (on a GPU in shared memory) through every layer
-    and step; memory sees x, the result and the weights. `fk.fuse` makes the layers of a network, and packs its weights
-    once instead of at every call as this function does. NaN and Inf are not looked for: they show in the result.
-    Inside torch.func's transforms and forward-mode differentiation it runs as plain torch.
+    The state and all activations of a few samples stay in the caches (of the CUDA kernels in shared memory) through
+    every layer and step; memory sees x, the result and the weights. `fk.fuse` makes the layers of a network, and packs
+    its weights once instead of at every call as this function does. NaN and Inf are not looked for: they show in the
+    result. Inside torch.func's transforms and forward-mode differentiation it runs as plain torch.
 
     Args:
         x: noise `[n, D]`, float32.
@@ -281,6 +281,11 @@ class Plan:
         self.count, self.velocity = len(layers), places[value]
         self.structs = torch.frombuffer(bytearray(structs), dtype=torch.uint8)
 
+    def prepare(self, h: Tensor, layers, unconditional, guidance: float) -> "Prepared":
+        """With the tables of these layers, which are the plan's."""
+        others = None if unconditional is None else Tables(unconditional)
+        return Prepared(self, h, Tables(layers), others, guidance)
+
     def _pack(self, weight: Tensor) -> Tensor:
         weight = weight.contiguous()
         size = self.C.mlp_pack(weight.data_ptr(), *weight.shape, self.weight_type, 0)
@@ -301,6 +306,13 @@ class Plan:
         else:
             panels = [w.t() for w in panels]
         return torch.cat([w.reshape(-1) for w in panels])
+
+
+def plan_for(kernels, dim: int, layers: Sequence[Layer], low: torch.dtype | None):
+    """The plan for the compiled module, that of the CUDA kernels, or that of the Triton kernels, which has its own."""
+    if hasattr(kernels, "Plan"):
+        return kernels.Plan(dim, layers, low)
+    return Plan(kernels, dim, layers, low)
 
 
 def is_cuda(C) -> bool:
@@ -400,12 +412,11 @@ def _empty(x: Tensor, steps: int, trajectory: bool) -> tuple[Tensor, Tensor, Ten
 
 def _kernel(C, x, step_sizes, tensors, code, numbers, guided, guidance, low, trajectory):
     layers, unconditional = _layers(tensors, code, numbers, guided)
-    plan, tables = Plan(C, x.shape[1], layers, low), Tables(layers)
-    others = None if unconditional is None else Tables(unconditional)
+    plan = plan_for(C, x.shape[1], layers, low)
     out, states, velocities = map(fresh, _empty(x, len(step_sizes), trajectory))
     h = torch.tensor(step_sizes, dtype=torch.float64, device="cpu")
     kept = (states, velocities) if trajectory else (None, None)
-    Prepared(plan, h, tables, others, guidance).run(x.contiguous(), out, *kept)
+    plan.prepare(h, layers, unconditional, guidance).run(x.contiguous(), out, *kept)
     return out, states, velocities
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels.ops import _triton
-from flowkernels.ops._triton import scalar
+from flowkernels.ops._triton import product, scalar
 from flowkernels.ops.segment_points.triton_kernel import place
 from flowkernels.ops.straighten_loss import _fake
 
@@ -125,7 +125,7 @@ def straighten_loss_held_kernel(
     at = _place(interval, sample, step_sizes, row, B, knots, samples)
     e = _errors(v, bank, at, row, col, mask, samples, D)
     c = scalar(huber_c, dtype)
-    loss = _sample_loss(tl.sum(e * e, 1, keep_dims=True), features, c)
+    loss = _sample_loss(tl.sum(product(e, e), 1, keep_dims=True), features, c)
     tl.store(per_sample + row, loss, mask=row < B)
     if gradient is not None:
         share = _share(weight, row, row < B, elements, dtype)
