@@ -1,4 +1,4 @@
-"""The `flowkernels` command: demo, calibrate, straighten, sample, bench, capture, replay and info."""
+"""The `flowkernels` command: demo, calibrate, straighten, sample, bench, tune, capture, replay and info."""
 
 import argparse
 import importlib
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels import backends, bench, demo, ops, replay
+from flowkernels import _tuned, backends, bench, demo, ops, replay, tune
 from flowkernels._files import whole_file
 from flowkernels.models import BUNDLED, save_network
 from flowkernels.velocity_field import VelocityField, parameter_hash
@@ -42,7 +42,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv) and return its exit code.
 
-    0; 1 if a benchmark failed or its gate was red; 2 on bad input; 130 on Ctrl-C.
+    0; 1 if a benchmark failed or a kernel's result was wrong; 2 on bad input; 130 on Ctrl-C.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help=f"file to write: {', '.join(SAMPLE_FORMATS)}")
 
     bench.add_arguments(command("bench", bench.run, "Time the kernels and their peers, side by side."))
+    tune.add_arguments(command("tune", _tune, "Find the fastest configurations of the Triton kernels on this GPU."))
 
     text = "Run a script and store the real inputs of an op's calls, for replay."
     replay.add_capture_arguments(command("capture", replay.capture, text))
@@ -335,6 +336,11 @@ def _sample(args) -> None:
     print(f"{args.out}: {args.n} samples of shape {list(shape)}, {args.steps} steps")
 
 
+def _tune(args) -> int:
+    _check_paths(args)
+    return tune.run(args)
+
+
 def _write(path: Path, data: bytes) -> None:
     with whole_file(path) as partial:
         partial.write_bytes(data)
@@ -376,6 +382,7 @@ def _info(args) -> None:
     chosen = {d: backends.explain("euler_step", d) for d in devices}
     if args.json:
         told = {"environment": demo.environment(), "ops": table, "has_run": backends.HAS_RUN, "chosen": chosen}
+        told["triton_configurations"] = _tuned.in_words()
         print(json.dumps(told, indent=1))
         return
     for key, value in demo.environment().items():
@@ -393,3 +400,4 @@ def _info(args) -> None:
     print("\nwhat a call takes, such as:")
     for line in chosen.values():
         print(f"  {line}")
+    print(f"\nconfigurations of Triton kernels: {_tuned.in_words()}")

@@ -58,9 +58,9 @@ def moved(value, device, memories: Memories | None = None):
     return value
 
 
-def call(op: str, sample: Sample):
-    """The public function, on our CUDA kernel."""
-    with backend("cuda"):
+def call(op: str, sample: Sample, on: str = "cuda"):
+    """The public function, on our kernel in CUDA or in Triton."""
+    with backend(on):
         return getattr(ops, op)(*sample.args, **sample.kwargs)
 
 
@@ -70,9 +70,9 @@ def bare_arguments(op: str, sample: Sample, device) -> tuple:
     return (*args[:2], op_args(op, sample)[2]) if op == "velocity_gram" else args
 
 
-def bare(op: str, args: tuple):
+def bare(op: str, args: tuple, on: str = "cuda"):
     """The registered op: what a graph or a stage's loop holds, without the checks that have to see values."""
-    with backend("cuda"):
+    with backend(on):
         return getattr(torch.ops.flowkernels, op)(*args)
 
 
@@ -98,40 +98,40 @@ def tensors_in(args) -> list[Tensor]:
     return [t for t in tree_leaves(args) if isinstance(t, Tensor)]
 
 
-# ---- the checks: (op, device) -> what is wrong ----
+# ---- the checks: (op, device, backend) -> what is wrong ----
 
 
-def float64(op: str, device) -> list[str]:
+def float64(op: str, device, on: str = "cuda") -> list[str]:
     """All samples, with their layouts, within the bounds of the CPU's tests."""
     wrong = []
     for sample in samples(op):
-        error, bound = bounds_of(op)(sample, on_cpu(call(op, moved(sample, device))))
+        error, bound = bounds_of(op)(sample, on_cpu(call(op, moved(sample, device), on)))
         if not error <= bound:
             wrong.append(f"{sample.id}: {error:.3g} > {bound:.3g}")
         if op == "straighten_loss":
-            error, bound = _gradient(sample, device)
+            error, bound = _gradient(sample, device, on)
             if not error <= bound:
                 wrong.append(f"{sample.id}, gradient: {error:.3g} > {bound:.3g}")
     return wrong
 
 
-def _gradient(sample: Sample, device) -> tuple[float, float]:
+def _gradient(sample: Sample, device, on: str) -> tuple[float, float]:
     from flowkernels.ops.straighten_loss.samples import gradient_error_and_bound
 
     there = moved(sample, device)
     v = there.args[0].detach().requires_grad_()
-    call("straighten_loss", there._replace(args=(v, *there.args[1:]))).loss.backward()
+    call("straighten_loss", there._replace(args=(v, *there.args[1:])), on).loss.backward()
     return gradient_error_and_bound(sample, v.grad.cpu())
 
 
-def same_bits(op: str, device) -> list[str]:
+def same_bits(op: str, device, on: str = "cuda") -> list[str]:
     """Twice, and from memory that holds NaN where nothing has been written."""
     wrong = []
     for sample in samples(op):
         there = moved(sample, device)
-        first, second = copied(call(op, there)), copied(call(op, there))
+        first, second = copied(call(op, there, on)), copied(call(op, there, on))
         with poisoned():
-            third = call(op, there)
+            third = call(op, there, on)
         if not (identical(first, second) and identical(first, third)):
             wrong.append(sample.id)
     return wrong
@@ -149,29 +149,29 @@ def poisoned():
         torch.use_deterministic_algorithms(False)
 
 
-def graph(op: str, device) -> list[str]:
+def graph(op: str, device, on: str = "cuda") -> list[str]:
     """Captured once; replayed on the inputs that it saw, and on others copied to their place."""
     wrong = []
     for sample in samples(op):
         args = bare_arguments(op, sample, device)
         if not sample.args[0].numel():
             continue  # nothing to launch, and CUDA has no empty graphs
-        eager = copied(bare(op, args))
+        eager = copied(bare(op, args, on))
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            bare(op, args)
+            bare(op, args, on)
         torch.cuda.current_stream(device).wait_stream(side)
         recorded = torch.cuda.CUDAGraph()
         with torch.cuda.graph(recorded, capture_error_mode="thread_local"):
-            out = bare(op, args)
+            out = bare(op, args, on)
         recorded.replay()
         if not identical(out, eager):
             wrong.append(f"{sample.id}: the replay differs from the call")
         for memory in memories_of([t for t in tensors_in(args) if t.device.type == torch.device(device).type]):
             memory.mul_(0.5)
         recorded.replay()
-        if not identical(out, bare(op, args)):
+        if not identical(out, bare(op, args, on)):
             wrong.append(f"{sample.id}: the replay does not see new values")
     return wrong
 
@@ -179,15 +179,15 @@ def graph(op: str, device) -> list[str]:
 WAITS = {"bellman": "it reads one flag"}
 
 
-def no_wait(op: str, device) -> list[str]:
+def no_wait(op: str, device, on: str = "cuda") -> list[str]:
     """No sync, by torch's own watch. It sees what torch does: our launchers have no call that could wait."""
     wrong = []
     for sample in samples(op):
         args = bare_arguments(op, sample, device)
-        bare(op, args)  # what is made once a process may wait
+        bare(op, args, on)  # what is made once a process may wait
         torch.cuda.set_sync_debug_mode("error")
         try:
-            bare(op, args)
+            bare(op, args, on)
         except RuntimeError as e:
             wrong.append(f"{sample.id}: {str(e).splitlines()[0]}")
         finally:
@@ -195,12 +195,12 @@ def no_wait(op: str, device) -> list[str]:
     return wrong
 
 
-def other_stream(op: str, device) -> list[str]:
+def other_stream(op: str, device, on: str = "cuda") -> list[str]:
     """On a stream that is busy, behind which the inputs get their values: a kernel on another stream sees zeros."""
     wrong = []
     for sample in samples(op):
         args = bare_arguments(op, sample, device)
-        eager = copied(bare(op, args))
+        eager = copied(bare(op, args, on))
         places = memories_of([t for t in tensors_in(args) if t.device.type == torch.device(device).type])
         values = copied(places)
         for place in places:
@@ -211,14 +211,14 @@ def other_stream(op: str, device) -> list[str]:
             torch.cuda._sleep(2_000_000)  # cycles
             for place, value in zip(places, values, strict=True):
                 place.copy_(value)
-            out = bare(op, args)
+            out = bare(op, args, on)
         stream.synchronize()
         if not identical(out, eager):
             wrong.append(sample.id)
     return wrong
 
 
-# ---- sizes past 2^31 elements: (device, elements) -> the largest error in ulp of float32, of a few allowed ----
+# ---- sizes past 2^31 elements: (device, elements, backend) -> the largest error in ulp of float32; a few are allowed
 
 
 def _apart(got: Tensor, expected: Tensor, scale: Tensor) -> float:
@@ -230,36 +230,36 @@ def _pieces(n: int, size: int = 1 << 26):
     return (slice(i, min(n, i + size)) for i in range(0, n, size))
 
 
-def large_euler_step(device, n: int) -> float:
+def large_euler_step(device, n: int, on: str = "cuda") -> float:
     x, v = torch.rand(n, device=device), torch.rand(n, device=device, dtype=torch.bfloat16)
-    with backend("cuda"):
+    with backend(on):
         out = ops.euler_step(x, v, 0.5)
     return max(_apart(out[p], x[p].double() + 0.5 * v[p].double(), x[p] + v[p].float() + 1) for p in _pieces(n))
 
 
-def large_linear_update(device, n: int) -> float:
+def large_linear_update(device, n: int, on: str = "cuda") -> float:
     x, v = torch.rand(n, device=device), torch.rand(n, device=device, dtype=torch.bfloat16)
-    with backend("cuda"):
+    with backend(on):
         out = ops.linear_update(x, [v, v], [0.5, -0.25])
     return max(_apart(out[p], x[p].double() + 0.25 * v[p].double(), x[p] + v[p].float() + 1) for p in _pieces(n))
 
 
-def large_segment_points(device, n: int) -> float:
+def large_segment_points(device, n: int, on: str = "cuda") -> float:
     """A bank of n elements or more, read at its end."""
     D = n // 6 + 1
     bank = torch.rand(3, 2, D, device=device)
     last, u = torch.tensor([1], device=device), torch.tensor([0.25], device=device)
-    with backend("cuda"):
+    with backend(on):
         out = ops.segment_points(bank, last, last, u)[0]
     a, b = bank[1, 1], bank[2, 1]
     return max(_apart(out[p], a[p].double() + 0.25 * (b[p].double() - a[p].double()), a[p] + b[p]) for p in _pieces(D))
 
 
-def large_straighten_loss(device, n: int) -> float:
+def large_straighten_loss(device, n: int, on: str = "cuda") -> float:
     D = n // 6 + 1
     bank, v = torch.rand(3, 2, D, device=device), torch.rand(1, D, device=device).requires_grad_()
     last, h = torch.tensor([1], device=device), torch.tensor([0.5, 0.5], device=device)
-    with backend("cuda"):
+    with backend(on):
         ops.straighten_loss(v, bank, h, last, last).loss.backward()
     a, b, p = bank[1, 1], bank[2, 1], v.detach()[0]
 
@@ -270,11 +270,11 @@ def large_straighten_loss(device, n: int) -> float:
     return max(map(piece, _pieces(D)))
 
 
-def large_velocity_gram(device, n: int) -> float:
+def large_velocity_gram(device, n: int, on: str = "cuda") -> float:
     """Three velocities of n elements together, more in all than 2^31."""
     D = n // 3 + 1
     v = torch.rand(3, 1, D, device=device, dtype=torch.bfloat16)
-    with backend("cuda"):
+    with backend(on):
         got = ops.velocity_gram(v)
     truth = torch.zeros(2, 2, dtype=torch.float64, device=device)
     for p in _pieces(D):
@@ -312,8 +312,8 @@ def table(results: list[tuple[str, str]]) -> str:
     checks = list(dict.fromkeys(c for row in of_ops.values() for c in row))
     lines = []
     if of_ops:
-        lines.append(f"{'op':<18}" + "".join(f"{c:>14}" for c in checks))
-        lines += [f"{op:<18}" + "".join(f"{row.get(c, '-'):>14}" for c in checks) for op, row in of_ops.items()]
+        lines.append(f"{'op':<26}" + "".join(f"{c:>14}" for c in checks))
+        lines += [f"{op:<26}" + "".join(f"{row.get(c, '-'):>14}" for c in checks) for op, row in of_ops.items()]
     lines += [f"{name:<60} " + ", ".join(f"{n} {o}" for o, n in counts.items()) for name, counts in others.items()]
     return "\n".join(lines)
 

@@ -154,7 +154,7 @@ def run_op(op: str) -> Iterator[dict]:
 
 
 if __name__ == "__main__":
-    os.environ |= dict(TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1")
+    os.environ |= dict(TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1", FLOWKERNELS_TRITON_CONFIGS="")
     sys.path.insert(0, str(Path(__file__).parents[1]))
     torch.use_deterministic_algorithms(True)  # every torch.empty holds NaN, or the largest integer
     drive()

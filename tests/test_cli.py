@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import flowkernels as fk
-from flowkernels import backends, demo, ops, report
+from flowkernels import _tuned, backends, demo, ops, report
 from flowkernels.cli import main
 from flowkernels.models import BUNDLED, load_network
 
@@ -261,7 +261,9 @@ def test_info(run):
     assert re.search(r"^\(1\) (the driver shows no GPU|this build has no CUDA kernels)", out, re.MULTILINE)
     assert f"  triton          {backends.HAS_RUN['triton']}\n" in out
     assert "  euler_step on cpu: cpu\n" in out
+    assert out.endswith(f"\nconfigurations of Triton kernels: {_tuned.in_words()}\n")
     told = json.loads(run("info --json")[0])
+    assert told["triton_configurations"] == _tuned.in_words()
     assert told["environment"]["torch"] == torch.__version__
     assert set(told["ops"]["bellman"]) == set(told["has_run"]) == set(backends.BACKENDS)
     assert told["ops"]["bellman"]["reference"] is None

@@ -17,9 +17,9 @@ from _contract import tensors
 from test_capture import HostGraph, Recording
 from torch.utils._pytree import tree_map_only
 
-from flowkernels import bench
+from flowkernels import _tuned, bench
 from flowkernels.backends import CUDA_OPS, backend
-from flowkernels.ops import OPS
+from flowkernels.ops import OPS, _triton
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent
@@ -30,8 +30,10 @@ KEPT = 6  # samples of each op
 class Graph(HostGraph):
     """Replays on the kernels that it was recorded on."""
 
+    on = "cuda"
+
     def replay(self):
-        with backend("cuda"):
+        with backend(self.on):
             super().replay()
 
 
@@ -112,6 +114,27 @@ CHECKS = [checks.float64, checks.same_bits, checks.graph, checks.no_wait, checks
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
 def test_the_kernels_on_the_host_pass(op, check):
     assert check(op, CPU) == []
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
+def test_checks_run_the_kernels_in_triton(check, monkeypatch):
+    """Those of one op, interpreted: test_contract.py has all."""
+    monkeypatch.setattr(Graph, "on", "triton")
+    launch, launched = _triton.launch, []
+
+    def record(*args, **options):
+        launched.append(1)
+        launch(*args, **options)
+
+    monkeypatch.setattr(_triton, "launch", record)
+    assert check("euler_step", CPU, "triton") == []
+    assert len(launched) >= KEPT - 2  # all but the empty ones
+
+
+@pytest.mark.parametrize("op", [op for op in checks.LARGE if _tuned.kernels(op)[0]])
+def test_large_ones_in_triton(op):
+    check, _ = checks.LARGE[op]
+    assert check(CPU, 10_003, "triton") <= 4
 
 
 def with_kernel(monkeypatch, change):
@@ -229,8 +252,8 @@ def test_the_machine(monkeypatch):
     )
 
 
-def run_pytest(folder, *options):
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+def run_pytest(folder, *options, path=""):
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{path}"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, env=environment)
 
@@ -244,3 +267,24 @@ def test_without_a_gpu_all_of_it_is_skipped_for_one_reason():
     assert all(line.endswith("needs a CUDA GPU") for line in reasons)
     assert "failed" not in done.stdout
     assert "passed" not in done.stdout
+
+
+SEEMING_GPU = """
+def pytest_collection_finish(session):
+    import _gpu_checks, torch
+    torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
+    _gpu_checks.machine = lambda: ""
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_in_the_interpreter_is_no_test_of_a_gpu(tmp_path, monkeypatch):
+    (tmp_path / "seeming_gpu.py").write_text(SEEMING_GPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    options = ("-p", "seeming_gpu", "-k", "bellman and triton")
+    done = run_pytest(HERE.parent, "tests/gpu/test_ops.py", *options, path=tmp_path)
+    assert done.returncode == 0, done.stdout
+    skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+    assert skipped
+    assert all("scripts/test_gpu has them compiled (TRITON_INTERPRET=0)" in line for line in skipped)
+    assert "bellman, triton  " in done.stdout  # in the table

@@ -12,12 +12,15 @@ import contextlib
 import ctypes
 import math
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from flowkernels import _tuned
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -35,8 +38,40 @@ def launch(kernel, grid: tuple[int, ...], *args, on: Tensor, config: dict, **con
 
 
 def config_of(configs: dict[str, dict], kernel: str) -> dict:
-    """The configuration of a kernel: its shipped one."""
-    return configs[kernel]
+    """The configuration of a kernel: what `flowkernels tune` found for the current GPU, else the shipped one."""
+    for kernels in _watching:
+        kernels.add(kernel)
+    if _configs is not None:
+        return _configs.get(kernel, configs[kernel])
+    if INTERPRETED or not torch.cuda.is_initialized():
+        return configs[kernel]
+    return _tuned.of_device(torch.cuda.current_device()).get(kernel, configs[kernel])
+
+
+_configs: dict[str, dict] | None = None  # for every thread: autograd has its own
+_watching: list[set[str]] = []
+
+
+@contextlib.contextmanager
+def use(configs: dict[str, dict]) -> Iterator[None]:
+    """For tuning: kernels have these configurations inside the `with` block, the others their shipped ones."""
+    global _configs
+    before, _configs = _configs, configs
+    try:
+        yield
+    finally:
+        _configs = before
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[set[str]]:
+    """The kernels that have been asked for since the `with` block began."""
+    kernels = set()
+    _watching.append(kernels)
+    try:
+        yield kernels
+    finally:
+        _watching.pop()
 
 
 def target() -> str:

@@ -1,4 +1,5 @@
-"""Tests on a CUDA GPU. Without one all are skipped; with one the CUDA kernels are those of this build."""
+"""Tests on a CUDA GPU. Without one all are skipped; with one the CUDA kernels are those of this build. A test with a
+parameter `on` needs that backend instead."""
 
 import time
 
@@ -28,8 +29,12 @@ def gpu(request):
     minutes = request.config.getoption("--gpu-minutes", None)
     if minutes is not None and time.monotonic() - request.config.gpu_start > 60 * minutes:
         pytest.skip(f"the {minutes:g} minutes of --gpu-minutes are over")
+    on = getattr(request.node, "callspec", None)
+    on = "cuda" if on is None else on.params.get("on", "cuda")
+    if on == "triton" and backends.triton_interpreted():
+        pytest.skip("Triton's kernels are interpreted here; scripts/test_gpu has them compiled (TRITON_INTERPRET=0)")
     with backends.host_cuda(None):  # which tests before these may have set
-        if reason := backends.why_not("cuda", "cuda"):
+        if reason := backends.why_not(on, "cuda"):
             pytest.fail(f"there is a GPU, but {reason}")
         yield torch.device("cuda", torch.cuda.current_device())
         torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
