@@ -8,7 +8,7 @@ result = fk.straighten(None, velocity, cal[4], noise=(3, 32, 32), iterations=200
 from flowkernels import ops
 from flowkernels._ranges import profile_ranges
 from flowkernels._version import __version__
-from flowkernels.backends import BackendError, backend
+from flowkernels.backends import BackendError, backend, explain
 from flowkernels.calibrate import Calibration, calibrate, load
 from flowkernels.calls import record_calls
 from flowkernels.fuse import FusedSampler, NotFusable, fuse
@@ -44,6 +44,7 @@ __all__ = [
     "bellman",
     "calibrate",
     "euler_step",
+    "explain",
     "fuse",
     "fuse_head",
     "linear_euler",
