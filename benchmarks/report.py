@@ -111,6 +111,26 @@ def targets(r: Results):
         yield at_most("... inner call", 3, value("overhead", case, "p50_us", "flowkernels inner call"), " us")
 
 
+LAYERS = {
+    "public function": OURS,
+    "by the dispatcher": "flowkernels by the dispatcher",
+    "our stages' call": "flowkernels inner call",
+    "bare binding": "flowkernels bare binding",
+    "torch eager, the same work": EAGER,
+}
+
+
+def layers(r: Results):
+    """What a call of each op costs, layer by layer: medians, in microseconds."""
+    yield f"| op on one 8x8 image, us | {' | '.join(LAYERS)} |"
+    yield "|---" * (len(LAYERS) + 1) + "|"
+    for op in OPS:
+        figures = [r.get("overhead", f"{op}, one 8x8 image", p).get("p50_us", "") for p in LAYERS.values()]
+        yield f"| {op} | {' | '.join(map(cell, figures))} |"
+    choice = r.get("overhead", "choice of a backend", "flowkernels choice").get("p50_us", "")
+    yield f"\nThe choice of a backend, part of all but the last two: {cell(choice)} us where it was made before."
+
+
 def cell(value, digits=3) -> str:
     if value == "" or value != value:
         return ""
@@ -213,6 +233,7 @@ def main() -> None:
         for r in rows
         if r["provider"] == OURS and r["ratio"] != "" and r["ratio"] < 1
     ] or ["Nowhere in this run."]
+    lines += ["", "## What a call costs, by layer", "", *layers(Results(rows))]
     keys = ("device", "isa", "torch", "python", "flowkernels", "commit", "date")
     sources = dict.fromkeys(", ".join(f"{k} {r[k]}" for k in keys) for r in rows)
     lines += ["", "## Every case", "", *(f"{s}." for s in sources), *tables(rows), ""]
