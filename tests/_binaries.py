@@ -34,7 +34,7 @@ INSTRUCTIONS = {
     "LDSM": r"LDSM\b",
     "LDGSTS": r"LDGSTS\b",
     "HMMA": r"HMMA\b",
-    "tensor cores": r"([HIQ]G?MMA|UTC[HIQ]MMA|DMMA)\b",  # of warps, of groups of four on sm_90, of a block on sm_100
+    "tensor_cores": r"([HIQ]G?MMA|UTC[HIQ]MMA|DMMA)\b",  # of warps, of groups of four on sm_90, of a block on sm_100
     "FFMA": r"FFMA2?\b",
     "FP32": r"F(ADD|MUL|FMA)2?\b",
     "MUFU": r"MUFU\b",

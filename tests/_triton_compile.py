@@ -68,7 +68,7 @@ def example(name: str, seen: list, form: str):
         return tuple(example(name, list(a), form) for a in zip(*seen, strict=True))
     if type(first) is not int:
         return first
-    if (form == ONES and 1 in seen) or (form == ALIGNED and first == 1 and "stride" in name):
+    if (form == ONES and 1 in seen) or ("stride" in name and all(a == 1 for a in seen)):
         return 1
     multiple = min(-(-max(seen) // 16) * 16 or 16, max(seen) | 1 << 40)
     return multiple if form == ALIGNED or all(a % 16 == 0 for a in seen) else multiple + 3
@@ -158,7 +158,7 @@ def read(variants: list[dict], out: Path) -> list[_binaries.Kernel]:
 
 
 def told(k: _binaries.Kernel) -> str:
-    names = ("LDG", "LDG.128", "STG", "STG.128", "tensor cores", "LDGSTS", "FP64", "SHFL", "BAR", "atomics")
+    names = ("LDG", "LDG.128", "STG", "STG.128", "tensor_cores", "LDGSTS", "FP64", "SHFL", "BAR", "atomics")
     counts = " ".join(f"{n}:{k.count(n)}" for n in names if k.count(n))
     return f"\n{'':>14}{k.registers} registers, stack {k.stack}, local {k.local}, shared {k.shared}, {counts}"
 
