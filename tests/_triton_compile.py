@@ -98,10 +98,11 @@ class Recorder:
     def variants(self, forms) -> Iterator[tuple]:
         """Labels, kernels, grids, options and arguments."""
         for label, (kernel, grid, options, seen) in self.launches.items():
-            different = {}
+            different, same = {}, {p.name for p in kernel.params if p.do_not_specialize}
             for form in forms:
-                args = [example(name, [given[name] for given in seen], form) for name in seen[0]]
-                different.setdefault(repr([special(a) for a in args]), (label + form, kernel, grid, options, args))
+                args = {name: example(name, [given[name] for given in seen], form) for name in seen[0]}
+                key = repr([special(a) for name, a in args.items() if name not in same])
+                different.setdefault(key, (label + form, kernel, grid, options, list(args.values())))
             yield from different.values()
 
 
