@@ -71,7 +71,7 @@ def example(name: str, seen: list, form: str):
     if (form == ONES and 1 in seen) or ("stride" in name and all(a == 1 for a in seen)):
         return 1
     multiple = min(-(-max(seen) // 16) * 16 or 16, max(seen) | 1 << 40)
-    return multiple if form == ALIGNED or all(a % 16 == 0 for a in seen) else multiple + 3
+    return multiple if form == ALIGNED or all(a % 16 == 0 for a in seen) else max(seen) | 3
 
 
 def typed(arg) -> str:
