@@ -34,12 +34,14 @@ INSTRUCTIONS = {
     "LDSM": r"LDSM\b",
     "LDGSTS": r"LDGSTS\b",
     "HMMA": r"HMMA\b",
+    "tensor_cores": r"([HIQ]G?MMA|UTC[HIQ]MMA|DMMA)\b",  # of warps, of groups of four on sm_90, of a block on sm_100
     "FFMA": r"FFMA2?\b",
     "FP32": r"F(ADD|MUL|FMA)2?\b",
     "MUFU": r"MUFU\b",
     "SHFL": r"SHFL\b",
     "BAR": r"BAR\b",
-    "atomics": r"(RED|ATOM)[GS]?\b",
+    # Not those of bits in shared memory, with which sm_100 keeps account of the columns of its tensor memory
+    "atomics": r"(RED|ATOM)G?\b|ATOMS\b(?!\.(AND|OR)\b)",
     "local": r"(LDL|STL)\b",
     "FP64": r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64\b|MUFU\..*64H\b",
 }
@@ -140,27 +142,52 @@ def max_threads(cubin: bytes) -> dict[str, int]:
 
 
 def instructions(listing: str) -> tuple[list[str], list[range]]:
-    """Of one kernel's disassembly: instructions, and the innermost loops."""
+    """Of one kernel's disassembly: instructions, and the innermost loops. Branches go to labels, or to addresses."""
     found, labels, branches = [], {}, []
-    for m in re.finditer(r"^(\.L\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", listing, re.M):
+    for m in re.finditer(r"^(\.L\w+):|/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", listing, re.M):
         if m[1]:
             labels[m[1]] = len(found)
-        else:
-            if m[2].startswith("BRA") and (to := re.search(r"`\((\.L\w+)\)", m[3])):
-                branches.append((len(found), to[1]))
-            if m[2] != "NOP":
-                found.append(m[2])
+            continue
+        labels[int(m[2], 16)] = len(found)
+        if m[3].startswith("BRA") and (to := re.search(r"`\((\.L\w+)\)|\b(0x[0-9a-f]+)\s*$", m[4])):
+            branches.append((len(found), to[1] or int(to[2], 16)))
+        if m[3] != "NOP":
+            found.append(m[3])
     loops = [range(labels[to], at + 1) for at, to in branches if labels.get(to, at) < at]
     inner = [a for a in loops if not any(b != a and a.start <= b.start and b.stop <= a.stop for b in loops)]
     return found, inner
 
 
 def read_cubin(path: Path) -> list[Kernel]:
-    usage = run(tool("cuobjdump"), "--dump-resource-usage", path)
     code = run(tool("nvdisasm"), "-c", path)
     arch = "".join(re.search(r"\.target\s+sm_(\w+)|EF_CUDA_SM(\d+)", code).groups(""))  # as nvcc's or Triton's ptxas
-    threads = max_threads(path.read_bytes())
-    texts = dict(s.split(",", 1) for s in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.M)[1:])
+    return kernels_of(
+        path, arch, dict(s.split(",", 1) for s in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.M)[1:])
+    )
+
+
+def read_cubins(paths: list[Path], arch: str) -> list[list[Kernel]]:
+    """Of cubins for one architecture, disassembled together: nvdisasm takes half a second to begin."""
+    texts = [{n[6:]: code for n, code in sections(p.read_bytes()) if n.startswith(".text.")} for p in paths]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(code for of in texts for code in of.values()))
+        file.flush()
+        lines = re.findall(
+            r"^\s*/\*[0-9a-f]{4,}\*/\s+[^/]*;", run(tool("nvdisasm"), "-b", f"SM{arch}", file.name), re.M
+        )
+    # an instruction is 16 bytes
+    at = 0
+    for of in texts:
+        for name, code in of.items():
+            of[name], at = "\n".join(lines[at : at + len(code) // 16]), at + len(code) // 16
+    if at != len(lines):
+        raise RuntimeError(f"{len(lines)} instructions in {16 * at} bytes of cubins")
+    return [kernels_of(path, arch, of) for path, of in zip(paths, texts, strict=True)]
+
+
+def kernels_of(cubin: Path, arch: str, texts: dict[str, str]) -> list[Kernel]:
+    usage = run(tool("cuobjdump"), "--dump-resource-usage", cubin)
+    threads = max_threads(cubin.read_bytes())
     found = re.findall(r"Function (\S+):\s*\n\s*(.*)", usage)
     kernels = []
     for (symbol, line), name in zip(found, demangle([symbol for symbol, _ in found]), strict=True):

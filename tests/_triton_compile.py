@@ -7,12 +7,13 @@ each. A process of its own: Triton decides between its interpreter and its compi
 """
 
 import argparse
-import dataclasses
 import importlib
 import os
 import pickle
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -51,15 +52,26 @@ class Driver:
         return 0
 
 
-def typical(name: str, arg):
-    """The argument as real models have it: sizes are multiples of 16, memory is aligned."""
-    if isinstance(arg, torch.Tensor):
-        return torch.empty(16, dtype=arg.dtype)
-    if isinstance(arg, (tuple, list)):
-        return tuple(typical(name, a) for a in arg)
-    if type(arg) is int and not (arg == 1 and "stride" in name):  # a stride of 1 is compiled in
-        return min(-(-arg // 16) * 16 or 16, arg | 1 << 40)
-    return arg
+# how the integers and the memory of a launch are, by what a label ends in: `example`
+FORMS = ALIGNED, ODD, ONES = "", " odd", " ones"
+
+
+def example(name: str, seen: list, form: str):
+    """An argument like those that were seen, as Triton tells them apart. ALIGNED is as real models have it: sizes are
+    multiples of 16, memory is aligned. ODD and ONES: neither is where it was not in all that were seen; with ONES,
+    integers that were 1 are, which compiles them in."""
+    first = seen[0]
+    if isinstance(first, torch.Tensor):
+        aligned = form == ALIGNED or all(t.data_ptr() % 16 == 0 for t in seen)
+        return torch.empty(32, dtype=first.dtype)[0 if aligned else 1 :]
+    if isinstance(first, (tuple, list)):
+        return tuple(example(name, list(a), form) for a in zip(*seen, strict=True))
+    if type(first) is not int:
+        return first
+    if (form == ONES and 1 in seen) or ("stride" in name and all(a == 1 for a in seen)):
+        return 1
+    multiple = min(-(-max(seen) // 16) * 16 or 16, max(seen) | 1 << 40)
+    return multiple if form == ALIGNED or all(a % 16 == 0 for a in seen) else max(seen) | 3
 
 
 def typed(arg) -> str:
@@ -72,7 +84,7 @@ def typed(arg) -> str:
 
 
 class Recorder:
-    """In place of `_triton.launch`: each kernel with each choice of types and constants, once."""
+    """In place of `_triton.launch`: each kernel with each choice of types and constants, and all that it was given."""
 
     def __init__(self):
         self.launches = {}
@@ -81,37 +93,75 @@ class Recorder:
         given = dict(zip(kernel.arg_names, args, strict=False))
         types = {name: t for name, arg in given.items() if (t := typed(arg)) not in ("int", "(float)")}
         label = f"{kernel.__name__}<{', '.join(f'{k}={v}' for k, v in (types | constants | config).items())}>"
-        self.launches[label] = kernel, grid, [typical(*a) for a in given.items()], constants | config
+        self.launches.setdefault(label, (kernel, grid, constants | config, []))[-1].append(given)
 
-    def record(self, op: str) -> None:
-        samples = importlib.import_module(f"flowkernels.ops.{op}.samples")
-        inputs = getattr(samples, "compiled_inputs", samples.sample_inputs)  # where all of them take minutes
-        calls = [op_args(op, s) for s in inputs()]
-        with patch("flowkernels.ops.bellman.triton_kernel._refuse"):  # it sees memory that nothing has written
-            for args in calls:
-                backends.triton_op(op)(*args)
+    def variants(self, forms) -> Iterator[tuple]:
+        """Labels, kernels, grids, options and arguments."""
+        for label, (kernel, grid, options, seen) in self.launches.items():
+            different, same = {}, {p.name for p in kernel.params if p.do_not_specialize}
+            for form in forms:
+                args = {name: example(name, [given[name] for given in seen], form) for name in seen[0]}
+                key = repr([special(a) for name, a in args.items() if name not in same])
+                different.setdefault(key, (label + form, kernel, grid, options, list(args.values())))
+            yield from different.values()
 
 
-def compile_for(target: str, ops: list[str], out: Path) -> list[dict]:
+def special(arg):
+    """What Triton compiles for, beside the type."""
+    if isinstance(arg, torch.Tensor):
+        return arg.data_ptr() % 16 == 0
+    if isinstance(arg, tuple):
+        return tuple(map(special, arg))
+    return (arg == 1, arg % 16 == 0, arg >= 1 << 31) if type(arg) is int else arg
+
+
+def inputs_of(op: str) -> list[tuple]:
+    samples = importlib.import_module(f"flowkernels.ops.{op}.samples")
+    inputs = getattr(samples, "compiled_inputs", samples.sample_inputs)  # where all of them take minutes
+    return [op_args(op, s) for s in inputs()]
+
+
+def compile_for(target: str, op: str, inputs: list[tuple], out: Path) -> list[dict]:
+    """For sm_80, all; for the others, not those in float16 that are the same in bfloat16, and in the aligned form."""
     triton.runtime.driver.set_active(Driver(target))
-    found = []
-    for op in ops:
-        recorder = Recorder()
-        before, _triton.launch = _triton.launch, recorder
-        recorder.record(op)
-        _triton.launch = before
-        for i, (label, (kernel, grid, args, options)) in enumerate(recorder.launches.items()):
-            kernel.device_caches.clear()
-            start = time.monotonic()
-            compiled = kernel.warmup(*args, grid=grid, **options, enable_fp_fusion=True)
-            binary = "cubin" if "cubin" in compiled.asm else "hsaco"
-            path = out / f"{op}.{i}.{target}.{binary}"
-            path.write_bytes(compiled.asm[binary])
-            if "ptx" in compiled.asm:
-                path.with_suffix(".ptx").write_text(compiled.asm["ptx"])
-            found.append(dict(op=op, label=label, target=target, file=path.name, shared=compiled.metadata.shared,
-                              warps=compiled.metadata.num_warps, seconds=time.monotonic() - start))  # fmt: skip
+    recorder, found, known = Recorder(), [], set()
+    # bellman sees memory that nothing has written
+    with patch.object(_triton, "launch", recorder), patch("flowkernels.ops.bellman.triton_kernel._refuse"):
+        for args in inputs:
+            backends.triton_op(op)(*args)
+    full = target == "80"
+    for label, kernel, grid, options, args in recorder.variants(FORMS if full else [ALIGNED]):
+        alike = label.replace("bfloat16", "float16")
+        if alike in known and not (full and label.endswith(">")):
+            continue
+        known.add(alike)
+        start = time.process_time()
+        compiled = kernel.warmup(*args, grid=grid, **options, enable_fp_fusion=True)
+        binary = "cubin" if "cubin" in compiled.asm else "hsaco"
+        path = out / f"{op}.{len(found)}.{target}.{binary}"
+        path.write_bytes(compiled.asm[binary])
+        if "ptx" in compiled.asm:
+            path.with_suffix(".ptx").write_text(compiled.asm["ptx"])
+        found.append(dict(op=op, label=label, target=target, file=path.name, shared=compiled.metadata.shared,
+                          warps=compiled.metadata.num_warps, seconds=time.process_time() - start))  # fmt: skip
+    for kernel in {kernel for kernel, *_ in recorder.launches.values()}:
+        kernel.device_caches.clear()  # which are by device, and it is the same
     return found
+
+
+def read(variants: list[dict], out: Path) -> list[_binaries.Kernel]:
+    """The kernels of one target."""
+    target = variants[0]["target"]
+    arch = target if target == "80" else f"{target}a"
+    found = _binaries.read_cubins([out / v["file"] for v in variants], arch)
+    named = zip(variants, found, strict=True)
+    return [replace(k, name=v["label"], arch=target, shared=v["shared"]) for v, (k,) in named]
+
+
+def told(k: _binaries.Kernel) -> str:
+    names = ("LDG", "LDG.128", "STG", "STG.128", "tensor_cores", "LDGSTS", "FP64", "SHFL", "BAR", "atomics")
+    counts = " ".join(f"{n}:{k.count(n)}" for n in names if k.count(n))
+    return f"\n{'':>14}{k.registers} registers, stack {k.stack}, local {k.local}, shared {k.shared}, {counts}"
 
 
 def main() -> None:
@@ -121,18 +171,16 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(TARGETS))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    variants = [v for t in args.targets.split(",") for v in compile_for(t, args.ops, args.out)]
-    kernels = []
-    for v in variants:
-        print(f"{v['target']:>6} {v['seconds']:5.1f} s  {v['label']}")
-        if not v["file"].endswith("cubin"):
-            continue
-        (read,) = _binaries.read_cubin(args.out / v["file"])
-        k = dataclasses.replace(read, name=v["label"], arch=v["target"], shared=v["shared"])
-        kernels.append(k)
-        known = ("LDG", "LDG.128", "STG", "STG.128", "HMMA", "LDGSTS", "FP64", "SHFL", "BAR", "atomics")
-        counts = " ".join(f"{n}:{k.count(n)}" for n in known if k.count(n))
-        print(f"{'':>14}{k.registers} registers, stack {k.stack}, local {k.local}, shared {k.shared}, {counts}")
+    kernels, variants = [], []
+    for op in args.ops:
+        inputs = inputs_of(op)
+        for target in args.targets.split(","):
+            compiled = compile_for(target, op, inputs, args.out)
+            variants += compiled
+            found = read(compiled, args.out) if TARGETS[target][0] == "cuda" else [None] * len(compiled)
+            for v, k in zip(compiled, found, strict=True):
+                print(f"{target:>6} {v['seconds']:5.1f} s  {v['label']}{told(k) if k else ''}")
+            kernels += filter(None, found)
     (args.out / "kernels.pickle").write_bytes(pickle.dumps((kernels, variants)))
 
 

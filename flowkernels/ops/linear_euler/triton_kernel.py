@@ -18,12 +18,12 @@ from flowkernels.ops.linear_euler import _dense, _empty, _fake
 CONFIGS = {
     "linear_euler": {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2},
     "linear_euler_float32": {"ROWS": 16, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
-    "linear_euler_float64": {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 1},
+    "linear_euler_float64": {"ROWS": 16, "BLOCK_D": 128, "num_warps": 8, "num_stages": 1},
 }
 SEARCH = {  # a warp's features are at least 16
     "linear_euler": {"ROWS": (16, 32), "BLOCK_D": (128, 256), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)},
     "linear_euler_float32": {"ROWS": (16, 32), "BLOCK_D": (128, 256), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
-    "linear_euler_float64": {"BLOCK_D": (64, 128), "num_warps": (2, 4)},
+    "linear_euler_float64": {"BLOCK_D": (64, 128), "num_warps": (2, 4, 8)},
 }
 OF_WEIGHTS = {torch.float32: "linear_euler_float32", torch.float64: "linear_euler_float64"}
 MOST_OUTPUTS = {2: 64, 4: 32, 8: 32}  # of a program, by the size of weights: those of float32 are three numbers each

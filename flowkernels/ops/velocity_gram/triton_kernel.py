@@ -23,9 +23,10 @@ from flowkernels.ops.velocity_gram import _as_rows, _fake
 # registers there are, and on sm_80 and sm_120 more
 CONFIGS = {
     "velocity_gram_16": {"TILE": 16, "COLUMNS": 32, "num_warps": 1, "num_stages": 3},
-    "velocity_gram_32": {"TILE": 32, "COLUMNS": 16, "num_warps": 2, "num_stages": 3},
+    "velocity_gram_32": {"TILE": 32, "COLUMNS": 16, "num_warps": 2, "num_stages": 2},
     "velocity_gram_64": {"TILE": 64, "COLUMNS": 16, "num_warps": 4, "num_stages": 3},
-    "velocity_gram_double": {"TILE": 32, "COLUMNS": 16, "num_warps": 4, "num_stages": 2},
+    "velocity_gram_64_low": {"TILE": 64, "COLUMNS": 16, "num_warps": 4, "num_stages": 2},  # of 16-bit velocities
+    "velocity_gram_double": {"TILE": 32, "COLUMNS": 16, "num_warps": 8, "num_stages": 2},
     "velocity_gram_rows": {"BLOCK": 512, "num_warps": 4},
     "velocity_gram_sum": {"ENTRIES": 256, "SLICES": 16, "num_warps": 4},
 }
@@ -33,7 +34,8 @@ SEARCH = {
     "velocity_gram_16": {"COLUMNS": (32, 64), "num_warps": (1, 2), "num_stages": (2, 3, 4)},
     "velocity_gram_32": {"COLUMNS": (16, 32), "num_warps": (1, 2, 4), "num_stages": (2, 3, 4)},
     "velocity_gram_64": {"TILE": (32, 64), "COLUMNS": (16, 32), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
-    "velocity_gram_double": {"TILE": (16, 32, 64), "num_warps": (2, 4), "num_stages": (2, 3)},
+    "velocity_gram_64_low": {"TILE": (32, 64), "COLUMNS": (16, 32), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
+    "velocity_gram_double": {"TILE": (16, 32, 64), "num_warps": (2, 4, 8), "num_stages": (2, 3)},
     "velocity_gram_rows": {"BLOCK": (256, 512, 1024), "num_warps": (2, 4, 8)},
     "velocity_gram_sum": {"ENTRIES": (64, 128, 256), "SLICES": (8, 16, 32), "num_warps": (2, 4)},
 }
@@ -162,7 +164,9 @@ def velocity_gram(v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
     if rows == 0 or M == 0:
         return gram.zero_()
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    config, sums = (_triton.config_of(CONFIGS, name) for name in (_kind(rows, dtype), "velocity_gram_sum"))
+    config, sums = (
+        _triton.config_of(CONFIGS, name) for name in (_kind(rows, v.dtype if x is None else dtype), "velocity_gram_sum")
+    )
     tile = config["TILE"]
     tiles = triton.cdiv(rows, tile)
     pairs = tiles * (tiles + 1) // 2
@@ -201,7 +205,9 @@ def velocity_gram(v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
 def _kind(rows: int, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "velocity_gram_double"
-    return f"velocity_gram_{16 if rows <= 16 else 32 if rows <= 32 else 64}"
+    if rows > 32:
+        return "velocity_gram_64" if dtype == torch.float32 else "velocity_gram_64_low"
+    return f"velocity_gram_{16 if rows <= 16 else 32}"
 
 
 def _slices(v: Tensor, M: int, pairs: int, config: dict) -> tuple[int, int]:
