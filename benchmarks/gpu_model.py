@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_model.py --write docs/gpu.md
 
-It reads the built extension with tests/_binaries.py and measures nothing.
+It reads the built extension with tests/_binaries.py, compiles the Triton kernels, and measures nothing.
 """
 
 import argparse
@@ -15,7 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import _binaries  # noqa: E402
+import _triton_binaries  # noqa: E402
+import _triton_rules  # noqa: E402
 from _kernel_rules import RULES  # noqa: E402
+
+from flowkernels.ops import OPS  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,17 @@ Over sm_80, sm_90a, sm_100 and sm_120. The tests hold the kernels to these ceili
 (tests/_kernel_rules.py, which says what cases the shared memory is of). None has a stack frame or local memory, and
 none whose types are float32 or narrower has instructions in double precision, unless said.
 """
+TRITON = """
+## The Triton kernels, compiled ahead of time
+
+Compiled by Triton {version}, with the shipped configurations, in every choice of types that the tests' inputs make, for
+sizes that are multiples of 16 and aligned memory: {variants} variants of {kernels} kernels. All of them compile for
+{amd} too. For each target: registers of a thread; bytes of shared memory of a block; the part of a multiprocessor's
+warps that its blocks are. The tests hold the kernels to the ceiling of registers and to the instructions
+(tests/_triton_rules.py); tensor_cores are HMMA, on sm_90 HGMMA for tiles of 64, on sm_100 UTCHMMA. None has a stack
+frame or local memory, for sm_80 also where sizes are odd or 1 and memory is not aligned; none has atomic operations on
+memory; and none whose types are float32 or narrower has instructions in double precision, unless said.
+"""
 SHOWN = (
     "LDG.128",
     "LDG",
@@ -288,6 +303,32 @@ def all_kernels(kernels) -> list[str]:
     return [ALL, *table(head, rows, (1, 2, 3, 4, 5))]
 
 
+def triton_kernels(kernels, variants) -> list[str]:
+    kernels = [k for k in kernels if k.name.endswith(">")]  # not those of odd sizes
+    targets = sorted({k.sm for k in kernels})
+    rows = []
+    for r in _triton_rules.RULES:
+        of = [k for k in kernels if re.fullmatch(r.name, k.name)]
+        cells = []
+        for sm in targets:
+            own = [k for k in of if k.sm == sm]
+            shared = span([r.shared(k) for k in own], "{:,}".format)
+            occupied = span([r.occupied(k)[1] for k in own], percent)
+            cells.append(f"{span([k.registers for k in own])}; {shared}; {occupied}")
+        name = r.name.replace("|", "\\|")
+        has = " ".join([r.has, "(in double)" * r.double]).strip()
+        rows.append([f"`{name}`", len({k.name for k in of}), *cells, r.registers, has])
+    head = ["kernels", "variants", *(f"sm_{sm}" for sm in targets), "registers at most", "has"]
+    names = {k.name for k in kernels}
+    text = TRITON.format(
+        version=_triton_binaries.version("triton"),
+        variants=len(names),
+        kernels=len({name.split("<")[0] for name in names}),
+        amd=", ".join(sorted({v["target"] for v in variants} - {str(sm) for sm in targets})),
+    )
+    return [text, *table(head, rows, (1, len(head) - 2))]
+
+
 def document() -> str:
     path = _binaries.built()
     kernels = _binaries.read(path)
@@ -295,6 +336,8 @@ def document() -> str:
     if missing:
         raise RuntimeError(f"no such kernel: {missing}")
     lines = [HEAD.format(compiler=_binaries.compiler(path)), *floors(), "", *compiled(kernels), *all_kernels(kernels)]
+    of_ops = [_triton_binaries.read(op) for op in OPS]
+    lines += triton_kernels([k for found, _ in of_ops for k in found], [v for _, of in of_ops for v in of])
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 
