@@ -122,7 +122,8 @@ def inputs_of(op: str) -> list[tuple]:
 
 
 def compile_for(target: str, op: str, inputs: list[tuple], out: Path) -> list[dict]:
-    """For sm_80, all; for the others, not those in float16 that are the same in bfloat16, and in the aligned form."""
+    """For sm_80, all; for the others, not those in float16 that are the same in bfloat16, and in the aligned form; for
+    AMD, each kernel once for each type of its first argument."""
     triton.runtime.driver.set_active(Driver(target))
     recorder, found, known = Recorder(), [], set()
     # bellman sees memory that nothing has written
@@ -131,7 +132,7 @@ def compile_for(target: str, op: str, inputs: list[tuple], out: Path) -> list[di
             backends.triton_op(op)(*args)
     full = target == "80"
     for label, kernel, grid, options, args in recorder.variants(FORMS if full else [ALIGNED]):
-        alike = label.replace("bfloat16", "float16")
+        alike = label.replace("bfloat16", "float16") if TARGETS[target][0] == "cuda" else label.split(",")[0]
         if alike in known and not (full and label.endswith(">")):
             continue
         known.add(alike)

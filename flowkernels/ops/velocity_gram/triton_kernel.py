@@ -26,7 +26,7 @@ CONFIGS = {
     "velocity_gram_32": {"TILE": 32, "COLUMNS": 16, "num_warps": 2, "num_stages": 2},
     "velocity_gram_64": {"TILE": 64, "COLUMNS": 16, "num_warps": 4, "num_stages": 3},
     "velocity_gram_64_low": {"TILE": 64, "COLUMNS": 16, "num_warps": 4, "num_stages": 2},  # of 16-bit velocities
-    "velocity_gram_double": {"TILE": 32, "COLUMNS": 16, "num_warps": 8, "num_stages": 2},
+    "velocity_gram_double": {"TILE": 32, "COLUMNS": 16, "num_warps": 4, "num_stages": 1},
     "velocity_gram_rows": {"BLOCK": 512, "num_warps": 4},
     "velocity_gram_sum": {"ENTRIES": 256, "SLICES": 16, "num_warps": 4},
 }
@@ -35,7 +35,7 @@ SEARCH = {
     "velocity_gram_32": {"COLUMNS": (16, 32), "num_warps": (1, 2, 4), "num_stages": (2, 3, 4)},
     "velocity_gram_64": {"TILE": (32, 64), "COLUMNS": (16, 32), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     "velocity_gram_64_low": {"TILE": (32, 64), "COLUMNS": (16, 32), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
-    "velocity_gram_double": {"TILE": (16, 32, 64), "num_warps": (2, 4, 8), "num_stages": (2, 3)},
+    "velocity_gram_double": {"TILE": (16, 32, 64), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)},
     "velocity_gram_rows": {"BLOCK": (256, 512, 1024), "num_warps": (2, 4, 8)},
     "velocity_gram_sum": {"ENTRIES": (64, 128, 256), "SLICES": (8, 16, 32), "num_warps": (2, 4)},
 }
