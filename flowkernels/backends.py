@@ -15,6 +15,8 @@ import os
 
 import torch
 
+from flowkernels._checks import expect
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 OLDEST_TRITON = (3, 3)
 CUDA_OPS: set[str] = set()  # registered with a CUDA kernel
@@ -126,7 +128,7 @@ def triton_op(op: str):
 
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU: slow, and only where they are asked for."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 
 
 def _why_not_triton(device: torch.device) -> str | None:
@@ -187,7 +189,11 @@ def choose(op: str, device: torch.device | str) -> str:
 
 
 def explain(op: str, device: torch.device | str) -> str:
-    """Which backend runs `op` on tensors of this device, and why not one that comes before it: a line to read."""
+    """Which backend runs `op` on tensors of this device, and why not one that comes before it: a line to read.
+
+    Raises BackendError, as the call would, where a backend was asked for that cannot run it.
+    """
+    expect(hasattr(torch.ops.flowkernels, op), "op", "one of flowkernels.ops.OPS", repr(op))
     requested = _requested.get() or _from_environment()
     if requested != "auto":
         return f"{op} on {device}: {_decide(op, device, requested)}, as asked"

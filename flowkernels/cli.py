@@ -379,13 +379,15 @@ def _info(args) -> None:
     device = dict(cuda="cuda", triton="cpu" if backends.triton_interpreted() else "cuda", cpu="cpu", reference="cpu")
     table = {op: {b: backends.why_not(b, device[b], op) for b in backends.BACKENDS} for op in ops.OPS}
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    chosen = {d: backends.explain("euler_step", d) for d in devices}
+    chosen = {d: _chosen(d) for d in devices}
+    triton = None if backends.triton_error() else importlib.import_module("triton").__version__
+    environment = demo.environment() | {"triton": triton}
     if args.json:
-        told = {"environment": demo.environment(), "ops": table, "has_run": backends.HAS_RUN, "chosen": chosen}
+        told = {"environment": environment, "ops": table, "has_run": backends.HAS_RUN, "chosen": chosen}
         told["triton_configurations"] = _tuned.in_words()
         print(json.dumps(told, indent=1))
         return
-    for key, value in demo.environment().items():
+    for key, value in environment.items():
         print(f"{key.replace('_', ' '):<18} {'-' if value is None else value}")
     reasons = list(dict.fromkeys(why for cells in table.values() for why in cells.values() if why))
     print("\n" + "".join(f"{c:<18}" for c in ["op", *backends.BACKENDS]).rstrip())
@@ -401,3 +403,10 @@ def _info(args) -> None:
     for line in chosen.values():
         print(f"  {line}")
     print(f"\nconfigurations of Triton kernels: {_tuned.in_words()}")
+
+
+def _chosen(device: str) -> str:
+    try:
+        return backends.explain("euler_step", device)
+    except backends.BackendError as e:  # asked for by FLOWKERNELS_BACKEND
+        return f"an error: {e}"

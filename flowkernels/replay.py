@@ -147,7 +147,7 @@ def _why_no_speed(name: str, device: torch.device) -> str | None:
     """Of kernels that run where they are not meant to, time says nothing."""
     if name == "cuda" and device.type != "cuda":
         return "emulated on the host, where time says nothing"
-    if name == "triton" and (device.type == "cpu" or os.environ.get("TRITON_INTERPRET") == "1"):
+    if name == "triton" and (device.type == "cpu" or backends.triton_interpreted()):
         return "interpreted, where time says nothing"
     return None
 

@@ -1,6 +1,7 @@
 """The command line, end to end on tiny settings, and the demo's report folder."""
 
 import base64
+import importlib.metadata
 import io
 import json
 import math
@@ -265,9 +266,18 @@ def test_info(run):
     told = json.loads(run("info --json")[0])
     assert told["triton_configurations"] == _tuned.in_words()
     assert told["environment"]["torch"] == torch.__version__
+    assert told["environment"]["triton"] == importlib.metadata.version("triton")
     assert set(told["ops"]["bellman"]) == set(told["has_run"]) == set(backends.BACKENDS)
     assert told["ops"]["bellman"]["reference"] is None
     assert told["chosen"]["cpu"] == "euler_step on cpu: cpu"
+
+
+def test_info_where_what_is_asked_for_cannot_run(run):
+    """It says why, which is what it is for."""
+    with backends.host_cuda(None), backends.backend("cuda"):
+        out, _ = run("info")
+    error = "euler_step: backend 'cuda' was asked for, but the tensors are on cpu; move them to a CUDA GPU"
+    assert f"\nwhat a call takes, such as:\n  an error: {error}\n" in out
 
 
 def test_info_without_the_compiled_module_and_without_triton(run, monkeypatch):

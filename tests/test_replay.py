@@ -584,9 +584,10 @@ def test_a_backend_that_cannot_run_the_calls(tmp_path, capsys, unasked, monkeypa
 
 def test_interpreted_kernels_have_no_speed(monkeypatch):
     gpu = torch.device("cuda")
+    monkeypatch.delenv("TRITON_INTERPRET")
     assert "interpreted" in replay._why_no_speed("triton", CPU)
     assert replay._why_no_speed("triton", gpu) is None
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRITON_INTERPRET", "true")
     assert "interpreted" in replay._why_no_speed("triton", gpu)
     assert [replay._why_no_speed(*where) for where in (("cuda", gpu), ("cpu", CPU), ("reference", CPU))] == [None] * 3
 

@@ -11,7 +11,6 @@ rounding less, and Triton's own default (TRITON_DEFAULT_FP_FUSION) is about to c
 import contextlib
 import ctypes
 import math
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels import _tuned
+from flowkernels.backends import triton_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = triton_interpreted()
 
 
 def launch(kernel, grid: tuple[int, ...], *args, on: Tensor, config: dict, **constants) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -210,6 +211,8 @@ def test_explain_says_what_is_chosen_and_why(monkeypatch):
     assert "; not triton: the tensors are on mps; move them to a GPU" in explain("euler_step", "mps")
     with backend("cpu"), pytest.raises(BackendError, match="the tensors are on mps"):
         explain("euler_step", "mps")
+    with pytest.raises(ValueError, match=r"^op: expected one of flowkernels\.ops\.OPS, got 'eulerstep'"):
+        explain("eulerstep", "cpu")
 
 
 class Gpu:
@@ -262,6 +265,30 @@ def test_triton_that_is_missing_old_or_not_interpreted(monkeypatch):
     backends.triton_error.cache_clear()
     monkeypatch.setattr("triton.__version__", "3.1.0")
     assert why_not("triton", "cpu") == "Triton 3.1.0 is older than 3.3; pip install -U triton"
+
+
+@pytest.mark.parametrize("value", ["1", "true", "ON", "0", "", "2"])
+def test_whether_triton_interprets_is_read_as_triton_reads_it(monkeypatch, value):
+    from triton import knobs
+
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert backends.triton_interpreted() == knobs.runtime.interpret
+    assert (why_not("triton", "cpu") is None) == knobs.runtime.interpret
+
+
+ROUNDED = """
+import torch, flowkernels as fk
+x = torch.full((4,), 1 + 2**-8 + 2**-20)
+with fk.backend("triton"):
+    low = fk.euler_step(x, x, 0.0, low=torch.bfloat16)[1]
+assert torch.equal(low, x.bfloat16()), low
+"""
+
+
+def test_the_interpreter_is_mended_however_it_was_asked_for():
+    env = os.environ | {"TRITON_INTERPRET": "true"}
+    done = subprocess.run([sys.executable, "-c", ROUNDED], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 IMPORT = """
