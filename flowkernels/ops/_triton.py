@@ -90,6 +90,15 @@ def parts(value: float, dtype: torch.dtype) -> tuple[float, ...]:
     return first, second, value - first - second
 
 
+def on_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """These numbers in the memory of a device. They travel as arguments of launches: nothing waits, and a graph can
+    hold it."""
+    found = torch.zeros(len(values), dtype=dtype, device=device)
+    if values:
+        torch._foreach_add_(list(found.unbind()), values)
+    return found
+
+
 @triton.jit
 def scalar(parts, dtype: tl.constexpr):
     """The number of which these are the `parts`."""

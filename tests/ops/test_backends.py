@@ -263,8 +263,8 @@ def test_triton_that_is_missing_old_or_not_interpreted(monkeypatch):
         ):
             euler_step(x, x, 0.1)
     backends.triton_error.cache_clear()
-    monkeypatch.setattr("triton.__version__", "3.1.0")
-    assert why_not("triton", "cpu") == "Triton 3.1.0 is older than 3.3; pip install -U triton"
+    monkeypatch.setattr("triton.__version__", "3.4.0")
+    assert why_not("triton", "cpu") == "Triton 3.4.0 is older than 3.5; pip install -U triton"
 
 
 @pytest.mark.parametrize("value", ["1", "true", "ON", "0", "", "2"])

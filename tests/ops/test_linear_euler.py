@@ -488,3 +488,17 @@ IMAGE, TOKENS, HEAD = torch.zeros(2, 3, 4, 6), torch.zeros(2, 6, 5), torch.zeros
 def test_errors(error, message, args, kwargs):
     with pytest.raises(error, match=rf"^{message}"):
         linear_euler(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float64_state_is_rounded_through_float32_as_torch_does(dtype, name):
+    """A little above the middle of two numbers of 16 bits: in float32 it is the middle, which goes to the even one."""
+    x = torch.full((2, 16), 1 + torch.finfo(dtype).eps / 2 + 2.0**-40, dtype=torch.float64)
+    z, weight = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(16, 3, dtype=torch.float64)
+    with backend(name):
+        state, low = linear_euler(x, z, weight, 1.0, low=dtype)
+        linear_euler(x, z, weight, 1.0, low=(written := torch.empty(2, 16, dtype=dtype)))
+    assert torch.equal(state, x)
+    assert torch.equal(low, x.to(dtype))
+    assert torch.equal(written, low)

@@ -36,7 +36,8 @@ def bellman_check_kernel(
     tl.store(bad + j, first)
 
 
-@triton.jit
+# one kernel for all steps, whose rows begin anywhere
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["before", "value", "parent"])
 def bellman_step_kernel(
     cost,  # [n, n]
     before,  # [n], the values of the step before

@@ -1,5 +1,6 @@
 """`cost_from_gram` in Triton."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -87,7 +88,7 @@ def cost_from_gram_kernel(
 
 
 def cost_from_gram(gram: Tensor, times: Tensor, states: bool) -> Tensor:
-    gram, times = gram.contiguous(), times.to(gram.device).contiguous()
+    gram, times = gram.contiguous(), _triton.on_device(times.tolist(), torch.float64, gram.device)
     cost, K = _fake(gram, times, states), len(times) - 1
     config = _triton.config_of(CONFIGS, "cost_from_gram")
     _triton.launch(cost_from_gram_kernel, (K + 1,), gram, times, cost, K, on=gram, config=config, STATES=states)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowkernels.ops import _triton
 from flowkernels.ops._triton import convert, scalar
-from flowkernels.ops.euler_step import _empty, dense_alike, on_copies
+from flowkernels.ops.euler_step import _contiguous, _empty, dense_alike, on_copies
 
 # four elements a thread: 16 bytes of a float32 state, and no exchange between threads next to 16-bit velocities
 CONFIGS = {"euler_step": {"BLOCK": 512, "num_warps": 4}}
@@ -60,7 +60,7 @@ def euler_step(x, v, h, v_uncond, guidance, low) -> tuple[Tensor, Tensor]:
 
 
 def _launch(x, v, h, v_uncond, guidance, out, low) -> None:
-    if not dense_alike(x, v, v_uncond, out, low):
+    if not _contiguous(x, v, v_uncond, out, low) and not dense_alike(x, v, v_uncond, out, low):
         return on_copies(_launch, x, v, h, v_uncond, guidance, out, low)
     if (n := x.numel()) == 0:
         return

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels.ops import _triton
-from flowkernels.ops._triton import product, scalar
+from flowkernels.ops._triton import convert, product, scalar
 from flowkernels.ops.linear_euler import _dense, _empty, _fake
 
 # ROWS of tokens, with guidance half of them unconditional, and BLOCK_D features at a time: each warp multiplies its own
@@ -202,7 +202,7 @@ def linear_euler_kernel(
     tl.debug_barrier()  # all threads have read x and the history, which may be what is written
     tl.store(out + at, state, mask=exists)
     if low is not None:
-        tl.store(low + at, state.to(low.dtype.element_ty), mask=exists)
+        tl.store(low + at, convert(state, low.dtype.element_ty), mask=exists)
     if velocity is not None:
         tl.store(velocity + at, v.to(velocity.dtype.element_ty), mask=exists)
 

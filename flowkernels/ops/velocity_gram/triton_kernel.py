@@ -71,16 +71,18 @@ def velocity_gram_kernel(
     rows,
     M,
     columns,  # of a slice, a multiple of COLUMNS
-    partial,  # [slices, pairs of tiles, TILE, TILE]
+    pairs,  # of tiles
+    partial,  # [slices, pairs, TILE, TILE]
     DIFFERENCES: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     dtype: tl.constexpr = partial.dtype.element_ty
-    i, j = _pair(tl.program_id(0))
+    program = tl.program_id(0)  # of one dimension, since others hold 65,535 programs at most
+    i, j = _pair(program % pairs)
     own = tl.arange(0, TILE).to(tl.int64)[:, None]
-    first = tl.program_id(1).to(tl.int64) * columns
+    first = (program // pairs).to(tl.int64) * columns
     # the last row once more beyond it, for sums that nobody wants
     left = v + tl.minimum(i * TILE + own, rows - 1) * stride + first
     right = v + tl.minimum(j * TILE + own, rows - 1) * stride + first
@@ -93,14 +95,13 @@ def velocity_gram_kernel(
         # with the last argument the compiler leaves the products and `total` apart
         total += tl.dot(a, b.T, input_precision=PRECISION, out_dtype=dtype, max_num_imprecise_acc=COLUMNS)
 
-    tile = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     at = tl.arange(0, TILE)
-    tl.store(partial + tile * (TILE * TILE) + at[:, None] * TILE + at[None, :], total)
+    tl.store(partial + program.to(tl.int64) * (TILE * TILE) + at[:, None] * TILE + at[None, :], total)
 
 
 @triton.jit
 def velocity_gram_sum_kernel(
-    partial,  # [slices, pairs of tiles, TILE, TILE]
+    partial,  # [slices, pairs, TILE, TILE]
     slices,
     rows,
     gram,  # [rows, rows]
@@ -177,16 +178,16 @@ def velocity_gram(v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
 
     def add(rows_of, stride, M, first):
         at = first // columns
-        args = (rows_of, stride, rows, M, columns, partial[at:])
+        args = (rows_of, stride, rows, M, columns, pairs, partial[at:])
         precision = "tf32x3" if dtype == torch.float32 and _triton.target() == "cuda" else "ieee"
-        grid = (pairs, triton.cdiv(M, columns))
+        grid = (pairs * triton.cdiv(M, columns),)
         constants = dict(DIFFERENCES=x is None, PRECISION=precision)
         _triton.launch(velocity_gram_kernel, grid, *args, on=v, config=config, **constants)
 
     if x is None:
         add(v, stride, M, 0)
     else:
-        knots = _knots(times, v)
+        knots = _triton.on_device(times.tolist(), torch.float64, v.device)
         v, states = v.as_strided((K, M), (stride, 1)), states.as_strided((K + 1, M), (x_stride, 1))
         formed = v.new_empty(rows, chunk, dtype=dtype)
         block = _triton.config_of(CONFIGS, "velocity_gram_rows")
@@ -217,12 +218,3 @@ def _slices(v: Tensor, M: int, pairs: int, config: dict) -> tuple[int, int]:
     blocks = triton.cdiv(M, config["COLUMNS"])
     columns = min(triton.cdiv(blocks, min(wanted, blocks)), BLOCKS) * config["COLUMNS"]
     return triton.cdiv(M, columns), columns
-
-
-def _knots(times: Tensor | None, v: Tensor) -> Tensor | None:
-    """The times on v's device. They travel as arguments of launches: nothing waits, and a graph can hold it."""
-    if times is None:
-        return None
-    knots = torch.zeros(len(times), dtype=torch.float64, device=v.device)
-    torch._foreach_add_(knots.unbind(), times.tolist())
-    return knots
