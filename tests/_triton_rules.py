@@ -27,7 +27,7 @@ RULES = [
     # Increments are formed of what comes asynchronously where rows are aligned. float64 has no tensor cores on sm_120.
     Rule(r"velocity_gram_kernel<v=float32.*", 168, 0.1, has="tensor_cores LDGSTS STG.128"),
     Rule(r"velocity_gram_kernel<v=b?float16.*", 128, 0.2, has="tensor_cores STG.128"),
-    Rule(r"velocity_gram_kernel<v=float64.*", 96, 0.25, has="FP64 STG.128"),
+    Rule(r"velocity_gram_kernel<v=float64.*", 120, 0.25, has="FP64 STG.128"),
     # secants of states differ in few digits; times are float64, and the slices are added up in float64
     Rule(r"velocity_gram_rows_kernel<.*", 48, 0.62, double=True, has="LDG.128 STG.128"),
     Rule(r"velocity_gram_sum_kernel<.*", 96, 0.31, double=True, has="LDG.128"),
@@ -38,5 +38,5 @@ RULES = [
     Rule(r"linear_euler_kernel<x=float32.*BLOCK_O=64.*", 136, 0.1, has="tensor_cores LDGSTS LDG.128 STG.128"),
     Rule(r"linear_euler_kernel<x=float32.*BLOCK_O=(16|32).*", 104, 0.1, has="tensor_cores LDGSTS"),
     Rule(r"linear_euler_kernel<x=float64.*", 128, 0.1, has="FP64 LDGSTS"),
-    Rule(r"mlp_sample_kernel<.*", 255, 0.1, has="LDGSTS"),
+    Rule(r"mlp_sample_kernel<.*", 240, 0.12, has="tensor_cores LDGSTS"),
 ]
