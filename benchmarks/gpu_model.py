@@ -190,12 +190,13 @@ TRITON = """
 ## The Triton kernels, compiled ahead of time
 
 Compiled by Triton {version}, with the shipped configurations, in every choice of types that the tests' inputs make, for
-sizes that are multiples of 16 and aligned memory: {variants} variants of {kernels} kernels. Every kernel compiles for {amd} too, with
-each type of its first argument. For each target: registers of a thread; bytes of shared memory of a block; the part of a multiprocessor's
-warps that its blocks are. The tests hold the kernels to the ceiling of registers and to the instructions
-(tests/_triton_rules.py); tensor_cores are HMMA, on sm_90 HGMMA for tiles of 64, on sm_100 UTCHMMA. None has a stack
-frame or local memory, for sm_80 also where sizes are odd or 1 and memory is not aligned; none has atomic operations on
-memory; and none whose types are float32 or narrower has instructions in double precision, unless said.
+sizes that are multiples of 16 and aligned memory: {variants} variants of {kernels} kernels. Every kernel compiles for
+{amd} too, with each type of its first argument. For each target: registers of a thread; bytes of shared memory of a
+block; the part of a multiprocessor's warps that its blocks are. The tests hold the kernels to the ceiling of registers
+and to the instructions (tests/_triton_rules.py); tensor_cores are HMMA, on sm_90 HGMMA for tiles of 64, on sm_100
+UTCHMMA. None has a stack frame or local memory, for sm_80 also where sizes are odd or 1 and memory is not aligned; none
+has atomic operations on memory; and none whose types are float32 or narrower has instructions in double precision,
+unless said.
 """
 SHOWN = (
     "LDG.128",
