@@ -68,7 +68,7 @@ class _Spy:
 
 def layers(op: str, public):
     """Provider -> the same call one layer and two layers further down; its result is that of the public function.
-    `mlp_sample` packs weights into memory of which its binding knows the addresses: its inner call is the last layer."""
+    `mlp_sample` packs weights, into memory of which its binding has the addresses: its inner call is the last layer."""
     with _Seen() as seen:
         expected = public()
     registered, args = seen.call
