@@ -3,7 +3,7 @@
 `auto` takes the first that can run the call: on a GPU the CUDA kernels, then those in Triton, for CPU tensors the
 compiled CPU kernels, and then the torch reference, of which it warns once for each kind of device. A backend that is
 asked for (`with backend("cpu")`, or FLOWKERNELS_BACKEND) and cannot run the call raises. `explain` says why; decisions
-are logged at DEBUG level, and remembered: a call asks for 0.3 us.
+are logged at DEBUG level, and remembered (what a call spends on it: docs/performance.md).
 """
 
 import contextlib

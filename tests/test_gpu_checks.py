@@ -17,7 +17,7 @@ from _contract import tensors
 from test_capture import HostGraph, Recording
 from torch.utils._pytree import tree_map_only
 
-from flowkernels import _tuned, bench
+from flowkernels import bench
 from flowkernels.backends import CUDA_OPS, backend
 from flowkernels.ops import OPS, _triton
 
@@ -131,7 +131,7 @@ def test_checks_run_the_kernels_in_triton(check, monkeypatch):
     assert len(launched) >= KEPT - 2  # all but the empty ones
 
 
-@pytest.mark.parametrize("op", [op for op in checks.LARGE if _tuned.kernels(op)[0]])
+@pytest.mark.parametrize("op", checks.LARGE)
 def test_large_ones_in_triton(op):
     check, _ = checks.LARGE[op]
     assert check(CPU, 10_003, "triton") <= 4
