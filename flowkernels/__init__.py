@@ -25,6 +25,7 @@ from flowkernels.ops import (
 from flowkernels.rollout import Trajectory, rollout
 from flowkernels.sample import sample
 from flowkernels.schedule import Schedule, StepCost, bellman, step_cost
+from flowkernels.solver import Solver
 from flowkernels.straighten import Straightened, straighten
 from flowkernels.velocity_field import VelocityField
 
@@ -35,6 +36,7 @@ __all__ = [
     "FusedSampler",
     "NotFusable",
     "Schedule",
+    "Solver",
     "StepCost",
     "Straightened",
     "Trajectory",

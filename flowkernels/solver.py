@@ -1,0 +1,188 @@
+"""Solvers: what a sampler does at each of its evaluations, beyond Euler steps on a schedule's knots."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import expect, expect_positive_int, expect_times
+from flowkernels.schedule import Schedule
+
+NEGLIGIBLE = 1e-14  # of the largest coefficient: what sums in float64 leave of a zero
+
+
+@dataclass(frozen=True, eq=False)
+class Solver:
+    """An explicit linear solver: M evaluations of the velocity, with the state before evaluation i + 1 (after the last,
+    the sample)
+
+        x_{i+1} = x_0 + sum_{l <= i} b[i, l] v_l,    v_i = v(x_i, model_times[i])
+
+    times: the knots of its N steps, float64 `[N+1]`, from 0 (noise) to 1 (data); of an inversion from 1 to 0.
+    model_times: the time that the velocity is given at each evaluation, float64 `[M]`.
+    coefficients: b, float64 `[M, M]`, zero above the diagonal, in units of time.
+    name: what it is, in a word.
+    notes: where it comes from, such as the report of a fit. Numbers, texts, lists and dicts of them.
+
+    Multistep methods make one evaluation a step, M = N; Heun's second stage is an evaluation of its own.
+    """
+
+    times: Tensor
+    model_times: Tensor
+    coefficients: Tensor
+    name: str = "solver"
+    notes: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        times = torch.as_tensor(self.times, dtype=torch.float64, device="cpu")
+        falls = times.dim() == 1 and len(times) > 1 and bool(times[0] > times[-1])
+        known = 1 - expect_times(1 - times, "times") if falls else expect_times(self.times, "times")
+        t, b = (
+            torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().contiguous()
+            for value in (self.model_times, self.coefficients)
+        )
+        expect(t.dim() == 1 and len(t) > 0, "model_times", "shape [M], one time for each evaluation", t)
+        expect(bool(torch.isfinite(t).all()), "model_times", "finite times", t.tolist())
+        expect(b.shape == (len(t), len(t)), "coefficients", f"shape [{len(t)}, {len(t)}], a row for each evaluation", b)
+        expect(bool(torch.isfinite(b).all()), "coefficients", "finite coefficients", b.tolist())
+        expect(not b.triu(1).any(), "coefficients", "zeros above the diagonal: no velocity before its evaluation", b)
+        for name, value in (("times", times if falls else known), ("model_times", t), ("coefficients", b)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def steps(self) -> int:
+        """N."""
+        return len(self.times) - 1
+
+    @property
+    def evaluations(self) -> int:
+        """M, the number of velocity evaluations of a sample (NFE)."""
+        return len(self.model_times)
+
+    @property
+    def is_inverse(self) -> bool:
+        """Whether it runs from data to noise."""
+        return bool(self.times[0] > self.times[-1])
+
+    @property
+    def is_euler(self) -> bool:
+        """Whether it is nothing but Euler steps on its knots."""
+        if self.evaluations != self.steps or not torch.equal(self.model_times, self.times[:-1]):
+            return False
+        off = (self.coefficients - self.times.diff().expand_as(self.coefficients).tril()).abs().max()
+        return bool(off <= NEGLIGIBLE)
+
+    def updates(self) -> list[tuple[bool, list[int], list[float]]]:
+        """For each evaluation: (whether the update starts from x_0, else from x_i; which velocities; their factors).
+
+        Whichever of the two forms has fewer terms: Adams-Bashforth 2 from x_i has two, a fit has them all.
+        """
+        b, found = self.coefficients, []
+        small = NEGLIGIBLE * b.abs().max()
+        for i in range(self.evaluations):
+            rows = [b[i], b[i] - b[i - 1] if i else b[i]]
+            terms = [(row.abs() > small).nonzero().flatten().tolist() or [i] for row in rows]
+            first = i == 0 or len(terms[0]) < len(terms[1]) or len(terms[0]) == len(terms[1]) == i + 1
+            which = terms[0 if first else 1]
+            found.append((first, which, rows[0 if first else 1][which].tolist()))
+        return found
+
+    def to_dict(self) -> dict:
+        """What `from_dict` makes it of again, for JSON."""
+        tables = {k: getattr(self, k).tolist() for k in ("times", "model_times", "coefficients")}
+        return {"name": self.name, **tables, "notes": self.notes}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Solver":
+        return cls(**{k: data[k] for k in ("times", "model_times", "coefficients", "name", "notes")})
+
+    @classmethod
+    def of(cls, schedule: "Schedule | Solver | int | Sequence[float] | Tensor") -> "Solver":
+        """The solver itself, or Euler steps on a schedule."""
+        return schedule if isinstance(schedule, Solver) else cls.euler(schedule)
+
+    @classmethod
+    def euler(cls, schedule, *, model_times: Sequence[float] | Tensor | None = None, inverse: bool = False) -> "Solver":
+        """Euler steps on a schedule's knots.
+
+        Args:
+            schedule: a Schedule, N for N uniform steps, or N+1 increasing times from 0 to 1.
+            model_times: the time that the velocity is given at each step, where that is not the step's first knot.
+            inverse: from data to noise, on the same knots.
+        """
+        times = _knots(schedule, inverse)
+        given = times[:-1] if model_times is None else model_times
+        return cls(times, given, times.diff().expand(len(times) - 1, -1).tril(), "euler")
+
+    @classmethod
+    def adams_bashforth(cls, schedule, order: int = 2, *, inverse: bool = False) -> "Solver":
+        """Adams-Bashforth on any knots: each step integrates the polynomial through the last `order` velocities.
+
+        The first steps, which have fewer velocities before them, are of lower order. Exact for velocities that are
+        polynomials in t of a degree below `order`, from the step on that has as many velocities.
+
+        Args:
+            schedule: a Schedule, N for N uniform steps, or N+1 increasing times from 0 to 1.
+            order: 1 (Euler) or more; beyond 3 or 4 it is unstable on most flows.
+            inverse: from data to noise, on the same knots.
+
+        Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, chapter III.5 (variable steps).
+        """
+        expect_positive_int(order, "order")
+        times = _knots(schedule, inverse)
+        N = len(times) - 1
+        steps = torch.zeros(N, N, dtype=torch.float64, device="cpu")
+        for k in range(N):
+            p = min(order, k + 1)
+            steps[k, k - p + 1 : k + 1] = polynomial_weights(times[k - p + 1 : k + 1], times[k], times[k + 1])
+        return cls(times, times[:-1], steps.cumsum(0), f"adams-bashforth {order}")
+
+    @classmethod
+    def heun(cls, schedule, *, inverse: bool = False) -> "Solver":
+        """Heun's method, the last step Euler: 2N - 1 evaluations in N steps.
+
+        An evaluation of the last knot, where velocities of flow models are at their worst, is avoided.
+
+        Args:
+            schedule: a Schedule, N for N uniform steps, or N+1 increasing times from 0 to 1.
+            inverse: from data to noise, on the same knots.
+
+        Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, algorithm 1.
+        """
+        times = _knots(schedule, inverse)
+        N, h = len(times) - 1, times.diff()
+        M = 2 * N - 1
+        b = torch.zeros(M, M, dtype=torch.float64, device="cpu")
+        at = torch.zeros(M, dtype=torch.float64, device="cpu")
+        done = torch.zeros(M, dtype=torch.float64, device="cpu")
+        for k in range(N):
+            first = 2 * k
+            at[first], b[first] = times[k], done
+            b[first, first] += h[k]
+            if k + 1 < N:
+                at[first + 1] = times[k + 1]
+                done[first : first + 2] += h[k] / 2
+                b[first + 1] = done
+        return cls(times, at, b, "heun")
+
+    def __repr__(self) -> str:
+        knots = ", ".join(f"{t:.3g}" for t in self.times)
+        return f"Solver({self.name!r}, steps={self.steps}, evaluations={self.evaluations}, times=[{knots}])"
+
+
+def _knots(schedule, inverse: bool = False) -> Tensor:
+    """float64 `[N+1]`, increasing, or decreasing for an inversion."""
+    expect(not isinstance(schedule, Solver), "schedule", "a Schedule, a number of steps or times", schedule, TypeError)
+    times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
+    return times.flip(0) if inverse else times
+
+
+def polynomial_weights(nodes: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    """The weights of values at `nodes` [p] in the integral from `begin` to `end` of the polynomial through them."""
+    p, scale = len(nodes), (end - begin).abs()
+    at = (nodes - begin) / scale  # of the order of one, so that the powers are
+    powers = torch.arange(p, dtype=torch.float64, device="cpu")
+    sign = torch.sign(end - begin)
+    moments = sign ** (powers + 1) / (powers + 1)
+    return scale * torch.linalg.solve(at[None, :] ** powers[:, None], moments)
