@@ -3,7 +3,7 @@
 import itertools
 import numbers
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ class Schedule:
     grid: float64 `[K+1]`, the fine grid they were chosen from; None for times that come from no grid.
     indices: the knots' places in the grid; None without a grid.
     cost: sum of the step costs along the schedule; uniform_cost: of the uniform schedule on the same grid.
+    interval: bootstrap interval of 95 % of its cost over samples. enough: the number of samples with which the
+        interval's half-width would be 2 % of the cost. Both None where unknown.
+    notes: where it comes from, such as the objective and the evaluations it took.
+
+    Schedules are equal whatever their interval, enough and notes.
     """
 
     times: Tensor
@@ -27,6 +32,9 @@ class Schedule:
     indices: tuple[int, ...] | None = None
     cost: float | None = None
     uniform_cost: float | None = None
+    interval: tuple[float, float] | None = None
+    enough: int | None = None
+    notes: dict = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "times", expect_times(self.times, "times"))
@@ -81,6 +89,8 @@ class Schedule:
         knots = ", ".join(f"{t:.3g}" for t in self.times)
         costs = {"cost": self.cost, "uniform_cost": self.uniform_cost}
         known = "".join(f", {name}={c:.4g}" for name, c in costs.items() if c is not None)
+        if self.interval is not None:
+            known += f", interval=[{self.interval[0]:.4g}, {self.interval[1]:.4g}], enough={self.enough}"
         return f"Schedule(steps={self.steps}, times=[{knots}]{known})"
 
 
