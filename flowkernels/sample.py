@@ -38,9 +38,9 @@ def sample(
         capture: how the N steps run.
             None: a Python loop.
             "graph": one CUDA graph of the whole loop, on a GPU. It is recorded at the first call and replayed after;
-            recorded anew when times, solver, shape, dtype or device change, and when tensors of the velocity (parameters,
-            buffers, conditioning) move to other memory or its settings change. Values written into that memory are
-            picked up.
+            recorded anew when times, solver, shape, dtype or device change, and when tensors of the velocity
+            (parameters, buffers, conditioning) move to other memory or its settings change. Values written into that
+            memory are picked up.
             "compile": the unrolled loop through `torch.compile(fullgraph=True)`. Every number of steps, schedule,
             shape and dtype compiles anew, which takes seconds to minutes and grows with N.
             "auto": "graph" on a GPU; None on a CPU, where there is nothing to record and a compilation has to pay off.
@@ -95,8 +95,8 @@ def run(velocity, noise: Tensor, plan: Tensor | Solver, capture: str | None, pro
 
 
 def _traced(velocity, noise: Tensor, schedule, capture: str | None) -> Tensor:
-    """The loop as torch.compile takes it: a loop of its graph. A Python loop would be unrolled, for each N anew, which a
-    solver's is."""
+    """The loop as torch.compile takes it: a loop of its graph. A Python loop, which a solver's is, would be unrolled,
+    for each N anew."""
     fused = isinstance(velocity, (FusedSampler, FusedHead))
     expect(not fused, "velocity", "a network inside torch.compile, which fuses on its own", type(velocity).__name__)
     expect(capture in (None, "auto"), "capture", "None or 'auto' inside torch.compile", capture)
