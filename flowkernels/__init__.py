@@ -13,6 +13,7 @@ from flowkernels.calibrate import Calibration, calibrate, load
 from flowkernels.calls import record_calls
 from flowkernels.fuse import FusedSampler, NotFusable, fuse
 from flowkernels.fuse_head import FusedHead, fuse_head
+from flowkernels.inversion import Inversion, invert
 from flowkernels.ops import (
     euler_step,
     linear_euler,
@@ -34,6 +35,7 @@ __all__ = [
     "Calibration",
     "FusedHead",
     "FusedSampler",
+    "Inversion",
     "NotFusable",
     "Schedule",
     "Solver",
@@ -49,6 +51,7 @@ __all__ = [
     "explain",
     "fuse",
     "fuse_head",
+    "invert",
     "linear_euler",
     "linear_update",
     "load",

@@ -114,8 +114,10 @@ def _uniform(steps) -> Tensor:
     return torch.where(i < (steps + 1) // 2, i * h, 1 - (steps - i) * h)
 
 
-def expect_finite_flow(x: Tensor, v: Iterable[Tensor], times: Tensor, first: int = 0) -> None:
+def expect_finite_flow(x: Tensor, v: Iterable[Tensor], times: Tensor, first: int = 0, what: str = "step") -> None:
     """Raise unless the final state x `[n, *shape]` is finite, naming the sample, counted from `first`, and the step.
+
+    times: of the velocities. what: "step", or "evaluation" where a step has several.
 
     An element that is not finite stays so under further steps, so the last state answers for all of them. The
     velocities v, step by step, are looked at on failure only: they may be computed again then.
@@ -125,5 +127,5 @@ def expect_finite_flow(x: Tensor, v: Iterable[Tensor], times: Tensor, first: int
     sample = int((~torch.isfinite(x.flatten(1)).all(1)).nonzero()[0])
     bad = (step for step, part in enumerate(v) if not torch.isfinite(part[sample]).all())
     step = next(bad, None)
-    where = f" at step {step} (t = {times[step]:.6g})" if step is not None else ": the state overflows"
+    where = f" at {what} {step} (t = {times[step]:.6g})" if step is not None else ": the state overflows"
     expect(False, "velocity", "finite velocities", f"NaN or Inf in sample {first + sample}{where}")

@@ -1,4 +1,4 @@
-"""The captured loop: all N Euler steps of a schedule as one CUDA graph, or compiled as one function.
+"""The captured loop: all steps of a schedule or a solver as one CUDA graph, or compiled as one function.
 
 Small networks spend their sampling time on launching kernels and on Python. A schedule is fixed, so that its whole loop
 can be recorded once and replayed. Nothing inside the loop looks at a value: step sizes are constants, the times are on
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from flowkernels import backends
 from flowkernels._checks import expect
 from flowkernels.ops.euler_step import reference
-from flowkernels.rollout import step_times
+from flowkernels.ops.linear_update import reference as linear_reference
+from flowkernels.rollout import Update, Velocities, model_times, updates_of
+from flowkernels.solver import Solver
 from flowkernels.velocity_field import VelocityField, evaluate, has_time_embedding, time_embeddings, times_of
 
 MODES = (None, "auto", "graph", "compile")
@@ -41,16 +43,20 @@ def choose(capture: str | None, device: torch.device) -> str | None:
     return capture
 
 
-def run(mode: str, velocity, x: Tensor, times: Tensor) -> Tensor:
-    """The state after all steps on `times` from x `[n, *shape]`, by a loop recorded now or on an earlier call."""
-    kind, h = x.device.type, tuple((times[1:] - times[:-1]).tolist())
+def run(mode: str, velocity, x: Tensor, plan: Tensor | Solver) -> Tensor:
+    """The state after all steps of the plan, times or a solver, from x `[n, *shape]`, by a loop recorded now or on an
+    earlier call."""
+    kind = x.device.type
+    if isinstance(plan, Solver):
+        at, steps, step, loop_of = plan.model_times, updates_of(plan), _update(mode, kind), unrolled_solver
+    else:
+        at, steps, step, loop_of = plan[:-1], tuple((plan[1:] - plan[:-1]).tolist()), _step(mode, kind), _unrolled
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    step = _step(mode, kind)
     settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    key = mode, COMPILER, step, tuple(times.tolist()), x.shape, x.dtype, x.device, autocast, settings
+    key = mode, COMPILER, step, tuple(at.tolist()), steps, x.shape, x.dtype, x.device, autocast, settings
 
-    def unrolled(steps: int | None = None) -> Callable:
-        return _unrolled(h[:steps], step, has_time_embedding(velocity))
+    def unrolled(count: int | None = None) -> Callable:
+        return loop_of(steps[:count], step, has_time_embedding(velocity))
 
     if mode == "compile":
         if isinstance(velocity, VelocityField):  # settings that are constants to the compiler
@@ -58,7 +64,7 @@ def run(mode: str, velocity, x: Tensor, times: Tensor) -> Tensor:
         with LOOPS.lock:
             loop = LOOPS.find(velocity, key)
             if loop is None:
-                t = step_times(times, x)
+                t = model_times(at, x)
                 unrolled(1)(velocity, x, t[:1])  # the velocity's own errors, not the compiler's
                 loop = LOOPS.keep(velocity, key, functools.partial(_call_compiled, _compiled(unrolled()), t=t))
         return loop(velocity, x)
@@ -67,7 +73,7 @@ def run(mode: str, velocity, x: Tensor, times: Tensor) -> Tensor:
     with LOOPS.lock:
         graph = LOOPS.find(velocity, (*key, _state(velocity)))
         if graph is None:
-            t = step_times(times, x)
+            t = model_times(at, x)
             with torch.autocast(kind, autocast[1], autocast[0], cache_enabled=False):  # cached casts would be freed
                 graph = _Graph(functools.partial(unrolled(), velocity), x, t)
             LOOPS.keep(velocity, (*key, _state(velocity)), graph)  # after its first calls, which may have changed it
@@ -87,6 +93,17 @@ def _op_step(x, v, h, v_uncond, w) -> Tensor:
     return torch.ops.flowkernels.euler_step(x, v, h, v_uncond, w, None)[0]
 
 
+def _update(mode: str, device: str) -> Callable:
+    """One update of a solver `(x, v, b) -> x`."""
+    chosen = backends.choose("linear_update", device)
+    plain = chosen == "reference" or (mode == "compile" and not backends.asked())
+    return linear_reference.linear_update if plain else _op_update
+
+
+def _op_update(x, v, b) -> Tensor:
+    return torch.ops.flowkernels.linear_update(x, v, b, None)[0]
+
+
 def _unrolled(h: tuple[float, ...], step: Callable, embedded: bool) -> Callable:
     """The loop of both modes: `loop(velocity, x, t)` with the state x `[n, *shape]` and t `[N]` on its device."""
 
@@ -96,6 +113,22 @@ def _unrolled(h: tuple[float, ...], step: Callable, embedded: bool) -> Callable:
         for size, now, embedding in zip(h, times_of(t, len(x)), embeddings, strict=True):
             v, v_uncond, w = evaluate(velocity, x, now, embedding)
             x = step(x, v, size, v_uncond, w)
+        return x
+
+    return loop
+
+
+def unrolled_solver(updates: tuple[Update, ...], step: Callable, embedded: bool) -> Callable:
+    """The same of a solver, with t `[M]`."""
+
+    def loop(velocity, x: Tensor, t: Tensor) -> Tensor:
+        start, past = x, Velocities()
+        x = x.clone()
+        embeddings = time_embeddings(velocity, t) if embedded else [None] * len(updates)
+        for i, (update, now, embedding) in enumerate(zip(updates, times_of(t, len(x)), embeddings, strict=True)):
+            v, v_uncond, w = evaluate(velocity, x, now, embedding)
+            _, v_uncond = past.add(i, update, x, v, v_uncond, w)
+            x = step(start if update.first else x, *past.terms(i, update, v_uncond, w))
         return x
 
     return loop

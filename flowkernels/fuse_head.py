@@ -36,7 +36,7 @@ class FinalLayer:
 
 
 def fuse_head(velocity, head: str | None = None, *, patch: int | None = None, order: str = "pqc") -> "FusedHead":
-    """`velocity` with its last layer fused with the Euler step, for `sample`, `rollout` and `calibrate`.
+    """`velocity` with its last layer fused with the step, for `sample`, `rollout` and `calibrate`.
 
     A step then runs the network up to its final layer and one `linear_euler`, which does LayerNorm, modulation, Linear,
     unpatchify, guidance and the step: the velocity is written only where it is kept. Diffusers' SD3, Flux and DiT
@@ -140,12 +140,22 @@ class FusedHead(VelocityField):
         self, x: Tensor, times: Sequence[float], out: Tensor | None = None, keep: bool = True
     ) -> Iterator[tuple[Tensor, Tensor | None, None, float]]:
         """What `rollout.euler` yields, for it to hand on; v has guidance applied, and is None without `keep`."""
-        x = x.clone(memory_format=torch.contiguous_format) if out is None else out[0].copy_(x)
+        h = [end - begin for begin, end in itertools.pairwise(times)]
+        updates = [(False, (i,), (size,), False, (i,)) for i, size in enumerate(h)]
+        yield from self.steps(x, times[:-1], updates, out, keep)
+
+    def steps(
+        self, x: Tensor, times: Sequence[float], updates: Sequence[tuple], out: Tensor | None = None, keep: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor | None, None, float]]:
+        """An evaluation at each of the times, and its update, a `rollout.Update`; yields what `euler_steps` does."""
+        start = x.contiguous()
+        x = start.clone() if out is None else out[0].copy_(x)
         low = torch.empty_like(x, dtype=self.dtype) if self.dtype in LOW else None
         seen = x  # what the network reads: from the second step on the copy that the step has left
-        for i, (begin, end) in enumerate(itertools.pairwise(times)):
-            t_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            t = torch.full((len(x),), begin, dtype=t_dtype, device=x.device)
+        past = {}  # velocities that later updates read, as the network gives them
+        t_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        for i, (now, (first, which, factors, kept, done)) in enumerate(zip(times, updates, strict=True)):
+            t = torch.full((len(x),), now, dtype=t_dtype, device=x.device)
             if self.layer.linear is None:
                 _expect_not_compiled(self.net, "")
                 _find_last_linear(self.layer, self.net, lambda seen=seen, t=t: self.pair(seen, t))
@@ -157,11 +167,17 @@ class FusedHead(VelocityField):
             new = x if out is None else out[i + 1]
             if any(_share_memory(head["z"], written) for written in (new, low)):  # a network without a trunk
                 head["z"] = head["z"].clone()
-            v = torch.empty_like(x) if keep else None
-            linear_euler(x, **head, h=self.sign * (end - begin), out=new, low=low, velocity_out=v)
-            if keep and self.sign == -1:
-                v.neg_()
+            v = torch.empty_like(x) if keep or kept else None
+            terms = {j: self.sign * b for j, b in zip(which, factors, strict=True)}
+            h = terms.pop(i, 0.0)
+            history = dict(history=[past[j] for j in terms], b=list(terms.values()))
+            linear_euler(start if first else x, **head, h=h, **history, out=new, low=low, velocity_out=v)
+            past[i] = v
+            for j in done:
+                del past[j]
             x, seen = new, new if low is None else low
+            if keep and self.sign == -1:
+                v = -v if kept else v.neg_()
             yield x, v, None, 1.0
 
     def _head(self, x: Tensor, seen: Tensor, t: Tensor) -> dict[str, Any]:

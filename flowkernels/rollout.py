@@ -1,18 +1,22 @@
-"""Roll the teacher out on a fine grid."""
+"""Roll the teacher out on a fine grid; the steps of a schedule and of a solver."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowkernels._checks import expect_finite_flow, expect_noise, expect_times
+from flowkernels._checks import expect, expect_finite_flow, expect_noise, expect_times
 from flowkernels.fuse import FusedSampler
 from flowkernels.fuse_head import FusedHead
+from flowkernels.ops import linear_update
 from flowkernels.ops._library import fresh
 from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.euler_step.reference import guided
+from flowkernels.schedule import Schedule
+from flowkernels.solver import Solver
 from flowkernels.velocity_field import evaluate, has_time_embedding, time_embeddings, times_of, warn_if_training
 
 
@@ -34,10 +38,15 @@ def initial_state(noise: Tensor) -> Tensor:
     return noise if noise.dtype == torch.float64 else noise.float()
 
 
-def step_times(times: Tensor, x: Tensor) -> Tensor:
-    """The times of all steps `[N]` where the state x is, in the dtype that networks get them in; without a sync."""
+def model_times(times: Tensor, x: Tensor) -> Tensor:
+    """The times of all evaluations where the state x is, in the dtype that networks get them in; without a sync."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return times[:-1].to(x.device, dtype, non_blocking=True)
+    return times.to(x.device, dtype, non_blocking=True)
+
+
+def step_times(times: Tensor, x: Tensor) -> Tensor:
+    """Those of Euler steps, `[N]`: of every step its first."""
+    return model_times(times[:-1], x)
 
 
 def euler(
@@ -65,9 +74,113 @@ def euler(
         yield x, v, v_uncond, w
 
 
-def replay(velocity, x: Tensor, times: Tensor) -> Iterator[Tensor]:
-    """The velocities of the Euler steps from x on `times`, guidance applied."""
-    for _, v, v_uncond, w in euler(velocity, x, times):
+class Update(NamedTuple):
+    """What a loop does after an evaluation: `state + sum of factors * velocities`."""
+
+    first: bool  # the state that the loop began with, else the one that was evaluated
+    which: tuple[int, ...]
+    factors: tuple[float, ...]
+    kept: bool  # a later update reads the new velocity
+    done: tuple[int, ...]  # velocities that none does any more
+
+
+def updates_of(solver: Solver) -> tuple[Update, ...]:
+    """The update after each evaluation."""
+    found = solver.updates()
+    last = {i: i for i in range(len(found))}
+    for i, (_, which, _) in enumerate(found):
+        last.update((j, max(last[j], i)) for j in which)
+    return tuple(
+        Update(first and i > 0, tuple(which), tuple(b), last[i] > i, tuple(j for j in last if last[j] == i))
+        for i, (first, which, b) in enumerate(found)
+    )
+
+
+class Velocities:
+    """The velocities that later updates of a solver read, in memory that nobody else writes to.
+
+    A network may give every velocity in the same memory, such as the output of a CUDA graph, which shows at the second:
+    the first one is copied, the later ones only where it has. The compiler takes out copies that are not needed.
+    """
+
+    def __init__(self):
+        self.kept: dict[int, Tensor] = {}
+        self.first, self.reused = None, False
+
+    def add(self, i: int, update: Update, x: Tensor, v: Tensor, v_uncond: Tensor | None, w: float):
+        """(v, v_uncond) of evaluation i, to use in its update. Guidance is applied here to what is read again, and
+        where the update has other terms of another dtype."""
+        compiled = torch.compiler.is_compiling()
+        if self.first is not None:
+            self.reused, self.first = _share_storage(v, self.first), None
+        if v_uncond is not None and (update.kept or (v.dtype != x.dtype and len(update.which) > 1)):
+            if compiled:
+                v = guided(v, v_uncond, w, x.dtype)
+            else:  # in one pass
+                v = linear_update(v_uncond.to(x.dtype), (v, v_uncond), (w, -w))
+            v_uncond = None
+        elif compiled:
+            v = v.clone() if update.kept else v
+        else:
+            own = update.kept and (self.reused or i == 0 or not v.is_contiguous())
+            if update.kept and i == 0:
+                self.first = v
+            v = v.clone(memory_format=torch.contiguous_format) if own or _share_storage(v, x) else v
+            if v_uncond is not None and _share_storage(v_uncond, x):
+                v_uncond = v_uncond.clone()
+        self.kept[i] = v
+        return v, v_uncond
+
+    def terms(self, i: int, update: Update, v_uncond: Tensor | None, w: float) -> tuple[list[Tensor], list[float]]:
+        """What the update of evaluation i adds up; velocities that no later one reads are let go."""
+        v, b = [], []
+        for j, factor in zip(update.which, update.factors, strict=True):
+            guided_here = j == i and v_uncond is not None
+            v += [self.kept[j], v_uncond] if guided_here else [self.kept[j]]
+            b += [factor * w, factor * (1 - w)] if guided_here else [factor]
+        for j in update.done:
+            del self.kept[j]
+        return v, b
+
+
+def _share_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def solve(
+    velocity, x: Tensor, solver: Solver, keep: bool = False
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, float]]:
+    """The evaluations of a solver, as `euler` yields its steps; the state is a buffer of the loop's own."""
+    updates = updates_of(solver)
+    if isinstance(velocity, FusedHead):
+        yield from velocity.steps(x, solver.model_times.tolist(), updates, keep=keep)
+        return
+    t = model_times(solver.model_times, x)
+    embeddings = time_embeddings(velocity, t) if has_time_embedding(velocity) else [None] * len(t)
+    start, past = x.contiguous(), Velocities()
+    x = start.clone()
+    for i, (update, now, embedding) in enumerate(zip(updates, times_of(t, len(x)), embeddings, strict=True)):
+        v, v_uncond, w = evaluate(velocity, x, now, embedding)
+        v, v_uncond = past.add(i, update, x, v, v_uncond, w)
+        x = linear_update(start if update.first else x, *past.terms(i, update, v_uncond, w), out=x)
+        yield x, v, v_uncond, w
+
+
+def plan_of(schedule: Schedule | Solver | int | Sequence[float] | Tensor) -> Tensor | Solver:
+    """What a loop runs: times, on which the steps are Euler's, or a solver of other steps."""
+    if isinstance(schedule, Solver) and not schedule.is_euler:
+        return schedule
+    return schedule.times if isinstance(schedule, (Schedule, Solver)) else expect_times(schedule, "schedule")
+
+
+def flow(velocity, x: Tensor, plan: Tensor | Solver, keep: bool = False):
+    """The steps of a plan, as `euler` yields them."""
+    return solve(velocity, x, plan, keep) if isinstance(plan, Solver) else euler(velocity, x, plan, keep=keep)
+
+
+def replay(velocity, x: Tensor, plan: Tensor | Solver) -> Iterator[Tensor]:
+    """The velocities of the plan's steps from x, guidance applied."""
+    for _, v, v_uncond, w in flow(velocity, x, plan, keep=True):
         yield guided(v, v_uncond, w, x.dtype)
 
 
@@ -90,6 +203,8 @@ def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, pr
     Raises:
         TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
     """
+    way_out = "a fine grid, on which the steps are Euler's (fk.sample runs a solver)"
+    expect(not isinstance(grid, Solver), "grid", way_out, grid, TypeError)
     times = expect_times(grid, "grid")
     if isinstance(velocity, FusedSampler):
         _, x, v = velocity.on(times).run(noise, states=True, velocities=True)

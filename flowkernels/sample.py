@@ -1,4 +1,4 @@
-"""Sample on a schedule: the Euler loop of the rollout, keeping only the state."""
+"""Sample on a schedule, by the Euler loop of the rollout, keeping only the state; or by the steps of a solver."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,10 @@ from flowkernels import capture as captured
 from flowkernels._checks import expect, expect_finite_flow, expect_noise, expect_times
 from flowkernels.fuse import FusedSampler
 from flowkernels.fuse_head import FusedHead
-from flowkernels.ops import euler_step
-from flowkernels.rollout import euler, initial_state, replay, step_times
+from flowkernels.ops import euler_step, linear_update
+from flowkernels.rollout import flow, initial_state, model_times, plan_of, replay, step_times, updates_of
 from flowkernels.schedule import Schedule
+from flowkernels.solver import Solver
 from flowkernels.velocity_field import evaluate, has_time_embedding, warn_if_training
 
 
@@ -21,24 +22,25 @@ from flowkernels.velocity_field import evaluate, has_time_embedding, warn_if_tra
 def sample(
     velocity,
     noise: Tensor,
-    schedule: Schedule | int | Sequence[float] | Tensor,
+    schedule: Schedule | Solver | int | Sequence[float] | Tensor,
     *,
     capture: str | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Samples at t = 1: one Euler step from each knot of the schedule to the next.
+    """Samples at t = 1: one Euler step from each knot of the schedule to the next, or the steps of a solver.
 
     Args:
         velocity: callable `velocity(x, t)`, as for `rollout`; guidance of a `VelocityField` is fused into the step. A
             `FusedSampler` makes all steps in one call.
         noise: `[n, *shape]`.
-        schedule: a Schedule, N for N uniform steps, or N+1 increasing times from 0 to 1.
+        schedule: a Schedule, N for N uniform steps, or N+1 increasing times from 0 to 1; or a Solver from noise to
+            data, whose updates are `linear_update` of as few velocities as it needs.
         capture: how the N steps run.
             None: a Python loop.
             "graph": one CUDA graph of the whole loop, on a GPU. It is recorded at the first call and replayed after;
-            recorded anew when times, shape, dtype or device change, and when tensors of the velocity (parameters,
-            buffers, conditioning) move to other memory or its settings change. Values written into that memory are
-            picked up.
+            recorded anew when times, solver, shape, dtype or device change, and when tensors of the velocity
+            (parameters, buffers, conditioning) move to other memory or its settings change. Values written into that
+            memory are picked up.
             "compile": the unrolled loop through `torch.compile(fullgraph=True)`. Every number of steps, schedule,
             shape and dtype compiles anew, which takes seconds to minutes and grows with N.
             "auto": "graph" on a GPU; None on a CPU, where there is nothing to record and a compilation has to pay off.
@@ -49,43 +51,63 @@ def sample(
 
     Inside `torch.compile(fullgraph=True, dynamic=True)` the loop is one graph whatever the number of steps, the
     schedule (a Schedule, an integer or a tensor; a list of numbers is compiled anew for each) and the guidance weight.
+    A solver's loop is unrolled, and compiled anew for each solver.
     Values are not looked at there: NaN and Inf show in the result, and times are taken to increase from 0 to 1.
     Neither a captured loop nor a `FusedSampler` or fused head, which are compiled already, goes in there.
 
     Returns:
         `[n, *shape]`, float32 (float64 for float64 noise). On all knots of a rollout's grid this is its last state,
-        bit for bit; captured, to rounding.
+        bit for bit; captured, to rounding. A solver that is nothing but Euler steps on its knots gives what its
+        schedule gives, bit for bit.
 
     Raises:
-        TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
+        TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step (for a solver with several
+            evaluations a step, the evaluation).
         RuntimeError: for a velocity that cannot be captured, what stopped it.
     """
-    times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
     if torch.compiler.is_compiling():
-        return _traced(velocity, noise, times, capture)
+        return _traced(velocity, noise, schedule, capture)
+    backward = isinstance(schedule, Solver) and schedule.is_inverse
+    expect(not backward, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
+    return run(velocity, noise, plan_of(schedule), capture, progress)
+
+
+def run(velocity, noise: Tensor, plan: Tensor | Solver, capture: str | None, progress: bool, *names: str) -> Tensor:
+    """The last state of the plan's steps; names: of the argument and of the progress bar."""
+    name, bar = names or ("noise", "sample")
     if isinstance(velocity, FusedSampler):
-        return velocity.on(times)(noise)
-    x0 = initial_state(expect_noise(noise))
+        backward = isinstance(plan, Tensor) and bool(plan[0] > plan[-1])
+        return velocity.on(Solver.euler(plan.flip(0), inverse=True) if backward else plan)(noise)
+    x0 = initial_state(expect_noise(noise, name))
     mode = captured.choose(capture, x0.device)
-    warn_if_training(velocity)
+    warn_if_training(velocity, stacklevel=5)
+    solver = plan if isinstance(plan, Solver) else None
+    times = plan[:-1] if solver is None else solver.model_times
     if mode is not None:
-        x1 = captured.run(mode, velocity, x0, times)
+        x1 = captured.run(mode, velocity, x0, plan)
     else:
-        steps = euler(velocity, x0, times, keep=False)
-        for step in tqdm(steps, "sample", len(times) - 1, disable=not progress, leave=False):
+        steps = flow(velocity, x0, plan)
+        for step in tqdm(steps, bar, len(times), disable=not progress, leave=False):
             x1 = step[0]
-    expect_finite_flow(x1, replay(velocity, x0, times), times)
+    what = "step" if solver is None or solver.evaluations == solver.steps else "evaluation"
+    expect_finite_flow(x1, replay(velocity, x0, plan), times, what=what)
     return x1
 
 
-def _traced(velocity, noise: Tensor, times: Tensor, capture: str | None) -> Tensor:
-    """The loop as torch.compile takes it: a loop of its graph. A Python loop would be unrolled, for each N anew."""
+def _traced(velocity, noise: Tensor, schedule, capture: str | None) -> Tensor:
+    """The loop as torch.compile takes it: a loop of its graph. A Python loop, which a solver's is, would be unrolled,
+    for each N anew."""
     fused = isinstance(velocity, (FusedSampler, FusedHead))
     expect(not fused, "velocity", "a network inside torch.compile, which fuses on its own", type(velocity).__name__)
     expect(capture in (None, "auto"), "capture", "None or 'auto' inside torch.compile", capture)
     warn_if_training(velocity)
     x = initial_state(expect_noise(noise)).contiguous()
-    t, h, embedded = step_times(times, x), times.diff(), has_time_embedding(velocity)
+    embedded = has_time_embedding(velocity)
+    if isinstance(schedule, Solver):
+        loop = captured.unrolled_solver(updates_of(schedule), linear_update, embedded)
+        return loop(velocity, x, model_times(schedule.model_times, x))
+    times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
+    t, h = step_times(times, x), times.diff()
 
     def more(i, x):
         return (i < len(h)).all()

@@ -49,6 +49,7 @@ class Solver:
         expect(not b.triu(1).any(), "coefficients", "zeros above the diagonal: no velocity before its evaluation", b)
         for name, value in (("times", times if falls else known), ("model_times", t), ("coefficients", b)):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "_updates", self._find_updates())  # here, where torch.compile does not look at values
 
     @property
     def steps(self) -> int:
@@ -78,6 +79,9 @@ class Solver:
 
         Whichever of the two forms has fewer terms: Adams-Bashforth 2 from x_i has two, a fit has them all.
         """
+        return [(first, list(which), list(factors)) for first, which, factors in self._updates]
+
+    def _find_updates(self) -> list[tuple[bool, list[int], list[float]]]:
         b, found = self.coefficients, []
         small = NEGLIGIBLE * b.abs().max()
         for i in range(self.evaluations):

@@ -132,7 +132,8 @@ def straighten(
     Source: BOSS (arXiv 2312.16414), straightening stage; `u="uniform"` is piecewise rectified flow, and on the one
     interval [0, 1] rectified flow (arXiv 2209.03003).
     """
-    expect(isinstance(schedule, Schedule), "schedule", "a Schedule, such as cal[4]", schedule, TypeError)
+    expected = "a Schedule, such as cal[4]: a student learns Euler steps (of a solver: Schedule(solver.times))"
+    expect(isinstance(schedule, Schedule), "schedule", expected, schedule, TypeError)
     teacher, velocity = velocity, velocity.velocity if isinstance(velocity, FusedSampler) else velocity
     teacher_grid, indices = _teacher_grid(schedule, grid)
     iterations = expect_positive_int(iterations, "iterations")
