@@ -402,7 +402,7 @@ def test_conditioning_of_the_samples(objective):
     )
     whole = fk.calibrate(field, noise, 8, 2, until=1e-9, **QUIET)
     expected = fk.calibrate(some, noise[:4], 8, 2, **QUIET).plan([2, 3], objective, velocity=some)
-    got = whole.plan([2, 3], objective, velocity=field, samples=4)
+    got = whole.plan([2, 3], objective, velocity=field, samples=4, chunk=3)
     for n in (2, 3):
         assert torch.equal(got[n].times, expected[n].times)
         told = [{k: v for k, v in plans[n].notes.items() if "cost" not in k} for plans in (got, expected)]
@@ -426,6 +426,8 @@ def test_bad_objectives(tmp_path):
             cal.plan(2, objective)
         with pytest.raises(ValueError, match=r"^samples: expected at least 1, got 0"):
             cal.plan(2, objective, velocity=Turning(), samples=0)
+        with pytest.raises(ValueError, match=r"^chunk: expected at least 1, got 0"):
+            cal.plan(2, objective, velocity=Turning(), chunk=0)
     for candidates in ((), (1.0,), (-0.1, 0.0)):
         with pytest.raises(ValueError, match=r"^candidates: expected some fractions, 0 <= f < 1"):
             cal.plan(2, "free", velocity=Turning(), candidates=candidates)
