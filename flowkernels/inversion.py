@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect
+from flowkernels._checks import expect, expect_noise
+from flowkernels.fuse import FusedSampler
 from flowkernels.rollout import plan_of
 from flowkernels.sample import run
 from flowkernels.schedule import Schedule
@@ -78,6 +79,8 @@ def invert(
     expected = "a schedule or solver for the way back of this solver, or round_trip=False"
     expect(forward is not None or not round_trip, "forward", expected, "None")
     back = plan_of(forward, "forward") if round_trip else None
+    if isinstance(velocity, FusedSampler):  # which would speak of noise
+        expect_noise(data, "data")
     noise = run(velocity, data, plan, capture, progress, "data", "invert")
     error = None
     if round_trip:
