@@ -53,7 +53,7 @@ struct Term {
 struct Program {
   Layer* layers;  // of the unconditional velocity if there is one, then of the other
   Panel* panels;
-  float* h;             // of Euler steps
+  float* h;  // of Euler steps
   MlpUpdate* updates;  // of others, and all their terms
   Term* terms;
   int panel_count;
@@ -659,8 +659,7 @@ int64_t mlp_program(const MlpPrepared& p, void* to) {
     else
       r.h[s] = float(p.h[s]);
   }
-  for (int64_t i = 0; p.updates && i < terms_of(p); i++)
-    r.terms[i] = {int(p.terms[i].place), float(p.terms[i].factor)};
+  for (int64_t i = 0; p.updates && i < terms_of(p); i++) r.terms[i] = {int(p.terms[i].place), float(p.terms[i].factor)};
   return bytes;
 }
 

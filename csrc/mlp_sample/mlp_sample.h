@@ -91,9 +91,9 @@ struct MlpPackArgs {
 typedef int64_t MlpPack(const MlpPackArgs&);  // bytes
 FK_DECLARE_AMX(MlpPack, mlp_pack)
 
-// On a GPU MlpPrepared, its layers, tables, step sizes and updates lie in host memory, what they point at in device memory, and
-// weights are as flowkernels/ops/mlp_sample/__init__.py packs them for it. Of all that mlp_program makes the list that
-// the kernel reads, and mlp_upload brings it to the device, once for many calls.
+// On a GPU MlpPrepared, its layers, tables, step sizes and updates lie in host memory, what they point at in device
+// memory, and weights are as flowkernels/ops/mlp_sample/__init__.py packs them for it. Of all that mlp_program makes
+// the list that the kernel reads, and mlp_upload brings it to the device, once for many calls.
 namespace cuda {
 int64_t mlp_program(const MlpPrepared&, void* to);  // bytes, a multiple of 16; null to ask for them alone
 struct MlpUploadArgs {
@@ -106,7 +106,8 @@ struct MlpLaunchArgs : MlpSampleArgs {
   const void* program;
   void* scratch;
 };
-int64_t mlp_scratch(const MlpSampleArgs&);  // bytes of device memory: for rows too long for shared memory, kept velocities
+int64_t mlp_scratch(
+    const MlpSampleArgs&);  // bytes of device memory: for rows too long for shared memory, kept velocities
 int mlp_sample(const MlpLaunchArgs&, void* stream);
 }  // namespace cuda
 
