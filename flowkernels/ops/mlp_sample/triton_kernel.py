@@ -226,13 +226,11 @@ def _updated(
     factors,
 ):
     """x_0 or the state, and the terms, one after another; v is kept where a later update wants it."""
-    from_start = tl.load(update + FROM_START) != 0
-    state = tl.load(x + column, mask=mask) if from_start else tl.load(row + column, mask=mask)
+    state = tl.load(tl.where(tl.load(update + FROM_START) != 0, x, row) + column, mask=mask)
     for i in range(tl.load(update + TERMS).to(tl.int32)):
-        place, term = tl.load(places + i), v
-        if place >= 0:
-            term = tl.load(past + place * room + column, mask=mask)
-        state += tl.load(factors + i) * term
+        place = tl.load(places + i)
+        term = tl.load(past + place * room + column, mask=mask & (place >= 0))
+        state += tl.load(factors + i) * tl.where(place >= 0, term, v)
     kept = tl.load(update + KEPT)
     if kept >= 0:
         tl.store(past + kept * room + column, v, mask=mask)
