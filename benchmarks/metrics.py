@@ -1,7 +1,5 @@
 """How far apart two sets of samples are: energy and Frechet distances, and the classifier whose features they take."""
 
-from pathlib import Path
-
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
