@@ -93,6 +93,11 @@ FLOORS = [
         *("bellman", "float64", dict(K=1000, N=20)),
         *("K * (K + 1) // 2 * 8 + (N + 1) * (K + 1) * 16", "N * K * (K + 1)", "fp64", "bellman_kernel"),
     ),
+    Floor(  # what is read of the costs is a sixth of them
+        *("bellman_pairs", "float64", dict(K=400, N=10)),
+        "(K + 1) * K * (K - 1) // 6 * 8 + (N + 1) * (K + 1) ** 2 * 16",
+        *("2 * (N - 2) * (K + 1) * K * (K - 1) // 6", "fp64", "bellman_pairs_step_kernel"),
+    ),
     Floor(
         *("euler_step", "guided, bfloat16 velocities and copy", dict(n=64 * MI)),
         *("n * (4 + 2 + 2 + 4 + 2)", "n * 5", "fp32"),

@@ -19,6 +19,7 @@ from flowkernels.ops.straighten_loss import samples as loss_samples
 
 from . import (
     bellman,
+    bellman_pairs,
     cost_from_gram,
     euler_step,
     linear_euler,
@@ -139,9 +140,19 @@ def cases(device) -> Iterator[Case]:
         sample = bellman.Sample("", (cost.cpu(), 4), {})
         return (
             lambda: ops.bellman(cost, 4),
-            kernel("bellman", cost, 4),
+            kernel("bellman", cost, 4, 1.0),
             lambda: bellman.reference.bellman(cost, 4),
             lambda got: bellman.error_and_bound(sample, [t.cpu() for t in got]),
+        )
+
+    def of_pairs():
+        args = *(torch.rand(shape, dtype=torch.float64, device=device) for shape in ((11,), (11, 11, 11))), 4
+        sample = bellman_pairs.Sample("", tuple(t.cpu() for t in args[:2]) + args[2:], {})
+        return (
+            lambda: ops.bellman_pairs(*args),
+            kernel("bellman_pairs", *args),
+            lambda: bellman_pairs.reference.bellman_pairs(*args),
+            lambda got: bellman_pairs.error_and_bound(sample, [t.cpu() for t in got]),
         )
 
     def step():
@@ -229,7 +240,7 @@ def cases(device) -> Iterator[Case]:
             lambda got: mlp_samples.error_and_bound(net, got.cpu()),
         )
 
-    builds = (gram, costs, recursion, step, head, update, points, loss, network)
+    builds = (gram, costs, recursion, of_pairs, step, head, update, points, loss, network)
     for op, build in zip(ops.OPS, builds, strict=True):
         yield case(op, build)
 

@@ -2,6 +2,7 @@
 #include "bindings.h"
 
 #include "bellman/bellman.h"
+#include "bellman_pairs/bellman_pairs.h"
 #include "ceilings/ceilings.h"
 #include "common/isa.h"
 #include "common/memory.h"
@@ -49,8 +50,16 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def(
       "bellman",
-      [](Address cost, int64_t n, int64_t steps, Address value, Address parent) {
-        return FK_SELECT(bellman)({at<double>(cost), n, steps, at<double>(value), at<int64_t>(parent)});
+      [](Address cost, int64_t n, int64_t steps, double carry, Address value, Address parent) {
+        return FK_SELECT(bellman)({at<double>(cost), n, steps, carry, at<double>(value), at<int64_t>(parent)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "bellman_pairs",
+      [](Address first, Address cost, int64_t n, int64_t steps, Address value, Address parent) {
+        return FK_SELECT(bellman_pairs)(
+            {at<double>(first), at<double>(cost), n, steps, at<double>(value), at<int64_t>(parent)});
       },
       py::call_guard<py::gil_scoped_release>());
 

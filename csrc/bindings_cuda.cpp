@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "bellman/bellman.h"
+#include "bellman_pairs/bellman_pairs.h"
 #include "bindings.h"
 #include "common/cuda_runtime.h"
 #include "cost_from_gram/cost_from_gram.h"
@@ -35,9 +36,17 @@ void bind_cuda(py::module_& m) {
                  stream);
         });
 
-  m.def("bellman", [](Address cost, int64_t n, int64_t steps, Address value, Address parent, Address bad, int device,
-                      Address stream) {
-    launch(fk::cuda::bellman, {at<double>(cost), n, steps, at<double>(value), at<int64_t>(parent), at<int64_t>(bad)},
+  m.def("bellman", [](Address cost, int64_t n, int64_t steps, double carry, Address value, Address parent, Address bad,
+                      int device, Address stream) {
+    launch(fk::cuda::bellman,
+           {at<double>(cost), n, steps, carry, at<double>(value), at<int64_t>(parent), at<int64_t>(bad)}, device,
+           stream);
+  });
+
+  m.def("bellman_pairs", [](Address first, Address cost, int64_t n, int64_t steps, Address value, Address parent,
+                            Address bad, int device, Address stream) {
+    launch(fk::cuda::bellman_pairs,
+           {at<double>(first), at<double>(cost), n, steps, at<double>(value), at<int64_t>(parent), at<int64_t>(bad)},
            device, stream);
   });
 

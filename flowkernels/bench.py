@@ -36,6 +36,7 @@ ENTRIES = (
     "cost_from_gram",
     "step_cost",
     "bellman",
+    "bellman_pairs",
     "euler_step",
     "linear_euler",
     "linear_update",

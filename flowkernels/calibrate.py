@@ -1,8 +1,11 @@
 """Calibrate: roll out, step costs and schedules in one streamed call, and the file that keeps them."""
 
 import base64
+import inspect
 import itertools
 import json
+import math
+import numbers
 import platform
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,18 +17,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowkernels._checks import expect, expect_finite_flow, expect_noise, expect_positive_int, expect_times
+from flowkernels._checks import (
+    expect,
+    expect_finite_flow,
+    expect_noise,
+    expect_number,
+    expect_positive_int,
+    expect_times,
+)
 from flowkernels._files import whole_file
 from flowkernels._version import __version__
+from flowkernels.costs import GROUPS, OBJECTIVES, SINGLES, SampleCosts
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops._library import fresh
 from flowkernels.ops.euler_step.reference import guided
-from flowkernels.rollout import euler, initial_state
+from flowkernels.rollout import Trajectory, euler, initial_state
+from flowkernels.sample import sample
 from flowkernels.schedule import Schedule, StepCost, bellman, expect_steps
+from flowkernels.solver import Solver
 from flowkernels.velocity_field import VelocityField, parameter_hash, velocity_rows, warn_if_training
 
 FORMAT = "flowkernels.calibration"
 CHUNK_BYTES = 256 << 20  # velocities of one chunk of samples
+KEEP_BYTES = 512 << 20  # states and velocities that stay
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +47,30 @@ class Calibration(Mapping):
     """The schedules of a model, by number of steps: `cal[4]`.
 
     times: the fine grid, float64 `[K+1]`. cost: all step costs, float64 `[K+1, K+1]`, Inf where k <= j.
-    schedules: {N: Schedule}. All of it on the CPU. provenance: where the calibration comes from (K, n, seed, dtype,
-    shape, guidance, the model's parameter hash, library versions).
+    schedules: {N: Schedule}. provenance: where the calibration comes from (K, n, seed, dtype, shape, guidance, the
+    model's parameter hash, library versions).
+    gram: the mean Gram matrix of velocity increments, float64 `[K-1, K-1]` (`velocity_gram` divided by n).
+    solvers: {N: Solver}, such as fits; empty until one is put there.
+    All of the above on the CPU, and in the file; gram is None from a file of before there was one.
+
+    verified: {N: {"uniform": e, "bellman": e, "fitted": e}}, where `calibrate` was given noise to verify on: the mean
+    squared distance to the teacher's samples of Euler steps on the uniform and on the Bellman schedule, and of the
+    solver if there is one. In the file.
+
+    kept: the teacher's trajectory of the first samples, where they are. sample_costs: step costs of groups of samples.
+    Both in memory only, None in a calibration from a file.
     """
 
     times: Tensor
     cost: Tensor
     schedules: dict[int, Schedule]
     provenance: dict = field(default_factory=dict)
+    gram: Tensor | None = None
+    solvers: dict[int, Solver] = field(default_factory=dict)
+    verified: dict[int, dict[str, float]] = field(default_factory=dict)
+    kept: Trajectory | None = field(default=None, repr=False)
+    sample_costs: SampleCosts | None = field(default=None, repr=False)
+    _found: dict = field(default_factory=dict, repr=False)  # tables made when they were asked for
 
     def __getitem__(self, steps: int) -> Schedule:
         if steps not in self.schedules:
@@ -53,36 +83,118 @@ class Calibration(Mapping):
     def __len__(self) -> int:
         return len(self.schedules)
 
-    def plan(self, steps: int | Iterable[int]) -> dict[int, Schedule]:
-        """Schedules for further numbers of steps, from the same step costs. Adds them to this calibration."""
-        plans = bellman(self.cost, self.times, steps)
+    @property
+    def norm_cost(self) -> Tensor | None:
+        """Step costs like `cost` of E|e| in place of E|e|^2, the mean over at most 512 of the samples kept.
+
+        Made at the first use or when the calibration is saved, about 0.2 ms a sample. None without kept samples, and
+        from a file that has none.
+        """
+        if "norm_cost" not in self._found:
+            singles = self._singles()
+            self._found["norm_cost"] = None if singles is None else singles.norm_cost()
+        return self._found["norm_cost"]
+
+    def _singles(self) -> SampleCosts | None:
+        """The step costs of single samples, from those that are kept."""
+        if self.kept is not None and "singles" not in self._found:
+            self._found["singles"] = SampleCosts(self.times, most=SINGLES).update(self.kept.v[:, :SINGLES])
+        return self._found.get("singles")
+
+    @torch.no_grad()
+    def plan(
+        self, steps: int | Iterable[int], objective: str = "squared", *, velocity=None, **options
+    ) -> dict[int, Schedule] | dict[int, Solver]:
+        """Schedules or solvers for numbers of steps, by an objective of choice; all of one call from one table.
+
+        Args:
+            steps: the numbers of steps N wanted, each 1..K.
+            velocity: the teacher, for objectives that evaluate it (a `FusedSampler`'s own velocity is used).
+            options: those of the objective.
+            objective: what is least, with e the error of a step from a teacher's knot, and its further evaluations of
+                each of `samples` samples (those kept, at most):
+                "squared": the sum of E|e|^2. None. BOSS, arXiv 2312.16414. Adds the schedules to this calibration.
+                "norm": the sum of E|e|. None.
+                "gits": the sum of `gamma^i E|e|`, i counting the steps; gamma = 1.15. None. GITS (On the Trajectory
+                Regularity of ODE-based Diffusion Sampling, arXiv 2405.11326), whose recursion from the data end is
+                `V[j][s] = min_i E|e|_2 + gamma V[i][s-1]`.
+                "endpoint": the sum of `E|(d x_K / d x_k) e|^2`, each error as the teacher's flow carries it to t = 1,
+                to first order: estimated with `probes` random signs, pulled back through the teacher's steps.
+                (1 + 2 probes)(K - 1), a vector-Jacobian product counted as two; samples = 64, probes = 2. The velocity
+                must have gradients.
+                "pairs": the sum of E|e|^2 of Adams-Bashforth 2, exactly: a step's error depends on the knot before it
+                too. None, but K^3 numbers. Returns solvers.
+                "student": the mean squared distance of the student's own state to the teacher's, where the best
+                predecessor of each knot is decided from the start on (a greedy choice: no optimum). About N K for the
+                largest N; samples = 64. OSS, arXiv 2503.21774.
+                "free": the sum of E|e|^2 where the velocity of a step from t may be asked for at later times
+                `t + f (1 - t)`, f being the best of `candidates` = 0, 1/64, 1/32, 3/64, 3/32, 3/16 (the first
+                knot's included). K for each candidate but 0; samples = 64. Returns Euler solvers with such model times.
+
+        Returns:
+            {N: Schedule} or, of "pairs" and "free", {N: Solver}. Those of other objectives than "squared" say in their
+            `notes` the objective, its evaluations of each sample, and of solvers the cost; a Schedule's cost is in
+            terms of its objective.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        wanted = expect_steps(steps, len(self.times) - 1)
+        if objective != "squared":
+            known = ["squared", *OBJECTIVES]
+            expect(objective in known, "objective", f"one of {known}", objective)
+            make = OBJECTIVES[objective]
+            allowed = list(inspect.signature(make).parameters)[2:]
+            unknown = sorted(set(options) - set(allowed))
+            expect(not unknown, "options", f"of {allowed} for {objective!r}", f"{unknown}", TypeError)
+            return make(self, wanted, **({"velocity": velocity} if "velocity" in allowed else {}), **options)
+        expect(not options, "options", "none for 'squared'", f"{sorted(options)}", TypeError)
+        plans = bellman(self.cost, self.times, wanted)
+        if self.sample_costs is not None:
+            plans = self.sample_costs.with_intervals(plans)
         self.schedules.update(plans)
         return plans
 
+    def best(self, steps: int) -> Schedule | Solver:
+        """Of the uniform schedule, the Bellman schedule and the solver, what has the least verified error.
+
+        Where nothing was verified, the solver if there is one, else the Bellman schedule.
+        """
+        known = {"bellman": self[steps], "uniform": Schedule.uniform(steps)}
+        if steps in self.solvers:
+            known = {"fitted": self.solvers[steps], **known}
+        errors = self.verified.get(steps, {})
+        return known[min(known, key=lambda name: errors.get(name, math.inf))]
+
     def __str__(self) -> str:
-        lines = [f"{'N':>3} {'cost':>11} {'uniform':>11} {'ratio':>6}  knots"]
+        lines = [f"{'N':>3} {'cost':>11} {'95 % interval':>19} {'enough':>7} {'uniform':>11} {'ratio':>6}  knots"]
         for n, s in sorted(self.schedules.items()):
             knots = " ".join(f"{t:.3g}" for t in s.times)
-            lines.append(f"{n:>3} {s.cost:>11.4g} {s.uniform_cost:>11.4g} {s.ratio:>6.3f}  {knots}")
+            interval = "-" if s.interval is None else f"{s.interval[0]:.3g}..{s.interval[1]:.3g}"
+            enough = "-" if s.enough is None else s.enough
+            lines.append(
+                f"{n:>3} {s.cost:>11.4g} {interval:>19} {enough:>7} {s.uniform_cost:>11.4g} {s.ratio:>6.3f}  {knots}"
+            )
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file; whole or not at all."""
-        row, column = torch.triu_indices(len(self.times), len(self.times), 1, device="cpu")
         data = {
             "format": FORMAT,
             "version": 1,
             "provenance": self.provenance,
             "times": self.times.tolist(),
-            "schedules": {
-                str(n): {"indices": list(s.indices), "cost": s.cost, "uniform_cost": s.uniform_cost}
-                for n, s in sorted(self.schedules.items())
-            },
-            "cost": {
-                "encoding": "base64 of little-endian float64, entries k > j row by row",
-                "data": base64.b64encode(self.cost[row, column].numpy().astype("<f8").tobytes()).decode(),
-            },
+            "schedules": {str(n): _schedule_to_dict(s) for n, s in sorted(self.schedules.items())},
+            "cost": _encoded(self.cost, 1),
         }
+        if self.gram is not None:
+            data["gram"] = _encoded(self.gram, 0)
+        if self.norm_cost is not None:
+            data["norm_cost"] = _encoded(self.norm_cost, 1)
+        if self.solvers:
+            data["solvers"] = {str(n): s.to_dict() for n, s in sorted(self.solvers.items())}
+        if self.verified:
+            data["verified"] = {str(n): errors for n, errors in sorted(self.verified.items())}
         with whole_file(path) as partial:
             partial.write_text(json.dumps(data, indent=1))
 
@@ -108,11 +220,10 @@ def load(path: str | Path, velocity=None) -> Calibration:
     try:
         times = expect_times(data["times"], "times")
         K = len(times) - 1
-        cost = torch.full((K + 1, K + 1), torch.inf, dtype=torch.float64, device="cpu")
-        values = np.frombuffer(base64.b64decode(data["cost"]["data"], validate=True), "<f8")
-        expect(len(values) == K * (K + 1) // 2, "cost", f"{K * (K + 1) // 2} entries", str(len(values)))
-        row, column = torch.triu_indices(K + 1, K + 1, 1, device="cpu")
-        cost[row, column] = torch.from_numpy(values.astype(np.float64))
+        cost = _decoded(data["cost"], "cost", K + 1, 1, torch.inf)
+        gram = _decoded(data["gram"], "gram", K - 1, 0) if "gram" in data else None
+        norm_cost = _decoded(data["norm_cost"], "norm_cost", K + 1, 1, torch.inf) if "norm_cost" in data else None
+        solvers = {int(n): Solver.from_dict(s) for n, s in data.get("solvers", {}).items()}
         schedules = {}
         for n, s in data["schedules"].items():
             indices = tuple(int(i) for i in s["indices"])
@@ -124,9 +235,17 @@ def load(path: str | Path, velocity=None) -> Calibration:
                 indices,
             )
             schedules[int(n)] = Schedule(
-                times[list(indices)], times, indices, float(s["cost"]), float(s["uniform_cost"])
+                *(times[list(indices)], times, indices, float(s["cost"]), float(s["uniform_cost"])),
+                interval=_interval(s["interval"]) if "interval" in s else None,
+                enough=int(s["enough"]) if "interval" in s else None,
+                notes=dict(s.get("notes", {})),
             )
-        cal = Calibration(times, cost, schedules, dict(data["provenance"]))
+        verified = {
+            int(n): {str(name): float(e) for name, e in errors.items()}
+            for n, errors in data.get("verified", {}).items()
+        }
+        known = times, cost, schedules, dict(data["provenance"]), gram, solvers, verified
+        cal = Calibration(*known, _found={"norm_cost": norm_cost})
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
         raise ValueError(f"path: expected a whole calibration file, {path} is damaged ({e})") from e
     if velocity is not None:
@@ -141,6 +260,40 @@ def load(path: str | Path, velocity=None) -> Calibration:
     return cal
 
 
+def _schedule_to_dict(s: Schedule) -> dict:
+    data = {"indices": list(s.indices), "cost": s.cost, "uniform_cost": s.uniform_cost}
+    if s.interval is not None:
+        data |= {"interval": list(s.interval), "enough": s.enough}
+    return data | ({"notes": s.notes} if s.notes else {})
+
+
+def _interval(ends: list) -> tuple[float, float]:
+    low, high = map(float, ends)
+    return low, high
+
+
+def _encoded(matrix: Tensor, diagonal: int) -> dict:
+    """The entries of a matrix on and above its diagonal, or (1) above it."""
+    row, column = torch.triu_indices(*matrix.shape, diagonal, device="cpu")
+    return {
+        "encoding": f"base64 of little-endian float64, entries k {'>' if diagonal else '>='} j row by row",
+        "data": base64.b64encode(matrix[row, column].numpy().astype("<f8").tobytes()).decode(),
+    }
+
+
+def _decoded(data: dict, name: str, size: int, diagonal: int, below: float | None = None) -> Tensor:
+    """The matrix `[size, size]`; below the entries `below`, or their mirror image."""
+    row, column = torch.triu_indices(size, size, diagonal, device="cpu")
+    values = np.frombuffer(base64.b64decode(data["data"], validate=True), "<f8")
+    expect(len(values) == len(row), name, f"{len(row)} entries", str(len(values)))
+    values = torch.from_numpy(values.astype(np.float64))
+    matrix = torch.full((size, size), torch.nan if below is None else below, dtype=torch.float64, device="cpu")
+    if below is None:
+        matrix[column, row] = values
+    matrix[row, column] = values
+    return matrix
+
+
 def _short(digest: str | None) -> str:
     return digest[:12] if digest else "unknown: not a module"
 
@@ -152,6 +305,10 @@ def calibrate(
     grid: int | Sequence[float] | Tensor = 100,
     steps: int | Iterable[int] = range(1, 11),
     *,
+    until: float | None = None,
+    verify: Tensor | None = None,
+    fit: bool = False,
+    keep: int = KEEP_BYTES,
     chunk: int | None = None,
     progress: bool = True,
     seed: int | None = None,
@@ -164,12 +321,21 @@ def calibrate(
         noise: `[n, *shape]`, as many samples as wanted; a few hundred settle most schedules.
         grid: K for K uniform fine steps, or K+1 increasing times from 0 to 1. Costs K evaluations a sample.
         steps: the numbers of steps N wanted, each 1..K.
+        until: a share, such as 0.02: stop as soon as no chosen schedule costs more than that above the least cost in
+            95 % of bootstrap resamples of the samples so far, looked at from 32 samples on whenever they are half as
+            many again; `noise` is then the most that is used. None uses all of it.
+        verify: other noise, `[m, *shape]`: the endpoint errors to the teacher on it are `verified`, and a warning names
+            the numbers of steps for which something is worse than uniform steps. K evaluations of each of its samples,
+            and 2N for every N, 3N with `fit`. Conditioning with one row a sample gives it the first m rows.
+        fit: fit a solver for each N (`fit_solver`), which needs kept samples; they are `solvers`.
+        keep: bytes of the teacher's trajectory, states and velocities of the first samples, that stay in memory as
+            `kept`, for objectives and fits that need them; 0 keeps none.
         chunk: samples rolled out at once; None chooses so that their velocities take at most 256 MiB.
         progress: show a progress bar.
         seed: the seed that `noise` was made with, for the provenance.
 
     Returns:
-        Calibration. No schedule costs more than the uniform one on the same grid.
+        Calibration. No schedule costs more than the uniform one on the same grid; `best(N)` is what to use.
 
     Raises:
         TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
@@ -181,33 +347,158 @@ def calibrate(
     if chunk is None:
         chunk = max(1, min(n, CHUNK_BYTES // (K * noise[0].numel() * 4)))
     expect_positive_int(chunk, "chunk")
-    fused = velocity.on(times) if isinstance(velocity, FusedSampler) else None
+    integer = isinstance(keep, numbers.Integral) and not isinstance(keep, bool)
+    expect(integer, "keep", "a number of bytes", keep, TypeError)
+    expect(keep >= 0, "keep", "at least 0", keep)
+    if until is not None:
+        expect_number(until, "until")
+        expect(0 < until < math.inf, "until", "a positive share, such as 0.02", until)
+    if verify is not None:
+        _expect_other_noise(verify, noise)
+    given, fused = velocity, velocity.on(times) if isinstance(velocity, FusedSampler) else None
     velocity = velocity if fused is None else fused.velocity
     warn_if_training(velocity)
 
-    costs, velocities = StepCost(times, device=noise.device), None
-    with tqdm(total=-(-n // chunk) * K, desc="calibrate", disable=not progress, leave=False, unit="eval") as bar:
-        for start in range(0, n, chunk):
-            rows = slice(start, min(start + chunk, n))
-            if fused is not None:
-                x, _, velocities = fused.rows(rows, n).run(noise[rows], velocities=True, first=start)
-                expect_finite_flow(x, velocities, times, first=start)  # not looked at by the kernel on a GPU
-                costs.update(velocities)
-                bar.update(K)
-                continue
-            flow = euler(velocity_rows(velocity, rows, n), initial_state(noise[rows]), times)
-            for i, (x, v, v_uncond, w) in enumerate(flow):
-                v = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
-                if velocities is None:
-                    velocities = fresh(torch.empty(K, chunk, *v.shape[1:], dtype=v.dtype, device=v.device))
-                velocities[i, : len(x)] = v
-                bar.update()
-            chunk_v = velocities[:, : len(x)]
-            expect_finite_flow(x, chunk_v, times, first=start)
-            costs.update(chunk_v)
-    cost = costs.cost()
-    schedules = bellman(cost, times, wanted)
-    return Calibration(times, cost.cpu(), schedules, _provenance(velocity, noise, velocities, K, seed))
+    teacher = _Teacher(velocity, fused, noise, times, keep)
+    expect(teacher.most > 0 or not fit, "keep", "room for at least one sample's trajectory, with fit", keep)
+    costs = StepCost(times, device=noise.device)
+    samples = SampleCosts(times, max(1, 2 * n // GROUPS) if until is None else 1)
+    looks = [] if until is None else _looks(n)
+    parts = list(_parts(n, chunk, [teacher.most, *looks]))
+    with tqdm(total=len(parts) * K, desc="calibrate", disable=not progress, leave=False, unit="eval") as bar:
+        for start, stop in parts:
+            v = teacher.velocities(start, stop, bar)
+            costs.update(v)
+            samples.update(v)
+            if stop in looks:
+                stable = max(samples.regrets(bellman(costs.cost(), times, wanted)).values()) <= until
+                if stable:
+                    break
+    cost, provenance = costs.cost().cpu(), _provenance(velocity, noise, v, K, seed)
+    if until is not None:
+        reason = "schedules stable" if stable else "all samples used"
+        provenance |= {"n": stop, "n_given": n, "until": until, "stopped": reason}
+    cal = Calibration(
+        *(times, cost, samples.with_intervals(bellman(cost, times, wanted))),
+        *(provenance, (costs.gram / costs.count).cpu()),
+        **dict(kept=teacher.kept(stop), sample_costs=samples),
+    )
+    if fit:
+        from flowkernels.fit import fit_solver
+
+        cal.solvers.update({N: fit_solver(given, cal, N) for N in wanted})
+    if verify is not None:
+        _verify(cal, given, verify, wanted, chunk, n)
+    return cal
+
+
+def _looks(n: int) -> list[int]:
+    """Numbers of samples after which to look whether the schedules are stable: 32, half as many again, .., all n."""
+    found = [32]
+    while found[-1] < n:
+        found.append(found[-1] * 3 // 2)
+    return [*found[:-1], n]
+
+
+def _expect_other_noise(verify: Tensor, noise: Tensor) -> None:
+    expect_noise(verify, "verify")
+    same = verify.shape[1:] == noise.shape[1:] and verify.device == noise.device
+    expect(same, "verify", f"noise of shape [m, {', '.join(map(str, noise.shape[1:]))}] on {noise.device}", verify)
+    m = min(len(verify), len(noise))
+    other = not torch.equal(verify[:m].to(noise.dtype), noise[:m])
+    expect(other, "verify", "other noise than the calibration's", "the same values")
+
+
+def _verify(cal: Calibration, velocity, noise: Tensor, steps: list[int], chunk: int, n: int) -> None:
+    """Endpoint errors on other noise than the calibration's, and a warning where one is worse than uniform steps'."""
+    total = {N: {} for N in steps}
+    for start in range(0, len(noise), chunk):
+        rows = slice(start, start + chunk)
+        part = velocity.rows(rows, n) if isinstance(velocity, FusedSampler) else velocity_rows(velocity, rows, n)
+        x1 = sample(part, noise[rows], cal.times)
+        for N in steps:
+            tried = {"uniform": N, "bellman": cal[N]} | ({"fitted": cal.solvers[N]} if N in cal.solvers else {})
+            for name, schedule in tried.items():
+                error = (sample(part, noise[rows], schedule) - x1).double().square().sum().item()
+                total[N][name] = total[N].get(name, 0.0) + error / len(noise)
+    cal.verified.update(total)
+    worse = {name: [N for N in steps if total[N].get(name, 0) > total[N]["uniform"]] for name in ("bellman", "fitted")}
+    said = [
+        f"the {what} has a larger error than uniform steps for N = {', '.join(map(str, worse[name]))}"
+        for name, what in (("bellman", "Bellman schedule"), ("fitted", "fitted solver"))
+        if worse[name]
+    ]
+    if said:
+        warnings.warn(
+            f"verify: on this noise {' and '.join(said)}; use cal.best(N), which is the best of them for every N",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _parts(n: int, chunk: int, cuts: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the parts of n samples, of `chunk` at most, none across a cut."""
+    start = 0
+    while start < n:
+        stop = min(start + chunk, n, *(cut for cut in cuts if cut > start))
+        yield start, stop
+        start = stop
+
+
+class _Teacher:
+    """Rolls a teacher out on its grid, some samples at a time, and keeps the trajectories of the first `most`."""
+
+    def __init__(self, velocity, fused: FusedSampler | None, noise: Tensor, times: Tensor, keep: int):
+        self.velocity, self.fused, self.noise, self.times = velocity, fused, noise, times
+        state = initial_state(noise[:1])
+        self.most = min(len(noise), keep // (state.nbytes * (2 * len(times) - 1)))
+        self.x = self._new(len(times), self.most, state) if self.most else None
+        self.v = self.scratch = None
+
+    def velocities(self, start: int, stop: int, bar) -> Tensor:
+        """Those of the samples from start to stop, all kept or none: `[K, stop - start, *shape]`, good until the next
+        call."""
+        rows, n, K = slice(start, stop), len(self.noise), len(self.times) - 1
+        keep = stop <= self.most
+        if self.fused is not None:
+            x, states, v = self.fused.rows(rows, n).run(self.noise[rows], states=keep, velocities=True, first=start)
+            expect_finite_flow(x, v, self.times, first=start)  # not looked at by the kernel on a GPU
+            bar.update(K)
+            if keep and stop - start == self.most:
+                self.x, self.v = states, v
+            elif keep:
+                self.x[:, rows] = states
+                self._kept(rows, v[0]).copy_(v)
+            return v
+        out = self.x[:, rows] if keep else None
+        flow = euler(velocity_rows(self.velocity, rows, n), initial_state(self.noise[rows]), self.times, out)
+        for i, (x, v, v_uncond, w) in enumerate(flow):
+            v = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
+            if i == 0:
+                found = self._kept(rows, v) if keep else self._scratch(v)
+            found[i] = v
+            bar.update()
+        expect_finite_flow(x, found, self.times, first=start)
+        return found
+
+    def kept(self, n: int) -> Trajectory | None:
+        """Of the first n samples, those that have been rolled out."""
+        if n < self.most:  # without the memory of the others
+            self.x, self.v = self.x[:, :n].clone(), self.v[:, :n].clone()
+        return Trajectory(self.times, self.x, self.v) if self.most else None
+
+    def _new(self, length: int, n: int, like: Tensor) -> Tensor:
+        return fresh(torch.empty(length, n, *like.shape[1:], dtype=like.dtype, device=like.device))
+
+    def _kept(self, rows: slice, like: Tensor) -> Tensor:
+        if self.v is None:
+            self.v = self._new(len(self.times) - 1, self.most, like)
+        return self.v[:, rows]
+
+    def _scratch(self, like: Tensor) -> Tensor:
+        if self.scratch is None or self.scratch.shape[1] < len(like):
+            self.scratch = self._new(len(self.times) - 1, len(like), like)
+        return self.scratch[:, : len(like)]
 
 
 def _provenance(velocity, noise: Tensor, velocities: Tensor, K: int, seed: int | None) -> dict:

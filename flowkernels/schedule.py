@@ -3,13 +3,13 @@
 import itertools
 import numbers
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from flowkernels import ops
-from flowkernels._checks import expect, expect_positive_int, expect_times, expect_values
+from flowkernels._checks import expect, expect_number, expect_positive_int, expect_times, expect_values
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,11 @@ class Schedule:
     grid: float64 `[K+1]`, the fine grid they were chosen from; None for times that come from no grid.
     indices: the knots' places in the grid; None without a grid.
     cost: sum of the step costs along the schedule; uniform_cost: of the uniform schedule on the same grid.
+    interval: bootstrap interval of 95 % of its cost over samples. enough: the number of samples with which the
+        interval's half-width would be 2 % of the cost. Both None where unknown.
+    notes: where it comes from, such as the objective and the evaluations it took.
+
+    Schedules are equal whatever their interval, enough and notes.
     """
 
     times: Tensor
@@ -27,6 +32,9 @@ class Schedule:
     indices: tuple[int, ...] | None = None
     cost: float | None = None
     uniform_cost: float | None = None
+    interval: tuple[float, float] | None = None
+    enough: int | None = None
+    notes: dict = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "times", expect_times(self.times, "times"))
@@ -81,6 +89,8 @@ class Schedule:
         knots = ", ".join(f"{t:.3g}" for t in self.times)
         costs = {"cost": self.cost, "uniform_cost": self.uniform_cost}
         known = "".join(f", {name}={c:.4g}" for name, c in costs.items() if c is not None)
+        if self.interval is not None:
+            known += f", interval=[{self.interval[0]:.4g}, {self.interval[1]:.4g}], enough={self.enough}"
         return f"Schedule(steps={self.steps}, times=[{knots}]{known})"
 
 
@@ -192,7 +202,11 @@ def step_cost(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | None
 
 
 def bellman(
-    cost: Tensor, times: int | Sequence[float] | Tensor, steps: int | Iterable[int] = range(1, 11)
+    cost: Tensor,
+    times: int | Sequence[float] | Tensor,
+    steps: int | Iterable[int] = range(1, 11),
+    *,
+    gamma: float = 1.0,
 ) -> dict[int, Schedule]:
     """The schedule of least total cost for each number of steps N, all from one table.
 
@@ -201,6 +215,8 @@ def bellman(
             device, and what the schedules need of them is copied to the CPU.
         times: the K+1 knots.
         steps: the numbers of steps wanted, each 1..K.
+        gamma: what every step weighs more than the one before it: the cost of a schedule is the sum of
+            `gamma^i c_i` over its steps i = 0..N-1 (GITS, arXiv 2405.11326).
 
     Returns:
         {N: Schedule}. Ties go to the smaller knot. No schedule costs more than the uniform one on the same grid.
@@ -212,7 +228,9 @@ def bellman(
     expect_values(cost, "cost")
     expect(tuple(cost.shape) == (len(t), len(t)), "cost", f"shape [{len(t)}, {len(t)}], one row a knot", cost)
     wanted = expect_steps(steps, len(t) - 1)
-    value, parent = (table.cpu() for table in ops.bellman(cost.double(), max(wanted)))
+    expect_number(gamma, "gamma")
+    expect(0 < gamma < float("inf"), "gamma", "a positive, finite number", gamma)
+    value, parent = (table.cpu() for table in ops.bellman(cost.double(), max(wanted), 1 / gamma))
     even = {n: uniform_indices(t, n) for n in wanted}
     j, k = zip(*(step for n in wanted for step in itertools.pairwise(even[n])), strict=True)
     uniform_costs = iter(cost[list(j), list(k)].tolist())  # one copy for all of them
@@ -223,8 +241,9 @@ def bellman(
         for s in range(n, 0, -1):
             path.append(int(parent[s, path[-1]]))
         indices = tuple(reversed(path))
-        uniform_cost = sum(itertools.islice(uniform_costs, n))
-        schedules[n] = Schedule(t[list(indices)], t, indices, value[n, -1].item(), uniform_cost)
+        uniform_cost = sum(gamma**i * c for i, c in enumerate(itertools.islice(uniform_costs, n)))
+        least = value[n, -1].item() * gamma ** (n - 1)  # the recursion's last step weighs 1
+        schedules[n] = Schedule(t[list(indices)], t, indices, least, uniform_cost)
     return schedules
 
 

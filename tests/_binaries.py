@@ -43,6 +43,9 @@ INSTRUCTIONS = {
     # Not those of bits in shared memory, with which sm_100 keeps account of the columns of its tensor memory
     "atomics": r"(RED|ATOM)G?\b|ATOMS\b(?!\.(AND|OR)\b)",
     "local": r"(LDL|STL)\b",
+    "DADD": r"DADD\b",
+    "DMUL": r"DMUL\b",
+    "DFMA": r"DFMA\b",
     "FP64": r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64\b|MUFU\..*64H\b",
 }
 

@@ -176,7 +176,7 @@ def graph(op: str, device, on: str = "cuda") -> list[str]:
     return wrong
 
 
-WAITS = {"bellman": "it reads one flag"}
+WAITS = dict.fromkeys(("bellman", "bellman_pairs"), "it reads one flag")
 
 
 def no_wait(op: str, device, on: str = "cuda") -> list[str]:

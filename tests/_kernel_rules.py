@@ -138,5 +138,6 @@ RULES = [
     Rule(r"mlp_upload_kernel", 16, 1.0, threads=256, has="STG.128"),
     # all float64
     Rule(r"cost_from_gram_kernel<.*>", 64, 0.5, double=True),
-    Rule(r"bellman_kernel", 64, 0.5, double=True),
+    Rule(r"bellman_kernel", 64, 0.5, double=True, has="DMUL DFMA<=0"),  # a product is rounded, then the sum
+    Rule(r"bellman_pairs_(check|start|step)_kernel", 64, 0.5, double=True),
 ]

@@ -33,6 +33,8 @@ RULES = [
     Rule(r"velocity_gram_sum_kernel<.*", 96, 0.31, double=True, has="LDG.128"),
     Rule(r"bellman_check_kernel.*", 32, 1.0),
     Rule(r"bellman_step_kernel.*", 72, 0.37, double=True),
+    Rule(r"bellman_pairs_check_kernel.*", 64, 0.5),
+    Rule(r"bellman_pairs_step_kernel.*", 96, 0.31, double=True),
     Rule(r"cost_from_gram_kernel.*", 96, 0.31),
     # tokens and weights come asynchronously; the state of a token's 64 outputs 16 bytes at once, that of patches not
     Rule(r"linear_euler_kernel<x=float32.*BLOCK_O=64.*", 136, 0.1, has="tensor_cores LDGSTS LDG.128 STG.128"),

@@ -4,6 +4,7 @@ import base64
 import json
 import platform
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,11 @@ from flowkernels.models import BUNDLED
 
 
 def same(a, b):
-    """Everything that two calibrations hold, exactly."""
-    return a == b and torch.equal(a.cost, b.cost) and torch.equal(a.times, b.times) and a.provenance == b.provenance
+    """Everything that the files of two calibrations hold, exactly."""
+    tables = all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("cost", "times", "gram", "norm_cost"))
+    known = all(getattr(a[n], k) == getattr(b[n], k) for n in a for k in ("interval", "enough", "notes"))
+    solvers = [{n: s.to_dict() for n, s in cal.solvers.items()} for cal in (a, b)]
+    return a == b and tables and known and a.provenance == b.provenance and solvers[0] == solvers[1]
 
 
 def small(seed=0, **settings):
@@ -129,10 +133,14 @@ def test_mapping_and_table():
     with pytest.raises(KeyError, match=r"expected one of \[2, 4\], got 3; plan\(3\) adds it"):
         cal[3]
     lines = str(cal).splitlines()
-    assert lines[0].split() == ["N", "cost", "uniform", "ratio", "knots"]
+    assert lines[0].split() == ["N", "cost", "95", "%", "interval", "enough", "uniform", "ratio", "knots"]
     assert [int(line.split()[0]) for line in lines[1:]] == [2, 4]
-    assert float(lines[2].split()[3]) == pytest.approx(cal[4].ratio, abs=1e-3)
-    assert lines[2].split()[4:] == [f"{t:.3g}" for t in cal[4].times]
+    columns = lines[2].split()
+    low, high = map(float, columns[2].split(".."))
+    assert low <= float(columns[1]) <= high
+    assert int(columns[3]) == cal[4].enough
+    assert float(columns[5]) == pytest.approx(cal[4].ratio, abs=1e-3)
+    assert columns[6:] == [f"{t:.3g}" for t in cal[4].times]
 
 
 def test_plan():
@@ -201,9 +209,35 @@ def test_round_trip_is_exact(tmp_path, grid):
     cal.save(path)
     again = fk.load(path)
     assert same(cal, again)
+    assert again[3].enough >= 1
+    assert (again.kept, again.sample_costs) == (None, None)
     assert again.plan(11) == cal.plan(11)
     again.save(str(path))
-    assert same(cal, fk.load(str(path)))
+    loaded = fk.load(str(path))
+    assert loaded[11].interval is None  # planned from the costs alone
+    assert cal[11].interval is not None
+    assert same(again, loaded)
+
+
+def test_solvers_and_notes_in_the_file(tmp_path):
+    cal = small()
+    cal.solvers[4] = fk.Solver.adams_bashforth(cal[4])
+    cal.schedules[2] = replace(cal[2], notes={"objective": "squared"})
+    cal.save(tmp_path / "a.json")
+    again = fk.load(tmp_path / "a.json")
+    assert same(cal, again)
+    assert torch.equal(again.solvers[4].coefficients, cal.solvers[4].coefficients)
+
+
+def test_files_of_before_intervals_load(tmp_path):
+    """Written by the release before there were any; the schedules and costs are those of today."""
+    again, cal = fk.load(Path(__file__).parent / "data" / "calibration_1.boss.json"), small(steps=[2, 4])
+    assert {n: s.indices for n, s in again.items()} == {n: s.indices for n, s in cal.items()}
+    assert torch.allclose(again.cost, cal.cost, rtol=1e-5, atol=0)
+    assert (again.gram, again.norm_cost, again[2].interval, again[2].enough, again.solvers) == (*[None] * 4, {})
+    assert str(again).splitlines()[1].split()[2:4] == ["-", "-"]
+    again.save(tmp_path / "a.json")
+    assert dict(fk.load(tmp_path / "a.json")) == dict(again)
 
 
 def test_saving_overwrites(tmp_path):
@@ -339,6 +373,12 @@ def remove(*keys):
         remove("provenance"),
         remove("schedules", "4", "indices"),
         remove("schedules", "4", "cost"),
+        remove("schedules", "4", "enough"),
+        change("schedules", "4", "interval", to=[1.0]),
+        change("schedules", "4", "notes", to="all"),
+        change("gram", "data", to=base64.b64encode(bytes(8)).decode()),
+        change("norm_cost", to=3),
+        change("solvers", to={"4": {}}),
         change("times", to=None),
         change("times", to=[0, 0.5, 0.2, 1]),
         change("times", to=[0, "a", 1]),

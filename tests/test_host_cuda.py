@@ -196,6 +196,11 @@ def _bellman():
     yield Accesses(ops.bellman, (torch.rand(32, 32, dtype=torch.float64), 4), {}, {"": 1.25})
 
 
+def _bellman_pairs():
+    first, cost = torch.rand(32, dtype=torch.float64), torch.rand(32, 32, 32, dtype=torch.float64)
+    yield Accesses(ops.bellman_pairs, (first, cost, 4), {}, {"": 1.25})  # as above
+
+
 def _places():
     bank, u = torch.randn(5, 3, 1024), torch.rand(4, dtype=torch.float64)
     return bank, torch.arange(4), torch.tensor([0, 1, 2, 0]), u
@@ -264,6 +269,7 @@ ACCESSES = {
     "euler_step": _euler_step,
     "cost_from_gram": _cost_from_gram,
     "bellman": _bellman,
+    "bellman_pairs": _bellman_pairs,
     "segment_points": _segment_points,
     "straighten_loss": _straighten_loss,
     "velocity_gram": _velocity_gram,

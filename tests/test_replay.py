@@ -409,7 +409,7 @@ def tampered(op, monkeypatch):
         result = right(C, *args)
         if op == "straighten_loss":
             return (result[0], None if result[1] is None else off(result[1]))
-        if op == "bellman":
+        if op.startswith("bellman"):
             return result[0], result[1] + 1
         if name == "_kernel":
             return torch.where(result.isinf(), result, result * 1.05).to(result.dtype)
@@ -469,7 +469,7 @@ def test_parts_of_a_large_sample(op, monkeypatch):
         assert error <= bound
         assert share == 1
         first = leaves(got)[0]
-        if first.numel() and first.is_floating_point() and op != "bellman":
+        if first.numel() and first.is_floating_point() and not op.startswith("bellman"):
             place = tuple(n // 2 for n in first.shape) if op != "cost_from_gram" else (0, 1)
             first[place] += 10 * (1 + first[torch.isfinite(first)].abs().max())
             error, bound, _ = replay.check(op, sample, got, {})

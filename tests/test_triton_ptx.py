@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-OPS = ["velocity_gram", "cost_from_gram", "bellman", "straighten_loss"]
+OPS = ["velocity_gram", "cost_from_gram", "bellman", "bellman_pairs", "straighten_loss"]
 SAMPLES = {op: list(importlib.import_module(f"flowkernels.ops.{op}.samples").sample_inputs()) for op in OPS}
 CASES = [(op, s.id) for op in OPS for s in SAMPLES[op]]
 

@@ -1,5 +1,6 @@
 // The inner loop runs along k, so that a row of costs is read in order, a vector of knots at a time.
 // j ascends and only a strictly smaller cost replaces, so ties go to the smaller j on every instruction set.
+// Compiled with -ffp-contract=off: a product is rounded before it is added to, as on every other backend.
 #include "bellman/bellman.h"
 #include "common/simd.h"
 
@@ -25,7 +26,7 @@ int64_t bellman(const BellmanArgs& a) {
     double* value = a.value + s * a.n;
     int64_t* parent = a.parent + s * a.n;
     for (int64_t j = s - 1; j < a.n - 1; j++) {
-      const double base = last[j];
+      const double base = a.carry * last[j];
       const double* c = a.cost + j * a.n;
       if (base == inf) continue;
       int64_t k = j + 1;

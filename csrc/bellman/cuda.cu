@@ -1,6 +1,7 @@
 // One block, because a step needs all values of the step before. Threads are knots k, so that a row of costs is read in
-// order, with several rows in flight; the values of the last step wait in shared memory, a tile of j at a time.
-// j ascends and only a strictly smaller sum replaces, so ties go to the smaller j.
+// order, with several rows in flight; the values of the last step, times carry, wait in shared memory, a tile of j at a
+// time: as memory holds them, they are rounded before a cost is added. j ascends and only a strictly smaller sum
+// replaces, so ties go to the smaller j.
 #include "bellman/bellman.h"
 #include "common/cuda.h"
 
@@ -15,8 +16,8 @@ __device__ __forceinline__ void load_rows(double (&rows)[kRows], const double* c
   for (int i = 0; i < kRows; i++) rows[i] = j + i < end ? column[(j + i) * n] : double(INFINITY);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    bellman_kernel(const double* cost, int64_t n, int64_t steps, double* value, int64_t* parent, int64_t* bad) {
+__global__ void __launch_bounds__(kThreads) bellman_kernel(const double* cost, int64_t n, int64_t steps, double carry,
+                                                           double* value, int64_t* parent, int64_t* bad) {
   FK_SHARED(double, last, [kTile]);
   FK_SHARED(unsigned long long, first, [1]);
   const int64_t threads = blockDim.x, me = threadIdx.x;
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
       int64_t from = -1;
       for (int64_t tile = s - 1; tile < stop - 1; tile += kTile) {  // earlier knots are not reached in s - 1 steps
         __syncthreads();
-        for (int64_t i = me; i < kTile && tile + i < n; i += threads) last[i] = before[tile + i];
+        for (int64_t i = me; i < kTile && tile + i < n; i += threads) last[i] = carry * before[tile + i];
         __syncthreads();
         auto before_knot = [&](int64_t knot) { return int(knot - tile < kTile ? knot - tile : kTile); };  // or negative
         const int end = k < n ? before_knot(k) : 0, warp_end = before_knot(k | 31);
@@ -76,8 +77,8 @@ __global__ void __launch_bounds__(kThreads)
 
 int bellman(const BellmanArgs& a, void* stream) {
   const int64_t threads = a.n < kThreads ? (a.n + 31) / 32 * 32 : kThreads;
-  FK_LAUNCH(bellman_kernel, dim3(1), dim3(static_cast<unsigned>(threads)), 0, stream, a.cost, a.n, a.steps, a.value,
-            a.parent, a.bad);
+  FK_LAUNCH(bellman_kernel, dim3(1), dim3(static_cast<unsigned>(threads)), 0, stream, a.cost, a.n, a.steps, a.carry,
+            a.value, a.parent, a.bad);
   return launched();
 }
 

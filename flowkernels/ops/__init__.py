@@ -1,6 +1,7 @@
 """The ops: one folder each, with the public function, its registration and its torch reference."""
 
 from flowkernels.ops.bellman import bellman
+from flowkernels.ops.bellman_pairs import bellman_pairs
 from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.ops.euler_step import euler_step
 from flowkernels.ops.linear_euler import linear_euler
@@ -14,6 +15,7 @@ OPS = (
     "velocity_gram",
     "cost_from_gram",
     "bellman",
+    "bellman_pairs",
     "euler_step",
     "linear_euler",
     "linear_update",
@@ -26,6 +28,7 @@ __all__ = [
     "OPS",
     "StraightenLoss",
     "bellman",
+    "bellman_pairs",
     "cost_from_gram",
     "euler_step",
     "linear_euler",

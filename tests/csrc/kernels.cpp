@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bellman/bellman.h"
+#include "bellman_pairs/bellman_pairs.h"
 #include "common/memory.h"
 #include "common/threads.h"
 #include "cost_from_gram/cost_from_gram.h"
@@ -705,6 +706,7 @@ void bellman() {
   for (int64_t n : {1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17, 18, 33, 65, 101})
     for (int64_t steps : {int64_t(0), int64_t(1), n / 2, n - 1})
       for (int kind = 0; kind < 6; kind++) {  // plain, ties, forbidden steps; each aligned and misaligned
+        const double carry = kind < 2 ? 1 / 0.9 : 1;
         CASE("bellman n %ld steps %ld kind %d", long(n), long(steps), kind);
         const int shift = kind % 2;
         Tensor cost(f64, n * n, shift), value(f64, (steps + 1) * n, shift), parent(f64, (steps + 1) * n, shift);
@@ -713,7 +715,7 @@ void bellman() {
           cost.set(i, i % n <= i / n ? NAN : kind < 2 ? c : kind < 4 ? std::floor(4 * c) : c < 0.7 ? kInf : c);
         }
         auto kernel = [&](int = 0) {
-          return FK_SELECT(bellman)({cost.as<double>(), n, steps, value.as<double>(), parent.as<int64_t>()});
+          return FK_SELECT(bellman)({cost.as<double>(), n, steps, carry, value.as<double>(), parent.as<int64_t>()});
         };
         run({1}, {&value, &parent}, kernel, [&] {
           for (int64_t s = 0; s <= steps; s++)
@@ -721,7 +723,8 @@ void bellman() {
               double best = s + k == 0 ? 0 : kInf;
               int64_t from = -1;
               for (int64_t j = 0; s && j < k; j++) {
-                const double sum = value[(s - 1) * n + j] + cost[j * n + k];
+                const volatile double before = carry * value[(s - 1) * n + j];  // rounded
+                const double sum = before + cost[j * n + k];
                 if (sum < best) best = sum, from = j;
               }
               near("value", s * n + k, value[s * n + k], best, 0);
@@ -731,6 +734,49 @@ void bellman() {
         if (n > 18 || steps != 1) continue;
         for (int64_t i = n * n - 1; i > 0; i--)  // every place, and all after it
           if (i % n > i / n) cost.set(i, i % 2 ? NAN : -kInf), refused({&value, &parent}, i, kernel);
+      }
+}
+
+void bellman_pairs() {
+  for (int64_t n : {2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17, 18, 33})
+    for (int64_t steps : {int64_t(1), n / 2, n - 1})
+      for (int kind = 0; kind < 6; kind++) {  // as of bellman
+        CASE("bellman_pairs n %ld steps %ld kind %d", long(n), long(steps), kind);
+        const int shift = kind % 2;
+        const int64_t plane = n * n, all = (steps + 1) * plane;
+        Tensor first(f64, n, shift), cost(f64, n * plane, shift), value(f64, all, shift), parent(f64, all, shift);
+        for (int64_t at = -n; at < n * plane; at++) {
+          const int64_t i = at / plane, j = at / n % n, k = at % n;
+          const double c = uniform(), of_kind = kind < 2 ? c : kind < 4 ? std::floor(4 * c) : c < 0.7 ? kInf : c;
+          if (at < 0)
+            first.set(at + n, at == -n ? NAN : of_kind);
+          else
+            cost.set(at, i < j && j < k ? of_kind : NAN);
+        }
+        auto kernel = [&](int = 0) {
+          return FK_SELECT(bellman_pairs)(
+              {first.as<double>(), cost.as<double>(), n, steps, value.as<double>(), parent.as<int64_t>()});
+        };
+        run({1}, {&value, &parent}, kernel, [&] {
+          for (int64_t at = 0; at < all; at++) {
+            const int64_t s = at / plane, j = at / n % n, k = at % n;
+            double best = at == 0 ? 0 : s == 1 && j == 0 && k > 0 ? first[k] : kInf;
+            int64_t from = -1;
+            for (int64_t i = 0; s > 1 && j < k && i < j; i++) {
+              const double sum = value[(s - 1) * plane + i * n + j] + cost[i * plane + j * n + k];
+              if (sum < best) best = sum, from = i;
+            }
+            near("value", at, value[at], best, 0);
+            near("parent", at, double(parent.as<int64_t>()[at]), double(from), 0);
+          }
+        });
+        if (n > 10 || steps != n / 2) continue;
+        for (int64_t at = n * plane - 1; at > -n; at--) {  // every place, and all after it
+          const int64_t i = at / plane, j = at / n % n, k = at % n;
+          if (at >= 0 && !(i < j && j < k)) continue;
+          at < 0 ? first.set(at + n, NAN) : cost.set(at, at % 2 ? NAN : -kInf);
+          if (kernel() != at + n) fail("returned", 0, double(kernel()), double(at + n));
+        }
       }
 }
 
@@ -1013,9 +1059,10 @@ int main(int argc, char** argv) {  // the names of ops: only these
   if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(__ubsan_on_report);
   printf("%s, threads of %s%s\n", fk::isa_name(fk::isa()), fk::thread_runtime(), kRacesOnly ? ", races only" : "");
   const std::pair<const char*, void (*)()> ops[] = {
-      {"velocity_gram", velocity_gram},   {"cost_from_gram", cost_from_gram},   {"bellman", bellman},
-      {"euler_step", euler_step},         {"linear_euler", linear_euler},       {"linear_update", linear_update},
-      {"segment_points", segment_points}, {"straighten_loss", straighten_loss}, {"mlp_sample", mlp_sample}};
+      {"velocity_gram", velocity_gram}, {"cost_from_gram", cost_from_gram}, {"bellman", bellman},
+      {"bellman_pairs", bellman_pairs}, {"euler_step", euler_step},         {"linear_euler", linear_euler},
+      {"linear_update", linear_update}, {"segment_points", segment_points}, {"straighten_loss", straighten_loss},
+      {"mlp_sample", mlp_sample}};
   for (auto [name, test] : ops) {
     bool wanted = argc == 1;
     for (int i = 1; i < argc; i++) wanted |= !std::strcmp(argv[i], name);

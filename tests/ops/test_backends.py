@@ -16,6 +16,7 @@ from flowkernels.backends import BACKENDS, BackendError, backend, choose, explai
 from flowkernels.ops import (
     OPS,
     bellman,
+    bellman_pairs,
     cost_from_gram,
     euler_step,
     linear_euler,
@@ -68,9 +69,9 @@ def calls(monkeypatch):
 
 def call_all():
     x, i = torch.ones(3, 4), torch.arange(2)
-    bank = x.view(3, 1, 4).expand(3, 2, 4)
+    bank, ones = x.view(3, 1, 4).expand(3, 2, 4), torch.ones(3, 3, 3, dtype=torch.float64)
     return (
-        *(velocity_gram(x), *bellman(torch.ones(3, 3, dtype=torch.float64), 2), euler_step(x, x, 0.5)),
+        *(velocity_gram(x), *bellman(ones[0], 2), *bellman_pairs(ones[0, 0], ones, 2), euler_step(x, x, 0.5)),
         *(linear_update(x, [x, x], [0.5, 0.25]), linear_euler(x, x, torch.eye(4), 0.5)),
         segment_points(bank, i, i, x[0, :2]),
         mlp_sample(x, [0.5], [Layer("identity", Source(0, 0, 4), 4)]),

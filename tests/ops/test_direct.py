@@ -14,6 +14,7 @@ from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import (
     OPS,
     bellman,
+    bellman_pairs,
     euler_step,
     linear_euler,
     linear_update,
@@ -37,6 +38,7 @@ PLACES = torch.tensor([0, 2, 1, 1]), torch.tensor([0, 1, 2, 0])
 CALLS = {
     "velocity_gram": Call(lambda v, x: velocity_gram(v, x=x, times=4), ((4, 3, 5), (5, 3, 5))),
     "bellman": Call(lambda cost: bellman(cost.double(), 3), ((5, 5),)),
+    "bellman_pairs": Call(lambda first, cost: bellman_pairs(first.double(), cost.double(), 3), ((5,), (5, 5, 5))),
     "euler_step": Call(lambda x, v, u: euler_step(x, v, 0.25, v_uncond=u, guidance=2.0, low=BF16), ((3, 5),) * 3),
     "euler_step_out": Call(lambda x, v, out: euler_step(x, v, 0.25, out=out, low=BF16), ((3, 5),) * 3, (2,)),
     "linear_euler": Call(
@@ -270,8 +272,8 @@ def test_tensors_whose_memory_is_not_their_values(op, kind, way):
             tensors[i] = torch._efficientzerotensor(t.shape)
         assert tensors[i].is_neg() or tensors[i]._is_zerotensor()
         got = call(op, tensors)
-        # velocity_gram and bellman convert some of theirs first, which gives them memory
-        assert way() == "dispatcher" or op in ("velocity_gram", "bellman")
+        # these convert some of theirs first, which gives them memory
+        assert way() == "dispatcher" or op in ("velocity_gram", "bellman", "bellman_pairs")
         torch.testing.assert_close(parts(got), parts(expected), rtol=0, atol=0, equal_nan=True)
 
 

@@ -15,6 +15,7 @@ import flowkernels
 from flowkernels import backends, ops
 from flowkernels.ops import (
     bellman,
+    bellman_pairs,
     euler_step,
     linear_euler,
     linear_update,
@@ -181,6 +182,9 @@ def check_bounds():
     for K in range(1, 20):
         value, _ = bellman(before_guard_page(torch.ones(K + 1, K + 1, dtype=F64)), K)
         assert value.diagonal().eq(torch.arange(K + 1)).all()
+        first, cost = torch.ones(K + 1, dtype=F64), torch.ones(K + 1, K + 1, K + 1, dtype=F64)
+        value, _ = bellman_pairs(before_guard_page(first), before_guard_page(cost), K)
+        assert value[range(1, K + 1), range(K), range(1, K + 1)].eq(torch.arange(1, K + 1)).all()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ def sample_inputs() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
     for n, steps in [(2, 1), (3, 2), (4, 1), (8, 7), (9, 4), (16, 15), (17, 3), (65, 64), (101, 10)]:
         yield Sample(f"{n}-steps{steps}", (_costs(n, g), steps), {})
+    for n, steps, carry in [(9, 8, 0.7), (65, 20, 1 / 0.9), (18, 17, 1e-3)]:
+        yield Sample(f"{n}-steps{steps}-carry{carry:.2g}", (_costs(n, g), steps), dict(carry=carry))
     yield Sample("17-ties", ((4 * _costs(17, g)).floor(), 16), {})
     cost = _costs(17, g)
     yield Sample("17-forbidden", (cost.masked_fill(cost < 0.7, math.inf), 16), {})
@@ -34,14 +36,14 @@ def sample_inputs() -> Iterator[Sample]:
 
 
 def to_op(sample: Sample) -> tuple:
-    return sample.args
+    return (*sample.args, sample.kwargs.get("carry", 1.0))
 
 
 def from_op(args: tuple) -> Sample:
-    return Sample("from_op", tuple(args), {})
+    return Sample("from_op", tuple(args[:2]), dict(carry=args[2]))
 
 
 def error_and_bound(sample: Sample, got: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """How many entries differ from the reference's, and none: a sum of two and a minimum round alike everywhere."""
-    value, parent = reference.bellman(*sample.args)
+    """How many entries differ from the reference's, and none: products, sums of two and minima round alike everywhere."""
+    value, parent = reference.bellman(*sample.args, **sample.kwargs)
     return float((got[0] != value).sum() + (got[1] != parent).sum()), 0.0

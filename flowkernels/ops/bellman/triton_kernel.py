@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels.ops import _triton
-from flowkernels.ops.bellman import _fake, _refuse
+from flowkernels.ops._triton import product
+from flowkernels.ops.bellman import _expect_carry, _fake, _refuse
 
 CONFIGS = {
     "bellman_check": {"BLOCK": 128, "num_warps": 4},
@@ -41,6 +42,7 @@ def bellman_check_kernel(
 def bellman_step_kernel(
     cost,  # [n, n]
     before,  # [n], the values of the step before
+    carry,  # [1], a factor on them
     value,  # [n]
     parent,  # [n]
     n,
@@ -49,13 +51,14 @@ def bellman_step_kernel(
     BLOCK_K: tl.constexpr,
 ):
     k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    factor = tl.load(carry)
     best = tl.full((BLOCK_K,), float("inf"), tl.float64)
     best_j = tl.full((BLOCK_K,), -1, tl.int64)
     for start in range(first, tl.minimum(tl.max(k), n - 1), BLOCK_J):
         j = (start + tl.arange(0, BLOCK_J)).to(tl.int64)[:, None]
         is_step = (j < k) & (k < n)
         reached = tl.load(before + j, mask=j < n, other=float("inf"))
-        total = reached + tl.load(cost + j * n + k, mask=is_step, other=float("inf"))
+        total = product(reached, factor) + tl.load(cost + j * n + k, mask=is_step, other=float("inf"))
         least = tl.min(total, 0)
         least_j = tl.min(tl.where(total == least, j, n), 0)  # ties go to the smaller j
         best_j = tl.where(least < best, least_j, best_j)
@@ -64,7 +67,8 @@ def bellman_step_kernel(
     tl.store(parent + k, best_j, mask=k < n)
 
 
-def bellman(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def bellman(cost: Tensor, steps: int, carry: float) -> tuple[Tensor, Tensor]:
+    _expect_carry(carry)
     cost, n = cost.contiguous(), cost.shape[0]
     places = cost.new_empty(n, dtype=torch.int64)
     config = _triton.config_of(CONFIGS, "bellman_check")
@@ -74,12 +78,13 @@ def bellman(cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     if not captured and (place := bad.item()) != NONE:
         _refuse(cost, *divmod(place, n))
 
-    value, parent = (t.fill_(start) for t, start in zip(_fake(cost, steps), (torch.inf, -1), strict=True))
+    value, parent = (t.fill_(start) for t, start in zip(_fake(cost, steps, carry), (torch.inf, -1), strict=True))
     value[0, 0] = 0
     config = _triton.config_of(CONFIGS, "bellman_step")
     grid = (triton.cdiv(n, config["BLOCK_K"]),)
+    factor = _triton.on_device([carry], torch.float64, cost.device)  # which may be no float32
     for s in range(1, steps + 1):
-        rows = value[s - 1], value[s], parent[s]
+        rows = value[s - 1], factor, value[s], parent[s]
         _triton.launch(bellman_step_kernel, grid, cost, *rows, n, s - 1, on=cost, config=config)
     if captured:
         value, parent = torch.where(bad == NONE, value, torch.nan), torch.where(bad == NONE, parent, -1)

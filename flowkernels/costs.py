@@ -1,0 +1,371 @@
+"""Step costs beyond the mean of squares, and what the scatter of samples says about a schedule's cost."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flowkernels import ops
+from flowkernels._checks import expect, expect_positive_int
+from flowkernels.fuse import FusedSampler
+from flowkernels.ops.euler_step.reference import guided
+from flowkernels.rollout import step_times
+from flowkernels.schedule import Schedule, StepCost, bellman, uniform_indices
+from flowkernels.solver import Solver
+from flowkernels.velocity_field import evaluate, velocity_rows
+
+GROUPS = 128  # of samples, at most, for the scatter of costs; merged in pairs when they are more
+SINGLES = 512  # samples that E|e| is the mean of
+GROUP_BYTES = 64 << 20  # of the costs of all groups: larger grids have fewer
+PIECE_BYTES = 8 << 20  # of the Gram matrices that are copied from a GPU at once
+RESAMPLES = 1000  # of a bootstrap interval
+FEW_RESAMPLES = 100  # for what needs a Bellman table of each
+PAIRS_BYTES = 2 << 30  # of the costs of all pairs of steps
+CANDIDATES = (0.0, 1 / 64, 1 / 32, 3 / 64, 3 / 32, 3 / 16)  # model times, in parts of what is left to t = 1
+WANTED_HALF_WIDTH = 0.02  # of the cost, for `Schedule.enough`
+
+
+class SampleCosts:
+    """Squared step costs, summed over the samples of each of a number of groups.
+
+    times: float64 `[K+1]`. size: samples of a group, at first: there are never more than `most` groups, which become
+    half as many of twice the size when they would. The last one may have fewer. count: the samples so far.
+    """
+
+    def __init__(self, times: Tensor, size: int = 1, most: int = GROUPS):
+        K = len(times) - 1
+        self.times, self.count, self.size = times, 0, size
+        row, column = torch.triu_indices(K + 1, K + 1, 1, device="cpu")
+        self._pairs = row * (K + 1) + column  # j < k, row by row
+        self._most = min(most, max(32, GROUP_BYTES // (8 * len(row)) // 2 * 2))
+        self._pieces_at_once = max(1, min(64, PIECE_BYTES // (8 * K * K)))
+        self._sums = torch.empty(self._most, len(row), dtype=torch.float64, device="cpu")
+        self._sizes = torch.zeros(self._most, dtype=torch.float64, device="cpu")
+
+    @property
+    def groups(self) -> int:
+        return -(-self.count // self.size)
+
+    @property
+    def sums(self) -> Tensor:
+        """Squared errors summed over each group's samples, float64 `[groups, pairs]`, pairs j < k row by row."""
+        return self._sums[: self.groups]
+
+    @property
+    def sizes(self) -> Tensor:
+        """Samples in each group, float64 `[groups]`."""
+        return self._sizes[: self.groups]
+
+    def norm_cost(self) -> Tensor:
+        """`[K+1, K+1]`: entry [j, k] is the mean over samples, which must be groups of one, of the error |e| of the
+        step j -> k; Inf where k <= j."""
+        return self.matrix(self.sums.sqrt().mean(0))
+
+    def matrix(self, pairs: Tensor) -> Tensor:
+        """Costs `[pairs]` as a matrix `[K+1, K+1]`, Inf where k <= j."""
+        knots = len(self.times)
+        cost = torch.full((knots * knots,), torch.inf, dtype=torch.float64, device="cpu")
+        cost[self._pairs] = pairs
+        return cost.view(knots, knots)
+
+    def update(self, v: Tensor) -> "SampleCosts":
+        """Add samples by their velocities `[K, n, *shape]`, which are finite."""
+        n, first = v.shape[1], 0
+        while first < n:
+            if self.count == self._most * self.size:
+                self._merge()
+            lengths = self._lengths(n - first)
+            stop = first + sum(lengths)
+            grams = [ops.velocity_gram(part) for part in v[:, first:stop].split(lengths, 1)]
+            grams = grams if v.is_cpu else torch.stack(grams).cpu()
+            for length, gram in zip(lengths, grams, strict=True):
+                costs = ops.cost_from_gram(gram, self.times).flatten()[self._pairs]
+                group = self.count // self.size
+                if self._sizes[group] == 0:
+                    self._sums[group] = costs
+                else:
+                    self._sums[group] += costs
+                self._sizes[group] += length
+                self.count += length
+            first = stop
+        return self
+
+    def _lengths(self, n: int) -> list[int]:
+        """The next parts of n samples whose Gram matrices are made, none in two groups."""
+        found, seen, end = [], self.count, min(self.count + n, self._most * self.size)
+        while seen < end and len(found) < self._pieces_at_once:
+            found.append(min(self.size - seen % self.size, end - seen))
+            seen += found[-1]
+        return found
+
+    def _merge(self) -> None:
+        """Pairs of groups become one."""
+        half = self._most // 2
+        for t in (self._sums, self._sizes):
+            t[:half] = t[0::2] + t[1::2]
+        self._sizes[half:] = 0
+        self.size *= 2
+
+    def along(self, schedules: list[Schedule], norm: bool = False) -> Tensor:
+        """What each schedule's steps cost, summed over the samples of each group, `[groups, schedules]`."""
+        knots, found = len(self.times), []
+        for schedule in schedules:
+            j, k = (
+                torch.tensor(side, device="cpu") for side in zip(*itertools.pairwise(schedule.indices), strict=True)
+            )
+            steps = self.sums[:, j * knots - j * (j + 1) // 2 + k - j - 1]
+            found.append((steps.sqrt() if norm else steps).sum(1))
+        return torch.stack(found, 1)
+
+    def resampled(self, times: int) -> Tensor:
+        """Weights `[times, groups]` of the groups' sums in the mean over a resample of all groups with replacement."""
+        groups = self.groups
+        picks = torch.randint(groups, (times, groups), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        weights = torch.zeros(times, groups, dtype=torch.float64, device="cpu")
+        weights.scatter_add_(1, picks, torch.ones_like(weights))
+        return weights / (weights @ self.sizes)[:, None]
+
+    def regrets(self, schedules: dict[int, Schedule]) -> dict[int, float]:
+        """How much more than the least cost each schedule costs, as a share of it, in 95 % of resamples at most; Inf
+        for fewer than two groups."""
+        if self.groups < 2:
+            return dict.fromkeys(schedules, math.inf)
+        weights, steps = self.resampled(FEW_RESAMPLES), list(schedules)
+        costs = weights @ self.along(list(schedules.values()))
+        tables = (ops.bellman(self.matrix(w @ self.sums), max(steps))[0] for w in weights)
+        least = torch.stack([table[steps, -1] for table in tables])
+        regret = torch.where(costs > least, costs / least - 1, 0.0)
+        return dict(zip(steps, regret.quantile(0.95, 0).tolist(), strict=True))
+
+    def with_intervals(self, schedules: dict[int, Schedule], norm: bool = False) -> dict[int, Schedule]:
+        """The schedules with the bootstrap interval of their cost; as they are where it cannot be known.
+
+        norm: for costs E|e|, which need groups of one.
+        """
+        if self.groups < 2:
+            return schedules
+        means = self.resampled(RESAMPLES) @ self.along(list(schedules.values()), norm)
+        ends = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
+        found = {}
+        for (n, schedule), (low, high) in zip(schedules.items(), means.quantile(ends, 0).T.tolist(), strict=True):
+            share = (high - low) / 2 / (WANTED_HALF_WIDTH * schedule.cost) if schedule.cost > 0 else 0.0
+            enough = max(1, math.ceil(self.count * share**2))
+            found[n] = replace(schedule, interval=(low, high), enough=enough)
+        return found
+
+
+def norm(cal, steps: list[int]) -> dict[int, Schedule]:
+    """Least sum of E|e|."""
+    return _of_norms(cal, steps, "norm", 1.0)
+
+
+def gits(cal, steps: list[int], *, gamma: float = 1.15) -> dict[int, Schedule]:
+    """Least sum of `gamma^i E|e_i|`."""
+    return _of_norms(cal, steps, "gits", gamma)
+
+
+def _of_norms(cal, steps: list[int], name: str, gamma: float) -> dict[int, Schedule]:
+    expect(cal.norm_cost is not None, "objective", f"a calibration that keeps samples, for {name!r}", "one of none")
+    plans = bellman(cal.norm_cost, cal.times, steps, gamma=gamma)
+    if gamma == 1 and (singles := cal._singles()) is not None:
+        plans = singles.with_intervals(plans, norm=True)
+    return _noted(plans, name, 0, **({} if name == "norm" else {"gamma": gamma}))
+
+
+def _noted(plans: dict[int, Schedule], objective: str, evaluations: int, **notes) -> dict[int, Schedule]:
+    """With where they come from; evaluations: further ones, of each sample that they are made on."""
+    notes = {"objective": objective, "evaluations": evaluations, **notes}
+    return {n: replace(schedule, notes=notes) for n, schedule in plans.items()}
+
+
+class _Samples:
+    """The first samples that a calibration keeps, `[K+1, n, *shape]`, and a velocity to evaluate on them."""
+
+    def __init__(self, cal, velocity, samples: int, objective: str):
+        expect(velocity is not None, "velocity", f"the teacher, for objective {objective!r}", "None")
+        expect(cal.kept is not None, "objective", f"a calibration that keeps samples, for {objective!r}", "one of none")
+        velocity = velocity.velocity if isinstance(velocity, FusedSampler) else velocity
+        self.n = min(expect_positive_int(samples, "samples"), cal.kept.x.shape[1])
+        self.x, self.v = cal.kept.x[:, : self.n], cal.kept.v[:, : self.n]
+        self.velocity = velocity_rows(velocity, slice(0, self.n), cal.provenance.get("n_given", cal.provenance["n"]))
+
+    def __call__(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The velocity at one time, guidance applied."""
+        t = torch.as_tensor(t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+        v, v_uncond, w = evaluate(self.velocity, x, t.expand(len(x)).clone())
+        return v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
+
+
+def endpoint(cal, steps: list[int], *, velocity, samples: int = 64, probes: int = 2) -> dict[int, Schedule]:
+    """Least sum of squared errors carried to the endpoint, `E|(d x_K / d x_k) e|^2`."""
+    expect_positive_int(probes, "probes")
+    some, K = _Samples(cal, velocity, samples, "endpoint"), len(cal.times) - 1
+    x, h, t = some.x, cal.times.diff().tolist(), step_times(cal.times, some.x)
+    draw = torch.Generator("cpu").manual_seed(0)
+    y = torch.randint(2, (probes, *x[0].shape), generator=draw, device="cpu").to(x) * 2 - 1
+    a = some.v.to(x.dtype).diff(dim=0)
+    inner = torch.zeros(K + 1, K + 1, probes, some.n, dtype=torch.float64, device=x.device)  # a_m . y_k at [m, k]
+    for k in range(K, 0, -1):
+        if k < K:
+            y = _pulled(some, x[k], t[k], y, h[k])
+        for p in range(probes):
+            inner[1:k, k, p] = (a[: k - 1] * y[p]).flatten(2).double().sum(-1)
+    times = cal.times.to(x.device)
+    cost = torch.full((K + 1, K + 1), torch.inf, dtype=torch.float64, device=x.device)
+    for k in range(1, K + 1):  # the error of the step j -> k is the sum over j < m < k of (t_k - t_m) a_m
+        terms = (times[k] - times[:k])[:, None, None] * inner[:k, k]
+        along = terms.flip(0).cumsum(0).flip(0)  # from m on
+        cost[: k - 1, k] = along[1:].square().mean((1, 2))
+        cost[k - 1, k] = 0
+    plans = bellman(cost.cpu(), cal.times, steps)
+    return _noted(plans, "endpoint", (1 + 2 * probes) * (K - 1), samples=some.n, probes=probes)
+
+
+@torch.enable_grad()
+def _pulled(velocity: _Samples, x: Tensor, t: Tensor, y: Tensor, h: float) -> Tensor:
+    """`(1 + h dv/dx)^T y` at x for each of the cotangents y `[probes, n, *shape]`."""
+    x = x.detach().clone().requires_grad_()
+    try:
+        v = velocity(x, t)
+    except RuntimeError as e:
+        raise ValueError(f"velocity: expected one with gradients, for objective 'endpoint', got an error ({e})") from e
+    differentiable = v.requires_grad and v.grad_fn is not None
+    expect(differentiable, "velocity", "one with gradients, for objective 'endpoint'", "one without (torch.no_grad?)")
+    pulled = []
+    for i, cotangent in enumerate(y):
+        more = i + 1 < len(y)
+        (grad,) = torch.autograd.grad(v, x, cotangent.to(v.dtype), retain_graph=more, allow_unused=True)
+        pulled.append(cotangent if grad is None else cotangent + h * grad)
+    return torch.stack(pulled)
+
+
+def pair_costs(gram: Tensor, times: Tensor) -> Tensor:
+    """The error of a variable-step Adams-Bashforth 2 step from knot j to knot k after one from knot i to knot j.
+
+    `c(i, j, k) = mean |x_k - x_j - h v_j - h^2 / (2 (t_j - t_i)) (v_j - v_i)|^2` with `h = t_k - t_j`.
+
+    Args:
+        gram: the mean Gram matrix of increments, float64 `[K-1, K-1]`. times: float64 `[K+1]`.
+
+    Returns:
+        float64 `[K+1, K+1, K+1]` on the CPU, of which entries i < j < k count.
+    """
+    K = len(times) - 1
+    needed = 8 * (K + 1) ** 3
+    expect(needed <= PAIRS_BYTES, "grid", "costs of pairs of at most 2 GiB (K = 644)", f"K = {K}: {needed / 2**30:.1f}")
+    A = torch.zeros(K + 1, K + 1, dtype=torch.float64, device="cpu")
+    A[1:K, 1:K] = gram
+    # S(j, k) = x_k - x_j - h v_j = sum of (t_k - t_m) a_m over j < m < k, B(i, j) = v_j - v_i = sum of a_m over
+    # i < m <= j. First <a_i, S(j, k)> at [i, j, k], then <B(i, j), S(j, k)>: sums of what comes later
+    c = A[:, :, None] * (times[None, :] - times[:, None]).clamp_min(0)
+    later = torch.zeros_like(c[:, 0])
+    for j in range(K, -1, -1):
+        here = c[:, j].clone()
+        c[:, j] = later
+        later += here
+    later.zero_()
+    for i in range(K, -1, -1):
+        c[i, :i] = 0  # j < i
+        here = c[i].clone()
+        c[i] = later
+        later += here
+    inside = torch.ones_like(A).triu(1)
+    before = (A * inside).flip(0).cumsum(0).flip(0)  # sum of A[m, j] over i <= m < j
+    before = torch.cat([before[1:], torch.zeros_like(before[:1])])
+    BB = ((2 * before + A.diagonal()) * inside).cumsum(1)
+    SS = ops.cost_from_gram(gram, times)
+    h = times[None, :] - times[:, None]
+    for i in range(K + 1):
+        f = h[i + 1 :].square() / (2 * h[i, i + 1 :, None])
+        c[i, : i + 1] = torch.inf
+        c[i, i + 1 :] = (SS[i + 1 :] - 2 * f * c[i, i + 1 :] + f.square() * BB[i, i + 1 :, None]).clamp_min_(0)
+    return c
+
+
+def pairs(cal, steps: list[int]) -> dict[int, Solver]:
+    """Least sum of E|e|^2 of Adams-Bashforth 2, whose steps depend on the knot before them too."""
+    expect(cal.gram is not None, "objective", "a calibration with its Gram matrix, for 'pairs'", "one of before that")
+    times, K = cal.times, len(cal.times) - 1
+    first, cost = cal.cost[0].contiguous(), pair_costs(cal.gram, times)
+    value, parent = ops.bellman_pairs(first, cost, max(steps))
+    found = {}
+    for n in steps:
+        path = [K] if n > 1 else [K, 0]
+        if n > 1:
+            path.append(int(value[n, :, K].argmin()))
+        for s in range(n, 1, -1):
+            path.append(int(parent[s, path[-1], path[-2]]))
+        path.reverse()
+
+        def along(path: Sequence[int]) -> float:
+            return first[path[1]].item() + sum(cost[path[i : i + 3]].item() for i in range(len(path) - 2))
+
+        notes = dict(
+            **dict(objective="pairs", evaluations=0, indices=path),
+            **dict(cost=value[n, path[-2], K].item(), uniform_cost=along(uniform_indices(times, n))),
+        )
+        found[n] = replace(Solver.adams_bashforth(Schedule(times[path], times, tuple(path))), notes=notes)
+    return found
+
+
+def student(cal, steps: list[int], *, velocity, samples: int = 64) -> dict[int, Schedule]:
+    """Least mean squared distance to the teacher's states of the student's own, knot by knot."""
+    some, K = _Samples(cal, velocity, samples, "student"), len(cal.times) - 1
+    x, t = some.x, step_times(cal.times, some.x)
+    most = max(steps)
+    z, error = torch.empty_like(x), torch.zeros(most + 1, K + 1, dtype=torch.float64)
+    z[0], parent, evaluations = x[0], torch.zeros(most + 1, K + 1, dtype=torch.int64), 0
+    v, ahead = torch.empty_like(x[:-1]), torch.empty_like(x)
+    for s in range(1, most + 1):
+        starts = [0] if s == 1 else range(s - 1, K)
+        for j in starts:
+            v[j] = some(z[j], t[j])
+        evaluations += len(starts)
+        for k in [K] if s == most and len(steps) == 1 else range(s, K + 1):
+            j = slice(starts[0], min(k, starts[-1] + 1))
+            h = (cal.times[k] - cal.times[j]).to(x).view(-1, *[1] * (x.dim() - 1))
+            reached = z[j] + h * v[j]
+            errors = (reached - x[k]).flatten(2).double().square().sum(-1).mean(1)
+            best = int(errors.argmin())
+            error[s, k], parent[s, k], ahead[k] = errors[best], best + starts[0], reached[best]
+        z, ahead = ahead, z
+    plans = {}
+    for n in steps:
+        path = [K]
+        for s in range(n, 0, -1):
+            path.append(int(parent[s, path[-1]]))
+        path.reverse()
+        plans[n] = Schedule(cal.times[path], cal.times, tuple(path), error[n, K].item())
+    return _noted(plans, "student", evaluations, samples=some.n)
+
+
+def free(
+    cal, steps: list[int], *, velocity, samples: int = 64, candidates: Sequence[float] = CANDIDATES
+) -> dict[int, Solver]:
+    """Least sum of E|e|^2 where each step's velocity may be that of the step's state at a later time."""
+    some, K = _Samples(cal, velocity, samples, "free"), len(cal.times) - 1
+    given = [float(c) for c in candidates]
+    expect(len(given) > 0 and all(0 <= c < 1 for c in given), "candidates", "some fractions, 0 <= f < 1", candidates)
+    tables, evaluations = [], 0
+    for part in given:
+        v = some.v
+        if part > 0:
+            v = torch.stack([some(some.x[j], t + part * (1 - t)) for j, t in enumerate(cal.times[:-1].tolist())])
+            evaluations += K
+        tables.append(StepCost(cal.times, states=True).update(v, some.x).cost().cpu())
+    cost, which = torch.stack(tables).min(0)
+    plans, found = bellman(cost, cal.times, steps), {}
+    for n, schedule in plans.items():
+        j, k = (list(side) for side in zip(*itertools.pairwise(schedule.indices), strict=True))
+        part = torch.tensor(given, dtype=torch.float64)[which[j, k]]
+        at = schedule.times[:-1] + part * (1 - schedule.times[:-1])
+        notes = dict(objective="free", evaluations=evaluations, samples=some.n, indices=list(schedule.indices))
+        notes |= dict(cost=schedule.cost, uniform_cost=schedule.uniform_cost, candidates=given)
+        found[n] = replace(Solver.euler(schedule, model_times=at), name="euler, free times", notes=notes)
+    return found
+
+
+OBJECTIVES = {f.__name__: f for f in (norm, gits, endpoint, pairs, student, free)}

@@ -1,0 +1,94 @@
+"""The Bellman recursion over pairs of knots: the best N-step path for every N of a method that looks back one step."""
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import expect, expect_positive_int, expect_tensor
+from flowkernels.ops._library import direct, fresh, register, stream_of
+from flowkernels.ops.bellman_pairs import reference
+
+
+def bellman_pairs(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Least cost of having any two knots as the last two after exactly s steps, for s = 0..steps.
+
+    `V(s, j, k) = min_{i<j} V(s-1, i, j) + c(i, j, k)` and `V(1, 0, k) = first(k)`. Ties go to the smaller i. It is
+    `bellman` where the cost of a step depends on the knot before it too, as that of a two-step method does
+    (Adams-Bashforth 2). N steps of least cost end with the step from `j = argmin(value[N, :, K])`, before which comes the
+    one from `parent[N, j, K]`.
+
+    Args:
+        first: float64 `[K+1]`; entry k >= 1 is the cost of a first step from knot 0 to knot k, +Inf forbids it. Entry 0
+            is not read.
+        cost: float64 `[K+1, K+1, K+1]`; entry [i, j, k], i < j < k, is the cost of the step from knot j to knot k where
+            the step before came from knot i. Nothing else is read; +Inf there forbids the step. NaN or -Inf in what
+            is read of the two, by any number of steps, raise. To know of them a call on a GPU waits for the kernel;
+            while a CUDA graph is captured it cannot, and then they make all values NaN and all parents -1.
+        steps: the largest number of steps, 1..K.
+
+    Returns:
+        `(value, parent)`, both `[steps + 1, K+1, K+1]`: entry [s, j, k] is V in float64, Inf where no path of s steps
+        ends with that from j to k, and the knot i before them in int64, -1 where there is none, as for s = 1.
+        `value[0]` is 0 at [0, 0] and Inf elsewhere. On cost's device. Not differentiable.
+
+    Source: the recursion of BOSS (arXiv 2312.16414), section 3, over states of two knots.
+    """
+    expect_tensor(first, "first", (torch.float64,))
+    expect_tensor(cost, "cost", (torch.float64,))
+    n = cost.shape[0] if cost.dim() else 0
+    expect(cost.shape == (n, n, n) and n >= 2, "cost", "shape [K+1, K+1, K+1] with K >= 1", cost)
+    expect(
+        first.shape == (n,) and first.device == cost.device, "first", f"shape [{n}] on {cost.device}, as cost", first
+    )
+    expect_positive_int(steps, "steps")
+    expect(steps <= n - 1, "steps", f"at most K = {n - 1}", steps)
+    first, cost = first.detach(), cost.detach()
+    if (C := direct("bellman_pairs", first, cost)) is not None:
+        return _kernel(C, first, cost, steps)
+    return torch.ops.flowkernels.bellman_pairs(first, cost, steps)
+
+
+def _refuse(first: Tensor, cost: Tensor, place: int) -> None:
+    """place: in `first`, or so many after its end in `cost`."""
+    n = len(first)
+    if place < n:
+        expect(False, "first", "no NaN or -Inf after the first entry", f"first[{place}] = {first[place].item()}")
+    i, j, k = (place - n) // n**2, (place - n) // n % n, place % n
+    expect(False, "cost", "no NaN or -Inf where i < j < k", f"cost[{i}, {j}, {k}] = {cost[i, j, k].item()}")
+
+
+def _kernel(C, first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    first, cost, n = first.contiguous(), cost.contiguous(), len(first)
+    value = fresh(torch.empty(steps + 1, n, n, dtype=torch.float64, device="cpu"))
+    parent = fresh(torch.empty(steps + 1, n, n, dtype=torch.int64, device="cpu"))
+    bad = C.bellman_pairs(first.data_ptr(), cost.data_ptr(), n, steps, value.data_ptr(), parent.data_ptr())
+    if bad >= 0:
+        _refuse(first, cost, bad)
+    return value, parent
+
+
+def _cuda(module, first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    first, cost, n = first.contiguous(), cost.contiguous(), len(first)
+    value, parent = _fake(first, cost, steps)
+    bad = cost.new_full((), -1, dtype=torch.int64)
+    pointers = value.data_ptr(), parent.data_ptr(), bad.data_ptr()
+    module.bellman_pairs(first.data_ptr(), cost.data_ptr(), n, steps, *pointers, *stream_of(cost))
+    if not (cost.is_cuda and torch.cuda.is_current_stream_capturing()) and (place := bad.item()) >= 0:
+        _refuse(first, cost, place)
+    return value, parent
+
+
+def _reference(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    n = len(first)
+    bad = torch.cat([~(first > -torch.inf), (~(cost > -torch.inf) & reference.later(n, cost.device)).flatten()])
+    bad[0] = False
+    if bool(bad.any()):
+        _refuse(first, cost, int(bad.nonzero()[0]))
+    return reference.bellman_pairs(first, cost, steps)
+
+
+def _fake(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    shape = (steps + 1, *cost.shape[:2])
+    return cost.new_empty(shape), cost.new_empty(shape, dtype=torch.int64)
+
+
+register("bellman_pairs(Tensor first, Tensor cost, int steps) -> (Tensor, Tensor)", _kernel, _reference, _fake, _cuda)
