@@ -140,14 +140,22 @@ class InBatches:
 
 
 class Counted:
-    """A velocity that counts the samples it is evaluated on."""
+    """A velocity that counts the samples it is evaluated on; a pass back through it counts as two evaluations."""
 
     def __init__(self, velocity: Callable):
         self.velocity, self.count = velocity, 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        self.count += len(x)
-        return self.velocity(x, t)
+        return self.seen(self.velocity(x, t))
+
+    def seen(self, v: Tensor) -> Tensor:
+        self.count += len(v)
+        if v.requires_grad:
+            v.register_hook(lambda gradient: self.passed_back(len(gradient)))
+        return v
+
+    def passed_back(self, n: int) -> None:
+        self.count += 2 * n
 
 
 def generator(seed: int) -> torch.Generator:
@@ -315,8 +323,7 @@ def _(run: Run) -> dict:
     for N in s.steps:
         torch.manual_seed(run.seed)
         student = run.data.student()
-        seen = []  # copies of the student share it
-        student.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(len(inputs[0])))
+        student.register_forward_hook(lambda module, inputs, v: run.velocity.seen(v))
         result = fk.straighten(
             student,
             run.velocity,
@@ -331,9 +338,8 @@ def _(run: Run) -> dict:
             seed=run.seed,
             progress=False,
         )
-        run.velocity.count += sum(seen)
         found[N] = run.cal[N], result.student.requires_grad_(False)
-    run.note = f"{s.iterations} iterations of {s.batch} on {s.bank} trajectories; backward passes are not counted"
+    run.note = f"{s.iterations} iterations of {s.batch} on {s.bank} trajectories"
     return found
 
 

@@ -159,7 +159,7 @@ def section(r: Results, data: str, pictures: str) -> Iterator[str]:
         rms, notes = r.mean(data, name, K, "rms"), {x["notes"] for x in r.by.get((data, name, K), []) if x["notes"]}
         if rms == rms:
             yield f"{name.capitalize()} of K = {K}, rms: {rms:.3g}, {'; '.join(notes)}."
-    yield "\nRoot of the mean squared distance to the teacher's endpoint; calibration evaluations a sample and seconds:\n"
+    yield "\nRms distance to the teacher's endpoint; evaluations a sample and seconds of the calibration:\n"
     yield from table(r, data, "rms", costs=True)
     metric = rows[0]["metric"]
     yield f"\n{metric.capitalize()} to the teacher's samples:\n"
