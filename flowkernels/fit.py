@@ -199,7 +199,7 @@ def polish(
         What was given, with other numbers; as it was where nothing is better on the held-out samples. A Solver's notes
         tell the endpoint error before and after, "polish", and "evaluations", made for each sample on average.
 
-    Cost: for a solver of M evaluations M (M+1)(M+5)/6 a fitted sample and iteration (120 for M = 8; a coefficient is
+    Cost: for a solver of M evaluations M (M+1)(M+2)/6 a fitted sample and iteration (120 for M = 8; a coefficient is
     tried from its evaluation on), and 1 to 6 M of each sample; a schedule of N steps takes up to some 8 N^2 a sample.
 
     Source: arXiv 2403.01329 (Bespoke solvers) for the free coefficients and times; More, The Levenberg-Marquardt
@@ -384,7 +384,8 @@ class _Teacher:
         if noise is None:
             wanted = "one that keeps trajectories (noise= rolls the teacher out anew)"
             expect(kept is not None, "calibration", wanted, "one that keeps none")
-            total = calibration.provenance.get("n", kept.x.shape[1])
+            known = calibration.provenance
+            total = known.get("n_given", known.get("n", kept.x.shape[1]))
         else:
             total = len(expect_noise(noise))
             n = min(total, most or total)
