@@ -12,6 +12,7 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels import Schedule, Solver
+from flowkernels.models import BUNDLED
 
 F64 = torch.float64
 
@@ -122,6 +123,17 @@ def test_fused_heads():
         got, expected = (fk.invert(v, data, schedule, forward=forward) for v in (fk.fuse_head(field), field))
         assert (got.noise - expected.noise).norm() <= 4e-6 * expected.noise.norm()
         torch.testing.assert_close(got.error, expected.error, rtol=1e-3, atol=1e-9)
+
+
+def test_fused_samplers():
+    net, data = BUNDLED["digits"].load(), digits()[:4]
+    fused = fk.fuse(net, 3, shape=(1, 8, 8))
+    for schedule, forward in ((3, None), (SOLVERS["ab2"], Solver.adams_bashforth(uneven_grid(5)))):
+        got, expected = (fk.invert(v, data, schedule, forward=forward) for v in (fused, net))
+        assert (got.noise - expected.noise).norm() <= 1e-5 * expected.noise.norm()
+        torch.testing.assert_close(got.error, expected.error, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match=r"^data: expected finite values, got NaN or Inf in sample 0"):
+        fk.invert(fused, data * torch.nan, 3)
 
 
 def test_captured(aot_eager):  # noqa: F811

@@ -88,6 +88,7 @@ VELOCITIES = {
     "bfloat16 noise": (ElementwiseField, normal(3, 5, dtype=BF16), CLOSE),
     "strided noise": (ElementwiseField, normal(4, 6, 3).transpose(0, 1), CLOSE),
     "the state itself": (lambda: lambda x, t: x, normal(3, 5), CLOSE),
+    "the state itself later": (lambda: lambda x, t: x.sin() if t[0] < 0.3 else x, normal(3, 5), CLOSE),
     "a view of the state": (lambda: lambda x, t: x.transpose(1, 2), normal(3, 5, 5), CLOSE),
     "an expanded view": (lambda: lambda x, t: x[:, :1].expand_as(x), normal(3, 5), CLOSE),
     "its own memory": (Same, normal(3, 5), CLOSE),
@@ -316,6 +317,17 @@ def test_fused_linear_heads(name, sign):
     expected = definition(field, noise, SOLVERS[name])
     got = fk.sample(fk.fuse_head(field), noise, SOLVERS[name])
     assert (got - expected).norm() <= 4e-6 * expected.norm()
+
+
+def test_velocities_of_a_fused_head_are_handed_on():
+    """In the library's sign, whatever the network's, and with those that are kept for later as they were."""
+    net, noise = scrambled(Perceptron()), normal(7, 3, 4)
+    field = VelocityField(net, sign=-1)
+    with torch.no_grad():
+        flows = [ROLLOUT.solve(v, noise, SOLVERS["ab2"], keep=True) for v in (fk.fuse_head(field), field)]
+        for (x, v, *_), (expected_x, expected_v, *_) in zip(*flows, strict=True):
+            torch.testing.assert_close(x, expected_x, **CLOSE)
+            torch.testing.assert_close(v, expected_v, **CLOSE)
 
 
 def test_a_fused_head_without_a_trunk():
