@@ -64,17 +64,19 @@ class CMakeBuild(build_ext):
 
 
 class BuildPy(build_py):
-    """Adds what lives in benchmarks/: the fashion checkpoint, beside the script that trains it, and the suite."""
+    """Adds what lives in benchmarks/: the fashion checkpoints, beside the script that trains them, and the suite."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
             target = Path(self.build_lib, "flowkernels", "data")
             self.mkpath(str(target))
-            self.copy_file(str(ROOT / "benchmarks/fashion/fashion.safetensors"), str(target / "fashion.safetensors"))
+            for name in ("fashion", "classifier"):
+                file = f"{name}.safetensors"
+                self.copy_file(str(ROOT / "benchmarks/fashion" / file), str(target / file))
             suite = Path(self.build_lib, "flowkernels", "_benchmarks")
             self.mkpath(str(suite))
-            for name in ("__init__", *ENTRIES):
+            for name in ("__init__", *ENTRIES, "quality", "datasets", "metrics"):
                 self.copy_file(str(ROOT / f"benchmarks/{name}.py"), str(suite / f"{name}.py"))
 
 

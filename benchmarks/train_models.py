@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from datasets import digits, fashion
+from metrics import Classifier
 from torch import nn
 from tqdm import tqdm
 
@@ -66,20 +67,6 @@ def train_flow(net, images, minutes, batch, lr, out, flip, autocast, go_on):
     total = before + it + 1
     save_network(ema.module, out, iterations=total, batch=batch, lr=lr, loss=running)
     print(f"{out}: {sum(p.numel() for p in net.parameters()):,} parameters, {total} iterations, loss {running:.4f}")
-
-
-class Classifier(nn.Sequential):
-    """Small Fashion-MNIST classifier; its penultimate layer (64 features) is the feature space of Frechet distances."""
-
-    def __init__(self):
-        def conv(cin, cout):
-            return [nn.Conv2d(cin, cout, 3, padding=1), nn.BatchNorm2d(cout), nn.ReLU(), nn.MaxPool2d(2)]
-
-        features = nn.Sequential(
-            *conv(1, 32), *conv(32, 64), *conv(64, 64), nn.Flatten(), nn.Linear(576, 64), nn.ReLU()
-        )
-        super().__init__(features, nn.Linear(64, 10))
-        self.config = {}
 
 
 def train_classifier(minutes, folder, out):

@@ -310,7 +310,7 @@ def write_csv(path: Path, results: list[dict]) -> None:
 
 def add_arguments(add: Callable) -> None:
     """The options of `flowkernels bench`."""
-    add("entries", nargs="*", metavar="ENTRY", help=f"which of {', '.join(ENTRIES)}; all if none is given")
+    add("entries", nargs="*", metavar="ENTRY", help=f"which of {', '.join(ENTRIES)}; all if none is given; or quality")
     add("--device", default="cpu", help="torch device")
     add("--threads", type=int, default=torch.get_num_threads(), help="threads of a CPU run")
     add("--quick", action="store_true", help="a few small cases, a second each")
@@ -319,21 +319,34 @@ def add_arguments(add: Callable) -> None:
     add("--match", default="", help="only cases whose name contains this")
     add("--out", type=Path, help="folder for one CSV file an entry; none is written if not given")
     add("--list", action="store_true", help="print the names of the cases and stop")
+    of_quality = "of `bench quality`, the benchmark of samples"
+    add("--data", help=f"which of digits, fashion, mixture2, mixture64, such as digits,fashion; {of_quality}")
+    add("--rows", help=f"which of its rows, such as uniform,boss; {of_quality}")
+    add("--seeds", type=int, help=f"3, with --quick 1; {of_quality}")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the entries asked for; 1 if a gate of ours was red or a case failed."""
-    unknown = sorted(set(args.entries) - set(ENTRIES))
+    quality = args.entries[:1] == ["quality"]
+    alone = [name for name in ("data", "rows", "seeds") if getattr(args, name) is not None]
+    if quality and (args.entries[1:] or args.match or args.seconds is not None or args.device != "cpu"):
+        raise ValueError("quality: expected no other ENTRY, --match, --seconds or --device, got one")
+    if alone and not quality:
+        raise ValueError(f"--{alone[0]}: expected the ENTRY quality, got {', '.join(args.entries) or 'none'}")
+    unknown = not quality and sorted(set(args.entries) - set(ENTRIES))
     if unknown:
         raise ValueError(f"ENTRY: expected one of {', '.join(ENTRIES)}, got {', '.join(unknown)}")
     if args.threads < 1:
         raise ValueError(f"--threads: expected at least 1, got {args.threads}")
     if args.out is not None and not args.out.is_dir():
         raise ValueError(f"--out: expected a folder that exists, got {args.out}")
-    for option in ("seconds", "minutes"):
+    for option in ("seconds", "minutes", "seeds"):
         value = getattr(args, option)
         if value is not None and not value > 0:
             raise ValueError(f"--{option}: expected more than 0, got {value}")
+    if quality:
+        with _pinned(args.threads):
+            return importlib.import_module(f"{suite().__name__}.quality").run(args)
     try:
         device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError) as e:

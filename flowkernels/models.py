@@ -2,12 +2,14 @@
 
 `digits` (a residual MLP on 8x8 images) and `fashion` (a UNet on 28x28 images) have checkpoints; `DiT` is there to be
 trained. All three expose their time embedding (`velocity_field.HasTimeEmbedding`).
-`EmpiricalVelocity` is the closed-form velocity of a data set, a deterministic teacher without a network.
+`EmpiricalVelocity` is the closed-form velocity of a data set, `GaussianMixtureVelocity` that of a mixture of Gaussians:
+deterministic teachers without a network.
 All follow the library's convention: `net(x, t)` with x `[n, *shape]`, t `[n]`, t = 0 noise, t = 1 data.
 """
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flowkernels._checks import expect
+from flowkernels._checks import FLOATS, expect, expect_values
 from flowkernels._files import whole_file
 
 
@@ -234,6 +236,53 @@ class EmpiricalVelocity(nn.Module):
         # |x - tX|^2 without its x^2 term, which the softmax does not see
         logits = (2 * s * flat @ self.data.T - s**2 * self.data.square().sum(1)) / (2 * (1 - s) ** 2)
         return ((logits.softmax(1) @ self.data - flat) / (1 - s)).view(x.shape)
+
+
+class GaussianMixtureVelocity(nn.Module):
+    """Closed-form velocity of a mixture of isotropic Gaussians, exact for every t from 0 to 1.
+
+    The data are x_1 ~ sum over m of `weights[m] N(means[m], stds[m]^2)`, the states x_t = (1-t) x_0 + t x_1 with
+    standard normal x_0, and `v(x, t) = E[x_1 - x_0 | x_t = x]`: the posterior of the modes given x, with each mode's
+    conditional mean, which is linear in x.
+
+    Args:
+        means: `[m, *shape]`.
+        stds: a positive number, or m of them.
+        weights: m positive numbers, which are normalised; None weighs all modes alike.
+    """
+
+    def __init__(self, means: Tensor, stds: float | Sequence[float] | Tensor, weights=None):
+        super().__init__()
+        expect_values(means, "means", FLOATS)
+        ok = means.dim() >= 2 and means.numel() > 0 and bool(torch.isfinite(means).all())
+        expect(ok, "means", "finite means of shape [m, *shape]", means)
+        m, self.shape = len(means), tuple(means.shape[1:])
+        stds = torch.as_tensor(stds, dtype=means.dtype, device=means.device)
+        stds = stds.expand(m) if stds.dim() == 0 else stds
+        weights = torch.as_tensor([1.0] * m if weights is None else weights, dtype=means.dtype, device=means.device)
+        for name, value in (("stds", stds), ("weights", weights)):
+            positive = value.shape == (m,) and bool((value > 0).all()) and bool(torch.isfinite(value).all())
+            expect(positive, name, f"{m} positive numbers, one for each mode", value.tolist())
+        self.register_buffer("means", means.flatten(1).clone())
+        self.register_buffer("stds", stds.clone())
+        self.register_buffer("weights", weights / weights.sum())
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        flat, s = x.flatten(1), t.to(x.dtype)[:, None]
+        variance = (1 - s) ** 2 + (s * self.stds) ** 2  # of x_t in each mode, [n, m]
+        off = (flat[:, None] - s[:, :, None] * self.means).square().sum(2)
+        logits = self.weights.log() - flat.shape[1] / 2 * variance.log() - off / (2 * variance)
+        posterior = logits.softmax(1)
+        # of a mode: mean + slope (x - t mean), the regression of x_1 - x_0 on x_t
+        slope = (s * self.stds**2 - (1 - s)) / variance
+        v = (posterior * (1 - slope * s)) @ self.means + (posterior * slope).sum(1, keepdim=True) * flat
+        return v.view(x.shape)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Samples of the mixture itself, `[n, *shape]`; the generator is of the CPU."""
+        mode = torch.multinomial(self.weights.cpu(), n, replacement=True, generator=generator).to(self.means.device)
+        noise = torch.randn(n, self.means.shape[1], generator=generator, device="cpu").to(self.means)
+        return (self.means[mode] + self.stds[mode, None] * noise).view(n, *self.shape)
 
 
 _ARCHITECTURES = {"ResidualMLP": ResidualMLP, "UNet": UNet, "DiT": DiT}

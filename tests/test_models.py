@@ -1,4 +1,4 @@
-"""The networks that ship with the package, and the closed-form velocity."""
+"""The networks that ship with the package, and the closed-form velocities."""
 
 import json
 
@@ -13,6 +13,7 @@ from flowkernels.models import (
     Bundled,
     DiT,
     EmpiricalVelocity,
+    GaussianMixtureVelocity,
     ResidualMLP,
     UNet,
     load_network,
@@ -90,6 +91,82 @@ def test_closed_form_samples_are_the_data():
     x1 = fk.sample(EmpiricalVelocity(data), normal(8, 1, 8, 8), 100)
     nearest = torch.cdist(x1.flatten(1), data.flatten(1)).min(1).values
     assert nearest.max() < 1e-3
+
+
+def mixture(dtype=torch.float64) -> GaussianMixtureVelocity:
+    """Three modes of different widths and weights in the plane."""
+    means = torch.tensor([[2.0, 0.0], [-1.0, 1.5], [0.0, -2.0]], dtype=dtype)
+    return GaussianMixtureVelocity(means, [0.1, 0.4, 0.8], [1, 3, 2])
+
+
+@pytest.mark.parametrize("t", [0.3, 0.7, 0.95])
+def test_mixture_velocity_against_monte_carlo(t):
+    """E[x_1 - x_0 | x_t = x] by samples of x_1, each weighed by the density of the x_0 that leads to x."""
+    field = mixture()
+    x1 = field.sample(400_000, torch.Generator().manual_seed(0)).double()
+    x = torch.tensor([[0.5, 0.3], [-0.6, 0.9], [0.1, -1.2]], dtype=torch.float64)
+    for point, found in zip(x, field(x, torch.full((3,), t, dtype=torch.float64)), strict=True):
+        x0 = (point - t * x1) / (1 - t)
+        weights = (-x0.square().sum(1) / 2).softmax(0)
+        expected = weights @ (x1 - x0)
+        spread = ((weights**2) @ (x1 - x0 - expected).square()).sqrt()
+        assert ((found - expected).abs() < 5 * spread + 1e-3).all()
+
+
+def test_mixture_velocity_carries_its_density():
+    """d p / d t + div(p v) = 0, by differences, with p the density of x_t."""
+    field, h = mixture(), 1e-4
+
+    def density(x, t):
+        variance = (1 - t) ** 2 + (t * field.stds) ** 2
+        off = (x[:, None] - t * field.means).square().sum(2)
+        return ((-off / (2 * variance)).exp() / variance) @ field.weights  # without the factor 2 pi
+
+    def flux(x, t):
+        return density(x, t)[:, None] * field(x, torch.full((len(x),), t, dtype=torch.float64))
+
+    x = normal(64, 2, seed=4, dtype=torch.float64)
+    for t in (0.1, 0.5, 0.9):
+        change = (density(x, t + h) - density(x, t - h)) / (2 * h)
+        step = h * torch.eye(2, dtype=torch.float64)
+        divergence = sum((flux(x + e, t) - flux(x - e, t))[:, i] / (2 * h) for i, e in enumerate(step))
+        assert (change + divergence).abs().max() < 1e-5 * density(x, t).max()
+
+
+def test_mixture_velocity_at_both_ends():
+    field, x = mixture(), normal(5, 2, dtype=torch.float64)
+    at_noise, at_data = (field(x, torch.full((5,), t, dtype=torch.float64)) for t in (0.0, 1.0))
+    assert torch.allclose(at_noise, field.weights @ field.means - x)
+    assert torch.allclose(at_data, x)  # x_1 is known, and x_0 is not
+    far = mixture(torch.float32)(torch.full((1, 2), 1e3), torch.ones(1))
+    assert torch.allclose(far, torch.full((1, 2), 1e3))
+
+
+def test_mixture_velocity_carries_noise_to_the_mixture():
+    field = mixture(torch.float32)
+    x = fk.sample(field, normal(16384, 2), 100)
+    mode = torch.cdist(x, field.means).argmin(1)
+    data = field.sample(20_000, torch.Generator().manual_seed(1))
+    share = torch.cdist(data, field.means).argmin(1)
+    for m in range(3):
+        assert (mode == m).float().mean() == pytest.approx((share == m).float().mean().item(), abs=0.02)
+        for moment in (torch.mean, torch.std):
+            assert torch.allclose(moment(x[mode == m], 0), moment(data[share == m], 0), atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3), 1.0), r"means: expected finite means of shape \[m, \*shape\]"),
+        ((torch.full((2, 2), torch.nan), 1.0), "means: expected finite means"),
+        ((torch.zeros(2, 2), 0.0), "stds: expected 2 positive numbers"),
+        ((torch.zeros(2, 2), [1.0, 1.0, 1.0]), "stds: expected 2 positive numbers"),
+        ((torch.zeros(2, 2), 1.0, [1.0, -1.0]), "weights: expected 2 positive numbers"),
+    ],
+)
+def test_bad_mixtures(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianMixtureVelocity(*arguments)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

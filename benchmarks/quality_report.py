@@ -1,0 +1,251 @@
+"""Writes docs/quality.md and its plots from benchmarks/results/quality.csv.
+
+    flowkernels bench quality --out benchmarks/results && python benchmarks/quality_report.py
+
+What stands above the mark in docs/quality.md is written by hand and stays.
+"""
+
+import argparse
+import csv
+import importlib
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from flowkernels._files import whole_file  # noqa: E402
+from flowkernels.bench import suite  # noqa: E402
+
+quality = importlib.import_module(f"{suite().__name__}.quality")
+ROWS = quality.ROWS
+
+MARK = "<!-- below this line: benchmarks/quality_report.py -->"
+
+
+class Results:
+    """Figures of all seeds, by data set, row and N."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+        self.by: dict[tuple, list[dict]] = {}
+        for r in rows:
+            self.by.setdefault((r["data"], r["row"], int(r["N"])), []).append(r)
+        self.data = list(dict.fromkeys(r["data"] for r in rows))
+
+    def values(self, data: str, row: str, N: int, key: str) -> list[float]:
+        """Of every seed that has it."""
+        return [float(r[key]) for r in self.by.get((data, row, N), []) if r[key] != ""]
+
+    def mean(self, data: str, row: str, N: int, key: str) -> float:
+        found = self.values(data, row, N, key)
+        return statistics.fmean(found) if found else float("nan")
+
+    def names(self, data: str) -> list[str]:
+        return [name for name in ROWS if any(d == data and r == name for d, r, _ in self.by)]
+
+    def steps(self, data: str) -> list[int]:
+        """The columns: N of the uniform row."""
+        return sorted(N for d, r, N in self.by if d == data and r == "uniform")
+
+    def best(self, data: str, N: int, key: str) -> tuple[str, float]:
+        """The row without training that is best."""
+        found = {name: self.mean(data, name, N, key) for name in self.names(data) if not ROWS[name].trained}
+        found = {name: value for name, value in found.items() if value == value}
+        name = min(found, key=found.get, default="")
+        return name, found.get(name, float("nan"))
+
+    def teacher(self, data: str) -> float:
+        """The teacher's own distance to data."""
+        found = [r["teacher_distance_to_data"] for r in self.rows if r["data"] == data and r["row"] == "teacher"]
+        found = [float(v) for v in found if v != ""]
+        return statistics.fmean(found) if found else float("nan")
+
+
+def read(path: Path) -> Results:
+    with open(path, newline="") as f:
+        return Results(list(csv.DictReader(f)))
+
+
+def targets(r: Results) -> Iterator[tuple[str, str, str, bool | None]]:
+    """(what, target, figure, met or None where it was not measured)."""
+
+    def at_most(what: str, most: float, figure: float, row: str = ""):
+        known = figure == figure
+        return what, f"<= {most:.3g}", f"{figure:.3g} ({row})" if known else "", figure <= most if known else None
+
+    for N, most in ((8, 1 / 12), (4, 1 / 3)):
+        name, error = r.best("fashion", N, "endpoint_error")
+        boss = r.mean("fashion", "boss", N, "endpoint_error")
+        yield at_most(f"fashion, N = {N}: endpoint error, of BOSS with Euler's", most, error / boss, name)
+    for N, most in ((8, 1.05), (6, 1.12)):
+        name, distance = r.best("fashion", N, "distance_to_data")
+        yield at_most(
+            f"fashion, N = {N}: Frechet distance, of the teacher's", most, distance / r.teacher("fashion"), name
+        )
+    for N, most in ((8, 1 / 7), (4, 0.38)):
+        name, rms = r.best("digits", N, "rms")
+        yield at_most(
+            f"digits, N = {N}: rms, of BOSS with Euler's", most, rms / r.mean("digits", "boss", N, "rms"), name
+        )
+    lost = list(losses(r))
+    for what, names in (("any row", list(ROWS)), ("fitted or polished", ["fitted", "polished"])):
+        cells = sum(len(ns) for _, name, ns in lost if name in names)
+        there = any(name in names and name != "uniform" for data in r.data for name in r.names(data))
+        figure = f"{cells} cells of data set, row and N"
+        yield f"worse than uniform Euler: {what}", "nowhere", figure if there else "", cells == 0 if there else None
+    for data in r.data:
+        steps = r.steps(data)
+        K = max((N for d, name, N in r.by if d == data and name == "teacher"), default=0)
+        spent = r.mean(data, "fitted", steps[0], "calibration_evaluations") if steps else float("nan")
+        what = f"{data}: calibration and fit of all N, evaluations a sample (K + 2 for each step of each N)"
+        yield at_most(what, K + 2 * sum(steps), spent, "fitted")
+
+
+def losses(r: Results) -> Iterator[tuple[str, str, dict[int, float]]]:
+    """(data set, row, {N: endpoint error in uniform Euler's}) where a row is worse; equal to rounding is not."""
+    for data in r.data:
+        for name in r.names(data):
+            ratios = {}
+            for N in r.steps(data):
+                ratio = r.mean(data, name, N, "endpoint_error") / r.mean(data, "uniform", N, "endpoint_error")
+                if ratio > 1 + 1e-4:
+                    ratios[N] = ratio
+            if ratios:
+                yield data, name, ratios
+
+
+def table(r: Results, data: str, key: str, costs: bool = False) -> Iterator[str]:
+    """Means of the seeds, with half the range that they span; the best of each column is bold."""
+    steps, names = r.steps(data), r.names(data)
+    titles = ["row", *(f"N = {N}" for N in steps), *(["evaluations", "seconds"] if costs else [])]
+    yield f"| {' | '.join(titles)} |"
+    yield "|---" * len(titles) + "|"
+    best = {}
+    for N in steps:
+        found = [m for name in names if (m := r.mean(data, name, N, key)) == m]
+        best[N] = min(found, default=0) if len({f"{m:.3g}" for m in found}) > 1 else 0  # none where all are equal
+    for name in names:
+        cells = []
+        for N in steps:
+            values = r.values(data, name, N, key)
+            if not values:
+                cells.append("")
+                continue
+            mean, spread = statistics.fmean(values), (max(values) - min(values)) / 2
+            text = f"{mean:.3g}" if mean < 1000 else f"{mean:.0f}"
+            text = f"**{text}**" if mean <= best[N] * (1 + 1e-4) else text
+            cells.append(f"{text} ± {spread:.1g}" if len(values) > 1 else text)
+        if costs:
+            mine = [x for d, n, x in r.by if d == data and n == name]
+            spent = [r.mean(data, name, mine[0], f"calibration_{k}") for k in ("evaluations", "seconds")]
+            cells += [f"{spent[0]:.0f}", f"{spent[1]:.2g}"]
+        yield f"| {ROWS[name].title} | {' | '.join(cells)} |"
+
+
+def section(r: Results, data: str, pictures: str) -> Iterator[str]:
+    rows = [x for x in r.rows if x["data"] == data]
+    yield f"\n## {data}\n\n![{data}]({pictures}/{data}.png)\n"
+    for settings in dict.fromkeys(x["settings"] for x in rows):
+        yield f"{settings}. Seeds: {', '.join(sorted({x['seed'] for x in rows}))}."
+    for name in ("teacher", "float32 teacher"):
+        K = next((N for d, n, N in r.by if d == data and n == name), 0)
+        rms, notes = r.mean(data, name, K, "rms"), {x["notes"] for x in r.by.get((data, name, K), []) if x["notes"]}
+        if rms == rms:
+            yield f"{name.capitalize()} of K = {K}, rms: {rms:.3g}, {'; '.join(notes)}."
+    yield "\nRms distance to the teacher's endpoint; evaluations a sample and seconds of the calibration:\n"
+    yield from table(r, data, "rms", costs=True)
+    metric = rows[0]["metric"]
+    yield f"\n{metric.capitalize()} to the teacher's samples:\n"
+    yield from table(r, data, "distance_to_teacher")
+    if r.teacher(data) == r.teacher(data):
+        yield f"\n{metric.capitalize()} to data; the teacher's own is {r.teacher(data):.4g}:\n"
+        yield from table(r, data, "distance_to_data")
+    notes = {x["row"]: x["notes"] for x in rows if x["notes"] and x["row"] in ROWS}
+    yield ""
+    yield from (f"- {ROWS[name].title}: {note}." for name, note in notes.items())
+
+
+def plot(r: Results, data: str, path: Path) -> None:
+    """Quality against evaluations, and at one N against what the calibration cost."""
+    panels = [("rms", "rms to the teacher's endpoint"), ("distance_to_data", "distance to data")]
+    fig, axes = plt.subplots(1, 3, figsize=(15, 5))
+    styles = {name: dict(color=plt.cm.tab20(i % 20), marker="osv^D"[i % 5]) for i, name in enumerate(ROWS)}
+    for (key, label), panel in zip(panels, axes, strict=False):
+        for name in r.names(data):
+            points = sorted((N, r.mean(data, name, N, key)) for d, n, N in r.by if (d, n) == (data, name))
+            points = [p for p in points if p[1] == p[1]]
+            if points:
+                titled = {"label": ROWS[name].title} if key == "rms" else {}
+                panel.plot(*zip(*points, strict=True), "-", ms=4, lw=1, **titled, **styles[name])
+        panel.set(xlabel="evaluations", ylabel=label, yscale="log", title=data)
+    if r.teacher(data) == r.teacher(data):
+        axes[1].axhline(r.teacher(data), color="k", lw=1, ls="--")
+        axes[1].annotate(
+            "teacher", (0.02, r.teacher(data)), xycoords=("axes fraction", "data"), va="bottom", fontsize=7
+        )
+    steps = r.steps(data)
+    N = 8 if 8 in steps else steps[-1]
+    for name in r.names(data):
+        x, y = r.mean(data, name, N, "calibration_evaluations"), r.mean(data, name, N, "rms")
+        if x == x and y == y:
+            axes[2].plot(x, y, ms=6, ls="", **styles[name])
+            axes[2].annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=6)
+    axes[2].set_xscale("symlog", linthresh=10)
+    axes[2].set(
+        xlim=(-1, None), xlabel="calibration evaluations a sample", ylabel="rms", yscale="log", title=f"N = {N}"
+    )
+    axes[0].legend(fontsize=6)
+    fig.tight_layout()
+    with whole_file(path) as partial:
+        fig.savefig(partial, dpi=90, format="png", metadata={"Software": None})
+    plt.close(fig)
+
+
+def write(source: Path, page: Path) -> None:
+    r = read(source)
+    pictures = page.parent / page.stem
+    pictures.mkdir(exist_ok=True)
+    above = page.read_text().partition(MARK)[0] if page.exists() else "# Quality\n\n"
+    lines = [above + MARK, "", "## Targets", ""]
+    lines += ["| | target | measured | |", "|---|---|---|---|"]
+    words = {True: "met", False: "**missed**", None: "not measured"}
+    lines += [f"| {what} | {target} | {figure} | {words[met]} |" for what, target, figure, met in targets(r)]
+    lines += ["", "## Losses", ""]
+    lines += [
+        "Rows with a larger endpoint error (mean squared, mean of the seeds) than uniform Euler, and how large:",
+        "",
+    ]
+    lines += [
+        f"- {data}, {ROWS[name].title}: " + ", ".join(f"{ratio:.2f} at N = {N}" for N, ratio in ratios.items())
+        for data, name, ratios in losses(r)
+    ] or ["None."]
+    for data in r.data:
+        lines += section(r, data, pictures.name)
+        plot(r, data, pictures / f"{data}.png")
+    sources = dict.fromkeys(
+        f"{x['hardware']}, {x['threads']} threads, {x['versions']}, commit {x['commit'] or 'none'}, {x['date']}"
+        for x in r.rows
+    )
+    lines += ["", "## Where it ran", "", *(f"- {s}" for s in sources), ""]
+    with whole_file(page) as partial:
+        partial.write_text("\n".join(lines))
+    print(f"{page}: {len(r.rows)} rows")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/quality.csv")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/quality.md")
+    args = parser.parse_args()
+    write(args.csv, args.page)
+
+
+if __name__ == "__main__":
+    main()

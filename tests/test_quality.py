@@ -1,0 +1,276 @@
+"""The benchmark of samples: its distances, what it counts and writes, and the page that is made of it."""
+
+import csv
+import importlib
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from _flows import normal
+
+import flowkernels as fk
+from flowkernels import bench, cli
+
+suite = bench.suite().__name__
+metrics = importlib.import_module(f"{suite}.metrics")
+quality = importlib.import_module(f"{suite}.quality")
+ROOT = Path(__file__).parents[1]
+KNOWN = "uniform,shifted,cosine,boss,ab2,ab3,boss_ab2,boss_ab3,heun"
+
+
+# ---- distances ----
+
+
+def test_energy_distance():
+    energy = metrics.Energy()
+    x, y = normal(700, 3, dtype=torch.float64), normal(600, 3, seed=1, dtype=torch.float64) + 1
+
+    def mean(a, b):
+        return (a[:, None] - b[None]).square().sum(2).sqrt().mean()
+
+    found = energy.between(energy.describe(x), energy.describe(y))
+    assert found == pytest.approx((2 * mean(x, y) - mean(x, x) - mean(y, y)).item(), rel=1e-9)
+    assert abs(energy.between(energy.describe(x), energy.describe(x))) < 1e-9
+
+
+def test_energy_distance_of_two_normal_distributions():
+    """In one dimension E|X - Y| of N(0, 1) and N(m, 1) is known: X - Y is N(-m, 2)."""
+    energy, m = metrics.Energy(), 1.5
+    x, y = normal(5000, 1), normal(5000, 1, seed=1) + m
+    across = 2 * math.exp(-(m**2) / 4) / math.sqrt(math.pi) + m * math.erf(m / 2)
+    expected = 2 * across - 4 / math.sqrt(math.pi)
+    assert energy.between(energy.describe(x), energy.describe(y)) == pytest.approx(expected, rel=0.05)
+
+
+def test_frechet_distance_of_two_normal_distributions():
+    frechet = metrics.Frechet(lambda x: x)
+    A = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    B = torch.tensor([[0.5, -0.2], [-0.2, 1.5]], dtype=torch.float64)
+    m = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    # tr (A B)^(1/2) of 2 x 2 matrices, from trace and determinant
+    root = ((A @ B).trace() + 2 * torch.linalg.det(A @ B).sqrt()).sqrt()
+    expected = m.square().sum() + A.trace() + B.trace() - 2 * root
+    found = frechet.between((torch.zeros_like(m), A), (m, B))
+    assert found == pytest.approx(expected.item(), rel=1e-12)
+    assert abs(frechet.between((m, A), (m, A))) < 1e-12
+    x, y = normal(20_000, 2), 3 * normal(20_000, 2, seed=1) + 1  # |1, 1|^2 + 2 (1 - 3)^2
+    assert frechet.between(frechet.describe(x), frechet.describe(y)) == pytest.approx(10, rel=0.05)
+
+
+# ---- the rows ----
+
+
+def test_schedules_in_use_elsewhere():
+    data = quality.load("mixture2", pytest.fail)
+    run = quality.Run(data, quality.SIZES["mixture2"], 0, quality.Counted(data.velocity), None)
+    shifted, cosine = (quality.ROWS[name].make(run) for name in ("shifted", "cosine"))
+    sigma = 1 - torch.linspace(0, 1, 5, dtype=torch.float64)
+    assert torch.allclose(1 - shifted[4].times, 3 * sigma / (1 + 2 * sigma))
+    angle = torch.linspace(0, 1, 5, dtype=torch.float64) * math.pi / 2
+    t = cosine[4].times
+    # the signal-to-noise ratio of cosine schedules, tan^2
+    assert torch.allclose((t / (1 - t))[:-1], angle.tan()[:-1])
+    assert t[0] == 0
+    assert t[-1] == 1
+
+
+def test_velocities_in_batches_of_one_size():
+    sizes = []
+
+    def velocity(x, t):
+        sizes.append(len(x))
+        return x * t[:, None]
+
+    x, t = normal(10, 3), torch.linspace(0, 1, 10)
+    assert torch.equal(quality.InBatches(velocity, 4)(x, t), x * t[:, None])
+    assert sizes == [4, 4, 4]
+
+
+def test_a_red_gate_shows_no_figures(monkeypatch, capsys):
+    monkeypatch.setattr(quality, "GATE", 0)
+    assert cli.main(["bench", "quality", "--quick", "--threads", "1", "--rows", "uniform"]) == 1
+    out = capsys.readouterr().out
+    assert "gate: RED, no figures: float32 teacher to float64" in out
+    assert "\n  uniform" not in out
+
+
+def test_the_gate_knows_a_wrong_solver(monkeypatch):
+    data = quality.load("mixture2", pytest.fail)
+    assert all(off <= quality.GATE for _, off in quality.gate(data, 20))
+    right = fk.Solver.adams_bashforth
+
+    def wrong(schedule, order):
+        solver = right(schedule, order)
+        b = solver.coefficients.clone()
+        b[-1, 0] += 0.01
+        return fk.Solver(solver.times, solver.model_times, b, solver.name)
+
+    def sums(velocity, noise, solver):  # of the right coefficients
+        return original(velocity, noise, right(solver.steps, 3) if "adams" in solver.name else solver)
+
+    original = quality.summed
+    monkeypatch.setattr(quality, "summed", sums)
+    monkeypatch.setattr(fk.Solver, "adams_bashforth", wrong)
+    red = [what for what, off in quality.gate(data, 20) if not off <= quality.GATE]
+    assert red == ["adams-bashforth 3 to its sums in float64"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A folder with the results of a quick run."""
+    folder = tmp_path_factory.mktemp("quality")
+    options = ["--quick", "--threads", "1", "--seeds", "2", "--rows", f"{KNOWN},straightened", "--out", str(folder)]
+    assert cli.main(["bench", "quality", *options]) == 0
+    return folder
+
+
+def rows_of(folder):
+    with open(folder / "quality.csv", newline="") as f:
+        return {(r["data"], r["seed"], r["row"], r["N"]): r for r in csv.DictReader(f)}
+
+
+def test_what_is_written(measured):
+    found = rows_of(measured)
+    steps = ("1", "2", "4")
+    expected = {(name, N) for name in KNOWN.split(",") for N in steps if name != "heun"}
+    expected |= {("heun", "1"), ("heun", "3"), ("straightened", "2"), ("teacher", "20")}
+    assert set(found) == {("mixture2", seed, *key) for seed in "01" for key in expected}
+    for (_, _, name, N), r in found.items():
+        assert tuple(r) == quality.FIELDS
+        assert r["evaluations"] == N
+        assert float(r["rms"]) ** 2 == pytest.approx(float(r["endpoint_error"]), rel=1e-4)
+        assert r["gate"] == "ok"
+        assert r["metric"] == "energy distance"
+        assert r["settings"] == "closed form, float32; K 20, calibration 64, held out 128, data 4096"
+        assert all(r[k] for k in ("hardware", "versions", "threads", "date", "teacher_distance_to_data"))
+        if name != "teacher":
+            # K of the calibration; straightening has 32 trajectories and 8 iterations of 16, there and back, besides
+            cost = {"boss": 20, "boss_ab2": 20, "boss_ab3": 20, "straightened": 20 + (32 * 20 + 3 * 8 * 16) / 64}
+            assert float(r["calibration_evaluations"]) == cost.get(name, 0)
+
+
+def test_figures_are_those_of_the_samples(measured):
+    data = quality.load("mixture2", pytest.fail)
+    noise = torch.randn(128, 2, generator=torch.Generator().manual_seed(1001))  # seed 1, held out
+    teacher = fk.sample(data.velocity, noise, 20)
+    x = fk.sample(data.velocity, noise, fk.Solver.adams_bashforth(4, 2))
+    row = rows_of(measured)["mixture2", "1", "ab2", "4"]
+    assert float(row["endpoint_error"]) == pytest.approx((x - teacher).square().sum(1).mean().item(), rel=1e-4)
+    energy = metrics.Energy()
+    to_teacher = energy.between(energy.describe(x), energy.describe(teacher))
+    assert float(row["distance_to_teacher"]) == pytest.approx(to_teacher, rel=1e-4)
+    to_data = energy.between(energy.describe(x), energy.describe(data.real))
+    assert float(row["distance_to_data"]) == pytest.approx(to_data, rel=1e-4)
+
+
+def test_what_is_there_is_not_computed_again(measured, tmp_path, capsys, monkeypatch):
+    text = (measured / "quality.csv").read_text()
+    short = [line for line in text.splitlines() if not line.startswith("mixture2,1,ab2,4,")]
+    (tmp_path / "quality.csv").write_text("\n".join(short) + "\n")
+    made = []
+    for name in ("uniform", "ab2"):
+        old = quality.ROWS[name]
+        make = lambda run, old=old, name=name: made.append((name, run.seed)) or old.make(run)  # noqa: E731
+        new = quality.Row(old.title, make, calibrated=old.calibrated)
+        monkeypatch.setitem(quality.ROWS, name, new)
+    options = ["--quick", "--threads", "1", "--seeds", "2", "--rows", "uniform,ab2", "--out", str(tmp_path)]
+    assert cli.main(["bench", "quality", *options]) == 0
+    assert made == [("ab2", 1)]
+    assert "mixture2, seed 0: all there" in capsys.readouterr().out
+    again = rows_of(tmp_path)
+    assert again.keys() == rows_of(measured).keys()
+    for key in ("endpoint_error", "distance_to_data"):
+        assert again["mixture2", "1", "ab2", "4"][key] == rows_of(measured)["mixture2", "1", "ab2", "4"][key]
+    assert [p.name for p in tmp_path.iterdir()] == ["quality.csv"]
+    # other settings are other figures
+    changed = (tmp_path / "quality.csv").read_text().replace("held out 128", "held out 64")
+    (tmp_path / "quality.csv").write_text(changed)
+    assert cli.main(["bench", "quality", *options, "--seeds", "1"]) == 0
+    assert made[1:] == [("uniform", 0), ("ab2", 0)]
+
+
+def test_a_row_that_fails_does_not_stop_the_others(monkeypatch, capsys):
+    def fails(run):
+        raise RuntimeError("no solver")
+
+    monkeypatch.setitem(quality.ROWS, "ab2", quality.Row("", fails))
+    assert cli.main(["bench", "quality", "--quick", "--threads", "1", "--rows", "ab2,ab3"]) == 1
+    out = capsys.readouterr().out
+    assert "mixture2, seed 0: ab2 failed" in out
+    assert "RuntimeError: no solver" in out
+    assert "\n  ab3 " in out
+
+
+def test_missing_data_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASHION_MNIST_DIR", str(tmp_path))
+    said = []
+    assert quality._there(lambda: quality.fashion("t10k")[0], said.append) is None
+    assert "no distances to data: " in said[0]
+    assert str(tmp_path) in said[0]
+
+
+def test_list(capsys):
+    assert cli.main(["bench", "quality", "--list", "--data", "digits", "--rows", "boss,heun"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "quality: digits: boss (BOSS's schedule, Euler)",
+        "quality: digits: heun (uniform, Heun)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["quality", "--data", "digits,letters"], "--data: expected some of mixture2, mixture64, digits, fashion, got"),
+        (["quality", "--rows", "euler"], "--rows: expected some of uniform, shifted, "),
+        (["quality", "--seeds", "0"], "--seeds: expected more than 0, got 0"),
+        (["quality", "bellman"], "quality: expected no other ENTRY"),
+        (["bellman", "--rows", "boss"], "--rows: expected the ENTRY quality, got bellman"),
+    ],
+)
+def test_bad_input(options, message, capsys):
+    assert cli.main(["bench", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- the page ----
+
+
+def test_report(measured, tmp_path):
+    page = tmp_path / "quality.md"
+    page.write_text("# Quality\n\nBy hand.\n\n<!-- below this line: benchmarks/quality_report.py -->\nold\n")
+    command = [sys.executable, str(ROOT / "benchmarks/quality_report.py"), "--page", str(page)]
+    subprocess.run([*command, "--csv", str(measured / "quality.csv")], check=True)
+    text = page.read_text()
+    assert text.startswith("# Quality\n\nBy hand.\n\n<!-- below this line")
+    assert "old" not in text
+    assert (tmp_path / "quality/mixture2.png").stat().st_size > 10_000
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["mixture2.png", "quality", "quality.md"]
+    rows = rows_of(measured)
+
+    def mean(name, N, key="endpoint_error"):
+        return sum(float(rows["mixture2", seed, name, N][key]) for seed in "01") / 2
+
+    lost = {
+        (quality.ROWS[name].title, N)
+        for _, _, name, N in rows
+        if name != "teacher" and N in "124" and mean(name, N) > (1 + 1e-4) * mean("uniform", N)
+    }
+    assert {title for title, _ in lost} >= {"shifted by 3, Euler"}
+    told = {
+        (line.partition(", ")[2].partition(": ")[0], part.rpartition(" ")[2])
+        for line in text[text.index("## Losses") : text.index("## mixture2")].splitlines()
+        if line.startswith("- ")
+        for part in line.partition(": ")[2].split(", ")
+    }
+    assert told == lost
+    table = text[text.index("| row | N = 1") :].splitlines()
+    cells = next(line for line in table if line.startswith("| uniform, Adams-Bashforth 2 ")).split(" | ")
+    assert cells[3].startswith(f"{mean('ab2', '4', 'rms'):.3g} ± ") or cells[3].startswith("**")
+    best = min((mean(name, "4", "rms"), name) for name in KNOWN.split(",") if name != "heun")
+    winner = next(line for line in table if line.startswith(f"| {quality.ROWS[best[1]].title} |"))
+    assert f"| **{best[0]:.3g}** ± " in winner
+    assert "| fashion, N = 8: Frechet distance, of the teacher's | <= 1.05 |  | not measured |" in text
