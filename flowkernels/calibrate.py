@@ -324,7 +324,8 @@ def calibrate(
         steps: the numbers of steps N wanted, each 1..K.
         until: a share, such as 0.02: stop as soon as no chosen schedule costs more than that above the least cost in
             95 % of bootstrap resamples of the samples so far, looked at from 32 samples on whenever they are half as
-            many again; `noise` is then the most that is used. None uses all of it.
+            many again; `noise` is then the most that is used. None uses all of it, which a fit may want: schedules
+            settle first.
         verify: other noise, `[m, *shape]`: the endpoint errors to the teacher on it are `verified`, and a warning names
             the numbers of steps for which something is worse than uniform steps. K evaluations of each of its samples,
             and 2N for every N, 3N with `fit`. Conditioning with one row a sample gives it the first m rows.

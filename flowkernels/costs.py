@@ -1,5 +1,6 @@
 """Step costs beyond the mean of squares, and what the scatter of samples says about a schedule's cost."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from flowkernels import ops
 from flowkernels._checks import expect, expect_positive_int
+from flowkernels.backends import backend
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops.euler_step.reference import guided
 from flowkernels.rollout import step_times
@@ -37,7 +39,7 @@ class SampleCosts:
 
     def __init__(self, times: Tensor, size: int = 1, most: int = GROUPS):
         K = len(times) - 1
-        self.times, self.count, self.size = times, 0, size
+        self.times, self.count, self.size, self._device = times, 0, size, torch.device("cpu")
         row, column = torch.triu_indices(K + 1, K + 1, 1, device="cpu")
         self._pairs = row * (K + 1) + column  # j < k, row by row
         self._most = min(most, max(32, GROUP_BYTES // (8 * len(row)) // 2 * 2))
@@ -73,7 +75,7 @@ class SampleCosts:
 
     def update(self, v: Tensor) -> "SampleCosts":
         """Add samples by their velocities `[K, n, *shape]`, which are finite."""
-        n, first = v.shape[1], 0
+        n, first, self._device = v.shape[1], 0, v.device
         while first < n:
             if self.count == self._most * self.size:
                 self._merge()
@@ -81,17 +83,22 @@ class SampleCosts:
             stop = first + sum(lengths)
             grams = [ops.velocity_gram(part) for part in v[:, first:stop].split(lengths, 1)]
             grams = grams if v.is_cpu else torch.stack(grams).cpu()
-            for length, gram in zip(lengths, grams, strict=True):
-                costs = ops.cost_from_gram(gram, self.times).flatten()[self._pairs]
+            with self._on_the_cpu():
+                costs = [ops.cost_from_gram(gram, self.times).flatten()[self._pairs] for gram in grams]
+            for length, cost in zip(lengths, costs, strict=True):
                 group = self.count // self.size
                 if self._sizes[group] == 0:
-                    self._sums[group] = costs
+                    self._sums[group] = cost
                 else:
-                    self._sums[group] += costs
+                    self._sums[group] += cost
                 self._sizes[group] += length
                 self.count += length
             first = stop
         return self
+
+    def _on_the_cpu(self):
+        """A backend that is asked for is meant for where the velocities are; these costs, on the CPU, take any."""
+        return contextlib.nullcontext() if self._device.type == "cpu" else backend("auto")
 
     def _lengths(self, n: int) -> list[int]:
         """The next parts of n samples whose Gram matrices are made, none in two groups."""
@@ -135,8 +142,9 @@ class SampleCosts:
             return dict.fromkeys(schedules, math.inf)
         weights, steps = self.resampled(FEW_RESAMPLES), list(schedules)
         costs = weights @ self.along(list(schedules.values()))
-        tables = (ops.bellman(self.matrix(w @ self.sums), max(steps))[0] for w in weights)
-        least = torch.stack([table[steps, -1] for table in tables])
+        with self._on_the_cpu():
+            tables = (ops.bellman(self.matrix(w @ self.sums), max(steps))[0] for w in weights)
+            least = torch.stack([table[steps, -1] for table in tables])
         regret = torch.where(costs > least, costs / least - 1, 0.0)
         return dict(zip(steps, regret.quantile(0.95, 0).tolist(), strict=True))
 

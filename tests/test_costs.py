@@ -105,9 +105,9 @@ def samples_of(scales, K=6):
 
 
 def test_bootstrap_covers_a_known_mean():
-    """Squared scales of a chi-squared distribution: of 200 sets of 60 samples, about 190 intervals hold the mean, and
+    """Squared scales of a chi-squared distribution: of 100 sets of 60 samples, about 95 intervals hold the mean, and
     the half-width is that of the normal approximation."""
-    generator, held, enough, trials = torch.Generator().manual_seed(0), 0, [], 200
+    generator, held, enough, trials = torch.Generator().manual_seed(0), 0, [], 100
     unit = samples_of(torch.ones(1, dtype=torch.float64))[1][2].cost
     for _ in range(trials):
         squares = torch.randn(60, 4, generator=generator, dtype=torch.float64).square().mean(1)
@@ -523,7 +523,20 @@ def test_verified_on_other_noise(tmp_path):
     assert again.best(3) == bad.best(3) == fk.Schedule.uniform(3)
 
 
-def test_noise_to_verify_on(monkeypatch):
+def test_a_fused_sampler_is_verified():
+    net, noise, other = BUNDLED["digits"].load(), normal(40, 1, 8, 8), normal(5, 1, 8, 8, seed=1)
+    settings = dict(grid=10, steps=[2, 3], until=0.5, verify=other, chunk=16) | QUIET
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fused, plain = (fk.calibrate(v, noise, **settings) for v in (fk.fuse(net, 4, shape=(1, 8, 8)), net))
+    assert fused.provenance["n"] == plain.provenance["n"] == 32
+    assert fused.kept.x.shape == plain.kept.x.shape
+    for n in (2, 3):
+        assert fused[n].indices == plain[n].indices
+        assert fused.verified[n] == pytest.approx(plain.verified[n], rel=1e-4)
+
+
+def test_noise_to_verify_on():
     noise = normal(6, 2)
     with pytest.raises(ValueError, match=r"^verify: expected other noise than the calibration's, got the same values"):
         fk.calibrate(Sided(), noise, 5, 2, verify=noise[:3].clone(), **QUIET)
