@@ -247,7 +247,8 @@ class FusedSampler:
         if bad >= 0:
             expect_noise(noise)
             _, _, v = self._by_op(batch, x, True)
-            expect_finite_flow(out, v, self._model_times, first)
+            what = "step" if len(self._steps) == len(self.times) - 1 else "evaluation"
+            expect_finite_flow(out, v, self._model_times, first, what)
         return out, kept[0] if states else None, kept[1] if velocities else None
 
     def _most_samples(self, n: int, conditioning) -> int:

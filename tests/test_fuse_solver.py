@@ -176,6 +176,8 @@ def test_what_is_not_finite_names_the_evaluation_and_its_time():
     first = SOLVERS["dense"].model_times[0].item()
     with pytest.raises(ValueError, match=rf"sample 3 at step 0 \(t = {first:.6g}\)"):
         sampler(randn(5, 6))
+    with pytest.raises(ValueError, match=r"sample 3 at evaluation 0 \(t = 0\)"):
+        sampler.on(SOLVERS["heun"])(randn(5, 6))
 
 
 def test_there_and_back():
