@@ -124,12 +124,17 @@ class Bfloat16(nn.Module):
 
 
 class InBatches:
-    """A velocity called on batches of one size, the last one padded, so that it is compiled once."""
+    """A compiled velocity called on batches of one size, the last one padded, so that it is compiled once.
 
-    def __init__(self, velocity: Callable, size: int):
-        self.velocity, self.size = velocity, size
+    eager: the same for states that need gradients, which would be compiled anew.
+    """
+
+    def __init__(self, velocity: Callable, eager: Callable, size: int):
+        self.velocity, self.eager, self.size = velocity, eager, size
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        if x.requires_grad:
+            return self.eager(x, t)
         parts = []
         for a, b in zip(x.split(self.size), t.split(self.size), strict=True):
             short = self.size - len(a)
@@ -190,7 +195,8 @@ def load(name: str, say: Callable[[str], None]) -> Data:
     real = _there(lambda: fashion("t10k")[0], say)
     distance = Frechet(Classifier.load()[0])
     shape = BUNDLED[name].shape
-    compiled = InBatches(torch.compile(Bfloat16(copy.deepcopy(net)), dynamic=False), 64)
+    eager = Bfloat16(copy.deepcopy(net))
+    compiled = InBatches(torch.compile(eager, dynamic=False), eager, 64)
     try:
         with torch.no_grad():
             compiled(torch.zeros(1, *shape), torch.zeros(1))

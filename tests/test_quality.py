@@ -3,9 +3,6 @@
 import csv
 import importlib
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +14,6 @@ from flowkernels import bench, cli
 suite = bench.suite().__name__
 metrics = importlib.import_module(f"{suite}.metrics")
 quality = importlib.import_module(f"{suite}.quality")
-ROOT = Path(__file__).parents[1]
 KNOWN = "uniform,shifted,cosine,boss,ab2,ab3,boss_ab2,boss_ab3,heun"
 
 
@@ -85,8 +81,10 @@ def test_velocities_in_batches_of_one_size():
         return x * t[:, None]
 
     x, t = normal(10, 3), torch.linspace(0, 1, 10)
-    assert torch.equal(quality.InBatches(velocity, 4)(x, t), x * t[:, None])
+    batches = quality.InBatches(velocity, lambda x, t: x * 2, 4)
+    assert torch.equal(batches(x, t), x * t[:, None])
     assert sizes == [4, 4, 4]
+    assert torch.equal(batches(x.requires_grad_(), t), x * 2)
 
 
 def test_a_red_gate_shows_no_figures(monkeypatch, capsys):
@@ -242,8 +240,7 @@ def test_bad_input(options, message, capsys):
 def test_report(measured, tmp_path):
     page = tmp_path / "quality.md"
     page.write_text("# Quality\n\nBy hand.\n\n<!-- below this line: benchmarks/quality_report.py -->\nold\n")
-    command = [sys.executable, str(ROOT / "benchmarks/quality_report.py"), "--page", str(page)]
-    subprocess.run([*command, "--csv", str(measured / "quality.csv")], check=True)
+    importlib.import_module(f"{suite}.quality_report").write(measured / "quality.csv", page)
     text = page.read_text()
     assert text.startswith("# Quality\n\nBy hand.\n\n<!-- below this line")
     assert "old" not in text
