@@ -32,6 +32,29 @@ def loop(net, steps: int):
     return run
 
 
+def solver_loop(net, solver: fk.Solver):
+    """The updates of a solver written by hand."""
+    updates, times = solver.updates(), solver.model_times.tolist()
+
+    def run(x):
+        start, velocities = x, []
+        for t, (from_start, which, factors) in zip(times, updates, strict=True):
+            velocities.append(net(torch.cat([x, x.new_full((len(x), 1), t)], 1)))
+            x = start if from_start else x
+            for i, factor in zip(which, factors, strict=True):
+                x = x + factor * velocities[i]
+        return x
+
+    return run
+
+
+def fitted_like(steps: int) -> fk.Solver:
+    """All velocities in every update and times of its own, as a fit has them; the coefficients are near Euler's."""
+    g, times = torch.Generator().manual_seed(0), torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    b = 1 / steps + torch.randn(steps, steps, generator=g, dtype=torch.float64) / (10 * steps)
+    return fk.Solver(times, times[:-1] + 0.3 / steps, b.tril(), "dense")
+
+
 def low_loop(net, steps: int):
     """The same with a bfloat16 network on a float32 state."""
     low = fk.VelocityField(net, dtype=torch.bfloat16, time_column=True)
@@ -83,6 +106,28 @@ def cases(device) -> Iterator[Case]:
         name = f"{dim} -> {width} x 3 -> {dim}, N={steps}, n={n}, {str(weights)[6:]} weights"
         return Case(name, n, make, quick=quick, curves=curves)
 
+    def solved(n, solver, name, width=256, dim=64):
+        def make():
+            net, x = perceptron(dim, width, device), torch.randn(n, dim, device=device)
+            sampler = fk.fuse(net, solver)
+            truth = solver_loop(net.double(), solver)(x.double())
+            net.float()
+            eager = solver_loop(net, solver)
+            compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+            terms = sum(len(which) for _, which, _ in solver.updates())
+            bound = 2 * relative_error(eager(x), truth) + terms * torch.finfo(torch.float32).eps
+            return Work(
+                ours(lambda: sampler(x), device)
+                | {"torch eager": lambda: eager(x), "torch compile": lambda: compiled(x)},
+                lambda got: (relative_error(got, truth), bound),
+                moved=x.nbytes * 2,
+                flops=2 * n * solver.evaluations * (2 * dim * width + 2 * width * width),
+                unit="float32",
+            )
+
+        # beside the Euler steps of the same network in `case`
+        return Case(f"{dim} -> {width} x 3 -> {dim}, N={solver.evaluations}, n={n}, {name}", n, make)
+
     def residual(n, K):
         def make():
             net = BUNDLED["digits"].load().to(device).requires_grad_(False)
@@ -123,6 +168,9 @@ def cases(device) -> Iterator[Case]:
         yield case(n)
     for n in (1, 64, 256, 1024):
         yield case(n, weights=torch.bfloat16)
+    for n in (1, 256):
+        yield solved(n, fk.Solver.adams_bashforth(8), "Adams-Bashforth 2")
+        yield solved(n, fitted_like(8), "dense solver")
     yield residual(512, 100)
     yield case(4)
     yield case(4096)

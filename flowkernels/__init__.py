@@ -11,6 +11,7 @@ from flowkernels._version import __version__
 from flowkernels.backends import BackendError, backend, explain
 from flowkernels.calibrate import Calibration, calibrate, load
 from flowkernels.calls import record_calls
+from flowkernels.fit import fit_solver, polish
 from flowkernels.fuse import FusedSampler, NotFusable, fuse
 from flowkernels.fuse_head import FusedHead, fuse_head
 from flowkernels.inversion import Inversion, invert
@@ -49,6 +50,7 @@ __all__ = [
     "calibrate",
     "euler_step",
     "explain",
+    "fit_solver",
     "fuse",
     "fuse_head",
     "invert",
@@ -57,6 +59,7 @@ __all__ = [
     "load",
     "mlp_sample",
     "ops",
+    "polish",
     "profile_ranges",
     "record_calls",
     "rollout",

@@ -110,9 +110,10 @@ class Calibration(Mapping):
         Args:
             steps: the numbers of steps N wanted, each 1..K.
             velocity: the teacher, for objectives that evaluate it (a `FusedSampler`'s own velocity is used).
-            options: those of the objective.
+            options: those of the objective. Of those that evaluate, `samples` (the first ones; 64) and `chunk`, how
+                many are evaluated at once (all).
             objective: what is least, with e the error of a step from a teacher's knot, and its further evaluations of
-                each of `samples` samples (those kept, at most):
+                each of the `samples`, of which there are at most those kept:
                 "squared": the sum of E|e|^2. None. BOSS, arXiv 2312.16414. Adds the schedules to this calibration.
                 "norm": the sum of E|e|. None.
                 "gits": the sum of `gamma^i E|e|`, i counting the steps; gamma = 1.15. None. GITS (On the Trajectory
@@ -120,16 +121,16 @@ class Calibration(Mapping):
                 `V[j][s] = min_i E|e|_2 + gamma V[i][s-1]`.
                 "endpoint": the sum of `E|(d x_K / d x_k) e|^2`, each error as the teacher's flow carries it to t = 1,
                 to first order: estimated with `probes` random signs, pulled back through the teacher's steps.
-                (1 + 2 probes)(K - 1), a vector-Jacobian product counted as two; samples = 64, probes = 2. The velocity
-                must have gradients.
+                (1 + 2 probes)(K - 1), a vector-Jacobian product counted as two; probes = 2. The velocity must have
+                gradients.
                 "pairs": the sum of E|e|^2 of Adams-Bashforth 2, exactly: a step's error depends on the knot before it
                 too. None, but K^3 numbers. Returns solvers.
                 "student": the mean squared distance of the student's own state to the teacher's, where the best
                 predecessor of each knot is decided from the start on (a greedy choice: no optimum). About N K for the
-                largest N; samples = 64. OSS, arXiv 2503.21774.
+                largest N. OSS, arXiv 2503.21774.
                 "free": the sum of E|e|^2 where the velocity of a step from t may be asked for at later times
                 `t + f (1 - t)`, f being the best of `candidates` = 0, 1/64, 1/32, 3/64, 3/32, 3/16 (the first
-                knot's included). K for each candidate but 0; samples = 64. Returns Euler solvers with such model times.
+                knot's included). K for each candidate but 0. Returns Euler solvers with such model times.
 
         Returns:
             {N: Schedule} or, of "pairs" and "free", {N: Solver}. Those of other objectives than "squared" say in their

@@ -184,25 +184,54 @@ def _noted(plans: dict[int, Schedule], objective: str, evaluations: int, **notes
 class _Samples:
     """The first samples that a calibration keeps, `[K+1, n, *shape]`, and a velocity to evaluate on them."""
 
-    def __init__(self, cal, velocity, samples: int, objective: str):
+    def __init__(self, cal, velocity, objective: str, samples: int, chunk: int | None):
         expect(velocity is not None, "velocity", f"the teacher, for objective {objective!r}", "None")
         expect(cal.kept is not None, "objective", f"a calibration that keeps samples, for {objective!r}", "one of none")
         velocity = velocity.velocity if isinstance(velocity, FusedSampler) else velocity
         self.n = min(expect_positive_int(samples, "samples"), cal.kept.x.shape[1])
         self.x, self.v = cal.kept.x[:, : self.n], cal.kept.v[:, : self.n]
-        self.velocity = velocity_rows(velocity, slice(0, self.n), cal.provenance.get("n_given", cal.provenance["n"]))
+        chunk = self.n if chunk is None else expect_positive_int(chunk, "chunk")
+        parts = [slice(i, min(i + chunk, self.n)) for i in range(0, self.n, chunk)]
+        n = cal.provenance.get("n_given", cal.provenance["n"])
+        self.parts = [(rows, velocity_rows(velocity, rows, n)) for rows in parts]
 
-    def __call__(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """The velocity at one time, guidance applied."""
+    def velocity(self, field, x: Tensor, t: Tensor | float) -> Tensor:
+        """That of some samples at one time, guidance applied."""
         t = torch.as_tensor(t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
-        v, v_uncond, w = evaluate(self.velocity, x, t.expand(len(x)).clone())
+        v, v_uncond, w = evaluate(field, x, t.expand(len(x)).clone())
         return v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
 
+    def __call__(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The velocity of all samples at one time."""
+        return torch.cat([self.velocity(field, x[rows], t) for rows, field in self.parts])
 
-def endpoint(cal, steps: list[int], *, velocity, samples: int = 64, probes: int = 2) -> dict[int, Schedule]:
+    @torch.enable_grad()
+    def pulled(self, x: Tensor, t: Tensor, y: Tensor, h: float) -> Tensor:
+        """`(1 + h dv/dx)^T y` at x for each of the cotangents y `[probes, n, *shape]`."""
+        found = y.clone()
+        for rows, field in self.parts:
+            here = x[rows].detach().clone().requires_grad_()
+            try:
+                v = self.velocity(field, here, t)
+                grads = v.requires_grad and v.grad_fn is not None
+            except RuntimeError as e:
+                raise ValueError(f"velocity: expected one with gradients, for objective 'endpoint', got {e}") from e
+            expect(grads, "velocity", "one with gradients, for objective 'endpoint'", "one without (torch.no_grad?)")
+            for i, cotangent in enumerate(y[:, rows]):
+                more = i + 1 < len(y)
+                cotangent = cotangent.to(v.dtype)
+                (grad,) = torch.autograd.grad(v, here, cotangent, retain_graph=more, allow_unused=True)
+                if grad is not None:
+                    found[i, rows] += h * grad
+        return found
+
+
+def endpoint(
+    cal, steps: list[int], *, velocity, samples: int = 64, chunk: int | None = None, probes: int = 2
+) -> dict[int, Schedule]:
     """Least sum of squared errors carried to the endpoint, `E|(d x_K / d x_k) e|^2`."""
     expect_positive_int(probes, "probes")
-    some, K = _Samples(cal, velocity, samples, "endpoint"), len(cal.times) - 1
+    some, K = _Samples(cal, velocity, "endpoint", samples, chunk), len(cal.times) - 1
     x, h, t = some.x, cal.times.diff().tolist(), step_times(cal.times, some.x)
     draw = torch.Generator("cpu").manual_seed(0)
     y = torch.randint(2, (probes, *x[0].shape), generator=draw, device="cpu").to(x) * 2 - 1
@@ -210,9 +239,9 @@ def endpoint(cal, steps: list[int], *, velocity, samples: int = 64, probes: int 
     inner = torch.zeros(K + 1, K + 1, probes, some.n, dtype=torch.float64, device=x.device)  # a_m . y_k at [m, k]
     for k in range(K, 0, -1):
         if k < K:
-            y = _pulled(some, x[k], t[k], y, h[k])
+            y = some.pulled(x[k], t[k], y, h[k])
         for p in range(probes):
-            inner[1:k, k, p] = (a[: k - 1] * y[p]).flatten(2).double().sum(-1)
+            inner[1:k, k, p] = (a[: k - 1] * y[p]).flatten(2).sum(-1, dtype=torch.float64)
     times = cal.times.to(x.device)
     cost = torch.full((K + 1, K + 1), torch.inf, dtype=torch.float64, device=x.device)
     for k in range(1, K + 1):  # the error of the step j -> k is the sum over j < m < k of (t_k - t_m) a_m
@@ -222,24 +251,6 @@ def endpoint(cal, steps: list[int], *, velocity, samples: int = 64, probes: int 
         cost[k - 1, k] = 0
     plans = bellman(cost.cpu(), cal.times, steps)
     return _noted(plans, "endpoint", (1 + 2 * probes) * (K - 1), samples=some.n, probes=probes)
-
-
-@torch.enable_grad()
-def _pulled(velocity: _Samples, x: Tensor, t: Tensor, y: Tensor, h: float) -> Tensor:
-    """`(1 + h dv/dx)^T y` at x for each of the cotangents y `[probes, n, *shape]`."""
-    x = x.detach().clone().requires_grad_()
-    try:
-        v = velocity(x, t)
-    except RuntimeError as e:
-        raise ValueError(f"velocity: expected one with gradients, for objective 'endpoint', got an error ({e})") from e
-    differentiable = v.requires_grad and v.grad_fn is not None
-    expect(differentiable, "velocity", "one with gradients, for objective 'endpoint'", "one without (torch.no_grad?)")
-    pulled = []
-    for i, cotangent in enumerate(y):
-        more = i + 1 < len(y)
-        (grad,) = torch.autograd.grad(v, x, cotangent.to(v.dtype), retain_graph=more, allow_unused=True)
-        pulled.append(cotangent if grad is None else cotangent + h * grad)
-    return torch.stack(pulled)
 
 
 def pair_costs(gram: Tensor, times: Tensor) -> Tensor:
@@ -311,13 +322,13 @@ def pairs(cal, steps: list[int]) -> dict[int, Solver]:
     return found
 
 
-def student(cal, steps: list[int], *, velocity, samples: int = 64) -> dict[int, Schedule]:
+def student(cal, steps: list[int], *, velocity, samples: int = 64, chunk: int | None = None) -> dict[int, Schedule]:
     """Least mean squared distance to the teacher's states of the student's own, knot by knot."""
-    some, K = _Samples(cal, velocity, samples, "student"), len(cal.times) - 1
+    some, K = _Samples(cal, velocity, "student", samples, chunk), len(cal.times) - 1
     x, t = some.x, step_times(cal.times, some.x)
     most = max(steps)
-    z, error = torch.empty_like(x), torch.zeros(most + 1, K + 1, dtype=torch.float64)
-    z[0], parent, evaluations = x[0], torch.zeros(most + 1, K + 1, dtype=torch.int64), 0
+    z, error = torch.empty_like(x), torch.zeros(most + 1, K + 1, dtype=torch.float64, device="cpu")
+    z[0], parent, evaluations = x[0], torch.zeros(most + 1, K + 1, dtype=torch.int64, device="cpu"), 0
     v, ahead = torch.empty_like(x[:-1]), torch.empty_like(x)
     for s in range(1, most + 1):
         starts = [0] if s == 1 else range(s - 1, K)
@@ -328,7 +339,7 @@ def student(cal, steps: list[int], *, velocity, samples: int = 64) -> dict[int, 
             j = slice(starts[0], min(k, starts[-1] + 1))
             h = (cal.times[k] - cal.times[j]).to(x).view(-1, *[1] * (x.dim() - 1))
             reached = z[j] + h * v[j]
-            errors = (reached - x[k]).flatten(2).double().square().sum(-1).mean(1)
+            errors = (reached - x[k]).square_().flatten(2).sum(-1, dtype=torch.float64).mean(1)
             best = int(errors.argmin())
             error[s, k], parent[s, k], ahead[k] = errors[best], best + starts[0], reached[best]
         z, ahead = ahead, z
@@ -343,10 +354,16 @@ def student(cal, steps: list[int], *, velocity, samples: int = 64) -> dict[int, 
 
 
 def free(
-    cal, steps: list[int], *, velocity, samples: int = 64, candidates: Sequence[float] = CANDIDATES
+    cal,
+    steps: list[int],
+    *,
+    velocity,
+    samples: int = 64,
+    chunk: int | None = None,
+    candidates: Sequence[float] = CANDIDATES,
 ) -> dict[int, Solver]:
     """Least sum of E|e|^2 where each step's velocity may be that of the step's state at a later time."""
-    some, K = _Samples(cal, velocity, samples, "free"), len(cal.times) - 1
+    some, K = _Samples(cal, velocity, "free", samples, chunk), len(cal.times) - 1
     given = [float(c) for c in candidates]
     expect(len(given) > 0 and all(0 <= c < 1 for c in given), "candidates", "some fractions, 0 <= f < 1", candidates)
     tables, evaluations = [], 0
@@ -360,7 +377,7 @@ def free(
     plans, found = bellman(cost, cal.times, steps), {}
     for n, schedule in plans.items():
         j, k = (list(side) for side in zip(*itertools.pairwise(schedule.indices), strict=True))
-        part = torch.tensor(given, dtype=torch.float64)[which[j, k]]
+        part = torch.tensor(given, dtype=torch.float64, device="cpu")[which[j, k]]
         at = schedule.times[:-1] + part * (1 - schedule.times[:-1])
         notes = dict(objective="free", evaluations=evaluations, samples=some.n, indices=list(schedule.indices))
         notes |= dict(cost=schedule.cost, uniform_cost=schedule.uniform_cost, candidates=given)

@@ -1,4 +1,4 @@
-"""Fuse a velocity network with the Euler steps of a schedule: a whole sampler in one call of `mlp_sample`."""
+"""Fuse a velocity network with the steps of a schedule or solver: a whole sampler in one call of `mlp_sample`."""
 
 import functools
 import inspect
@@ -16,8 +16,9 @@ from flowkernels._checks import LOW, expect, expect_finite_flow, expect_noise, e
 from flowkernels._lowering import Lowering, Replayed
 from flowkernels._record import ROWS, STATE, TIME, NotFusable, Record, sample_rows
 from flowkernels.ops._library import direct, direct_gpu, fresh
-from flowkernels.ops.mlp_sample import Layer, mlp_sample, plan_for
+from flowkernels.ops.mlp_sample import Layer, Update, mlp_sample, one_by_one, plan_for
 from flowkernels.schedule import Schedule
+from flowkernels.solver import Solver
 from flowkernels.velocity_field import VelocityField, warn_if_training
 
 MOST_BYTES = 256 << 20  # of tables with a row for every step of every sample; more samples run in parts
@@ -27,12 +28,12 @@ WAY_OUT = "fk.sample(velocity, noise, schedule, capture=...) captures the loop o
 
 def fuse(
     velocity,
-    schedule: Schedule | int | Sequence[float] | Tensor,
+    schedule: Schedule | Solver | int | Sequence[float] | Tensor,
     *,
     shape: Sequence[int] | None = None,
     weights: torch.dtype | None = None,
 ) -> "FusedSampler":
-    """A sampler that evaluates the network and makes all Euler steps of the schedule in one call.
+    """A sampler that evaluates the network and makes all steps of a schedule or of a `Solver` in one call.
 
     For networks that are stacks of linear layers, found out by recording one call: activations (ReLU, LeakyReLU, SiLU,
     GELU, ELU, SELU, Tanh, Sigmoid, Mish, GLU), residual sums, gates, LayerNorm, slices and concatenations of features.
@@ -43,7 +44,7 @@ def fuse(
         velocity: a network `net(x, t)` or a `VelocityField` around one, with its conditioning and guidance. A module
             whose forward takes one input, such as `nn.Sequential` or torchcfm's `MLP(time_varying=True)`, gets x with t
             as its last column.
-        schedule: a Schedule, N for N uniform steps, or N+1 increasing times from 0 to 1.
+        schedule: a Schedule, a Solver, N for N uniform steps, or N+1 increasing times from 0 to 1.
         shape: of one sample; None tries vectors as long as the outputs of the network's linear layers.
         weights: torch.float32 or torch.bfloat16; None takes bfloat16 for a bfloat16 network, else float32. With
             bfloat16 the inputs of linear layers are rounded to it as well; sums and the state stay in float32.
@@ -60,14 +61,28 @@ def fuse(
         velocity = VelocityField(velocity, time_column=True)
     expect(callable(velocity), "velocity", "a callable velocity(x, t)", velocity, TypeError)
     expect(weights in (None, torch.float32, torch.bfloat16), "weights", "float32, bfloat16 or None", weights, TypeError)
-    times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
+    solver, times = _solver_and_times(schedule)
     warn_if_training(velocity)
     field = velocity if isinstance(velocity, VelocityField) else VelocityField(velocity)
     shape = tuple(shape) if shape is not None else _shape_of_sample(field)
-    sampler = FusedSampler(_Network(velocity, field, shape, weights), times)
+    sampler = FusedSampler(_Network(velocity, field, shape, weights), times, solver)
     sampler.verify()
     sampler.on([0.0, 0.3, 0.7, 1.0]).verify()  # a schedule of one step would not show what time does
     return sampler
+
+
+def _solver_and_times(schedule: Schedule | Solver | int | Sequence[float] | Tensor) -> tuple[Solver | None, Tensor]:
+    """The solver, None for Euler steps, and the knots."""
+    if isinstance(schedule, Solver):
+        return None if schedule.is_euler else schedule, schedule.times
+    return None, schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
+
+
+def _key(solver: Solver | None, times: Tensor) -> tuple:
+    """What tells samplers on one network apart."""
+    if solver is None:
+        return tuple(times.tolist())
+    return tuple(t.numpy().tobytes() for t in (times, solver.model_times, solver.coefficients))
 
 
 def _takes_one_input(net: Any) -> bool:
@@ -103,7 +118,7 @@ def _samples_of(field: VelocityField) -> int:
 
 
 class FusedSampler:
-    """Velocity evaluation and all Euler steps in one call; made by `fuse`.
+    """Velocity evaluation and all steps in one call; made by `fuse`.
 
         sampler = fk.fuse(net, schedule)
         x1 = sampler(noise)                  # fk.sample(net, noise, schedule)
@@ -112,13 +127,17 @@ class FusedSampler:
     Weights that were written since (by an optimiser, `load_state_dict`, `.to()`) are noticed and taken in at the next
     call. Writing through `.data`, or to weights that were made in inference mode, leaves no trace: call `refresh()`.
 
-    velocity: what it was made from; a VelocityField for a network with one input. times: float64 `[N+1]`.
+    velocity: what it was made from; a VelocityField for a network with one input. times: the knots, float64 `[N+1]`.
     shape: of one sample.
     """
 
-    def __init__(self, network: "_Network", times: Tensor):
-        self._network, self.times = network, times
-        self._h = times.diff()
+    def __init__(self, network: "_Network", times: Tensor, solver: Solver | None = None):
+        """solver: None for Euler steps on `times`."""
+        self._network, self.times, self._solver, self._key = network, times, solver, _key(solver, times)
+        self._model_times = times[:-1] if solver is None else solver.model_times
+        self._steps = times.diff() if solver is None else one_by_one(solver.updates())
+        if isinstance(self._steps[0], float):
+            self._steps = torch.tensor(self._steps, dtype=torch.float64, device="cpu")
         self._batch: _Batch | None = None
         self._others: dict[tuple, FusedSampler] = {}
 
@@ -144,16 +163,18 @@ class FusedSampler:
         """Take in the network's weights as they are now."""
         self._network.recorded = None
 
-    def on(self, schedule: Schedule | int | Sequence[float] | Tensor) -> "FusedSampler":
-        """The same network on another schedule."""
-        times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
-        if torch.equal(times, self.times):
+    def on(self, schedule: Schedule | Solver | int | Sequence[float] | Tensor) -> "FusedSampler":
+        """The same network on another schedule or solver."""
+        if self._solver is not None and schedule is self._solver:
             return self
-        key = tuple(times.tolist())
+        solver, times = _solver_and_times(schedule)
+        key = _key(solver, times)
+        if key == self._key:
+            return self
         if key not in self._others:
             while len(self._others) >= MOST_SCHEDULES:
                 self._others.pop(next(iter(self._others)))
-            self._others[key] = FusedSampler(self._network, times)
+            self._others[key] = FusedSampler(self._network, times, solver)
         return self._others[key]
 
     def rows(self, index: Tensor | slice, n: int) -> "FusedSampler":
@@ -161,10 +182,10 @@ class FusedSampler:
         field = self._network.field.rows(index, n)
         if not field.conditioning:
             return self
-        return FusedSampler(_Network(field, field, self.shape, self._network.weights), self.times)
+        return FusedSampler(_Network(field, field, self.shape, self._network.weights), self.times, self._solver)
 
     def __call__(self, noise: Tensor, **conditioning: Any) -> Tensor:
-        """Samples at t = 1.
+        """Samples at t = 1, or of an inversion at t = 0.
 
         Args:
             noise: `[n, *shape]`, float32, bfloat16 or float16, where the network is.
@@ -188,7 +209,9 @@ class FusedSampler:
         velocities: bool = False,
         first: int = 0,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(samples `[n, *shape]`, states `[N+1, n, *shape]`, velocities `[N, n, *shape]`), the latter two as asked.
+        """(samples `[n, *shape]`, states `[M+1, n, *shape]`, velocities `[M, n, *shape]`), the latter two as asked.
+
+        The states are those before each of the M evaluations, N with Euler steps, and the samples.
 
         first: what the samples are counted from in errors.
         """
@@ -214,23 +237,23 @@ class FusedSampler:
         if (C := direct("mlp_sample", x) or direct_gpu("mlp_sample", x)) is not None:
             out, kept = torch.empty_like(x), [None, None]
             if states:
-                kept[0] = fresh(x.new_empty(len(self._h) + 1, *x.shape))
+                kept[0] = fresh(x.new_empty(len(self._steps) + 1, *x.shape))
             if velocities:
-                kept[1] = fresh(x.new_empty(len(self._h), *x.shape))
-            bad = batch.prepared(C, self._h).run(x, out, *kept)
+                kept[1] = fresh(x.new_empty(len(self._steps), *x.shape))
+            bad = batch.prepared(C, self._steps).run(x, out, *kept)
         else:
             out, *kept = self._by_op(batch, x, states or velocities)
             bad = -1 if torch.isfinite(out).all() else 0
         if bad >= 0:
             expect_noise(noise)
             _, _, v = self._by_op(batch, x, True)
-            expect_finite_flow(out, v, self.times, first)
+            expect_finite_flow(out, v, self._model_times, first)
         return out, kept[0] if states else None, kept[1] if velocities else None
 
     def _most_samples(self, n: int, conditioning) -> int:
         """How many samples have tables of no more than MOST_BYTES."""
         width = self._network.record(n, self._network.given(conditioning)).width_of_both
-        sizes = 8 * len(self._h) * width * (2 if self._network.field.is_guided else 1)  # float64 when they are made
+        sizes = 8 * len(self._steps) * width * (2 if self._network.field.is_guided else 1)  # float64 when they are made
         return max(1, MOST_BYTES // sizes) if sizes else n
 
     def _converted(self, noise: Tensor) -> Tensor:
@@ -246,7 +269,8 @@ class FusedSampler:
         tracer of torch's."""
         low, w = batch.network.low, self._network.field.guidance
         options = dict(unconditional=batch.unconditional, guidance=w, low=low, trajectory=trajectory)
-        found = mlp_sample(x.flatten(1), self._h.tolist(), batch.layers, **options)
+        steps = self._steps.tolist() if isinstance(self._steps, Tensor) else self._steps
+        found = mlp_sample(x.flatten(1), steps, batch.layers, **options)
         if not trajectory:
             return [found.view(x.shape), None, None]
         return [t.view(*t.shape[:-1], *x.shape[1:]) for t in found]
@@ -256,7 +280,7 @@ class FusedSampler:
         given = self._network.given(conditioning)
         batch = self._batch
         if batch is None or batch.is_stale(self._network, n, given):
-            batch = self._batch = _Batch(self._network.record(n, given), self.times, n, given, batch)
+            batch = self._batch = _Batch(self._network.record(n, given), self._model_times, n, given, batch)
         return batch
 
     @torch.no_grad()
@@ -267,8 +291,8 @@ class FusedSampler:
         x = torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(0), device="cpu")
         x = x.to(self._network.device)
         _, states, velocities = self.run(x, states=True, velocities=True)
-        for s in sorted({0, len(self._h) // 2, len(self._h) - 1}):
-            t = torch.full((n,), self.times[s].item(), device=x.device)
+        for s in sorted({0, len(self._steps) // 2, len(self._steps) - 1}):
+            t = torch.full((n,), self._model_times[s].item(), device=x.device)
             with torch.autocast(x.device.type, enabled=False):
                 expected = field(states[s], t).float()
             error = (velocities[s] - expected).abs().max().item()
@@ -420,15 +444,16 @@ class _Recorded:
         return self._with_rows(n, given) <= self.each and all(rows.get(k) in (1, n) for k in self.each)
 
     def layers(self, times: Tensor, n: int, given: Mapping[str, Any], known: list[Layer] | None) -> list[Layer]:
-        """The layers with their tables; those of `known` layers, but for what depends on conditioning."""
-        inputs = {self.t_place: times[:-1].to(self.record.tensors[self.t_place])}
+        """The layers with their tables for evaluations at these times; those of `known` layers, but for what depends on
+        conditioning."""
+        inputs = {self.t_place: times.to(self.record.tensors[self.t_place])}
         for key, value in given.items():
             if key in self.places:
                 inputs[self.places[key]] = self._input(key, value, n)
             else:
                 same = value is self.field.conditioning[key] or value == self.field.conditioning[key]
                 expect(bool(same), key, "the value that the network was fused with, or tensors instead", value)
-        steps, shared = len(times) - 1, set(self.places) - self.each
+        steps, shared = len(times), set(self.places) - self.each
         of_rows = known is not None and not shared
         values = self.record.replay(inputs, steps, n, self.lowering.needed(of_rows))
         layers = self.lowering.layers(Replayed(self.record, values, steps, n, self.device), known if of_rows else None)
@@ -449,7 +474,7 @@ class _Recorded:
 
 
 class _Batch:
-    """A network's layers with the tables of one schedule and one batch's conditioning."""
+    """A network's layers with the tables of one sampler's evaluations and one batch's conditioning."""
 
     @_undisturbed
     def __init__(self, network: _Recorded, times: Tensor, n: int, given: Mapping[str, Any], last: "_Batch | None"):
@@ -474,13 +499,13 @@ class _Batch:
         return not same or [_version(v) for v in now] != self.versions
 
     @torch.no_grad()
-    def prepared(self, C, h: Tensor):
+    def prepared(self, C, steps: Tensor | list[Update]):
         if C not in self._prepared:
             network = self.network
             if C not in network.plans:
                 network.plans[C] = plan_for(C, network.dim, self.layers, network.low)
             given = self.layers, self.unconditional, network.field.guidance
-            self._prepared[C] = network.plans[C].prepare(h, *given)
+            self._prepared[C] = network.plans[C].prepare(steps, *given)
         return self._prepared[C]
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect
+from flowkernels._checks import expect, expect_noise
+from flowkernels.fuse import FusedSampler
 from flowkernels.rollout import plan_of
-from flowkernels.sample import run, sample
+from flowkernels.sample import run
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 
@@ -77,9 +78,12 @@ def invert(
         forward = plan.flip(0) if forward is None else forward
     expected = "a schedule or solver for the way back of this solver, or round_trip=False"
     expect(forward is not None or not round_trip, "forward", expected, "None")
+    back = plan_of(forward, "forward") if round_trip else None
+    if isinstance(velocity, FusedSampler):  # which would speak of noise
+        expect_noise(data, "data")
     noise = run(velocity, data, plan, capture, progress, "data", "invert")
     error = None
     if round_trip:
-        again = sample(velocity, noise, forward, capture=capture, progress=progress)
+        again = run(velocity, noise, back, capture, progress, "noise", "round trip")
         error = (again.double() - data.double()).flatten(1).square().sum(1)
     return Inversion(noise, error, len(plan) - 1 if isinstance(plan, Tensor) else plan.evaluations)

@@ -166,11 +166,11 @@ def solve(
         yield x, v, v_uncond, w
 
 
-def plan_of(schedule: Schedule | Solver | int | Sequence[float] | Tensor) -> Tensor | Solver:
+def plan_of(schedule: Schedule | Solver | int | Sequence[float] | Tensor, name: str = "schedule") -> Tensor | Solver:
     """What a loop runs: times, on which the steps are Euler's, or a solver of other steps."""
     if isinstance(schedule, Solver) and not schedule.is_euler:
         return schedule
-    return schedule.times if isinstance(schedule, (Schedule, Solver)) else expect_times(schedule, "schedule")
+    return schedule.times if isinstance(schedule, (Schedule, Solver)) else expect_times(schedule, name)
 
 
 def flow(velocity, x: Tensor, plan: Tensor | Solver, keep: bool = False):

@@ -51,7 +51,8 @@ def sample(
 
     Inside `torch.compile(fullgraph=True, dynamic=True)` the loop is one graph whatever the number of steps, the
     schedule (a Schedule, an integer or a tensor; a list of numbers is compiled anew for each) and the guidance weight.
-    A solver's loop is unrolled, and compiled anew for each solver.
+    A solver's loop is unrolled: compiled anew for each solver, but for those of the same form (as many evaluations, the
+    same velocities in each update) with dynamic=True. Its direction is not looked at.
     Values are not looked at there: NaN and Inf show in the result, and times are taken to increase from 0 to 1.
     Neither a captured loop nor a `FusedSampler` or fused head, which are compiled already, goes in there.
 

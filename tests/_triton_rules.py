@@ -32,13 +32,15 @@ RULES = [
     Rule(r"velocity_gram_rows_kernel<.*", 48, 0.62, double=True, has="LDG.128 STG.128"),
     Rule(r"velocity_gram_sum_kernel<.*", 96, 0.31, double=True, has="LDG.128"),
     Rule(r"bellman_check_kernel.*", 32, 1.0),
-    Rule(r"bellman_step_kernel.*", 72, 0.37, double=True),
-    Rule(r"bellman_pairs_check_kernel.*", 64, 0.5),
-    Rule(r"bellman_pairs_step_kernel.*", 96, 0.31, double=True),
+    Rule(r"bellman_step_kernel.*", 80, 0.37, double=True),
+    Rule(r"bellman_pairs_check_kernel.*", 72, 0.43),
+    Rule(r"bellman_pairs_step_kernel.*", 72, 0.43, double=True),
     Rule(r"cost_from_gram_kernel.*", 96, 0.31),
     # tokens and weights come asynchronously; the state of a token's 64 outputs 16 bytes at once, that of patches not
     Rule(r"linear_euler_kernel<x=float32.*BLOCK_O=64.*", 136, 0.1, has="tensor_cores LDGSTS LDG.128 STG.128"),
     Rule(r"linear_euler_kernel<x=float32.*BLOCK_O=(16|32).*", 104, 0.1, has="tensor_cores LDGSTS"),
     Rule(r"linear_euler_kernel<x=float64.*", 128, 0.1, has="FP64 LDGSTS"),
-    Rule(r"mlp_sample_kernel<.*", 240, 0.12, has="tensor_cores LDGSTS"),
+    # Euler steps; and updates of a solver, whose places and factors are held as well
+    Rule(r"mlp_sample_kernel<.*updates=None.*", 240, 0.12, has="tensor_cores LDGSTS"),
+    Rule(r"mlp_sample_kernel<.*updates=int64.*", 255, 0.12, has="tensor_cores LDGSTS"),
 ]

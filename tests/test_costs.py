@@ -1,13 +1,17 @@
 """Step costs of single samples, objectives beyond the mean of squares, and what their scatter says."""
 
 import itertools
+import sys
+import types
+import warnings
 
 import pytest
 import torch
-from _flows import ElementwiseField, even_grid, linear_field, normal, relative_error, uneven_grid
+from _flows import Counted, ElementwiseField, even_grid, linear_field, normal, relative_error, uneven_grid
 
 import flowkernels as fk
-from flowkernels.costs import SampleCosts
+from flowkernels import costs
+from flowkernels.costs import SampleCosts, pair_costs
 from flowkernels.models import BUNDLED
 
 QUIET = dict(progress=False)
@@ -148,3 +152,411 @@ def test_samples_that_agree_need_no_more():
 def test_one_sample_has_no_interval():
     cal = fk.calibrate(linear_field(), normal(1, 4), 6, 2, **QUIET)
     assert (cal[2].interval, cal[2].enough) == (None, None)
+
+
+def paths(K, steps):
+    return [(0, *inner, K) for inner in itertools.combinations(range(1, K), steps - 1)]
+
+
+def least(K, steps, cost):
+    """The path of least cost by trying all, and its cost."""
+    costs = {path: cost(path) for path in paths(K, steps)}
+    best = min(costs, key=costs.get)
+    return best, costs[best]
+
+
+class Turning(torch.nn.Module):
+    """A curved field whose features act on each other."""
+
+    def __init__(self, dim=3):
+        super().__init__()
+        self.matrix = torch.nn.Parameter(normal(dim, dim, seed=4, dtype=torch.float64))
+
+    def forward(self, x, t):
+        s = t.to(x.dtype)[:, None]
+        return (2 * x @ self.matrix.T + 3 * s).sin() + 4 * s * s
+
+
+def calibrated(velocity, n=6, dim=3, K=7, **settings):
+    """A calibration in float64 on an uneven grid, and the teacher's trajectory."""
+    noise, times = normal(n, dim, dtype=torch.float64), uneven_grid(K)
+    return fk.calibrate(velocity, noise, times, 2, **QUIET, **settings), fk.rollout(velocity, noise, times)
+
+
+@pytest.mark.parametrize(("objective", "gamma"), [("norm", 1.0), ("gits", 1.15), ("gits", 0.7), ("gits", 3.0)])
+def test_sums_of_norms_against_all_paths(objective, gamma):
+    cal, trajectory = calibrated(Turning())
+    options = {} if objective == "norm" else {"gamma": gamma}
+    e = errors(trajectory).mean(-1)
+
+    def cost(path):
+        return sum(gamma**i * e[j, k].item() for i, (j, k) in enumerate(itertools.pairwise(path)))
+
+    plans = cal.plan(range(1, 8), objective, **options)
+    for steps, schedule in plans.items():
+        best, expected = least(7, steps, cost)
+        assert schedule.indices == best
+        assert schedule.cost == pytest.approx(expected, rel=1e-9)
+        assert schedule.uniform_cost == pytest.approx(cost(fk.schedule.uniform_indices(cal.times, steps)), rel=1e-9)
+        assert schedule.notes == {"objective": objective, "evaluations": 0, **options}
+        assert (schedule.interval is None) == (objective == "gits")
+    assert sorted(cal) == [2]  # only BOSS's are the calibration's own
+
+
+def test_gits_weighs_by_default():
+    cal, _ = calibrated(Turning())
+    assert cal.plan(3, "gits")[3].notes["gamma"] == 1.15
+    assert cal.plan(3, "gits")[3].cost == cal.plan(3, "gits", gamma=1.15)[3].cost
+    with pytest.raises(ValueError, match=r"^gamma: expected a positive, finite number, got 0"):
+        cal.plan(3, "gits", gamma=0)
+
+
+def carried(velocity, trajectory):
+    """E|(d x_K / d x_k) e|^2 of every step by the whole Jacobian of the teacher's way from knot k to the end."""
+    t, x, v = trajectory.times, trajectory.x, trajectory.v
+    K, cost = len(t) - 1, torch.zeros(len(t), len(t), dtype=torch.float64)
+    for k in range(1, K + 1):
+        for n in range(x.shape[1]):
+
+            def rest(y, k=k):
+                for m in range(k, K):
+                    y = y + (t[m + 1] - t[m]) * velocity(y[None], t[m : m + 1])[0]
+                return y
+
+            jacobian = torch.autograd.functional.jacobian(rest, x[k, n])
+            for j in range(k):
+                e = x[k, n] - x[j, n] - (t[k] - t[j]) * v[j, n]
+                cost[j, k] += (jacobian @ e).square().sum() / x.shape[1]
+    return cost
+
+
+def test_errors_carried_to_the_endpoint_against_all_paths():
+    """In one dimension a random sign tells all there is."""
+    velocity = ElementwiseField()
+    cal, trajectory = calibrated(velocity, dim=1)
+    cost = carried(velocity, trajectory)
+    assert not torch.allclose(cost, errors(trajectory).square().mean(-1), rtol=0.1)
+    for steps, schedule in cal.plan(range(1, 8), "endpoint", velocity=velocity).items():
+        best, expected = least(7, steps, lambda path: sum(cost[j, k].item() for j, k in itertools.pairwise(path)))
+        assert schedule.indices == best
+        assert schedule.cost == pytest.approx(expected, rel=1e-9, abs=1e-20)
+        assert schedule.notes == {"objective": "endpoint", "evaluations": 30, "samples": 6, "probes": 2}
+
+
+def test_errors_of_features_that_mix():
+    """Many random signs find the mean to their standard error."""
+    velocity = Turning()
+    cal, trajectory = calibrated(velocity, n=20)
+    cost = carried(velocity, trajectory)
+    indices = cal.plan(2, "endpoint", velocity=velocity, probes=400)[2].indices
+    best, expected = least(7, 2, lambda path: sum(cost[j, k].item() for j, k in itertools.pairwise(path)))
+    assert indices == best
+    found = cal.plan(2, "endpoint", velocity=velocity, probes=400)[2].cost
+    assert found == pytest.approx(expected, rel=4 * (2 / 400 / 20) ** 0.5)  # 2 is the variance of a squared normal
+    assert velocity.matrix.grad is None
+
+
+def test_the_endpoint_needs_gradients():
+    cal, _ = calibrated(Turning())
+
+    @torch.no_grad()
+    def without(x, t):
+        return Turning()(x, t)
+
+    def in_inference(x, t):
+        with torch.inference_mode():
+            return Turning()(x.detach(), t)
+
+    for velocity in (without, in_inference):
+        with pytest.raises(ValueError, match=r"^velocity: expected one with gradients, for objective 'endpoint'"):
+            cal.plan(2, "endpoint", velocity=velocity)
+
+
+def test_a_fused_sampler_is_asked_for_its_velocity():
+    net, noise = BUNDLED["digits"].load(), normal(4, 1, 8, 8)
+    cal, plain = (fk.calibrate(v, noise, 6, 2, **QUIET) for v in (fk.fuse(net, 4, shape=(1, 8, 8)), net))
+    fused = fk.fuse(net, 4, shape=(1, 8, 8))
+    for objective in ("endpoint", "student", "free"):
+        got, expected = (c.plan([2, 3], objective, velocity=v) for c, v in ((cal, fused), (plain, net)))
+        assert all(torch.equal(got[n].times, expected[n].times) for n in (2, 3))
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 7])
+def test_pairs_against_all_paths(K):
+    cal, trajectory = calibrated(Turning(), K=K) if K > 1 else (None, None)
+    if cal is None:
+        noise = normal(6, 3, dtype=torch.float64)
+        cal, trajectory = fk.calibrate(Turning(), noise, 1, 1, **QUIET), fk.rollout(Turning(), noise, 1)
+    t, x, v = trajectory.times, trajectory.x, trajectory.v
+
+    def cost(path):
+        e = x[path[1]] - x[0] - (t[path[1]] - t[0]) * v[0]
+        total = e.square().sum(-1).mean()
+        for i, j, k in zip(path, path[1:], path[2:], strict=False):
+            h = t[k] - t[j]
+            e = x[k] - x[j] - h * v[j] - h * h / (2 * (t[j] - t[i])) * (v[j] - v[i])
+            total = total + e.square().sum(-1).mean()
+        return total.item()
+
+    for steps, solver in cal.plan(range(1, K + 1), "pairs").items():
+        best, expected = least(K, steps, cost)
+        assert solver.notes["indices"] == list(best)
+        assert solver.notes["cost"] == pytest.approx(expected, rel=1e-9, abs=1e-20)
+        uniform = cost(fk.schedule.uniform_indices(t, steps))
+        assert solver.notes["uniform_cost"] == pytest.approx(uniform, rel=1e-9, abs=1e-20)
+        assert solver.notes["objective"] == "pairs"
+        again = fk.Solver.adams_bashforth(t[list(best)])
+        assert torch.equal(solver.coefficients, again.coefficients)
+        assert torch.equal(solver.times, again.times)
+
+
+def test_costs_of_pairs():
+    cal, trajectory = calibrated(Turning(), K=12)
+    t, x, v = trajectory.times, trajectory.x, trajectory.v
+    found = pair_costs(cal.gram, t)
+    for i, j, k in itertools.combinations(range(13), 3):
+        h = t[k] - t[j]
+        e = x[k] - x[j] - h * v[j] - h * h / (2 * (t[j] - t[i])) * (v[j] - v[i])
+        assert found[i, j, k] == pytest.approx(e.square().sum(-1).mean().item(), rel=1e-9)
+
+
+def test_pairs_of_too_many_knots():
+    gram = torch.zeros(1, 1, dtype=torch.float64).expand(644, 644)
+    with pytest.raises(
+        ValueError, match=r"^grid: expected costs of pairs of at most 2 GiB \(K = 644\), got K = 645: 2"
+    ):
+        pair_costs(gram, even_grid(645))
+
+
+def test_the_students_own_states():
+    """The recursion as it is written, and all paths where its choice is not greedy: two steps."""
+    velocity = Turning()
+    cal, trajectory = calibrated(velocity)
+    t, x = trajectory.times, trajectory.x
+
+    def step(z, j, k):
+        return z + (t[k] - t[j]) * velocity(z, t[j].expand(len(z)))
+
+    states = {(0, 0): (x[0], None)}  # (s, k): state, predecessor
+    for s in range(1, 8):
+        for k in range(s, 8):
+            reached = {j: step(states[s - 1, j][0], j, k) for j in range(k) if (s - 1, j) in states}
+            j = min(reached, key=lambda j: (reached[j] - x[k]).square().sum(-1).mean().item())
+            states[s, k] = reached[j].detach(), j
+    counted = Counted(velocity)
+    plans = cal.plan(range(1, 8), "student", velocity=counted)
+    assert counted.calls == plans[3].notes["evaluations"] == 1 + 6 + 5 + 4 + 3 + 2 + 1
+    for steps, schedule in plans.items():
+        path = [7]
+        for s in range(steps, 0, -1):
+            path.append(states[s, path[-1]][1])
+        assert schedule.indices == tuple(reversed(path))
+        error = (fk.sample(velocity, x[0], schedule) - x[-1]).square().sum(-1).mean().item()
+        assert schedule.cost == pytest.approx(error, rel=1e-9, abs=1e-20)
+    for steps in (1, 2):
+        best, expected = least(
+            7, steps, lambda p: (fk.sample(velocity, x[0], t[list(p)]) - x[-1]).square().sum().item()
+        )
+        assert plans[steps].indices == best
+        assert cal.plan(steps, "student", velocity=velocity)[steps].cost == pytest.approx(expected / 6, rel=1e-9)
+
+
+def test_free_times_against_all_paths_and_times():
+    velocity, candidates = Turning(), (0.3, 0.0, 0.05)
+    cal, trajectory = calibrated(velocity)
+    t, x = trajectory.times, trajectory.x
+    cost = {}
+    for j, k in itertools.combinations(range(8), 2):
+        for f in candidates:
+            v = velocity(x[j], (t[j] + f * (1 - t[j])).expand(6))
+            cost[j, k, f] = (x[k] - x[j] - (t[k] - t[j]) * v).square().sum(-1).mean().item()
+    plans = cal.plan(range(1, 8), "free", velocity=velocity, candidates=candidates)
+    for steps, solver in plans.items():
+        tried = {
+            (path, given): sum(cost[j, k, f] for (j, k), f in zip(itertools.pairwise(path), given, strict=True))
+            for path in paths(7, steps)
+            for given in itertools.product(candidates, repeat=steps)
+        }
+        path, given = min(tried, key=tried.get)
+        assert solver.notes["indices"] == list(path)
+        assert solver.notes["cost"] == pytest.approx(tried[path, given], rel=1e-8, abs=1e-16)
+        expected = torch.stack([t[j] + f * (1 - t[j]) for j, f in zip(path, given, strict=False)])
+        moved = torch.tensor([cost[j, k, 0.0] > 1e-20 for j, k in itertools.pairwise(path)])
+        assert torch.allclose(solver.model_times[moved], expected[moved], rtol=0, atol=1e-12)
+        assert solver.notes["evaluations"] == 14
+    assert (plans[2].model_times > plans[2].times[:-1]).any()
+
+
+@pytest.mark.parametrize("objective", ["endpoint", "student", "free"])
+def test_conditioning_of_the_samples(objective):
+    """Samples have the conditioning that they were calibrated with, be there more of it than is kept or used."""
+
+    class Pushed(torch.nn.Module):
+        def forward(self, x, t, push):
+            return (3 * x + push * t[:, None]).sin() * push
+
+    noise, push = normal(9, 3, dtype=torch.float64), normal(9, 3, seed=1, dtype=torch.float64).mul(2)
+    field = fk.VelocityField(Pushed(), conditioning={"push": push}, unconditional={"push": push.flip(0)}, guidance=1.5)
+    some = fk.VelocityField(
+        Pushed(), conditioning={"push": push[:4]}, unconditional={"push": push.flip(0)[:4]}, guidance=1.5
+    )
+    whole = fk.calibrate(field, noise, 8, 2, until=1e-9, **QUIET)
+    expected = fk.calibrate(some, noise[:4], 8, 2, **QUIET).plan([2, 3], objective, velocity=some)
+    got = whole.plan([2, 3], objective, velocity=field, samples=4, chunk=3)
+    for n in (2, 3):
+        assert torch.equal(got[n].times, expected[n].times)
+        told = [{k: v for k, v in plans[n].notes.items() if "cost" not in k} for plans in (got, expected)]
+        assert told[0] == told[1]
+
+
+def test_bad_objectives(tmp_path):
+    cal, _ = calibrated(Turning())
+    with pytest.raises(ValueError, match=r"^objective: expected one of \['squared', 'norm', .*'free'\], got best"):
+        cal.plan(2, "best")
+    with pytest.raises(TypeError, match=r"^options: expected of \['gamma'\] for 'gits', got \['probes'\]"):
+        cal.plan(2, "gits", probes=2)
+    with pytest.raises(TypeError, match=r"^options: expected none for 'squared', got \['gamma'\]"):
+        cal.plan(2, gamma=2)
+    with pytest.raises(ValueError, match=r"^steps: expected at most K = 7"):
+        cal.plan(8, "norm")
+    for objective in ("endpoint", "student", "free"):
+        with pytest.raises(
+            ValueError, match=rf"^velocity: expected the teacher, for objective '{objective}', got None"
+        ):
+            cal.plan(2, objective)
+        with pytest.raises(ValueError, match=r"^samples: expected at least 1, got 0"):
+            cal.plan(2, objective, velocity=Turning(), samples=0)
+        with pytest.raises(ValueError, match=r"^chunk: expected at least 1, got 0"):
+            cal.plan(2, objective, velocity=Turning(), chunk=0)
+    for candidates in ((), (1.0,), (-0.1, 0.0)):
+        with pytest.raises(ValueError, match=r"^candidates: expected some fractions, 0 <= f < 1"):
+            cal.plan(2, "free", velocity=Turning(), candidates=candidates)
+    cal.save(tmp_path / "a.json")
+    again, none = fk.load(tmp_path / "a.json"), calibrated(Turning(), keep=0)[0]
+    assert again.plan(3, "norm")[3] == cal.plan(3, "norm")[3]  # in the file
+    assert again.plan(3, "pairs")[3].notes == cal.plan(3, "pairs")[3].notes
+    for lost, objectives in ((again, ("endpoint", "student", "free")), (none, ("norm", "gits", "student"))):
+        for objective in objectives:
+            with pytest.raises(ValueError, match=r"^objective: expected a calibration that keeps samples, for"):
+                lost.plan(2, objective, **({} if objective in ("norm", "gits") else {"velocity": Turning()}))
+
+
+class Scattered(torch.nn.Module):
+    """Each sample curves at a time of its own, and as much as a heavy-tailed draw of its own."""
+
+    def forward(self, x, t):
+        curve = torch.exp(2 * x[:, 0] - ((t.to(x.dtype) - torch.special.ndtr(x[:, 1])) / 0.1) ** 2)
+        return torch.stack([torch.zeros_like(curve), torch.zeros_like(curve), curve], 1)
+
+
+def easy(x, t):
+    return 4 * (t * t)[:, None].to(x.dtype).expand_as(x) + 0.01 * x
+
+
+def test_until_the_schedules_are_stable():
+    noise = normal(300, 3, dtype=torch.float64)
+    cal = fk.calibrate(easy, noise, 12, [2, 4], until=0.02, **QUIET)
+    told = {k: cal.provenance[k] for k in ("n", "n_given", "until", "stopped")}
+    assert told == {"n": 32, "n_given": 300, "until": 0.02, "stopped": "schedules stable"}
+    assert cal.kept.x.shape[1] == cal.sample_costs.count == 32
+    first = fk.calibrate(easy, noise[:32], 12, [2, 4], **QUIET)
+    assert torch.allclose(cal.cost[:, 2:], first.cost[:, 2:], rtol=1e-10)
+    hard = fk.calibrate(Scattered(), noise, 12, [2, 4], until=0.02, **QUIET)
+    assert hard.provenance["n"] == 300
+    assert hard.provenance["stopped"] == "all samples used"
+    # with a wider margin it stops between
+    between = fk.calibrate(Turning(), noise, 12, [2, 4], until=1e-3, **QUIET)
+    assert 32 < between.provenance["n"] < 300
+    for bad, error in ((0, ValueError), (-1.0, ValueError), (float("nan"), ValueError), ("soon", TypeError)):
+        with pytest.raises(error, match=r"^until: expected a"):
+            fk.calibrate(easy, noise, 12, 2, until=bad, **QUIET)
+
+
+def test_regret_by_hand():
+    samples, schedules = samples_of(normal(40, dtype=torch.float64))
+    assert max(samples.regrets(schedules).values()) <= 1e-12  # all samples agree
+    cal = fk.calibrate(Scattered(), normal(60, 3, dtype=torch.float64), 12, [2, 4], **QUIET)
+    samples = cal.sample_costs
+    weights = samples.resampled(costs.FEW_RESAMPLES)
+    for steps, regret in samples.regrets(dict(cal)).items():
+        found = []
+        for w in weights:
+            cost = samples.matrix(w @ samples.sums)
+            best = fk.bellman(cost, cal.times, steps)[steps].cost
+            found.append(sum(cost[j, k].item() for j, k in itertools.pairwise(cal[steps].indices)) / best - 1)
+        assert regret == pytest.approx(torch.tensor(found).quantile(0.95).item(), rel=1e-6)
+        assert regret > 0.1
+
+
+class Sided(torch.nn.Module):
+    """Positive samples curve early, negative ones late."""
+
+    def forward(self, x, t):
+        s = t.to(x.dtype)[:, None]
+        return torch.where(x[:, :1] > 0, torch.exp(-8 * s), torch.exp(-8 * (1 - s))).expand_as(x)
+
+
+def test_verified_on_other_noise(tmp_path):
+    noise = normal(40, 2, dtype=torch.float64).abs() + 1
+    velocity = Sided()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        good = fk.calibrate(velocity, noise, 30, [1, 3, 5], verify=noise[:7] + 1, chunk=3, **QUIET)
+    with pytest.warns(UserWarning, match=r"^verify: .*the Bellman schedule has a larger .* for N = 3, 5; use") as seen:
+        bad = fk.calibrate(velocity, noise, 30, [1, 3, 5], verify=-3 - noise, **QUIET)
+    assert seen[0].filename == __file__
+    assert [good.best(n) == good[n] for n in (1, 3, 5)] == [True] * 3
+    assert [bad.best(n) == bad[n] for n in (1, 3, 5)] == [True, False, False]
+    for cal, other in ((good, noise[:7] + 1), (bad, -3 - noise)):
+        x1 = fk.sample(velocity, other, cal.times)
+        for n in (1, 3, 5):
+            tried = {"uniform": n, "bellman": cal[n]}
+            error = {
+                name: (fk.sample(velocity, other, schedule) - x1).square().sum(-1).mean().item()
+                for name, schedule in (tried | {"best": cal.best(n)}).items()
+            }
+            assert cal.verified[n] == pytest.approx({name: error[name] for name in tried}, rel=1e-9)
+            assert error["best"] <= error["uniform"]
+    bad.save(tmp_path / "a.json")
+    again = fk.load(tmp_path / "a.json")
+    assert again.verified == bad.verified
+    assert again.best(3) == bad.best(3) == fk.Schedule.uniform(3)
+
+
+def test_noise_to_verify_on(monkeypatch):
+    noise = normal(6, 2)
+    with pytest.raises(ValueError, match=r"^verify: expected other noise than the calibration's, got the same values"):
+        fk.calibrate(Sided(), noise, 5, 2, verify=noise[:3].clone(), **QUIET)
+    with pytest.raises(ValueError, match=r"^verify: expected noise of shape \[m, 2\] on cpu"):
+        fk.calibrate(Sided(), noise, 5, 2, verify=normal(6, 3), **QUIET)
+    with pytest.raises(TypeError, match=r"^verify: expected a torch.Tensor"):
+        fk.calibrate(Sided(), noise, 5, 2, verify=7, **QUIET)
+
+
+def test_fitted_solvers_are_verified(monkeypatch, tmp_path):
+    """With a fit of a kind: one better than the schedule, and one that is worse than anything."""
+    given, wrong = [], fk.Solver.euler(2, model_times=[0.9, 0.1])
+
+    def fit_solver(velocity, cal, steps):
+        given.append((velocity, len(cal.kept.x)))
+        return wrong if steps == 2 else fk.Solver.adams_bashforth(cal[steps])
+
+    monkeypatch.setitem(sys.modules, "flowkernels.fit", types.SimpleNamespace(fit_solver=fit_solver))
+    velocity, noise = Turning(), normal(40, 3, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"^verify: .*the fitted solver has a larger error .* for N = 2; use cal.best"):
+        cal = fk.calibrate(velocity, noise, 20, [2, 8], verify=noise + 0.1, fit=True, **QUIET)
+    assert given == [(velocity, 21)] * 2
+    assert sorted(cal.solvers) == [2, 8]
+    assert all(sorted(cal.verified[n]) == ["bellman", "fitted", "uniform"] for n in (2, 8))
+    assert cal.best(8) is cal.solvers[8]
+    assert cal.best(2) is not wrong
+    cal.save(tmp_path / "a.json")
+    assert fk.load(tmp_path / "a.json").best(8).to_dict() == cal.solvers[8].to_dict()
+    cal.verified.clear()
+    assert cal.best(2) is wrong  # what is not verified is the user's word
+    cal.solvers.clear()
+    assert cal.best(2) is cal[2]
+    with pytest.raises(ValueError, match=r"^keep: expected room for at least one sample's trajectory, with fit, got 0"):
+        fk.calibrate(velocity, noise, 20, 2, fit=True, keep=0, **QUIET)
+    with pytest.raises(KeyError, match="plan"):
+        cal.best(5)

@@ -263,6 +263,9 @@ def _mlp_sample():
     narrow = dict.fromkeys(("row[a.velocity]", "row[0]", "rows[at.r * a.pitch", "row[k.out + to.c]"), 2.0)
     sample = network(8, 40, 2).add(64).head().sample("")
     yield Accesses(ops.mlp_sample, sample.args, sample.kwargs, sums | narrow)
+    for n in (8, 80):
+        sample = network(64, n, 3).add(64).head().sample("", solver=SAMPLES["mlp_sample"].dense)
+        yield Accesses(ops.mlp_sample, sample.args, sample.kwargs, sums)
 
 
 ACCESSES = {

@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kLanes* kWarps)
   const unsigned long long none = ~0ull;
   unsigned long long mine = none;
   if (threadIdx.y == 0 && j == 0 && k > 0 && k < n && !(first[k] > -INFINITY)) mine = k;
+#pragma unroll 1
   for (int64_t i = threadIdx.y; i < end; i += kWarps * kInFlight) {
     double c[kInFlight];
     load_costs(c, cost + j * n + k, n, i, end);
@@ -59,6 +60,7 @@ __global__ void __launch_bounds__(kLanes* kWarps)
   double best = INFINITY;
   int64_t from = -1;
   if (j < k && k < n)
+#pragma unroll 1
     for (int64_t i = begin + warp; i < end; i += kWarps * kInFlight) {
       double c[kInFlight];
       load_costs(c, cost + j * n + k, n, i, end);

@@ -12,6 +12,9 @@
 // would take a barrier of the whole grid a layer. Such a block reads every weight once a step for few products, so what
 // it waits for is weights, whether it has one sample or eight. Few samples are therefore given a block each, as long as
 // there are multiprocessors; beyond that tiles grow to 32 samples.
+//
+// Velocities that later updates of a solver add lie in device memory, one part a block, and so in the second-level
+// cache: each is written and read a few times a sampler, where rows are at every layer.
 #include "common/cuda.h"
 #include "mlp_sample/mlp_sample.h"
 
@@ -43,10 +46,16 @@ struct alignas(16) Panel {
   const char* data;
   int64_t bytes;
 };
+struct Term {
+  int place;  // of an earlier velocity, or -1: this evaluation's
+  float factor;
+};
 struct Program {
   Layer* layers;  // of the unconditional velocity if there is one, then of the other
   Panel* panels;
-  float* h;
+  float* h;  // of Euler steps
+  MlpUpdate* updates;  // of others, and all their terms
+  Term* terms;
   int panel_count;
 };
 
@@ -94,15 +103,16 @@ void for_panels(const MlpPrepared& p, F f) {
 struct Run {
   Program program;
   int D, steps, layers, velocity, uncond;  // uncond: place of the unconditional velocity
-  bool guided, resident, wide;
+  bool guided, resident, wide, multistep;
   float guidance;
   int64_t n, tiles;
   int per;  // samples of a tile; there is room for as many or more
   int pitch, input_pitch;  // floats of a row, elements of a row of inputs
   int weight_bytes;
   int64_t row_bytes, input_bytes;
+  int64_t past;  // floats of a block's velocities that are kept: [place][sample of the tile][D]
   const float* x;
-  float *out, *states, *velocities;
+  float *out, *states, *velocities, *kept;
   char* scratch;
 };
 
@@ -370,6 +380,17 @@ __device__ __forceinline__ void copy_inputs(const Layer& l, const float* rows, i
   }
 }
 
+// ---- x after an update that adds v and earlier velocities, which this thread itself has kept ----
+__device__ __forceinline__ float updated(float x, float v, const MlpUpdate& update, const Term* terms, float* kept,
+                                         int64_t stride) {
+  for (int i = 0; i < int(update.terms); i++) {
+    const Term t = terms[i];
+    x = __fmaf_rn(t.factor, t.place < 0 ? v : kept[t.place * stride], x);
+  }
+  if (update.kept >= 0) kept[update.kept * stride] = v;
+  return x;
+}
+
 // ---- one layer on one tile ----
 template <class Linear, bool wide>
 __device__ __forceinline__ void run_layer(const Layer& l, const Run& a, Ring& ring, float* rows,
@@ -453,8 +474,9 @@ __global__ void __launch_bounds__(kThreads, wide ? 1 : 2) mlp_sample_kernel(Run 
       if (a.states) a.states[place + i] = x;
     }
     __syncthreads();
+    const Term* terms = a.program.terms;
     for (int s = 0; s < a.steps; s++) {
-      const float h = a.program.h[s];
+      const float h = a.multistep ? 0.0f : a.program.h[s];
       for (int pass = 0; pass <= a.guided; pass++) {
         if (pass) {  // what the layers have found is the unconditional velocity
           for (Walk at(a.D); at.r < samples; at.next()) {
@@ -473,12 +495,20 @@ __global__ void __launch_bounds__(kThreads, wide ? 1 : 2) mlp_sample_kernel(Run 
         float* row = rows + at.r * a.pitch + at.c;
         float v = row[a.velocity];
         if (a.guided) v = __fmaf_rn(a.guidance, v - row[a.uncond], row[a.uncond]);
-        const float x = __fmaf_rn(h, v, row[0]);
-        row[0] = x;
         const int64_t i = place + int64_t(at.r) * a.D + at.c;
+        float x;
+        if (a.multistep) {
+          const MlpUpdate& update = a.program.updates[s];
+          float* kept = a.kept + blockIdx.x * a.past + at.r * a.D + at.c;
+          x = updated(update.from_start ? a.x[i] : row[0], v, update, terms, kept, int64_t(a.per) * a.D);
+        } else {
+          x = __fmaf_rn(h, v, row[0]);
+        }
+        row[0] = x;
         if (a.velocities) a.velocities[s * a.n * a.D + i] = v;
         if (a.states) a.states[(s + 1) * a.n * a.D + i] = x;
       }
+      if (a.multistep) terms += a.program.updates[s].terms;
       __syncthreads();
     }
     for (Walk at(a.D); at.r < samples; at.next())  // what this thread itself has written
@@ -497,7 +527,7 @@ template <class W>
 Run arrange(const MlpSampleArgs& a, int& room) {
   Run r = {};
   r.D = int(a.D), r.steps = int(a.steps), r.layers = int(a.layer_count), r.velocity = int(a.velocity);
-  r.guided = a.tables_uncond != nullptr;
+  r.guided = a.tables_uncond != nullptr, r.multistep = a.updates != nullptr;
   r.guidance = float(a.guidance);
   r.n = a.n;
   int64_t weights = 0, widest = 0;
@@ -536,6 +566,7 @@ Run arrange(const MlpSampleArgs& a, int& room) {
   const int64_t own = r.wide ? 0 : r.row_bytes + r.input_bytes;
   r.resident = weights + own <= limit;
   r.weight_bytes = int(r.resident ? weights : kStages * kPanel);
+  r.past = r.multistep ? a.places * r.per * a.D : 0;
   return r;
 }
 
@@ -543,8 +574,14 @@ Run arrange(const MlpSampleArgs& a, int& room) {
   return a.low ? arrange<bf16>(a, room) : arrange<float>(a, room);
 }
 
-int64_t blocks_when_wide(const Run& r) {
-  return r.tiles < multiprocessors() ? r.tiles : multiprocessors();
+// At most, where a block has scratch memory: the wide ones have a multiprocessor to themselves.
+int64_t blocks_with_scratch(const Run& r) {
+  const int64_t most = (r.wide ? 1 : 2) * multiprocessors();
+  return r.tiles < most ? r.tiles : most;
+}
+// Bytes of scratch memory in which all blocks have rows
+int64_t scratch_of_rows(const Run& r) {
+  return r.wide ? blocks_with_scratch(r) * (r.row_bytes + r.input_bytes) : 0;
 }
 
 template <class Linear, bool wide = false>
@@ -552,8 +589,11 @@ int launch(const Run& r, void* stream) {
   auto kernel = mlp_sample_kernel<Linear, wide>;
   const int shared = r.weight_bytes + (wide ? 0 : int(r.row_bytes + r.input_bytes));
   allow_shared(kernel, shared);
-  const int64_t most = int64_t(multiprocessors()) * resident_blocks(kernel, kThreads, shared);
-  const int64_t blocks = wide ? blocks_when_wide(r) : r.tiles < most ? r.tiles : most;
+  int64_t blocks = blocks_with_scratch(r);
+  if (!wide) {
+    const int64_t most = int64_t(multiprocessors()) * resident_blocks(kernel, kThreads, shared);
+    if (!r.multistep || most < blocks) blocks = r.tiles < most ? r.tiles : most;
+  }
   FK_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(kThreads), shared, stream, r);
   return launched();
 }
@@ -576,16 +616,30 @@ Layer layer_of(const MlpLayer& l, const MlpTable* tables) {
           float(l.gain), table(l.scale),   table(l.shift), table(l.shift_each)};
 }
 
+int64_t terms_of(const MlpPrepared& p) {
+  int64_t count = 0;
+  for (int64_t s = 0; s < p.steps; s++) count += p.updates[s].terms;
+  return count;
+}
+
 // Where its parts lie from `base` on, and their bytes.
 Program program_at(const MlpPrepared& p, char* base, int64_t& bytes) {
   Program r = {};
   for_panels(p, [&](const char*, int) { r.panel_count++; });
   const int64_t layers = p.layer_count * (p.tables_uncond ? 2 : 1) * int64_t(sizeof(Layer));
   const int64_t panels = r.panel_count * int64_t(sizeof(Panel));
-  bytes = layers + panels + round_up(p.steps * int64_t(sizeof(float)), 16);
   r.layers = reinterpret_cast<Layer*>(base);
   r.panels = reinterpret_cast<Panel*>(base + layers);
-  r.h = reinterpret_cast<float*>(base + layers + panels);
+  char* steps = base + layers + panels;
+  if (!p.updates) {
+    r.h = reinterpret_cast<float*>(steps);
+    bytes = layers + panels + round_up(p.steps * int64_t(sizeof(float)), 16);
+    return r;
+  }
+  r.updates = reinterpret_cast<MlpUpdate*>(steps);
+  r.terms = reinterpret_cast<Term*>(r.updates + p.steps);
+  const int64_t terms = terms_of(p) * int64_t(sizeof(Term));
+  bytes = layers + panels + round_up(p.steps * int64_t(sizeof(MlpUpdate)) + terms, 16);
   return r;
 }
 
@@ -599,7 +653,13 @@ int64_t mlp_program(const MlpPrepared& p, void* to) {
     for (int64_t i = 0; (!uncond || p.tables_uncond) && i < p.layer_count; i++)
       *r.layers++ = layer_of(p.layers[i], uncond ? p.tables_uncond : p.tables);
   for_panels(p, [&](const char* weights, int bytes) { *r.panels++ = {weights, bytes}; });
-  for (int64_t s = 0; s < p.steps; s++) r.h[s] = float(p.h[s]);
+  for (int64_t s = 0; s < p.steps; s++) {
+    if (p.updates)
+      r.updates[s] = p.updates[s];
+    else
+      r.h[s] = float(p.h[s]);
+  }
+  for (int64_t i = 0; p.updates && i < terms_of(p); i++) r.terms[i] = {int(p.terms[i].place), float(p.terms[i].factor)};
   return bytes;
 }
 
@@ -619,7 +679,7 @@ int64_t mlp_scratch(const MlpSampleArgs& a) {
   if (a.n == 0) return 0;
   int room;
   const Run r = arrange(a, room);
-  return r.wide ? blocks_when_wide(r) * (r.row_bytes + r.input_bytes) : 0;
+  return scratch_of_rows(r) + blocks_with_scratch(r) * r.past * int64_t(sizeof(float));
 }
 
 int mlp_sample(const MlpLaunchArgs& a, void* stream) {
@@ -630,6 +690,7 @@ int mlp_sample(const MlpLaunchArgs& a, void* stream) {
   r.program = program_at(a, static_cast<char*>(const_cast<void*>(a.program)), bytes);
   r.x = a.x, r.out = a.out, r.states = a.states, r.velocities = a.velocities;
   r.scratch = static_cast<char*>(a.scratch);
+  r.kept = reinterpret_cast<float*>(r.scratch + scratch_of_rows(r));
   if (a.low) {
     if (r.wide) return launch<Mma<1>, true>(r, stream);
     if (room == 8) return launch<Mma<1>>(r, stream);

@@ -1,4 +1,5 @@
-// Whole samplers in one call: the velocity network and all Euler steps, x <- x + h_s v(x, t_s), s = 0..steps-1.
+// Whole samplers in one call: the velocity network and all Euler steps, x <- x + h_s v(x, t_s), s = 0..steps-1, or all
+// updates of a solver, which add velocities of earlier evaluations as well.
 //
 // The network is a list of layers over the values of one sample, which lie side by side in a row of scratch memory.
 // What depends on time or on conditioning alone comes as tables. Every field has 8 bytes: Python writes these structs
@@ -39,10 +40,21 @@ struct MlpTable {
   int64_t step_stride, sample_stride;
 };
 
+// What follows an evaluation: x <- (x_0 or x) + its terms, one after another.
+struct MlpUpdate {
+  int64_t from_start;  // 1: from x_0
+  int64_t terms;
+  int64_t kept;        // where a later update finds this evaluation's velocity, or -1
+};
+struct MlpTerm {
+  int64_t place;  // of an earlier velocity, or -1: this evaluation's
+  double factor;
+};
+
 // What stays the same from call to call, so that a caller writes it once.
 struct MlpPrepared {
   int64_t D, steps;
-  const double* h;                // [steps]
+  const double* h;                // [steps], or null: there are updates
   const MlpLayer* layers;         // [layer_count]
   int64_t layer_count;
   int64_t row;                    // floats of scratch a sample; the state is at 0
@@ -51,6 +63,9 @@ struct MlpPrepared {
   const MlpTable* tables_uncond;  // of the unconditional velocity, or null
   double guidance;                // v = v_uncond + guidance (v - v_uncond)
   int64_t low;                    // 1: weights are bf16, and the inputs of linear layers are rounded to it as well
+  const MlpUpdate* updates;       // [steps], or null: Euler steps
+  const MlpTerm* terms;           // of all updates
+  int64_t places;                 // for velocities that are kept
 };
 
 struct MlpSampleArgs : MlpPrepared {
@@ -76,9 +91,9 @@ struct MlpPackArgs {
 typedef int64_t MlpPack(const MlpPackArgs&);  // bytes
 FK_DECLARE_AMX(MlpPack, mlp_pack)
 
-// On a GPU MlpPrepared, its layers, tables and step sizes lie in host memory, what they point at in device memory, and
-// weights are as flowkernels/ops/mlp_sample/__init__.py packs them for it. Of all that mlp_program makes the list that
-// the kernel reads, and mlp_upload brings it to the device, once for many calls.
+// On a GPU MlpPrepared, its layers, tables, step sizes and updates lie in host memory, what they point at in device
+// memory, and weights are as flowkernels/ops/mlp_sample/__init__.py packs them for it. Of all that mlp_program makes
+// the list that the kernel reads, and mlp_upload brings it to the device, once for many calls.
 namespace cuda {
 int64_t mlp_program(const MlpPrepared&, void* to);  // bytes, a multiple of 16; null to ask for them alone
 struct MlpUploadArgs {
@@ -91,7 +106,8 @@ struct MlpLaunchArgs : MlpSampleArgs {
   const void* program;
   void* scratch;
 };
-int64_t mlp_scratch(const MlpSampleArgs&);  // bytes of device memory, 0 where rows fit in shared memory
+int64_t mlp_scratch(
+    const MlpSampleArgs&);  // bytes of device memory: for rows too long for shared memory, kept velocities
 int mlp_sample(const MlpLaunchArgs&, void* stream);
 }  // namespace cuda
 

@@ -192,8 +192,24 @@ int64_t run_tile(const MlpSampleArgs& a, const Tile& t, int threads) {
   auto evaluate = [&](const MlpTable* tables, int64_t step) {
     for (int64_t l = 0; l < a.layer_count; l++) run_layer<Linear>(a.layers[l], tables, step, t, threads);
   };
-  for (int64_t i = 0; i < t.n; i++) memcpy(t.rows + i * t.pitch, a.x + (t.sample + i) * D, row_bytes);
+  const int64_t room = round_up(D, kPlace), start = kept + (a.tables_uncond ? room : 0), past = start + room;
+  const float w = float(a.guidance);
+  auto velocity = [&](float* row, int64_t c) {
+    vf v = load(row + a.velocity + c);
+    if (a.tables_uncond) {
+      const vf base = load(row + kept + c);
+      v = base + w * (v - base);
+      store(row + a.velocity + c, v);
+    }
+    return v;
+  };
+  for (int64_t i = 0; i < t.n; i++) {
+    float* row = t.rows + i * t.pitch;
+    memcpy(row, a.x + (t.sample + i) * D, row_bytes);
+    if (a.updates) memcpy(row + start, row, row_bytes);
+  }
   if (a.states) record(a.states, 0);
+  const MlpTerm* terms = a.terms;
   for (int64_t s = 0; s < a.steps; s++) {
     if (a.tables_uncond) {
       evaluate(a.tables_uncond, s);
@@ -203,17 +219,28 @@ int64_t run_tile(const MlpSampleArgs& a, const Tile& t, int threads) {
       }
     }
     evaluate(a.tables, s);
-    const float h = float(a.h[s]), w = float(a.guidance);
-    for (int64_t i = 0; i < t.n; i++) {
-      float *x = t.rows + i * t.pitch, *v = x + a.velocity, *u = x + kept;
-      for (int64_t c = 0; c < D; c += kFloats) {
-        vf vel = load(v + c);
-        if (a.tables_uncond) {
-          const vf base = load(u + c);
-          vel = base + w * (vel - base);
-          store(v + c, vel);
+    if (a.updates) {
+      const MlpUpdate& u = a.updates[s];
+      for (int64_t i = 0; i < t.n; i++) {
+        float *x = t.rows + i * t.pitch, *from = u.from_start ? x + start : x;
+        for (int64_t c = 0; c < D; c += kFloats) {
+          const vf v = velocity(x, c);
+          vf sum = load(from + c);
+          for (int64_t k = 0; k < u.terms; k++)
+            sum += float(terms[k].factor) * (terms[k].place < 0 ? v : load(x + past + terms[k].place * room + c));
+          store(x + c, sum);
+          if (u.kept >= 0) store(x + past + u.kept * room + c, v);
         }
-        store(x + c, load(x + c) + h * vel);
+      }
+      terms += u.terms;
+    } else {
+      const float h = float(a.h[s]);
+      for (int64_t i = 0; i < t.n; i++) {
+        float* x = t.rows + i * t.pitch;
+        for (int64_t c = 0; c < D; c += kFloats) {
+          const vf v = velocity(x, c);
+          store(x + c, load(x + c) + h * v);
+        }
       }
     }
     if (a.velocities) record(a.velocities + s * a.n * D, a.velocity);
@@ -239,7 +266,8 @@ int64_t run_sampler(const MlpSampleArgs& a) {
   const int threads = int(larger(1, smaller(a.threads, int64_t(work / kGrain))));
 
   // an odd number of cache lines, so that rows do not fall on one another in the first-level cache
-  int64_t pitch = round_up(a.row, kPlace) + (a.tables_uncond ? round_up(a.D, kPlace) : 0) + kPlace;
+  const int64_t more = (a.tables_uncond ? 1 : 0) + (a.updates ? 1 + a.places : 0);  // velocities, and x_0
+  int64_t pitch = round_up(a.row, kPlace) + more * round_up(a.D, kPlace) + kPlace;
   if (pitch / kPlace % 2 == 0) pitch += kPlace;
   const int64_t sample_bytes = pitch * int64_t(sizeof(float)) + Linear::input_bytes(1, widest);
   const int64_t fit = smaller(level2_bytes() / 2 / sample_bytes, Linear::kTile) / Linear::kRows * Linear::kRows;

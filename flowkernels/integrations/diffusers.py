@@ -1,9 +1,15 @@
-"""Diffusers' transformers, told by the names of their classes: where the trunk ends and what the final layer is."""
+"""Diffusers' transformers, told by the names of their classes: where the trunk ends and what the final layer is; and
+solvers as a scheduler of its pipelines."""
 
+import functools
+
+import torch
 from torch import nn
 
 from flowkernels._checks import expect
 from flowkernels.fuse_head import FinalLayer
+from flowkernels.ops import linear_update
+from flowkernels.solver import NEGLIGIBLE, Solver
 
 
 def _class_of(module: nn.Module) -> str | None:
@@ -66,3 +72,104 @@ def _after_dit(net: nn.Module, layer: FinalLayer, args: tuple, kwargs: dict, als
 
 
 _LAYERS = {"SD3Transformer2DModel": _sd3, "FluxTransformer2DModel": _flux, "DiTTransformer2DModel": _dit}
+
+
+# ---- a scheduler ----
+
+
+def solver_scheduler(solver, num_train_timesteps: int = 1000):
+    """A scheduler for diffusers' flow-matching pipelines (SD3, Flux and others), in place of their
+    FlowMatchEulerDiscreteScheduler, from which it is derived:
+
+        pipe.scheduler = solver_scheduler(cal[8])
+        pipe(prompt, num_inference_steps=8)
+
+    Args:
+        solver: a Solver from noise to data, or what `fk.sample` takes as a schedule. Pipelines are to be asked for as
+            many `num_inference_steps` as it has evaluations; sigmas and shifts that they bring along give way to its
+            own times.
+        num_train_timesteps: what the network is called with is as many times `1 - t`.
+
+    The state is kept in float32 between steps, where the pipeline hands back what it was given, and steps go on from
+    what it hands back where it has changed it. An image as the start (strength below 1) needs a solver that looks back
+    at no velocity before it, such as Euler steps. `save_config` keeps the whole solver.
+    """
+    solver = Solver.of(solver)
+    expect(not solver.is_inverse, "solver", "a solver from noise to data", solver)
+    return _scheduler_class()(solver.to_dict(), num_train_timesteps)
+
+
+def __getattr__(name: str):
+    """`SolverScheduler`, made where it is asked for: it takes diffusers to be there."""
+    if name == "SolverScheduler":
+        return _scheduler_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _scheduler_class() -> type:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+    class SolverScheduler(FlowMatchEulerDiscreteScheduler):
+        """The steps of a Solver, given as its dict; `solver_scheduler` makes it."""
+
+        __qualname__ = "SolverScheduler"
+        init_noise_sigma = 1.0
+
+        @register_to_config
+        def __init__(self, solver: dict, num_train_timesteps: int = 1000, use_flow_sigmas: bool = True):
+            super().__init__(num_train_timesteps=num_train_timesteps)
+            self.solver = Solver.from_dict(solver)
+            b = self.solver.coefficients
+            steps, small = torch.cat([b[:1], b.diff(dim=0)]), NEGLIGIBLE * b.abs().max()
+            which = [(row.abs() > small).nonzero().flatten().tolist() or [i] for i, row in enumerate(steps)]
+            self._terms = [{j: steps[i, j].item() for j in row} for i, row in enumerate(which)]
+            self.set_timesteps()
+
+        def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None) -> None:
+            """Begin; sigmas and mu are taken for their number alone."""
+            solver, M = self.solver, self.solver.evaluations
+            given = num_inference_steps if sigmas is None else len(sigmas)
+            expect(given in (None, M), "num_inference_steps", f"{M}, the evaluations of {solver!r}", given)
+            t = solver.model_times
+            known = solver.times if solver.steps == M else torch.cat([t, t.new_ones(1)])  # of the states
+            self.num_inference_steps = M
+            self.sigmas = (1 - known).float().to(device)
+            self.timesteps = (self.config.num_train_timesteps * (1 - t)).float().to(device)
+            self._step_index = self._begin_index = None
+            self._past, self._state, self._given, self._version = {}, None, None, 0
+
+        def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
+            timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
+            return int((timesteps - timestep).abs().argmin())
+
+        def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
+            if self.step_index is None:
+                self._init_step_index(timestep)
+                begin = self.step_index
+                back = any(min(row) < begin for row in self._terms[begin:])
+                way_out = "0, or a solver that looks back at no velocity before it (Euler's steps)"
+                expect(not back, "begin_index", f"{way_out}, for a start within {self.solver!r}", begin)
+            i, M = self.step_index, self.solver.evaluations
+            expect(i < M, "step", f"{M} steps after set_timesteps", "one more")
+            dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+            x = (self._state if self._is_as_given(sample) else sample).to(dtype)
+            v = model_output.to(dtype) if torch.float64 in (dtype, model_output.dtype) else model_output
+            later = {j for row in self._terms[i + 1 :] for j in row}
+            self._past[i] = v.clone() if i in later else v  # a pipeline may give the next one in the same memory
+            terms = self._terms[i]
+            x = linear_update(x, [self._past[j] for j in terms], [-b for b in terms.values()])  # noise - data: -dx/dt
+            self._past = {j: past for j, past in self._past.items() if j in later}
+            new = x.to(model_output.dtype)
+            self._state, self._given = x, new
+            self._version = None if new.is_inference() else new._version
+            self._step_index += 1
+            return SchedulerOutput(prev_sample=new) if return_dict else (new,)
+
+        def _is_as_given(self, sample) -> bool:
+            """Whether it is the last step's result, and nobody has written to it since."""
+            return sample is self._given and self._version is not None and sample._version == self._version
+
+    return SolverScheduler

@@ -900,6 +900,16 @@ struct Network {
     for (int64_t c = 0; c < a.out_width; c++) x[a.out + c] = y[c], e[a.out + c] = f[c];
   }
 
+  // Updates that add any of the velocities to either state, each kept in a place of its own while another wants it
+  void solve() {
+    multistep = true;
+    for (int64_t s = 0; s < steps; s++) {
+      updates.push_back({int64_t(uniform() < 0.5), 0, s + 1 < steps ? s : -1});
+      for (int64_t l = 0; l <= s; l++)
+        if (l == s || uniform() < 0.7) terms.push_back({l == s ? -1 : l, 0.4 * uniform() - 0.2}), updates[s].terms++;
+    }
+  }
+
   void check(int shift, bool in_place, bool kept) {
     const int64_t velocity = layers.back().out;
     Tensor x(f32, n * D, shift), out(f32, n * D, shift), h(f64, steps, shift);
@@ -911,7 +921,7 @@ struct Network {
       if (in_place) out.copy(x);
       const fk::MlpPrepared prepared = {D,
                                         steps,
-                                        h.as<double>(),
+                                        multistep ? nullptr : h.as<double>(),
                                         layers.data(),
                                         int64_t(layers.size()),
                                         row,
@@ -919,7 +929,10 @@ struct Network {
                                         tables[0].data(),
                                         guided ? tables[1].data() : nullptr,
                                         w,
-                                        low};
+                                        low,
+                                        multistep ? updates.data() : nullptr,
+                                        multistep ? terms.data() : nullptr,
+                                        multistep ? steps - 1 : 0};
       const int64_t bad = FK_SELECT_AMX(mlp_sample)({prepared, in_place ? out.as<float>() : x.as<float>(),
                                                      out.as<float>(), n, states.as<float>(), v.as<float>(), threads});
       if (bad != -1) fail("returned", 0, double(bad), -1);
@@ -933,6 +946,9 @@ struct Network {
             near(what, (step * n + i) * D + c, t[(step * n + i) * D + c], a[c], 2 * e[c] + 0x1p-140);
         };
         same("states", states, 0, values.data(), off.data());
+        const std::vector<double> start(values.begin(), values.begin() + D);
+        std::vector<std::vector<double>> all, all_off;
+        const fk::MlpTerm* term = terms.data();
         for (int64_t s = 0; s < steps; s++) {
           std::vector<double> base(D), base_off(D);
           for (int pass = guided ? 1 : 0; pass >= 0; pass--) {
@@ -947,8 +963,22 @@ struct Network {
               vel_off[c] = (w + 1) * base_off[c] + w * off[velocity + c];
               vel_off[c] += 3 * u * (std::fabs(base[c]) + w * std::fabs(now - base[c]));
             }
+            if (multistep) continue;
             values[c] += h[s] * vel[c];
             off[c] += h[s] * vel_off[c] + 2 * u * (std::fabs(values[c]) + std::fabs(h[s] * vel[c]));
+          }
+          if (multistep) {
+            all.push_back(vel), all_off.push_back(vel_off);
+            if (updates[s].from_start)
+              for (int64_t c = 0; c < D; c++) values[c] = start[c], off[c] = 0;
+            for (int64_t k = 0; k < updates[s].terms; k++, term++) {
+              const int64_t l = term->place < 0 ? s : term->place;
+              for (int64_t c = 0; c < D; c++) {
+                const double u = eps(f32) / 2, b = term->factor;
+                values[c] += b * all[l][c];
+                off[c] += std::fabs(b) * all_off[l][c] + 2 * u * (std::fabs(values[c]) + std::fabs(b * all[l][c]));
+              }
+            }
           }
           same("velocities", v, s, vel.data(), vel_off.data());
           same("states", states, s + 1, values.data(), off.data());
@@ -964,7 +994,10 @@ struct Network {
 
   const int64_t n, D, steps;
   const bool guided, low;
+  bool multistep = false;
   int64_t row;
+  std::vector<fk::MlpUpdate> updates;
+  std::vector<fk::MlpTerm> terms;
   std::vector<fk::MlpLayer> layers;
   std::vector<std::vector<double>> weights;
   std::vector<fk::MlpTable> tables[2];
@@ -1002,6 +1035,17 @@ void mlp_sample() {
         net.add(MlpMap::linear, sum, width, v, D, plain, {0, 2, 0});
         net.check(variant % 2, variant % 5 == 0, variant % 4 == 1);
       }
+  for (bool low : {false, true})
+    for (int64_t n : {1, 7, 33, 97})
+      for (int64_t D : {1, 16, 33}) {
+        CASE("mlp_sample solver n %ld D %ld low %d", long(n), long(D), low);
+        Network net(n, D, 5, n == 7 || D == 33, low);
+        const int64_t first = net.value(40), v = net.value(D);
+        net.add(MlpMap::linear, 0, D, first, 40, Activation::silu, {0, 2, 3});
+        net.add(MlpMap::linear, first, 40, v, D, plain, {0, 2, 0});
+        net.solve();
+        net.check(D != 16, n == 33, n != 97);
+      }
   for (bool low : {false, true})  // enough work for threads to take tiles
     for (int64_t n : {20, 97, 131}) {
       CASE("mlp_sample tiles n %ld low %d", long(n), low);
@@ -1035,7 +1079,8 @@ void mlp_sample() {
     x.set(bad * 5 + bad % 5, bad % 16 ? NAN : kInf);
     Tensor out(f32, 97 * 5);
     const fk::MlpPrepared prepared = {
-        5, 2, h.as<double>(), net.layers.data(), 1, net.row, v, net.tables[0].data(), nullptr, 1, 0};
+        5, 2, h.as<double>(), net.layers.data(), 1, net.row, v, net.tables[0].data(), nullptr,
+        1, 0, nullptr,        nullptr,           0};
     const int64_t got = FK_SELECT_AMX(mlp_sample)({prepared, x.as<float>(), out.as<float>(), 97, nullptr, nullptr, 3});
     if (got != bad) fail("returned", 0, double(got), double(bad));
   }

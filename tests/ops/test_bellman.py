@@ -20,8 +20,8 @@ def path(parent, steps, k):
     return knots[::-1]
 
 
-def exhaustive(cost, steps):
-    """J(s, k) over every path of s steps from knot 0 to knot k."""
+def exhaustive(cost, steps, carry=1.0):
+    """J(s, k) over every path of s steps from knot 0 to knot k; products and sums are rounded as in the recursion."""
     n = len(cost)
     value = torch.full((steps + 1, n), math.inf, dtype=F64)
     value[0, 0] = 0
@@ -29,7 +29,9 @@ def exhaustive(cost, steps):
         for k in range(s, n):
             for middle in itertools.combinations(range(1, k), s - 1):
                 knots = (0, *middle, k)
-                total = sum(cost[j][i] for j, i in itertools.pairwise(knots))
+                total = 0.0
+                for j, i in itertools.pairwise(knots):
+                    total = carry * total + cost[j][i]
                 value[s, k] = min(value[s, k].item(), total)
     return value
 
@@ -57,6 +59,54 @@ def test_exhaustive_search_and_ties(case, name):
     for s, k in itertools.product(range(steps + 1), range(len(rows))):
         attains = [j for j in range(k) if s and expected[s - 1, j] + rows[j][k] == expected[s, k] < math.inf]
         assert parent[s, k] == (attains[0] if attains else -1)
+
+
+@given(costs(st.floats(-1e6, 1e6)), st.sampled_from(BACKENDS), st.sampled_from([0.7, 1 / 0.9, 3, 1e-60, 1e60]))
+def test_exhaustive_search_with_a_factor_on_the_cost_so_far(case, name, carry):
+    """Bit for bit: rounding keeps an order, so that the least of the rounded sums is the sum of the least."""
+    rows, steps = case
+    with backend(name):
+        value, parent = bellman(torch.tensor(rows, dtype=F64), steps, carry)
+    assert torch.equal(value, exhaustive(rows, steps, carry))
+    for s, k in (parent >= 0).nonzero().tolist():
+        attains = [
+            j for j in range(k) if value[s - 1, j] < math.inf and carry * value[s - 1, j] + rows[j][k] == value[s, k]
+        ]
+        assert parent[s, k] == attains[0]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_factor_of_one_is_none(name):
+    cost = torch.rand(40, 40, dtype=F64, generator=torch.Generator().manual_seed(0))
+    with backend(name):
+        got, expected = bellman(cost, 12, 1), bellman(cost, 12)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_factor_changes_the_path(name):
+    """Steps of equal length are best; where later ones count for less, they are longer."""
+    t = torch.arange(41, dtype=F64)
+    with backend(name):
+        _, parent = bellman((t - t[:, None]).square(), 4, 1 / 0.5)
+    assert path(parent, 4, 40) == [0, 3, 8, 19, 40]
+
+
+@pytest.mark.parametrize("number", [float, torch.tensor], ids=["float", "tensor"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_factor_stays_open_when_compiled(name, number):
+    cost = torch.rand(9, 9, dtype=F64, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda c, carry: bellman(c, 5, carry), fullgraph=True, dynamic=True, backend="aot_eager")
+    with backend(name):
+        compiled(cost, number(1.1))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for carry in (0.7, 1 / 0.9, 12.0):
+                expected = bellman(cost, 5, torch.tensor(carry).item() if number is torch.tensor else carry)
+                got = compiled(cost, number(carry))
+                assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+            with pytest.raises(ValueError, match=r"carry: expected a positive, finite number, got -0\.5"):
+                compiled(cost, number(-0.5))
 
 
 @given(costs(st.floats(-1e6, 1e6), largest=10), st.sampled_from(BACKENDS))
@@ -182,6 +232,27 @@ def test_on_a_gpu_bad_costs_are_in_the_tables(n):
     assert parent.eq(-1).all()
     with backend("cuda"), pytest.raises(ValueError, match=r"got cost\[1, 2\] = nan"):
         bellman(cost, 2)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("carry", [0, 0.0, -1.0, math.inf, math.nan, torch.tensor(0.0)])
+def test_a_factor_that_is_none(carry, name):
+    with backend(name), pytest.raises(ValueError, match="carry: expected a positive, finite number, got "):
+        bellman(COST, 2, carry)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_from_a_value_of_minus_infinity_a_forbidden_step_stays_forbidden(name):
+    cost = torch.full((5, 5), -1.7e308, dtype=F64)
+    cost[2, 3] = math.inf
+    with backend(name):
+        value, parent = bellman(cost, 3)
+        with_factor, _ = bellman(cost / 1e8, 2, 1e10)
+    assert value[2].tolist() == [math.inf] * 2 + [-math.inf] * 3
+    assert parent[2].tolist() == [-1, -1, 1, 1, 1]
+    assert value[3].tolist() == [math.inf] * 4 + [-math.inf]
+    assert parent[3].tolist() == [-1, -1, -1, -1, 2]
+    assert torch.equal(with_factor[2], value[2])
 
 
 def test_leaves_the_costs_alone():

@@ -251,10 +251,10 @@ FIRST, COST = torch.ones(4, dtype=F64), torch.ones(4, 4, 4, dtype=F64)
     [
         (TypeError, r"first: expected a torch.Tensor, got list", FIRST.tolist(), COST, 2),
         (TypeError, r"cost: expected a torch.Tensor, got list", FIRST, COST.tolist(), 2),
-        (TypeError, r"first: expected torch.float64, got a torch.float32 tensor of shape \[4\]", FIRST.float(), COST, 2),
+        (TypeError, r"first: expected torch.float64, got a torch.float32 tensor", FIRST.float(), COST, 2),
         (TypeError, r"cost: expected torch.float64, got a torch.float32 tensor", FIRST, COST.float(), 2),
         (ValueError, r"cost: expected shape \[K\+1, K\+1, K\+1\] with K >= 1, got .*\[4, 4\]", FIRST, COST[0], 2),
-        (ValueError, r"cost: expected shape \[K\+1, K\+1, K\+1\] with K >= 1, got .*\[4, 4, 3\]", FIRST, COST[..., 1:], 2),
+        (ValueError, r"cost: expected .* with K >= 1, got .*\[4, 4, 3\]", FIRST, COST[..., 1:], 2),
         (ValueError, r"cost: expected .* with K >= 1, got .*\[1, 1, 1\]", FIRST[:1], COST[:1, :1, :1], 1),
         (ValueError, r"cost: expected .* with K >= 1, got .*\[\]", FIRST[0], COST[0, 0, 0], 1),
         (ValueError, r"first: expected shape \[4\] on cpu, as cost, got .*\[3\]", FIRST[1:], COST, 2),

@@ -12,8 +12,22 @@ from flowkernels import backends
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import mlp_sample
 from flowkernels.ops._samples import Sample
-from flowkernels.ops.mlp_sample import PLACE, Layer, Plan, Prepared, Source, Tables, _places, reference
-from flowkernels.ops.mlp_sample.samples import Network, error_and_bound, sample_inputs
+from flowkernels.ops.mlp_sample import (
+    PLACE,
+    Layer,
+    Plan,
+    Prepared,
+    Source,
+    Tables,
+    Update,
+    Updates,
+    _flat_steps,
+    _places,
+    _steps,
+    one_by_one,
+    reference,
+)
+from flowkernels.ops.mlp_sample.samples import Network, dense, error_and_bound, last_few, sample_inputs, scattered
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 NAN, INF = math.nan, math.inf
@@ -231,6 +245,157 @@ def test_a_sample_does_not_depend_on_the_batch_on_gpus(low, name, sizes):
             for first in (0, 97 - n):
                 rows = slice(first, first + n)
                 assert torch.equal(mlp_sample(x[rows], h, rows_of(layers, rows), low=low), whole[rows])
+
+
+# ---- updates with velocities of earlier evaluations ----
+
+SOLVERS = pytest.mark.parametrize("solver", [last_few(2), last_few(3), dense, scattered])
+
+
+@settings(max_examples=60)
+@given(networks(), st.sampled_from([None, 2.5]), st.booleans(), st.sampled_from([None, BF16]), st.integers(1, 9))
+def test_random_updates_against_float64(net, guidance, trajectory, low, steps):
+    assert_updates_within_the_bound("cpu", net, guidance, trajectory, low, steps)
+
+
+@settings(max_examples=25)
+@given(networks(), st.sampled_from([None, 2.5]), st.booleans(), st.sampled_from([None, BF16]), st.integers(1, 9))
+def test_random_updates_on_cuda_against_float64(net, guidance, trajectory, low, steps):
+    assert_updates_within_the_bound("cuda", net, guidance, trajectory, low, steps)
+
+
+@settings(max_examples=6)
+@given(networks(n=(1, 3, 17, 33)), st.sampled_from([None, 2.5]), st.booleans(), st.sampled_from([None, BF16]))
+def test_random_updates_on_triton_against_float64(net, guidance, trajectory, low):
+    assert_updates_within_the_bound("triton", net, guidance, trajectory, low, 4)
+
+
+def assert_updates_within_the_bound(name, net, guidance, trajectory, low, steps):
+    """Tables of one row for each step fit its number of steps alone: they are repeated."""
+    times = [k % net.steps for k in range(steps)]
+    of_steps = (
+        {k: t[times] for k in ("scale", "shift", "shift_each") if (t := getattr(a, k)) is not None and len(t) > 1}
+        for a in net.layers
+    )
+    net.layers = [replace(a, **tables) for a, tables in zip(net.layers, of_steps, strict=True)]
+    net.steps = steps
+    sample = net.sample("", guidance=guidance, trajectory=trajectory, low=low, solver=scattered)
+    with backend(name), nan_in_new_memory():
+        error, bound = error_and_bound(sample, call(sample))
+    assert error <= bound
+
+
+@EACH
+def test_updates_of_whole_numbers(name):
+    """v = x + t, from either state, without the last velocity, and with the first one long after it."""
+    x = torch.tensor([[1.0, -2.0, 3.0], [0.0, 5.0, -1.0]])
+    shift = torch.arange(4.0).expand(3, 4).T.reshape(4, 1, 3)
+    layers = [Layer("linear", Source(0, 0, 3), 3, torch.eye(3), shift=shift)]
+    updates = [
+        (True, [0], [2.0]),
+        (False, [0], [3.0]),
+        (True, [0, 1, 2], [1.0, -1.0, 2.0]),
+        (False, [0, 3], [-4.0, 1.0]),
+    ]
+    states, velocities = [x], []
+    for t, (first, which, factors) in enumerate(updates):
+        velocities.append(states[-1] + t)
+        added = sum(b * velocities[k] for b, k in zip(factors, which, strict=True))
+        states.append((x if first else states[-1]) + added)
+    with backend(name):
+        got = mlp_sample(x, updates, layers, trajectory=True)
+        alone = mlp_sample(x, updates, layers)
+    assert torch.equal(got[0], states[-1])
+    assert torch.equal(got[1], torch.stack(states))
+    assert torch.equal(got[2], torch.stack(velocities))
+    assert torch.equal(alone, states[-1])
+
+
+@EACH
+@pytest.mark.parametrize("low", [None, BF16])
+def test_updates_that_are_euler_steps(name, low):
+    """The same path, bit for bit; and the path of updates, which adds in the same order."""
+    net = Network(17, 33, 4).add(40, activation="silu").head()
+    x, h, layers = net.sample("").args
+    updates = [Update(i == 0, [i], [size]) for i, size in enumerate(h)]
+    assert one_by_one(updates) == h
+    with backend(name):
+        expected = mlp_sample(x, h, layers, low=low)
+        assert torch.equal(mlp_sample(x, updates, layers, low=low), expected)
+        updates[-1] = Update(False, [0, 3], [0.0, h[3]])
+        assert torch.equal(mlp_sample(x, updates, layers, low=low), expected)
+
+
+@SOLVERS
+@pytest.mark.parametrize(("name", "sizes"), [("cpu", (1, 6, 13, 48)), ("cuda", (1, 7, 33)), ("triton", (1, 17))])
+def test_a_sample_does_not_depend_on_the_batch_with_updates(solver, name, sizes):
+    net = Network(33, 97, 4).add(70, activation="silu").head()
+    x, updates, layers = net.sample("", solver=solver).args
+    with backend(name):
+        whole = mlp_sample(x, updates, layers)
+        for n in sizes:
+            for first in (0, 97 - n):
+                rows = slice(first, first + n)
+                assert torch.equal(mlp_sample(x[rows], updates, rows_of(layers, rows)), whole[rows])
+    if name == "cpu":
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(mlp_sample(x, updates, layers), whole)
+        torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize("low", [None, BF16])
+@pytest.mark.parametrize(("n", "widths"), [(97, [150, 130]), (40, [17000, 9])])  # rows in shared memory, and not
+def test_updates_of_several_tiles_on_cuda(n, widths, low):
+    net = Network(5, n, 3)
+    for width in widths:
+        net.add(width, activation="silu")
+    sample = net.head().sample("", low=low, guidance=1.5, solver=dense)
+    with backend("cuda"), nan_in_new_memory():
+        error, bound = error_and_bound(sample, call(sample))
+    assert error <= bound
+
+
+@given(st.integers(1, 30), st.integers(0, 99))
+def test_velocities_that_are_needed_later_have_places_of_their_own(steps, seed):
+    updates = scattered(steps, torch.Generator().manual_seed(seed))
+    given, memory, terms = Updates(updates), {}, []
+    for i, (from_start, count, kept) in enumerate(given.listed):
+        mine = given.places[len(terms) : len(terms) + count]
+        assert (bool(from_start), count) == (updates[i].from_start, len(updates[i].which))
+        assert [i if place < 0 else memory[place] for place in mine] == list(updates[i].which)
+        terms += mine
+        assert kept < given.count
+        if kept >= 0:
+            memory[kept] = i
+    assert len(memory) == given.count
+    assert given.factors == [b for u in updates for b in u.factors]
+
+
+def test_places_are_used_again():
+    g = torch.Generator().manual_seed(0)
+    assert [Updates(solver(12, g)).count for solver in (last_few(1), last_few(2), last_few(4), dense)] == [0, 1, 3, 11]
+
+
+@given(st.integers(0, 12), st.integers(0, 99))
+def test_updates_as_the_registered_op_takes_them(steps, seed):
+    updates = scattered(steps, torch.Generator().manual_seed(seed))
+    assert _steps(*_flat_steps(updates)) == updates
+    h = [0.5 * i for i in range(steps)]
+    assert _steps(*_flat_steps(h)) == h
+
+
+@pytest.mark.parametrize("low", [None, BF16])
+def test_updates_that_are_not_finite_or_in_place(low):
+    net = Network(17, 49, 3).add(65, activation="silu").head()
+    x, updates, layers = net.sample("", solver=dense).args
+    expected, (plan, tables) = mlp_sample(x, updates, layers, low=low), plan_of(x, layers, low)
+    prepared, y, broken = Prepared(plan, updates, tables, None, 1.0), x.clone(), x.clone()
+    assert prepared.run(y, y) == -1
+    assert torch.equal(y, expected)
+    broken[31, 3] = broken[40, 0] = NAN
+    assert prepared.run(broken, y) == 31
+    assert (~y.isfinite().all(1)).nonzero().flatten().tolist() == [31, 40]
 
 
 # ---- exact results: whole numbers ----
@@ -512,6 +677,17 @@ def whole(x=X, h=(0.1, 0.2), layers=(A, B)):
         (ValueError, r"x: expected shape \[n, D\] with D > 0, got .*\[3, 0\]", whole(X[:, :0]), {}),
         (TypeError, r"step_sizes: expected a sequence of numbers, got 0.1", whole(h=0.1), {}),
         (TypeError, r"step_sizes\[1\]: expected a number, got 'a'", whole(h=[0.1, "a"]), {}),
+        (TypeError, r"step_sizes\[1\]: expected \(whether from x, ", whole(h=[(True, [0], [1.0]), 0.1]), {}),
+        (TypeError, r"step_sizes\[0\]: expected True or False first, got 1", whole(h=[(1, [0], [1.0])]), {}),
+        (
+            ValueError,
+            r"step_sizes\[1\]: expected increasing numbers of evaluations from 0 to 1, got \[0, 2\]",
+            whole(h=[(True, [0], [1.0]), (True, [0, 2], [1.0, 1.0])]),
+            {},
+        ),
+        (ValueError, r"step_sizes\[0\]: expected increasing numbers", whole(h=[(True, [0, 0], [1.0, 1.0])]), {}),
+        (ValueError, r"step_sizes\[0\]: expected 1 factors, got \[\]", whole(h=[(True, [0], [])]), {}),
+        (TypeError, r"step_sizes\[0\], factor of 0: expected a number, got 'a'", whole(h=[(True, [0], ["a"])]), {}),
         (TypeError, r"low: expected torch.bfloat16 or None, got torch.float16", whole(), dict(low=torch.float16)),
         (TypeError, r"guidance: expected a number, got 'x'", whole(), dict(guidance="x")),
         (ValueError, r"guidance: expected 1 without unconditional, got 2.0", whole(), dict(guidance=2.0)),

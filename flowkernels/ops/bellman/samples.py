@@ -44,6 +44,6 @@ def from_op(args: tuple) -> Sample:
 
 
 def error_and_bound(sample: Sample, got: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """How many entries differ from the reference's, and none: products, sums of two and minima round alike everywhere."""
+    """How many entries differ from the reference's, and none: products, sums and minima round alike everywhere."""
     value, parent = reference.bellman(*sample.args, **sample.kwargs)
     return float((got[0] != value).sum() + (got[1] != parent).sum()), 0.0

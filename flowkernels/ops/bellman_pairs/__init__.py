@@ -13,8 +13,8 @@ def bellman_pairs(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tens
 
     `V(s, j, k) = min_{i<j} V(s-1, i, j) + c(i, j, k)` and `V(1, 0, k) = first(k)`. Ties go to the smaller i. It is
     `bellman` where the cost of a step depends on the knot before it too, as that of a two-step method does
-    (Adams-Bashforth 2). N steps of least cost end with the step from `j = argmin(value[N, :, K])`, before which comes the
-    one from `parent[N, j, K]`.
+    (Adams-Bashforth 2). The last of N steps of least cost comes from `j = argmin(value[N, :, K])`, the one before it
+    from `parent[N, j, K]`.
 
     Args:
         first: float64 `[K+1]`; entry k >= 1 is the cost of a first step from knot 0 to knot k, +Inf forbids it. Entry 0

@@ -1,8 +1,9 @@
-"""Velocity evaluation and all Euler steps in one call, for networks that are stacks of linear layers."""
+"""Velocity evaluation and all steps of a sampler in one call, for networks that are stacks of linear layers."""
 
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,14 @@ class Source(NamedTuple):
     value: int
     first: int
     width: int
+
+
+class Update(NamedTuple):
+    """What follows an evaluation i: x_{i+1} = (x_0 or x_i) + the sum of factor * v_k, added up in the order of k."""
+
+    from_start: bool
+    which: Sequence[int]
+    factors: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Layer:
 
 def mlp_sample(
     x: Tensor,
-    step_sizes: Sequence[float],
+    step_sizes: Sequence[float] | Sequence[Update],
     layers: Sequence[Layer],
     *,
     unconditional: Sequence[Layer] | None = None,
@@ -76,7 +85,7 @@ def mlp_sample(
     low: torch.dtype | None = None,
     trajectory: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """All Euler steps `x <- x + h_s v(x, t_s)` of a velocity network in one call.
+    """All Euler steps `x <- x + h_s v(x, t_s)` of a velocity network in one call, or all updates of a `Solver`.
 
     The state and all activations of a few samples stay in the caches (of the CUDA kernels in shared memory) through
     every layer and step; memory sees x, the result and the weights. `fk.fuse` makes the layers of a network, and packs
@@ -85,7 +94,8 @@ def mlp_sample(
 
     Args:
         x: noise `[n, D]`, float32.
-        step_sizes: h_s for s = 0..N-1.
+        step_sizes: h_s for s = 0..N-1, or what `Solver.updates()` returns: for each of N evaluations (whether the state
+            after it starts from x instead of the state before it; which velocities are added; their factors).
         layers: the network; the value of the last layer is the velocity, of width D.
         unconditional: the same layers with the tables of the unconditional velocity, for guidance.
         guidance: w in `v_uncond + w (v - v_uncond)`; 1 means no guidance.
@@ -106,10 +116,7 @@ def mlp_sample(
     expect_number(guidance, "guidance")
     expect(guidance == 1.0 or unconditional is not None, "guidance", "1 without unconditional", guidance)
     expect(hasattr(step_sizes, "__iter__"), "step_sizes", "a sequence of numbers", step_sizes, TypeError)
-    h = list(step_sizes)
-    for i, size in enumerate(h):
-        expect_number(size, f"step_sizes[{i}]")
-    h = [float(size) for size in h]
+    h = expect_steps(list(step_sizes))
     expect_layers(layers, "layers", x, len(h))
     if unconditional is not None:
         expect_layers(unconditional, "unconditional", x, len(h))
@@ -120,8 +127,8 @@ def mlp_sample(
         others = _named_tensors(unconditional or (), "unconditional")
         for name, t in [("x", x), *_named_tensors(layers, "layers"), *others]:
             expect(not t.requires_grad, name, "no gradient: mlp_sample has none", "requires_grad")
-    args = (x, h, *_flat(layers, unconditional), float(guidance), low, trajectory)
-    if (C := direct("mlp_sample", x, *args[2])) is not None:
+    args = (x, *_flat_steps(h), *_flat(layers, unconditional), float(guidance), low, trajectory)
+    if (C := direct("mlp_sample", x, *args[3])) is not None:
         state, states, velocities = _kernel(C, *args)
     elif is_transformed():
         with no_autocast(x):
@@ -129,6 +136,31 @@ def mlp_sample(
     else:
         state, states, velocities = dispatch("mlp_sample", *args)
     return (state, states, velocities) if trajectory else state
+
+
+def expect_steps(steps: list) -> list[float] | list[Update]:
+    if not any(isinstance(step, (tuple, list)) for step in steps):
+        for i, size in enumerate(steps):
+            expect_number(size, f"step_sizes[{i}]")
+        return [float(size) for size in steps]
+    for i, update in enumerate(steps):
+        where, triple = f"step_sizes[{i}]", "(whether from x, which velocities, their factors), as all others"
+        expect(isinstance(update, (tuple, list)) and len(update) == 3, where, triple, update, TypeError)
+        from_start, which, factors = update
+        expect(isinstance(from_start, bool), where, "True or False first", from_start, TypeError)
+        rises = all(isinstance(k, int) for k in which) and all(a < b for a, b in pairwise([-1, *which, i + 1]))
+        expect(rises, where, f"increasing numbers of evaluations from 0 to {i}", which)
+        expect(len(factors) == len(which), where, f"{len(which)} factors", factors)
+        for k, factor in zip(which, factors, strict=True):
+            expect_number(factor, f"{where}, factor of {k}")
+    return one_by_one([Update(first, list(which), [float(b) for b in factors]) for first, which, factors in steps])
+
+
+def one_by_one(updates: Sequence[Update]) -> list[float] | list[Update]:
+    """Step sizes, where each update adds nothing but its own velocity to its own state."""
+    if all((i == 0 or not first) and list(which) == [i] for i, (first, which, _) in enumerate(updates)):
+        return [factors[0] for _, _, factors in updates]
+    return [Update(*update) for update in updates]
 
 
 def expect_layers(layers: Sequence[Layer], name: str, x: Tensor, steps: int) -> None:
@@ -182,6 +214,27 @@ def _named_tensors(layers: Sequence[Layer], where: str):
         for name in ("weight", "scale", "shift", "shift_each"):
             if (t := getattr(layer, name)) is not None:
                 yield f"{where}[{i}].{name}", t
+
+
+# Steps as the registered op takes them: the sizes; or all factors, and of each update whether it starts from x, how
+# many terms it has, and which
+
+
+def _flat_steps(steps: list[float] | list[Update]) -> tuple[list[float], list[int]]:
+    if not steps or not isinstance(steps[0], Update):
+        return steps, []
+    code = [number for u in steps for number in (int(u.from_start), len(u.which), *u.which)]
+    return [b for u in steps for b in u.factors], code
+
+
+def _steps(step_sizes: Sequence[float], updates: Sequence[int]) -> list[float] | list[Update]:
+    if not updates:
+        return list(step_sizes)
+    found, factors, code = [], iter(step_sizes), iter(updates)
+    for from_start in code:
+        which = [next(code) for _ in range(next(code))]
+        found.append(Update(bool(from_start), which, [next(factors) for _ in which]))
+    return found
 
 
 # A layer as the registered op takes it: its tensors, its integers and its numbers
@@ -281,10 +334,10 @@ class Plan:
         self.count, self.velocity = len(layers), places[value]
         self.structs = torch.frombuffer(bytearray(structs), dtype=torch.uint8)
 
-    def prepare(self, h: Tensor, layers, unconditional, guidance: float) -> "Prepared":
-        """With the tables of these layers, which are the plan's."""
+    def prepare(self, steps: Tensor | Sequence[Update], layers, unconditional, guidance: float) -> "Prepared":
+        """With the tables of these layers, which are the plan's. steps: float64 step sizes, or updates."""
         others = None if unconditional is None else Tables(unconditional)
-        return Prepared(self, h, Tables(layers), others, guidance)
+        return Prepared(self, steps, Tables(layers), others, guidance)
 
     def _pack(self, weight: Tensor) -> Tensor:
         weight = weight.contiguous()
@@ -323,14 +376,23 @@ def is_cuda(C) -> bool:
 class Prepared:
     """A plan with the tables of one schedule: all that the kernel is given but the samples."""
 
-    def __init__(self, plan: Plan, h: Tensor, tables: "Tables", unconditional: "Tables | None", guidance: float):
+    def __init__(
+        self,
+        plan: Plan,
+        steps: Tensor | Sequence[Update],
+        tables: "Tables",
+        unconditional: "Tables | None",
+        guidance: float,
+    ):
         self.C, self.is_cuda = plan.C, is_cuda(plan.C)
-        self.kept = (plan, h, tables, unconditional)  # their memory is read
+        given = steps if isinstance(steps, Tensor) else Updates(steps)
+        self.kept = (plan, given, tables, unconditional)  # their memory is read
+        h, updates = (steps.data_ptr(), (0, 0, 0)) if given is steps else (0, given.numbers)
         uncond = 0 if unconditional is None else unconditional.structs.data_ptr()
         numbers = struct.pack(
-            "=qqqqqqqqqdq",
-            *(plan.dim, len(h), h.data_ptr(), plan.structs.data_ptr(), plan.count, plan.row, plan.velocity),
-            *(tables.structs.data_ptr(), uncond, guidance, plan.low),
+            "=qqqqqqqqqdqqqq",
+            *(plan.dim, len(steps), h, plan.structs.data_ptr(), plan.count, plan.row, plan.velocity),
+            *(tables.structs.data_ptr(), uncond, guidance, plan.low, *updates),
         )
         self.struct = torch.frombuffer(bytearray(numbers), dtype=torch.uint8)
         self.address = self.struct.data_ptr()
@@ -404,36 +466,64 @@ class Tables:
         self.structs = torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
+class Updates:
+    """Updates as the kernels read them. A velocity that a later update adds has a place until then.
+
+    listed: for each update whether it starts from x, its number of terms, and the place where its velocity is kept, or
+    -1. places: of each term's velocity, -1 for that of the update's own evaluation. count: of places.
+    """
+
+    def __init__(self, updates: Sequence[Update]):
+        last_use = {k: i for i, u in enumerate(updates) for k in u.which}
+        self.listed, self.places, self.count = [], [], 0
+        self.factors = [b for u in updates for b in u.factors]
+        taken, free = {}, []
+        for i, u in enumerate(updates):
+            self.places += [taken.get(k, -1) for k in u.which]
+            free += [taken.pop(k) for k in u.which if k < i and last_use[k] == i]
+            if last_use.get(i, i) > i:
+                self.count += not free
+                taken[i] = free.pop() if free else self.count - 1
+            self.listed.append((int(u.from_start), len(u.which), taken.get(i, -1)))
+        structs = b"".join(struct.pack("=qqq", *numbers) for numbers in self.listed)
+        terms = zip(self.places, self.factors, strict=True)
+        self.structs = bytearray(structs + b"".join(struct.pack("=qd", *term) for term in terms)) or bytearray(1)
+        at = torch.frombuffer(self.structs, dtype=torch.uint8).data_ptr()
+        self.numbers = at, at + len(structs), self.count
+
+
 def _empty(x: Tensor, steps: int, trajectory: bool) -> tuple[Tensor, Tensor, Tensor]:
     kept = steps if trajectory else -1
     states = x.new_empty(kept + 1, *x.shape) if trajectory else x.new_empty(0)
     return x.new_empty(x.shape), states, x.new_empty(kept, *x.shape) if trajectory else x.new_empty(0)
 
 
-def _kernel(C, x, step_sizes, tensors, code, numbers, guided, guidance, low, trajectory):
+def _kernel(C, x, step_sizes, updates, tensors, code, numbers, guided, guidance, low, trajectory):
     layers, unconditional = _layers(tensors, code, numbers, guided)
     plan = plan_for(C, x.shape[1], layers, low)
-    out, states, velocities = map(fresh, _empty(x, len(step_sizes), trajectory))
-    h = torch.tensor(step_sizes, dtype=torch.float64, device="cpu")
+    steps = _steps(step_sizes, updates)
+    out, states, velocities = map(fresh, _empty(x, len(steps), trajectory))
+    given = steps if updates else torch.tensor(steps, dtype=torch.float64, device="cpu")
     kept = (states, velocities) if trajectory else (None, None)
-    plan.prepare(h, layers, unconditional, guidance).run(x.contiguous(), out, *kept)
+    plan.prepare(given, layers, unconditional, guidance).run(x.contiguous(), out, *kept)
     return out, states, velocities
 
 
-def _reference(x, step_sizes, tensors, code, numbers, guided, guidance, low, trajectory):
+def _reference(x, step_sizes, updates, tensors, code, numbers, guided, guidance, low, trajectory):
     layers, unconditional = _layers(tensors, code, numbers, guided)
-    out, *kept = reference.mlp_sample(x, step_sizes, layers, unconditional, guidance, low)
-    empty = _empty(x, len(step_sizes), trajectory)
+    steps = _steps(step_sizes, updates)
+    out, *kept = reference.mlp_sample(x, steps, layers, unconditional, guidance, low)
+    empty = _empty(x, len(steps), trajectory)
     return empty[0].copy_(out), *(kept if trajectory else empty[1:])
 
 
-def _fake(x, step_sizes, tensors, code, numbers, guided, guidance, low, trajectory):
-    return _empty(x, len(step_sizes), trajectory)
+def _fake(x, step_sizes, updates, tensors, code, numbers, guided, guidance, low, trajectory):
+    return _empty(x, len(_steps(step_sizes, updates)), trajectory)
 
 
 register(
-    "mlp_sample(Tensor x, float[] step_sizes, Tensor[] tensors, int[] code, float[] numbers, bool guided, "
-    "float guidance, ScalarType? low, bool trajectory) -> (Tensor, Tensor, Tensor)",
+    "mlp_sample(Tensor x, float[] step_sizes, int[] updates, Tensor[] tensors, int[] code, float[] numbers, "
+    "bool guided, float guidance, ScalarType? low, bool trajectory) -> (Tensor, Tensor, Tensor)",
     _kernel,
     _reference,
     _fake,

@@ -52,14 +52,21 @@ def velocity(x: Tensor, layers: Sequence, step: int, low: torch.dtype | None) ->
 
 
 def mlp_sample(x, step_sizes, layers, unconditional, guidance, low) -> tuple[Tensor, Tensor, Tensor]:
-    """(the state after all steps, the states `[N+1, n, D]`, the velocities `[N, n, D]`)."""
+    """(the state after all steps, the states `[N+1, n, D]`, the velocities `[N, n, D]`). step_sizes: or updates."""
     states, velocities = [x], []
-    for step, h in enumerate(step_sizes):
+    start = x
+    for step, update in enumerate(step_sizes):
         v = velocity(x, layers, step, low)
         if unconditional is not None:
             u = velocity(x, unconditional, step, low)
             v = u + guidance * (v - u)
-        x = x + h * v
-        states.append(x)
         velocities.append(v)
+        if isinstance(update, tuple):
+            from_start, which, factors = update
+            x = start if from_start else x
+            for i, factor in zip(which, factors, strict=True):
+                x = x + factor * velocities[i]
+        else:
+            x = x + update * v
+        states.append(x)
     return x, torch.stack(states), torch.stack(velocities) if velocities else x.new_empty(0, *x.shape)

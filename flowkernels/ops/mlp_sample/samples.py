@@ -1,14 +1,14 @@
 """Sample inputs of `mlp_sample` and the error allowed on them, for its tests and its benchmark."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flowkernels.ops._samples import Sample, arrange, not_none, slices
-from flowkernels.ops.mlp_sample import Layer, Source, _flat, _layers, reference
+from flowkernels.ops.mlp_sample import Layer, Source, Update, _flat, _flat_steps, _layers, _steps, reference
 
 TRIALS = 3
 CHECKED = 10**10  # multiply-adds, about, that the samples of a large batch that are checked may cost in each of them
@@ -53,9 +53,17 @@ class Network:
     def head(self) -> "Network":
         return self.add(self.dim)
 
-    def sample(self, name: str, layout: str = "contiguous", guidance: float | None = None, **kwargs) -> Sample:
+    def sample(
+        self,
+        name: str,
+        layout: str = "contiguous",
+        guidance: float | None = None,
+        solver: Callable[[int, torch.Generator], list[Update]] | None = None,
+        **kwargs,
+    ) -> Sample:
         x = arrange(torch.randn(self.n, self.dim, generator=self.g), layout)
         h = (torch.rand(self.steps, generator=self.g, dtype=torch.float64) / max(self.steps, 1)).tolist()
+        h = h if solver is None else solver(self.steps, self.g)
         if guidance is not None:
             others = [
                 replace(a, **{k: t + 0.1 for k in ("scale", "shift", "shift_each") if (t := getattr(a, k)) is not None})
@@ -64,6 +72,37 @@ class Network:
             kwargs |= dict(unconditional=others, guidance=guidance)
         shape = f"n{self.n}x{self.dim}-steps{self.steps}"
         return Sample(f"{name}-{shape}" + ("" if layout == "contiguous" else f"-{layout}"), (x, h, self.layers), kwargs)
+
+
+def last_few(order: int) -> Callable[[int, torch.Generator], list[Update]]:
+    """From the state before, with the last few velocities; weights of both signs, as in Adams-Bashforth."""
+
+    def updates(steps: int, g: torch.Generator) -> list[Update]:
+        def update(i):
+            terms = min(order, i + 1)
+            signs = torch.tensor([(-1.0) ** (terms - 1 - k) for k in range(terms)], dtype=torch.float64)
+            factors = signs * (0.5 + torch.rand(terms, generator=g, dtype=torch.float64)) / steps
+            return Update(i == 0, list(range(i + 1 - terms, i + 1)), factors.tolist())
+
+        return [update(i) for i in range(steps)]
+
+    return updates
+
+
+def dense(steps: int, g: torch.Generator) -> list[Update]:
+    """From x, with all velocities, as a fit has them."""
+    factors = torch.randn(steps, steps, generator=g, dtype=torch.float64) / max(steps, 1)
+    return [Update(True, list(range(i + 1)), factors[i, : i + 1].tolist()) for i in range(steps)]
+
+
+def scattered(steps: int, g: torch.Generator) -> list[Update]:
+    """Any of the velocities, its own or not, from either state; places are used again in no order."""
+    found = []
+    for i in range(steps):
+        which = torch.rand(i + 1, generator=g).lt(0.5).nonzero().flatten().tolist() or [i // 2]
+        factors = torch.randn(len(which), generator=g, dtype=torch.float64) / steps
+        found.append(Update(bool(torch.rand((), generator=g) < 0.5), which, factors.tolist()))
+    return found
 
 
 def sample_inputs() -> Iterator[Sample]:
@@ -115,19 +154,26 @@ def sample_inputs() -> Iterator[Sample]:
         yield residual(33, n, 3).sample("residual low", low=bf16, trajectory=n == 6)
     yield gates(49, 2, "sample").sample("gates low", "sliced", guidance=1.5, low=bf16)
     yield Network(3, 17, 4).add(100, activation="silu").add(15, activation="silu").head().sample("narrow low", low=bf16)
+    solvers = {"two terms": last_few(2), "three terms": last_few(3), "dense": dense, "scattered": scattered}
+    for (name, solver), shape in zip(solvers.items(), ((17, 7, 5), (3, 33, 4), (16, 49, 4), (5, 1, 8)), strict=True):
+        net = Network(*shape).add(33, activation="silu").add(20, activation="silu").head()
+        yield net.sample(f"solver {name}", solver=solver, trajectory=name == "dense")
+    kwargs = dict(solver=scattered, trajectory=True)
+    yield residual(33, 5, 7).sample("solver scattered guided", "misaligned", guidance=1.5, **kwargs)
+    yield residual(15, 17, 6).sample("solver scattered low", "sliced", low=bf16, **kwargs)
 
 
 def to_op(sample: Sample) -> tuple:
     (x, h, layers), k = sample.args, sample.kwargs
     options = k.get("guidance", 1.0), k.get("low"), k.get("trajectory", False)
-    return (x, h, *_flat(layers, k.get("unconditional")), *options)
+    return (x, *_flat_steps(h), *_flat(layers, k.get("unconditional")), *options)
 
 
 def from_op(args: tuple) -> Sample:
-    x, h, tensors, code, numbers, guided, guidance, low, trajectory = args
+    x, step_sizes, updates, tensors, code, numbers, guided, guidance, low, trajectory = args
     layers, unconditional = _layers(tensors, code, numbers, guided)
     kwargs = not_none(unconditional=unconditional, guidance=guidance, low=low, trajectory=trajectory)
-    return Sample("from_op", (x, h, layers), kwargs)
+    return Sample("from_op", (x, _steps(step_sizes, updates), layers), kwargs)
 
 
 def parts(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> Iterator[tuple[Sample, Tensor | tuple]]:
@@ -158,7 +204,9 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
     Allowed: twice the error of the reference in float32, plus what rounding alone does to the result. That is found by
     backward analysis: a sum of k products whose partial sums are rounded is exact for weights that are off by some
     sqrt(k) half-ulps, and activations and steps are for tables, gains and states that are off by one or two ulp. The
-    network is evaluated in float64 with such random errors, a few times, and the largest difference taken, twice.
+    network is evaluated in float64 with such random errors, a few times, and the largest difference taken, twice. An
+    update of k terms rounds k partial sums: it is exact for a state that it starts from, and for factors, which are
+    rounded themselves, that are off by some sqrt(k) half-ulps more.
 
     With `low` the truth is that of the network that is not rounded, and the reference rounds as the kernel does. Their
     values differ where an input lies so near the middle of two numbers that an error of the kind above, d, takes it to
@@ -181,7 +229,12 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
         return max(w.item() if w == w else math.inf for w in worst)
 
     half_ulp = torch.finfo(torch.float32).eps / 2
-    floor = 0.0
+    floor, most, roundings = 0.0, 0, 0  # most: roundings of a state since it started from x
+    multistep = len(h) > 0 and isinstance(h[0], tuple)
+    updates = [Update(*u) if multistep else Update(False, [i], [u]) for i, u in enumerate(h)]
+    for u in updates:
+        roundings = len(u.which) + (0 if u.from_start else roundings)
+        most = max(most, roundings)
     for trial in range(TRIALS):
         g = torch.Generator().manual_seed(trial)
 
@@ -206,7 +259,11 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
             replace(a, weight=b.weight, **{name: off(getattr(a, name), 4) for name in ("scale", "shift", "shift_each")})
             for a, b in zip(given[1], moved, strict=True)
         ]
-        steps = off(torch.tensor(h, dtype=torch.float64), 2)
-        floor = max(floor, error(evaluate(off(x, len(h) ** 0.5), steps, moved, others, given[2])))
+        if multistep:
+            each = ((u, off(torch.tensor(u.factors, dtype=torch.float64), 1 + len(u.which) ** 0.5)) for u in updates)
+            steps = [Update(u.from_start, u.which, factors.tolist()) for u, factors in each]
+        else:
+            steps = off(torch.tensor(h, dtype=torch.float64), 2)
+        floor = max(floor, error(evaluate(off(x, most**0.5), steps, moved, others, given[2])))
     found = got if trajectory else (got,)
     return error(found), 2 * error(evaluate(x, h, *given, k.get("low"))) + 2 * floor

@@ -22,7 +22,18 @@ from torch.nn.functional import pad
 
 from flowkernels.ops import _triton
 from flowkernels.ops._triton import scalar
-from flowkernels.ops.mlp_sample import ACTIVATIONS, COMBINES, MAPS, PLACE, Layer, _kernel, _places, _round_up
+from flowkernels.ops.mlp_sample import (
+    ACTIVATIONS,
+    COMBINES,
+    MAPS,
+    PLACE,
+    Layer,
+    Update,
+    Updates,
+    _kernel,
+    _places,
+    _round_up,
+)
 
 # BLOCK: columns of a tile of outputs, DEEP: inputs that are multiplied at a time, a divisor of DEPTH
 CONFIGS = {"mlp_sample": {"ROWS": 16, "BLOCK": 128, "DEEP": 32, "num_warps": 8, "num_stages": 4}}
@@ -45,6 +56,7 @@ MAP, SOURCE, SOURCE_WIDTH, COPIED, INPUTS, OUT, WIDTH, WEIGHT, OUTPUTS = map(tl.
 ACTIVATION, COMBINE, OTHER = map(tl.constexpr, range(9, 12))
 SCALE, SHIFT, SHIFT_EACH, LINE = map(tl.constexpr, (12, 15, 18, 21))
 EPS, ALPHA, GAIN = map(tl.constexpr, range(3))
+FROM_START, TERMS, KEPT, UPDATE = map(tl.constexpr, range(4))  # as `Updates` lists them
 LINEAR, LAYER_NORM = (tl.constexpr(MAPS.index(name)) for name in ("linear", "layer_norm"))
 ADD, MULTIPLY = (tl.constexpr(COMBINES.index(name)) for name in ("add", "multiply"))
 RELU, LEAKY_RELU, SILU, GELU, GELU_TANH, ELU, TANH, SIGMOID, MISH = map(tl.constexpr, range(1, len(ACTIVATIONS)))
@@ -200,18 +212,45 @@ def _layer(
 # ---- all layers, all steps ----
 
 
+@triton.jit
+def _updated(
+    row,  # [ROWS, 1] pointers to states
+    x,  # [ROWS, 1] pointers to x_0
+    past,  # [ROWS, 1] pointers to velocities that are kept, [place, room]
+    room,
+    v,  # [ROWS, BLOCK]
+    column,
+    mask,
+    update,  # [UPDATE]
+    places,  # of this update's terms
+    factors,
+):
+    """x_0 or the state, and the terms, one after another; v is kept where a later update wants it."""
+    state = tl.load(tl.where(tl.load(update + FROM_START) != 0, x, row) + column, mask=mask)
+    for i in range(tl.load(update + TERMS).to(tl.int32)):
+        place = tl.load(places + i)
+        term = tl.load(past + place * room + column, mask=mask & (place >= 0))
+        state += tl.load(factors + i) * tl.where(place >= 0, term, v)
+    kept = tl.load(update + KEPT)
+    if kept >= 0:
+        tl.store(past + kept * room + column, v, mask=mask)
+    return state
+
+
 @triton.jit(do_not_specialize=["n", "D", "steps", "count", "velocity", "uncond", "kept"])
 def mlp_sample_kernel(
     x,  # [n, D]
     out,  # [n, D]
     states,  # [steps + 1, n, D], if 1 is in `kept`
     velocities,  # [steps, n, D], if 2 is in `kept`
-    h,  # [steps]
+    h,  # [steps], or the factors of all updates
+    updates,  # [steps, UPDATE], or None for Euler steps
+    places,  # [terms]
     lines,  # [count, LINE]
     numbers,  # [count, 3]: eps, alpha, gain
     weights,
     tables,
-    rows,  # [programs * ROWS, pitch]: the state at 0, the velocity, the unconditional one or -1, other values
+    rows,  # [programs * ROWS, pitch]: the state at 0, the velocity, the unconditional one or -1, others, kept ones
     inputs,  # [programs * ROWS, input_pitch]: rows again, or in bfloat16 the inputs of a product
     guidance,
     n,
@@ -221,6 +260,8 @@ def mlp_sample_kernel(
     velocity,
     uncond,
     kept,
+    past,  # place in the row of velocities that are kept, with room for so many columns each
+    room,
     pitch,
     input_pitch,
     ROWS: tl.constexpr,
@@ -244,6 +285,7 @@ def mlp_sample_kernel(
             if kept % 2 == 1:
                 tl.store(states + sample * D + column, state, mask=mask & here)
         tl.debug_barrier()
+        term = 0
         for step in range(steps):
             for i in range(count):
                 _layer(lines + i * LINE, numbers + i * 3, step, sample, weights, tables, row, inputs,
@@ -256,13 +298,19 @@ def mlp_sample_kernel(
                 if uncond >= 0:
                     u = tl.load(row + uncond + column, mask=mask)
                     v = u + scalar(guidance, tl.float32) * (v - u)
-                state = tl.load(row + column, mask=mask) + tl.load(h + step) * v
+                if updates is None:
+                    state = tl.load(row + column, mask=mask) + tl.load(h + step) * v
+                else:
+                    state = _updated(row, x + sample * D, row + past, room, v, column, mask,
+                                     updates + step * UPDATE, places + term, h + term)  # fmt: skip
                 tl.store(row + column, state, mask=mask)
                 at = (step * n + sample) * D + column
                 if kept >= 2:
                     tl.store(velocities + at, v, mask=mask & here)
                 if kept % 2 == 1:
                     tl.store(states + at + n * D, state, mask=mask & here)
+            if updates is not None:
+                term += tl.load(updates + step * UPDATE + TERMS).to(tl.int32)
             tl.debug_barrier()
         for first in range(0, D, BLOCK):
             column = first + tl.arange(0, BLOCK)[None, :]
@@ -304,15 +352,15 @@ class Plan:
         self.weights = torch.cat(packed) if packed else None
         self.sent: dict[str, tuple[list, Tensor]] = {}
 
-    def prepare(self, h: Tensor, layers, unconditional, guidance: float) -> "Prepared":
-        """With the tables of these layers, which are the plan's."""
-        return Prepared(self, h, layers, unconditional, guidance)
+    def prepare(self, steps: Tensor | Sequence[Update], layers, unconditional, guidance: float) -> "Prepared":
+        """With the tables of these layers, which are the plan's. steps: float64 step sizes, or updates."""
+        return Prepared(self, steps, layers, unconditional, guidance)
 
     def on_device(self, what: str, values: list, x: Tensor) -> Tensor:
         """These numbers beside x."""
         if what in self.sent and self.sent[what][0] == values:
             return self.sent[what][1]
-        found = _triton.on_device(values, torch.int64 if what == "lines" else torch.float32, x.device)
+        found = _triton.on_device(values, torch.float32 if what in ("h", "numbers") else torch.int64, x.device)
         if not _is_capturing(x):  # a graph writes it at its replays alone
             self.sent[what] = values, found
         return found
@@ -321,13 +369,20 @@ class Plan:
 class Prepared:
     """A plan with the tables of one schedule: all that the kernel is given but the samples."""
 
-    def __init__(self, plan: Plan, h: Tensor, layers: Sequence[Layer], unconditional, guidance: float):
-        self.plan, self.h, self.guidance = plan, h.tolist(), guidance
+    def __init__(self, plan: Plan, steps: Tensor | Sequence[Update], layers, unconditional, guidance: float):
+        self.plan, self.guidance, self.steps = plan, guidance, len(steps)
         self.pitch, self.uncond, inputs = plan.row, -1, 0
+        if isinstance(steps, Tensor):
+            self.h, self.updates, self.places, count = steps.tolist(), None, None, 0
+        else:
+            given = Updates(steps)
+            self.updates = [number for update in given.listed for number in update]
+            self.h, self.places, count = given.factors, given.places, given.count
         if unconditional is not None:
             self.uncond, self.pitch = self.pitch, self.pitch + _round_up(plan.dim)
         if plan.low is None:  # copies of inputs are in the row as well
             inputs, self.pitch = self.pitch, self.pitch + plan.input_width
+        self.past, self.pitch = self.pitch, self.pitch + count * _round_up(plan.dim)
         self.lines, self.numbers, packed = [], [], []
 
         def table(t: Tensor | None) -> list[int]:
@@ -362,7 +417,9 @@ class Prepared:
         if n == 0:
             return -1
         if (sent := self.sent) is None:
-            sent = [plan.on_device(what, getattr(self, what), x) for what in ("h", "lines", "numbers")]
+            names = "h", "updates", "places", "lines", "numbers"
+            given = ((what, getattr(self, what)) for what in names)
+            sent = [None if values is None else plan.on_device(what, values, x) for what, values in given]
             self.sent = None if _is_capturing(x) else sent
         config = _triton.config_of(CONFIGS, "mlp_sample")
         programs = min(triton.cdiv(n, config["ROWS"]), RESIDENT * _multiprocessors(x.device))
@@ -373,8 +430,8 @@ class Prepared:
         _triton.launch(
             *(mlp_sample_kernel, (programs,), x, out, *(out if t is None else t for t in (states, velocities))),
             *(*sent, *(none if t is None else t for t in (plan.weights, self.tables)), rows, inputs),
-            *(_triton.parts(self.guidance, x.dtype), n, D, len(self.h), len(self.lines) // LINE.value),
-            *(plan.velocity, self.uncond, kept, self.pitch, inputs.shape[1]),
+            *(_triton.parts(self.guidance, x.dtype), n, D, self.steps, len(self.lines) // LINE.value),
+            *(plan.velocity, self.uncond, kept, self.past, _round_up(D), self.pitch, inputs.shape[1]),
             **dict(on=x, config=config, PRECISION=_precision(plan.low)),
         )
         return -1

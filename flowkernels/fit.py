@@ -1,0 +1,429 @@
+"""Solvers fitted to a teacher: in closed form from one pass of evaluations, and polished on the endpoint error."""
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flowkernels import ops
+from flowkernels._checks import expect, expect_finite_flow, expect_noise, expect_number, expect_positive_int
+from flowkernels.calibrate import Calibration
+from flowkernels.fuse import FusedSampler
+from flowkernels.ops.euler_step.reference import guided
+from flowkernels.rollout import rollout
+from flowkernels.schedule import Schedule
+from flowkernels.solver import Solver, polynomial_weights
+from flowkernels.velocity_field import evaluate, velocity_rows, warn_if_training
+
+RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums of the Gram matrix are good for
+EULER, ADAMS, FITTED = "euler", "adams-bashforth 2", "fitted"
+
+
+@torch.no_grad()
+def fit_solver(
+    velocity,
+    calibration: Calibration,
+    steps: int,
+    *,
+    schedule: Schedule | None = None,
+    noise: Tensor | None = None,
+    held_out: float = 0.25,
+    order: int | None = None,
+    ridge: float | None = None,
+    inverse: bool = False,
+    chunk: int | None = None,
+) -> Solver:
+    """The multistep solver whose states are, by least squares, the teacher's at the knots. No training.
+
+    One pass of N evaluations: at every step the student's own velocities so far are fitted to the teacher's state at
+    the next knot, and with these coefficients the samples go on. A part of them is held out. At each step it decides
+    how many past velocities take part and how far the coefficients may leave those of Adams-Bashforth (the ridge); in
+    the end it decides between the fit, Adams-Bashforth 2 and Euler on the same knots.
+
+    Args:
+        velocity: the teacher that the calibration was made with.
+        calibration: from `calibrate`, with the teacher's trajectories that it keeps.
+        steps: N.
+        schedule: the knots, a Schedule on the calibration's grid; None takes the calibration's own for N.
+        noise: `[n, *shape]`, to roll the teacher out anew, which takes K more evaluations: for a calibration from a
+            file, which keeps no trajectories.
+        held_out: the part of the samples that decides and is not fitted.
+        order: the most past velocities of a step; None tries up to all of them.
+        ridge: how the departure from Adams-Bashforth is weighed, relative to the velocities' own size; None tries
+            1e-7 to 1 and Adams-Bashforth itself.
+        inverse: a solver from data to noise, fitted to the teacher's states in turn.
+        chunk: samples evaluated at once; None evaluates all.
+
+    Returns:
+        Solver, of the best of the three methods on the held-out samples. Its notes: "held_out", the endpoint error of
+        each (mean squared L2 distance to the teacher's endpoint), "samples" fitted and held out, "orders" and "ridges"
+        of the steps, and "evaluations", how many were made for each sample on average.
+
+    Raises:
+        TypeError, ValueError: naming the argument. A UserWarning says where the fit is not the best and what is
+        returned instead.
+
+    Cost: N - 1 evaluations a sample (the first is the teacher's), and 2 (N - 1) of each held-out sample; at an inverse
+    solver N and 2 N.
+
+    Source: docs/mathematics.md. The Gram matrix of velocity increments gives the normal equations of every step.
+    """
+    plan = _knots(calibration, steps, schedule)
+    expect_number(held_out, "held_out")
+    expect(0 < held_out < 1, "held_out", "a part between 0 and 1", held_out)
+    order = plan.steps if order is None else min(expect_positive_int(order, "order"), plan.steps)
+    if ridge is not None:
+        expect_number(ridge, "ridge")
+        expect(0 <= ridge < math.inf, "ridge", "a finite number of at least 0", ridge)
+    ridges = (*RIDGES, math.inf) if ridge is None else (max(float(ridge), RIDGES[0]),)
+    data = _Teacher.of(velocity, calibration, noise, chunk)
+    n, fitted = data.n, data.fitted(held_out)
+    indices, knots = plan.indices, plan.times
+    if inverse:
+        indices, knots = indices[::-1], knots.flip(0)
+    goals = [data.x[i] for i in indices]
+    x, N, h = goals[0], plan.steps, knots.diff().tolist()
+    # increments of these rows: the first velocity, what velocities change by, and what Euler leaves to be explained
+    rows = x.new_zeros(N + 2, *x.shape)
+    coefficients, chosen = torch.zeros(N, N, dtype=torch.float64, device="cpu"), []
+    for k in range(N):
+        known = k == 0 and not inverse  # the teacher begins with it
+        rows[k + 1] = data.first if known else data.velocity(x, knots[k].item())
+        expect_finite_flow(rows[k + 1], [rows[k + 1]], knots[k:])
+        torch.sub(goals[k + 1], x, out=rows[k + 2]).div_(h[k])
+        grams = [ops.velocity_gram(rows[: k + 3, part]).cpu() for part in (slice(fitted), slice(fitted, n))]
+        tried = [(*_step(grams, knots[: k + 2], p, r), p, r) for p in range(1, min(order, k + 1) + 1) for r in ridges]
+        _, weights, p, r = min(tried, key=lambda found: found[0])
+        chosen.append((p, None if r == math.inf else r))
+        coefficients[k] = coefficients[k - 1] if k else 0
+        coefficients[k, k - p + 1 : k + 1] += h[k] * weights
+        x = ops.linear_update(goals[0], list(rows[1 : k + 2]), coefficients[k, : k + 1].tolist())
+
+    solvers = {
+        EULER: Solver.euler(plan, inverse=inverse),
+        ADAMS: Solver.adams_bashforth(plan, 2, inverse=inverse),
+        FITTED: Solver(knots, knots[:-1], coefficients, FITTED),
+    }
+    errors = {FITTED: _distance(x[fitted:], goals[-1][fitted:])}
+    for name in (EULER, ADAMS):
+        _, ends = data.run(solvers[name], goals[0][fitted:], first=fitted)
+        errors[name] = _distance(ends, goals[-1][fitted:])
+    best = min((FITTED, ADAMS, EULER), key=lambda name: errors[name])
+    if best != FITTED:
+        warnings.warn(
+            f"fit_solver: the fit for N = {N} is not better than {best} on the {n - fitted} held-out samples "
+            f"(endpoint error {errors[FITTED]:.4g}, {errors[best]:.4g}); returning {best}",
+            UserWarning,
+            stacklevel=3,
+        )
+    notes = {
+        "held_out": errors,
+        "samples": [fitted, n - fitted],
+        "orders": [p for p, _ in chosen],
+        "ridges": [ridge for _, ridge in chosen],
+        "evaluations": data.evaluations / n,
+    }
+    return replace(solvers[best], notes=notes)
+
+
+def _step(grams: list[Tensor], knots: Tensor, p: int, ridge: float) -> tuple[float, Tensor]:
+    """(held-out squared error, weights [p] of the last p velocities) of the step to the last of the knots.
+
+    grams: of the increments v_0, v_1 - v_0, ..., v_k - v_{k-1}, r - v_k, with r the velocity that would reach the
+    teacher's state; of the samples that are fitted and of those held out.
+
+    The unknowns are the departures from Adams-Bashforth of order min(p, 3) of the factors of v_k, v_k - v_{k-1}, ...:
+    differences keep what velocities that nearly agree would cancel, and the ridge is relative to the size of each.
+    """
+    k = len(knots) - 2
+    q = min(p, 3)
+    adams = torch.zeros(p, dtype=torch.float64, device="cpu")
+    adams[p - q :] = polynomial_weights(knots[k - q + 1 : k + 1], knots[k], knots[k + 1]) / (knots[k + 1] - knots[k])
+    # rows of `basis` in increments: v_k, then v_m - v_{m-1} for m = k-p+2..k, then what Adams-Bashforth leaves
+    basis = torch.zeros(p + 1, k + 2, dtype=torch.float64, device="cpu")
+    basis[0, : k + 1] = 1
+    basis[1:p, k - p + 2 : k + 1] = torch.eye(p - 1, dtype=torch.float64)
+    basis[p, k + 1] = 1
+    basis[p, k - p + 2 : k + 1] = adams[:-1].cumsum(0)
+    (S, s, _), (held_S, held_s, rest) = ((t[:p, :p], t[:p, p], t[p, p]) for t in (basis @ g @ basis.T for g in grams))
+    change = torch.zeros(p, dtype=torch.float64, device="cpu")
+    if ridge < math.inf:
+        size = S.diagonal().sqrt()
+        size = torch.where(size > 0, size, 1.0)  # no velocity, nothing to fit: it stays Adams-Bashforth
+        S, eye = S / size / size[:, None], torch.eye(p, dtype=torch.float64)
+        change = torch.linalg.solve(S + ridge * eye, s / size) / size
+    error = rest - 2 * change @ held_s + change @ held_S @ change
+    weights = adams.clone()
+    weights[-1] += change[0]
+    weights[1:] += change[1:]
+    weights[:-1] -= change[1:]
+    return error.item(), weights
+
+
+@torch.no_grad()
+def polish(
+    velocity,
+    calibration: Calibration,
+    plan: Solver | Schedule,
+    *,
+    samples: int = 128,
+    iterations: int = 6,
+    held_out: float = 0.25,
+    noise: Tensor | None = None,
+    chunk: int | None = None,
+    progress: bool = False,
+) -> Solver | Schedule:
+    """Lower the endpoint error itself, from a solver or schedule that is good already. No gradients are taken.
+
+    A Solver: all its coefficients and model times, by Levenberg and Marquardt's damped least squares on the endpoint's
+    residuals, whose derivatives are finite differences. A Schedule: its knots, by coordinate descent on the grid with
+    Euler steps. A part of the samples is held out and decides which iterate is returned.
+
+    Args:
+        velocity: the teacher that the calibration was made with.
+        calibration: from `calibrate`, with the teacher's trajectories that it keeps.
+        plan: a Solver, of noise to data or back, or a Schedule on the calibration's grid.
+        samples: at most as many of those that the calibration keeps, held-out ones among them.
+        iterations: at most as many.
+        held_out: the part of the samples that decides.
+        noise: `[n, *shape]`, to roll the teacher out anew: for a calibration from a file.
+        chunk: samples evaluated at once; None evaluates all.
+        progress: show a progress bar.
+
+    Returns:
+        What was given, with other numbers; as it was where nothing is better on the held-out samples. A Solver's notes
+        tell the endpoint error before and after, "polish", and "evaluations", made for each sample on average.
+
+    Cost: for a solver of M evaluations M (M+1)(M+5)/6 a fitted sample and iteration (120 for M = 8; a coefficient is
+    tried from its evaluation on), and 1 to 6 M of each sample; a schedule of N steps takes up to some 8 N^2 a sample.
+
+    Source: arXiv 2403.01329 (Bespoke solvers) for the free coefficients and times; More, The Levenberg-Marquardt
+    algorithm (1978), for the scaled damping.
+    """
+    expect(isinstance(plan, (Solver, Schedule)), "plan", "a Solver or a Schedule", plan, TypeError)
+    expect_positive_int(samples, "samples")
+    expect(samples >= 2, "samples", "at least 2, one to hold out", samples)
+    expect_positive_int(iterations, "iterations")
+    expect_number(held_out, "held_out")
+    expect(0 < held_out < 1, "held_out", "a part between 0 and 1", held_out)
+    if isinstance(plan, Schedule):
+        plan = _knots(calibration, plan.steps, plan)
+    data = _Teacher.of(velocity, calibration, noise, chunk, samples)
+    with tqdm(total=iterations, desc="polish", disable=not progress, leave=False) as bar:
+        if isinstance(plan, Schedule):
+            return _descend(data, calibration, plan, data.fitted(held_out), iterations, bar)
+        return _least_squares(data, calibration, plan, data.fitted(held_out), iterations, bar)
+
+
+DIFFERENCE = 0.02  # of coefficients and times, for derivatives: beyond the rounding of a network in bfloat16
+
+
+def _least_squares(data, calibration: Calibration, solver: Solver, fitted: int, iterations: int, bar) -> Solver:
+    begin, end = (data.x[-1], data.x[0]) if solver.is_inverse else (data.x[0], data.x[-1])
+    last = max(calibration.times[-2].item(), solver.model_times.max().item())  # the teacher is evaluated no later
+    fit, rest = slice(fitted), slice(fitted, data.n)
+
+    def errors(x):
+        return _distance(x[fit], end[fit]), _distance(x[rest], end[rest])
+
+    v, x = data.run(solver, begin)
+    error, held = errors(x)
+    best, before, damping = (held, solver), held, 1e-3
+    for _ in range(iterations):
+        gram = sum(_jacobian_gram(data, solver, begin, end, v, part, last) for part in data.chunks(fitted))
+        S, s = gram[:-1, :-1], gram[:-1, -1]
+        size = torch.where(S.diagonal() > 0, S.diagonal().sqrt(), 1.0)
+        S, s, eye = S / size / size[:, None], s / size, torch.eye(len(s), dtype=torch.float64)
+        for _ in range(6):
+            tried = _moved(solver, torch.linalg.solve(S + damping * eye, s) / size, last)
+            tried_v, tried_x = data.run(tried, begin)
+            found = errors(tried_x)
+            if found[0] < error:  # NaN is not
+                break
+            damping = max(10 * damping, 1e-4)
+        else:
+            break
+        gain = 1 - found[0] / error
+        solver, v, (error, held), damping = tried, tried_v, found, max(damping / 5, 1e-6)
+        best = min(best, (held, solver), key=lambda b: b[0])
+        bar.update()
+        if gain < 3e-3:
+            break
+    notes = {"polish": [before, best[0]], "evaluations": data.evaluations / data.n}
+    return replace(best[1], name=f"{best[1].name.removesuffix(POLISHED)}{POLISHED}", notes=best[1].notes | notes)
+
+
+POLISHED = ", polished"
+
+
+def _places(M: int) -> list[tuple[int, int | None]]:
+    """What a solver of M evaluations can change, in order: of each its time (i, None), and its coefficients (i, l)."""
+    return [(i, where) for i in range(M) for where in (None, *range(i + 1))]
+
+
+def _moved(solver: Solver, by: Tensor, last: float) -> Solver:
+    t, b = solver.model_times.clone(), solver.coefficients.clone()
+    for (i, where), change in zip(_places(len(t)), by.tolist(), strict=True):
+        if where is None:
+            t[i] = min(max(t[i].item() + change, 0.0), last)
+        else:
+            b[i, where] += change
+    return replace(solver, model_times=t, coefficients=b)
+
+
+def _jacobian_gram(data, solver: Solver, begin, end, v: list[Tensor], part: slice, last: float) -> Tensor:
+    """The Gram matrix of the endpoint's derivatives and of its residual, over the samples `part`."""
+    start, M, places = begin[part], solver.evaluations, _places(solver.evaluations)
+    v = [t[part] for t in v]
+    x = ops.linear_update(start, v, solver.coefficients[-1].tolist())
+    rows = start.new_zeros(len(places) + 2, *start.shape)  # their sums, whose increments `velocity_gram` multiplies
+    for row, (i, where) in enumerate(places):
+        if i == M - 1 and where is not None:
+            derivative = v[where]
+        else:
+            step = -DIFFERENCE if where is None and solver.model_times[i] + DIFFERENCE > last else DIFFERENCE
+            by = torch.zeros(len(places), dtype=torch.float64)
+            by[row] = step
+            past = v[:i] if where is None else v[: i + 1]
+            _, moved = data.run(_moved(solver, by, last), start, past, part.start or 0)
+            derivative = moved.sub_(x).div_(step)
+        torch.add(rows[row], derivative, out=rows[row + 1])
+    torch.sub(end[part], x, out=rows[-1]).add_(rows[-2])
+    return ops.velocity_gram(rows).cpu()
+
+
+def _descend(data, calibration: Calibration, plan: Schedule, fitted: int, iterations: int, bar) -> Schedule:
+    begin, end, grid = data.x[0], data.x[-1], calibration.times
+    fit, K = slice(fitted), len(grid) - 1
+
+    def at(indices) -> Schedule:
+        return Schedule(grid[list(indices)], grid, tuple(indices))
+
+    def tried(indices, part: slice, past=()):
+        v, x = data.run(Solver.euler(at(indices)), begin[part], past, part.start or 0)
+        return v, _distance(x, end[part])
+
+    indices = list(plan.indices)
+    v, error = tried(indices, fit)
+    step = max(1, K // 12)
+    for _ in range(iterations):
+        better = False
+        for i in range(1, plan.steps):
+            for move in (step, -step):
+                other = [*indices[:i], indices[i] + move, *indices[i + 1 :]]
+                if not other[i - 1] < other[i] < other[i + 1]:
+                    continue
+                found_v, found = tried(other, fit, [t[fit] for t in v[:i]])
+                if found < error:
+                    indices, v, error, better = other, found_v, found, True
+                    break
+        bar.update()
+        if not better:
+            if step == 1:
+                break
+            step = max(1, step // 2)
+    rest = slice(fitted, data.n)
+    if tried(indices, rest)[1] >= tried(plan.indices, rest)[1]:
+        return plan
+    pairs = list(itertools.pairwise(indices))
+    cost = sum(calibration.cost[j, k].item() for j, k in pairs)
+    even = calibration[plan.steps].uniform_cost if plan.steps in calibration else None
+    return replace(at(indices), cost=cost, uniform_cost=even)
+
+
+def _distance(x: Tensor, goal: Tensor) -> float:
+    """The mean over samples of the squared L2 distance."""
+    return (x - goal).double().square().flatten(1).sum(1).mean().item()
+
+
+def _knots(calibration: Calibration, steps: int, schedule: Schedule | None) -> Schedule:
+    """The knots that are asked for, on the calibration's grid."""
+    expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
+    K = len(calibration.times) - 1
+    expect_positive_int(steps, "steps")
+    expect(steps <= K, "steps", f"at most K = {K}, the steps of the grid", steps)
+    if schedule is None:
+        return calibration[steps] if steps in calibration else calibration.plan(steps)[steps]
+    expect(isinstance(schedule, Schedule), "schedule", "a Schedule", schedule, TypeError)
+    expect(schedule.steps == steps, "schedule", f"a schedule of {steps} steps", schedule)
+    indices = tuple(int((calibration.times - t).abs().argmin()) for t in schedule.times)
+    times = calibration.times[list(indices)]
+    on_grid = torch.allclose(times, schedule.times, rtol=0, atol=1e-9) and len(set(indices)) == len(indices)
+    expect(on_grid, "schedule", "knots on the calibration's grid", schedule)
+    return Schedule(times, calibration.times, indices)
+
+
+@dataclass
+class _Teacher:
+    """The teacher's states, its velocity, and a count of how often that was evaluated on a sample.
+
+    x: `[K+1, n, *shape]`. first: its velocities at x[0]. total: the samples that per-sample conditioning is of.
+    """
+
+    network: object
+    x: Tensor
+    first: Tensor
+    chunk: int | None
+    total: int
+    evaluations: int = 0
+
+    @classmethod
+    def of(cls, velocity, calibration, noise: Tensor | None, chunk: int | None, most: int | None = None) -> "_Teacher":
+        expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
+        velocity = velocity.velocity if isinstance(velocity, FusedSampler) else velocity
+        expect(callable(velocity), "velocity", "a callable velocity(x, t)", velocity, TypeError)
+        if chunk is not None:
+            expect_positive_int(chunk, "chunk")
+        warn_if_training(velocity, stacklevel=5)
+        kept, evaluations = calibration.kept, 0
+        if noise is None:
+            wanted = "one that keeps trajectories (noise= rolls the teacher out anew)"
+            expect(kept is not None, "calibration", wanted, "one that keeps none")
+            total = calibration.provenance.get("n", kept.x.shape[1])
+        else:
+            total = len(expect_noise(noise))
+            n = min(total, most or total)
+            kept = rollout(velocity_rows(velocity, slice(n), total), noise[:n], calibration.times)
+            evaluations = n * (len(calibration.times) - 1)
+        x = kept.x[:, :most]
+        expect(x.shape[1] >= 2, "calibration" if noise is None else "noise", "2 samples or more", f"{x.shape[1]}")
+        return cls(velocity, x, kept.v[0, :most].to(x.dtype), chunk, total, evaluations)
+
+    @property
+    def n(self) -> int:
+        return self.x.shape[1]
+
+    def fitted(self, held_out: float) -> int:
+        """How many samples are not held out."""
+        return min(self.n - 1, max(1, round(self.n * (1 - held_out))))
+
+    def chunks(self, n: int) -> Iterator[slice]:
+        step = self.chunk or n
+        return (slice(begin, min(begin + step, n)) for begin in range(0, n, step))
+
+    def velocity(self, x: Tensor, t: float, first: int = 0) -> Tensor:
+        """Of the samples from `first` on, guidance applied, in the state's dtype and in memory of its own."""
+        out = torch.empty_like(x)
+        for part in self.chunks(len(x)):
+            rows = slice(first + part.start, first + part.stop)
+            now = torch.full((part.stop - part.start,), t, dtype=x.dtype, device=x.device)
+            v, v_uncond, w = evaluate(velocity_rows(self.network, rows, self.total), x[part], now)
+            out[part] = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
+        self.evaluations += len(x)
+        return out
+
+    def run(self, solver: Solver, start: Tensor, past: Sequence[Tensor] = (), first: int = 0) -> tuple[list, Tensor]:
+        """(velocities of all evaluations, last state) from the state `start` of the samples from `first` on.
+
+        past: the velocities of the first evaluations, where they are known.
+        """
+        v, b = list(past), solver.coefficients.tolist()
+        for i in range(len(v), solver.evaluations):
+            x = ops.linear_update(start, v, b[i - 1][:i]) if i else start
+            v.append(self.velocity(x, solver.model_times[i].item(), first))
+        return v, ops.linear_update(start, v, b[-1])
