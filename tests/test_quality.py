@@ -3,9 +3,6 @@
 import csv
 import importlib
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +14,8 @@ from flowkernels import bench, cli
 suite = bench.suite().__name__
 metrics = importlib.import_module(f"{suite}.metrics")
 quality = importlib.import_module(f"{suite}.quality")
-ROOT = Path(__file__).parents[1]
 KNOWN = "uniform,shifted,cosine,boss,ab2,ab3,boss_ab2,boss_ab3,heun"
+OURS = ",gits,oss,norm,endpoint,free,pairs,fitted,polished,straightened"
 
 
 # ---- distances ----
@@ -85,8 +82,10 @@ def test_velocities_in_batches_of_one_size():
         return x * t[:, None]
 
     x, t = normal(10, 3), torch.linspace(0, 1, 10)
-    assert torch.equal(quality.InBatches(velocity, 4)(x, t), x * t[:, None])
+    batches = quality.InBatches(velocity, lambda x, t: x * 2, 4)
+    assert torch.equal(batches(x, t), x * t[:, None])
     assert sizes == [4, 4, 4]
+    assert torch.equal(batches(x.requires_grad_(), t), x * 2)
 
 
 def test_a_red_gate_shows_no_figures(monkeypatch, capsys):
@@ -122,7 +121,7 @@ def test_the_gate_knows_a_wrong_solver(monkeypatch):
 def measured(tmp_path_factory):
     """A folder with the results of a quick run."""
     folder = tmp_path_factory.mktemp("quality")
-    options = ["--quick", "--threads", "1", "--seeds", "2", "--rows", f"{KNOWN},straightened", "--out", str(folder)]
+    options = ["--quick", "--threads", "1", "--seeds", "2", "--rows", KNOWN + OURS, "--out", str(folder)]
     assert cli.main(["bench", "quality", *options]) == 0
     return folder
 
@@ -135,7 +134,8 @@ def rows_of(folder):
 def test_what_is_written(measured):
     found = rows_of(measured)
     steps = ("1", "2", "4")
-    expected = {(name, N) for name in KNOWN.split(",") for N in steps if name != "heun"}
+    assert {*(KNOWN + OURS).split(",")} == {*quality.ROWS}
+    expected = {(name, N) for name in quality.ROWS for N in steps if name not in ("heun", "straightened")}
     expected |= {("heun", "1"), ("heun", "3"), ("straightened", "2"), ("teacher", "20")}
     assert set(found) == {("mixture2", seed, *key) for seed in "01" for key in expected}
     for (_, _, name, N), r in found.items():
@@ -148,8 +148,13 @@ def test_what_is_written(measured):
         assert all(r[k] for k in ("hardware", "versions", "threads", "date", "teacher_distance_to_data"))
         if name != "teacher":
             # K of the calibration; straightening has 32 trajectories and 8 iterations of 16, there and back, besides
-            cost = {"boss": 20, "boss_ab2": 20, "boss_ab3": 20, "straightened": 20 + (32 * 20 + 3 * 8 * 16) / 64}
-            assert float(r["calibration_evaluations"]) == cost.get(name, 0)
+            known = {"straightened": 20 + (32 * 20 + 3 * 8 * 16) / 64}
+            known |= dict.fromkeys(("boss", "boss_ab2", "boss_ab3", "gits", "norm", "pairs"), 20)
+            known |= dict.fromkeys(("uniform", "shifted", "cosine", "ab2", "ab3", "heun"), 0)
+            cost = float(r["calibration_evaluations"])
+            assert cost == known.get(name, cost)
+            assert cost > 20 or name in known
+            assert name != "fitted" or cost <= 20 + 2 * (1 + 2 + 4)
 
 
 def test_figures_are_those_of_the_samples(measured):
@@ -242,8 +247,7 @@ def test_bad_input(options, message, capsys):
 def test_report(measured, tmp_path):
     page = tmp_path / "quality.md"
     page.write_text("# Quality\n\nBy hand.\n\n<!-- below this line: benchmarks/quality_report.py -->\nold\n")
-    command = [sys.executable, str(ROOT / "benchmarks/quality_report.py"), "--page", str(page)]
-    subprocess.run([*command, "--csv", str(measured / "quality.csv")], check=True)
+    importlib.import_module(f"{suite}.quality_report").write(measured / "quality.csv", page)
     text = page.read_text()
     assert text.startswith("# Quality\n\nBy hand.\n\n<!-- below this line")
     assert "old" not in text
@@ -270,7 +274,8 @@ def test_report(measured, tmp_path):
     table = text[text.index("| row | N = 1") :].splitlines()
     cells = next(line for line in table if line.startswith("| uniform, Adams-Bashforth 2 ")).split(" | ")
     assert cells[3].startswith(f"{mean('ab2', '4', 'rms'):.3g} ± ") or cells[3].startswith("**")
-    best = min((mean(name, "4", "rms"), name) for name in KNOWN.split(",") if name != "heun")
+    there = [name for name in quality.ROWS if name not in ("heun", "straightened")]
+    best = min((mean(name, "4", "rms"), name) for name in there)
     winner = next(line for line in table if line.startswith(f"| {quality.ROWS[best[1]].title} |"))
     assert f"| **{best[0]:.3g}** ± " in winner
     assert "| fashion, N = 8: Frechet distance, of the teacher's | <= 1.05 |  | not measured |" in text
