@@ -169,7 +169,8 @@ can tell.
 
 A launch alone takes microseconds: where the floor is less, it says nothing. `bellman` runs on one multiprocessor,
 because each step needs all of the one before, `cost_from_gram` on K / 32, a tile of `mlp_sample` on one, layer after
-layer: these have only that part of a GPU's rates, whereas the floors are those of a whole one.
+layer: these have only that part of a GPU's rates, whereas the floors are those of a whole one. `bellman_pairs` reads
+its costs once a step from the third on and once to check them, the floor once.
 
 `python benchmarks/gpu_model.py --write docs/gpu.md` writes this page from the built extension; a test compares them.
 Compiled by nvcc {compiler}.
