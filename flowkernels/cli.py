@@ -23,6 +23,8 @@ from flowkernels.models import BUNDLED, save_network
 from flowkernels.velocity_field import VelocityField, parameter_hash
 
 SAMPLE_FORMATS = (".safetensors", ".npy", ".pt", ".png")
+METHODS = ("euler", "ab2", "ab3", "heun", "best")
+VERIFY = 1  # the seed of the noises that are verified on, after that of the others
 
 
 class InputError(Exception):
@@ -96,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     add("-n", type=_positive, default=1024, help="noises rolled out")
     add("--grid", type=_positive, default=100, help="K, uniform fine steps of the teacher")
     add("--steps", type=_steps, default=_steps("1-10"), help="numbers of steps, such as 1-10 or 2,4,8")
+    add("--until", type=float, help="stop once no schedule costs this share more than need be, such as 0.02")
+    add("--fit", action="store_true", help="fit a solver for each number of steps as well")
+    add("--verify", type=_positive, help="other noises to measure endpoint errors on; none if not given")
     add("--chunk", type=_positive, help="noises rolled out at once; by memory if not given")
     add("--out", type=Path, required=True, help="calibration file to write (.boss.json)")
 
@@ -123,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     add("-n", type=_positive, default=16, help="samples")
     add("--schedule", type=Path, help="calibration file; uniform steps if not given")
     add("--steps", type=_positive, required=True, help="number of steps N")
+    methods = "Euler steps; Adams-Bashforth 2 or 3 or Heun on the same knots; or what the calibration found best"
+    add("--method", choices=METHODS, default="euler", help=methods)
     add("--chunk", type=_positive, help="samples drawn at once; all if not given")
     add("--out", type=Path, required=True, help=f"file to write: {', '.join(SAMPLE_FORMATS)}")
 
@@ -282,9 +289,15 @@ def _calibrate(args) -> None:
     _expect(args.steps[-1] <= args.grid, f"--steps: expected at most --grid {args.grid}, got {args.steps[-1]}")
     velocity, shape, _ = _load_model(args)
     noise = _noise(args.n, shape, args.seed).to(args.device)
-    calibration = fk.calibrate(velocity, noise, args.grid, args.steps, chunk=args.chunk, seed=args.seed)
+    held_out = _noise(args.verify, shape, args.seed + VERIFY).to(args.device) if args.verify else None
+    options = dict(until=args.until, fit=args.fit, verify=held_out, chunk=args.chunk, seed=args.seed)
+    calibration = fk.calibrate(velocity, noise, args.grid, args.steps, **options)
     calibration.save(args.out)
-    print(f"{calibration}\n{args.out}: {len(calibration)} schedules from {args.n} noises and {args.grid} fine steps")
+    print(calibration)
+    for N, errors in calibration.verified.items():
+        print(f"N = {N}: endpoint error " + ", ".join(f"{name} {e:.4g}" for name, e in errors.items()))
+    found = f"{len(calibration)} schedules" + (f" and {len(calibration.solvers)} solvers" if args.fit else "")
+    print(f"{args.out}: {found} from {calibration.provenance['n']} noises and {args.grid} fine steps")
 
 
 def _straighten(args) -> None:
@@ -330,10 +343,24 @@ def _sample(args) -> None:
     if teacher and notes.get("times") != schedule.times.tolist():
         knots = " ".join(f"{t:.3g}" for t in notes.get("times", []))
         warnings.warn(f"--checkpoint: {args.checkpoint} was straightened for the knots {knots}", stacklevel=1)
+    plan = _method(args.method, schedule, calibration)
     parts = _noise(args.n, shape, args.seed).to(args.device).split(args.chunk or args.n)
-    samples = torch.cat([fk.sample(velocity, part, schedule, progress=True).cpu() for part in parts])
+    samples = torch.cat([fk.sample(velocity, part, plan, progress=True).cpu() for part in parts])
     _write(args.out, _encode(samples, args.out.suffix))
-    print(f"{args.out}: {args.n} samples of shape {list(shape)}, {args.steps} steps")
+    solver = fk.Solver.of(plan)
+    print(
+        f"{args.out}: {args.n} samples of shape {list(shape)}, {args.steps} steps, "
+        f"{solver.evaluations} evaluations ({solver.name})"
+    )
+
+
+def _method(name: str, schedule: fk.Schedule, calibration: fk.Calibration | None) -> fk.Schedule | fk.Solver:
+    if name == "best":
+        _expect(calibration is not None, "--method: expected --schedule FILE with best")
+        return calibration.best(schedule.steps)
+    if name == "heun":
+        return fk.Solver.heun(schedule)
+    return schedule if name == "euler" else fk.Solver.adams_bashforth(schedule, int(name[-1]))
 
 
 def _tune(args) -> int:

@@ -133,6 +133,23 @@ def test_sample_uniform_and_colour(run):
     np.testing.assert_allclose(np.load("x.npy"), noise * steps, rtol=1e-5)
 
 
+def test_calibrate_fits_and_verifies(run, fails):
+    out, _ = run("calibrate --model digits --grid 12 --steps 2,4 -n 48 --fit --verify 24 --out fitted.boss.json")
+    cal = fk.load("fitted.boss.json")
+    assert sorted(cal.solvers) == [2, 4]
+    assert cal.verified[4]["fitted"] < cal.verified[4]["uniform"]
+    assert f"N = 4: endpoint error uniform {cal.verified[4]['uniform']:.4g}" in out
+    assert "2 schedules and 2 solvers from 48 noises" in out
+    net, noise = BUNDLED["digits"].load(), torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    plans = {"best": cal.solvers[4], "ab2": fk.Solver.adams_bashforth(cal[4], 2), "heun": fk.Solver.heun(cal[4])}
+    for method, plan in plans.items():
+        how = f"--schedule fitted.boss.json --steps 4 --method {method} -n 3 --out x.npy"
+        out, _ = run(f"sample --model digits {how}")
+        assert f"4 steps, {plan.evaluations} evaluations ({plan.name})" in out
+        torch.testing.assert_close(torch.from_numpy(np.load("x.npy")), fk.sample(net, noise, plan))
+    assert "--method: expected --schedule FILE" in fails("sample --model digits --steps 4 --method best --out x.npy")
+
+
 def test_straighten_and_sample_the_student(run, calibrated):
     schedule = "--schedule a.boss.json --steps 3"
     out, err = run(
