@@ -139,14 +139,18 @@ def run(
 
     N, held_out = s.straighten, noise(s.held_out, 2)
     plan = calibration[N]
+    with stage("fit", "solvers on Bellman's knots, no training"):
+        evaluated = sorted({*s.steps, N})
+        calibration.solvers.update({n: fk.fit_solver(velocity, calibration, n) for n in evaluated})
     with stage("evaluate", f"endpoint errors on {s.held_out} other noises"):
         teacher = fk.sample(velocity, held_out, s.grid, progress=progress)
         rows, ends = [], {}
-        for n in sorted({*s.steps, N}):
+        for n in evaluated:
             best = calibration[n]
             row = {"steps": n, "cost_uniform": best.uniform_cost, "cost_bellman": best.cost, "ratio": best.ratio}
-            for name, schedule in (("uniform", fk.Schedule.uniform(n)), ("bellman", best)):
-                ends[name, n] = fk.sample(velocity, held_out, schedule)
+            plans = {"uniform": fk.Schedule.uniform(n), "bellman": best, "fitted": calibration.solvers[n]}
+            for name, how in plans.items():
+                ends[name, n] = fk.sample(velocity, held_out, how)
                 row |= _endpoint_error(name, ends[name, n], teacher)
             rows.append(row)
     with stage("straighten", f"N = {N}, {s.iterations} iterations on {s.bank} trajectories"):
@@ -164,7 +168,7 @@ def run(
         straightened = fk.sample(fused(result.student, plan, bundled.shape), held_out, plan)
         next(r for r in rows if r["steps"] == N).update(_endpoint_error("straightened", straightened, teacher))
 
-    shown = {"uniform": ends["uniform", N], "bellman": ends["bellman", N], "straightened": straightened}
+    shown = {name: ends[name, N] for name in ("uniform", "bellman", "fitted")} | {"straightened": straightened}
     pictures = {name: x[: s.pictured] for name, x in {"teacher": teacher, **shown}.items()}
     results = {
         "format": report.FORMAT,

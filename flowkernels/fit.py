@@ -147,7 +147,7 @@ def _step(grams: list[Tensor], knots: Tensor, p: int, ridge: float) -> tuple[flo
     # rows of `basis` in increments: v_k, then v_m - v_{m-1} for m = k-p+2..k, then what Adams-Bashforth leaves
     basis = torch.zeros(p + 1, k + 2, dtype=torch.float64, device="cpu")
     basis[0, : k + 1] = 1
-    basis[1:p, k - p + 2 : k + 1] = torch.eye(p - 1, dtype=torch.float64)
+    basis[1:p, k - p + 2 : k + 1] = torch.eye(p - 1, dtype=torch.float64, device="cpu")
     basis[p, k + 1] = 1
     basis[p, k - p + 2 : k + 1] = adams[:-1].cumsum(0)
     (S, s, _), (held_S, held_s, rest) = ((t[:p, :p], t[:p, p], t[p, p]) for t in (basis @ g @ basis.T for g in grams))
@@ -155,7 +155,7 @@ def _step(grams: list[Tensor], knots: Tensor, p: int, ridge: float) -> tuple[flo
     if ridge < math.inf:
         size = S.diagonal().sqrt()
         size = torch.where(size > 0, size, 1.0)  # no velocity, nothing to fit: it stays Adams-Bashforth
-        S, eye = S / size / size[:, None], torch.eye(p, dtype=torch.float64)
+        S, eye = S / size / size[:, None], torch.eye(p, dtype=torch.float64, device="cpu")
         change = torch.linalg.solve(S + ridge * eye, s / size) / size
     error = rest - 2 * change @ held_s + change @ held_S @ change
     weights = adams.clone()
@@ -238,7 +238,7 @@ def _least_squares(data, calibration: Calibration, solver: Solver, fitted: int, 
         gram = sum(_jacobian_gram(data, solver, begin, end, v, part, last) for part in data.chunks(fitted))
         S, s = gram[:-1, :-1], gram[:-1, -1]
         size = torch.where(S.diagonal() > 0, S.diagonal().sqrt(), 1.0)
-        S, s, eye = S / size / size[:, None], s / size, torch.eye(len(s), dtype=torch.float64)
+        S, s, eye = S / size / size[:, None], s / size, torch.eye(len(s), dtype=torch.float64, device="cpu")
         for _ in range(6):
             tried = _moved(solver, torch.linalg.solve(S + damping * eye, s) / size, last)
             tried_v, tried_x = data.run(tried, begin)
@@ -287,7 +287,7 @@ def _jacobian_gram(data, solver: Solver, begin, end, v: list[Tensor], part: slic
             derivative = v[where]
         else:
             step = -DIFFERENCE if where is None and solver.model_times[i] + DIFFERENCE > last else DIFFERENCE
-            by = torch.zeros(len(places), dtype=torch.float64)
+            by = torch.zeros(len(places), dtype=torch.float64, device="cpu")
             by[row] = step
             past = v[:i] if where is None else v[: i + 1]
             _, moved = data.run(_moved(solver, by, last), start, past, part.start or 0)

@@ -29,6 +29,7 @@ FILES = {"report.html", "report.json", "schedule.boss.json", "samples.png", "stu
 LOOK = {
     "uniform": dict(label="uniform", color="#d55e00", marker="s", markersize=7, markerfacecolor="none", linestyle="--"),
     "bellman": dict(label="Bellman", color="#0072b2", marker="o", markersize=5, linestyle="-"),
+    "fitted": dict(label="fitted", color="#cc79a7", marker="D", markersize=5, linestyle=":"),
     "straightened": dict(label="straightened", color="#009e73", marker="*", markersize=11, linestyle="none"),
 }
 STYLE = {
@@ -41,7 +42,7 @@ STYLE = {
     "grid.color": "#dddddd",
     "legend.frameon": False,
 }
-HEAD = ["N", "uniform", "Bellman", "ratio", "uniform", "Bellman", "straightened"]
+HEAD = ["N", "uniform", "Bellman", "ratio", "uniform", "Bellman", "fitted", "straightened"]
 CSS = """
 :root { color-scheme: light }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
@@ -206,7 +207,7 @@ def _svg(figure: Figure) -> str:
 def draw(results: dict, calibration: Calibration, pictures: dict[str, Tensor], folder: Path) -> dict[str, str]:
     """Write samples.png into the folder. Returns the page's images as data URIs, by name.
 
-    pictures: images `[n, 1, H, W]` in [-1, 1] of teacher, uniform, bellman and straightened, from equal noise.
+    pictures: images `[n, 1, H, W]` in [-1, 1] of teacher, uniform, bellman, fitted and straightened, from equal noise.
     """
     with rc_context(STYLE):
         _samples(results, pictures).savefig(folder / "samples.png", dpi=150)
@@ -232,7 +233,7 @@ def _row(results: dict) -> dict:
 
 
 def _columns(results: dict) -> list[list[str]]:
-    keys = ("cost_uniform", "cost_bellman", "ratio", "error_uniform", "error_bellman", "error_straightened")
+    keys = ["cost_uniform", "cost_bellman", "ratio", *(f"error_{name}" for name in LOOK)]
     return [[str(row["steps"]), *(_number(row.get(k)) for k in keys)] for row in results["table"]]
 
 
@@ -240,7 +241,7 @@ def table(results: dict) -> str:
     """The table of the demo as text."""
     lines = [f"{'':<5}{'step cost':<33}endpoint error"]
     for row in [HEAD, *_columns(results)]:
-        line = "".join(f"{cell:>{width}}" for cell, width in zip(row, (3, 11, 11, 8, 11, 11, 15), strict=True))
+        line = "".join(f"{cell:>{width}}" for cell, width in zip(row, (3, 11, 11, 8, 11, 11, 11, 15), strict=True))
         lines.append(line.rstrip())
     return "\n".join(lines)
 
@@ -294,7 +295,7 @@ def _page(results: dict, images: dict[str, str]) -> str:
 <h1>Few-step sampling of the {results["data"]} flow model</h1>
 <p>Endpoint error with {N} steps: {errors}; the teacher takes {s["grid"]} steps.</p>
 <section class="wide"><table><thead>
-<tr><th></th><th class="group" colspan="3">step cost</th><th class="group" colspan="3">endpoint error</th></tr>
+<tr><th></th><th class="group" colspan="3">step cost</th><th class="group" colspan="4">endpoint error</th></tr>
 <tr><th>steps N</th>{"".join(f"<th>{name}</th>" for name in HEAD[1:])}</tr>
 </thead><tbody>
 {rows}
@@ -302,8 +303,8 @@ def _page(results: dict, images: dict[str, str]) -> str:
 <p class="note">Step cost: sum over the schedule's steps of the mean squared error of one jump along the teacher's
 trajectory; uniform knots are rounded to the teacher's grid. Endpoint error: mean over {s["held_out"]} held-out noises
 of the squared L2 distance to the teacher's endpoint. Bellman's schedules have the least step cost; the endpoint error
-also holds how errors carry on from step to step, so it need not be least. Straightened: the student on Bellman's
-schedule.</p>
+also holds how errors carry on from step to step, so it need not be least. Fitted: a multistep solver on Bellman's
+knots, fitted to the teacher without training. Straightened: the student on Bellman's schedule.</p>
 {figures["samples"]}
 <div class="pair">{figures["errors"]}{figures["loss"]}</div>
 {figures["schedules"]}

@@ -101,4 +101,36 @@ def fuse_head(device):
     close(fk.sample(fk.fuse_head(there), noise.to(device), 4), fk.sample(net, noise, 4))
 
 
-STAGES = {f.__name__: f for f in (calibrate, schedule, rollout, straighten, sample, fuse, fuse_head)}
+def solvers(device):
+    """Samples, fused samplers and heads by solvers, and the way back."""
+    (net, noise), (net_there, noise_there) = both(device)
+    for solver in (fk.Solver.adams_bashforth(5, 2), fk.Solver.adams_bashforth(5, 3), fk.Solver.heun(3)):
+        expected = fk.sample(net, noise, solver)
+        close(fk.sample(net_there, noise_there, solver), expected)
+        close(fk.fuse(net_there, solver)(noise_there), expected)
+    head, noise = Perceptron().requires_grad_(False), normal(5, 16)
+    there = fk.fuse_head(copy.deepcopy(head).to(device))
+    close(fk.sample(there, noise.to(device), solver), fk.sample(head, noise, solver))
+    expected, got = fk.invert(head, noise, 6), fk.invert(copy.deepcopy(head).to(device), noise.to(device), 6)
+    close(got.noise, expected.noise)
+    close(got.error, expected.error, 1e-2)
+
+
+def fits(device):
+    """The samples' scatter, objectives that evaluate, a fit and its polish: errors, as equal ridges need not be."""
+    where = both(device)
+    cals = [fk.calibrate(*w, grid=12, steps=(2, 3), progress=False) for w in where]
+    for objective in ("norm", "endpoint", "pairs", "student", "free"):
+        for (net, _), cal in zip(where, cals, strict=True):
+            assert cal.plan(3, objective, velocity=net)[3].steps == 3
+    for inverse in (False, True):
+        errors = []
+        for (net, _), cal in zip(where, cals, strict=True):
+            solver = fk.fit_solver(net, cal, 3, inverse=inverse)
+            polished = fk.polish(net, cal, solver, iterations=2)
+            errors.append((solver.notes["held_out"][solver.name], polished.notes["polish"][1]))
+        for got, expected in zip(*errors, strict=True):
+            assert abs(got / expected - 1) < 0.2
+
+
+STAGES = {f.__name__: f for f in (calibrate, schedule, rollout, straighten, sample, fuse, fuse_head, solvers, fits)}

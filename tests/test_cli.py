@@ -354,7 +354,8 @@ def test_report_json(reported):
     assert [row["steps"] for row in told["table"]] == [2, 3, 4, 6, 8]
     assert all(0 < row["cost_bellman"] <= row["cost_uniform"] for row in told["table"])
     assert told["table"][2]["error_straightened"] > 0
-    assert set(told["seconds"]) == {"load", "calibrate", "evaluate", "straighten", "sample", "report", "total"}
+    assert all(row["error_fitted"] > 0 for row in told["table"])
+    assert set(told["seconds"]) == {"load", "calibrate", "fit", "evaluate", "straighten", "sample", "report", "total"}
     assert str(out.parent) not in (out / "report.json").read_text()
 
 
@@ -384,6 +385,7 @@ def test_endpoint_errors_are_those_of_the_samples(reported):
     for name, net, schedule in (
         ("uniform", velocity, 4),
         ("bellman", velocity, calibration[4]),
+        ("fitted", velocity, calibration.solvers[4]),
         ("straightened", student, calibration[4]),
     ):
         error = sum((a - b).norm() ** 2 for a, b in zip(fk.sample(net, noise, schedule), teacher, strict=True)) / 16
@@ -436,4 +438,4 @@ def test_demo_says_what_it_does(tmp_path, capsys):
     results = demo.run("digits", tmp_path / "report", settings=QUICK, seed=1)
     out = capsys.readouterr().out
     assert report.table(results) in out
-    assert [line.split()[0] for line in out.splitlines()[:7]] == [*results["seconds"]]
+    assert [line.split()[0] for line in out.splitlines()[:8]] == [*results["seconds"]]
