@@ -65,7 +65,7 @@ class Sizes:
     grid: int = 100
     steps: tuple[int, ...] = STEPS
     finer: int = 256
-    polish: tuple[int, int] = (256, 6)
+    polish: tuple[int, int] = (512, 6)
 
     def quick(self) -> "Sizes":
         little = replace(self.straighten, steps=(2,), iterations=8, batch=16, bank=32)

@@ -171,7 +171,7 @@ def polish(
     calibration: Calibration,
     plan: Solver | Schedule,
     *,
-    samples: int = 128,
+    samples: int = 512,
     iterations: int = 6,
     held_out: float = 0.25,
     noise: Tensor | None = None,
