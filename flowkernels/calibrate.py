@@ -1,6 +1,7 @@
 """Calibrate: roll out, step costs and schedules in one streamed call, and the file that keeps them."""
 
 import base64
+import contextlib
 import inspect
 import itertools
 import json
@@ -35,7 +36,7 @@ from flowkernels.rollout import Trajectory, euler, initial_state
 from flowkernels.sample import sample
 from flowkernels.schedule import Schedule, StepCost, bellman, expect_steps
 from flowkernels.solver import Solver
-from flowkernels.velocity_field import VelocityField, parameter_hash, velocity_rows, warn_if_training
+from flowkernels.velocity_field import TRAINING, VelocityField, parameter_hash, velocity_rows, warn_if_training
 
 FORMAT = "flowkernels.calibration"
 CHUNK_BYTES = 256 << 20  # velocities of one chunk of samples
@@ -98,7 +99,8 @@ class Calibration(Mapping):
     def _singles(self) -> SampleCosts | None:
         """The step costs of single samples, from those that are kept."""
         if self.kept is not None and "singles" not in self._found:
-            self._found["singles"] = SampleCosts(self.times, most=SINGLES).update(self.kept.v[:, :SINGLES])
+            singles = SampleCosts(self.times, most=SINGLES)
+            self._found["singles"] = singles.update(self.kept.v[:, : singles.most])  # no more than groups of one
         return self._found.get("singles")
 
     @torch.no_grad()
@@ -161,7 +163,9 @@ class Calibration(Mapping):
 
         Where nothing was verified, the solver if there is one, else the Bellman schedule.
         """
-        known = {"bellman": self[steps], "uniform": Schedule.uniform(steps)}
+        known = {"uniform": Schedule.uniform(steps)}
+        if steps in self.schedules or steps not in self.solvers:
+            known = {"bellman": self[steps], **known}
         if steps in self.solvers:
             known = {"fitted": self.solvers[steps], **known}
         errors = self.verified.get(steps, {})
@@ -172,9 +176,10 @@ class Calibration(Mapping):
         for n, s in sorted(self.schedules.items()):
             knots = " ".join(f"{t:.3g}" for t in s.times)
             interval = "-" if s.interval is None else f"{s.interval[0]:.3g}..{s.interval[1]:.3g}"
+            figures = [math.nan if c is None else c for c in (s.cost, s.uniform_cost, s.ratio)]
             enough = "-" if s.enough is None else s.enough
             lines.append(
-                f"{n:>3} {s.cost:>11.4g} {interval:>19} {enough:>7} {s.uniform_cost:>11.4g} {s.ratio:>6.3f}  {knots}"
+                f"{n:>3} {figures[0]:>11.4g} {interval:>19} {enough:>7} {figures[1]:>11.4g} {figures[2]:>6.3f}  {knots}"
             )
         return "\n".join(lines)
 
@@ -236,7 +241,8 @@ def load(path: str | Path, velocity=None) -> Calibration:
                 indices,
             )
             schedules[int(n)] = Schedule(
-                *(times[list(indices)], times, indices, float(s["cost"]), float(s["uniform_cost"])),
+                *(times[list(indices)], times, indices),
+                *(None if s[c] is None else float(s[c]) for c in ("cost", "uniform_cost")),
                 interval=_interval(s["interval"]) if "interval" in s else None,
                 enough=int(s["enough"]) if "interval" in s else None,
                 notes=dict(s.get("notes", {})),
@@ -362,7 +368,8 @@ def calibrate(
     warn_if_training(velocity)
 
     teacher = _Teacher(velocity, fused, noise, times, keep)
-    expect(teacher.most > 0 or not fit, "keep", "room for at least one sample's trajectory, with fit", keep)
+    enough = teacher.most > 1 or not fit
+    expect(enough, "keep" if n > 1 else "noise", "two samples whose trajectories are kept, with fit", f"{teacher.most}")
     costs = StepCost(times, device=noise.device)
     samples = SampleCosts(times, max(1, 2 * n // GROUPS) if until is None else 1)
     looks = [] if until is None else _looks(n)
@@ -376,21 +383,23 @@ def calibrate(
                 stable = max(samples.regrets(bellman(costs.cost(), times, wanted)).values()) <= until
                 if stable:
                     break
-    cost, provenance = costs.cost().cpu(), _provenance(velocity, noise, v, K, seed)
+    cost, provenance = costs.cost(), _provenance(velocity, noise, v, K, seed)
     if until is not None:
         reason = "schedules stable" if stable else "all samples used"
         provenance |= {"n": stop, "n_given": n, "until": until, "stopped": reason}
     cal = Calibration(
-        *(times, cost, samples.with_intervals(bellman(cost, times, wanted))),
+        *(times, cost.cpu(), samples.with_intervals(bellman(cost, times, wanted))),
         *(provenance, (costs.gram / costs.count).cpu()),
         **dict(kept=teacher.kept(stop), sample_costs=samples),
     )
     if fit:
         from flowkernels.fit import fit_solver
 
-        cal.solvers.update({N: fit_solver(given, cal, N) for N in wanted})
+        with _warnings_once(3):
+            cal.solvers.update({N: fit_solver(given, cal, N, chunk=chunk) for N in wanted})
     if verify is not None:
-        _verify(cal, given, verify, wanted, chunk, n)
+        with _warnings_once(3):
+            _verify(cal, given, verify, wanted, chunk, n)
     return cal
 
 
@@ -415,7 +424,7 @@ def _verify(cal: Calibration, velocity, noise: Tensor, steps: list[int], chunk: 
     """Endpoint errors on other noise than the calibration's, and a warning where one is worse than uniform steps'."""
     total = {N: {} for N in steps}
     for start in range(0, len(noise), chunk):
-        rows = slice(start, start + chunk)
+        rows = slice(start, min(start + chunk, len(noise)))
         part = velocity.rows(rows, n) if isinstance(velocity, FusedSampler) else velocity_rows(velocity, rows, n)
         x1 = sample(part, noise[rows], cal.times)
         for N in steps:
@@ -424,7 +433,12 @@ def _verify(cal: Calibration, velocity, noise: Tensor, steps: list[int], chunk: 
                 error = (sample(part, noise[rows], schedule) - x1).double().square().sum().item()
                 total[N][name] = total[N].get(name, 0.0) + error / len(noise)
     cal.verified.update(total)
-    worse = {name: [N for N in steps if total[N].get(name, 0) > total[N]["uniform"]] for name in ("bellman", "fitted")}
+    rounding = 1e-12 * noise.double().square().flatten(1).sum(1).mean().item()
+
+    def worse_than_uniform(name):
+        return [N for N in steps if total[N].get(name, 0) > total[N]["uniform"] + rounding]
+
+    worse = {name: worse_than_uniform(name) for name in ("bellman", "fitted")}
     said = [
         f"the {what} has a larger error than uniform steps for N = {', '.join(map(str, worse[name]))}"
         for name, what in (("bellman", "Bellman schedule"), ("fitted", "fitted solver"))
@@ -434,8 +448,20 @@ def _verify(cal: Calibration, velocity, noise: Tensor, steps: list[int], chunk: 
         warnings.warn(
             f"verify: on this noise {' and '.join(said)}; use cal.best(N), which is the best of them for every N",
             UserWarning,
-            stacklevel=4,
+            stacklevel=2,
         )
+
+
+@contextlib.contextmanager
+def _warnings_once(stacklevel: int) -> Iterator[None]:
+    """Warnings of the block once each, as the caller's of the function that it is in; of the network's training mode
+    not again."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for text in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
+        if not text.startswith(TRAINING):
+            warnings.warn(text, UserWarning, stacklevel=stacklevel + 2)
 
 
 def _parts(n: int, chunk: int, cuts: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -344,6 +344,8 @@ def _sample(args) -> None:
         knots = " ".join(f"{t:.3g}" for t in notes.get("times", []))
         warnings.warn(f"--checkpoint: {args.checkpoint} was straightened for the knots {knots}", stacklevel=1)
     plan = _method(args.method, schedule, calibration)
+    trained = teacher is not None and args.method != "euler"
+    _expect(not trained, f"--method: expected euler, which {args.checkpoint} was straightened for, got {args.method}")
     parts = _noise(args.n, shape, args.seed).to(args.device).split(args.chunk or args.n)
     samples = torch.cat([fk.sample(velocity, part, plan, progress=True).cpu() for part in parts])
     _write(args.out, _encode(samples, args.out.suffix))

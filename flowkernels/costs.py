@@ -34,7 +34,8 @@ class SampleCosts:
     """Squared step costs, summed over the samples of each of a number of groups.
 
     times: float64 `[K+1]`. size: samples of a group, at first: there are never more than `most` groups, which become
-    half as many of twice the size when they would. The last one may have fewer. count: the samples so far.
+    half as many of twice the size when they would. The last one may have fewer. count: the samples so far. Large grids
+    have fewer groups than asked for.
     """
 
     def __init__(self, times: Tensor, size: int = 1, most: int = GROUPS):
@@ -42,10 +43,10 @@ class SampleCosts:
         self.times, self.count, self.size, self._device = times, 0, size, torch.device("cpu")
         row, column = torch.triu_indices(K + 1, K + 1, 1, device="cpu")
         self._pairs = row * (K + 1) + column  # j < k, row by row
-        self._most = min(most, max(32, GROUP_BYTES // (8 * len(row)) // 2 * 2))
+        self.most = min(most, max(32, GROUP_BYTES // (8 * len(row)) // 2 * 2))
         self._pieces_at_once = max(1, min(64, PIECE_BYTES // (8 * K * K)))
-        self._sums = torch.empty(self._most, len(row), dtype=torch.float64, device="cpu")
-        self._sizes = torch.zeros(self._most, dtype=torch.float64, device="cpu")
+        self._sums = torch.empty(self.most, len(row), dtype=torch.float64, device="cpu")
+        self._sizes = torch.zeros(self.most, dtype=torch.float64, device="cpu")
 
     @property
     def groups(self) -> int:
@@ -77,7 +78,7 @@ class SampleCosts:
         """Add samples by their velocities `[K, n, *shape]`, which are finite."""
         n, first, self._device = v.shape[1], 0, v.device
         while first < n:
-            if self.count == self._most * self.size:
+            if self.count == self.most * self.size:
                 self._merge()
             lengths = self._lengths(n - first)
             stop = first + sum(lengths)
@@ -102,7 +103,7 @@ class SampleCosts:
 
     def _lengths(self, n: int) -> list[int]:
         """The next parts of n samples whose Gram matrices are made, none in two groups."""
-        found, seen, end = [], self.count, min(self.count + n, self._most * self.size)
+        found, seen, end = [], self.count, min(self.count + n, self.most * self.size)
         while seen < end and len(found) < self._pieces_at_once:
             found.append(min(self.size - seen % self.size, end - seen))
             seen += found[-1]
@@ -110,7 +111,7 @@ class SampleCosts:
 
     def _merge(self) -> None:
         """Pairs of groups become one."""
-        half = self._most // 2
+        half = self.most // 2
         for t in (self._sums, self._sizes):
             t[:half] = t[0::2] + t[1::2]
         self._sizes[half:] = 0
@@ -380,7 +381,7 @@ def free(
         if part > 0:
             v = torch.stack([some(some.x[j], t + part * (1 - t)) for j, t in enumerate(cal.times[:-1].tolist())])
             evaluations += K
-        tables.append(StepCost(cal.times, states=True).update(v, some.x).cost().cpu())
+        tables.append(StepCost(cal.times, states=True, device=v.device).update(v, some.x).cost().cpu())
     cost, which = torch.stack(tables).min(0)
     plans, found = bellman(cost, cal.times, steps), {}
     for n, schedule in plans.items():

@@ -16,7 +16,7 @@ from flowkernels.calibrate import Calibration
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops.euler_step.reference import guided
 from flowkernels.rollout import rollout
-from flowkernels.schedule import Schedule
+from flowkernels.schedule import Schedule, bellman
 from flowkernels.solver import Solver, polynomial_weights
 from flowkernels.velocity_field import evaluate, velocity_rows, warn_if_training
 
@@ -69,7 +69,7 @@ def fit_solver(
         returned instead.
 
     Cost: N - 1 evaluations a sample (the first is the teacher's), and 2 (N - 1) of each held-out sample; at an inverse
-    solver N and 2 N.
+    solver N and 2 N. Memory: N + 2 states of all samples.
 
     Source: docs/mathematics.md. The Gram matrix of velocity increments gives the normal equations of every step.
     """
@@ -81,12 +81,12 @@ def fit_solver(
         expect_number(ridge, "ridge")
         expect(0 <= ridge < math.inf, "ridge", "a finite number of at least 0", ridge)
     ridges = (*RIDGES, math.inf) if ridge is None else (max(float(ridge), RIDGES[0]),)
-    data = _Teacher.of(velocity, calibration, noise, chunk)
-    n, fitted = data.n, data.fitted(held_out)
+    data = _Teacher.of(velocity, calibration, noise, chunk, held_out)
+    n, fitted = data.n, data.fitted
     indices, knots = plan.indices, plan.times
     if inverse:
         indices, knots = indices[::-1], knots.flip(0)
-    goals = [data.x[i] for i in indices]
+    goals = [data.state(i) for i in indices]
     x, N, h = goals[0], plan.steps, knots.diff().tolist()
     # increments of these rows: the first velocity, what velocities change by, and what Euler leaves to be explained
     rows = x.new_zeros(N + 2, *x.shape)
@@ -109,11 +109,12 @@ def fit_solver(
         ADAMS: Solver.adams_bashforth(plan, 2, inverse=inverse),
         FITTED: Solver(knots, knots[:-1], coefficients, FITTED),
     }
-    errors = {FITTED: _distance(x[fitted:], goals[-1][fitted:])}
+    errors, past = {FITTED: _distance(x[fitted:], goals[-1][fitted:])}, () if inverse else (data.first[fitted:],)
     for name in (EULER, ADAMS):
-        _, ends = data.run(solvers[name], goals[0][fitted:], first=fitted)
+        _, ends = data.run(solvers[name], goals[0][fitted:], past, fitted)
         errors[name] = _distance(ends, goals[-1][fitted:])
-    best = min((FITTED, ADAMS, EULER), key=lambda name: errors[name])
+    rounding = 1e-12 * _distance(goals[-1], 0)
+    best = min((FITTED, ADAMS, EULER), key=lambda name: errors[name] + (name != FITTED) * rounding)
     if best != FITTED:
         warnings.warn(
             f"fit_solver: the fit for N = {N} is not better than {best} on the {n - fitted} held-out samples "
@@ -201,6 +202,7 @@ def polish(
 
     Cost: for a solver of M evaluations M (M+1)(M+2)/6 a fitted sample and iteration (120 for M = 8; a coefficient is
     tried from its evaluation on), and 1 to 6 M of each sample; a schedule of N steps takes up to some 8 N^2 a sample.
+    Memory: a state of a chunk's samples for each coefficient and time, M (M+3) / 2, beside M of all samples.
 
     Source: arXiv 2403.01329 (Bespoke solvers) for the free coefficients and times; More, The Levenberg-Marquardt
     algorithm (1978), for the scaled damping.
@@ -212,19 +214,20 @@ def polish(
     expect_number(held_out, "held_out")
     expect(0 < held_out < 1, "held_out", "a part between 0 and 1", held_out)
     if isinstance(plan, Schedule):
-        plan = _knots(calibration, plan.steps, plan)
-    data = _Teacher.of(velocity, calibration, noise, chunk, samples)
+        _knots(calibration, plan.steps, plan)
+    data = _Teacher.of(velocity, calibration, noise, chunk, held_out, samples)
     with tqdm(total=iterations, desc="polish", disable=not progress, leave=False) as bar:
         if isinstance(plan, Schedule):
-            return _descend(data, calibration, plan, data.fitted(held_out), iterations, bar)
-        return _least_squares(data, calibration, plan, data.fitted(held_out), iterations, bar)
+            return _descend(data, calibration, plan, iterations, bar)
+        return _least_squares(data, calibration, plan, iterations, bar)
 
 
 DIFFERENCE = 0.02  # of coefficients and times, for derivatives: beyond the rounding of a network in bfloat16
 
 
-def _least_squares(data, calibration: Calibration, solver: Solver, fitted: int, iterations: int, bar) -> Solver:
-    begin, end = (data.x[-1], data.x[0]) if solver.is_inverse else (data.x[0], data.x[-1])
+def _least_squares(data, calibration: Calibration, solver: Solver, iterations: int, bar) -> Solver:
+    begin, end = (data.state(i) for i in ((-1, 0) if solver.is_inverse else (0, -1)))
+    given, fitted = solver, data.fitted
     last = max(calibration.times[-2].item(), solver.model_times.max().item())  # the teacher is evaluated no later
     fit, rest = slice(fitted), slice(fitted, data.n)
 
@@ -237,6 +240,8 @@ def _least_squares(data, calibration: Calibration, solver: Solver, fitted: int, 
     for _ in range(iterations):
         gram = sum(_jacobian_gram(data, solver, begin, end, v, part, last) for part in data.chunks(fitted))
         S, s = gram[:-1, :-1], gram[:-1, -1]
+        if not torch.isfinite(gram).all():  # beside the teacher's times the velocity may not be defined
+            break
         size = torch.where(S.diagonal() > 0, S.diagonal().sqrt(), 1.0)
         S, s, eye = S / size / size[:, None], s / size, torch.eye(len(s), dtype=torch.float64, device="cpu")
         for _ in range(6):
@@ -254,8 +259,11 @@ def _least_squares(data, calibration: Calibration, solver: Solver, fitted: int, 
         bar.update()
         if gain < 3e-3:
             break
+    if best[1] is given:
+        return given
+    known = {k: v for k, v in given.notes.items() if k != "held_out"}  # which were the given solver's errors
     notes = {"polish": [before, best[0]], "evaluations": data.evaluations / data.n}
-    return replace(best[1], name=f"{best[1].name.removesuffix(POLISHED)}{POLISHED}", notes=best[1].notes | notes)
+    return replace(best[1], name=f"{given.name.removesuffix(POLISHED)}{POLISHED}", notes=known | notes)
 
 
 POLISHED = ", polished"
@@ -297,9 +305,10 @@ def _jacobian_gram(data, solver: Solver, begin, end, v: list[Tensor], part: slic
     return ops.velocity_gram(rows).cpu()
 
 
-def _descend(data, calibration: Calibration, plan: Schedule, fitted: int, iterations: int, bar) -> Schedule:
-    begin, end, grid = data.x[0], data.x[-1], calibration.times
-    fit, K = slice(fitted), len(grid) - 1
+def _descend(data, calibration: Calibration, given: Schedule, iterations: int, bar) -> Schedule:
+    begin, end, grid = data.state(0), data.state(-1), calibration.times
+    plan, fit, K = _knots(calibration, given.steps, given), slice(data.fitted), len(grid) - 1
+    rounding = 1e-12 * _distance(end, 0)
 
     def at(indices) -> Schedule:
         return Schedule(grid[list(indices)], grid, tuple(indices))
@@ -319,7 +328,7 @@ def _descend(data, calibration: Calibration, plan: Schedule, fitted: int, iterat
                 if not other[i - 1] < other[i] < other[i + 1]:
                     continue
                 found_v, found = tried(other, fit, [t[fit] for t in v[:i]])
-                if found < error:
+                if found < error - rounding:
                     indices, v, error, better = other, found_v, found, True
                     break
         bar.update()
@@ -327,9 +336,9 @@ def _descend(data, calibration: Calibration, plan: Schedule, fitted: int, iterat
             if step == 1:
                 break
             step = max(1, step // 2)
-    rest = slice(fitted, data.n)
-    if tried(indices, rest)[1] >= tried(plan.indices, rest)[1]:
-        return plan
+    rest = slice(data.fitted, data.n)
+    if tuple(indices) == plan.indices or tried(indices, rest)[1] >= tried(plan.indices, rest)[1]:
+        return given
     pairs = list(itertools.pairwise(indices))
     cost = sum(calibration.cost[j, k].item() for j, k in pairs)
     even = calibration[plan.steps].uniform_cost if plan.steps in calibration else None
@@ -348,7 +357,8 @@ def _knots(calibration: Calibration, steps: int, schedule: Schedule | None) -> S
     expect_positive_int(steps, "steps")
     expect(steps <= K, "steps", f"at most K = {K}, the steps of the grid", steps)
     if schedule is None:
-        return calibration[steps] if steps in calibration else calibration.plan(steps)[steps]
+        known = steps in calibration
+        return calibration[steps] if known else bellman(calibration.cost, calibration.times, steps)[steps]
     expect(isinstance(schedule, Schedule), "schedule", "a Schedule", schedule, TypeError)
     expect(schedule.steps == steps, "schedule", f"a schedule of {steps} steps", schedule)
     indices = tuple(int((calibration.times - t).abs().argmin()) for t in schedule.times)
@@ -360,48 +370,62 @@ def _knots(calibration: Calibration, steps: int, schedule: Schedule | None) -> S
 
 @dataclass
 class _Teacher:
-    """The teacher's states, its velocity, and a count of how often that was evaluated on a sample.
+    """The teacher's states and velocity, the samples that are held out last, and a count of evaluations.
 
-    x: `[K+1, n, *shape]`. first: its velocities at x[0]. total: the samples that per-sample conditioning is of.
+    x: its states, `[K+1, ., *shape]`. order: the places of the n samples in them; one in every so many is held out, of
+    the first samples as of all, so that a polish holds out what a fit did. fitted: how many are not. first: the
+    velocities at the first states. total: the samples that per-sample conditioning is of.
     """
 
     network: object
     x: Tensor
+    order: Tensor
+    fitted: int
     first: Tensor
     chunk: int | None
     total: int
     evaluations: int = 0
 
     @classmethod
-    def of(cls, velocity, calibration, noise: Tensor | None, chunk: int | None, most: int | None = None) -> "_Teacher":
+    def of(cls, velocity, calibration, noise, chunk: int | None, held_out: float, most: int | None = None):
         expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
         velocity = velocity.velocity if isinstance(velocity, FusedSampler) else velocity
         expect(callable(velocity), "velocity", "a callable velocity(x, t)", velocity, TypeError)
         if chunk is not None:
             expect_positive_int(chunk, "chunk")
         warn_if_training(velocity, stacklevel=5)
-        kept, evaluations = calibration.kept, 0
+        known, kept, evaluations = calibration.provenance, calibration.kept, 0
         if noise is None:
             wanted = "one that keeps trajectories (noise= rolls the teacher out anew)"
             expect(kept is not None, "calibration", wanted, "one that keeps none")
-            known = calibration.provenance
-            total = known.get("n_given", known.get("n", kept.x.shape[1]))
+            n, total = kept.x.shape[1], known.get("n_given", known.get("n", kept.x.shape[1]))
         else:
-            total = len(expect_noise(noise))
-            n = min(total, most or total)
+            shape = known.get("shape", list(expect_noise(noise).shape[1:]))
+            expect(list(noise.shape[1:]) == shape, "noise", f"samples of the calibration's shape {shape}", noise)
+            n = total = len(noise)
+        n = min(n, most or n)
+        expect(n >= 2, "calibration" if noise is None else "noise", "2 samples or more", f"{n}")
+        if noise is not None:
             kept = rollout(velocity_rows(velocity, slice(n), total), noise[:n], calibration.times)
             evaluations = n * (len(calibration.times) - 1)
-        x = kept.x[:, :most]
-        expect(x.shape[1] >= 2, "calibration" if noise is None else "noise", "2 samples or more", f"{x.shape[1]}")
-        return cls(velocity, x, kept.v[0, :most].to(x.dtype), chunk, total, evaluations)
+        held = [int((i + 1) * held_out) > int(i * held_out) for i in range(n)]
+        held[-1] |= not any(held)
+        held[0] &= not all(held)
+        order = torch.tensor(sorted(range(n), key=held.__getitem__), device="cpu")
+        found = cls(velocity, kept.x, order, n - sum(held), None, chunk, total, evaluations)
+        found.first = found._rows(kept.v[0]).to(kept.x.dtype)
+        return found
 
     @property
     def n(self) -> int:
-        return self.x.shape[1]
+        return len(self.order)
 
-    def fitted(self, held_out: float) -> int:
-        """How many samples are not held out."""
-        return min(self.n - 1, max(1, round(self.n * (1 - held_out))))
+    def _rows(self, t: Tensor) -> Tensor:
+        return t.index_select(0, self.order.to(t.device))
+
+    def state(self, i: int) -> Tensor:
+        """`[n, *shape]` at knot i of the grid."""
+        return self._rows(self.x[i])
 
     def chunks(self, n: int) -> Iterator[slice]:
         step = self.chunk or n
@@ -411,7 +435,7 @@ class _Teacher:
         """Of the samples from `first` on, guidance applied, in the state's dtype and in memory of its own."""
         out = torch.empty_like(x)
         for part in self.chunks(len(x)):
-            rows = slice(first + part.start, first + part.stop)
+            rows = self.order[first + part.start : first + part.stop]
             now = torch.full((part.stop - part.start,), t, dtype=x.dtype, device=x.device)
             v, v_uncond, w = evaluate(velocity_rows(self.network, rows, self.total), x[part], now)
             out[part] = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)

@@ -97,22 +97,16 @@ def updates_of(solver: Solver) -> tuple[Update, ...]:
 
 
 class Velocities:
-    """The velocities that later updates of a solver read, in memory that nobody else writes to.
-
-    A network may give every velocity in the same memory, such as the output of a CUDA graph, which shows at the second:
-    the first one is copied, the later ones only where it has. The compiler takes out copies that are not needed.
-    """
+    """The velocities that later updates of a solver read, copied: a network may use the memory of its output again, as
+    a CUDA graph does. The compiler takes out copies that are not needed."""
 
     def __init__(self):
         self.kept: dict[int, Tensor] = {}
-        self.first, self.reused = None, False
 
     def add(self, i: int, update: Update, x: Tensor, v: Tensor, v_uncond: Tensor | None, w: float):
         """(v, v_uncond) of evaluation i, to use in its update. Guidance is applied here to what is read again, and
         where the update has other terms of another dtype."""
         compiled = torch.compiler.is_compiling()
-        if self.first is not None:
-            self.reused, self.first = _share_storage(v, self.first), None
         if v_uncond is not None and (update.kept or (v.dtype != x.dtype and len(update.which) > 1)):
             if compiled:
                 v = guided(v, v_uncond, w, x.dtype)
@@ -122,10 +116,7 @@ class Velocities:
         elif compiled:
             v = v.clone() if update.kept else v
         else:
-            own = update.kept and (self.reused or i == 0 or not v.is_contiguous())
-            if update.kept and i == 0:
-                self.first = v
-            v = v.clone(memory_format=torch.contiguous_format) if own or _share_storage(v, x) else v
+            v = v.clone(memory_format=torch.contiguous_format) if update.kept or _share_storage(v, x) else v
             if v_uncond is not None and _share_storage(v_uncond, x):
                 v_uncond = v_uncond.clone()
         self.kept[i] = v

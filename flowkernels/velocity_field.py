@@ -313,6 +313,9 @@ def evaluate(velocity, x: Tensor, t: Tensor, embedding: Embedding | None = None)
     return v, v_uncond, weight
 
 
+TRAINING = "velocity: expected a network in eval mode"
+
+
 def warn_if_training(velocity, stacklevel: int = 4) -> None:
     """Dropout or batch statistics make a velocity random: warn if a network is left in training mode.
 
@@ -326,8 +329,7 @@ def warn_if_training(velocity, stacklevel: int = 4) -> None:
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         if random or isinstance(module, nn.modules.batchnorm._BatchNorm):
             warnings.warn(
-                f"velocity: expected a network in eval mode, got {type(module).__name__} {name!r} in training mode; "
-                "call .eval() first",
+                f"{TRAINING}, got {type(module).__name__} {name!r} in training mode; call .eval() first",
                 UserWarning,
                 stacklevel=stacklevel,
             )

@@ -550,15 +550,15 @@ def test_fitted_solvers_are_verified(monkeypatch, tmp_path):
     """With a fit of a kind: one better than the schedule, and one that is worse than anything."""
     given, wrong = [], fk.Solver.euler(2, model_times=[0.9, 0.1])
 
-    def fit_solver(velocity, cal, steps):
-        given.append((velocity, len(cal.kept.x)))
+    def fit_solver(velocity, cal, steps, chunk):
+        given.append((velocity, len(cal.kept.x), chunk))
         return wrong if steps == 2 else fk.Solver.adams_bashforth(cal[steps])
 
     monkeypatch.setitem(sys.modules, "flowkernels.fit", types.SimpleNamespace(fit_solver=fit_solver))
     velocity, noise = Turning(), normal(40, 3, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"^verify: .*the fitted solver has a larger error .* for N = 2; use cal.best"):
-        cal = fk.calibrate(velocity, noise, 20, [2, 8], verify=noise + 0.1, fit=True, **QUIET)
-    assert given == [(velocity, 21)] * 2
+        cal = fk.calibrate(velocity, noise, 20, [2, 8], verify=noise + 0.1, fit=True, chunk=16, **QUIET)
+    assert given == [(velocity, 21, 16)] * 2
     assert sorted(cal.solvers) == [2, 8]
     assert all(sorted(cal.verified[n]) == ["bellman", "fitted", "uniform"] for n in (2, 8))
     assert cal.best(8) is cal.solvers[8]
@@ -569,7 +569,50 @@ def test_fitted_solvers_are_verified(monkeypatch, tmp_path):
     assert cal.best(2) is wrong  # what is not verified is the user's word
     cal.solvers.clear()
     assert cal.best(2) is cal[2]
-    with pytest.raises(ValueError, match=r"^keep: expected room for at least one sample's trajectory, with fit, got 0"):
+    with pytest.raises(ValueError, match=r"^keep: expected two samples whose trajectories are kept, with fit, got 0"):
         fk.calibrate(velocity, noise, 20, 2, fit=True, keep=0, **QUIET)
     with pytest.raises(KeyError, match="plan"):
         cal.best(5)
+    cal.solvers[5] = wrong
+    assert cal.best(5) is wrong
+
+
+def test_norms_on_grids_whose_costs_take_much_memory():
+    """Groups of one sample are as many as memory allows, and no fewer samples are merged into them."""
+    cal = fk.calibrate(Turning(), normal(300, 3, dtype=torch.float64), 200, 2, **QUIET)
+    n = cal._singles().count
+    assert 32 <= n < 300
+    x, v = cal.kept.x[:, :n].double(), cal.kept.v[:, :n].double()
+    for j, k in [(0, 200), (0, 50), (120, 199)]:
+        e = x[k] - x[j] - (cal.times[k] - cal.times[j]) * v[j]
+        assert cal.norm_cost[j, k].item() == pytest.approx(e.norm(dim=1).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [None, 5, 16])
+def test_verified_with_conditioning_of_each_sample(chunk):
+    velocity = fk.VelocityField(lambda x, t, c: -x * c, conditioning=dict(c=torch.linspace(1, 2, 20)[:, None]))
+    cal = fk.calibrate(velocity, normal(20, 2), 10, 2, verify=normal(8, 2, seed=1), chunk=chunk, **QUIET)
+    first = fk.VelocityField(lambda x, t, c: -x * c, conditioning=dict(c=torch.linspace(1, 2, 20)[:8, None]))
+    noise = normal(8, 2, seed=1)
+    expected = (fk.sample(first, noise, 2) - fk.sample(first, noise, 10)).square().sum(1).mean().item()
+    assert cal.verified[2]["uniform"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_schedules_without_costs_are_saved_and_shown(tmp_path):
+    cal = fk.calibrate(Turning(), normal(6, 3, dtype=torch.float64), 7, 2, **QUIET)
+    cal.schedules.update(cal.plan(2, "student", velocity=Turning()))
+    assert "nan" in str(cal)
+    cal.save(tmp_path / "a.json")
+    assert fk.load(tmp_path / "a.json")[2] == cal[2]
+
+
+def test_warnings_of_a_calibration_point_at_its_caller():
+    net = torch.nn.ModuleDict(dict(unused=torch.nn.Dropout(0.5)))
+    net.forward = lambda x, t: -x
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fk.calibrate(lambda x, t: torch.ones_like(x), normal(8, 2), 6, (2, 3), fit=True, **QUIET)
+        assert not caught  # Euler is exact, and so is the fit
+        fk.calibrate(fk.VelocityField(net), normal(8, 2), 6, (2, 3), fit=True, verify=normal(8, 2, seed=1), **QUIET)
+    assert {w.filename for w in caught} == {__file__}
+    assert sum("eval mode" in str(w.message) for w in caught) == 1

@@ -127,7 +127,7 @@ def test_what_it_says_it_costs():
         velocity.count = 0
         notes = fk.fit_solver(velocity, cal, N, held_out=0.25).notes
         assert notes["samples"] == [144, 48]
-        assert velocity.count == 192 * (N - 1) + 2 * N * 48 == notes["evaluations"] * 192
+        assert velocity.count == 192 * (N - 1) + 2 * (N - 1) * 48 == notes["evaluations"] * 192
         assert notes["evaluations"] <= 2 * N
 
 
@@ -138,7 +138,7 @@ def test_held_out_samples_are_not_fitted():
     options = dict(order=2, ridge=1e-3)
     before = fk.fit_solver(velocity, cal, 1, **options)
     x = cal.kept.x.clone()
-    x[-1, 144:] += 1e-3
+    x[-1, 3::4] += 1e-3  # every fourth
     cal = fk.Calibration(cal.times, cal.cost, dict(cal), cal.provenance, kept=fk.Trajectory(cal.times, x, cal.kept.v))
     after = fk.fit_solver(velocity, cal, 1, **options)
     assert torch.equal(before.coefficients, after.coefficients)
@@ -267,8 +267,8 @@ def test_a_calibration_from_a_file_needs_noise(tmp_path):
 def test_other_numbers_of_steps_are_planned():
     velocity = mixture()
     cal = calibrated(velocity)
-    assert fk.fit_solver(velocity, cal, 5).steps == 5
-    assert 5 in cal
+    assert torch.equal(fk.fit_solver(velocity, cal, 5).times, fk.bellman(cal.cost, cal.times, 5)[5].times)
+    assert 5 not in cal  # nothing is added to what is given
 
 
 def test_float64_and_images():
@@ -294,9 +294,32 @@ def test_polish_lowers_the_endpoint_error():
         assert endpoint_error(velocity, polished) < 0.8 * endpoint_error(velocity, fitted)
         assert polished.model_times.min() >= 0
         assert polished.model_times.max() <= 0.975  # where the teacher's last evaluation is
-    again = fk.polish(velocity, cal, polished, samples=128)
-    assert again.name == "fitted, polished"
-    assert again.notes["polish"][1] <= polished.notes["polish"][1]
+        again = fk.polish(velocity, cal, polished, samples=128)
+        assert again.name == "fitted, polished"
+        assert again.notes["polish"][1] <= polished.notes["polish"][1]
+
+
+@pytest.mark.parametrize(("n", "most"), [(2, None), (3, None), (64, None), (64, 10), (7, 100)])
+@pytest.mark.parametrize("held_out", [0.01, 0.25, 0.5, 0.99])
+def test_held_out_samples_are_spread(n, most, held_out):
+    """Over all samples, and the same ones for a polish of fewer."""
+    cal = calibrated(mixture(), n=n, K=10)
+    some, whole = (fit._Teacher.of(mixture(), cal, None, None, held_out, m) for m in (most, None))
+    assert sorted(some.order.tolist()) == list(range(min(n, most or n)))
+    assert 1 <= some.fitted < some.n
+    assert abs((some.n - some.fitted) - held_out * some.n) <= 1
+    if held_out * some.n > 1 and (1 - held_out) * some.n > 1:
+        assert set(some.order[some.fitted :].tolist()) <= set(whole.order[whole.fitted :].tolist())
+
+
+def test_polish_of_a_velocity_that_is_defined_at_the_knots_alone():
+    def velocity(x, t):
+        off = ((t * 10).round() / 10 - t).abs() > 1e-4
+        return torch.where(off[:, None], torch.nan, -x)
+
+    cal = fk.calibrate(velocity, noise(16, 2), 10, 2, progress=False)
+    solver = Solver.euler(cal[2])
+    assert fk.polish(velocity, cal, solver) is solver
 
 
 def test_derivatives_of_the_endpoint():
@@ -304,8 +327,8 @@ def test_derivatives_of_the_endpoint():
     velocity = lambda x, t: -x * (1 + t.to(x.dtype) ** 2)[:, None]  # noqa: E731
     cal = fk.calibrate(velocity, noise(8, 2, dtype=F64), 20, 3, progress=False)
     solver = Solver.adams_bashforth(cal[3], 2)
-    data = fit._Teacher.of(velocity, cal, None, None)
-    begin, end = data.x[0], data.x[-1]
+    data = fit._Teacher.of(velocity, cal, None, None, 0.25)
+    begin, end = data.state(0), data.state(-1)
     v, x = data.run(solver, begin)
     gram = fit._jacobian_gram(data, solver, begin, end, v, slice(0, 8), 0.95)
     places = fit._places(3)
@@ -325,6 +348,7 @@ def test_polish_keeps_what_is_best():
     cal = fk.calibrate(velocity, noise(16, 2), 10, 2, progress=False)
     solver = Solver.euler(cal[2])
     torch.testing.assert_close(fk.polish(velocity, cal, solver).coefficients, solver.coefficients, atol=1e-6, rtol=0)
+    assert fk.polish(velocity, cal, cal[2]) is cal[2]
 
 
 def test_polish_of_a_schedule_moves_knots():
@@ -345,6 +369,7 @@ def test_polish_of_an_inverse_solver():
     solver = Solver.euler(cal[3], inverse=True)
     polished = fk.polish(velocity, cal, solver)
     assert polished.is_inverse
+    assert polished.name == "euler, polished"
     assert polished.notes["polish"][1] < 0.5 * polished.notes["polish"][0]
 
 

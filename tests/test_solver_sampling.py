@@ -184,6 +184,21 @@ def test_what_guidance_costs(updates):
     assert updates == [combined, ([torch.float32], True), *[combined, ([torch.float32] * 2, True)] * 4]
 
 
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_networks_that_use_memory_again(buffers):
+    """Of their outputs, after one evaluation or after several; whichever velocities a solver keeps."""
+    memory, calls = [torch.empty(5, 3) for _ in range(buffers)], itertools.count()
+
+    def velocity(x, t):
+        return memory[next(calls) % buffers].copy_(-x * (1 + t)[:, None])
+
+    late = Solver([0, 0.25, 0.5, 1], [0, 0.25, 0.5], [[0.25, 0, 0], [0, 0.5, 0], [0, 0.3, 0.6]])
+    noise = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    for solver in (late, Solver.adams_bashforth(6, 3), dense()):
+        expected = definition(lambda x, t: -x * (1 + t)[:, None], noise, solver)
+        torch.testing.assert_close(fk.sample(velocity, noise, solver).double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
 def test_velocities_are_let_go():
     """No more of them are alive than later updates read."""
     alive, most = [], []
