@@ -76,7 +76,7 @@ SIZES = {
     "mixture2": Sizes(1024, 4096, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
     "mixture64": Sizes(1024, 4096, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
     "digits": Sizes(1024, 2048, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
-    "fashion": Sizes(256, 384, Straightening((4, 8), 128, 64, 256, 2e-4, 0.95, seeds=1), finer=64, polish=(96, 4)),
+    "fashion": Sizes(256, 384, Straightening((4, 8), 128, 64, 256, 2e-4, 0.95, seeds=1), finer=64, polish=(96, 3)),
 }
 
 
