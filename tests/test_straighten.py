@@ -706,7 +706,7 @@ def test_a_student_that_returns_something_else(answer):
 
 TEACHER = small_net(0).eval()
 BAD = {
-    "schedule": (dict(schedule=4), TypeError, r"^schedule: expected a Schedule, such as cal\[4\], got 4"),
+    "schedule": (dict(schedule=4), TypeError, r"^schedule: expected a Schedule, such as cal\[4\]: .*, got 4"),
     "no grid": (dict(schedule=Schedule.uniform(2)), ValueError, r"^grid: expected the teacher's fine grid"),
     "grid misses a knot": (dict(grid=7), ValueError, r"^grid: expected a grid that contains every time"),
     "iterations": (dict(iterations=0), ValueError, r"^iterations: expected at least 1, got 0"),
