@@ -30,7 +30,7 @@ def fit_solver(
     calibration: Calibration,
     steps: int,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Sequence[Schedule] | None = None,
     noise: Tensor | None = None,
     held_out: float = 0.25,
     order: int | None = None,
@@ -49,7 +49,9 @@ def fit_solver(
         velocity: the teacher that the calibration was made with.
         calibration: from `calibrate`, with the teacher's trajectories that it keeps.
         steps: N.
-        schedule: the knots, a Schedule on the calibration's grid; None takes the calibration's own for N.
+        schedule: the knots, a Schedule on the calibration's grid; None takes the calibration's own for N. Of several,
+            such as `[cal.plan(N, o, velocity=velocity)[N] for o in ("squared", "norm", "endpoint")]`, a fit is made on
+            each, and the one with the least error on the held-out samples is returned.
         noise: `[n, *shape]`, to roll the teacher out anew, which takes K more evaluations: for a calibration from a
             file, which keeps no trajectories.
         held_out: the part of the samples that decides and is not fitted.
@@ -69,19 +71,38 @@ def fit_solver(
         returned instead.
 
     Cost: N - 1 evaluations a sample (the first is the teacher's), and 2 (N - 1) of each held-out sample; at an inverse
-    solver N and 2 N. Memory: N + 2 states of all samples.
+    solver N and 2 N. As many for each schedule. Memory: N + 2 states of all samples.
 
     Source: docs/mathematics.md. The Gram matrix of velocity increments gives the normal equations of every step.
     """
-    plan = _knots(calibration, steps, schedule)
+    several = isinstance(schedule, Sequence)
+    expect(not several or len(schedule) > 0, "schedule", "at least one schedule", schedule)
+    plans = [_knots(calibration, steps, s) for s in (schedule if several else [schedule])]
     expect_number(held_out, "held_out")
     expect(0 < held_out < 1, "held_out", "a part between 0 and 1", held_out)
-    order = plan.steps if order is None else min(expect_positive_int(order, "order"), plan.steps)
+    order = steps if order is None else min(expect_positive_int(order, "order"), steps)
     if ridge is not None:
         expect_number(ridge, "ridge")
         expect(0 <= ridge < math.inf, "ridge", "a finite number of at least 0", ridge)
     ridges = (*RIDGES, math.inf) if ridge is None else (max(float(ridge), RIDGES[0]),)
     data = _Teacher.of(velocity, calibration, noise, chunk, held_out)
+    found = [_fit(data, plan, order, ridges, inverse) for plan in plans]
+    solver = min(found, key=lambda s: s.notes["held_out"][s.name])
+    errors = solver.notes["held_out"]
+    if solver.name != FITTED:
+        warnings.warn(
+            f"fit_solver: the fit for N = {steps} is not better than {solver.name} on the {data.n - data.fitted} "
+            f"held-out samples (endpoint error {errors[FITTED]:.4g}, {errors[solver.name]:.4g}); returning "
+            f"{solver.name}",
+            UserWarning,
+            stacklevel=3,
+        )
+    samples = [data.fitted, data.n - data.fitted]
+    return replace(solver, notes=solver.notes | {"samples": samples, "evaluations": data.evaluations / data.n})
+
+
+def _fit(data: "_Teacher", plan: Schedule, order: int, ridges: tuple[float, ...], inverse: bool) -> Solver:
+    """The best of the three methods on these knots."""
     n, fitted = data.n, data.fitted
     indices, knots = plan.indices, plan.times
     if inverse:
@@ -115,20 +136,8 @@ def fit_solver(
         errors[name] = _distance(ends, goals[-1][fitted:])
     rounding = 1e-12 * _distance(goals[-1], 0)
     best = min((FITTED, ADAMS, EULER), key=lambda name: errors[name] + (name != FITTED) * rounding)
-    if best != FITTED:
-        warnings.warn(
-            f"fit_solver: the fit for N = {N} is not better than {best} on the {n - fitted} held-out samples "
-            f"(endpoint error {errors[FITTED]:.4g}, {errors[best]:.4g}); returning {best}",
-            UserWarning,
-            stacklevel=3,
-        )
-    notes = {
-        "held_out": errors,
-        "samples": [fitted, n - fitted],
-        "orders": [p for p, _ in chosen],
-        "ridges": [ridge for _, ridge in chosen],
-        "evaluations": data.evaluations / n,
-    }
+    orders, found_ridges = zip(*chosen, strict=True)
+    notes = {"held_out": errors, "orders": list(orders), "ridges": list(found_ridges)}
     return replace(solvers[best], notes=notes)
 
 

@@ -119,6 +119,21 @@ def test_better_than_euler_and_adams_bashforth():
         assert torch.equal(solver.model_times, cal[N].times[:-1])
 
 
+def test_the_best_of_several_schedules():
+    velocity = Counted(mixture())
+    cal = calibrated(velocity)
+    plans = [fk.Schedule(cal.times[[0, 1, 2, 40]]), cal[3], cal.plan(3, "norm")[3]]
+    velocity.count = 0
+    best = fk.fit_solver(velocity, cal, 3, schedule=plans)
+    assert velocity.count == best.notes["evaluations"] * 192 == 3 * (2 * 192 + 2 * 2 * 48)
+    each = [fk.fit_solver(velocity, cal, 3, schedule=plan) for plan in plans]
+    errors = [solver.notes["held_out"][solver.name] for solver in each]
+    least = each[errors.index(min(errors))]
+    assert torch.equal(best.coefficients, least.coefficients)
+    assert best.notes["held_out"] == least.notes["held_out"]
+    assert errors[0] > min(errors)
+
+
 def test_what_it_says_it_costs():
     """At most 2N a sample, all of it counted."""
     velocity = Counted(mixture())
@@ -396,6 +411,8 @@ def polishing(plan=CAL[2], **options):
         (ValueError, r"^schedule: expected a schedule of 3 steps", fitting(3, schedule=CAL[2])),
         (ValueError, r"^schedule: expected knots on the calib", fitting(schedule=fk.Schedule([0, 0.33, 1]))),
         (TypeError, r"^schedule: expected a Schedule", fitting(schedule=2)),
+        (TypeError, r"^schedule: expected a Schedule", fitting(schedule=[CAL[2], 2])),
+        (ValueError, r"^schedule: expected at least one schedule", fitting(schedule=[])),
         (ValueError, r"^held_out: expected a part between 0 and 1, got 1", fitting(held_out=1)),
         (ValueError, r"^order: expected at least 1", fitting(order=0)),
         (ValueError, r"^ridge: expected a finite number of at least 0", fitting(ridge=-1.0)),
