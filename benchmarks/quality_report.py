@@ -95,7 +95,7 @@ def targets(r: Results) -> Iterator[tuple[str, str, str, bool | None]]:
             f"digits, N = {N}: rms, of BOSS with Euler's", most, rms / r.mean("digits", "boss", N, "rms"), name
         )
     lost = list(losses(r))
-    for what, names in (("any row", list(ROWS)), ("fitted or polished", ["fitted", "polished"])):
+    for what, names in (("any row", list(ROWS)), ("fitted or polished", ["fitted", "fitted3", "polished"])):
         cells = sum(len(ns) for _, name, ns in lost if name in names)
         there = any(name in names and name != "uniform" for data in r.data for name in r.names(data))
         figure = f"{cells} cells of data set, row and N"

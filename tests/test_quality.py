@@ -15,7 +15,7 @@ suite = bench.suite().__name__
 metrics = importlib.import_module(f"{suite}.metrics")
 quality = importlib.import_module(f"{suite}.quality")
 KNOWN = "uniform,shifted,cosine,boss,ab2,ab3,boss_ab2,boss_ab3,heun"
-OURS = ",gits,oss,norm,endpoint,free,pairs,fitted,polished,straightened"
+OURS = ",gits,oss,norm,endpoint,free,pairs,fitted,fitted3,polished,straightened"
 
 
 # ---- distances ----
