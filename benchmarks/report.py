@@ -81,6 +81,8 @@ def targets(r: Results):
     yield at_most("... K=100, bfloat16 over float32 input, time", 1, gram[1] / gram[0], "x")
     yield at_most("bellman, K=100, N=1..10", 200, value("bellman", "K=100, N=1..10", "p50_us"), " us")
     yield at_least("bellman, K=1000, N=1..20: over NumPy", 10, r.times("bellman", "K=1000, N=1..20", "numpy"))
+    pairs = value("bellman_pairs", "K=100, N=1..10", "p50_us")
+    yield at_most("bellman_pairs, K=100, N=1..10", 200_000, pairs, " us")
     step = f"{1 << 16} {GUIDED}"
     yield at_least(
         "euler_step, 64 Mi, guided, bfloat16: of the stream", 85, value("euler_step", step, "stream_percent"), " %"
