@@ -395,10 +395,10 @@ def calibrate(
     if fit:
         from flowkernels.fit import fit_solver
 
-        with _warnings_once(3):
+        with _warnings_once():
             cal.solvers.update({N: fit_solver(given, cal, N, chunk=chunk) for N in wanted})
     if verify is not None:
-        with _warnings_once(3):
+        with _warnings_once():
             _verify(cal, given, verify, wanted, chunk, n)
     return cal
 
@@ -453,15 +453,15 @@ def _verify(cal: Calibration, velocity, noise: Tensor, steps: list[int], chunk: 
 
 
 @contextlib.contextmanager
-def _warnings_once(stacklevel: int) -> Iterator[None]:
-    """Warnings of the block once each, as the caller's of the function that it is in; of the network's training mode
+def _warnings_once() -> Iterator[None]:
+    """Warnings of a block of `calibrate` once each, as its caller's; of the network's training mode
     not again."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     for text in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
         if not text.startswith(TRAINING):
-            warnings.warn(text, UserWarning, stacklevel=stacklevel + 2)
+            warnings.warn(text, UserWarning, stacklevel=5)
 
 
 def _parts(n: int, chunk: int, cuts: Iterable[int]) -> Iterator[tuple[int, int]]:
