@@ -3,24 +3,53 @@
 import itertools
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+import os
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class _Repr(reprlib.Repr):
+    """Short, and of tensors, arrays and modules inside containers what `describe` says of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = self.maxarray = 24
+        self.maxstring = self.maxother = self.maxlong = 200
+
+    def repr1(self, x, level):
+        return describe(x) if isinstance(x, (Tensor, np.ndarray, nn.Module)) else super().repr1(x, level)
+
+
+_repr = _Repr().repr
 
 
 def describe(value) -> str:
-    """A value as an error message shows it."""
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
-    text = repr(value)
+    """A value as an error message shows it: one short line, whatever the value's own `repr` does."""
+    try:
+        if isinstance(value, Tensor):
+            layout = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+            return f"a {layout}{value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+        if isinstance(value, np.ndarray):
+            return f"a numpy {value.dtype} array of shape {list(value.shape)}"
+        if isinstance(value, nn.Module):
+            return f"a module {type(value).__name__}"
+        text = " ".join(_repr(value).split())
+    except Exception:  # a repr that raises, or recurses
+        return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{type(value).__name__} {text[:77]}..."
 
 
 def expect(ok: bool, name: str, expected: str, got, error: type[Exception] = ValueError) -> None:
-    """Raise `error` unless `ok`."""
+    """Raise `error` unless `ok`. got: the value, or what is to be said of it."""
     if not ok:
-        raise error(f"{name}: expected {expected}, got {got if isinstance(got, str) else describe(got)}")
+        told = isinstance(got, str) and got != ""
+        raise error(f"{name}: expected {expected}, got {got if told else describe(got)}")
 
 
 def expect_tensor(value, name: str, dtypes: Sequence[torch.dtype] | None = None) -> Tensor:
@@ -28,6 +57,8 @@ def expect_tensor(value, name: str, dtypes: Sequence[torch.dtype] | None = None)
         expect(False, name, "a torch.Tensor", f"{type(value).__name__} {describe(value)}", TypeError)
     if dtypes is not None and value.dtype not in dtypes:
         expect(False, name, " or ".join(str(d) for d in dtypes), value, TypeError)
+    if value.layout is not torch.strided:
+        expect(False, name, "a dense tensor (.to_dense())", value, TypeError)
     return value
 
 
@@ -38,18 +69,157 @@ def expect_values(value, name: str, dtypes: Sequence[torch.dtype] | None = None)
     return value
 
 
-def expect_number(value, name: str) -> None:
-    if isinstance(value, (int, float)):
-        return
-    expect(isinstance(value, Tensor) and value.dim() == 0, name, "a number", describe(value), TypeError)
-    expect(not value.requires_grad, name, "a number that needs no gradient", "a tensor with requires_grad")
+def expect_number(value, name: str):
+    """A number of the ops, NaN and Inf included: a float, or a tensor of no dimensions as it is."""
+    if type(value) is float or (isinstance(value, (int, float)) and not isinstance(value, bool) and _fits(value)):
+        return value
+    if isinstance(value, Tensor):
+        expect(value.dim() == 0 and not _is_no_real(value.dtype), name, "a number", value, TypeError)
+        expect(value.layout is torch.strided and value.device.type != "meta", name, "a number", value)
+        expect(not value.requires_grad, name, "a number that needs no gradient", "a tensor with requires_grad")
+        return value
+    return _as_float(value, name, "a number")
+
+
+def _fits(value: int | float) -> bool:
+    """Whether it is a float64: not an integer beyond them all."""
+    return torch.compiler.is_compiling() or -(2**1023) <= value <= 2**1023 or not isinstance(value, int)
+
+
+def _is_no_real(dtype: torch.dtype) -> bool:
+    return dtype.is_complex or dtype == torch.bool
+
+
+def _as_float(value, name: str, expected: str) -> float:
+    """A real number of any kind, numpy's and tensors' of no dimensions included, as Python's."""
+    if isinstance(value, Tensor):
+        known = value.dim() == 0 and not _is_no_real(value.dtype) and value.device.type != "meta"
+    else:
+        known = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    expect(known, name, expected, describe(value), TypeError)
+    try:
+        return float(value)
+    except (OverflowError, RuntimeError):  # an integer beyond float64; a tensor without data
+        expect(False, name, expected, describe(value))
+
+
+def expect_real(value, name: str, expected: str = "a finite number", ok: Callable[[float], bool] = math.isfinite):
+    """A finite number for which `ok` holds, as Python's float."""
+    number = _as_float(value, name, expected)
+    expect(math.isfinite(number) and ok(number), name, expected, describe(value))
+    return number
+
+
+def expect_int(value, name: str, expected: str, least: int | None = None, most: int | None = None) -> int:
+    """An integer, numpy's too and True not, from `least` to `most`, as Python's."""
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    expect(integer, name, expected, describe(value), TypeError)
+    expect((least is None or value >= least) and (most is None or value <= most), name, expected, describe(value))
+    return int(value)
 
 
 def expect_positive_int(value, name: str) -> int:
     integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     expect(integer, name, "an integer", describe(value), TypeError)
     expect(value >= 1, name, "at least 1", value)
+    expect(value < 2**63, name, "an integer of 64 bits", value)
     return int(value)
+
+
+def expect_seed(value, name: str = "seed") -> int:
+    """What `torch.Generator.manual_seed` takes."""
+    return expect_int(value, name, "an integer of 64 bits", -(2**63), 2**64 - 1)
+
+
+def expect_bool(value, name: str) -> bool:
+    expect(isinstance(value, (bool, np.bool_)), name, "True or False", describe(value), TypeError)
+    return bool(value)
+
+
+def expect_choice(value, name: str, choices: Sequence):
+    """One of a few names or constants; nothing that is only equal to one, such as True to 1."""
+    known = any(value is c or (type(value) is type(c) and isinstance(c, (str, int)) and value == c) for c in choices)
+    expect(known, name, one_of(choices), value if isinstance(value, str) and len(value) <= 80 else describe(value))
+    return value
+
+
+def one_of(choices: Iterable) -> str:
+    """'a', 'b' or 'c'."""
+    *most, last = map(repr, choices)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def expect_text(value, name: str, expected: str = "a text") -> str:
+    expect(isinstance(value, str), name, expected, describe(value), TypeError)
+    expect(value != "", name, expected, "''")
+    return value
+
+
+def expect_callable(value, name: str, expected: str) -> Callable:
+    """Something to call; a class is not meant by any argument, and would be made an object of."""
+    expect(callable(value) and not isinstance(value, type), name, expected, describe(value), TypeError)
+    return value
+
+
+def expect_mapping(value, name: str, expected: str = "a dict with names as keys") -> Mapping[str, Any]:
+    expect(isinstance(value, Mapping), name, expected, describe(value), TypeError)
+    expect(all(isinstance(key, str) for key in value), name, expected, describe(value), TypeError)
+    return value
+
+
+def expect_dtype(value, name: str, dtypes: Sequence[torch.dtype | None]):
+    expected = " or ".join(str(d) for d in dtypes)
+    expect(any(value is d for d in dtypes), name, expected, describe(value), TypeError)
+    return value
+
+
+def expect_path(value, name: str) -> Path:
+    fits = isinstance(value, (str, os.PathLike))
+    path = Path(value) if fits and isinstance(os.fspath(value), str) else None
+    expect(path is not None, name, "a path", describe(value), TypeError)
+    expect(path.name != "" and "\0" not in str(path), name, "the path of a file", describe(value))
+    return path
+
+
+def expect_device(value, name: str = "device") -> torch.device | None:
+    """None for torch's default device; else one that this torch can put tensors on."""
+    try:
+        return None if value is None else torch.empty(0, device=value).device
+    except Exception as e:  # RuntimeError, TypeError, AssertionError: by what is wrong with it
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        expect(False, name, "a device of this torch build", f"{describe(value)} ({reason})")
+
+
+def expect_float64(value, name: str, expected: str) -> Tensor:
+    """Real numbers in a tensor, an array or nested sequences, as a float64 tensor on the CPU without gradient.
+
+    Of truth values, complex numbers and texts none are made.
+    """
+    try:
+        given = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+        bad = _is_no_real(given.dtype) or given.layout is not torch.strided or isinstance(value, (bytes, bytearray))
+        if not bad:  # from the value itself: Python's floats have been rounded in `given`
+            return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().contiguous()
+    except Exception:  # by what is wrong with it; lists of objects raise what these do
+        pass
+    expect(False, name, expected, describe(value), TypeError)
+
+
+MOST_STEPS = 1_000_000  # of a grid
+
+
+def expect_room(size: int, name: str, what: str, got) -> None:
+    """That `size` bytes are not more than the machine's memory."""
+    there = _memory()
+    told = f"{describe(got)}: {size / 2**30:.3g} GiB of {what}"
+    expect(size <= there, name, f"what fits into {there / 2**30:.3g} GiB of memory", told)
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # a system that does not say
+        return 2**63
 
 
 LOW = (torch.bfloat16, torch.float16)
@@ -67,8 +237,8 @@ def expect_low(low, x: Tensor) -> None:
     if isinstance(low, Tensor):
         expect_tensor(low, "low", LOW)
         expect_like(low, "low", x)
-    elif low is not None:
-        expect(low in LOW, "low", "torch.bfloat16, torch.float16 or a tensor of one of them", low, TypeError)
+    elif not (low is None or low is torch.bfloat16 or low is torch.float16):
+        expect(False, "low", "torch.bfloat16, torch.float16 or a tensor of one of them", low, TypeError)
 
 
 def expect_noise(noise, name: str = "noise") -> Tensor:
@@ -88,11 +258,12 @@ def expect_times(times, name: str) -> Tensor:
         expect(times >= 1, name, "at least 1 step", times)
         if torch.compiler.is_compiling():
             return _uniform(times)
+        expect(times <= MOST_STEPS, name, f"at most {MOST_STEPS:,} steps", times)
         return torch.linspace(0, 1, int(times) + 1, dtype=torch.float64, device="cpu")
-    try:
+    if torch.compiler.is_compiling():
         t = torch.as_tensor(times, dtype=torch.float64, device="cpu").detach().contiguous()
-    except (TypeError, ValueError, RuntimeError):
-        expect(False, name, "a number of steps or a sequence of times", times, TypeError)
+    else:
+        t = expect_float64(times, name, "a number of steps or a sequence of times")
     expect(t.dim() == 1 and len(t) >= 2, name, "a number of steps or at least two times in one dimension", times)
     if torch.compiler.is_compiling():  # values are not known yet
         return t
