@@ -1,9 +1,9 @@
 """How far apart two sets of samples are: energy and Frechet distances, and the classifier whose features they take."""
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flowkernels import _weights
 from flowkernels.models import BUNDLED
 
 
@@ -27,7 +27,8 @@ class Classifier(nn.Sequential):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found; `python benchmarks/train_models.py classifier` makes it")
         net = cls()
-        net.load_state_dict(load_file(path))
+        state, _ = _weights.read(path, "path", "the classifier's weights")
+        net.load_state_dict(state)
         return net.eval()
 
 

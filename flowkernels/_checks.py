@@ -5,6 +5,7 @@ import math
 import numbers
 import os
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,14 @@ def expect_int(value, name: str, expected: str, least: int | None = None, most: 
     expect(integer, name, expected, describe(value), TypeError)
     expect((least is None or value >= least) and (most is None or value <= most), name, expected, describe(value))
     return int(value)
+
+
+def expect_numbers(values, name: str, length: int | None = None) -> list:
+    """A list of Python's numbers, all of them finite, as a JSON file has them."""
+    known = isinstance(values, list) and all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values)
+    fits = known and (length is None or len(values) == length)
+    expect(fits, name, f"a list of {'' if length is None else f'{length} '}finite numbers", values)
+    return values
 
 
 def expect_positive_int(value, name: str) -> int:

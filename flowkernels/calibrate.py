@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,25 @@ from tqdm import tqdm
 from flowkernels._checks import (
     expect,
     expect_finite_flow,
+    expect_int,
     expect_noise,
     expect_number,
+    expect_numbers,
     expect_positive_int,
+    expect_real,
     expect_times,
 )
-from flowkernels._files import whole_file
+from flowkernels._files import (
+    SUM,
+    damaged,
+    digest,
+    expect_unchanged,
+    plain,
+    read_json,
+    sealed,
+    warn_of_no_sum,
+    whole_file,
+)
 from flowkernels._version import __version__
 from flowkernels.costs import GROUPS, OBJECTIVES, SINGLES, SampleCosts
 from flowkernels.fuse import FusedSampler
@@ -40,6 +54,7 @@ from flowkernels.velocity_field import TRAINING, VelocityField, parameter_hash, 
 
 FORMAT = "flowkernels.calibration"
 CHUNK_BYTES = 256 << 20  # velocities of one chunk of samples
+VERIFIED = ("uniform", "bellman", "fitted")  # of what there are endpoint errors
 KEEP_BYTES = 512 << 20  # states and velocities that stay
 
 
@@ -184,13 +199,17 @@ class Calibration(Mapping):
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
-        """Write a JSON file; whole or not at all."""
+        """Write a JSON file with its SHA-256; whole or not at all, and nothing that `load` would refuse.
+
+        In provenance and notes, arrays become lists, and numbers that are not finite become texts. TypeError for what
+        JSON cannot hold.
+        """
         data = {
             "format": FORMAT,
             "version": 1,
-            "provenance": self.provenance,
+            "provenance": plain(self.provenance),
             "times": self.times.tolist(),
-            "schedules": {str(n): _schedule_to_dict(s) for n, s in sorted(self.schedules.items())},
+            "schedules": {str(n): _schedule_to_dict(s, self.times) for n, s in sorted(self.schedules.items())},
             "cost": _encoded(self.cost, 1),
         }
         if self.gram is not None:
@@ -198,63 +217,38 @@ class Calibration(Mapping):
         if self.norm_cost is not None:
             data["norm_cost"] = _encoded(self.norm_cost, 1)
         if self.solvers:
-            data["solvers"] = {str(n): s.to_dict() for n, s in sorted(self.solvers.items())}
+            data["solvers"] = {str(n): _solver_to_dict(s) for n, s in sorted(self.solvers.items())}
         if self.verified:
-            data["verified"] = {str(n): errors for n, errors in sorted(self.verified.items())}
+            data["verified"] = {str(n): plain(errors) for n, errors in sorted(self.verified.items())}
+        _from_dict(data)
+        text = json.dumps(sealed(data), indent=1)
         with whole_file(path) as partial:
-            partial.write_text(json.dumps(data, indent=1))
+            partial.write_text(text)
 
 
 def load(path: str | Path, velocity=None) -> Calibration:
     """Read a calibration written by `Calibration.save`.
 
     Args:
-        path: the file.
+        path: the file. One without a checksum, as earlier versions wrote them, is read with a warning.
         velocity: the model it is to be used with; a warning says so if it was made for another one.
 
     Raises:
-        FileNotFoundError; ValueError if the file is truncated or something else.
+        FileNotFoundError; ValueError if the file is truncated, was changed since it was written, or is something else.
     """
-    text = Path(path).read_bytes()
-    try:
-        data = json.loads(text)
-    except ValueError as e:
-        raise ValueError(f"path: expected a whole calibration file, {path} is truncated or not JSON ({e})") from e
+    wanted = "a whole calibration file"
+    data = read_json(path, "path", wanted)
     kind = data.get("format") if isinstance(data, dict) else type(data).__name__
     expect(kind == FORMAT, "path", f"a file of format {FORMAT!r}", f"{path} of format {kind!r}")
-    expect(data.get("version") == 1, "path", "version 1", f"{path} of version {data.get('version')!r}")
-    try:
-        times = expect_times(data["times"], "times")
-        K = len(times) - 1
-        cost = _decoded(data["cost"], "cost", K + 1, 1, torch.inf)
-        gram = _decoded(data["gram"], "gram", K - 1, 0) if "gram" in data else None
-        norm_cost = _decoded(data["norm_cost"], "norm_cost", K + 1, 1, torch.inf) if "norm_cost" in data else None
-        solvers = {int(n): Solver.from_dict(s) for n, s in data.get("solvers", {}).items()}
-        schedules = {}
-        for n, s in data["schedules"].items():
-            indices = tuple(int(i) for i in s["indices"])
-            rising = all(a < b for a, b in itertools.pairwise(indices))
-            expect(
-                len(indices) == int(n) + 1 and indices[0] == 0 and indices[-1] == K and rising,
-                f"schedules[{n}]",
-                f"{int(n) + 1} rising indices from 0 to {K}",
-                indices,
-            )
-            schedules[int(n)] = Schedule(
-                *(times[list(indices)], times, indices),
-                *(None if s[c] is None else float(s[c]) for c in ("cost", "uniform_cost")),
-                interval=_interval(s["interval"]) if "interval" in s else None,
-                enough=int(s["enough"]) if "interval" in s else None,
-                notes=dict(s.get("notes", {})),
-            )
-        verified = {
-            int(n): {str(name): float(e) for name, e in errors.items()}
-            for n, errors in data.get("verified", {}).items()
-        }
-        known = times, cost, schedules, dict(data["provenance"]), gram, solvers, verified
-        cal = Calibration(*known, _found={"norm_cost": norm_cost})
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
-        raise ValueError(f"path: expected a whole calibration file, {path} is damaged ({e})") from e
+    version = data.get("version")
+    expect(type(version) is int and version == 1, "path", "version 1", f"{path} of version {version!r}")
+    with damaged("path", wanted, path):
+        found = digest(data)
+        if SUM in data:
+            expect_unchanged(data[SUM], found)
+        cal = _from_dict(data)
+    if SUM not in data:
+        warn_of_no_sum(path)
     if velocity is not None:
         made_for, given = cal.provenance.get("parameters_sha256"), parameter_hash(velocity)
         if made_for != given:
@@ -267,37 +261,123 @@ def load(path: str | Path, velocity=None) -> Calibration:
     return cal
 
 
-def _schedule_to_dict(s: Schedule) -> dict:
+def _from_dict(data: dict) -> Calibration:
+    """The calibration in a file, each of its entries checked."""
+    expect_numbers(data["times"], "times")
+    times = expect_times(data["times"], "times")
+    K = len(times) - 1
+    tables = {"cost": (K + 1, 1), "gram": (K - 1, 0), "norm_cost": (K + 1, 1)}
+    tables = {name: _decoded(data[name], name, *of) for name, of in tables.items() if name == "cost" or name in data}
+    provenance = _object(data["provenance"], "provenance")
+    expect(provenance.get("K", K) == K, "provenance.K", f"{K}, the steps of times", provenance.get("K"))
+    shape, made_for = provenance.get("shape", []), provenance.get("parameters_sha256")
+    expect(isinstance(shape, list), "provenance.shape", "the shape of a sample", shape)
+    for size in shape:
+        expect_int(size, "provenance.shape", "positive integers", 1)
+    expect(made_for is None or isinstance(made_for, str), "provenance.parameters_sha256", "a text or null", made_for)
+    return Calibration(
+        times,
+        tables["cost"],
+        {n: _schedule(s, f"schedules.{n}", n, times) for n, s in _by_steps(data, "schedules", K)},
+        provenance,
+        tables.get("gram"),
+        {n: _solver(s, f"solvers.{n}", n) for n, s in _by_steps(data, "solvers", None)},
+        {n: _errors(errors, f"verified.{n}") for n, errors in _by_steps(data, "verified", None)},
+        _found={"norm_cost": tables.get("norm_cost")},
+    )
+
+
+def _object(value, name: str) -> dict:
+    expect(isinstance(value, dict), name, "an object", value)
+    return value
+
+
+def _by_steps(data: dict, name: str, most: int | None) -> Iterator[tuple[int, Any]]:
+    """(N, entry) of a table by numbers of steps; only the schedules have to be there."""
+    for key, entry in _object(data[name] if name == "schedules" else data.get(name, {}), name).items():
+        canonical = key.isascii() and key.isdecimal() and key[0] != "0"
+        expect(canonical, name, "numbers of steps", repr(key))
+        yield expect_int(int(key), name, "numbers of steps" + (f" up to {most}" if most else ""), 1, most), entry
+
+
+def _schedule(data, name: str, N: int, times: Tensor) -> Schedule:
+    K, indices = len(times) - 1, _object(data, name)["indices"]
+    expect(isinstance(indices, list), name, "a list of indices", indices)
+    for i in indices:
+        expect_int(i, f"{name}.indices", f"integers from 0 to {K}", 0, K)
+    whole = len(indices) == N + 1 and indices[0] == 0 and indices[-1] == K
+    whole = whole and all(a < b for a, b in itertools.pairwise(indices))
+    expect(whole, f"{name}.indices", f"{N + 1} rising indices from 0 to {K}", indices)
+    costs = (None if data[c] is None else _least(data[c], f"{name}.{c}") for c in ("cost", "uniform_cost"))
+    interval = enough = None
+    if "interval" in data:
+        low, high = (_least(end, f"{name}.interval") for end in data["interval"])
+        expect(low <= high, f"{name}.interval", "[low, high]", data["interval"])
+        interval, enough = (low, high), expect_int(data["enough"], f"{name}.enough", "a number of samples", 1)
+    notes = _object(data.get("notes", {}), f"{name}.notes")
+    return Schedule(times[indices], times, tuple(indices), *costs, interval=interval, enough=enough, notes=notes)
+
+
+def _least(value, name: str) -> float:
+    expect(isinstance(value, (int, float)), name, "a number of at least 0", value)
+    return expect_real(value, name, "a number of at least 0", lambda number: number >= 0)
+
+
+def _solver(data, name: str, N: int) -> Solver:
+    solver = Solver.from_dict(_object(data, name))
+    expect(solver.steps == N, name, f"a solver of {N} steps", f"one of {solver.steps}")
+    return solver
+
+
+def _errors(data, name: str) -> dict[str, float]:
+    unknown = sorted(set(_object(data, name)) - set(VERIFIED))
+    expect(not unknown, name, f"errors of {', '.join(VERIFIED)}", f"{unknown}")
+    return {what: _least(error, f"{name}.{what}") for what, error in data.items()}
+
+
+def _schedule_to_dict(s: Schedule, times: Tensor) -> dict:
+    on_it = s.grid is not None and torch.equal(s.grid, times)
+    expect(on_it, "schedules", "schedules on the grid of the calibration", s)
     data = {"indices": list(s.indices), "cost": s.cost, "uniform_cost": s.uniform_cost}
     if s.interval is not None:
         data |= {"interval": list(s.interval), "enough": s.enough}
-    return data | ({"notes": s.notes} if s.notes else {})
+    return plain(data | ({"notes": s.notes} if s.notes else {}))
 
 
-def _interval(ends: list) -> tuple[float, float]:
-    low, high = map(float, ends)
-    return low, high
+def _solver_to_dict(s: Solver) -> dict:
+    return s.to_dict() | {"notes": plain(s.notes)}
+
+
+def _encoding(diagonal: int) -> str:
+    return f"base64 of little-endian float64, entries k {'>' if diagonal else '>='} j row by row"
 
 
 def _encoded(matrix: Tensor, diagonal: int) -> dict:
     """The entries of a matrix on and above its diagonal, or (1) above it."""
     row, column = torch.triu_indices(*matrix.shape, diagonal, device="cpu")
-    return {
-        "encoding": f"base64 of little-endian float64, entries k {'>' if diagonal else '>='} j row by row",
-        "data": base64.b64encode(matrix[row, column].numpy().astype("<f8").tobytes()).decode(),
-    }
+    entries = matrix[row, column].numpy().astype("<f8").tobytes()
+    return {"encoding": _encoding(diagonal), "data": base64.b64encode(entries).decode()}
 
 
-def _decoded(data: dict, name: str, size: int, diagonal: int, below: float | None = None) -> Tensor:
-    """The matrix `[size, size]`; below the entries `below`, or their mirror image."""
+def _decoded(data, name: str, size: int, diagonal: int) -> Tensor:
+    """The matrix `[size, size]`: of costs, with Inf below, or (diagonal 0) a Gram matrix."""
+    encoding, text = _object(data, name).get("encoding"), data["data"]
+    expect(encoding == _encoding(diagonal), f"{name}.encoding", repr(_encoding(diagonal)), encoding)
+    count = size * (size + 1 - 2 * diagonal) // 2
+    length = (8 * count + 2) // 3 * 4  # before anything of that size is made
+    expect(isinstance(text, str), name, "a text", text)
+    expect(len(text) == length, name, f"{count} entries in {length} characters", f"{len(text)} characters")
+    values = torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), "<f8").astype(np.float64))
+    expect(len(values) == count, name, f"{count} entries", str(len(values)))
     row, column = torch.triu_indices(size, size, diagonal, device="cpu")
-    values = np.frombuffer(base64.b64decode(data["data"], validate=True), "<f8")
-    expect(len(values) == len(row), name, f"{len(row)} entries", str(len(values)))
-    values = torch.from_numpy(values.astype(np.float64))
-    matrix = torch.full((size, size), torch.nan if below is None else below, dtype=torch.float64, device="cpu")
-    if below is None:
-        matrix[column, row] = values
+    matrix = torch.full((size, size), torch.inf, dtype=torch.float64, device="cpu")
     matrix[row, column] = values
+    if diagonal:  # Inf forbids a step
+        expect(bool((values >= 0).all()), name, "costs of at least 0", "negative ones or NaN")
+        return matrix
+    matrix[column, row] = values
+    finite = bool(torch.isfinite(values).all()) and bool((matrix.diagonal() >= 0).all())
+    expect(finite, name, "finite entries, of at least 0 on the diagonal", "others")
     return matrix
 
 

@@ -7,19 +7,18 @@ deterministic teachers without a network.
 All follow the library's convention: `net(x, t)` with x `[n, *shape]`, t `[n]`, t = 0 noise, t = 1 data.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from flowkernels import _weights
 from flowkernels._checks import FLOATS, expect, expect_values
-from flowkernels._files import whole_file
+from flowkernels._files import damaged
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
@@ -319,32 +318,45 @@ BUNDLED = {
 
 
 def save_network(net: nn.Module, path: str | Path, **notes) -> None:
-    """Write a bundled architecture's weights with its configuration, as one safetensors file."""
-    meta = dict(architecture=type(net).__name__, config=json.dumps(net.config), notes=json.dumps(notes))
-    with whole_file(path) as partial:
-        save_file({k: v.detach().contiguous() for k, v in net.state_dict().items()}, partial, metadata=meta)
+    """Write a bundled architecture's weights with its configuration, as one safetensors file with its SHA-256."""
+    _weights.write(path, net.state_dict(), architecture=type(net).__name__, config=net.config, notes=notes)
 
 
 def network_notes(path: str | Path) -> dict:
-    """What `save_network` was told about the training, such as the iterations."""
-    with safe_open(path, "pt") as f:
-        return json.loads((f.metadata() or {}).get("notes", "{}"))
+    """What `save_network` was told about the training, such as the iterations. ValueError if the file is damaged."""
+    _, metadata = _weights.read(path, "path", "a safetensors checkpoint")
+    with damaged("path", "a safetensors checkpoint", path):
+        return _weights.parsed(metadata, "notes")
 
 
 def load_network(path: str | Path) -> nn.Module:
-    """Rebuild a network written by `save_network`, in eval mode. ValueError if the file is not one."""
-    try:
-        with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-            state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is not a dict)
-    except SafetensorError as e:
-        raise ValueError(f"path: expected a safetensors checkpoint, {path} is not one ({e})") from e
+    """Rebuild a network written by `save_network`, in eval mode.
+
+    Raises:
+        FileNotFoundError; ValueError if the file is something else, or was changed since it was written.
+    """
+    state, metadata = _weights.read(path, "path", "a safetensors checkpoint")
     known = " or ".join(_ARCHITECTURES)
-    name = meta.get("architecture")
+    name = metadata.get("architecture")
     expect(name in _ARCHITECTURES, "path", f"a checkpoint of {known}", f"{path} with architecture {name!r}")
-    try:
-        net = _ARCHITECTURES[name](**json.loads(meta["config"]))
+    with damaged("path", f"a whole checkpoint of {name}", path, "does not fit it"):
+        config = _weights.parsed(metadata, "config")
+        with torch.device("meta"), _Parts(len(state)):
+            own = _ARCHITECTURES[name](**config).state_dict()
+        _weights.expect_fits(state, own, "weights", name)
+        net = _ARCHITECTURES[name](**config)
         net.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"path: expected a whole checkpoint of {name}, {path} does not fit it ({e})") from e
     return net.eval()
+
+
+class _Parts(TorchFunctionMode):
+    """Ends the making of a network that has far more parts than there are weights for it."""
+
+    def __init__(self, weights: int):
+        super().__init__()
+        self.left = 64 * (1 + weights)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        expect(self.left >= 0, "config", "a network of so many weights", "one of more")
+        return func(*args, **(kwargs or {}))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect, expect_positive_int, expect_times
+from flowkernels._checks import expect, expect_numbers, expect_positive_int, expect_times
 from flowkernels.schedule import Schedule
 
 NEGLIGIBLE = 1e-14  # of the largest coefficient: what sums in float64 leave of a zero
@@ -99,7 +99,18 @@ class Solver:
 
     @classmethod
     def from_dict(cls, data: dict) -> "Solver":
-        return cls(**{k: data[k] for k in ("times", "model_times", "coefficients", "name", "notes")})
+        """What `to_dict` gave. ValueError if it is something else, naming the entry."""
+        known = {k: data.get(k) for k in ("times", "model_times", "coefficients", "name", "notes")}
+        expect(isinstance(known["name"], str), "name", "a text", known["name"])
+        expect(isinstance(known["notes"], dict), "notes", "a dict", known["notes"])
+        for name in ("times", "model_times"):
+            expect_numbers(known[name], name)
+        M, rows = len(known["model_times"]), known["coefficients"]
+        square = isinstance(rows, list) and len(rows) == M
+        expect(square, "coefficients", f"{M} rows, one for each evaluation", rows)
+        for row in rows:
+            expect_numbers(row, "coefficients", M)
+        return cls(**known)
 
     @classmethod
     def of(cls, schedule: "Schedule | Solver | int | Sequence[float] | Tensor") -> "Solver":

@@ -2,11 +2,14 @@
 
 import base64
 import json
+import math
 import platform
+import tracemalloc
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from _flows import (
@@ -231,7 +234,9 @@ def test_solvers_and_notes_in_the_file(tmp_path):
 
 def test_files_of_before_intervals_load(tmp_path):
     """Written by the release before there were any; the schedules and costs are those of today."""
-    again, cal = fk.load(Path(__file__).parent / "data" / "calibration_1.boss.json"), small(steps=[2, 4])
+    with pytest.warns(UserWarning, match=r"calibration_1.boss.json has no sha256, as files of earlier") as warned:
+        again, cal = fk.load(Path(__file__).parent / "data" / "calibration_1.boss.json"), small(steps=[2, 4])
+    assert [w.filename for w in warned] == [__file__]
     assert {n: s.indices for n, s in again.items()} == {n: s.indices for n, s in cal.items()}
     assert torch.allclose(again.cost, cal.cost, rtol=1e-5, atol=0)
     assert (again.gram, again.norm_cost, again[2].interval, again[2].enough, again.solvers) == (*[None] * 4, {})
@@ -363,6 +368,13 @@ def remove(*keys):
     return edit
 
 
+def entries(values):
+    return base64.b64encode(np.array(values, "<f8").tobytes()).decode()
+
+
+SOLVER = fk.Solver.euler(4).to_dict()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -400,14 +412,130 @@ def remove(*keys):
         change("schedules", "4", "cost", to="much"),
         change("provenance", to="me"),
         change("provenance", to=4),
+        change("provenance", to=[]),
+        change("provenance", "shape", to=[0]),
+        change("provenance", "shape", to=4),
+        change("provenance", "K", to=11),
+        change("provenance", "parameters_sha256", to=7),
+        change("provenance", "seed", to=float("nan")),
+        change("times", to=12),
+        change("times", to=[0, True]),
+        change("cost", "encoding", to="base64"),
+        change("cost", "data", to=entries([-1.0] + [0.0] * 77)),
+        change("cost", "data", to=entries([float("nan")] + [0.0] * 77)),
+        change("norm_cost", "data", to=entries([-1.0] + [0.0] * 77)),
+        change("gram", "data", to=entries([-1.0] + [0.0] * 65)),
+        change("gram", "data", to=entries([0.0, float("inf")] + [0.0] * 64)),
+        change("schedules", "04", to={"indices": [0, 12], "cost": 1, "uniform_cost": 1}),
+        change("schedules", "1", to={"indices": [0, 12], "cost": -1, "uniform_cost": 1}),
+        change("schedules", "4", "indices", to=[0, 1.0, 2, 3, 12]),
+        change("schedules", "4", "indices", to=[0, 1.5, 2, 3, 12]),
+        change("schedules", "4", "indices", to=[False, 1, 2, 3, 12]),
+        change("schedules", "4", "indices", to="01234"),
+        change("schedules", "4", "cost", to=True),
+        change("schedules", "4", "cost", to=-1e-9),
+        change("schedules", "4", "cost", to=float("nan")),
+        change("schedules", "4", "uniform_cost", to=float("inf")),
+        change("schedules", "4", "uniform_cost", to=10**400),
+        change("schedules", "4", "interval", to=[2.0, 1.0]),
+        change("schedules", "4", "interval", to=[-1.0, 1.0]),
+        change("schedules", "4", "enough", to=0),
+        change("schedules", "4", "enough", to=1.5),
+        change("solvers", to={"4": SOLVER | {"name": 4}}),
+        change("solvers", to={"3": SOLVER}),
+        change("solvers", to={"4": SOLVER | {"notes": None}}),
+        change("solvers", to={"4": SOLVER | {"times": 4}}),
+        change("solvers", to={"4": SOLVER | {"model_times": [0, 0.25, 0.5, "1"]}}),
+        change("solvers", to={"4": SOLVER | {"model_times": [False, 0.25, 0.5, 0.75]}}),
+        change("solvers", to={"4": SOLVER | {"coefficients": [[0.25]] * 4}}),
+        change("solvers", to=[SOLVER]),
+        change("verified", to={"4": {"uniform": -1.0}}),
+        change("verified", to={"4": {"uniform": "1"}}),
+        change("verified", to={"4": {"another": 1.0}}),
+        change("verified", to={"4.0": {"uniform": 1.0}}),
+        change("verified", to={"4": [1.0]}),
     ],
 )
 def test_damaged_file(saved, damage):
     data = json.loads(saved.read_text())
     damage(data)
+    saved.write_text(json.dumps(data | {"sha256": "0"}))
+    with pytest.raises(ValueError, match=r"^path: expected a whole calibration file, .*model.boss.json is damaged"):
+        fk.load(saved)
+    del data["sha256"]  # of before there were any: each entry is looked at all the same
     saved.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=r"^path: expected a whole calibration file, .*model.boss.json is damaged"):
         fk.load(saved)
+
+
+@pytest.mark.parametrize("depth", [10, 100_000])
+def test_json_that_is_none_of_ours(saved, depth):
+    for text in (
+        "[" * depth,
+        '{"a": 1, "a": 2}',
+        '{"a":' * depth,
+        "9" * 5000,
+        saved.read_text().replace("times", "cost"),
+    ):
+        saved.write_text(text)
+        with pytest.raises(ValueError, match=r"^path: expected a whole calibration file, .*model.boss.json is trunc"):
+            fk.load(saved)
+
+
+def test_a_file_of_many_small_values_is_refused_before_it_is_parsed(saved):
+    saved.write_text("[" + "[]," * 3_000_000 + "0]")
+    with pytest.raises(ValueError, match="of more values than its 9000003 bytes"):
+        fk.load(saved)
+
+
+def test_lengths_are_compared_before_anything_is_made_of_them(saved):
+    """A grid of as many times as a small file holds would have 0.8 GB of costs."""
+    data = json.loads(saved.read_text())
+    data |= {"times": [i / 10_000 for i in range(10_001)]}
+    data.pop("sha256"), data["provenance"].pop("K")
+    saved.write_text(json.dumps(data))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"is damaged .cost: expected 50005000 entries"):
+            fk.load(saved)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("times", ["K = 1", "K = 2"])
+def test_the_smallest_grids(tmp_path, times):
+    cal = small(grid=int(times[-1]), steps=1)
+    cal.save(tmp_path / "a.json")
+    assert same(cal, fk.load(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda cal: cal.solvers.update({4: fk.Solver.euler(7)}),
+            "solvers.4: expected a solver of 4 steps, got one",
+        ),
+        (lambda cal: cal.schedules.update({4: fk.Schedule.uniform(4)}), "schedules: expected schedules on the grid"),
+        (lambda cal: cal.verified.update({4: {"uniform": math.nan}}), "verified.4.uniform: expected a number"),
+        (lambda cal: cal.cost.fill_(-1), "cost: expected costs of at least 0"),
+    ],
+)
+def test_nothing_is_saved_that_would_not_load(saved, spoil, message):
+    before, cal = saved.read_bytes(), small()
+    spoil(cal)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        cal.save(saved)
+    assert saved.read_bytes() == before
+
+
+def test_what_json_has_not_is_saved_as_it_has_it(tmp_path):
+    cal = small()
+    cal.provenance.update(seed=np.int64(3), loss=math.inf, where=Path("a"), at=torch.ones(2), flag=np.bool_(True))
+    cal.save(tmp_path / "a.json")
+    found = fk.load(tmp_path / "a.json").provenance
+    assert [found[k] for k in ("seed", "loss", "where", "at", "flag")] == [3, "inf", "a", [1.0, 1.0], True]
 
 
 def test_missing_file(tmp_path):
