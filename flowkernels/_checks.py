@@ -104,10 +104,16 @@ def _as_float(value, name: str, expected: str) -> float:
         expect(False, name, expected, describe(value))
 
 
-def expect_real(value, name: str, expected: str = "a finite number", ok: Callable[[float], bool] = math.isfinite):
-    """A finite number for which `ok` holds, as Python's float."""
+def expect_real(
+    value,
+    name: str,
+    expected: str = "a finite number",
+    ok: Callable[[float], bool] = lambda a: True,
+    finite: bool = True,
+) -> float:
+    """A number for which `ok` holds, finite if so asked, as Python's float."""
     number = _as_float(value, name, expected)
-    expect(math.isfinite(number) and ok(number), name, expected, describe(value))
+    expect((math.isfinite(number) or not finite) and ok(number), name, expected, describe(value))
     return number
 
 

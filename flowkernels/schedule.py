@@ -1,6 +1,7 @@
 """Step costs from Gram matrices, and schedules of least cost from step costs."""
 
 import itertools
+import math
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,20 @@ import torch
 from torch import Tensor
 
 from flowkernels import ops
-from flowkernels._checks import expect, expect_number, expect_positive_int, expect_times, expect_values
+from flowkernels._checks import (
+    FLOATS,
+    describe,
+    expect,
+    expect_bool,
+    expect_device,
+    expect_int,
+    expect_mapping,
+    expect_positive_int,
+    expect_real,
+    expect_room,
+    expect_times,
+    expect_values,
+)
 
 
 @dataclass(frozen=True)
@@ -37,14 +51,25 @@ class Schedule:
     notes: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        object.__setattr__(self, "times", expect_times(self.times, "times"))
+        checked = {"times": expect_times(self.times, "times"), "notes": dict(expect_mapping(self.notes, "notes"))}
         together = (self.grid is None) == (self.indices is None)
         expect(together, "indices", "the knots' places with a grid, and None without", self.indices)
         if self.grid is not None:
-            object.__setattr__(self, "grid", expect_times(self.grid, "grid"))
-            fits = len(self.indices) == len(self.times) and max(self.indices) < len(self.grid)
-            fits = fits and torch.equal(self.grid[list(self.indices)], self.times)
-            expect(fits, "indices", f"the places of the {len(self.times)} times in the grid", self.indices)
+            checked["grid"] = expect_times(self.grid, "grid")
+            checked["indices"] = _expect_places(self.indices, checked["times"], checked["grid"])
+        if self.cost is not None:
+            checked["cost"] = expect_real(self.cost, "cost")
+        if self.uniform_cost is not None:
+            known = "a number, Inf where a step is forbidden"
+            checked["uniform_cost"] = expect_real(
+                self.uniform_cost, "uniform_cost", known, lambda c: c > -math.inf, False
+            )
+        if self.interval is not None:
+            checked["interval"] = _expect_interval(self.interval)
+        if self.enough is not None:
+            checked["enough"] = expect_int(self.enough, "enough", "a number of samples, at least 1", 1)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def uniform(cls, steps: int) -> "Schedule":
@@ -94,6 +119,25 @@ class Schedule:
         return f"Schedule(steps={self.steps}, times=[{knots}]{known})"
 
 
+def _expect_places(indices, times: Tensor, grid: Tensor) -> tuple[int, ...]:
+    """The places of the times in the grid, as Python's integers."""
+    fits = isinstance(indices, Sequence) and len(indices) == len(times)
+    fits = fits and all(isinstance(i, numbers.Integral) and 0 <= i < len(grid) for i in indices)
+    places = tuple(map(int, indices)) if fits else ()
+    fits = fits and torch.equal(grid[list(places)], times)
+    expect(fits, "indices", f"the places of the {len(times)} times in the grid", describe(indices))
+    return places
+
+
+def _expect_interval(ends) -> tuple[float, float]:
+    expected = "two finite numbers, the lower one first"
+    two = isinstance(ends, Sequence) and not isinstance(ends, str) and len(ends) == 2
+    expect(two, "interval", expected, describe(ends), TypeError)
+    low, high = (expect_real(end, "interval", expected) for end in ends)
+    expect(low <= high, "interval", expected, describe(ends))
+    return low, high
+
+
 def uniform_indices(times: Tensor, steps: int) -> tuple[int, ...]:
     """The grid's knots nearest to 0, 1/N, ..., 1, kept strictly increasing."""
     K = len(times) - 1
@@ -126,9 +170,10 @@ class StepCost:
 
     def __init__(self, times: int | Sequence[float] | Tensor, *, states: bool = False, device=None):
         self.times = expect_times(times, "times")
-        self.states = states
+        self.states, device = expect_bool(states, "states"), expect_device(device)
         K = len(self.times) - 1
         self._rows = 2 * K - 1 if states else K - 1
+        expect_room(8 * self._rows**2, "times", "step costs", f"{K} steps")
         self.state = torch.zeros(self._rows**2 + 1, dtype=torch.float64, device=device)
 
     @property
@@ -147,13 +192,15 @@ class StepCost:
         Raises ValueError naming sample and step if a velocity or state is NaN or Inf; nothing is added then.
         """
         K = len(self.times) - 1
-        expect_values(v, "v")
+        expect_values(v, "v", FLOATS)
         expect(v.dim() >= 3, "v", "velocities of shape [K, n, *shape]", v)
         expect(len(v) == K, "v", f"K = {K} velocities, one for each step of times", v)
         expect(v.numel() > 0, "v", "at least one sample and one feature", v)
         expect(
             (x is not None) == self.states, "x", "states" if self.states else "None, unless made with states=True", x
         )
+        if x is not None:
+            expect_values(x, "x", FLOATS)
         # secants carry the rounding of the states, which only float64 sums cancel again
         gram = ops.velocity_gram(v.double(), x=x, times=self.times) if self.states else ops.velocity_gram(v)
         # A[m, m] sees v_m and v_{m-1}, so a finite Gram matrix means finite velocities; K = 1 has no increments
@@ -197,7 +244,7 @@ def step_cost(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | None
 
     Source: BOSS (arXiv 2312.16414), the objective of its dynamic programme.
     """
-    expect_values(v, "v")
+    expect_values(v, "v", FLOATS)
     return StepCost(times, states=x is not None, device=v.device).update(v, x).cost()
 
 
@@ -225,11 +272,10 @@ def bellman(
         ValueError: also if no path of N allowed steps exists.
     """
     t = expect_times(times, "times")
-    expect_values(cost, "cost")
+    expect_values(cost, "cost", FLOATS)
     expect(tuple(cost.shape) == (len(t), len(t)), "cost", f"shape [{len(t)}, {len(t)}], one row a knot", cost)
     wanted = expect_steps(steps, len(t) - 1)
-    expect_number(gamma, "gamma")
-    expect(0 < gamma < float("inf"), "gamma", "a positive, finite number", gamma)
+    gamma = expect_real(gamma, "gamma", "a positive, finite number", lambda a: a > 0)
     value, parent = (table.cpu() for table in ops.bellman(cost.double(), max(wanted), 1 / gamma))
     even = {n: uniform_indices(t, n) for n in wanted}
     j, k = zip(*(step for n in wanted for step in itertools.pairwise(even[n])), strict=True)
@@ -249,9 +295,11 @@ def bellman(
 
 def expect_steps(steps: int | Iterable[int], K: int) -> list[int]:
     """The wanted numbers of steps, each an integer in 1..K."""
-    several = isinstance(steps, Iterable)
-    expect(several or isinstance(steps, numbers.Integral), "steps", "a number of steps or several", steps, TypeError)
-    wanted = sorted({expect_positive_int(n, "steps") for n in (steps if several else [steps])})
+    if isinstance(steps, numbers.Integral):
+        steps = [steps]
+    several = isinstance(steps, Iterable) and not (isinstance(steps, Tensor) and steps.dim() == 0)
+    expect(several, "steps", "a number of steps or several", describe(steps), TypeError)
+    wanted = sorted({expect_positive_int(n, "steps") for n in steps})
     expect(len(wanted) > 0, "steps", "at least one number of steps", "none")
     expect(wanted[-1] <= K, "steps", f"at most K = {K}, the steps of the grid", wanted[-1])
     return wanted

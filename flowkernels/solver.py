@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect, expect_numbers, expect_positive_int, expect_times
+from flowkernels._checks import (
+    expect,
+    expect_bool,
+    expect_float64,
+    expect_mapping,
+    expect_numbers,
+    expect_positive_int,
+    expect_text,
+    expect_times,
+)
 from flowkernels.schedule import Schedule
 
 NEGLIGIBLE = 1e-14  # of the largest coefficient: what sums in float64 leave of a zero
@@ -35,13 +44,12 @@ class Solver:
     notes: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        times = torch.as_tensor(self.times, dtype=torch.float64, device="cpu")
+        times = expect_float64(self.times, "times", "a sequence of times")
         falls = times.dim() == 1 and len(times) > 1 and bool(times[0] > times[-1])
-        known = 1 - expect_times(1 - times, "times") if falls else expect_times(self.times, "times")
-        t, b = (
-            torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().contiguous()
-            for value in (self.model_times, self.coefficients)
-        )
+        known = 1 - expect_times(1 - times, "times") if falls else expect_times(times, "times")
+        t = expect_float64(self.model_times, "model_times", "a sequence of times, one for each evaluation")
+        b = expect_float64(self.coefficients, "coefficients", "a table of numbers, a row for each evaluation")
+        expect_text(self.name, "name"), expect_mapping(self.notes, "notes")
         expect(t.dim() == 1 and len(t) > 0, "model_times", "shape [M], one time for each evaluation", t)
         expect(bool(torch.isfinite(t).all()), "model_times", "finite times", t.tolist())
         expect(b.shape == (len(t), len(t)), "coefficients", f"shape [{len(t)}, {len(t)}], a row for each evaluation", b)
@@ -100,6 +108,7 @@ class Solver:
     @classmethod
     def from_dict(cls, data: dict) -> "Solver":
         """What `to_dict` gave. ValueError if it is something else, naming the entry."""
+        expect_mapping(data, "data")
         known = {k: data.get(k) for k in ("times", "model_times", "coefficients", "name", "notes")}
         expect(isinstance(known["name"], str), "name", "a text", known["name"])
         expect(isinstance(known["notes"], dict), "notes", "a dict", known["notes"])
@@ -189,6 +198,7 @@ class Solver:
 def _knots(schedule, inverse: bool = False) -> Tensor:
     """float64 `[N+1]`, increasing, or decreasing for an inversion."""
     expect(not isinstance(schedule, Solver), "schedule", "a Schedule, a number of steps or times", schedule, TypeError)
+    expect_bool(inverse, "inverse")
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
     return times.flip(0) if inverse else times
 
