@@ -117,11 +117,11 @@ def expect_real(
     return number
 
 
-def expect_int(value, name: str, expected: str, least: int | None = None, most: int | None = None) -> int:
+def expect_int(value, name: str, expected: str, least: int, most: int = 2**63 - 1) -> int:
     """An integer, numpy's too and True not, from `least` to `most`, as Python's."""
     integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     expect(integer, name, expected, describe(value), TypeError)
-    expect((least is None or value >= least) and (most is None or value <= most), name, expected, describe(value))
+    expect(least <= value <= most, name, expected, describe(value))
     return int(value)
 
 
@@ -170,6 +170,16 @@ def expect_text(value, name: str, expected: str = "a text") -> str:
     return value
 
 
+def expect_list(value, name: str, expected: str) -> list:
+    """The entries of a sequence or an iterator; a text or a tensor is none."""
+    try:
+        entries = None if isinstance(value, (str, bytes, Tensor)) else list(value)
+    except Exception:  # whatever its iterator raises
+        entries = None
+    expect(entries is not None, name, expected, describe(value), TypeError)
+    return entries
+
+
 def expect_callable(value, name: str, expected: str) -> Callable:
     """Something to call; a class is not meant by any argument, and would be made an object of."""
     expect(callable(value) and not isinstance(value, type), name, expected, describe(value), TypeError)
@@ -202,7 +212,7 @@ def expect_device(value, name: str = "device") -> torch.device | None:
         return None if value is None else torch.empty(0, device=value).device
     except Exception as e:  # RuntimeError, TypeError, AssertionError: by what is wrong with it
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        expect(False, name, "a device of this torch build", f"{describe(value)} ({reason})")
+        expect(False, name, "a device of this torch build", f"{describe(value)} ({reason:.120})")
 
 
 def expect_float64(value, name: str, expected: str) -> Tensor:
@@ -223,10 +233,10 @@ def expect_float64(value, name: str, expected: str) -> Tensor:
 MOST_STEPS = 1_000_000  # of a grid
 
 
-def expect_room(size: int, name: str, what: str, got) -> None:
-    """That `size` bytes are not more than the machine's memory."""
+def expect_room(size: int, name: str, what: str, got: str) -> None:
+    """That the `size` bytes of something are not more than the machine's memory."""
     there = _memory()
-    told = f"{describe(got)}: {size / 2**30:.3g} GiB of {what}"
+    told = f"{got}: {size / 2**30:.3g} GiB of {what}"
     expect(size <= there, name, f"what fits into {there / 2**30:.3g} GiB of memory", told)
 
 

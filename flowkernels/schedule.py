@@ -17,6 +17,7 @@ from flowkernels._checks import (
     expect_bool,
     expect_device,
     expect_int,
+    expect_list,
     expect_mapping,
     expect_positive_int,
     expect_real,
@@ -275,7 +276,7 @@ def bellman(
     expect_values(cost, "cost", FLOATS)
     expect(tuple(cost.shape) == (len(t), len(t)), "cost", f"shape [{len(t)}, {len(t)}], one row a knot", cost)
     wanted = expect_steps(steps, len(t) - 1)
-    gamma = expect_real(gamma, "gamma", "a positive, finite number", lambda a: a > 0)
+    gamma = expect_real(gamma, "gamma", "a positive, finite number", lambda a: a > 0 and 1 / a < math.inf)
     value, parent = (table.cpu() for table in ops.bellman(cost.double(), max(wanted), 1 / gamma))
     even = {n: uniform_indices(t, n) for n in wanted}
     j, k = zip(*(step for n in wanted for step in itertools.pairwise(even[n])), strict=True)
@@ -295,11 +296,9 @@ def bellman(
 
 def expect_steps(steps: int | Iterable[int], K: int) -> list[int]:
     """The wanted numbers of steps, each an integer in 1..K."""
-    if isinstance(steps, numbers.Integral):
-        steps = [steps]
-    several = isinstance(steps, Iterable) and not (isinstance(steps, Tensor) and steps.dim() == 0)
-    expect(several, "steps", "a number of steps or several", describe(steps), TypeError)
-    wanted = sorted({expect_positive_int(n, "steps") for n in steps})
+    one = isinstance(steps, numbers.Integral)
+    several = [steps] if one else expect_list(steps, "steps", "a number of steps or several")
+    wanted = sorted({expect_positive_int(n, "steps") for n in several})
     expect(len(wanted) > 0, "steps", "at least one number of steps", "none")
     expect(wanted[-1] <= K, "steps", f"at most K = {K}, the steps of the grid", wanted[-1])
     return wanted

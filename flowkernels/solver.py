@@ -13,6 +13,7 @@ from flowkernels._checks import (
     expect_mapping,
     expect_numbers,
     expect_positive_int,
+    expect_room,
     expect_text,
     expect_times,
 )
@@ -136,7 +137,8 @@ class Solver:
             inverse: from data to noise, on the same knots.
         """
         times = _knots(schedule, inverse)
-        given = times[:-1] if model_times is None else model_times
+        given = times[:-1] if model_times is None else expect_float64(model_times, "model_times", "a sequence of times")
+        expect(given.shape == times[:-1].shape, "model_times", f"{len(times) - 1} times, one for each step", given)
         return cls(times, given, times.diff().expand(len(times) - 1, -1).tril(), "euler")
 
     @classmethod
@@ -200,6 +202,7 @@ def _knots(schedule, inverse: bool = False) -> Tensor:
     expect(not isinstance(schedule, Solver), "schedule", "a Schedule, a number of steps or times", schedule, TypeError)
     expect_bool(inverse, "inverse")
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
+    expect_room(8 * (2 * len(times)) ** 2, "schedule", "coefficients", f"{len(times) - 1} steps")
     return times.flip(0) if inverse else times
 
 
