@@ -296,7 +296,7 @@ def bellman(
 
 def expect_steps(steps: int | Iterable[int], K: int) -> list[int]:
     """The wanted numbers of steps, each an integer in 1..K."""
-    one = isinstance(steps, numbers.Integral)
+    one = isinstance(steps, (numbers.Integral, str))
     several = [steps] if one else expect_list(steps, "steps", "a number of steps or several")
     wanted = sorted({expect_positive_int(n, "steps") for n in several})
     expect(len(wanted) > 0, "steps", "at least one number of steps", "none")

@@ -250,5 +250,5 @@ def test_bad_arguments_of_constructors():
         Solver.adams_bashforth(4, 1.5)
     with pytest.raises(TypeError, match=r"^schedule: expected a Schedule, a number of steps or times, got Solver"):
         Solver.heun(Solver.heun(3))
-    with pytest.raises(ValueError, match=r"^coefficients: expected shape"):
+    with pytest.raises(ValueError, match=r"^model_times: expected 3 times, one for each step"):
         Solver.euler(3, model_times=[0.0, 0.5])
