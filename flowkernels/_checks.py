@@ -117,8 +117,9 @@ def expect_real(
     return number
 
 
-def expect_int(value, name: str, expected: str, least: int, most: int = 2**63 - 1) -> int:
-    """An integer, numpy's too and True not, from `least` to `most`, as Python's."""
+def expect_int(value, name: str, expected: str, least: int | None = None, most: int | None = None) -> int:
+    """An integer, numpy's too and True not, from `least` to `most` and of 64 bits, as Python's."""
+    least, most = -(2**63) if least is None else least, 2**63 - 1 if most is None else most
     integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     expect(integer, name, expected, describe(value), TypeError)
     expect(least <= value <= most, name, expected, describe(value))
