@@ -1,5 +1,6 @@
 """Argument checks: every message names the argument, what was expected and what came."""
 
+import inspect
 import itertools
 import math
 import numbers
@@ -120,8 +121,7 @@ def expect_real(
 def expect_int(value, name: str, expected: str, least: int | None = None, most: int | None = None) -> int:
     """An integer, numpy's too and True not, from `least` to `most` and of 64 bits, as Python's."""
     least, most = -(2**63) if least is None else least, 2**63 - 1 if most is None else most
-    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    expect(integer, name, expected, describe(value), TypeError)
+    _expect_integral(value, name, expected)
     expect(least <= value <= most, name, expected, describe(value))
     return int(value)
 
@@ -134,9 +134,13 @@ def expect_numbers(values, name: str, length: int | None = None) -> list:
     return values
 
 
+def _expect_integral(value, name: str, expected: str) -> None:
+    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    expect(integral, name, expected, describe(value), TypeError)
+
+
 def expect_positive_int(value, name: str) -> int:
-    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    expect(integer, name, "an integer", describe(value), TypeError)
+    _expect_integral(value, name, "an integer")
     expect(value >= 1, name, "at least 1", value)
     expect(value < 2**63, name, "an integer of 64 bits", value)
     return int(value)
@@ -144,7 +148,8 @@ def expect_positive_int(value, name: str) -> int:
 
 def expect_seed(value, name: str = "seed") -> int:
     """What `torch.Generator.manual_seed` takes."""
-    return expect_int(value, name, "an integer of 64 bits", -(2**63), 2**64 - 1)
+    _expect_integral(value, name, "an integer")
+    return expect_int(value, name, "an integer of 64 bits", most=2**64 - 1)
 
 
 def expect_bool(value, name: str) -> bool:
@@ -185,6 +190,17 @@ def expect_callable(value, name: str, expected: str) -> Callable:
     """Something to call; a class is not meant by any argument, and would be made an object of."""
     expect(callable(value) and not isinstance(value, type), name, expected, describe(value), TypeError)
     return value
+
+
+def expect_takes(function, name: str, expected: str, *args) -> None:
+    """Something that may be called with these arguments, as far as its signature says."""
+    expect_callable(function, name, expected)
+    try:
+        inspect.signature(function.forward if isinstance(function, nn.Module) else function).bind(*args)
+    except TypeError as e:
+        expect(False, name, expected, f"{describe(function)} ({e})", TypeError)
+    except ValueError:  # of a builtin, which has none
+        return
 
 
 def expect_mapping(value, name: str, expected: str = "a dict with names as keys") -> Mapping[str, Any]:

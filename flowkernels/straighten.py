@@ -10,16 +10,39 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flowkernels._checks import expect, expect_noise, expect_positive_int, expect_times
+from flowkernels._checks import (
+    describe,
+    expect,
+    expect_bool,
+    expect_choice,
+    expect_float64,
+    expect_int,
+    expect_noise,
+    expect_path,
+    expect_positive_int,
+    expect_real,
+    expect_room,
+    expect_seed,
+    expect_takes,
+    expect_times,
+)
 from flowkernels._files import whole_file
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops import segment_points, straighten_loss
 from flowkernels.ops._library import fresh
 from flowkernels.rollout import euler, expect_finite_flow, initial_state, replay
 from flowkernels.schedule import Schedule
-from flowkernels.velocity_field import VelocityField, parameter_hash, tensors_hash, velocity_rows, warn_if_training
+from flowkernels.velocity_field import (
+    VelocityField,
+    expect_velocity,
+    parameter_hash,
+    tensors_hash,
+    velocity_rows,
+    warn_if_training,
+)
 
 FORMAT = "flowkernels.straighten"
+OPTIMIZER = "a function of parameters that returns an optimiser, or None"
 
 
 @dataclass(frozen=True)
@@ -134,6 +157,7 @@ def straighten(
     """
     expected = "a Schedule, such as cal[4]: a student learns Euler steps (of a solver: Schedule(solver.times))"
     expect(isinstance(schedule, Schedule), "schedule", expected, schedule, TypeError)
+    expect_velocity(velocity)
     teacher, velocity = velocity, velocity.velocity if isinstance(velocity, FusedSampler) else velocity
     teacher_grid, indices = _teacher_grid(schedule, grid)
     iterations = expect_positive_int(iterations, "iterations")
@@ -143,24 +167,25 @@ def straighten(
     if refresh is not None:
         refresh = expect_positive_int(refresh, "refresh")
         expect(not isinstance(noise, Tensor), "noise", "a shape or a function, with refresh", noise)
-    expect(u in ("start", "uniform"), "u", "'start' or 'uniform'", u)
-    expect(loss in ("l2", "huber"), "loss", "'l2' or 'huber'", loss)
-    expect(huber_c > 0, "huber_c", "a positive number", huber_c)
-    expect(decay in ("cosine", "none"), "decay", "'cosine' or 'none'", decay)
-    expect(lr > 0, "lr", "a positive number", lr)
-    expect(warmup >= 0, "warmup", "a number of iterations", warmup)
-    expect(clip is None or clip > 0, "clip", "a positive number or None", clip)
-    expect(ema is None or 0 <= ema < 1, "ema", "a number in [0, 1) or None", ema)
-    expect(isinstance(seed, int), "seed", "an integer", seed, TypeError)
+    expect_choice(u, "u", ("start", "uniform")), expect_choice(loss, "loss", ("l2", "huber"))
+    expect_choice(decay, "decay", ("cosine", "none"))
     # plain numbers: a checkpoint with numpy's would not load
-    lr, huber_c, clip, ema = (None if a is None else float(a) for a in (lr, huber_c, clip, ema))
-    warmup, N = int(warmup), schedule.steps
+    huber_c = expect_real(huber_c, "huber_c", "a positive number", _is_squared)
+    lr = expect_real(lr, "lr", "a positive number", lambda a: a > 0)
+    clip = None if clip is None else expect_real(clip, "clip", "a positive number or None", lambda a: a > 0)
+    ema = None if ema is None else expect_real(ema, "ema", "a number in [0, 1) or None", lambda a: 0 <= a < 1)
+    warmup, seed = expect_int(warmup, "warmup", "a number of iterations", 0), expect_seed(seed)
+    resume, progress = expect_bool(resume, "resume"), expect_bool(progress, "progress")
+    N = schedule.steps
     if weight is not None:
-        weight = torch.as_tensor(weight, dtype=torch.float32)
+        expected = f"{N} finite numbers >= 0, one for each interval"
+        weight = expect_float64(weight, "weight", expected).float()
         ok = weight.shape == (N,) and bool((weight >= 0).all()) and bool(torch.isfinite(weight).all())
-        expect(ok, "weight", f"{N} finite numbers >= 0, one for each interval", weight)
+        expect(ok, "weight", expected, weight)
+    if optimizer is not None:
+        expect_takes(optimizer, "optimizer", OPTIMIZER, [])
     if checkpoint is not None:
-        checkpoint = Path(checkpoint)
+        checkpoint = expect_path(checkpoint, "checkpoint")
         expect(checkpoint.parent.is_dir(), "checkpoint", "a path in a folder that exists", str(checkpoint))
 
     student = _own_student(student, velocity)
@@ -168,6 +193,7 @@ def straighten(
     expect(len(parameters) > 0, "student", "a module with trainable parameters", type(student).__name__)
     device = parameters[0].device
     draw_noise = _noise_source(noise, device)
+    _expect_memory(noise, bank, batch, N)
     size = len(noise) if isinstance(noise, Tensor) else bank
     setting = dict(
         **dict(times=schedule.times.tolist(), grid=teacher_grid.tolist(), iterations=iterations),
@@ -187,6 +213,9 @@ def straighten(
 
     fused = device.type in ("cpu", "cuda")  # one kernel a step: 4 ms less a step for the digits network on 2 cores
     opt = optimizer(parameters) if optimizer else torch.optim.Adam(parameters, lr=lr, fused=fused)
+    expect(
+        isinstance(opt, torch.optim.Optimizer), "optimizer", OPTIMIZER, f"one that returns {describe(opt)}", TypeError
+    )
     average = None
     if ema is not None:
         average = torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=_warmed_up_average(ema))
@@ -276,6 +305,11 @@ def straighten(
     return Straightened(student.eval(), history)
 
 
+def _is_squared(c: float) -> bool:
+    """Whether c^2 is a positive number in float32, in which a GPU computes the loss: with Inf nothing is trained."""
+    return c > 0 and 1e-38 < c * c < 3e38
+
+
 def _rate(it: int, iterations: int, warmup: int, decay: str) -> float:
     if it < warmup:
         return (it + 1) / warmup
@@ -311,6 +345,7 @@ def _noise_source(noise, device: torch.device) -> Callable[[int, torch.Generator
         expect(expect_noise(noise).device == device, "noise", f"a tensor on the student's device {device}", noise)
         return lambda n, generator: noise
     if callable(noise):
+        expect_takes(noise, "noise", "a tensor, a shape or a function (n, generator)", 1, None)
 
         def drawn(n: int, generator: torch.Generator) -> Tensor:
             x = expect_noise(noise(n, generator), "noise(n, generator)")
@@ -318,12 +353,21 @@ def _noise_source(noise, device: torch.device) -> Callable[[int, torch.Generator
             return x.to(device)
 
         return drawn
-    try:
-        shape = tuple(int(d) for d in noise)
-    except (TypeError, ValueError):
-        expect(False, "noise", "a tensor, a shape or a function (n, generator)", noise, TypeError)
-    expect(len(shape) >= 1 and min(shape) >= 1, "noise", "a shape of at least one dimension, each >= 1", shape)
+    is_shape = isinstance(noise, Sequence) and not isinstance(noise, (str, bytes))
+    expect(is_shape, "noise", "a tensor, a shape or a function (n, generator)", describe(noise), TypeError)
+    expected = "a shape of at least one dimension, each >= 1"
+    shape = [expect_int(d, "noise", expected, 1) for d in noise]
+    expect(len(shape) >= 1, "noise", expected, noise)
     return lambda n, generator: torch.randn(n, *shape, generator=generator, device="cpu").to(device)
+
+
+def _expect_memory(noise, bank: int, batch: int, steps: int) -> None:
+    """That the bank, of its N + 1 knots, and what an iteration draws fit, as far as that is known beforehand."""
+    given = isinstance(noise, Tensor)
+    features = noise[0].numel() if given else 1 if callable(noise) else math.prod(noise)
+    expect_room(4 * features, "noise", "one sample", f"{describe(noise)}")
+    expect_room(4 * features * (0 if given else bank) * (steps + 1), "bank", "trajectories", f"{bank}")
+    expect_room((4 * features + 32) * batch, "batch", "samples", f"{batch}")
 
 
 def _noise_identity(noise) -> str:
@@ -352,7 +396,8 @@ def _initialise(student: nn.Module, velocity, init) -> None:
     """Load the weights that training starts from."""
     if isinstance(init, Mapping):
         return _load_weights(_network(student), init, "init")
-    expect(init in (None, "teacher", "keep"), "init", "'teacher', 'keep', a state dict or None", init)
+    known = init is None or (isinstance(init, str) and init in ("teacher", "keep"))
+    expect(known, "init", "'teacher', 'keep', a state dict or None", init)
     has_weights = isinstance(velocity, nn.Module) and any(True for _ in velocity.parameters())
     expect(init != "teacher" or has_weights, "init", "a teacher with weights, for 'teacher'", velocity)
     if has_weights and init != "keep":
@@ -367,8 +412,8 @@ def _load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> 
     own = module.state_dict()
     for key in own.keys() | state.keys():
         have, want = state.get(key), own.get(key)
-        if have is None or want is None or have.shape != want.shape:
-            got, expected = ("none" if t is None else str(list(t.shape)) for t in (have, want))
+        if not isinstance(have, Tensor) or not isinstance(want, Tensor) or have.shape != want.shape:
+            got, expected = (str(list(t.shape)) if isinstance(t, Tensor) else "none" for t in (have, want))
             way_out = "; init='keep' starts from the student's own weights" if name == "student" else ""
             expect(False, name, f"weights that fit the student{way_out}", f"{key!r} of shape {got} for {expected}")
     module.load_state_dict(state)

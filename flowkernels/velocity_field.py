@@ -9,8 +9,20 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
-from flowkernels._checks import FLOATS, expect
+from flowkernels._checks import (
+    FLOATS,
+    expect,
+    expect_bool,
+    expect_callable,
+    expect_dtype,
+    expect_int,
+    expect_mapping,
+    expect_real,
+    expect_takes,
+    expect_text,
+)
 from flowkernels.ops.euler_step.reference import guided
 
 Embedding = Any  # a tensor, or a tuple, list or dict of embeddings
@@ -82,19 +94,34 @@ class VelocityField(nn.Module):
         time_column: bool = False,
     ):
         super().__init__()
-        expect(callable(net), "net", "a callable net(x, t)", net, TypeError)
-        expect(sign in (None, 1, -1), "sign", "1, -1 or None", sign)
-        expect(time_scale > 0, "time_scale", "a positive number", time_scale)
+        expect_callable(net, "net", "a callable net(x, t)")
+        sign = None if sign is None else expect_int(sign, "sign", "1, -1 or None", -1, 1)
+        expect(sign != 0, "sign", "1, -1 or None", 0)
+        time_scale = expect_real(time_scale, "time_scale", "a positive number", lambda a: a > 0)
+        guidance = expect_real(guidance, "guidance", "a finite weight")
+        for name, given in (("x_name", x_name), ("time_name", time_name)):
+            if given is not None:
+                expect_text(given, name, "the name of an argument, or None")
+        for name, given in (("conditioning", conditioning), ("unconditional", unconditional)):
+            if given is not None:
+                expect_mapping(given, name, "a dict of keyword arguments")
         expect(x_name is None or time_name is not None, "time_name", "a name as well, with x_name", time_name)
+        expect(time_name is None or x_name != time_name, "time_name", "another name than x_name", time_name)
         expect(guidance == 1.0 or unconditional is not None, "unconditional", "a mapping with guidance", unconditional)
         unknown = set(unconditional or {}) - set(conditioning or {})
         expect(not unknown, "unconditional", f"keys of conditioning {sorted(conditioning or {})}", f"{sorted(unknown)}")
+        taken = {x_name, time_name} & set(conditioning or {})
+        expect(not taken, "conditioning", "other names than those of x and the time", f"{sorted(taken)}")
+        if dtype is not None:
+            expect_dtype(dtype, "dtype", FLOATS)
+        reverse_time, packed = expect_bool(reverse_time, "reverse_time"), expect_bool(packed, "packed")
+        time_column = expect_bool(time_column, "time_column")
         self.net = net
-        self.reverse_time, self.time_scale = reverse_time, float(time_scale)
+        self.reverse_time, self.time_scale = reverse_time, time_scale
         self.sign = sign if sign is not None else (-1 if reverse_time else 1)
         self.x_name, self.time_name = x_name, time_name
         self.conditioning, self.unconditional = dict(conditioning or {}), dict(unconditional or {})
-        self.guidance, self.packed, self.dtype = float(guidance), packed, dtype
+        self.guidance, self.packed, self.dtype = guidance, packed, dtype
         expect(not time_column or time_name is None, "time_name", "None with time_column", time_name)
         self.time_column = time_column
 
@@ -205,9 +232,20 @@ class VelocityField(nn.Module):
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or torch.equal(a, b)
-    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
+    """Whether two arguments are equal, tensors in containers included; those that cannot be compared are not."""
+    if a is b:
+        return True
+    (of_a, form), (of_b, other) = tree_flatten(a), tree_flatten(b)
+    return form == other and all(map(_same_leaf, of_a, of_b))
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    if a is b or isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
+    try:
+        return bool(a == b)
+    except Exception:  # whatever an object makes of `==`, an array's many answers among it
+        return False
 
 
 def _per_sample(value: Any, n: int) -> bool:
@@ -237,6 +275,11 @@ def _looks_for_embedding(kind: type) -> bool:
         return "embedding" in call.parameters and call.parameters["embedding"].default is None
     except (TypeError, ValueError):  # a callable without a signature
         return False
+
+
+def expect_velocity(velocity, name: str = "velocity") -> None:
+    """Something to call; whether it takes x and t is looked at where it does not (`evaluate`)."""
+    expect_callable(velocity, name, "a callable velocity(x, t)")
 
 
 def has_time_embedding(velocity) -> bool:
@@ -297,7 +340,7 @@ def evaluate(velocity, x: Tensor, t: Tensor, embedding: Embedding | None = None)
     elif embedding is not None:
         v, v_uncond, weight = velocity(x, t, embedding=expand_embedding(embedding, len(x))), None, 1.0
     else:
-        v, v_uncond, weight = velocity(x, t), None, 1.0
+        v, v_uncond, weight = _called(velocity, x, t), None, 1.0
     if not isinstance(v, Tensor):
         expect(False, "velocity", f"a tensor of shape {list(x.shape)}", type(v).__name__, TypeError)
     for part in (v, v_uncond):
@@ -311,6 +354,14 @@ def evaluate(velocity, x: Tensor, t: Tensor, embedding: Embedding | None = None)
     elif x.dtype == torch.float32 and v.dtype == torch.float64:
         v, v_uncond = v.float(), None if v_uncond is None else v_uncond.float()
     return v, v_uncond, weight
+
+
+def _called(velocity, x: Tensor, t: Tensor):
+    try:
+        return velocity(x, t)
+    except TypeError:  # its own, unless it takes other arguments
+        expect_takes(velocity, "velocity", "a callable velocity(x, t)", x, t)
+        raise
 
 
 TRAINING = "velocity: expected a network in eval mode"
