@@ -11,8 +11,9 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,12 @@ def expect_target(path: str | Path, name: str = "path", inputs: Iterable[tuple[s
     folder, again = target.parent, _stat(target, name)
     same = (there is None) == (again is None) and (there is None or os.path.samestat(there, again))
     expect(same, name, "a file with a name of its own", f"{path}, which leads to {target}")
-    expect(folder.is_dir(), name, "a file in a folder that exists", str(path), FileNotFoundError)
-    writable = os.access(folder, os.W_OK | os.X_OK) and _may_replace(folder.stat(), there)
-    writable = writable and (there is None or os.access(target, os.W_OK))
-    expect(writable, name, "a folder and a file that can be written to", str(path), PermissionError)
+    shown = folder if os.path.islink(path) else Path(path).parent
+    expect(folder.is_dir(), name, "a folder that exists and can be written to", str(shown), FileNotFoundError)
+    writable = os.access(folder, os.W_OK | os.X_OK)
+    expect(writable, name, "a folder that exists and can be written to", str(shown), PermissionError)
+    writable = there is None or (os.access(target, os.W_OK) and _may_replace(folder.stat(), there))
+    expect(writable, name, "a file that can be written to", str(path), PermissionError)
     for option, other in inputs:
         if other is not None:
             of_other = _stat(other, option)
@@ -75,9 +78,9 @@ def _stat(path: str | Path, name: str) -> os.stat_result | None:
         raise ValueError(f"{name}: expected the name of a file, got {path} ({e})") from e
 
 
-def _may_replace(folder: os.stat_result, there: os.stat_result | None) -> bool:
+def _may_replace(folder: os.stat_result, there: os.stat_result) -> bool:
     """Whether the folder's sticky bit, if it has one, lets this process replace the file."""
-    if there is None or not folder.st_mode & stat.S_ISVTX or not hasattr(os, "geteuid"):
+    if not folder.st_mode & stat.S_ISVTX or not hasattr(os, "geteuid"):
         return True
     return os.geteuid() in (0, folder.st_uid, there.st_uid)
 
@@ -104,6 +107,28 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         partial.replace(target)
         with contextlib.suppress(OSError):  # not every file system syncs folders
             _sync(target.parent)
+
+
+def write_or_keep(path: str | Path, name: str, save: Callable[[Path], None]) -> None:
+    """`save(path)`, or where that fails, `save` into a new folder elsewhere: the error says where it is."""
+    path = Path(path)
+    try:
+        return save(path)
+    except (OSError, ValueError, RuntimeError) as e:
+        problem = e
+    for folder in (tempfile.gettempdir(), os.getcwd(), "/var/tmp", "/dev/shm"):
+        kept = None
+        try:
+            kept = Path(tempfile.mkdtemp(prefix="flowkernels-", dir=folder))
+            save(kept / path.name)
+        except (OSError, ValueError, RuntimeError):  # full as well, or not there
+            if kept is not None:
+                shutil.rmtree(kept, ignore_errors=True)
+        else:
+            raise OSError(
+                f"{name}: {path} could not be written ({problem}); it is kept as {kept / path.name}"
+            ) from problem
+    raise problem
 
 
 @contextlib.contextmanager

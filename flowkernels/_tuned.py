@@ -6,7 +6,6 @@ empty, else one in the user's cache, named after the GPU. What a table does not 
 
 import functools
 import importlib
-import json
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from flowkernels._checks import expect
+from flowkernels._files import SUM, damaged, digest, expect_unchanged, read_json, warn_of_no_sum
 
 FORMAT = 1
 VARIABLE = "FLOWKERNELS_TRITON_CONFIGS"
@@ -43,13 +43,21 @@ def kernels(op: str) -> tuple[dict, dict]:
 
 def read(path: str | Path, gpu: str) -> dict:
     """A table for GPUs of this name; ValueError says which entry is not as expected."""
+    wanted = "a table of `flowkernels tune`"
     try:
-        table = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: expected a table of `flowkernels tune`, got {type(e).__name__}: {e}") from e
-    expect(isinstance(table, dict), str(path), "a table of `flowkernels tune`", table)
+        table = read_json(path, str(path), wanted)
+    except OSError as e:
+        raise ValueError(f"{path}: expected {wanted}, got {type(e).__name__}: {e}") from e
+    expect(isinstance(table, dict), str(path), wanted, table)
     for entry, expected in (("format", FORMAT), ("device", gpu)):
-        expect(table.get(entry) == expected, f"{path}: {entry}", repr(expected), table.get(entry))
+        same = type(table.get(entry)) is type(expected) and table[entry] == expected
+        expect(same, f"{path}: {entry}", repr(expected), table.get(entry))
+    with damaged(str(path), wanted, path):
+        found = digest(table)
+        if SUM in table:
+            expect_unchanged(table[SUM], found)
+    for entry in ("configs", "times"):
+        expect(isinstance(table.get(entry, {}), dict), f"{path}: {entry}", "an object", table.get(entry))
     configs = table.get("configs")
     expect(isinstance(configs, dict), f"{path}: configs", "configurations by kernel", configs)
     known = _known()
@@ -57,6 +65,8 @@ def read(path: str | Path, gpu: str) -> dict:
         entry = f"{path}: configs.{kernel}"
         expect(kernel in known, entry, "a kernel with a configuration", f"{kernel!r}, which is none")
         _expect_config(config, entry, *known[kernel])
+    if SUM not in table:
+        warn_of_no_sum(path)
     return table
 
 

@@ -230,6 +230,7 @@ def expect_fits(state: Mapping[str, Any], own: Mapping[str, Any], name: str, wha
     expect(tensors, name, "names and tensors", "something else")
     both = [key for key in own if key in state]
     shaped = {key: list(getattr(own[key], "shape", [])) for key in both}
+    kinds = {key: getattr(own[key], "dtype", None) for key in both}
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
@@ -237,7 +238,7 @@ def expect_fits(state: Mapping[str, Any], own: Mapping[str, Any], name: str, wha
             f"{k} {list(state[k].shape)} for {shaped[k]}" for k in both if list(state[k].shape) != shaped[k]
         ],
         "of other numbers": [
-            f"{k} {state[k].dtype} for {own[k].dtype}" for k in both if not _converts(state[k].dtype, own[k].dtype)
+            f"{k} {state[k].dtype} for {kind}" for k, kind in kinds.items() if not _converts(state[k].dtype, kind)
         ],
     }
     told = [f"{len(keys)} {kind} ({', '.join(keys[:4])})" for kind, keys in problems.items() if keys]
@@ -249,5 +250,5 @@ def _is_plain(t) -> bool:
     return plain and not t.is_quantized and not t.is_nested
 
 
-def _converts(given: torch.dtype, own: torch.dtype) -> bool:
+def _converts(given: torch.dtype, own: torch.dtype | None) -> bool:
     return given == own or (given in FLOATS and own in FLOATS)

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import io
 import json
 import math
 import os
@@ -12,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels import _tuned, backends, bench, demo, ops, replay, tune
-from flowkernels._files import whole_file
+from flowkernels import _tuned, _weights, backends, bench, demo, ops, replay, tune
+from flowkernels._checks import expect, expect_numbers
+from flowkernels._files import damaged, expect_target, whole_file, write_or_keep
 from flowkernels.models import BUNDLED, save_network
 from flowkernels.velocity_field import VelocityField, parameter_hash
 
@@ -48,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_: print(f"flowkernels: warning: {message}", file=sys.stderr)
+        shown = set()
+        warnings.showwarning = lambda message, *_: _warn(str(message), shown)
         try:
             argv = sys.argv[1:] if argv is None else argv
             of_script = argv.index("--") if argv[:1] == ["capture"] and "--" in argv else len(argv)
@@ -64,6 +64,12 @@ def main(argv: list[str] | None = None) -> int:
             hint = "" if isinstance(e, InputError) else " (FLOWKERNELS_DEBUG=1 shows where)"
             print(f"flowkernels: error: {' '.join(str(e).split())}{hint}", file=sys.stderr)
             return 2
+
+
+def _warn(text: str, shown: set[str]) -> None:
+    if text not in shown:  # a file may be read twice
+        print(f"flowkernels: warning: {text}", file=sys.stderr)
+    shown.add(text)
 
 
 # What the commands take
@@ -102,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--fit", action="store_true", help="fit a solver for each number of steps as well")
     add("--verify", type=_positive, help="other noises to measure endpoint errors on; none if not given")
     add("--chunk", type=_positive, help="noises rolled out at once; by memory if not given")
-    add("--out", type=Path, required=True, help="calibration file to write (.boss.json)")
+    add("--out", type=_file, required=True, help="calibration file to write (.boss.json)")
 
     add = command("straighten", _straighten, "Fine-tune a student so that every step of a schedule is straight.")
     takes_model(add)
@@ -119,9 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--loss", choices=["l2", "huber"], default="l2", help="squared error or pseudo-Huber")
     add("--ema", type=float, default=0.999, help="decay of the averaged weights; 0 turns it off")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0 turns it off")
-    add("--state", type=Path, help="training checkpoint, written as the training goes on")
+    add("--state", type=_file, help="training checkpoint, written as the training goes on")
     add("--resume", action="store_true", help="go on from --state")
-    add("--out", type=Path, required=True, help="weights of the student to write (.safetensors)")
+    add("--out", type=_file, required=True, help="weights of the student to write (.safetensors)")
 
     add = command("sample", _sample, "Draw samples on a schedule of a calibration, or on uniform steps.")
     takes_model(add)
@@ -131,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     methods = "Euler steps; Adams-Bashforth 2 or 3 or Heun on the same knots; or what the calibration found best"
     add("--method", choices=METHODS, default="euler", help=methods)
     add("--chunk", type=_positive, help="samples drawn at once; all if not given")
-    add("--out", type=Path, required=True, help=f"file to write: {', '.join(SAMPLE_FORMATS)}")
+    add("--out", type=_file, required=True, help=f"file to write: {', '.join(SAMPLE_FORMATS)}")
 
     bench.add_arguments(command("bench", bench.run, "Time the kernels and their peers, side by side."))
     tune.add_arguments(command("tune", _tune, "Find the fastest configurations of the Triton kernels on this GPU."))
@@ -164,6 +170,13 @@ def _steps(text: str) -> list[int]:
     return sorted(steps)
 
 
+def _file(text: str) -> Path:
+    """To be written. A path forgets that a name ends in a slash."""
+    if text.endswith(os.sep):
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}")
+    return Path(text)
+
+
 def _device(text: str) -> torch.device:
     try:
         return torch.zeros(1, device=text).device
@@ -180,22 +193,27 @@ def _expect(ok: bool, message: str) -> None:
 
 
 def _check_paths(args, *suffixes: str) -> None:
-    """The input files exist and the output files can be written."""
-    for option in ("checkpoint", "schedule"):
-        path = getattr(args, option, None)
-        _expect(path is None or path.is_file(), f"--{option}: expected a file, got {path}, which is not one")
-    for option in ("out", "state"):
+    """The input files exist, and the output files can be written and are none of them."""
+    inputs = [(f"--{option}", getattr(args, option, None)) for option in ("checkpoint", "schedule")]
+    for option, path in inputs:
+        _expect(path is None or path.is_file(), f"{option}: expected a file, got {path}, which is not one")
+    for option in ("state", "out"):
         path = getattr(args, option, None)
         if path is not None:
-            _expect(not path.is_dir(), f"--{option}: expected a file, got the folder {path}")
-            writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
-            _expect(writable, f"--{option}: expected a folder that exists and can be written to, got {path.parent}")
+            try:
+                expect_target(path, f"--{option}", inputs)
+            except (OSError, ValueError) as e:
+                raise InputError(str(e)) from e
+            inputs.append((f"--{option}", path))
     known = not suffixes or args.out.suffix in suffixes
     _expect(known, f"--out: expected a file name ending in {' or '.join(suffixes)}, got {args.out}")
 
 
 def _load_calibration(args) -> fk.Calibration:
-    calibration = fk.load(args.schedule)
+    try:
+        calibration = fk.load(args.schedule)
+    except ValueError as e:
+        raise InputError(str(e).replace("path:", "--schedule:", 1)) from e
     there = args.steps in calibration
     _expect(there, f"--steps: expected one of {sorted(calibration)}, those of {args.schedule}, got {args.steps}")
     return calibration
@@ -245,29 +263,28 @@ def _network(model) -> nn.Module | None:
 def _load_checkpoint(net: nn.Module | None, path: Path) -> dict:
     """Put the file's weights into the network. Returns the notes that a straightened student carries, else {}."""
     _expect(net is not None, f"--checkpoint: expected a model that is a torch.nn.Module for the weights of {path}")
-    notes = {}
+    notes, wanted = {}, "a safetensors or torch file of tensors"
     try:
         if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, "pt") as f:
-                notes = json.loads((f.metadata() or {}).get("notes", "{}"))
-            state = safetensors.torch.load_file(path)
+            state, metadata = _weights.read(path, "--checkpoint", wanted)
+            with damaged("--checkpoint", wanted, path):
+                notes = _notes(metadata)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load raises whatever its unpickler meets
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise InputError(f"--checkpoint: expected a safetensors or torch file of tensors, got {path}: {reason}") from e
-    tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
-    _expect(tensors, f"--checkpoint: expected names and tensors, got something else in {path}")
-    own = {k: list(v.shape) for k, v in net.state_dict().items()}
-    new = {k: list(v.shape) for k, v in state.items()}
-    problems = {
-        "missing": own.keys() - new.keys(),
-        "unexpected": new.keys() - own.keys(),
-        "mis-shaped": {f"{k} {new[k]} for {own[k]}" for k in own.keys() & new.keys() if own[k] != new[k]},
-    }
-    told = [f"{len(keys)} {kind} ({', '.join(sorted(keys)[:4])})" for kind, keys in problems.items() if keys]
-    _expect(not told, f"--checkpoint: {path} does not fit {type(net).__name__}: {'; '.join(told)}")
+            state = _weights.read_torch(path, "--checkpoint", wanted)
+        expect(isinstance(state, dict), "--checkpoint", "names and tensors", f"something else in {path}")
+        _weights.expect_fits(state, net.state_dict(), "--checkpoint", f"{type(net).__name__}, in {path}")
+    except ValueError as e:
+        raise InputError(str(e)) from e
     net.load_state_dict(state)
+    return notes
+
+
+def _notes(metadata: dict[str, str]) -> dict:
+    """What `straighten` wrote about its student."""
+    notes = _weights.parsed(metadata, "notes")
+    teacher = notes.get("straightened_from")
+    expect(teacher is None or isinstance(teacher, str), "straightened_from", "a text", teacher)
+    expect_numbers(notes.get("times", []), "times")
     return notes
 
 
@@ -292,7 +309,7 @@ def _calibrate(args) -> None:
     held_out = _noise(args.verify, shape, args.seed + VERIFY).to(args.device) if args.verify else None
     options = dict(until=args.until, fit=args.fit, verify=held_out, chunk=args.chunk, seed=args.seed)
     calibration = fk.calibrate(velocity, noise, args.grid, args.steps, **options)
-    calibration.save(args.out)
+    write_or_keep(args.out, "--out", calibration.save)
     print(calibration)
     for N, errors in calibration.verified.items():
         print(f"N = {N}: endpoint error " + ", ".join(f"{name} {e:.4g}" for name, e in errors.items()))
@@ -308,6 +325,7 @@ def _straighten(args) -> None:
     calibration = _load_calibration(args)
     velocity, shape, _ = _load_model(args, calibration)
     _expect(_network(velocity) is not None, f"--model: expected a torch.nn.Module to train, got {args.model}")
+    _weights.expect_storable(_network(velocity).state_dict(), "--model")
     fk.load(args.schedule, velocity)  # warns if it was made for another model
     options = ("iterations", "batch", "bank", "refresh", "u", "loss", "lr", "warmup", "decay", "seed")
     result = fk.straighten(
@@ -320,12 +338,14 @@ def _straighten(args) -> None:
     )
     notes = {"straightened_from": parameter_hash(velocity), "times": calibration[args.steps].times.tolist()}
     student = _network(result.student).cpu()
-    if args.model in BUNDLED:  # with its architecture, so that models.load_network rebuilds it from the file alone
-        save_network(student, args.out, **notes)
-    else:
-        # copies, because safetensors keeps no tensors that share memory
-        state = {k: v.detach().contiguous().clone() for k, v in student.state_dict().items()}
-        _write(args.out, safetensors.torch.save(state, {"notes": json.dumps(notes)}))
+
+    def save(path: Path) -> None:
+        if args.model in BUNDLED:  # with its architecture, so that models.load_network rebuilds it from the file alone
+            save_network(student, path, **notes)
+        else:
+            _weights.write(path, student.state_dict(), notes=notes)
+
+    write_or_keep(args.out, "--out", save)
     loss = result.history["loss"]
     print(f"{args.out}: straightened for {args.steps} steps, loss {loss[0]:.4g} -> {loss[-1]:.4g}")
 
@@ -348,7 +368,7 @@ def _sample(args) -> None:
     _expect(not trained, f"--method: expected euler, which {args.checkpoint} was straightened for, got {args.method}")
     parts = _noise(args.n, shape, args.seed).to(args.device).split(args.chunk or args.n)
     samples = torch.cat([fk.sample(velocity, part, plan, progress=True).cpu() for part in parts])
-    _write(args.out, _encode(samples, args.out.suffix))
+    write_or_keep(args.out, "--out", lambda path: _save_samples(path, samples))
     solver = fk.Solver.of(plan)
     print(
         f"{args.out}: {args.n} samples of shape {list(shape)}, {args.steps} steps, "
@@ -370,22 +390,16 @@ def _tune(args) -> int:
     return tune.run(args)
 
 
-def _write(path: Path, data: bytes) -> None:
-    with whole_file(path) as partial:
-        partial.write_bytes(data)
-
-
-def _encode(samples: Tensor, suffix: str) -> bytes:
-    if suffix == ".safetensors":
-        return safetensors.torch.save({"samples": samples.contiguous()})
-    file = io.BytesIO()
-    if suffix == ".npy":
-        np.save(file, samples.numpy())
-    elif suffix == ".pt":
-        torch.save(samples, file)
-    else:
-        _image_grid(samples).save(file, "png")
-    return file.getvalue()
+def _save_samples(path: Path, samples: Tensor) -> None:
+    if path.suffix == ".safetensors":
+        return _weights.write(path, {"samples": samples})
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        if path.suffix == ".npy":
+            np.save(file, samples.numpy())
+        elif path.suffix == ".pt":
+            torch.save(samples, file)
+        else:
+            _image_grid(samples).save(file, "png")
 
 
 def _image_grid(samples: Tensor):

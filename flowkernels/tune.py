@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from flowkernels import _tuned, backends, bench
 from flowkernels._checks import expect
-from flowkernels._files import whole_file
+from flowkernels._files import expect_target, plain, sealed, whole_file, write_or_keep
 from flowkernels._timers import timer
 from flowkernels.bench import Case, Shares, Work
 from flowkernels.ops import OPS
@@ -223,6 +223,7 @@ def run(args: argparse.Namespace) -> int:
     before = _before(path, gpu)
     if args.out is None:
         path.parent.mkdir(parents=True, exist_ok=True)
+    expect_target(path, "--out")
     with torch.cuda.device(device):
         tuner = Tuner(timer(device), lambda line: tqdm.write(line, file=sys.stderr), torch.cuda.synchronize)
         cases = {op: bench.cases(op, device) for op in args.ops or OPS}
@@ -232,11 +233,15 @@ def run(args: argparse.Namespace) -> int:
         print(f"{path}: not written, nothing was tuned")
         return 1
     table = as_table(found, before, device)
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(table, indent=1) + "\n")
+    write_or_keep(path, "--out", lambda path: _write(path, table))
     _tuned.of_device.cache_clear()
     print(f"{path}: {len(table['configs'])} kernels on {gpu}{_how_to_use(path, gpu)}")
     return int(any(t.wrong for t in found))
+
+
+def _write(path: Path, table: dict) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(sealed(plain(table)), indent=1) + "\n")
 
 
 def _gpu(name: str) -> torch.device:

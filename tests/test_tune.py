@@ -15,6 +15,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from flowkernels import _tuned, bench, cli, tune
+from flowkernels._files import sealed
 from flowkernels.backends import backend
 from flowkernels.bench import Work
 from flowkernels.ops import OPS, _triton, bellman
@@ -321,7 +322,7 @@ def table(**changes):
 
 def written(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path.write_text(content if isinstance(content, str) else json.dumps(sealed(content)))
     return path
 
 
@@ -372,7 +373,7 @@ def test_where_no_table_is_read(gpu, monkeypatch, where):
 BAD = {
     "format": (table(format=2), r"format: expected 1, got 2"),
     "device": (table(device="Another GPU"), r"device: expected 'Some GPU 80GB', got Another GPU"),
-    "no json": ("{", r"expected a table of `flowkernels tune`, got JSONDecodeError"),
+    "no json": ("{", r"expected a table of `flowkernels tune`, .*\.json is truncated or not JSON"),
     "no table": ("[1]", r"expected a table of `flowkernels tune`, got \[1\]"),
     "no configs": ('{"format": 1, "device": "Some GPU 80GB"}', r"configs: expected configurations by kernel, got None"),
     "kernel": (table(configs={"bellmann": FAST}), r"configs\.bellmann: expected a kernel .*, got 'bellmann'"),
@@ -416,6 +417,18 @@ def test_a_bad_table(gpu, bad, monkeypatch, caplog, tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match=f"^{path}: {message}"):
             _triton.config_of(CONFIGS, "bellman_step")
+
+
+def test_a_table_that_was_changed(gpu):
+    content = sealed(table())
+    content["configs"]["bellman_step"] = STEP
+    written(gpu, json.dumps(content))
+    with pytest.raises(ValueError, match=f"^{gpu}: expected .* is damaged .its sha256 is that of other contents"):
+        _tuned.read(gpu, GPU)
+    del content["sha256"]
+    written(gpu, json.dumps(content))
+    with pytest.warns(UserWarning, match=f"^{gpu} has no sha256"):
+        assert _tuned.read(gpu, GPU) == content
 
 
 def test_a_table_that_was_asked_for(gpu, monkeypatch, tmp_path):
