@@ -10,6 +10,8 @@ and for each call its schema, its arguments by name and where their regions were
 import contextlib
 import hashlib
 import json
+import math
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -22,18 +24,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowkernels import _ranges
-from flowkernels._checks import expect, expect_positive_int
-from flowkernels._files import whole_file
+from flowkernels._checks import expect, expect_int, expect_positive_int, expect_room
+from flowkernels._files import damaged, expect_file, expect_target, whole_file, write_or_keep
+from flowkernels._weights import CODES
 from flowkernels.ops import OPS
 
 FORMAT = 1
 PAGE = 4096  # bytes; a region's place is kept up to a multiple of it
 CHUNK = 64 << 20  # bytes that are read, hashed and written at once
-CODES = {  # safetensors' names
-    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
-    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
-    **{torch.uint8: "U8", torch.bool: "BOOL"},
-}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
+DEVICES = ("cpu", "cuda", "mps", "xpu")  # with memory of their own, where a call can have been
 
 
 @contextlib.contextmanager
@@ -64,8 +64,9 @@ def record_calls(op: str, path: str | Path, *, calls: int = 8, max_gb: float = 4
     expect(max_gb > 0, "max_gb", "more than 0", max_gb)
     path = Path(path)
     expect(path.parent.is_dir(), "path", "a file in a folder that exists", str(path))
-    with tempfile.TemporaryFile(dir=path.parent) as spool:
-        recording = Recording(op, path, calls, max_gb, spool)
+    target = expect_target(path)  # now: the program may go to another folder
+    with tempfile.TemporaryFile(dir=target.parent) as spool:
+        recording = Recording(op, path, target, calls, max_gb, spool)
         try:
             with _ranges.recorded(recording.see):
                 yield recording
@@ -83,8 +84,9 @@ def record_calls(op: str, path: str | Path, *, calls: int = 8, max_gb: float = 4
 class Recording:
     """What `record_calls` has seen. calls: the stored ones, as in the file. seen: how many there were of the op."""
 
-    def __init__(self, op: str, path: Path, most: int, max_gb: float, spool):
+    def __init__(self, op: str, path: Path, target: Path, most: int, max_gb: float, spool):
         self.op, self.path, self.most, self.max_gb, self.spool = op, path, most, max_gb, spool
+        self.target = target
         self.calls: list[dict] = []
         self.seen, self.left_out, self.problem = 0, [], None
         self._signatures: dict[tuple, dict | None] = {}
@@ -217,12 +219,16 @@ class Recording:
         header["__metadata__"] = dict(flowkernels=about, sha256=_digest(about))
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with whole_file(self.path) as partial, open(partial, "wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            for _, r in stored:
-                self.spool.seek(r["at"])
-                for begin in range(0, r["bytes"], CHUNK):
-                    f.write(self.spool.read(min(CHUNK, r["bytes"] - begin)))
+
+        def save(path: Path) -> None:
+            with whole_file(path) as partial, open(partial, "wb") as f:
+                f.write(len(text).to_bytes(8, "little") + text)
+                for _, r in stored:
+                    self.spool.seek(r["at"])
+                    for begin in range(0, r["bytes"], CHUNK):
+                        f.write(self.spool.read(min(CHUNK, r["bytes"] - begin)))
+
+        write_or_keep(self.target, "path", save)
 
 
 class _TooLarge(Exception):
@@ -318,6 +324,7 @@ class Call:
             return target if torch.device(recorded) == self.device else torch.device(recorded)
 
         buffers = []
+        expect_room(sum(r["bytes"] for r in self.regions), "FILE", "regions of a call", f"one of {self.op}")
         for r in self.regions:
             room = torch.empty(r["bytes"] + PAGE, dtype=torch.uint8, device=place(r["device"]))
             begin = (r["page"] - room.data_ptr()) % PAGE
@@ -333,7 +340,7 @@ class Call:
                 return [decode(v) for v in value]
             if not isinstance(value, dict):
                 return value
-            dtype = getattr(torch, value["dtype"])
+            dtype = DTYPES[value["dtype"]]
             if "tensor" not in value:
                 return dtype
             shape, stride = value["shape"], value["stride"]
@@ -363,35 +370,114 @@ def open_calls(path: str | Path) -> Calls:
     """
     wanted = "a file of `flowkernels capture`"
     try:
-        file = safe_open(path, "pt")
+        file = safe_open(expect_file(path), "pt")
         metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"{path}: expected {wanted}, got {e}") from e
     expect("flowkernels" in metadata, str(path), wanted, "a safetensors file of something else")
+    whole = _digest(metadata["flowkernels"]) == metadata.get("sha256")
+    expect(whole, str(path), "the metadata that was written", "other metadata: the file is damaged")
     try:
-        whole = _digest(metadata["flowkernels"]) == metadata["sha256"]
-        expect(whole, str(path), "the metadata that was written", "other metadata: the file is damaged")
         about = json.loads(metadata["flowkernels"])
         expect(about["format"] == FORMAT, str(path), f"{wanted} in format {FORMAT}", f"format {about['format']}")
         expect(about["op"] in OPS, str(path), f"calls of one of {', '.join(OPS)}", about["op"])
-        calls = []
-        for c in about["calls"]:
-            installed = str(_schema(c["op"])) if c["op"] in (about["op"], f"{about['op']}_out") else "no such op"
+        forms, given = (about["op"], f"{about['op']}_out"), about["calls"]
+        for c in given:
+            installed = str(_schema(c["op"])) if c["op"] in forms else "no such op"
             now = f"{c['schema']}, and {c['op']} is {installed} now; capture it again"
             expect(c["schema"] == installed, str(path), "calls of the op as this flowkernels has it", now)
-            device = torch.device(c["device"])
-            calls.append(Call(c["op"], c["count"], device, c["args"], c["regions"], file))
-        _check_bytes(file, about["sha256"], path)
-        return Calls(about["op"], about["made"], calls)
-    except (KeyError, TypeError, AttributeError, SafetensorError) as e:
+        made, sizes = about["made"], _check_bytes(file, about["sha256"], path)
+    except ValueError as e:
+        if str(e).startswith(f"{path}: "):
+            raise
+        raise ValueError(f"{path}: expected {wanted}, got one that is damaged ({e})") from e
+    except Exception as e:  # of foreign bytes
         raise ValueError(f"{path}: expected {wanted}, got one that is damaged ({type(e).__name__}: {e})") from e
+    with damaged(str(path), wanted, path):
+        expect(isinstance(given, list) and len(given) > 0, "calls", "a list of at least one call", given)
+        simple = isinstance(made, dict) and all(isinstance(v, (str, int, float, type(None))) for v in made.values())
+        expect(simple, "made", "texts and numbers by name", made)
+        return Calls(about["op"], made, [_call(c, sizes, file) for c in given])
 
 
-def _check_bytes(file, digests: dict[str, str], path) -> None:
+def _check_bytes(file, digests: dict[str, str], path) -> dict[str, int]:
+    """The regions of the file, and how many bytes each has."""
+    sizes = {}
     for name in file.keys():  # noqa: SIM118, it is no mapping
         t = file.get_tensor(name)
+        expect(t.dim() == 1, str(path), "regions in one dimension", f"{name} of shape {list(t.shape)}")
         digest = hashlib.sha256(CODES[t.dtype].encode())
         for chunk in t.view(torch.uint8).split(CHUNK):
             digest.update(chunk.numpy())
         same = digest.hexdigest() == digests[name]
         expect(same, str(path), "the bytes that were written", f"others in {name}: the file is damaged")
+        sizes[name] = t.nbytes
+    return sizes
+
+
+def _call(c: dict, sizes: dict[str, int], file) -> Call:
+    """A call of the file, none of whose tensors is anywhere but in its regions."""
+    schema, regions = _schema(c["op"]), c["regions"]
+    expect(isinstance(regions, list), "regions", "a list", regions)
+    for r in regions:
+        _expect_size(r["bytes"], "regions.bytes", 1)
+        expect_int(r["page"], "regions.page", f"an integer up to {PAGE - 1}", 0, PAGE - 1)
+        _device(r["device"], "regions.device")
+        stored = r["data"] is None or sizes.get(r["data"]) == r["bytes"]
+        expect(stored, "regions.data", f"{r['bytes']} bytes of the file", f"{r['data']!r}")
+    args, names = c["args"], [a.name for a in schema.arguments]
+    expect(isinstance(args, dict) and list(args) == names, "args", f"{', '.join(names)}", args)
+    for argument in schema.arguments:
+        dtypes = re.search(rf"ScalarType\??(\[\])? {argument.name}\b", str(schema)) is not None
+        _expect_value(args[argument.name], argument.type, argument.name, regions, dtypes)
+    count = expect_int(c["count"], "count", "at least 1", 1)
+    return Call(c["op"], count, _device(c["device"], "device"), args, regions, file)
+
+
+def _expect_value(value, kind, name: str, regions: list[dict], dtypes: bool) -> None:
+    """An argument of the kind that the schema has. dtypes: whether its integers are dtypes."""
+    which = kind.kind()
+    if which == "OptionalType":
+        if value is not None:
+            _expect_value(value, kind.getElementType(), name, regions, dtypes)
+    elif which == "ListType":
+        expect(isinstance(value, list), name, "a list", value)
+        for i, v in enumerate(value):
+            _expect_value(v, kind.getElementType(), f"{name}.{i}", regions, dtypes)
+    elif which == "TensorType":
+        _expect_view(value, name, regions)
+    elif dtypes:
+        known = isinstance(value, dict) and list(value) == ["dtype"] and value["dtype"] in DTYPES
+        expect(known, name, f"one of {', '.join(DTYPES)}", value)
+    else:
+        types = {"FloatType": (float, int), "IntType": (int,), "BoolType": (bool,), "StringType": (str,)}[which]
+        expect(type(value) in types, name, f"a {types[0].__name__}", value)
+
+
+def _expect_view(value, name: str, regions: list[dict]) -> None:
+    expect(isinstance(value, dict) and value.get("dtype") in DTYPES, f"{name}.dtype", f"one of {list(DTYPES)}", value)
+    shape, stride, at, itemsize = value["shape"], value["stride"], value["tensor"], DTYPES[value["dtype"]].itemsize
+    lists = isinstance(shape, list) and isinstance(stride, list) and len(shape) == len(stride)
+    expect(lists, f"{name}.stride", "one for each dimension", stride)
+    for n in (*shape, *stride, value["offset"]):
+        _expect_size(n, name, 0)
+    numel, device = math.prod(shape), _device(value["device"], f"{name}.device")
+    if at is None:
+        return expect(numel == 0, f"{name}.tensor", "a region", None)
+    region = regions[expect_int(at, f"{name}.tensor", f"one of {len(regions)} regions", 0, len(regions) - 1)]
+    end = value["offset"] + itemsize * (1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)))
+    inside = _expect_size(numel, name, 1) and end <= region["bytes"] and device == torch.device(region["device"])
+    expect(inside, name, f"elements inside a region of {region['bytes']} bytes", f"some up to byte {end}")
+    aligned = (region["page"] + value["offset"]) % itemsize == 0
+    expect(aligned, f"{name}.offset", f"a multiple of {itemsize} in memory", value["offset"])
+
+
+def _expect_size(value, name: str, least: int) -> int:
+    return expect_int(value, name, f"an integer of at least {least}", least, 2**62)
+
+
+def _device(recorded, name: str) -> torch.device:
+    expect(isinstance(recorded, str), name, "a device", recorded)
+    device = torch.device(recorded)
+    expect(device.type in DEVICES, name, f"one of {', '.join(DEVICES)}", recorded)
+    return device

@@ -193,7 +193,9 @@ def _expect(ok: bool, message: str) -> None:
 
 
 def _check_paths(args, *suffixes: str) -> None:
-    """The input files exist, and the output files can be written and are none of them."""
+    """The input files exist, and the output files can be written and are none of them: args.targets, whatever folder
+    the user's model goes to."""
+    args.targets = {}
     inputs = [(f"--{option}", getattr(args, option, None)) for option in ("checkpoint", "schedule")]
     for option, path in inputs:
         _expect(path is None or path.is_file(), f"{option}: expected a file, got {path}, which is not one")
@@ -201,7 +203,7 @@ def _check_paths(args, *suffixes: str) -> None:
         path = getattr(args, option, None)
         if path is not None:
             try:
-                expect_target(path, f"--{option}", inputs)
+                args.targets[option] = expect_target(path, f"--{option}", inputs)
             except (OSError, ValueError) as e:
                 raise InputError(str(e)) from e
             inputs.append((f"--{option}", path))
@@ -309,7 +311,7 @@ def _calibrate(args) -> None:
     held_out = _noise(args.verify, shape, args.seed + VERIFY).to(args.device) if args.verify else None
     options = dict(until=args.until, fit=args.fit, verify=held_out, chunk=args.chunk, seed=args.seed)
     calibration = fk.calibrate(velocity, noise, args.grid, args.steps, **options)
-    write_or_keep(args.out, "--out", calibration.save)
+    write_or_keep(args.targets["out"], "--out", calibration.save)
     print(calibration)
     for N, errors in calibration.verified.items():
         print(f"N = {N}: endpoint error " + ", ".join(f"{name} {e:.4g}" for name, e in errors.items()))
@@ -334,7 +336,7 @@ def _straighten(args) -> None:
         calibration[args.steps],
         noise=lambda n, generator: _noise(n, shape, generator).to(args.device),
         **{k: getattr(args, k) for k in options},
-        **dict(clip=args.clip or None, ema=args.ema or None, checkpoint=args.state),
+        **dict(clip=args.clip or None, ema=args.ema or None, checkpoint=args.targets.get("state")),
     )
     notes = {"straightened_from": parameter_hash(velocity), "times": calibration[args.steps].times.tolist()}
     student = _network(result.student).cpu()
@@ -345,7 +347,7 @@ def _straighten(args) -> None:
         else:
             _weights.write(path, student.state_dict(), notes=notes)
 
-    write_or_keep(args.out, "--out", save)
+    write_or_keep(args.targets["out"], "--out", save)
     loss = result.history["loss"]
     print(f"{args.out}: straightened for {args.steps} steps, loss {loss[0]:.4g} -> {loss[-1]:.4g}")
 
@@ -368,7 +370,7 @@ def _sample(args) -> None:
     _expect(not trained, f"--method: expected euler, which {args.checkpoint} was straightened for, got {args.method}")
     parts = _noise(args.n, shape, args.seed).to(args.device).split(args.chunk or args.n)
     samples = torch.cat([fk.sample(velocity, part, plan, progress=True).cpu() for part in parts])
-    write_or_keep(args.out, "--out", lambda path: _save_samples(path, samples))
+    write_or_keep(args.targets["out"], "--out", lambda path: _save_samples(path, samples))
     solver = fk.Solver.of(plan)
     print(
         f"{args.out}: {args.n} samples of shape {list(shape)}, {args.steps} steps, "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowkernels import backends, bench, ops
 from flowkernels._checks import expect
+from flowkernels._files import expect_target
 from flowkernels._timers import timer
 from flowkernels.bench import Measured, Work
 from flowkernels.calls import Call, open_calls, record_calls
@@ -34,6 +35,7 @@ def capture(args: argparse.Namespace) -> int:
     """Run the script and store its calls; returns the script's exit code, 1 for an exception."""
     expect(args.script.is_file(), "--from", "a Python script", f"{args.script}, which is no file")
     path = args.out or Path(f"{args.op}.safetensors")
+    expect_target(path, "--out", [("--from", args.script)])
     recording = None
     try:
         with record_calls(args.op, path, calls=args.calls, max_gb=args.max_gb) as recording:

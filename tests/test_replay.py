@@ -544,6 +544,57 @@ DAMAGE = {
 }
 
 
+def of_x(**changes):
+    return lambda about: about["calls"][0]["args"]["x"].update(changes)
+
+
+def of_region(**changes):
+    return lambda about: about["calls"][0]["regions"][0].update(changes)
+
+
+def of_call(**changes):
+    return lambda about: about["calls"][0].update(changes)
+
+
+def of_args(**changes):
+    return lambda about: about["calls"][0]["args"].update(changes)
+
+
+FORGED = [
+    *(of_x(offset=offset) for offset in (-4, 2, 4, 4096, 2**70, "0", None, True)),
+    *(of_x(shape=shape) for shape in ([], [-1], [0], [4], [2**40], [2**63, 2**63], [1.0], 3, None, [3, 1])),
+    *(of_x(stride=stride) for stride in ([], [-1], [2], [2**62], ["1"], None)),
+    *(of_x(dtype=dtype) for dtype in ("float64", "nn", "Tensor", "__name__", 3, None, ["float32"])),
+    *(of_x(tensor=region) for region in (-1, 7, None, 0.0, "0")),
+    *(of_x(device=device) for device in ("meta", "cuda:0", "no such", 3, None)),
+    *(of_region(bytes=size) for size in (0, 8, 13, 2**50, 2**70, -12, "12", 12.0)),
+    *(of_region(page=page) for page in (-1, 4096, 1, None)),
+    *(of_region(device=device) for device in ("meta", "no such", 0)),
+    *(of_region(data=data) for data in ("0.none", 0, [], {})),
+    *(of_call(count=count) for count in (0, -1, 1.5, "1", None)),
+    *(of_call(device=device) for device in ("meta", "no such", None)),
+    *(of_call(**{key: value}) for key in ("op", "schema", "args", "regions") for value in (None, 3, [], {}, "x")),
+    *(of_args(h=value) for value in (None, "0.5", True, [0.5], {"dtype": "float32"})),
+    *(of_args(v=value) for value in (None, 1.0, [], {}, {"tensor": 0})),
+    *(of_args(low=value) for value in (1, "float16", {"dtype": "int64", "more": 1}, {"dtype": "load"}, [])),
+    of_args(another=1),
+    *(lambda about, value=value: about.update(calls=value) for value in ([], {}, None, 3, [3], [None], "calls")),
+    *(lambda about, value=value: about.update(made=value) for value in (None, [], {"a": []})),
+    *(lambda about, value=value: about.update(sha256=value) for value in (None, [], {}, 3)),
+    *(lambda about, value=value: about.update(op=value) for value in (None, [], {}, 3)),
+    *(lambda about, value=value: about.update(format=value) for value in (None, [], {}, "1")),
+]
+
+
+@pytest.mark.parametrize("forged", range(len(FORGED)))
+def test_forged_metadata_is_refused_before_a_tensor_is_made_of_it(forged, tmp_path, unasked):
+    path = tmp_path / "a"
+    recorded("euler_step", lambda: euler(3, 0.25), path)
+    rewritten(path, FORGED[forged])
+    with pytest.raises(ValueError, match=f"^{path}: expected"):
+        open_calls(path).calls[0].arguments()
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_files(damage, tmp_path, capsys, unasked):
     path = tmp_path / "a"
@@ -674,7 +725,7 @@ def test_ctrl_c_keeps_what_was_seen(folder, capsys, unasked):
         ("eular --from scripts/script.py", "op: expected one of velocity_gram, "),
         ("euler_step --from nowhere.py", "--from: expected a Python script, got nowhere.py, which is no file"),
         ("euler_step", "the following arguments are required: --from"),
-        ("euler_step --from scripts/script.py --out no/a", "path: expected a file in a folder that exists"),
+        ("euler_step --from scripts/script.py --out no/a", "--out: expected a folder that exists"),
         (
             "bellman --from scripts/script.py",
             "bellman: expected a call of it, to store in bellman.safetensors",
