@@ -20,15 +20,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels._checks import (
+    describe,
     expect,
+    expect_bool,
     expect_finite_flow,
     expect_int,
+    expect_mapping,
     expect_noise,
-    expect_number,
     expect_numbers,
+    expect_path,
     expect_positive_int,
     expect_real,
+    expect_room,
+    expect_seed,
     expect_times,
+    expect_values,
 )
 from flowkernels._files import (
     SUM,
@@ -50,7 +56,14 @@ from flowkernels.rollout import Trajectory, euler, initial_state
 from flowkernels.sample import sample
 from flowkernels.schedule import Schedule, StepCost, bellman, expect_steps
 from flowkernels.solver import Solver
-from flowkernels.velocity_field import TRAINING, VelocityField, parameter_hash, velocity_rows, warn_if_training
+from flowkernels.velocity_field import (
+    TRAINING,
+    VelocityField,
+    expect_velocity,
+    parameter_hash,
+    velocity_rows,
+    warn_if_training,
+)
 
 FORMAT = "flowkernels.calibration"
 CHUNK_BYTES = 256 << 20  # velocities of one chunk of samples
@@ -88,9 +101,28 @@ class Calibration(Mapping):
     sample_costs: SampleCosts | None = field(default=None, repr=False)
     _found: dict = field(default_factory=dict, repr=False)  # tables made when they were asked for
 
+    def __post_init__(self):
+        times = expect_times(self.times, "times")
+        K = len(times) - 1
+        object.__setattr__(self, "times", times)
+        expect_values(self.cost, "cost", (torch.float64,))
+        expect(self.cost.shape == (K + 1, K + 1), "cost", f"shape {[K + 1, K + 1]}, a row for each knot", self.cost)
+        if self.gram is not None:
+            expect_values(self.gram, "gram", (torch.float64,))
+            expect(self.gram.shape == (K - 1, K - 1), "gram", f"shape {[K - 1, K - 1]}", self.gram)
+        for name, of in (("schedules", Schedule), ("solvers", Solver), ("verified", Mapping)):
+            entries, expected = getattr(self, name), f"a dict from numbers of steps to {of.__name__}s"
+            known = isinstance(entries, Mapping) and all(isinstance(v, of) for v in entries.values())
+            expect(known, name, expected, describe(entries), TypeError)
+            for n in entries:
+                expect_int(n, name, expected, 1)
+        expect_mapping(self.provenance, "provenance")
+
     def __getitem__(self, steps: int) -> Schedule:
-        if steps not in self.schedules:
-            raise KeyError(f"steps: expected one of {sorted(self.schedules)}, got {steps!r}; plan({steps!r}) adds it")
+        known = isinstance(steps, numbers.Integral) and not isinstance(steps, bool) and steps in self.schedules
+        if not known:  # KeyError for all of them, which a Mapping's `in` takes for an answer
+            got = describe(steps)
+            raise KeyError(f"steps: expected one of {sorted(self.schedules)}, got {got}; plan({got}) adds it")
         return self.schedules[steps]
 
     def __iter__(self) -> Iterator[int]:
@@ -158,9 +190,9 @@ class Calibration(Mapping):
             TypeError, ValueError: naming the argument.
         """
         wanted = expect_steps(steps, len(self.times) - 1)
-        if objective != "squared":
+        if not (isinstance(objective, str) and objective == "squared"):
             known = ["squared", *OBJECTIVES]
-            expect(objective in known, "objective", f"one of {known}", objective)
+            expect(isinstance(objective, str) and objective in known, "objective", f"one of {known}", objective)
             make = OBJECTIVES[objective]
             allowed = list(inspect.signature(make).parameters)[2:]
             unknown = sorted(set(options) - set(allowed))
@@ -204,6 +236,7 @@ class Calibration(Mapping):
         In provenance and notes, arrays become lists, and numbers that are not finite become texts. TypeError for what
         JSON cannot hold.
         """
+        path = expect_path(path, "path")
         data = {
             "format": FORMAT,
             "version": 1,
@@ -236,7 +269,9 @@ def load(path: str | Path, velocity=None) -> Calibration:
     Raises:
         FileNotFoundError; ValueError if the file is truncated, was changed since it was written, or is something else.
     """
-    wanted = "a whole calibration file"
+    path, wanted = expect_path(path, "path"), "a whole calibration file"
+    if velocity is not None:
+        expect_velocity(velocity)
     data = read_json(path, "path", wanted)
     kind = data.get("format") if isinstance(data, dict) else type(data).__name__
     expect(kind == FORMAT, "path", f"a file of format {FORMAT!r}", f"{path} of format {kind!r}")
@@ -428,6 +463,7 @@ def calibrate(
     Raises:
         TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
     """
+    expect_velocity(velocity)
     times = expect_times(grid, "grid")
     expect_noise(noise)
     K, n = len(times) - 1, len(noise)
@@ -435,12 +471,14 @@ def calibrate(
     if chunk is None:
         chunk = max(1, min(n, CHUNK_BYTES // (K * noise[0].numel() * 4)))
     expect_positive_int(chunk, "chunk")
+    expect_room(32 * K**2, "grid", "step costs", f"{K} steps")
     integer = isinstance(keep, numbers.Integral) and not isinstance(keep, bool)
     expect(integer, "keep", "a number of bytes", keep, TypeError)
     expect(keep >= 0, "keep", "at least 0", keep)
     if until is not None:
-        expect_number(until, "until")
-        expect(0 < until < math.inf, "until", "a positive share, such as 0.02", until)
+        until = expect_real(until, "until", "a positive share, such as 0.02", lambda a: a > 0)
+    fit, progress = expect_bool(fit, "fit"), expect_bool(progress, "progress")
+    seed = None if seed is None else expect_seed(seed)
     if verify is not None:
         _expect_other_noise(verify, noise)
     given, fused = velocity, velocity.on(times) if isinstance(velocity, FusedSampler) else None

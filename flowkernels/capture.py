@@ -34,7 +34,8 @@ WAY_OUT = "capture=None runs it step by step"
 
 def choose(capture: str | None, device: torch.device) -> str | None:
     """None, "graph" or "compile" for tensors on the device. ValueError for a graph where there are none."""
-    expect(capture in MODES, "capture", "None, 'auto', 'graph' or 'compile'", capture)
+    known = capture is None or (isinstance(capture, str) and capture in MODES)
+    expect(known, "capture", "None, 'auto', 'graph' or 'compile'", capture)
     if capture == "auto":
         return "graph" if device.type == "cuda" else None
     if capture == "graph":

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from flowkernels import ops
-from flowkernels._checks import expect, expect_positive_int
+from flowkernels._checks import describe, expect, expect_float64, expect_positive_int
 from flowkernels.backends import backend
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops.euler_step.reference import guided
 from flowkernels.rollout import step_times
 from flowkernels.schedule import Schedule, StepCost, bellman, uniform_indices
 from flowkernels.solver import Solver
-from flowkernels.velocity_field import evaluate, velocity_rows
+from flowkernels.velocity_field import evaluate, expect_velocity, velocity_rows
 
 GROUPS = 128  # of samples, at most, for the scatter of costs; merged in pairs when they are more
 SINGLES = 512  # samples that E|e| is the mean of
@@ -195,6 +195,7 @@ class _Samples:
 
     def __init__(self, cal, velocity, objective: str, samples: int, chunk: int | None):
         expect(velocity is not None, "velocity", f"the teacher, for objective {objective!r}", "None")
+        expect_velocity(velocity)
         expect(cal.kept is not None, "objective", f"a calibration that keeps samples, for {objective!r}", "one of none")
         velocity = velocity.velocity if isinstance(velocity, FusedSampler) else velocity
         self.n = min(expect_positive_int(samples, "samples"), cal.kept.x.shape[1])
@@ -372,9 +373,14 @@ def free(
     candidates: Sequence[float] = CANDIDATES,
 ) -> dict[int, Solver]:
     """Least sum of E|e|^2 where each step's velocity may be that of the step's state at a later time."""
-    some, K = _Samples(cal, velocity, "free", samples, chunk), len(cal.times) - 1
-    given = [float(c) for c in candidates]
-    expect(len(given) > 0 and all(0 <= c < 1 for c in given), "candidates", "some fractions, 0 <= f < 1", candidates)
+    some, K, expected = (
+        _Samples(cal, velocity, "free", samples, chunk),
+        len(cal.times) - 1,
+        "some fractions, 0 <= f < 1",
+    )
+    fractions = expect_float64(candidates, "candidates", expected)
+    given = fractions.tolist() if fractions.dim() == 1 else []
+    expect(len(given) > 0 and all(0 <= c < 1 for c in given), "candidates", expected, describe(candidates))
     tables, evaluations = [], 0
     for part in given:
         v = some.v

@@ -11,14 +11,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels import ops
-from flowkernels._checks import expect, expect_finite_flow, expect_noise, expect_number, expect_positive_int
+from flowkernels._checks import (
+    expect,
+    expect_bool,
+    expect_finite_flow,
+    expect_noise,
+    expect_positive_int,
+    expect_real,
+)
 from flowkernels.calibrate import Calibration
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops.euler_step.reference import guided
 from flowkernels.rollout import rollout
 from flowkernels.schedule import Schedule, bellman
 from flowkernels.solver import Solver, polynomial_weights
-from flowkernels.velocity_field import evaluate, velocity_rows, warn_if_training
+from flowkernels.velocity_field import evaluate, expect_velocity, velocity_rows, warn_if_training
 
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums of the Gram matrix are good for
 EULER, ADAMS, FITTED = "euler", "adams-bashforth 2", "fitted"
@@ -75,16 +82,15 @@ def fit_solver(
 
     Source: docs/mathematics.md. The Gram matrix of velocity increments gives the normal equations of every step.
     """
-    several = isinstance(schedule, Sequence)
+    several = isinstance(schedule, Sequence) and not isinstance(schedule, (str, bytes))
     expect(not several or len(schedule) > 0, "schedule", "at least one schedule", schedule)
     plans = [_knots(calibration, steps, s) for s in (schedule if several else [schedule])]
-    expect_number(held_out, "held_out")
-    expect(0 < held_out < 1, "held_out", "a part between 0 and 1", held_out)
+    held_out = expect_real(held_out, "held_out", "a part between 0 and 1", lambda a: 0 < a < 1)
     order = steps if order is None else min(expect_positive_int(order, "order"), steps)
     if ridge is not None:
-        expect_number(ridge, "ridge")
-        expect(0 <= ridge < math.inf, "ridge", "a finite number of at least 0", ridge)
-    ridges = (*RIDGES, math.inf) if ridge is None else (max(float(ridge), RIDGES[0]),)
+        ridge = expect_real(ridge, "ridge", "a finite number of at least 0", lambda a: a >= 0)
+    ridges = (*RIDGES, math.inf) if ridge is None else (max(ridge, RIDGES[0]),)
+    inverse = expect_bool(inverse, "inverse")
     data = _Teacher.of(velocity, calibration, noise, chunk, held_out)
     found = [_fit(data, plan, order, ridges, inverse) for plan in plans]
     solver = min(found, key=lambda s: s.notes["held_out"][s.name])
@@ -220,8 +226,8 @@ def polish(
     expect_positive_int(samples, "samples")
     expect(samples >= 2, "samples", "at least 2, one to hold out", samples)
     expect_positive_int(iterations, "iterations")
-    expect_number(held_out, "held_out")
-    expect(0 < held_out < 1, "held_out", "a part between 0 and 1", held_out)
+    held_out = expect_real(held_out, "held_out", "a part between 0 and 1", lambda a: 0 < a < 1)
+    expect_bool(progress, "progress")
     if isinstance(plan, Schedule):
         _knots(calibration, plan.steps, plan)
     data = _Teacher.of(velocity, calibration, noise, chunk, held_out, samples)
@@ -399,7 +405,7 @@ class _Teacher:
     def of(cls, velocity, calibration, noise, chunk: int | None, held_out: float, most: int | None = None):
         expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
         velocity = velocity.velocity if isinstance(velocity, FusedSampler) else velocity
-        expect(callable(velocity), "velocity", "a callable velocity(x, t)", velocity, TypeError)
+        expect_velocity(velocity)
         if chunk is not None:
             expect_positive_int(chunk, "chunk")
         warn_if_training(velocity, stacklevel=5)

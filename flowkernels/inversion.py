@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect, expect_noise
+from flowkernels._checks import expect, expect_bool, expect_noise
 from flowkernels.fuse import FusedSampler
 from flowkernels.rollout import plan_of
 from flowkernels.sample import run
@@ -66,6 +66,7 @@ def invert(
     Source: DDIM inversion (Song, Meng and Ermon, Denoising Diffusion Implicit Models, 2021, section 4.3), of a flow:
     Liu, Gong and Liu, Flow Straight and Fast (rectified flow), 2023.
     """
+    round_trip = expect_bool(round_trip, "round_trip")
     if isinstance(schedule, Solver):
         expected = "a solver from data to noise (Solver.adams_bashforth(..., inverse=True), fit_solver(inverse=True))"
         expect(schedule.is_inverse, "schedule", expected, schedule)

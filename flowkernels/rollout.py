@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowkernels._checks import expect, expect_finite_flow, expect_noise, expect_times
+from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_room, expect_times
 from flowkernels.fuse import FusedSampler
 from flowkernels.fuse_head import FusedHead
 from flowkernels.ops import linear_update
@@ -17,7 +17,14 @@ from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.euler_step.reference import guided
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.velocity_field import evaluate, has_time_embedding, time_embeddings, times_of, warn_if_training
+from flowkernels.velocity_field import (
+    evaluate,
+    expect_velocity,
+    has_time_embedding,
+    time_embeddings,
+    times_of,
+    warn_if_training,
+)
 
 
 @dataclass(frozen=True)
@@ -196,6 +203,7 @@ def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, pr
     """
     way_out = "a fine grid, on which the steps are Euler's (fk.sample runs a solver)"
     expect(not isinstance(grid, Solver), "grid", way_out, grid, TypeError)
+    expect_velocity(velocity), expect_bool(progress, "progress")
     times = expect_times(grid, "grid")
     if isinstance(velocity, FusedSampler):
         _, x, v = velocity.on(times).run(noise, states=True, velocities=True)
@@ -203,6 +211,7 @@ def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, pr
     x0 = initial_state(expect_noise(noise))
     warn_if_training(velocity)
     K = len(times) - 1
+    expect_room(x0.nbytes * (2 * K + 1), "grid", "states and velocities", f"{K} steps")
     states = fresh(torch.empty(K + 1, *noise.shape, dtype=x0.dtype, device=x0.device))
     velocities = None
     steps = enumerate(euler(velocity, x0, times, out=states))

@@ -8,14 +8,14 @@ from torch._higher_order_ops.while_loop import while_loop
 from tqdm import tqdm
 
 from flowkernels import capture as captured
-from flowkernels._checks import expect, expect_finite_flow, expect_noise, expect_times
+from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_times
 from flowkernels.fuse import FusedSampler
 from flowkernels.fuse_head import FusedHead
 from flowkernels.ops import euler_step, linear_update
 from flowkernels.rollout import flow, initial_state, model_times, plan_of, replay, step_times, updates_of
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.velocity_field import evaluate, has_time_embedding, warn_if_training
+from flowkernels.velocity_field import evaluate, expect_velocity, has_time_embedding, warn_if_training
 
 
 @torch.no_grad()
@@ -76,6 +76,7 @@ def sample(
 def run(velocity, noise: Tensor, plan: Tensor | Solver, capture: str | None, progress: bool, *names: str) -> Tensor:
     """The last state of the plan's steps; names: of the argument and of the progress bar."""
     name, bar = names or ("noise", "sample")
+    expect_velocity(velocity), expect_bool(progress, "progress")
     if isinstance(velocity, FusedSampler):
         backward = isinstance(plan, Tensor) and bool(plan[0] > plan[-1])
         return velocity.on(Solver.euler(plan.flip(0), inverse=True) if backward else plan)(noise)
