@@ -59,8 +59,10 @@ from flowkernels.solver import Solver
 from flowkernels.velocity_field import (
     TRAINING,
     VelocityField,
+    attributes_of,
     expect_velocity,
-    parameter_hash,
+    hash_of,
+    identity,
     velocity_rows,
     warn_if_training,
 )
@@ -284,15 +286,13 @@ def load(path: str | Path, velocity=None) -> Calibration:
         cal = _from_dict(data)
     if SUM not in data:
         warn_of_no_sum(path)
-    if velocity is not None:
-        made_for, given = cal.provenance.get("parameters_sha256"), parameter_hash(velocity)
-        if made_for != given:
-            warnings.warn(
-                f"velocity: expected the model that {path} was made for (parameters {_short(made_for)}), "
-                f"got another one ({_short(given)}); its schedules may not be the best for it",
-                UserWarning,
-                stacklevel=2,
-            )
+    if velocity is not None and (differs := identity(velocity).differences(cal.provenance)):
+        warnings.warn(
+            f"velocity: expected the model that {path} was made for, got another one ({', '.join(differs)}); its "
+            "schedules may not be the best for it",
+            UserWarning,
+            stacklevel=2,
+        )
     return cal
 
 
@@ -416,10 +416,6 @@ def _decoded(data, name: str, size: int, diagonal: int) -> Tensor:
     return matrix
 
 
-def _short(digest: str | None) -> str:
-    return digest[:12] if digest else "unknown: not a module"
-
-
 @torch.no_grad()
 def calibrate(
     velocity,
@@ -485,6 +481,7 @@ def calibrate(
     velocity = velocity if fused is None else fused.velocity
     warn_if_training(velocity)
 
+    provenance = _provenance(velocity, noise, K, seed)
     teacher = _Teacher(velocity, fused, noise, times, keep)
     enough = teacher.most > 1 or not fit
     expect(enough, "keep" if n > 1 else "noise", "two samples whose trajectories are kept, with fit", f"{teacher.most}")
@@ -501,7 +498,10 @@ def calibrate(
                 stable = max(samples.regrets(bellman(costs.cost(), times, wanted)).values()) <= until
                 if stable:
                     break
-    cost, provenance = costs.cost(), _provenance(velocity, noise, v, K, seed)
+    cost = costs.cost()
+    provenance |= {"velocity_dtype": str(v.dtype)}
+    if attributes_of(velocity)[0] != provenance["attributes_sha256"]:
+        provenance["attributes_sha256"] = None  # it counts its calls, say, or keeps what it has computed
     if until is not None:
         reason = "schedules stable" if stable else "all samples used"
         provenance |= {"n": stop, "n_given": n, "until": until, "stopped": reason}
@@ -647,17 +647,23 @@ class _Teacher:
         return self.scratch[:, : len(like)]
 
 
-def _provenance(velocity, noise: Tensor, velocities: Tensor, K: int, seed: int | None) -> dict:
-    return {
-        "K": K,
-        "n": len(noise),
-        "seed": seed,
-        "shape": list(noise.shape[1:]),
-        "state_dtype": str(initial_state(noise[:0]).dtype),
-        "velocity_dtype": str(velocities.dtype),
-        "device": noise.device.type,
-        "guidance": velocity.guidance if isinstance(velocity, VelocityField) else 1.0,
-        "convention": velocity.convention() if isinstance(velocity, VelocityField) else None,
-        "parameters_sha256": parameter_hash(velocity),
-        "versions": {"flowkernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
+def _provenance(velocity, noise: Tensor, K: int, seed: int | None) -> dict:
+    """What is known before the first evaluation, ready for JSON."""
+    known = identity(velocity).provenance()
+    of_noise = hash_of(noise, "noise", unknown := known.pop("unknown", {}))
+    return plain(
+        {
+            "K": K,
+            "n": len(noise),
+            "seed": None if seed is None else expect_seed(seed),
+            "shape": list(noise.shape[1:]),
+            "state_dtype": str(initial_state(noise[:0]).dtype),
+            "device": noise.device.type,
+            "guidance": velocity.guidance if isinstance(velocity, VelocityField) else 1.0,
+            "convention": velocity.convention() if isinstance(velocity, VelocityField) else None,
+            **known,
+            "noise_sha256": of_noise,
+            **({"unknown": unknown} if unknown else {}),
+            "versions": {"flowkernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+    )
