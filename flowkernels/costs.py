@@ -215,7 +215,7 @@ class _Samples:
         """The velocity of all samples at one time."""
         return torch.cat([self.velocity(field, x[rows], t) for rows, field in self.parts])
 
-    @torch.enable_grad()
+    @torch.inference_mode(False)  # which enables gradients too
     def pulled(self, x: Tensor, t: Tensor, y: Tensor, h: float) -> Tensor:
         """`(1 + h dv/dx)^T y` at x for each of the cotangents y `[probes, n, *shape]`."""
         found = y.clone()

@@ -329,23 +329,24 @@ def network_notes(path: str | Path) -> dict:
         return _weights.parsed(metadata, "notes")
 
 
+@torch.inference_mode(False)
 def load_network(path: str | Path) -> nn.Module:
     """Rebuild a network written by `save_network`, in eval mode.
 
     Raises:
         FileNotFoundError; ValueError if the file is something else, or was changed since it was written.
     """
-    state, metadata = _weights.read(path, "path", "a safetensors checkpoint")
+    state, metadata = _weights.read(path, "path", "a safetensors checkpoint", stacklevel=3)
     known = " or ".join(_ARCHITECTURES)
     name = metadata.get("architecture")
     expect(name in _ARCHITECTURES, "path", f"a checkpoint of {known}", f"{path} with architecture {name!r}")
     with damaged("path", f"a whole checkpoint of {name}", path, "does not fit it"):
         config = _weights.parsed(metadata, "config")
         with torch.device("meta"), _Parts(len(state)):
-            own = _ARCHITECTURES[name](**config).state_dict()
-        _weights.expect_fits(state, own, "weights", name)
-        net = _ARCHITECTURES[name](**config)
-        net.load_state_dict(state)
+            net = _ARCHITECTURES[name](**config)
+        _weights.expect_fits(state, net.state_dict(), "weights", name)
+        state = {k: t.float() if t.is_floating_point() else t for k, t in state.items()}
+        net.load_state_dict(state, assign=True)
     return net.eval()
 
 

@@ -166,12 +166,12 @@ class StepCost:
         times: K for a uniform grid, or K+1 increasing times from 0 to 1.
         states: True if `update` is given states that are not Euler steps of the velocities.
         device: where the accumulated Gram matrix lives, and the costs that `cost()` makes of it; best where the
-            velocities are. None is torch's default device.
+            velocities are. None is the CPU.
     """
 
     def __init__(self, times: int | Sequence[float] | Tensor, *, states: bool = False, device=None):
         self.times = expect_times(times, "times")
-        self.states, device = expect_bool(states, "states"), expect_device(device)
+        self.states, device = expect_bool(states, "states"), expect_device(device) or "cpu"
         K = len(self.times) - 1
         self._rows = 2 * K - 1 if states else K - 1
         expect_room(8 * self._rows**2, "times", "step costs", f"{K} steps")

@@ -1,7 +1,7 @@
 """Straighten: fine-tune a student so that each interval of a schedule is one exact Euler step."""
 
-import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,26 @@ from flowkernels._checks import (
     expect_takes,
     expect_times,
 )
-from flowkernels._files import whole_file
+from flowkernels._files import expect_target
+from flowkernels._identity import Unknown, tensors_hash
+from flowkernels._training import (
+    HISTORY,
+    architecture,
+    copied,
+    expect_optimizer,
+    expect_optimizer_state,
+    expect_progress,
+    expect_random_states,
+    expect_setting,
+    expect_storable,
+    expect_weights,
+    load_weights,
+    optimizer_identity,
+    plain_state,
+    read_checkpoint,
+    unwrapped,
+    write_checkpoint,
+)
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops import segment_points, straighten_loss
 from flowkernels.ops._library import fresh
@@ -36,12 +55,10 @@ from flowkernels.velocity_field import (
     VelocityField,
     expect_velocity,
     parameter_hash,
-    tensors_hash,
     velocity_rows,
     warn_if_training,
 )
 
-FORMAT = "flowkernels.straighten"
 OPTIMIZER = "a function of parameters that returns an optimiser, or None"
 
 
@@ -83,6 +100,7 @@ def knots(velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: 
     return kept
 
 
+@torch.inference_mode(False)  # which enables gradients too: a caller's no_grad and inference_mode do not count
 def straighten(
     student: nn.Module | None,
     velocity,
@@ -159,6 +177,7 @@ def straighten(
     expect(isinstance(schedule, Schedule), "schedule", expected, schedule, TypeError)
     expect_velocity(velocity)
     teacher, velocity = velocity, velocity.velocity if isinstance(velocity, FusedSampler) else velocity
+    _expect_no_wrapped_field(velocity, "velocity")
     teacher_grid, indices = _teacher_grid(schedule, grid)
     iterations = expect_positive_int(iterations, "iterations")
     batch, bank = expect_positive_int(batch, "batch"), expect_positive_int(bank, "bank")
@@ -187,6 +206,7 @@ def straighten(
     if checkpoint is not None:
         checkpoint = expect_path(checkpoint, "checkpoint")
         expect(checkpoint.parent.is_dir(), "checkpoint", "a path in a folder that exists", str(checkpoint))
+        expect_target(checkpoint, "checkpoint")
 
     student = _own_student(student, velocity)
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -195,6 +215,12 @@ def straighten(
     draw_noise = _noise_source(noise, device)
     _expect_memory(noise, bank, batch, N)
     size = len(noise) if isinstance(noise, Tensor) else bank
+    fused = device.type in ("cpu", "cuda")  # one kernel a step: 4 ms less a step for the digits network on 2 cores
+    opt = optimizer(parameters) if optimizer else torch.optim.Adam(parameters, lr=lr, fused=fused)
+    expect(
+        isinstance(opt, torch.optim.Optimizer), "optimizer", OPTIMIZER, f"one that returns {describe(opt)}", TypeError
+    )
+    expect_optimizer(opt, parameters)
     setting = dict(
         **dict(times=schedule.times.tolist(), grid=teacher_grid.tolist(), iterations=iterations),
         **dict(batch=batch, bank=size, refresh=refresh, u=u, loss=loss, huber_c=huber_c, lr=lr, warmup=warmup),
@@ -202,51 +228,82 @@ def straighten(
         weight=None if weight is None else weight.tolist(),
         **dict(teacher=parameter_hash(velocity), noise=_noise_identity(noise)),
     )
+    fields = dict(teacher_field=_field_identity(velocity), student_field=_field_identity(student))
+    setting |= fields | dict(optimizer=optimizer_identity(opt))
     saved = None
     if checkpoint is not None and resume and checkpoint.exists():
-        saved = _read_checkpoint(checkpoint, setting)
+        saved = read_checkpoint(checkpoint, stacklevel=4)
+        expect_setting(saved, setting)
+        expect_progress(saved, iterations, log_every, N)
+        expect_random_states(saved)
+        expect_weights(student, saved["student"], "checkpoint", exact=True)
     _initialise(student, velocity, init)
-    warn_if_training(velocity, stacklevel=3)
+    warn_if_training(velocity, stacklevel=4)
 
-    def teacher_knots() -> Tensor:
-        return knots(teacher, draw_noise(size, generator), teacher_grid, indices, batch, progress)
-
-    fused = device.type in ("cpu", "cuda")  # one kernel a step: 4 ms less a step for the digits network on 2 cores
-    opt = optimizer(parameters) if optimizer else torch.optim.Adam(parameters, lr=lr, fused=fused)
-    expect(
-        isinstance(opt, torch.optim.Optimizer), "optimizer", OPTIMIZER, f"one that returns {describe(opt)}", TypeError
-    )
     average = None
     if ema is not None:
-        average = torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=_warmed_up_average(ema))
+        with torch.device("cpu"):  # of its counter
+            average = torch.optim.swa_utils.AveragedModel(copied(student), multi_avg_fn=_warmed_up_average(ema))
+    setting["student"] = architecture(student)
     generator = torch.Generator().manual_seed(seed)
-    history = {k: [] for k in ("iteration", "loss", "lr", "grad_norm", "interval_loss")}
+    history = {k: [] for k in HISTORY}
     times = schedule.times.to(device)
     h = times.diff()
-    start, (totals, counts) = 0, torch.zeros(2, N, device="cpu")
+    start, (totals, counts) = 0, torch.zeros(2, N, dtype=torch.float32, device="cpu")
     if saved is not None:
-        _load_weights(student, saved["student"], "checkpoint")
-        opt.load_state_dict(saved["optimizer"])
+        expect_setting(saved, setting)
+        expect_optimizer_state(saved["optimizer"], opt, parameters)
+        expect_weights(average, saved["average"], "checkpoint", exact=True) if average is not None else None
+        load_weights(student, saved["student"])
+        opt.load_state_dict(opt.state_dict() | {"state": saved["optimizer"]["state"]})
         if average is not None:
             average.load_state_dict(saved["average"])
         history, start, totals, counts = (saved[k] for k in ("history", "iteration", "totals", "counts"))
         generator.set_state(saved["bank_rng"])  # the bank is rolled out again, from the noise it was made of
     bank_rng = generator.get_state()
-    states = teacher_knots() if start < iterations else None
+
+    def state(iteration: int) -> dict:
+        return dict(
+            **dict(setting=setting, iteration=iteration, history=history, bank_noise=bank_noise),
+            **dict(student=plain_state(student), optimizer=opt.state_dict()),
+            average=None if average is None else average.state_dict(),
+            **dict(bank_rng=bank_rng, rng=generator.get_state(), global_rng=_global_rng()),
+            **dict(totals=totals, counts=counts),
+        )
+
+    def bank_of(x: Tensor) -> Tensor:
+        return knots(teacher, x, teacher_grid, indices, batch, progress)
+
+    def velocities(net: nn.Module, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        torch.clear_autocast_cache()  # of weights as they were before a step, or without a graph
+        v = velocity_rows(net, s, size)(x, t.to(torch.float32))
+        if not isinstance(v, Tensor) or v.shape != x.shape:
+            expect(False, "student", f"a velocity of x's shape {list(x.shape)}", v)
+        return v.to(x.dtype) if torch.float64 in (v.dtype, x.dtype) else v
+
+    if start < iterations:
+        first = draw_noise(size, generator)
+        bank_noise = tensors_hash({"noise": first})[:16] if callable(noise) else None
+        if saved is not None and saved.get("bank_noise") is not None:
+            expected = "a function that draws what it drew before, from the same generator"
+            expect(bank_noise == saved["bank_noise"], "noise", expected, "other values (resume=False starts anew)")
+        if checkpoint is not None:
+            expect_storable(state(start))
+        _try_once(student, initial_state(first), times, batch, velocities)
+        states = bank_of(first)
     if saved is not None:
         generator.set_state(saved["rng"])
         _restore_global_rng(saved["global_rng"])
 
     def save(iteration: int) -> None:
-        state = dict(
-            **dict(format=FORMAT, version=1, setting=setting, iteration=iteration, history=history),
-            **dict(student=student.state_dict(), optimizer=opt.state_dict()),
-            average=None if average is None else average.state_dict(),
-            **dict(bank_rng=bank_rng, rng=generator.get_state(), global_rng=_global_rng()),
-            **dict(totals=totals, counts=counts),
-        )
-        with whole_file(checkpoint) as partial:
-            torch.save(state, partial)
+        try:
+            write_checkpoint(checkpoint, state(iteration))
+        except Exception as e:  # a full disk, say: what is in memory is worth more than an error
+            kept = "is kept; the training goes on" if checkpoint.exists() else "was not made; the training goes on"
+            text = (
+                f"checkpoint: iteration {iteration} could not be written ({type(e).__name__}: {e}); {checkpoint} {kept}"
+            )
+            warnings.warn(text, UserWarning, stacklevel=4)
 
     student.train()
     bar = tqdm(total=iterations, initial=start, desc="straighten", disable=not progress, leave=False, unit="it")
@@ -254,7 +311,9 @@ def straighten(
         for it in range(start, iterations):
             if refresh is not None and it and it % refresh == 0:
                 bank_rng = generator.get_state()
-                states = teacher_knots()
+                x = draw_noise(size, generator)
+                bank_noise = tensors_hash({"noise": x})[:16] if callable(noise) else None
+                states = bank_of(x)
             rate = lr * _rate(it, iterations, warmup, decay)
             for group in opt.param_groups:
                 group["lr"] = rate
@@ -262,15 +321,13 @@ def straighten(
             interval = torch.randint(N, (batch,), generator=generator, device="cpu")
             pick = torch.randint(size, (batch,), generator=generator, device="cpu")
             random = u == "uniform"
-            where = torch.rand(batch, generator=generator, device="cpu") if random else torch.zeros(batch, device="cpu")
+            where = torch.zeros(batch, dtype=torch.float32, device="cpu")
+            if random:
+                where.uniform_(generator=generator)
             i, s, where = interval.to(device), pick.to(device), where.to(device)
             x = segment_points(states, i, s, where if random else None)
             t = times[i] + where * h[i]
-            v = velocity_rows(student, s, size)(x, t.to(torch.float32))
-            if not isinstance(v, Tensor) or v.shape != x.shape:
-                expect(False, "student", f"a velocity of x's shape {list(x.shape)}", v)
-            if v.dtype == torch.float64 or states.dtype == torch.float64:
-                v = v.to(states.dtype)
+            v = velocities(student, x, t, s)
             weights = None if weight is None else weight.to(device)[i]
             mean, each, _ = straighten_loss(v, states, h, i, s, weight=weights, loss=loss, huber_c=huber_c)
             opt.zero_grad(set_to_none=True)
@@ -282,10 +339,10 @@ def straighten(
                 expect(False, "student", "a finite loss and gradient (a smaller lr?)", got)
             opt.step()
             if average is not None:
-                average.update_parameters(student)
+                average.update_parameters(unwrapped(student))
 
             totals.index_add_(0, interval, each.float().cpu())
-            counts.index_add_(0, interval, torch.ones(batch, device="cpu"))
+            counts.index_add_(0, interval, torch.ones_like(where.cpu()))
             if it % log_every == 0 or it == iterations - 1:
                 row = dict(
                     iteration=it, loss=value, lr=rate, grad_norm=norm.item(), interval_loss=(totals / counts).tolist()
@@ -298,11 +355,29 @@ def straighten(
             if checkpoint is not None and ((it + 1) % checkpoint_every == 0 or it == iterations - 1):
                 save(it + 1)
 
+    torch.clear_autocast_cache()
     if average is not None:
-        result = copy.deepcopy(student)
-        result.load_state_dict(average.module.state_dict())
+        result = copied(student)
+        load_weights(result, average.module.state_dict())
         return Straightened(result.eval(), history)
     return Straightened(student.eval(), history)
+
+
+def _try_once(student: nn.Module, noise: Tensor, times: Tensor, batch: int, velocities) -> None:
+    """A forward and backward pass of a copy, before the work of a bank; the caller's generators stay as they are."""
+    try:
+        net = copied(student).train()
+    except ValueError:  # not needed without an average
+        return
+    devices = [noise.device] if noise.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        s = torch.arange(batch, dtype=torch.int64, device=noise.device) % len(noise)
+        v = velocities(net, noise[s], times[:1].expand(batch), s)
+        expect(v.requires_grad, "student", "a velocity with a gradient in its weights", "one without")
+        try:
+            v.float().square().mean().backward()
+        except RuntimeError as e:
+            raise ValueError(f"student: expected a velocity that can be differentiated, got RuntimeError: {e}") from e
 
 
 def _is_squared(c: float) -> bool:
@@ -358,7 +433,11 @@ def _noise_source(noise, device: torch.device) -> Callable[[int, torch.Generator
     expected = "a shape of at least one dimension, each >= 1"
     shape = [expect_int(d, "noise", expected, 1) for d in noise]
     expect(len(shape) >= 1, "noise", expected, noise)
-    return lambda n, generator: torch.randn(n, *shape, generator=generator, device="cpu").to(device)
+
+    def normal(n: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(n, *shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
+
+    return normal
 
 
 def _expect_memory(noise, bank: int, batch: int, steps: int) -> None:
@@ -383,8 +462,15 @@ def _own_student(student, velocity) -> nn.Module:
     if student is None:
         expect(teacher_is_module, "student", "a module, where the teacher is not one to copy", "None")
         student = velocity.without_guidance() if isinstance(velocity, VelocityField) else velocity
-        return copy.deepcopy(student).requires_grad_(True)
+        student = copied(student)
+        for p in student.parameters():
+            p.requires_grad_(p.is_floating_point())
+        return _without_inference(student)
     expect(isinstance(student, nn.Module), "student", "an nn.Module or None", student, TypeError)
+    _expect_no_wrapped_field(student, "student")
+    made = any(t.is_inference() for t in (*student.parameters(), *student.buffers()))
+    expect(not made, "student", "weights made outside of torch.inference_mode", "some made in it")
+    _without_inference(student)
     if teacher_is_module:
         shared = set(map(id, student.parameters())) & set(map(id, velocity.parameters()))
         got = f"{len(shared)} parameters of the teacher's"
@@ -392,46 +478,51 @@ def _own_student(student, velocity) -> nn.Module:
     return student
 
 
+def _expect_no_wrapped_field(velocity, name: str) -> None:
+    """A wrapper of a field hides its conditioning."""
+    inner = unwrapped(velocity) if isinstance(velocity, nn.Module) else velocity
+    wrapped = inner is not velocity and isinstance(inner, VelocityField)
+    expect(
+        not wrapped, name, "VelocityField(torch.compile(net), ...), the wrapper inside", f"{type(velocity).__name__}"
+    )
+
+
+def _without_inference(student: nn.Module) -> nn.Module:
+    """With conditioning that can be saved for a gradient."""
+    if isinstance(student, VelocityField):
+        for k, v in student.conditioning.items():
+            if isinstance(v, Tensor) and v.is_inference():
+                student.conditioning[k] = v.clone()
+    return student
+
+
+def _field_identity(velocity) -> str | None:
+    """The hash of a field's convention and conditioning; "unknown" if they cannot be read."""
+    if not isinstance(velocity, VelocityField):
+        return None
+    try:
+        return tensors_hash({k: v for k, v in velocity.settings().items() if k != "packed"})[:16]
+    except Unknown:
+        return "unknown"
+
+
 def _initialise(student: nn.Module, velocity, init) -> None:
     """Load the weights that training starts from."""
-    if isinstance(init, Mapping):
-        return _load_weights(_network(student), init, "init")
-    known = init is None or (isinstance(init, str) and init in ("teacher", "keep"))
-    expect(known, "init", "'teacher', 'keep', a state dict or None", init)
-    has_weights = isinstance(velocity, nn.Module) and any(True for _ in velocity.parameters())
-    expect(init != "teacher" or has_weights, "init", "a teacher with weights, for 'teacher'", velocity)
-    if has_weights and init != "keep":
-        _load_weights(_network(student), _network(velocity).state_dict(), "student")
+    net, state, name = _network(student), init, "init"
+    if not isinstance(init, Mapping):
+        known = init is None or (isinstance(init, str) and init in ("teacher", "keep"))
+        expect(known, "init", "'teacher', 'keep', a state dict or None", init)
+        has_weights = isinstance(velocity, nn.Module) and any(True for _ in velocity.parameters())
+        expect(init != "teacher" or has_weights, "init", "a teacher with weights, for 'teacher'", velocity)
+        if not has_weights or init == "keep":
+            return
+        state, name = plain_state(_network(velocity)), "student"
+    expect_weights(net, state, name)
+    load_weights(net, state)
 
 
 def _network(module: nn.Module) -> nn.Module:
     return module.net if isinstance(module, VelocityField) else module
-
-
-def _load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    own = module.state_dict()
-    for key in own.keys() | state.keys():
-        have, want = state.get(key), own.get(key)
-        if not isinstance(have, Tensor) or not isinstance(want, Tensor) or have.shape != want.shape:
-            got, expected = (str(list(t.shape)) if isinstance(t, Tensor) else "none" for t in (have, want))
-            way_out = "; init='keep' starts from the student's own weights" if name == "student" else ""
-            expect(False, name, f"weights that fit the student{way_out}", f"{key!r} of shape {got} for {expected}")
-    module.load_state_dict(state)
-
-
-def _read_checkpoint(path: Path, setting: dict) -> dict:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        kind = saved["format"]
-    except Exception as e:  # torch.load raises whatever its pickle holds
-        raise ValueError(f"checkpoint: expected a training checkpoint, {path} is truncated or not one ({e})") from e
-    expect(kind == FORMAT, "checkpoint", f"a file of format {FORMAT!r}", f"{path} of format {kind!r}")
-    expect(saved.get("version") == 1, "checkpoint", "version 1", f"{path} of version {saved.get('version')!r}")
-    for key, value in setting.items():
-        if saved["setting"].get(key) != value:
-            got = f"{key} = {saved['setting'].get(key)!r}"
-            expect(False, "checkpoint", f"one of this run ({key} = {value!r}); resume=False starts anew", got)
-    return saved
 
 
 def _global_rng() -> dict:

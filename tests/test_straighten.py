@@ -480,7 +480,7 @@ def test_resuming_is_bit_for_bit(tmp_path, variant, dropout):
     whole = trained(small_net(1, dropout), **settings)
     path = tmp_path / "run.pt"
     settings |= dict(checkpoint=path, checkpoint_every=7)
-    for calls in (10, 9):  # stopped in iterations 10 and 16, after checkpoints at 7 and 14
+    for calls in (11, 10):  # a trial, then stopped in iterations 10 and 16, after checkpoints at 7 and 14
         student = small_net(5, dropout)  # its weights are the checkpoint's on resuming
         if not path.exists():
             student = small_net(1, dropout)
@@ -524,7 +524,7 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch,
     saves, whole_save, whole_replace = [0], torch.save, Path.replace
 
     def save(state, target):
-        saves[0] += 1
+        saves[0] += Path(target).suffix == ".partial"  # a trial of the format is none
         if failing == "half written" and saves[0] == 3:
             Path(target).write_bytes(b"PK half")
             raise KeyboardInterrupt
@@ -629,7 +629,7 @@ def test_truncated_checkpoint(tmp_path, kept):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole))])
     with pytest.raises(
-        ValueError, match=r"^checkpoint: expected a training checkpoint, .*run.pt is truncated or not one"
+        ValueError, match=r"^checkpoint: expected a training checkpoint, .*run.pt is not one, or damaged \(.*truncated"
     ):
         trained(checkpoint=path)
 
@@ -640,7 +640,7 @@ def test_truncated_checkpoint(tmp_path, kept):
         ({"weight": torch.ones(2)}, "truncated or not one"),
         (torch.ones(2), "truncated or not one"),
         ({"format": "another"}, "a file of format 'flowkernels.straighten', got .* of format 'another'"),
-        ({"format": "flowkernels.straighten", "version": 2}, "version 1, got .* of version 2"),
+        ({"format": "flowkernels.straighten", "version": 3}, "version 1 or 2, got .* of version 3"),
     ],
 )
 def test_foreign_checkpoint(tmp_path, content, message):

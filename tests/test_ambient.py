@@ -1,0 +1,353 @@
+"""Every stage under the states of torch that its caller may have set: the result is what it is without them."""
+
+import contextlib
+import functools
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from _flows import normal
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import flowkernels as fk
+from flowkernels import calls, integrations, ops
+from flowkernels.models import BUNDLED, ResidualMLP
+
+QUIET = dict(progress=False)
+GRID, N = 8, 2
+
+
+class Conditional(nn.Module):
+    """One small network with a label, time and dropout that is off."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.label = nn.Linear(5, 16), nn.Linear(16, 4), nn.Embedding(3, 16)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x, t, label):
+        h = self.first(torch.cat([x, t[:, None].to(x.dtype)], 1))
+        return self.last(self.drop(torch.tanh(h + self.label(label))))
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    net = ResidualMLP(4, width=16, blocks=1, time_width=8)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return net.eval()
+
+
+@functools.cache
+def world():
+    """What stages start from, made without any state."""
+    net = network()
+    torch.manual_seed(1)
+    guided = fk.VelocityField(
+        Conditional().eval(),
+        **dict(conditioning={"label": torch.arange(6) % 2}, unconditional={"label": torch.tensor([2])}, guidance=2.0),
+    )
+    noise = normal(6, 4)
+    cal = fk.calibrate(net, noise, GRID, [N, 3], **QUIET)
+    more = dict(other=normal(6, 4, seed=5), v=normal(6, 4, seed=7), states=normal(3, 6, 4, seed=8))
+    more |= dict(z=normal(6, 8), weight=normal(4, 8), bias=normal(4))
+    return dict(net=net, guided=guided, noise=noise, cal=cal, **more)
+
+
+def tensors(result) -> list:
+    """The numbers of a stage's result, as a flat list."""
+    if isinstance(result, Tensor):
+        return [result.detach()]
+    if isinstance(result, nn.Module):
+        return [v for _, v in sorted(result.state_dict().items())]
+    if isinstance(result, fk.Straightened):
+        return [*tensors(result.student), *tensors(result.history)]
+    if isinstance(result, dict):
+        return [t for _, v in sorted(result.items()) for t in tensors(v)]
+    if isinstance(result, (list, tuple)):
+        return [t for v in result for t in tensors(v)]
+    if isinstance(result, fk.Calibration):
+        return tensors([result.cost, result.gram, result.schedules, result.solvers, result.verified, result.norm_cost])
+    if isinstance(result, fk.Schedule):
+        return tensors([result.times, result.cost])
+    if isinstance(result, fk.Solver):
+        return tensors([result.times, result.model_times, result.coefficients])
+    if isinstance(result, fk.Trajectory):
+        return tensors([result.x, result.v])
+    if isinstance(result, fk.Inversion):
+        return tensors([result.noise, result.error])
+    return [result]
+
+
+STAGES = {}
+
+
+def stage(make):
+    STAGES[make.__name__] = make
+    return make
+
+
+@stage
+def rollout(w, tmp_path):
+    return [fk.rollout(w["net"], w["noise"], GRID), fk.rollout(w["guided"], w["noise"], GRID)]
+
+
+@stage
+def sample(w, tmp_path):
+    schedules = (3, w["cal"][N], fk.Solver.adams_bashforth(w["cal"][N]))
+    return [fk.sample(v, w["noise"], s) for v in (w["net"], w["guided"]) for s in schedules]
+
+
+@stage
+def invert(w, tmp_path):
+    return fk.invert(w["net"], w["noise"], 3)
+
+
+@stage
+def calibrate(w, tmp_path):
+    cal = fk.calibrate(w["net"], w["noise"], GRID, [N], verify=w["other"], fit=True, until=0.5, **QUIET)
+    return [cal, fk.calibrate(w["guided"], w["noise"], GRID, [N], chunk=4, **QUIET)]
+
+
+def planned(objective):
+    def make(w, tmp_path):
+        field = {} if objective in ("squared", "norm", "gits", "pairs") else dict(velocity=w["net"], samples=4)
+        return w["cal"].plan([N, 3], objective, **field)
+
+    STAGES[f"plan {objective}"] = make
+
+
+for name in ("squared", "norm", "gits", "endpoint", "pairs", "student", "free"):
+    planned(name)
+
+
+@stage
+def fit_solver(w, tmp_path):
+    return [fk.fit_solver(w["net"], w["cal"], N), fk.fit_solver(w["net"], w["cal"], N, noise=w["other"], inverse=True)]
+
+
+@stage
+def polish(w, tmp_path):
+    solver = fk.Solver.adams_bashforth(w["cal"][3])
+    return [fk.polish(w["net"], w["cal"], p, iterations=1) for p in (solver, w["cal"][3])]
+
+
+def straightened(w, student=None, velocity=None, **settings):
+    settings = dict(noise=(4,), iterations=6, bank=8, batch=4, lr=1e-2, warmup=1, log_every=1, refresh=4) | settings
+    return fk.straighten(student, velocity or w["net"], w["cal"][N], **settings, **QUIET)
+
+
+@stage
+def straighten(w, tmp_path):
+    fields = dict(velocity=w["guided"], noise=w["noise"], refresh=None)
+    uniform = dict(u="uniform", weight=[1, 2], loss="huber", ema=None, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    return [straightened(w), straightened(w, **fields), straightened(w, **uniform)]
+
+
+class Stopped(Exception):
+    pass
+
+
+@stage
+def resume(w, tmp_path):
+    def stop(*_):
+        calls_left[0] -= 1
+        if calls_left[0] < 0:
+            raise Stopped
+
+    path, calls_left = tmp_path / f"{threading.get_ident()}.pt", [5]
+    student, other = w["students"]
+    student.register_forward_pre_hook(stop)
+    with contextlib.suppress(Stopped):
+        straightened(w, student, checkpoint=path, checkpoint_every=2)
+    assert calls_left[0] < 0
+    result = straightened(w, other, checkpoint=path)
+    path.unlink()
+    return result
+
+
+@stage
+def fuse(w, tmp_path):
+    sampler, labelled = fk.fuse(w["net"], w["cal"][N]), fk.fuse(w["guided"], N, shape=(4,))
+    again = fk.calibrate(sampler, w["noise"], GRID, [N], **QUIET)
+    return [sampler(w["noise"]), labelled(w["noise"]), fk.rollout(sampler, w["noise"], 3), again.cost]
+
+
+@stage
+def fuse_head(w, tmp_path):
+    head = fk.fuse_head(w["net"])
+    return [fk.sample(head, w["noise"], 3), fk.rollout(head, w["noise"], 3)]
+
+
+@stage
+def step_cost(w, tmp_path):
+    v = w["cal"].kept.v
+    costs = fk.StepCost(GRID).update(v[:, :3]).merge(fk.StepCost(GRID).update(v[:, 3:]))
+    return [
+        fk.step_cost(v, GRID),
+        fk.step_cost(v, GRID, w["cal"].kept.x),
+        costs.cost(),
+        fk.bellman(costs.cost(), GRID, 3),
+    ]
+
+
+@stage
+def files(w, tmp_path):
+    path = tmp_path / f"{threading.get_ident()}.boss.json"
+    cal = fk.calibrate(w["net"], w["noise"], GRID, [N], fit=True, **QUIET)
+    cal.save(path)
+    return [fk.load(path, w["net"]), BUNDLED["digits"].load()]
+
+
+@stage
+def recorded_calls(w, tmp_path):
+    path = tmp_path / f"{threading.get_ident()}.safetensors"
+    with fk.record_calls("euler_step", path, calls=1):
+        x = fk.sample(w["net"], w["noise"], 2)
+    return [x, len(calls.open_calls(path).calls)]
+
+
+@stage
+def scheduler(w, tmp_path):
+    pytest.importorskip("diffusers")
+    made = integrations.diffusers.solver_scheduler(fk.Solver.adams_bashforth(w["cal"][3]))
+    made.set_timesteps()
+    x = w["noise"]
+    for t in made.timesteps:
+        x = made.step(w["net"](x, 1 - t.expand(len(x)) / 1000), t, x).prev_sample
+    return [x, made.sigmas, made.timesteps]
+
+
+@stage
+def every_op(w, tmp_path):
+    noise, v, states = w["noise"], w["v"], w["states"]
+    i, s = torch.arange(6, device="cpu") % 2, torch.arange(6, device="cpu")
+    h = torch.full((2,), 0.5, dtype=torch.float32, device="cpu")
+    gram = fk.velocity_gram(states)
+    x = v.clone()
+    return [
+        *(fk.euler_step(noise, v, 0.3), fk.euler_step(noise, v, 0.3, v_uncond=x, guidance=2.0, low=torch.bfloat16)),
+        *(fk.linear_update(noise, [v, states[0]], [0.1, 0.7]), fk.segment_points(states, i, s)),
+        *fk.straighten_loss(v, states, h, i, s),
+        *(gram, ops.cost_from_gram(gram, [0, 0.2, 0.5, 1])),
+        *ops.bellman(w["cal"].cost, 3),
+        fk.linear_euler(noise, w["z"], w["weight"], 0.1, bias=w["bias"]),
+    ]
+
+
+class Passive(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def setting(now, get, set_to, *args):
+    before = get()
+    set_to(now, *args)
+    try:
+        yield
+    finally:
+        set_to(before)
+
+
+@contextlib.contextmanager
+def autocast_off():
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def flush_denormal():
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@contextlib.contextmanager
+def default_device(name):
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def all_warnings_raise():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def default_dtype(dtype):
+    return setting(dtype, torch.get_default_dtype, torch.set_default_dtype)
+
+
+STATES = {
+    "autocast off inside autocast": autocast_off,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "set_grad_enabled(False)": lambda: torch.set_grad_enabled(False),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float16": lambda: default_dtype(torch.float16),
+    "meta": lambda: default_device("meta"),
+    "with meta": lambda: torch.device("meta"),
+    "with cpu": lambda: torch.device("cpu"),
+    "deterministic": lambda: setting(
+        True, torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms
+    ),
+    "flush denormal": flush_denormal,
+    "matmul precision": lambda: setting("high", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "one thread": lambda: setting(1, torch.get_num_threads, torch.set_num_threads),
+    "function mode": Passive,
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
+}
+ROUNDING = ("one thread",)  # where sums are in another order
+
+
+def run(name, tmp_path, state=contextlib.nullcontext):
+    w = world() | dict(students=[network(3), network(4)])
+    torch.manual_seed(11)
+    with warnings.catch_warnings(), state():
+        warnings.simplefilter("ignore")
+        return tensors(STAGES[name](w, tmp_path))
+
+
+@functools.cache
+def usual(name):
+    with tempfile.TemporaryDirectory() as folder:
+        return run(name, Path(folder))
+
+
+def differences(found, expected, tolerance=0.0) -> list[str]:
+    """What is not the same, dtype and device included."""
+    assert len(found) == len(expected)
+    return [
+        f"{i}: {a} for {b}"
+        for i, (a, b) in enumerate(zip(found, expected, strict=True))
+        if not (_alike(a, b, tolerance) if isinstance(b, Tensor) else a == pytest.approx(b, tolerance, nan_ok=True))
+    ]
+
+
+def _alike(a, b, tolerance):
+    if a.dtype != b.dtype or a.device != b.device or a.shape != b.shape:
+        return False
+    return torch.allclose(a, b, tolerance, tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", STAGES)
+def test_state(name, state, tmp_path):
+    if name == "fuse" and state in ("float64", "bfloat16", "float16"):
+        pytest.skip("fuse takes the default dtype for the network's")
+    expected = usual(name)
+    tolerance = 1e-3 if state in ROUNDING else 0.0
+    assert not differences(run(name, tmp_path, STATES[state]), expected, tolerance)
