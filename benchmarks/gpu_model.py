@@ -19,6 +19,7 @@ import _triton_binaries  # noqa: E402
 import _triton_rules  # noqa: E402
 from _kernel_rules import RULES  # noqa: E402
 
+from flowkernels._files import whole_file  # noqa: E402
 from flowkernels.ops import OPS  # noqa: E402
 
 
@@ -353,6 +354,8 @@ if __name__ == "__main__":
     parser.add_argument("--write", type=Path, metavar="FILE", help="where to write it; else it is printed")
     args = parser.parse_args()
     if args.write:
-        args.write.write_text(document())
+        text = document()
+        with whole_file(args.write) as partial:
+            partial.write_text(text)
     else:
         print(document(), end="")

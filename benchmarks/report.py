@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from flowkernels._files import whole_file  # noqa: E402
 from flowkernels.bench import ENTRIES, cases  # noqa: E402
 from flowkernels.ops import OPS  # noqa: E402
 
@@ -195,7 +196,8 @@ def plot(entry: str, rows: list[dict], path: Path) -> None:
     if known:
         limits(known, providers, panels[0][-1])
     fig.tight_layout()
-    fig.savefig(path, dpi=90, metadata={"Software": None})
+    with whole_file(path) as partial:
+        fig.savefig(partial, dpi=90, format="png", metadata={"Software": None})
     plt.close(fig)
 
 
@@ -239,7 +241,8 @@ def main() -> None:
     keys = ("device", "isa", "torch", "python", "flowkernels", "commit", "date")
     sources = dict.fromkeys(", ".join(f"{k} {r[k]}" for k in keys) for r in rows)
     lines += ["", "## Every case", "", *(f"{s}." for s in sources), *tables(rows), ""]
-    page.write_text("\n".join(lines))
+    with whole_file(page) as partial:
+        partial.write_text("\n".join(lines))
     for entry in dict.fromkeys(r["entry"] for r in rows):
         plot(entry, rows, ROOT / f"docs/performance/{entry}.png")
     print(f"{page}: {len(rows)} rows")

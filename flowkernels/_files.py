@@ -51,9 +51,9 @@ def expect_target(path: str | Path, name: str = "path", inputs: Iterable[tuple[s
         kind = KINDS.get(stat.S_IFMT(there.st_mode))
         expect(kind != "folder", name, "a file", f"the folder {path}", IsADirectoryError)
         expect(kind is None, name, "a regular file, or a name for a new one", f"the {kind} {path}")
-    folder, again = target.parent, _stat(target, name)
-    same = (there is None) == (again is None) and (there is None or os.path.samestat(there, again))
-    expect(same, name, "a file with a name of its own", f"{path}, which leads to {target}")
+        lost = os.path.islink(path) and not target.exists()  # of /proc/self/fd, whose file has been deleted
+        expect(not lost, name, "a file with a name", f"{path}, which leads to {target}")
+    folder = target.parent
     shown = folder if os.path.islink(path) else Path(path).parent
     expect(folder.is_dir(), name, "a folder that exists and can be written to", str(shown), FileNotFoundError)
     writable = os.access(folder, os.W_OK | os.X_OK)
@@ -159,10 +159,13 @@ def _locked_partial(target: Path, make) -> Iterator[Path]:
     while True:
         partial = target.with_name(f".{stem}.{boot}-{secrets.token_hex(6)}.partial")
         make(partial)
-        lock = os.open(partial, os.O_RDONLY)
-        if _lock(lock, wait=True) is not False and os.path.exists(partial):
-            break
-        os.close(lock)  # another process took it for one of a killed run before it was locked
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(partial, os.O_RDONLY)
+            _lock(lock, wait=True)
+            if os.path.exists(partial):
+                break
+            os.close(lock)
+        # before it was locked, another process took it for one of a killed run: once more
     try:
         yield partial
     finally:

@@ -9,6 +9,7 @@ second than in the next. How a GPU is measured is in _timers.py.
 import argparse
 import contextlib
 import csv
+import functools
 import importlib
 import importlib.util
 import math
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 from flowkernels import backends
-from flowkernels._files import whole_file
+from flowkernels._files import expect_target, whole_file, write_or_keep
 from flowkernels._timers import CudaEvents, WallClock, timer
 from flowkernels._version import __version__
 
@@ -340,6 +341,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--threads: expected at least 1, got {args.threads}")
     if args.out is not None and not args.out.is_dir():
         raise ValueError(f"--out: expected a folder that exists, got {args.out}")
+    if args.out is not None and not args.list:
+        for entry in args.entries or ENTRIES:
+            expect_target(args.out / f"{entry}.csv", "--out")
     for option in ("seconds", "minutes", "seeds"):
         value = getattr(args, option)
         if value is not None and not value > 0:
@@ -442,7 +446,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
             del work, measured
         everything += results
         if args.out is not None and results:
-            write_csv(args.out / f"{entry}.csv", results)
+            write_or_keep(args.out / f"{entry}.csv", "--out", functools.partial(write_csv, results=results))
             print(f"{args.out / entry}.csv: {len(results)} rows")
     if left_out:
         print(f"\nleft out, {args.minutes:g} minutes being over (--minutes): " + "; ".join(left_out))

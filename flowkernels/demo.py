@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import flowkernels as fk
 from flowkernels import backends
+from flowkernels._files import whole_folder
 from flowkernels.models import BUNDLED, save_network
 from flowkernels.velocity_field import parameter_hash
 
@@ -183,7 +184,7 @@ def run(
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": seconds,
     }
-    with report.whole_folder(out) as folder:
+    with whole_folder(out) as folder:
         with stage("report", str(out)):
             calibration.save(folder / "schedule.boss.json")
             notes = {"straightened_from": parameter_hash(net), "times": plan.times.tolist()}

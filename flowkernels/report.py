@@ -1,14 +1,11 @@
 """The demo's report folder: figures, a self-contained page, the numbers as JSON. Whole or not there."""
 
 import base64
-import contextlib
 import html
 import io
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -76,22 +73,6 @@ def expect_report_folder(out: str | Path) -> Path:
         if foreign:
             raise ValueError(f"out: expected a new folder or a previous report, got {out} with {foreign[0]!r} in it")
     return out
-
-
-@contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`; it takes the place of `out` when the block ends without an error."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    previous = out.with_name(f".{out.name}.{os.getpid()}.previous")
-    partial.mkdir()
-    try:
-        yield partial
-        if out.exists():
-            out.rename(previous)
-        partial.rename(out)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # Figures

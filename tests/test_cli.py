@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import flowkernels as fk
 from flowkernels import _tuned, backends, demo, ops, report
+from flowkernels._files import whole_folder
 from flowkernels.cli import main
 from flowkernels.models import BUNDLED, load_network
 
@@ -418,14 +419,14 @@ def test_a_report_replaces_only_a_report(reported, tmp_path):
     (out / "report.html").write_text("old")
 
     def interrupted():
-        with report.whole_folder(report.expect_report_folder(out)) as new:
+        with whole_folder(report.expect_report_folder(out)) as new:
             (new / "report.html").write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert (out / "report.html").read_text() == "old"
-    with report.whole_folder(report.expect_report_folder(out)) as new:
+    with whole_folder(report.expect_report_folder(out)) as new:
         (new / "report.html").write_text("new")
     assert (out / "report.html").read_text() == "new"
     assert list(tmp_path.iterdir()) == [out]
