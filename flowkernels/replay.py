@@ -20,6 +20,7 @@ from flowkernels._files import expect_target
 from flowkernels._timers import timer
 from flowkernels.bench import Measured, Work
 from flowkernels.calls import Call, open_calls, record_calls
+from flowkernels.ops._samples import nearest
 
 
 def add_capture_arguments(add: Callable) -> None:
@@ -228,18 +229,11 @@ def check(op: str, sample, got, outs: dict[str, Tensor]) -> tuple[float, float, 
             for part, of_part in _parts(samples, samples.of_velocity(sample), velocity):
                 error, bound = samples.error_and_bound(part, of_part)
                 pairs.append((error, bound + rounding))
-    worst = max(pairs, key=lambda pair: _closeness(*pair))
-    return *worst, seen / max(1, _numel(got)) if _numel(got) else 1.0
+    return *nearest(*pairs), seen / max(1, _numel(got)) if _numel(got) else 1.0
 
 
 def _parts(samples, sample, got) -> Iterator[tuple]:
     yield from samples.parts(sample, got) if hasattr(samples, "parts") else [(sample, got)]
-
-
-def _closeness(error: float, bound: float) -> float:
-    if not error <= bound:
-        return math.inf
-    return error / bound if bound else 0.0
 
 
 def _numel(got) -> int:

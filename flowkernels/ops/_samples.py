@@ -9,16 +9,31 @@ Every samples.py has
 
 and, where a check of large inputs as a whole would take too much memory or time, `parts(sample, got)`: smaller samples
 and what the result has for them, which are checked one by one.
+
+The truth is the reference called with twice the digits of the op's dtype (`lift`). What is allowed follows from the
+arithmetic: the roundings that a term passes through, each off by half an ulp of what it rounds at most, times the size
+of the terms. It holds for any order of the sums, so for every backend, instruction set and number of threads; the
+reference in the op's own dtype, on whichever BLAS, is one more implementation that keeps it.
+
+Random inputs are those of FLOWKERNELS_TEST_SEED, 0 where it is not set: scripts/test_seeds tries others.
 """
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flowkernels.ops._wide import Wide
+
 PART = 1 << 22  # elements, about, of one part of a large sample
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    """Of the tests' random numbers: another one for each seed of FLOWKERNELS_TEST_SEED."""
+    return torch.Generator().manual_seed(seed + 1_000_003 * int(os.environ.get("FLOWKERNELS_TEST_SEED") or 0))
 
 
 class Sample(NamedTuple):
@@ -30,6 +45,74 @@ class Sample(NamedTuple):
 def not_none(**kwargs) -> dict:
     """Those that are not None."""
     return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def lift(dtype: torch.dtype) -> Callable[[Tensor], Tensor | Wide]:
+    """What makes a tensor one of twice the digits of an op in `dtype`: float64, or Wide."""
+    return Wide.of if dtype == torch.float64 else Tensor.double
+
+
+def absolute(t: Tensor | Wide) -> Tensor:
+    """|t| in float64."""
+    return (t.hi if isinstance(t, Wide) else t).double().abs()
+
+
+def rounding(roundings: float, dtype: torch.dtype) -> float:
+    """The relative error of a number that has passed through so many roundings, of half an ulp each at most."""
+    error = roundings * torch.finfo(dtype).eps / 2
+    return error / (1 - error)
+
+
+def of_sum(n: int) -> float:
+    """The roundings of a sum of n numbers, in any order, relative to the sum of their sizes.
+
+    n at most. Each is off by at most half an ulp, evenly distributed about zero: its standard deviation is that over
+    sqrt(3), that of n of them sqrt(n / 3). Six of those are allowed: one sum in 5e8 is off by more.
+    """
+    return min(n, 6 * math.sqrt(n / 3))
+
+
+def of_products(n: int) -> float:
+    """The same for a kernel's sum of n products, relative to the product of the vectors' lengths.
+
+    Partial sums grow evenly, which takes another sqrt(3); it is made in two lanes at least, whose errors are
+    independent, and after 1,024 products it moves on. Six standard deviations of that.
+    """
+    return min(n, math.sqrt(min(n, 1024)))
+
+
+def compared(
+    got: Tensor, truth: Tensor | Wide, scale: Tensor, bound: Tensor | float, least: Tensor | float = 0.0
+) -> tuple[float, float]:
+    """(error, bound) relative to the scale, at the element that is nearest to its bound.
+
+    least: allowed of every element beside bound * scale: half a step of the dtype's smallest numbers, say.
+    """
+    if not got.numel():
+        return 0.0, 0.0
+    error = absolute(truth - got.double())
+    allowed = (bound * scale + least).expand(error.shape)
+    ratio = torch.where(error == 0, 0.0, error / allowed).flatten()
+    at = ratio.nan_to_num(nan=math.inf).argmax()
+    size = max(scale.expand(error.shape).flatten()[at].item(), torch.finfo(torch.float64).tiny)
+    return (math.inf if ratio[at].isnan() else error.flatten()[at].item() / size), allowed.flatten()[at].item() / size
+
+
+def nearest(*pairs: tuple[float, float]) -> tuple[float, float]:
+    """Of several (error, bound), that which is nearest to its bound."""
+    return max(pairs, key=closeness)
+
+
+def closeness(pair: tuple[float, float]) -> float:
+    error, bound = pair
+    if not error <= bound:
+        return math.inf
+    return error / bound if bound else 0.0
+
+
+def step(dtype: torch.dtype) -> float:
+    """Between the smallest numbers."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
 def slices(n: int, each: int) -> Iterator[slice]:

@@ -1,20 +1,20 @@
 """Sample inputs of `cost_from_gram` and the error allowed on them, for its tests and its benchmark."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange, slices
-from flowkernels.ops.cost_from_gram import reference
+from flowkernels.ops._samples import Sample, arrange, compared, generator, nearest, of_sum, rounding, slices
+from flowkernels.ops._wide import Wide
 
 
-def weights(times: Tensor, states: bool, starts: slice = slice(None)) -> Tensor:
+def weights(times: Wide, states: bool, starts: slice = slice(None)) -> Wide:
     """`[K+1, K+1, R]`: the residual of the step j -> k as a combination of the rows a_m, e_j. starts: which j."""
     K = len(times) - 1
     j, k, m = torch.meshgrid(torch.arange(K + 1)[starts], torch.arange(K + 1), torch.arange(1, K), indexing="ij")
-    a = torch.where((j < m) & (m < k), times[k] - times[m], 0.0)
+    a = (times[k] - times[m]) * ((j < m) & (m < k)).double()
     if not states:
         return a
     span = (times[None, :] - times[starts, None])[:, :, None]
@@ -23,7 +23,7 @@ def weights(times: Tensor, states: bool, starts: slice = slice(None)) -> Tensor:
 
 def sample_inputs() -> Iterator[Sample]:
     """Knots around the vectors; smooth increments and independent ones; layouts that are copied first."""
-    g = torch.Generator().manual_seed(0)
+    g = generator()
 
     def sample(K, states=False, smooth=False, layout="contiguous"):
         rows = torch.randn(2 * K - 1 if states else K - 1, 3 * K, generator=g, dtype=torch.float64)
@@ -55,30 +55,22 @@ def from_op(args: tuple) -> Sample:
 
 
 def error_and_bound(sample: Sample, got: Tensor) -> tuple[float, float]:
-    """The largest error against the quadratic form itself, relative to the sum of the sizes of its terms.
+    """The error against the quadratic form itself, in twice the digits, relative to the sum of the sizes of its terms.
 
-    Both are sums in float64 of at most R^2 terms, in another order. Allowed: twice the error of the reference, plus an
-    ulp for each of the 2 K additions that a term goes through in the recursion, which grow like their square root, and
-    4 for its factors.
+    Allowed are the roundings of a term on its way through the recursion: 6 of its factors, differences of times, and
+    of their products, and those of the sums along three recurrences of K steps each that lead from it to the cost.
     """
-    gram, times = sample.args
-
-    def form(of: Callable[[Tensor], Tensor]) -> Tensor:
-        found = []
-        for starts in slices(len(times), len(times) * len(gram)):
-            w = of(weights(times, sample.kwargs["states"], starts))
-            found.append((w @ of(gram) * w).sum(2))
-        return torch.cat(found)
-
-    truth = form(lambda t: t)
-    scale = form(torch.abs).clamp(min=torch.finfo(torch.float64).tiny)
-    inside = torch.ones_like(truth, dtype=torch.bool).triu(1)
-
-    def error(cost):
-        if not bool((cost[~inside] == torch.inf).all()):
-            return math.inf
-        worst = ((cost - truth).abs() / scale)[inside].max().item()
-        return worst if worst == worst else math.inf
-
-    bound = 2 * error(reference.cost_from_gram(gram, times, **sample.kwargs))
-    return error(got), bound + (4 + math.sqrt(2 * len(times))) * torch.finfo(torch.float64).eps
+    gram, times = (t.cpu() for t in sample.args)
+    inside = torch.ones(len(times), len(times), dtype=torch.bool).triu(1)
+    if not bool((got.cpu()[~inside] == torch.inf).all()):
+        return math.inf, 0.0
+    bound = rounding(6 + of_sum(3 * (len(times) - 1)), torch.float64)
+    pairs = []
+    for starts in slices(len(times), len(times) * len(gram)):
+        w = weights(Wide.of(times), sample.kwargs["states"], starts)
+        truth = (w @ Wide.of(gram) * w).sum(2)
+        truth = truth * (truth.hi > 0)  # of the Gram matrix as it was rounded, which may be below zero
+        scale = (w.hi @ gram.abs() * w.hi).sum(2)
+        within = inside[starts]
+        pairs.append(compared(got.cpu()[starts][within], truth[within], scale[within], bound))
+    return nearest(*pairs)

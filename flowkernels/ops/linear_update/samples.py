@@ -6,14 +6,27 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange, not_none, of_state, pieces
+from flowkernels.ops._samples import (
+    Sample,
+    absolute,
+    arrange,
+    compared,
+    generator,
+    lift,
+    not_none,
+    of_state,
+    of_sum,
+    pieces,
+    rounding,
+    step,
+)
 from flowkernels.ops.linear_update import reference
 
 
 def sample_inputs() -> Iterator[Sample]:
     """Numbers of terms from one, sizes around the vectors and the four of them that are summed at once."""
     f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-    g = torch.Generator().manual_seed(0)
+    g = generator()
 
     def sample(shape, terms, v_dtype, low=None, layout="contiguous"):
         x, *v = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(terms + 1))
@@ -56,24 +69,18 @@ def parts(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> Iterator[tuple
 
 
 def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """The largest error of the new state against float64, and the largest allowed, relative to |x| + sum |b_i v_i|.
+    """The error of the new state against twice its digits and what is allowed, relative to |x| + sum |b_i v_i|.
 
-    Allowed: twice the error of the reference in the same dtype, plus 2 ulp: a coefficient, its product and its sum
-    round to half an ulp each, and errors of many terms average out. The low-precision copy is to be the new state,
-    rounded: anything else is an infinite error.
+    Allowed are the roundings of a coefficient and its product, and of the sum, and as many of the smallest numbers. The
+    low-precision copy is to be the new state, rounded: anything else is an infinite error.
     """
     x, v, b = sample.args
     low = sample.kwargs.get("low")
     state, copy = got if low is not None else (got, None)
     if copy is not None and not torch.equal(copy, state.to(low)):
         return math.inf, 0.0
-    if x.numel() == 0:
-        return 0.0, 0.0
-    truth = reference.linear_update(x.double(), v, b)
-    scale = reference.linear_update(x.double().abs(), [t.abs() for t in v], [abs(factor) for factor in b])
-
-    def error(new):
-        worst = ((new - truth).abs() / scale.clamp(min=torch.finfo(torch.float64).tiny)).max().item()
-        return worst if worst == worst else math.inf
-
-    return error(state), 2 * error(reference.linear_update(x, v, b)) + 2 * torch.finfo(x.dtype).eps
+    wide = lift(x.dtype)
+    truth = reference.linear_update(wide(x), [wide(t) for t in v], b)
+    scale = reference.linear_update(absolute(x), [absolute(t) for t in v], [abs(factor) for factor in b])
+    bound = rounding(2 + of_sum(len(b)), x.dtype)
+    return compared(state, truth, scale, bound, 2 * len(b) * step(x.dtype) / 2)

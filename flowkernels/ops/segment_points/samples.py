@@ -6,19 +6,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange, not_none, slices
+from flowkernels.ops._samples import (
+    Sample,
+    absolute,
+    arrange,
+    compared,
+    generator,
+    lift,
+    not_none,
+    rounding,
+    slices,
+    step,
+)
 from flowkernels.ops.segment_points import reference
 
 
-def places(knots: int, n: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def places(knots: int, n: int, batch: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random intervals and samples, `[batch]` each."""
-    return torch.randint(knots - 1, (batch,), generator=generator), torch.randint(n, (batch,), generator=generator)
+    return torch.randint(knots - 1, (batch,), generator=g), torch.randint(n, (batch,), generator=g)
 
 
 def sample_inputs() -> Iterator[Sample]:
     """Features around the vectors and the 16,384 elements of a block; repeated places; no u, and u at both ends."""
     f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-    g = torch.Generator().manual_seed(0)
+    g = generator()
 
     def sample(shape, batch, u=None, dtype=None, bank_dtype=f32, layout="contiguous"):
         bank = arrange(torch.randn(shape, generator=g, dtype=torch.float64).to(bank_dtype), layout)
@@ -72,29 +83,20 @@ def parts(sample: Sample, got: Tensor) -> Iterator[tuple[Sample, Tensor]]:
 
 
 def error_and_bound(sample: Sample, got: Tensor) -> tuple[float, float]:
-    """The largest error against float64, and the largest allowed, relative to `|x_a| + u (|x_a| + |x_b|)`.
+    """The error against twice the digits and what is allowed, relative to `|x_a| + u (|x_a| + |x_b|)`.
 
-    Allowed: twice the error of the reference in the same dtype, plus 2 ulp of the bank's dtype: u, the difference, the
-    product and the sum round to half an ulp each. A result of lower precision adds half an ulp of its own, and in
-    float16 half a step of its smallest numbers.
+    Allowed are four roundings in the bank's dtype, of u, the difference, the product and the sum; without u none. A
+    result of lower precision adds its own, and half a step of its smallest numbers.
     """
     bank, interval, s, u = sample.args
     dtype = sample.kwargs.get("dtype") or bank.dtype
     if got.dtype != dtype or not got.is_contiguous():
         return math.inf, 0.0
-    if got.numel() == 0:
-        return 0.0, 0.0
-    truth = reference.segment_points(bank.double(), interval, s, None if u is None else u.double())
-    a, b = bank[interval, s].double().abs(), bank[interval + 1, s].double().abs()
-    scale = a if u is None else a + u.double().view(-1, *[1] * (a.dim() - 1)) * (a + b)
-    scale = scale.clamp(min=torch.finfo(torch.float64).tiny)
-
-    def error(x):
-        worst = ((x.double() - truth).abs() / scale).max().item()
-        return worst if worst == worst else math.inf
-
-    bound = 2 * error(reference.segment_points(bank, interval, s, u)) + 2 * torch.finfo(bank.dtype).eps
+    wide = lift(bank.dtype)
+    truth = reference.segment_points(wide(bank), interval, s, None if u is None else wide(u))
+    a, b = absolute(bank[interval, s]), absolute(bank[interval + 1, s])
+    scale = a if u is None else a + absolute(u).view(-1, *[1] * (a.dim() - 1)) * (a + b)
+    bound, least = (0.0, 0.0) if u is None else (rounding(4, bank.dtype), 4 * step(bank.dtype) / 2)
     if dtype != bank.dtype:
-        step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        bound += torch.finfo(dtype).eps / 2 + (step / 2 / scale).max().item()
-    return error(got), bound
+        bound, least = bound + (1 + bound) * rounding(1, dtype), least + step(dtype) / 2
+    return compared(got, truth, scale, bound, least)

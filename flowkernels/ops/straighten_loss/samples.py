@@ -6,7 +6,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange, not_none
+from flowkernels.ops._samples import (
+    Sample,
+    absolute,
+    arrange,
+    compared,
+    generator,
+    lift,
+    nearest,
+    not_none,
+    of_products,
+    of_sum,
+    rounding,
+    step,
+)
 from flowkernels.ops.segment_points.samples import places, used
 from flowkernels.ops.straighten_loss import StraightenLoss, reference
 
@@ -14,7 +27,7 @@ from flowkernels.ops.straighten_loss import StraightenLoss, reference
 def sample_inputs() -> Iterator[Sample]:
     """Features around the vectors, the runs of 1,024 and the blocks of 16,384; fewer samples than threads, and more."""
     f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-    g = torch.Generator().manual_seed(0)
+    g = generator()
 
     def sample(shape, batch, loss="l2", v_dtype=f32, weighted=False, layout="contiguous", bank_layout="contiguous"):
         dtype = f64 if v_dtype == f64 else f32
@@ -65,48 +78,56 @@ def _huber_c(sample: Sample) -> float:
     return sample.kwargs.get("huber_c", 0.03) if sample.kwargs["loss"] == "huber" else 0.0
 
 
-def error_and_bound(sample: Sample, got: StraightenLoss) -> tuple[float, float]:
-    """The largest relative error of any loss against float64, and the largest allowed.
+def _truth(sample: Sample) -> tuple[tuple, Tensor, Tensor]:
+    """The arguments in twice the digits, `|v| + |target|` and the roundings of each sample's loss.
 
-    The relative error of a sum of squares is that of its terms: an error e that is the difference of larger terms
-    carries theirs. Allowed: twice the error of the reference in the same dtype, plus, in ulp, 2 for the target and the
-    difference, relative to their terms and doubled by the square, and 2 for the sum.
+    A target and its difference from v pass through 5 roundings (difference, h, its inverse, product, difference). The
+    square doubles that relative error of the sum of squares, `size` times as large where v and target nearly agree;
+    the sum and six more operations, pseudo-Huber's among them, round beside it.
     """
     v, bank, h, interval, s = sample.args
-    weight, c = sample.kwargs.get("weight"), _huber_c(sample)
-    wide = (v.double(), bank.double(), h.double(), interval, s)
-    truth = reference.straighten_loss(*wide, weight, c)
-    target = reference.errors(torch.zeros_like(v).double(), *wide[1:])
-    terms = (v.double().abs() + target.abs()).square().flatten(1).mean(1)
-    size = (terms / reference.errors(*wide).square().flatten(1).mean(1)).sqrt().max().item()
-    same_dtype = relative_error(reference.straighten_loss(v, bank, h, interval, s, weight, c), truth)
-    return relative_error(got, truth), 2 * same_dtype + (4 * size + 2) * torch.finfo(bank.dtype).eps
+    wide = lift(bank.dtype)
+    args = wide(v), wide(bank), wide(h), interval, s
+    error = absolute(reference.errors(*args))
+    terms = absolute(v) + absolute(reference.errors(args[0] * 0.0, *args[1:]))
+    size = terms.flatten(1).norm(dim=1) / error.flatten(1).norm(dim=1)
+    return args, terms, 10 * size + of_products(terms[:1].numel()) + 6
 
 
-def relative_error(got, truth) -> float:
-    """The largest over losses, samples and intervals; intervals without samples are NaN in both, or it is infinite."""
-    worst = 0.0
-    for a, b in zip(got, truth, strict=True):
-        if not torch.equal(a.isnan(), b.isnan()):
-            return math.inf
-        difference = ((a.double() - b).abs() / b.abs())[~b.isnan()]
-        worst = max(worst, difference.max().item() if difference.numel() else 0.0)
-    return worst if worst == worst else math.inf
+def error_and_bound(sample: Sample, got: StraightenLoss) -> tuple[float, float]:
+    """The relative error of a loss against twice its digits and what is allowed.
+
+    Allowed are the roundings of the sample's loss (`_truth`), and in the means over samples those of the worst of them,
+    2 of its weight, those of the sum and 1 of the division.
+    """
+    args, _, roundings = _truth(sample)
+    weight, dtype = sample.kwargs.get("weight"), sample.args[1].dtype
+    truth = reference.straighten_loss(*args, None if weight is None else lift(dtype)(weight), _huber_c(sample))
+    bounds = roundings * torch.finfo(dtype).eps / 2
+    means = (roundings.max().item() + of_sum(len(bounds)) + 3) * torch.finfo(dtype).eps / 2
+    pairs = []
+    for found, exact, bound in zip(got, truth, (means, bounds, means), strict=True):
+        drawn = ~absolute(exact).isnan()  # an interval without samples has no mean
+        if not torch.equal(found.isnan(), ~drawn):
+            return math.inf, 0.0
+        bound = bound[drawn] if isinstance(bound, Tensor) else bound
+        pairs.append(compared(found[drawn], exact[drawn], absolute(exact)[drawn], bound))
+    return nearest(*pairs)
 
 
 def gradient_error_and_bound(sample: Sample, gradient: Tensor) -> tuple[float, float]:
-    """The same for the gradient, relative to the scale of each sample's error terms `|v| + |target|`."""
-    v, bank, h, interval, s = sample.args
-    weight, c = sample.kwargs.get("weight"), _huber_c(sample)
-    wide = (v.double(), bank.double(), h.double(), interval, s)
-    truth = reference.gradient(*wide, weight, c)
-    target = reference.errors(torch.zeros_like(v).double(), *wide[1:])
-    ratio = truth.flatten(1).norm(dim=1) / reference.errors(*wide).flatten(1).norm(dim=1)
-    scale = (v.double().abs() + target.abs()) * ratio.view(-1, *[1] * (v.dim() - 1))
+    """The same for the gradient, relative to the scale of each sample's error terms `|v| + |target|`.
 
-    def error(g):
-        worst = ((g.double() - truth).abs() / scale).max().item()
-        return worst if worst == worst else math.inf
-
-    bound = 2 * error(reference.gradient(*sample.args, weight, c)) + 4 * torch.finfo(bank.dtype).eps
-    return error(gradient), bound + torch.finfo(v.dtype).eps / 2
+    Allowed are the 5 roundings of a sample's error, 6 of its factor, with pseudo-Huber those of the sample's loss,
+    and that of the gradient in v's dtype, whose smallest numbers are half a step off.
+    """
+    args, terms, roundings = _truth(sample)
+    (v, bank), weight, c = sample.args[:2], sample.kwargs.get("weight"), _huber_c(sample)
+    truth = reference.gradient(*args, None if weight is None else lift(bank.dtype)(weight), c)
+    error = absolute(reference.errors(*args)).flatten(1).norm(dim=1)
+    each = -1, *[1] * (v.dim() - 1)
+    scale = terms * (absolute(truth).flatten(1).norm(dim=1) / error).view(each)
+    bound = (11 + (roundings.view(each) if c else 0.0)) * torch.finfo(bank.dtype).eps / 2
+    if v.dtype != bank.dtype:
+        bound = bound + rounding(1, v.dtype)
+    return compared(gradient, truth, scale, bound, step(v.dtype) / 2)
