@@ -40,6 +40,7 @@ from flowkernels._files import (
     SUM,
     damaged,
     digest,
+    expect_target,
     expect_unchanged,
     plain,
     read_json,
@@ -238,7 +239,7 @@ class Calibration(Mapping):
         In provenance and notes, arrays become lists, and numbers that are not finite become texts. TypeError for what
         JSON cannot hold.
         """
-        path = expect_path(path, "path")
+        expect_target(path)
         data = {
             "format": FORMAT,
             "version": 1,
