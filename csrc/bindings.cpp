@@ -10,6 +10,7 @@
 #include "cost_from_gram/cost_from_gram.h"
 #include "mlp_sample/mlp_sample.h"
 #include "velocity_gram/velocity_gram.h"
+#include "watch/watch.h"
 
 // The arguments that `make` puts together, and a number of threads, to `run`.
 template <class Args, class... A, class Run>
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   cuda.attr("architectures") = FK_CUDA_ARCHS;
 #endif
   m.def("thread_runtime", &fk::thread_runtime);
+  m.def("watch_changed", [](const py::tuple& entries) { return fk::watch_changed(entries.ptr()); });
   m.def("advise_large_pages", [](Address p, size_t bytes) { fk::advise_large_pages(at(p), bytes); });
 
   m.def(
