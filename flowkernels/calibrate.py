@@ -49,6 +49,7 @@ from flowkernels._files import (
     whole_file,
 )
 from flowkernels._version import __version__
+from flowkernels._warnings import held_warnings, warn
 from flowkernels.costs import GROUPS, OBJECTIVES, SINGLES, SampleCosts
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops._library import fresh
@@ -564,21 +565,17 @@ def _verify(cal: Calibration, velocity, noise: Tensor, steps: list[int], chunk: 
         if worse[name]
     ]
     if said:
-        warnings.warn(
-            f"verify: on this noise {' and '.join(said)}; use cal.best(N), which is the best of them for every N",
-            UserWarning,
-            stacklevel=2,
-        )
+        text = f"verify: on this noise {' and '.join(said)}; use cal.best(N), which is the best of them for every N"
+        warn(text, stacklevel=2)
 
 
 @contextlib.contextmanager
 def _warnings_once() -> Iterator[None]:
     """Warnings of a block of `calibrate` once each, as its caller's; of the network's training mode
     not again."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with held_warnings() as held:
         yield
-    for text in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
+    for text in held:
         if not text.startswith(TRAINING):
             warnings.warn(text, UserWarning, stacklevel=5)
 

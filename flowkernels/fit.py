@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +18,7 @@ from flowkernels._checks import (
     expect_positive_int,
     expect_real,
 )
+from flowkernels._warnings import warn
 from flowkernels.calibrate import Calibration
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops.euler_step.reference import guided
@@ -96,11 +96,10 @@ def fit_solver(
     solver = min(found, key=lambda s: s.notes["held_out"][s.name])
     errors = solver.notes["held_out"]
     if solver.name != FITTED:
-        warnings.warn(
+        warn(
             f"fit_solver: the fit for N = {steps} is not better than {solver.name} on the {data.n - data.fitted} "
             f"held-out samples (endpoint error {errors[FITTED]:.4g}, {errors[solver.name]:.4g}); returning "
             f"{solver.name}",
-            UserWarning,
             stacklevel=3,
         )
     samples = [data.fitted, data.n - data.fitted]

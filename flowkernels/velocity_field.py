@@ -1,7 +1,6 @@
 """Adapts a network's own convention to the library's: `velocity(x, t)`, t = 0 noise, t = 1 data, v = dx/dt."""
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from flowkernels._checks import (
     expect_text,
 )
 from flowkernels._identity import Unknown, attributes_hash, modules_of, tensors_hash, unwrapped, weights_hash
+from flowkernels._warnings import warn
 from flowkernels.ops.euler_step.reference import guided
 
 Embedding = Any  # a tensor, or a tuple, list or dict of embeddings
@@ -380,12 +380,8 @@ def warn_if_training(velocity, stacklevel: int = 4) -> None:
             continue
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         if random or isinstance(module, nn.modules.batchnorm._BatchNorm):
-            warnings.warn(
-                f"{TRAINING}, got {type(module).__name__} {name!r} in training mode; call .eval() first",
-                UserWarning,
-                stacklevel=stacklevel,
-            )
-            return
+            text = f"{TRAINING}, got {type(module).__name__} {name!r} in training mode; call .eval() first"
+            return warn(text, stacklevel)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import signal
 import tempfile
 import threading
 import warnings
@@ -22,12 +24,12 @@ GRID, N = 8, 2
 
 
 class Conditional(nn.Module):
-    """One small network with a label, time and dropout that is off."""
+    """A small network with a label."""
 
     def __init__(self):
         super().__init__()
         self.first, self.last, self.label = nn.Linear(5, 16), nn.Linear(16, 4), nn.Embedding(3, 16)
-        self.drop = nn.Dropout(0.5)
+        self.drop = nn.Dropout(0.0)
 
     def forward(self, x, t, label):
         h = self.first(torch.cat([x, t[:, None].to(x.dtype)], 1))
@@ -351,3 +353,95 @@ def test_state(name, state, tmp_path):
     expected = usual(name)
     tolerance = 1e-3 if state in ROUNDING else 0.0
     assert not differences(run(name, tmp_path, STATES[state]), expected, tolerance)
+
+
+NETWORKLESS = {"plan squared", "plan norm", "plan gits", "plan pairs", "step_cost", "every_op", "fuse"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_autocast(name, tmp_path):
+    """Networks compute under it, and nothing else does."""
+    found, expected = run(name, tmp_path, lambda: torch.autocast("cpu", torch.bfloat16)), usual(name)
+    if name in NETWORKLESS:
+        assert not differences(found, expected)
+        return
+    for a, b in zip(found, expected, strict=True):
+        if isinstance(b, Tensor):
+            a, b = (t.double().nan_to_num(posinf=0.0) for t in (a, b))
+            assert (a - b).norm() <= 0.2 * b.norm()
+        else:
+            assert a == pytest.approx(b, 0.5, nan_ok=True)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["", "after the student was called without gradients"])
+def test_straighten_in_autocast_learns(before):
+    """Autocast keeps weights cast as they were at their first use, and without a graph if that had none."""
+    student, settings = network(3), dict(iterations=60, batch=8, refresh=None, init="keep", log_every=59, ema=None)
+    losses = straightened(world(), network(3), **settings).history["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        if before:
+            with torch.no_grad():
+                student(torch.zeros(1, 4), torch.zeros(1))
+        found = straightened(world(), student, **settings)
+        again = student(world()["noise"], torch.zeros(6))
+    assert found.history["loss"] == pytest.approx(losses, 0.1)
+    assert losses[-1] < 0.1 * losses[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(again, student(world()["noise"], torch.zeros(6)))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_eight_threads(name, tmp_path):
+    if name == "fuse_head":
+        pytest.skip("the interrupt of its trunk is of all threads")
+    expected, found, errors = usual(name), {}, []
+    before = list(warnings.filters), warnings.showwarning
+
+    def work(i):
+        try:
+            found[i] = tensors(STAGES[name](world() | dict(students=students[i]), tmp_path))
+        except BaseException as e:
+            errors.append(e)
+
+    students = [[network(3), network(4)] for _ in range(8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inside = list(warnings.filters), warnings.showwarning
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(120)
+        assert (list(warnings.filters), warnings.showwarning) == inside
+    assert not errors, errors[0]
+    assert (list(warnings.filters), warnings.showwarning) == before
+    for i in range(8):
+        assert not differences(found[i], expected)
+
+
+def test_a_forked_child(tmp_path):
+    """OpenMP's threads stay behind in the parent: what runs there in parallel would wait for them."""
+    for name in STAGES:
+        usual(name)
+    big, v = torch.randn(600, 600), normal(20, 64, 300)
+
+    def in_parallel():
+        return [big @ big, big.repeat(50, 1).sin(), fk.velocity_gram(v)]
+
+    expected, (read, write) = in_parallel(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(100)
+            assert not differences(in_parallel(), expected, 1e-3)
+            for name in STAGES:
+                os.write(write, f"{name}: ".encode())
+                os.write(write, f"{differences(run(name, tmp_path), usual(name), 1e-3)}\n".encode())
+            os.write(write, b"done\n")
+        except BaseException as e:
+            os.write(write, f"{type(e).__name__}: {e}\n".encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as lines:
+        assert lines.read() == "".join(f"{name}: []\n" for name in STAGES) + "done\n"
+    assert os.waitpid(child, 0)[1] == 0

@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib
+import os
 import sys
+import threading
 
 import torch
 from torch import Tensor
@@ -16,6 +18,23 @@ from flowkernels import _ranges, backends
 
 with contextlib.suppress(ImportError):
     importlib.import_module("flowkernels._C")  # now, not at the first call: it has to know of forks before they happen
+
+
+def _look_for_threads() -> None:
+    global _threads
+    with contextlib.suppress(OSError):  # no /proc
+        _threads = len(os.listdir("/proc/self/task")) > threading.active_count()
+
+
+def _run_serially() -> None:
+    if _threads:
+        torch.set_num_threads(1)
+
+
+# torch waits for ever in a forked child for OpenMP's threads, where the parent has had some (the compiled kernels know)
+_threads = True
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_look_for_threads, after_in_child=_run_serially)
 
 LIBRARY = torch.library.Library("flowkernels", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
