@@ -1,6 +1,6 @@
 #include "common/isa.h"
 
-#if defined(FK_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -8,33 +8,52 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
 namespace fk {
 namespace {
 
-// The processor has the matrix unit for bfloat16, and the system lets this process use its registers.
-[[maybe_unused]] bool has_amx() {
-#if defined(FK_AMX)
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // Linux: ARCH_REQ_XCOMP_PERM
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // AMX-BF16, -TILE
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;                     // AVX512-BF16
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
+#if defined(__x86_64__)
+// From CPUID itself: which names __builtin_cpu_supports knows depends on the compiler ("f16c" is clang's from 18 on).
+struct Cpuid {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  Cpuid(unsigned leaf, unsigned subleaf) { __get_cpuid_count(leaf, subleaf, &a, &b, &c, &d); }
+};
+
+bool has(unsigned word, std::initializer_list<int> bits) {
+  for (int bit : bits)
+    if (!(word >> bit & 1)) return false;
+  return true;
 }
+
+// The registers that the system saves for this process.
+unsigned saved() {
+  unsigned low, high;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+
+// The processor has the matrix unit for bfloat16, and the system lets this process use its registers.
+[[maybe_unused]] bool has_amx(unsigned registers) {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // Linux: ARCH_REQ_XCOMP_PERM
+  return has(registers, {17, 18}) && has(Cpuid(7, 0).d, {22, 24}) &&  // AMX-BF16, -TILE
+         has(Cpuid(7, 1).a, {5}) &&                                   // AVX512-BF16
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 Isa best() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return has_amx() ? Isa::amx : Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    return Isa::avx2;
+  if (!has(Cpuid(1, 0).c, {12, 27, 28, 29})) return Isa::baseline;  // FMA, OSXSAVE, AVX, F16C
+  const unsigned registers = saved(), extended = Cpuid(7, 0).b;
+  if (!has(registers, {1, 2}) || !has(extended, {5})) return Isa::baseline;                           // AVX2
+  if (!has(registers, {5, 6, 7}) || !has(extended, {16, 17, 30, 31})) return Isa::avx2;  // AVX512F, -DQ, -BW, -VL
+#if defined(FK_AMX)
+  if (has_amx(registers)) return Isa::amx;
+#endif
+  return Isa::avx512;
 #endif
   return Isa::baseline;
 }
