@@ -523,7 +523,7 @@ void segment_points() {
               out(out_type, B * D, shift);
           bank.random(-26, 5);
           for (int64_t r = 0; r < u.n; r++) u.set(r, B == 1 || r > 1 ? uniform() : double(r));
-          auto kernel = [&](int threads) {
+          auto kernel = [&, B = B, D = D](int threads) {
             return FK_SELECT(segment_points)({bank.as(), at.i(), at.s(), u.as<double>(), out.as(), bank.type, out.type,
                                               at.knots, at.samples, B, D, threads});
           };
