@@ -126,7 +126,8 @@ def convert(x, dtype: tl.constexpr):
 def _mend_interpreter() -> None:
     """Make Triton's interpreter round to 16 bits as a GPU does: it cuts bfloat16 off, takes it for an integer next to
     float64 and in products of matrices. And a comparison of scalars, made a block, stays one of truth values, and
-    the language is patched once a launch: again at every call of a function, it takes longer than most of them."""
+    the language is patched once a launch: again at every call of a function, it takes longer than most of them. And
+    an array of one element is an index: Triton 3.5 and 3.6 leave it to NumPy, which refuses it from 2.4 on."""
     from triton.runtime import interpreter
 
     dtypes = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: torch.float32,
@@ -158,13 +159,17 @@ def _mend_interpreter() -> None:
     def create_splat(self, block_type, scalar):  # whose type is said to be that of the numbers compared
         return Handle(np.full(block_type.shape, scalar.data, scalar.data.dtype), scalar.dtype.scalar)
 
-    patch_lang = interpreter._patch_lang
+    patch_lang, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
 
     def patch_once(fn):
         modules = [m for m in (tl, tl.core) if any(value is m for value in fn.__globals__.values())]
         return patch_lang(fn) if any(tl.core.is_builtin(m.load) for m in modules) else None
 
-    interpreter._patch_lang = patch_once
+    def patch_index(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang, interpreter._patch_lang_tensor = patch_once, patch_index
     Builder.cast_impl, Builder.create_dot, Builder.create_splat = cast_impl, create_dot, create_splat
     Builder.create_fp_to_fp = lambda self, src, dst_type, rounding: self.cast_impl(src, dst_type)
 
