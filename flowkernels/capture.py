@@ -22,9 +22,16 @@ from flowkernels import backends
 from flowkernels._checks import expect
 from flowkernels.ops.euler_step import reference
 from flowkernels.ops.linear_update import reference as linear_reference
-from flowkernels.rollout import Update, Velocities, model_times, updates_of
+from flowkernels.rollout import Update, Velocities, updates_of
 from flowkernels.solver import Solver
-from flowkernels.velocity_field import VelocityField, evaluate, has_time_embedding, time_embeddings, times_of
+from flowkernels.velocity_field import (
+    VelocityField,
+    evaluate,
+    has_time_embedding,
+    model_times,
+    time_embeddings,
+    times_of,
+)
 
 MODES = (None, "auto", "graph", "compile")
 COMPILER = "inductor"  # torch.compile's backend
@@ -65,7 +72,7 @@ def run(mode: str, velocity, x: Tensor, plan: Tensor | Solver) -> Tensor:
         with LOOPS.lock:
             loop = LOOPS.find(velocity, key)
             if loop is None:
-                t = model_times(at, x)
+                t = model_times(velocity, at, x)
                 unrolled(1)(velocity, x, t[:1])  # the velocity's own errors, not the compiler's
                 loop = LOOPS.keep(velocity, key, functools.partial(_call_compiled, _compiled(unrolled()), t=t))
         return loop(velocity, x)
@@ -74,7 +81,7 @@ def run(mode: str, velocity, x: Tensor, plan: Tensor | Solver) -> Tensor:
     with LOOPS.lock:
         graph = LOOPS.find(velocity, (*key, _state(velocity)))
         if graph is None:
-            t = model_times(at, x)
+            t = model_times(velocity, at, x)
             with torch.autocast(kind, autocast[1], autocast[0], cache_enabled=False):  # cached casts would be freed
                 graph = _Graph(functools.partial(unrolled(), velocity), x, t)
             LOOPS.keep(velocity, (*key, _state(velocity)), graph)  # after its first calls, which may have changed it
@@ -110,7 +117,7 @@ def _unrolled(h: tuple[float, ...], step: Callable, embedded: bool) -> Callable:
 
     def loop(velocity, x: Tensor, t: Tensor) -> Tensor:
         x = x.clone()  # a velocity that writes to its input writes to the loop's own state
-        embeddings = time_embeddings(velocity, t) if embedded else [None] * len(h)
+        embeddings = time_embeddings(velocity, t, x) if embedded else [None] * len(h)
         for size, now, embedding in zip(h, times_of(t, len(x)), embeddings, strict=True):
             v, v_uncond, w = evaluate(velocity, x, now, embedding)
             x = step(x, v, size, v_uncond, w)
@@ -125,7 +132,7 @@ def unrolled_solver(updates: tuple[Update, ...], step: Callable, embedded: bool)
     def loop(velocity, x: Tensor, t: Tensor) -> Tensor:
         start, past = x, Velocities()
         x = x.clone()
-        embeddings = time_embeddings(velocity, t) if embedded else [None] * len(updates)
+        embeddings = time_embeddings(velocity, t, x) if embedded else [None] * len(updates)
         for i, (update, now, embedding) in enumerate(zip(updates, times_of(t, len(x)), embeddings, strict=True)):
             v, v_uncond, w = evaluate(velocity, x, now, embedding)
             _, v_uncond = past.add(i, update, x, v, v_uncond, w)

@@ -14,10 +14,9 @@ from flowkernels._checks import describe, expect, expect_float64, expect_positiv
 from flowkernels.backends import backend
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops.euler_step.reference import guided
-from flowkernels.rollout import step_times
 from flowkernels.schedule import Schedule, StepCost, bellman, uniform_indices
 from flowkernels.solver import Solver
-from flowkernels.velocity_field import evaluate, expect_velocity, velocity_rows
+from flowkernels.velocity_field import evaluate, expect_velocity, float64_device, velocity_rows
 
 GROUPS = 128  # of samples, at most, for the scatter of costs; merged in pairs when they are more
 SINGLES = 512  # samples that E|e| is the mean of
@@ -205,18 +204,18 @@ class _Samples:
         n = cal.provenance.get("n_given", cal.provenance["n"])
         self.parts = [(rows, velocity_rows(velocity, rows, n)) for rows in parts]
 
-    def velocity(self, field, x: Tensor, t: Tensor | float) -> Tensor:
+    def velocity(self, field, x: Tensor, t: float) -> Tensor:
         """That of some samples at one time, guidance applied."""
-        t = torch.as_tensor(t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
-        v, v_uncond, w = evaluate(field, x, t.expand(len(x)).clone())
+        now = torch.full((len(x),), t, dtype=torch.float64, device=float64_device(x.device))
+        v, v_uncond, w = evaluate(field, x, now)
         return v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
 
-    def __call__(self, x: Tensor, t: Tensor | float) -> Tensor:
+    def __call__(self, x: Tensor, t: float) -> Tensor:
         """The velocity of all samples at one time."""
         return torch.cat([self.velocity(field, x[rows], t) for rows, field in self.parts])
 
     @torch.inference_mode(False)  # which enables gradients too
-    def pulled(self, x: Tensor, t: Tensor, y: Tensor, h: float) -> Tensor:
+    def pulled(self, x: Tensor, t: float, y: Tensor, h: float) -> Tensor:
         """`(1 + h dv/dx)^T y` at x for each of the cotangents y `[probes, n, *shape]`."""
         found = y.clone()
         for rows, field in self.parts:
@@ -242,7 +241,7 @@ def endpoint(
     """Least sum of squared errors carried to the endpoint, `E|(d x_K / d x_k) e|^2`."""
     expect_positive_int(probes, "probes")
     some, K = _Samples(cal, velocity, "endpoint", samples, chunk), len(cal.times) - 1
-    x, h, t = some.x, cal.times.diff().tolist(), step_times(cal.times, some.x)
+    x, h, t = some.x, cal.times.diff().tolist(), cal.times[:-1].tolist()
     draw = torch.Generator("cpu").manual_seed(0)
     y = torch.randint(2, (probes, *x[0].shape), generator=draw, device="cpu").to(x) * 2 - 1
     a = some.v.to(x.dtype).diff(dim=0)
@@ -335,7 +334,7 @@ def pairs(cal, steps: list[int]) -> dict[int, Solver]:
 def student(cal, steps: list[int], *, velocity, samples: int = 64, chunk: int | None = None) -> dict[int, Schedule]:
     """Least mean squared distance to the teacher's states of the student's own, knot by knot."""
     some, K = _Samples(cal, velocity, "student", samples, chunk), len(cal.times) - 1
-    x, t = some.x, step_times(cal.times, some.x)
+    x, t = some.x, cal.times[:-1].tolist()
     most = max(steps)
     z, error = torch.empty_like(x), torch.zeros(most + 1, K + 1, dtype=torch.float64, device="cpu")
     z[0], parent, evaluations = x[0], torch.zeros(most + 1, K + 1, dtype=torch.int64, device="cpu"), 0

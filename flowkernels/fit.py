@@ -25,7 +25,7 @@ from flowkernels.ops.euler_step.reference import guided
 from flowkernels.rollout import rollout
 from flowkernels.schedule import Schedule, bellman
 from flowkernels.solver import Solver, polynomial_weights
-from flowkernels.velocity_field import evaluate, expect_velocity, velocity_rows, warn_if_training
+from flowkernels.velocity_field import evaluate, expect_velocity, float64_device, velocity_rows, warn_if_training
 
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums of the Gram matrix are good for
 EULER, ADAMS, FITTED = "euler", "adams-bashforth 2", "fitted"
@@ -450,7 +450,7 @@ class _Teacher:
         out = torch.empty_like(x)
         for part in self.chunks(len(x)):
             rows = self.order[first + part.start : first + part.stop]
-            now = torch.full((part.stop - part.start,), t, dtype=x.dtype, device=x.device)
+            now = torch.full((part.stop - part.start,), t, dtype=torch.float64, device=float64_device(x.device))
             v, v_uncond, w = evaluate(velocity_rows(self.network, rows, self.total), x[part], now)
             out[part] = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
         self.evaluations += len(x)

@@ -19,7 +19,7 @@ from flowkernels.ops._library import direct, direct_gpu, fresh
 from flowkernels.ops.mlp_sample import Layer, Update, mlp_sample, one_by_one, plan_for
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.velocity_field import VelocityField, warn_if_training
+from flowkernels.velocity_field import VelocityField, float64_device, overridden, warn_if_training
 
 MOST_BYTES = 256 << 20  # of tables with a row for every step of every sample; more samples run in parts
 MOST_SCHEDULES = 8  # that a sampler keeps tables for, beside its own
@@ -64,6 +64,9 @@ def fuse(
     solver, times = _solver_and_times(schedule)
     warn_if_training(velocity)
     field = velocity if isinstance(velocity, VelocityField) else VelocityField(velocity)
+    other = sorted(overridden(field).keys() - {"_call"})  # of what the recording does not call
+    if other:
+        raise NotFusable(f"velocity: expected a VelocityField's own evaluation, got {other} overridden; {WAY_OUT}")
     shape = tuple(shape) if shape is not None else _shape_of_sample(field)
     sampler = FusedSampler(_Network(velocity, field, shape, weights), times, solver)
     sampler.verify()
@@ -293,7 +296,8 @@ class FusedSampler:
         x = x.to(self._network.device)
         _, states, velocities = self.run(x, states=True, velocities=True)
         for s in sorted({0, len(self._steps) // 2, len(self._steps) - 1}):
-            t = torch.full((n,), self._model_times[s].item(), device=x.device)
+            now = self._model_times[s].item()
+            t = torch.full((n,), now, dtype=torch.float64, device=float64_device(x.device))
             with torch.autocast(x.device.type, enabled=False):
                 expected = field(states[s], t).float()
             error = (velocities[s] - expected).abs().max().item()
@@ -379,7 +383,7 @@ class _Recorded:
         self.record = Record(module, rows)
         x = torch.randn(rows, *network.shape, generator=torch.Generator().manual_seed(0), device="cpu")
         x = x.to(network.device)
-        t = torch.linspace(0, 1, rows, device=x.device)
+        t = torch.linspace(0, 1, rows, dtype=torch.float64, device=float64_device(x.device))
         x_place, self.t_place = self.record.input(x, STATE), self.record.input(t, TIME)
         kwargs, self.places = dict(given), {}
         for key, value in given.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowkernels._checks import LOW, expect
 from flowkernels.ops import linear_euler
 from flowkernels.ops.euler_step.reference import guided
-from flowkernels.velocity_field import VelocityField
+from flowkernels.velocity_field import VelocityField, float64_device, overridden
 
 
 @dataclass
@@ -63,7 +63,9 @@ def fuse_head(velocity, head: str | None = None, *, patch: int | None = None, or
         TypeError, ValueError: naming what is in the way; at the first step, the head that does not give the velocity.
     """
     field = velocity if isinstance(velocity, VelocityField) else VelocityField(velocity)
-    net = field.net
+    net, other = field.net, sorted(overridden(field))
+    expected = "a VelocityField's own evaluation, of which the head is the last part"
+    expect(not other, "velocity", expected, f"{other} overridden")
     expect(isinstance(net, nn.Module), "velocity", "an nn.Module or a VelocityField of one", net, TypeError)
     return FusedHead(field, _final_layer(net, head, patch, order))
 
@@ -133,9 +135,6 @@ class FusedHead(VelocityField):
         self.training = field.training
         self.layer = layer
 
-    def _replace(self, **changes) -> "FusedHead":
-        return FusedHead(super()._replace(**changes), self.layer)
-
     def euler_steps(
         self, x: Tensor, times: Sequence[float], out: Tensor | None = None, keep: bool = True
     ) -> Iterator[tuple[Tensor, Tensor | None, None, float]]:
@@ -153,9 +152,8 @@ class FusedHead(VelocityField):
         low = torch.empty_like(x, dtype=self.dtype) if self.dtype in LOW else None
         seen = x  # what the network reads: from the second step on the copy that the step has left
         past = {}  # velocities that later updates read, as the network gives them
-        t_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         for i, (now, (first, which, factors, kept, done)) in enumerate(zip(times, updates, strict=True)):
-            t = torch.full((len(x),), now, dtype=t_dtype, device=x.device)
+            t = torch.full((len(x),), now, dtype=torch.float64, device=float64_device(x.device))
             if self.layer.linear is None:
                 _expect_not_compiled(self.net, "")
                 _find_last_linear(self.layer, self.net, lambda seen=seen, t=t: self.pair(seen, t))

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from flowkernels import _weights
 from flowkernels._checks import FLOATS, expect, expect_values
 from flowkernels._files import damaged
+from flowkernels.velocity_field import HasTimeEmbedding
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
@@ -46,7 +47,7 @@ def _scale_and_shift(layer: nn.Linear, emb: Tensor) -> tuple[Tensor, Tensor]:
     return 1 + scale, shift
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(nn.Module, HasTimeEmbedding):
     """Residual MLP velocity; every block is scaled and shifted by the time embedding.
 
     x `[n, *shape]` with prod(shape) = dim; returns the velocity in x's shape.
@@ -113,7 +114,7 @@ class _Attention(nn.Module):
         return x + self.proj(y.transpose(-1, -2).reshape(n, c, h, w))
 
 
-class UNet(nn.Module):
+class UNet(nn.Module, HasTimeEmbedding):
     """Small UNet velocity for `[n, channels, H, W]` images, H and W multiples of 4."""
 
     def __init__(self, channels: int = 1, widths: tuple = (32, 64, 96), time_width: int = 128):
@@ -169,7 +170,7 @@ class _DiTBlock(nn.Module):
         return z + gate2 * self.mlp(self.norm2(z) * (1 + scale2) + shift2)
 
 
-class DiT(nn.Module):
+class DiT(nn.Module, HasTimeEmbedding):
     """Diffusion transformer velocity for `[n, channels, size, size]` images (Peebles and Xie 2023).
 
     Tokens are patches of `patch` x `patch` pixels. The final layer is laid out as in diffusers: LayerNorm, scale and

@@ -21,6 +21,7 @@ from flowkernels.velocity_field import (
     evaluate,
     expect_velocity,
     has_time_embedding,
+    model_times,
     time_embeddings,
     times_of,
     warn_if_training,
@@ -45,17 +46,6 @@ def initial_state(noise: Tensor) -> Tensor:
     return noise if noise.dtype == torch.float64 else noise.float()
 
 
-def model_times(times: Tensor, x: Tensor) -> Tensor:
-    """The times of all evaluations where the state x is, in the dtype that networks get them in; without a sync."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return times.to(x.device, dtype, non_blocking=True)
-
-
-def step_times(times: Tensor, x: Tensor) -> Tensor:
-    """Those of Euler steps, `[N]`: of every step its first."""
-    return model_times(times[:-1], x)
-
-
 def euler(
     velocity, x: Tensor, times: Tensor, out: Tensor | None = None, keep: bool = True
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, float]]:
@@ -67,8 +57,8 @@ def euler(
     if isinstance(velocity, FusedHead):
         yield from velocity.euler_steps(x, times.tolist(), out, keep)
         return
-    knots, t = times.tolist(), step_times(times, x)
-    embeddings = time_embeddings(velocity, t) if has_time_embedding(velocity) else [None] * len(t)
+    knots, t = times.tolist(), model_times(velocity, times[:-1], x)
+    embeddings = time_embeddings(velocity, t, x) if has_time_embedding(velocity) else [None] * len(t)
     x = x.clone(memory_format=torch.contiguous_format) if out is None else out[0].copy_(x)
     step, begin, end = stepper(x), x.data_ptr(), x.data_ptr() + x.nbytes
     for i, (now, embedding) in enumerate(zip(times_of(t, len(x)), embeddings, strict=True)):
@@ -153,8 +143,8 @@ def solve(
     if isinstance(velocity, FusedHead):
         yield from velocity.steps(x, solver.model_times.tolist(), updates, keep=keep)
         return
-    t = model_times(solver.model_times, x)
-    embeddings = time_embeddings(velocity, t) if has_time_embedding(velocity) else [None] * len(t)
+    t = model_times(velocity, solver.model_times, x)
+    embeddings = time_embeddings(velocity, t, x) if has_time_embedding(velocity) else [None] * len(t)
     start, past = x.contiguous(), Velocities()
     x = start.clone()
     for i, (update, now, embedding) in enumerate(zip(updates, times_of(t, len(x)), embeddings, strict=True)):

@@ -12,10 +12,17 @@ from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_
 from flowkernels.fuse import FusedSampler
 from flowkernels.fuse_head import FusedHead
 from flowkernels.ops import euler_step, linear_update
-from flowkernels.rollout import flow, initial_state, model_times, plan_of, replay, step_times, updates_of
+from flowkernels.rollout import flow, initial_state, plan_of, replay, updates_of
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.velocity_field import evaluate, expect_velocity, has_time_embedding, warn_if_training
+from flowkernels.velocity_field import (
+    embed_time,
+    evaluate,
+    expect_velocity,
+    has_time_embedding,
+    model_times,
+    warn_if_training,
+)
 
 
 @torch.no_grad()
@@ -107,16 +114,16 @@ def _traced(velocity, noise: Tensor, schedule, capture: str | None) -> Tensor:
     embedded = has_time_embedding(velocity)
     if isinstance(schedule, Solver):
         loop = captured.unrolled_solver(updates_of(schedule), linear_update, embedded)
-        return loop(velocity, x, model_times(schedule.model_times, x))
+        return loop(velocity, x, model_times(velocity, schedule.model_times, x))
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
-    t, h = step_times(times, x), times.diff()
+    t, h = model_times(velocity, times[:-1], x), times.diff()
 
     def more(i, x):
         return (i < len(h)).all()
 
     def step(i, x):  # numbers of the velocity's are for it alone: the loop cannot take in one that was looked at before
-        now = t.index_select(0, i.to(x.device, non_blocking=True))
-        embedding = velocity.time_embedding(now) if embedded else None
+        now = t.index_select(0, i.to(t.device, non_blocking=True))
+        embedding = embed_time(velocity, now, x) if embedded else None
         v, v_uncond, w = evaluate(velocity, x, now.expand(len(x)).clone(), embedding)
         return i + 1, euler_step(x, v, h.index_select(0, i).reshape(()), v_uncond=v_uncond, guidance=w)
 

@@ -55,6 +55,7 @@ from flowkernels.velocity_field import (
     VelocityField,
     expect_velocity,
     parameter_hash,
+    time_for,
     velocity_rows,
     warn_if_training,
 )
@@ -276,7 +277,8 @@ def straighten(
 
     def velocities(net: nn.Module, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         torch.clear_autocast_cache()  # of weights as they were before a step, or without a graph
-        v = velocity_rows(net, s, size)(x, t.to(torch.float32))
+        learner = velocity_rows(net, s, size)
+        v = learner(x, time_for(learner, t, x.float()))
         if not isinstance(v, Tensor) or v.shape != x.shape:
             expect(False, "student", f"a velocity of x's shape {list(x.shape)}", v)
         return v.to(x.dtype) if torch.float64 in (v.dtype, x.dtype) else v

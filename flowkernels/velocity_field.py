@@ -1,10 +1,13 @@
 """Adapts a network's own convention to the library's: `velocity(x, t)`, t = 0 noise, t = 1 data, v = dx/dt."""
 
+import copy
+import functools
 import inspect
+import types
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +32,12 @@ from flowkernels.ops.euler_step.reference import guided
 Embedding = Any  # a tensor, or a tuple, list or dict of embeddings
 
 
-class HasTimeEmbedding(Protocol):
+class HasTimeEmbedding:
     """A network whose work on the time alone can be done ahead: once a schedule, instead of at every step.
+
+    A network says so by this base class, `class Net(nn.Module, HasTimeEmbedding)`, a method `time_embedding` and a
+    forward (of what is no module, a `__call__`) with a parameter `embedding` whose default is None. Of any other
+    network a method or an argument of these names means what it likes, and is left alone.
 
     `net(x, t, embedding=net.time_embedding(t))` is `net(x, t)`. The stages call `time_embedding` with the times of all
     N steps in the network's own convention (behind `time_scale` and `reverse_time` of a `VelocityField`), and pass
@@ -38,15 +45,9 @@ class HasTimeEmbedding(Protocol):
     included. Expanded rows are views of one: the network must not write to them. Networks whose embedding depends on
     more than the time, such as a label, embed the time here and add the rest in their forward.
 
-    A network is recognised by both parts: a method `time_embedding`, not a submodule of that name, and a forward (of
-    callables that are no module, a `__call__`) with a parameter `embedding` whose default is None.
+    `time_embedding(t)` takes t `[N]` and returns tensors of N rows: one, or a tuple, list or dict of them, nested as it
+    likes.
     """
-
-    def time_embedding(self, t: Tensor) -> Embedding:
-        """t `[N]` -> tensors of N rows: one, or a tuple, list or dict of them, nested as it likes."""
-
-    def __call__(self, x: Tensor, t: Tensor, *, embedding: Embedding | None = None, **conditioning: Any) -> Tensor:
-        """The velocity, from an embedding with one row a sample; None computes it from t."""
 
 
 class VelocityField(nn.Module):
@@ -75,7 +76,13 @@ class VelocityField(nn.Module):
         time_column: the network has one input, x `[n, D]` with the time as a further column, such as torchcfm's
             `MLP(time_varying=True)`.
 
+    The network's time is formed in float64 and rounded once, to float32, or float64 for a float64 state; the stages do
+    so from the knots themselves.
+
     A network that exposes its time embedding (`HasTimeEmbedding`) does so through the field as well.
+
+    Subclasses may override `_call`, the network's call; `pair`, the two velocities of guidance; `forward`, the velocity
+    as a whole; and `time_embedding`, `rows`. The stages call what is overridden, with t as any callable gets it.
     """
 
     def __init__(
@@ -156,8 +163,21 @@ class VelocityField(nn.Module):
         )
 
     def _replace(self, **changes) -> "VelocityField":
-        field = VelocityField(self.net, **(self.settings() | changes))
-        field.training = self.training  # not train(): the network is shared, and keeps its own mode
+        """The same field but for some settings: of the same class, with all it holds, its network shared."""
+        field = copy.copy(self)
+        field.__dict__.pop("_compiled_call_impl", None)  # which calls this one
+        for name, value in vars(field).items():
+            if name in REGISTRIES:
+                field.__dict__[name] = copy.copy(value)
+            elif isinstance(value, types.MethodType) and value.__self__ is self:
+                field.__dict__[name] = types.MethodType(value.__func__, field)
+            elif isinstance(value, functools.partial) and any(arg is self for arg in value.args):
+                args = (field if arg is self else arg for arg in value.args)
+                field.__dict__[name] = functools.partial(value.func, *args, **value.keywords)
+        for name in ("conditioning", "unconditional"):
+            setattr(field, name, dict(changes.pop(name, getattr(self, name))))
+        for name, value in changes.items():
+            setattr(field, name, value)
         return field
 
     def rows(self, index: Tensor | slice, n: int) -> "VelocityField":
@@ -166,22 +186,29 @@ class VelocityField(nn.Module):
         def pick(kwargs):
             return {k: v[index] if _per_sample(v, n) else v for k, v in kwargs.items()}
 
-        return self._replace(conditioning=pick(self.conditioning), unconditional=pick(self.unconditional))
+        changes = dict(conditioning=pick(self.conditioning), unconditional=pick(self.unconditional))
+        inside = self.net
+        if isinstance(inside, VelocityField) and inside.conditioning:
+            changes["net"] = inside.rows(index, n)
+        return self._replace(**changes)
 
     def without_guidance(self) -> "VelocityField":
         """The conditional field alone: what a student is that has guidance distilled into it."""
-        return self._replace(guidance=1.0, unconditional=None)
+        return self._replace(guidance=1.0, unconditional={})
 
     def _network_time(self, t: Tensor) -> Tensor:
+        """In float64."""
+        t = exact_time(t).to(float64_device(t.device), torch.float64, copy=True)
         return self.time_scale * (1 - t if self.reverse_time else t)
 
     def time_embedding(self, t: Tensor) -> Embedding:
         """The network's, at times of the library's convention; for networks that have one (`has_time_embedding`)."""
-        return self.net.time_embedding(self._network_time(t))
+        return embed_time(self, t, t)
 
     def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], embedding: Embedding | None = None) -> Tensor:
         n = len(x)
-        t = self._network_time(t)
+        time = self._network_time(t)
+        t = time_for(self.net, time, x)
         x = x if self.dtype is None else x.to(self.dtype)
         expanded = {
             k: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v
@@ -190,7 +217,7 @@ class VelocityField(nn.Module):
         if embedding is not None:
             expanded["embedding"] = expand_embedding(embedding, n)
         if self.time_column:
-            x = torch.cat([x, t[:, None].to(x.dtype)], 1)
+            x = torch.cat([x, time[:, None].to(x)], 1)
         args = () if self.time_name or self.time_column else (t,)
         if self.time_name:
             expanded[self.time_name] = t
@@ -210,11 +237,12 @@ class VelocityField(nn.Module):
 
         embedding: of the time, with one row for all samples or a row for each; None leaves it to the network.
         """
+        embedding = () if embedding is None else (embedding,)  # which an override may not take
         if not self.is_guided:
-            return self._call(x, t, self.conditioning, embedding), None
+            return self._call(x, t, self.conditioning, *embedding), None
         other = {**self.conditioning, **self.unconditional}  # not |, which the compiler of torch 2.6 does not know
         if not self.packed:
-            return self._call(x, t, self.conditioning, embedding), self._call(x, t, other, embedding)
+            return self._call(x, t, self.conditioning, *embedding), self._call(x, t, other, *embedding)
         n, both = len(x), {}
         for k, cond in self.conditioning.items():
             uncond = other[k]
@@ -224,12 +252,31 @@ class VelocityField(nn.Module):
                 expected = f"rows for 1 or {n} samples, or the same for both, in a packed call (or packed=False)"
                 expect(_same(cond, uncond), f"unconditional[{k!r}]", expected, uncond)
                 both[k] = cond
-        v = self._call(torch.cat([x, x]), torch.cat([t, t]), both, embedding)
+        exact = exact_time(t)
+        t = torch.cat([t, t]) if exact is t else _rounded(torch.cat([exact, exact]), t.device, t.dtype)
+        v = self._call(torch.cat([x, x]), t, both, *embedding)
         return v[:n], v[n:]
 
     def forward(self, x: Tensor, t: Tensor, embedding: Embedding | None = None) -> Tensor:
-        v, v_uncond = self.pair(x, t, embedding)
+        v, v_uncond = self.pair(x, t, *(() if embedding is None else (embedding,)))
         return v if v_uncond is None else guided(v, v_uncond, self.guidance, x.dtype)
+
+
+REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+OWN = {name: getattr(VelocityField, name) for name in ("forward", "pair", "_call", "__call__")}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def overridden(field: VelocityField) -> dict[str, Any]:
+    """The methods of a field's evaluation that are not a VelocityField's own: of a subclass, or of this object."""
+    found = {name: getattr(type(field), name) for name, own in OWN.items() if getattr(type(field), name) is not own}
+    return found | {name: getattr(field, name) for name in OWN if name in vars(field)}
+
+
+def is_called_whole(field: VelocityField) -> bool:
+    """Whether its velocity is what a call of it gives: `pair` would miss an override, or a hook."""
+    changed = overridden(field)
+    return "forward" in changed or "__call__" in changed or any(getattr(field, name) for name in HOOKS)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -255,24 +302,78 @@ def _per_sample(value: Any, n: int) -> bool:
 
 def velocity_rows(velocity, index: Tensor | slice, n: int):
     """`velocity` for the samples `index` of n; a callable without per-sample conditioning is itself."""
-    return velocity.rows(index, n) if isinstance(velocity, VelocityField) else velocity
+    if isinstance(velocity, VelocityField):
+        return velocity.rows(index, n)
+    inside = unwrapped(velocity)
+    if isinstance(inside, VelocityField) and len(range(n)[index] if isinstance(index, slice) else index) < n:
+        rows = sorted(k for k, v in inside.conditioning.items() if _per_sample(v, n))
+        expected = "a VelocityField around the wrapped network, where conditioning has a row for each sample"
+        expect(not rows, "velocity", expected, f"a {type(velocity).__name__} around a VelocityField with {rows}")
+    return velocity
 
 
-_forwards = weakref.WeakKeyDictionary()  # class -> whether its forward takes an embedding
+# ---- times ----
 
 
-def _takes_embedding(kind: type) -> bool:
-    """Whether the class's forward has a parameter `embedding=None`."""
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for one without float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def time_for(velocity, t: Tensor, x: Tensor) -> Tensor:
+    """The times t in float64, where float64 is, as a velocity takes them beside x: a VelocityField as they are, since
+    it forms its network's time of them; any other callable rounded to float32, or float64 for a float64 state. A
+    subclass that overrides the field's evaluation gets them rounded as well, and what it hands on is still exact."""
+    compiled = torch.compiler.is_compiling()
+    field = velocity if compiled or isinstance(velocity, VelocityField) else unwrapped(velocity)
+    if isinstance(field, VelocityField) and not overridden(field):
+        return exact_time(t)
+    exact, form = exact_time(t), (x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return _rounded(exact, *form) if isinstance(field, VelocityField) and not compiled else exact.to(*form)
+
+
+def _rounded(exact: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Rounded times that remember what they were."""
+    with torch.inference_mode(False):  # whose tensors count no writes
+        t = exact.to(device, dtype, copy=True)
+        t._exact_time = exact, t._version
+    return t
+
+
+def exact_time(t: Tensor) -> Tensor:
+    """What times were before they were rounded, unless they were written to since."""
+    known = None if torch.compiler.is_compiling() else getattr(t, "_exact_time", None)
+    return t if known is None or known[1] != t._version else known[0]
+
+
+def embed_time(velocity, t: Tensor, like: Tensor) -> Embedding:
+    """The time embedding at times t `[N]`; like: the state, whose dtype says what they are rounded to."""
+    own = isinstance(velocity, VelocityField) and "time_embedding" not in vars(velocity)
+    if own and type(velocity).time_embedding is EMBED:
+        return embed_time(velocity.net, velocity._network_time(t), like)
+    return velocity.time_embedding(time_for(velocity, t, like))
+
+
+EMBED = VelocityField.time_embedding
+
+_takes = weakref.WeakKeyDictionary()  # function -> whether it takes an embedding
+
+
+def _takes_embedding(function) -> bool:
+    """Whether it has a parameter `embedding=None`."""
     if torch.compiler.is_compiling():  # which would compile anew when the answer is there already
-        return _looks_for_embedding(kind)
-    if kind not in _forwards:
-        _forwards[kind] = _looks_for_embedding(kind)
-    return _forwards[kind]
-
-
-def _looks_for_embedding(kind: type) -> bool:
+        return _looks_for_embedding(function)
     try:
-        call = inspect.signature(kind.forward if issubclass(kind, nn.Module) else kind.__call__)
+        if function not in _takes:
+            _takes[function] = _looks_for_embedding(function)
+        return _takes[function]
+    except TypeError:  # one that cannot be weakly referenced
+        return _looks_for_embedding(function)
+
+
+def _looks_for_embedding(function) -> bool:
+    try:
+        call = inspect.signature(function)
         return "embedding" in call.parameters and call.parameters["embedding"].default is None
     except (TypeError, ValueError):  # a callable without a signature
         return False
@@ -284,19 +385,25 @@ def expect_velocity(velocity, name: str = "velocity") -> None:
 
 
 def has_time_embedding(velocity) -> bool:
-    """Whether the network exposes its time embedding: `HasTimeEmbedding` says how."""
+    """Whether the network says that it exposes its time embedding: `HasTimeEmbedding`."""
     if isinstance(velocity, VelocityField):  # conditioning of the name, if any, is the network's own
-        return "embedding" not in velocity.conditioning and has_time_embedding(velocity.net)
-    method = getattr(velocity, "time_embedding", None)
+        known = "embedding" not in velocity.conditioning and has_time_embedding(velocity.net)
+        return known and all(_takes_embedding(method) for method in overridden(velocity).values())
+    method = getattr(velocity, "time_embedding", None) if isinstance(velocity, HasTimeEmbedding) else None
     if not callable(method) or isinstance(method, nn.Module):
         return False
-    replaced = "forward" in getattr(velocity, "__dict__", ())  # put over the class's, and perhaps without the parameter
-    return not replaced and _takes_embedding(type(velocity))
+    kind, own = type(velocity), getattr(velocity, "__dict__", ())
+    if not isinstance(velocity, nn.Module):
+        return _takes_embedding(kind.__call__)
+    if "forward" in own or "__call__" in own:  # put over the class's
+        return False
+    passes = kind.__call__ is OWN["__call__"] or _takes_embedding(kind.__call__)
+    return passes and _takes_embedding(kind.forward)
 
 
-def time_embeddings(velocity, t: Tensor) -> list[Embedding]:
-    """The embedding at each of the times `[N]`, of one row each, from one call."""
-    return _rows(velocity.time_embedding(t.clone()), len(t))
+def time_embeddings(velocity, t: Tensor, x: Tensor) -> list[Embedding]:
+    """The embedding at each of the times `[N]`, of one row each, from one call; x: the state."""
+    return _rows(embed_time(velocity, t.clone(), x), len(t))
 
 
 def _rows(embedding: Embedding, N: int) -> list[Embedding]:
@@ -321,6 +428,13 @@ def expand_embedding(embedding: Embedding, n: int) -> Embedding:
     return tuple(expand_embedding(v, n) for v in embedding)
 
 
+def model_times(velocity, times: Tensor, x: Tensor) -> Tensor:
+    """The times of all evaluations `[M]`, float64 on the CPU, as a velocity takes them, for loops; without a sync."""
+    if isinstance(velocity if torch.compiler.is_compiling() else unwrapped(velocity), VelocityField):
+        return times.to(float64_device(x.device), non_blocking=True)
+    return times.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32, non_blocking=True)
+
+
 ROWS = 1 << 20  # times that are expanded to the samples at once
 
 
@@ -333,12 +447,13 @@ def times_of(t: Tensor, n: int) -> Iterator[Tensor]:
 def evaluate(velocity, x: Tensor, t: Tensor, embedding: Embedding | None = None) -> tuple[Tensor, Tensor | None, float]:
     """`(v, v_uncond or None, guidance)` at one time t, `[n]`, for all samples, checked for shape.
 
-    embedding: of that time, of one row; None leaves it to the network.
+    t: in float64, or as the velocity takes it. embedding: of that time, of one row; None leaves it to the network.
     """
-    if isinstance(velocity, VelocityField):
-        v, v_uncond = velocity.pair(x, t, embedding)
+    t, given = time_for(velocity, t, x), () if embedding is None else (embedding,)
+    if isinstance(velocity, VelocityField) and not is_called_whole(velocity):
+        v, v_uncond = velocity.pair(x, t, *given)
         weight = velocity.guidance
-    elif embedding is not None:
+    elif given:
         v, v_uncond, weight = velocity(x, t, embedding=expand_embedding(embedding, len(x))), None, 1.0
     else:
         v, v_uncond, weight = _called(velocity, x, t), None, 1.0

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import flowkernels as fk
 from flowkernels import capture
 from flowkernels.models import BUNDLED, DiT, ResidualMLP, UNet
-from flowkernels.velocity_field import VelocityField, has_time_embedding
+from flowkernels.velocity_field import HasTimeEmbedding, VelocityField, has_time_embedding
 
 aten = torch.ops.aten
 SYNCS = (aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.nonzero, aten.equal)
@@ -115,7 +115,7 @@ def scrambled(net):
     return net.eval()
 
 
-class Labelled(nn.Module):
+class Labelled(nn.Module, HasTimeEmbedding):
     def __init__(self, dim=9):
         super().__init__()
         self.body, self.embed = ResidualMLP(dim, width=24, blocks=1, time_width=8), nn.Embedding(4, dim)

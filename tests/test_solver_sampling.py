@@ -15,6 +15,7 @@ from torch import nn
 import flowkernels as fk
 from flowkernels import Schedule, Solver, VelocityField, capture
 from flowkernels.models import BUNDLED, ResidualMLP
+from flowkernels.velocity_field import HasTimeEmbedding
 
 BF16, F64 = torch.bfloat16, torch.float64
 ROLLOUT = sys.modules["flowkernels.rollout"]  # the package's attribute is the function
@@ -137,7 +138,7 @@ def test_as_many_evaluations_as_it_says():
 def test_times_and_embeddings_are_those_of_the_model():
     times, rows = [], []
 
-    class Net(nn.Module):
+    class Net(nn.Module, HasTimeEmbedding):
         def time_embedding(self, t):
             times.append(t)
             return 10 * t

@@ -8,7 +8,7 @@ from torch import nn
 import flowkernels as fk
 from flowkernels import velocity_field
 from flowkernels.models import BUNDLED, DiT, ResidualMLP, UNet
-from flowkernels.velocity_field import VelocityField, has_time_embedding
+from flowkernels.velocity_field import HasTimeEmbedding, VelocityField, has_time_embedding
 
 NETWORKS = {
     "mlp": (lambda: ResidualMLP(12, width=16, blocks=2, time_width=8), (3, 4)),
@@ -28,7 +28,7 @@ def trained(name, dtype=torch.float32):
     return net.to(dtype).eval(), normal(5, *shape, dtype=dtype if dtype == torch.float64 else torch.float32)
 
 
-class Labelled(nn.Module):
+class Labelled(nn.Module, HasTimeEmbedding):
     """A bundled network whose input is moved by a label."""
 
     def __init__(self, body, dim):
@@ -120,7 +120,7 @@ def test_the_bundled_checkpoints():
         assert torch.allclose(fk.sample(net, noise, 2), fk.sample(lambda x, t, net=net: net(x, t), noise, 2), atol=1e-4)
 
 
-class Recorder(nn.Module):
+class Recorder(nn.Module, HasTimeEmbedding):
     """Embeds the time as `embed` says, and keeps what it is called with."""
 
     def __init__(self, embed):
@@ -195,7 +195,7 @@ def test_times_are_float64_for_a_float64_state():
     assert net.times[0].dtype == net.rows[0][0].dtype == torch.float64
 
 
-class WithSubmodule(nn.Module):
+class WithSubmodule(nn.Module, HasTimeEmbedding):
     def __init__(self):
         super().__init__()
         self.time_embedding = nn.Linear(7, 7)

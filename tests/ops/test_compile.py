@@ -11,7 +11,7 @@ from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import OPS, euler_step, linear_euler, linear_update, segment_points, straighten_loss
 from flowkernels.ops._library import NUMBERS
 from flowkernels.schedule import Schedule
-from flowkernels.velocity_field import VelocityField
+from flowkernels.velocity_field import HasTimeEmbedding, VelocityField
 
 from test_contract import CASES, DIFFERENTIABLE, with_gradient  # isort: skip
 
@@ -181,7 +181,7 @@ class Conditioned(nn.Module):
         return v if y is None else v + y[:, None]
 
 
-class Embedded(nn.Module):
+class Embedded(nn.Module, HasTimeEmbedding):
     def __init__(self):
         super().__init__()
         self.embed, self.layer = nn.Linear(1, 6), nn.Linear(6, 6)
