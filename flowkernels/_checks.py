@@ -51,7 +51,13 @@ def expect(ok: bool, name: str, expected: str, got, error: type[Exception] = Val
     """Raise `error` unless `ok`. got: the value, or what is to be said of it."""
     if not ok:
         told = isinstance(got, str) and got != ""
-        raise error(f"{name}: expected {expected}, got {got if told else describe(got)}")
+        raise error(f"{name}: expected {expected}, got {f'{got:.600}' if told else describe(got)}")
+
+
+def expect_shown(ok: bool, name: str, expected: str, value, error: type[Exception] = ValueError) -> None:
+    """The same, with the value in any case: a text in quotes."""
+    if not ok:
+        raise error(f"{name}: expected {expected}, got {describe(value)}")
 
 
 def expect_tensor(value, name: str, dtypes: Sequence[torch.dtype] | None = None) -> Tensor:
@@ -98,11 +104,11 @@ def _as_float(value, name: str, expected: str) -> float:
         known = value.dim() == 0 and not _is_no_real(value.dtype) and value.device.type != "meta"
     else:
         known = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    expect(known, name, expected, describe(value), TypeError)
+    expect_shown(known, name, expected, value, TypeError)
     try:
         return float(value)
     except (OverflowError, RuntimeError):  # an integer beyond float64; a tensor without data
-        expect(False, name, expected, describe(value))
+        expect_shown(False, name, expected, value)
 
 
 def expect_real(
@@ -114,7 +120,7 @@ def expect_real(
 ) -> float:
     """A number for which `ok` holds, finite if so asked, as Python's float."""
     number = _as_float(value, name, expected)
-    expect((math.isfinite(number) or not finite) and ok(number), name, expected, describe(value))
+    expect_shown((math.isfinite(number) or not finite) and ok(number), name, expected, value)
     return number
 
 
@@ -122,7 +128,7 @@ def expect_int(value, name: str, expected: str, least: int | None = None, most: 
     """An integer, numpy's too and True not, from `least` to `most` and of 64 bits, as Python's."""
     least, most = -(2**63) if least is None else least, 2**63 - 1 if most is None else most
     _expect_integral(value, name, expected)
-    expect(least <= value <= most, name, expected, describe(value))
+    expect_shown(least <= value <= most, name, expected, value)
     return int(value)
 
 
@@ -136,7 +142,7 @@ def expect_numbers(values, name: str, length: int | None = None) -> list:
 
 def _expect_integral(value, name: str, expected: str) -> None:
     integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    expect(integral, name, expected, describe(value), TypeError)
+    expect_shown(integral, name, expected, value, TypeError)
 
 
 def expect_positive_int(value, name: str) -> int:
@@ -153,14 +159,14 @@ def expect_seed(value, name: str = "seed") -> int:
 
 
 def expect_bool(value, name: str) -> bool:
-    expect(isinstance(value, (bool, np.bool_)), name, "True or False", describe(value), TypeError)
+    expect_shown(isinstance(value, (bool, np.bool_)), name, "True or False", value, TypeError)
     return bool(value)
 
 
 def expect_choice(value, name: str, choices: Sequence):
     """One of a few names or constants; nothing that is only equal to one, such as True to 1."""
     known = any(value is c or (type(value) is type(c) and isinstance(c, (str, int)) and value == c) for c in choices)
-    expect(known, name, one_of(choices), value if isinstance(value, str) and len(value) <= 80 else describe(value))
+    expect(known, name, one_of(choices), value)
     return value
 
 
@@ -171,24 +177,32 @@ def one_of(choices: Iterable) -> str:
 
 
 def expect_text(value, name: str, expected: str = "a text") -> str:
-    expect(isinstance(value, str), name, expected, describe(value), TypeError)
+    expect_shown(isinstance(value, str), name, expected, value, TypeError)
     expect(value != "", name, expected, "''")
     return value
 
 
+def expect_shape(value, name: str, expected: str, length: int | None = None) -> tuple[int, ...]:
+    """Sizes of at least 1, as many as `length` or one at least, as Python's integers."""
+    is_shape = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    expect_shown(is_shape, name, expected, value, TypeError)
+    expect_shown(len(value) == (length or len(value) or 1), name, expected, value)
+    return tuple(expect_int(size, name, expected, 1) for size in value)
+
+
 def expect_list(value, name: str, expected: str) -> list:
-    """The entries of a sequence or an iterator; a text or a tensor is none."""
+    """The entries of a sequence or an iterator; bytes are none."""
     try:
-        entries = None if isinstance(value, (str, bytes, Tensor)) else list(value)
+        entries = None if isinstance(value, bytes) else list(value)
     except Exception:  # whatever its iterator raises
         entries = None
-    expect(entries is not None, name, expected, describe(value), TypeError)
+    expect_shown(entries is not None, name, expected, value, TypeError)
     return entries
 
 
 def expect_callable(value, name: str, expected: str) -> Callable:
     """Something to call; a class is not meant by any argument, and would be made an object of."""
-    expect(callable(value) and not isinstance(value, type), name, expected, describe(value), TypeError)
+    expect_shown(callable(value) and not isinstance(value, type), name, expected, value, TypeError)
     return value
 
 
@@ -204,22 +218,22 @@ def expect_takes(function, name: str, expected: str, *args) -> None:
 
 
 def expect_mapping(value, name: str, expected: str = "a dict with names as keys") -> Mapping[str, Any]:
-    expect(isinstance(value, Mapping), name, expected, describe(value), TypeError)
-    expect(all(isinstance(key, str) for key in value), name, expected, describe(value), TypeError)
+    expect_shown(isinstance(value, Mapping), name, expected, value, TypeError)
+    expect_shown(all(isinstance(key, str) for key in value), name, expected, value, TypeError)
     return value
 
 
 def expect_dtype(value, name: str, dtypes: Sequence[torch.dtype | None]):
     expected = " or ".join(str(d) for d in dtypes)
-    expect(any(value is d for d in dtypes), name, expected, describe(value), TypeError)
+    expect_shown(any(value is d for d in dtypes), name, expected, value, TypeError)
     return value
 
 
 def expect_path(value, name: str) -> Path:
     fits = isinstance(value, (str, os.PathLike))
     path = Path(value) if fits and isinstance(os.fspath(value), str) else None
-    expect(path is not None, name, "a path", describe(value), TypeError)
-    expect(path.name != "" and "\0" not in str(path), name, "the path of a file", describe(value))
+    expect_shown(path is not None, name, "a path", value, TypeError)
+    expect_shown(path.name != "" and "\0" not in str(path), name, "the path of a file", value)
     return path
 
 
@@ -244,7 +258,7 @@ def expect_float64(value, name: str, expected: str) -> Tensor:
             return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().contiguous()
     except Exception:  # by what is wrong with it; lists of objects raise what these do
         pass
-    expect(False, name, expected, describe(value), TypeError)
+    expect_shown(False, name, expected, value, TypeError)
 
 
 MOST_STEPS = 1_000_000  # of a grid
@@ -274,11 +288,20 @@ def expect_like(t: Tensor, name: str, x: Tensor) -> None:
         expect(False, name, f"x's shape {list(x.shape)} on {x.device}", t)
 
 
+def expect_out(t, name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """A tensor to write to, of x's shape and where x is."""
+    expect_tensor(t, name, dtypes)
+    expect_like(t, name, x)
+    if not t.is_contiguous() and any(
+        stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)
+    ):
+        expect(False, name, "a tensor with memory for each element", f"an expanded one, {describe(t)}")
+
+
 def expect_low(low, x: Tensor) -> None:
     """What a second output in low precision may be: None, a dtype, or a tensor of one and of x's shape."""
     if isinstance(low, Tensor):
-        expect_tensor(low, "low", LOW)
-        expect_like(low, "low", x)
+        expect_out(low, "low", x, LOW)
     elif not (low is None or low is torch.bfloat16 or low is torch.float16):
         expect(False, "low", "torch.bfloat16, torch.float16 or a tensor of one of them", low, TypeError)
 

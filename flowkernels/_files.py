@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flowkernels._checks import describe, expect
+from flowkernels._checks import expect, expect_shown
 
 try:
     import fcntl
@@ -324,7 +324,7 @@ def plain(value) -> Any:
     if isinstance(value, numbers.Real):
         number = float(value)
         return number if abs(number) < float("inf") else str(number)
-    expect(isinstance(value, os.PathLike), "notes", "what JSON can hold", describe(value), TypeError)
+    expect_shown(isinstance(value, os.PathLike), "notes", "what JSON can hold", value, TypeError)
     return os.fspath(value)
 
 

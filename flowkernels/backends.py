@@ -15,7 +15,7 @@ import os
 
 import torch
 
-from flowkernels._checks import expect
+from flowkernels._checks import describe, expect, expect_shown
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 # that of torch 2.9: 3.4 has no tl.dot of float64, 3.3 no types as constants, 3.2 no tuples. For AMD's GPUs it does not
@@ -148,11 +148,15 @@ def _why_not_triton(device: torch.device) -> str | None:
     return None
 
 
+class _UnknownBackend(BackendError, ValueError):
+    """A name that no backend has."""
+
+
 def _checked(name: str | None, source: str) -> str | None:
-    if name in (None, "", "auto"):
+    if name is None or (isinstance(name, str) and name in ("", "auto")):
         return None
-    if name not in BACKENDS:
-        raise BackendError(f"{source}: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise _UnknownBackend(f"{source}: expected one of auto, {', '.join(BACKENDS)}, got {describe(name)}")
     return name
 
 
@@ -195,7 +199,12 @@ def explain(op: str, device: torch.device | str) -> str:
 
     Raises BackendError, as the call would, where a backend was asked for that cannot run it.
     """
-    expect(hasattr(torch.ops.flowkernels, op), "op", "one of flowkernels.ops.OPS", repr(op))
+    known = isinstance(op, str) and hasattr(torch.ops.flowkernels, op)
+    expect_shown(known, "op", "one of flowkernels.ops.OPS", op)
+    try:
+        device = torch.device(device)
+    except Exception as e:  # RuntimeError or TypeError
+        expect(False, "device", "a torch device, or its name", f"{describe(device)} ({str(e).splitlines()[0]:.120})")
     requested = _requested.get() or _from_environment()
     if requested != "auto":
         return f"{op} on {device}: {_decide(op, device, requested)}, as asked"

@@ -33,6 +33,7 @@ from flowkernels._checks import (
     expect_real,
     expect_room,
     expect_seed,
+    expect_shown,
     expect_times,
     expect_values,
 )
@@ -117,7 +118,7 @@ class Calibration(Mapping):
         for name, of in (("schedules", Schedule), ("solvers", Solver), ("verified", Mapping)):
             entries, expected = getattr(self, name), f"a dict from numbers of steps to {of.__name__}s"
             known = isinstance(entries, Mapping) and all(isinstance(v, of) for v in entries.values())
-            expect(known, name, expected, describe(entries), TypeError)
+            expect_shown(known, name, expected, entries, TypeError)
             for n in entries:
                 expect_int(n, name, expected, 1)
         expect_mapping(self.provenance, "provenance")

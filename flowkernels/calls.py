@@ -24,7 +24,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowkernels import _ranges
-from flowkernels._checks import expect, expect_int, expect_positive_int, expect_room
+from flowkernels._checks import (
+    expect,
+    expect_int,
+    expect_path,
+    expect_positive_int,
+    expect_real,
+    expect_room,
+    expect_shown,
+)
 from flowkernels._files import damaged, expect_file, expect_target, whole_file, write_or_keep
 from flowkernels._weights import CODES
 from flowkernels.ops import OPS
@@ -59,10 +67,10 @@ def record_calls(op: str, path: str | Path, *, calls: int = 8, max_gb: float = 4
     Raises:
         ValueError: naming the argument; after the block, if no call was stored. OSError if the file cannot be written.
     """
-    expect(op in OPS, "op", f"one of {', '.join(OPS)}", repr(op))
-    expect_positive_int(calls, "calls")
-    expect(max_gb > 0, "max_gb", "more than 0", max_gb)
-    path = Path(path)
+    expect_shown(isinstance(op, str) and op in OPS, "op", f"one of {', '.join(OPS)}", op)
+    calls = expect_positive_int(calls, "calls")
+    max_gb = expect_real(max_gb, "max_gb", "more than 0", lambda a: a > 0)
+    path = expect_path(path, "path")
     expect(path.parent.is_dir(), "path", "a file in a folder that exists", str(path))
     target = expect_target(path)  # now: the program may go to another folder
     with tempfile.TemporaryFile(dir=target.parent) as spool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowkernels import ops
-from flowkernels._checks import describe, expect, expect_float64, expect_positive_int
+from flowkernels._checks import expect, expect_float64, expect_positive_int, expect_shown
 from flowkernels.backends import backend
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops.euler_step.reference import guided
@@ -379,7 +379,7 @@ def free(
     )
     fractions = expect_float64(candidates, "candidates", expected)
     given = fractions.tolist() if fractions.dim() == 1 else []
-    expect(len(given) > 0 and all(0 <= c < 1 for c in given), "candidates", expected, describe(candidates))
+    expect_shown(len(given) > 0 and all(0 <= c < 1 for c in given), "candidates", expected, candidates)
     tables, evaluations = [], 0
     for part in given:
         v = some.v

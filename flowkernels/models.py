@@ -17,13 +17,36 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flowkernels import _weights
-from flowkernels._checks import FLOATS, expect, expect_values
+from flowkernels._checks import (
+    FLOATS,
+    expect,
+    expect_float64,
+    expect_int,
+    expect_noise,
+    expect_number,
+    expect_path,
+    expect_positive_int,
+    expect_room,
+    expect_shape,
+    expect_shown,
+    expect_tensor,
+    expect_values,
+)
 from flowkernels._files import damaged
 from flowkernels.velocity_field import HasTimeEmbedding
 
 
+def _expect_sizes(least: int = 1, **sizes: int) -> None:
+    for name, size in sizes.items():
+        expect_int(size, name, f"an integer of at least {least}", least, MOST)
+
+
 def sinusoidal_embedding(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
     """cos and sin of t at `dim // 2` frequencies from 1 to 1e-4, `[n] -> [n, dim]`."""
+    expect_tensor(t, "t")
+    expect(t.dim() == 1, "t", "times of shape [n]", t)
+    _expect_sizes(2, dim=dim)
+    scale = expect_number(scale, "scale")
     freqs = torch.exp(-math.log(1e4) / (dim // 2) * torch.arange(dim // 2, device=t.device, dtype=torch.float32))
     angles = (scale * t.float())[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -34,6 +57,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, frequencies: int, width: int):
         super().__init__()
+        _expect_sizes(2, frequencies=frequencies), _expect_sizes(width=width)
         self.frequencies = frequencies
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
@@ -55,6 +79,7 @@ class ResidualMLP(nn.Module, HasTimeEmbedding):
 
     def __init__(self, dim: int = 64, width: int = 256, blocks: int = 3, time_width: int = 128):
         super().__init__()
+        _expect_sizes(dim=dim, width=width, time_width=time_width), _expect_sizes(0, blocks=blocks)
         self.config = dict(dim=dim, width=width, blocks=blocks, time_width=time_width)
         self.time = TimeEmbedding(64, time_width)
         self.input = nn.Linear(dim, width)
@@ -119,8 +144,11 @@ class UNet(nn.Module, HasTimeEmbedding):
 
     def __init__(self, channels: int = 1, widths: tuple = (32, 64, 96), time_width: int = 128):
         super().__init__()
+        _expect_sizes(channels=channels, time_width=time_width)
+        expected = "three multiples of 8, the channels of each resolution"
+        a, b, c = widths = expect_shape(widths, "widths", expected, 3)
+        expect(not any(width % 8 or width > MOST for width in widths), "widths", expected, widths)
         self.config = dict(channels=channels, widths=list(widths), time_width=time_width)
-        a, b, c = widths
         self.time = TimeEmbedding(64, time_width)
         self.stem = nn.Conv2d(channels, a, 3, padding=1)
         self.down1, self.pool1 = _ConvBlock(a, a, time_width), nn.Conv2d(a, b, 3, stride=2, padding=1)
@@ -188,6 +216,8 @@ class DiT(nn.Module, HasTimeEmbedding):
         time_width: int = 128,
     ):
         super().__init__()
+        sizes = dict(channels=channels, size=size, patch=patch, width=width, heads=heads, time_width=time_width)
+        _expect_sizes(**sizes), _expect_sizes(0, blocks=blocks)
         expect(size % patch == 0, "size", f"a multiple of patch = {patch}", size)
         expect(width % heads == 0, "width", f"a multiple of heads = {heads}", width)
         self.config = dict(channels=channels, size=size, patch=patch, width=width, blocks=blocks, heads=heads)
@@ -229,7 +259,7 @@ class EmpiricalVelocity(nn.Module):
 
     def __init__(self, data: Tensor):
         super().__init__()
-        self.register_buffer("data", data.flatten(1))
+        self.register_buffer("data", expect_noise(data, "data").flatten(1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         flat, s = x.flatten(1), t.to(x.dtype)[:, None]
@@ -257,12 +287,14 @@ class GaussianMixtureVelocity(nn.Module):
         ok = means.dim() >= 2 and means.numel() > 0 and bool(torch.isfinite(means).all())
         expect(ok, "means", "finite means of shape [m, *shape]", means)
         m, self.shape = len(means), tuple(means.shape[1:])
-        stds = torch.as_tensor(stds, dtype=means.dtype, device=means.device)
+        expected = f"{m} positive numbers, one for each mode"
+        stds = expect_float64(stds, "stds", expected).to(means)
         stds = stds.expand(m) if stds.dim() == 0 else stds
-        weights = torch.as_tensor([1.0] * m if weights is None else weights, dtype=means.dtype, device=means.device)
+        weights = expect_float64([1.0] * m if weights is None else weights, "weights", expected).to(means)
         for name, value in (("stds", stds), ("weights", weights)):
             positive = value.shape == (m,) and bool((value > 0).all()) and bool(torch.isfinite(value).all())
-            expect(positive, name, f"{m} positive numbers, one for each mode", value.tolist())
+            if not positive:
+                expect(False, name, expected, value.tolist())
         self.register_buffer("means", means.flatten(1).clone())
         self.register_buffer("stds", stds.clone())
         self.register_buffer("weights", weights / weights.sum())
@@ -280,10 +312,16 @@ class GaussianMixtureVelocity(nn.Module):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Samples of the mixture itself, `[n, *shape]`; the generator is of the CPU."""
+        expect_positive_int(n, "n")
+        expect_room(8 * n * self.means.shape[1], "n", "samples", f"{n}")
+        known = generator is None or isinstance(generator, torch.Generator)
+        expect_shown(known, "generator", "a torch.Generator or None", generator, TypeError)
         mode = torch.multinomial(self.weights.cpu(), n, replacement=True, generator=generator).to(self.means.device)
         noise = torch.randn(n, self.means.shape[1], generator=generator, device="cpu").to(self.means)
         return (self.means[mode] + self.stds[mode, None] * noise).view(n, *self.shape)
 
+
+MOST = 1 << 24  # of any one of a network's sizes
 
 _ARCHITECTURES = {"ResidualMLP": ResidualMLP, "UNet": UNet, "DiT": DiT}
 
@@ -320,11 +358,16 @@ BUNDLED = {
 
 def save_network(net: nn.Module, path: str | Path, **notes) -> None:
     """Write a bundled architecture's weights with its configuration, as one safetensors file with its SHA-256."""
+    path = expect_path(path, "path")
+    expect_shown(
+        type(net).__name__ in _ARCHITECTURES, "net", f"a network of {' or '.join(_ARCHITECTURES)}", net, TypeError
+    )
     _weights.write(path, net.state_dict(), architecture=type(net).__name__, config=net.config, notes=notes)
 
 
 def network_notes(path: str | Path) -> dict:
     """What `save_network` was told about the training, such as the iterations. ValueError if the file is damaged."""
+    path = expect_path(path, "path")
     _, metadata = _weights.read(path, "path", "a safetensors checkpoint")
     with damaged("path", "a safetensors checkpoint", path):
         return _weights.parsed(metadata, "notes")
@@ -337,6 +380,7 @@ def load_network(path: str | Path) -> nn.Module:
     Raises:
         FileNotFoundError; ValueError if the file is something else, or was changed since it was written.
     """
+    path = expect_path(path, "path")
     state, metadata = _weights.read(path, "path", "a safetensors checkpoint", stacklevel=3)
     known = " or ".join(_ARCHITECTURES)
     name = metadata.get("architecture")

@@ -12,7 +12,6 @@ from torch import Tensor
 from flowkernels import ops
 from flowkernels._checks import (
     FLOATS,
-    describe,
     expect,
     expect_bool,
     expect_device,
@@ -22,6 +21,7 @@ from flowkernels._checks import (
     expect_positive_int,
     expect_real,
     expect_room,
+    expect_shown,
     expect_times,
     expect_values,
 )
@@ -126,16 +126,16 @@ def _expect_places(indices, times: Tensor, grid: Tensor) -> tuple[int, ...]:
     fits = fits and all(isinstance(i, numbers.Integral) and 0 <= i < len(grid) for i in indices)
     places = tuple(map(int, indices)) if fits else ()
     fits = fits and torch.equal(grid[list(places)], times)
-    expect(fits, "indices", f"the places of the {len(times)} times in the grid", describe(indices))
+    expect_shown(fits, "indices", f"the places of the {len(times)} times in the grid", indices)
     return places
 
 
 def _expect_interval(ends) -> tuple[float, float]:
     expected = "two finite numbers, the lower one first"
     two = isinstance(ends, Sequence) and not isinstance(ends, str) and len(ends) == 2
-    expect(two, "interval", expected, describe(ends), TypeError)
+    expect_shown(two, "interval", expected, ends, TypeError)
     low, high = (expect_real(end, "interval", expected) for end in ends)
-    expect(low <= high, "interval", expected, describe(ends))
+    expect_shown(low <= high, "interval", expected, ends)
     return low, high
 
 
@@ -297,6 +297,7 @@ def bellman(
 def expect_steps(steps: int | Iterable[int], K: int) -> list[int]:
     """The wanted numbers of steps, each an integer in 1..K."""
     one = isinstance(steps, (numbers.Integral, str))
+    expect_shown(not isinstance(steps, Tensor), "steps", "a number of steps or several", steps, TypeError)
     several = [steps] if one else expect_list(steps, "steps", "a number of steps or several")
     wanted = sorted({expect_positive_int(n, "steps") for n in several})
     expect(len(wanted) > 0, "steps", "at least one number of steps", "none")

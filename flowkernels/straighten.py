@@ -23,6 +23,7 @@ from flowkernels._checks import (
     expect_real,
     expect_room,
     expect_seed,
+    expect_shape,
     expect_takes,
     expect_times,
 )
@@ -430,11 +431,7 @@ def _noise_source(noise, device: torch.device) -> Callable[[int, torch.Generator
             return x.to(device)
 
         return drawn
-    is_shape = isinstance(noise, Sequence) and not isinstance(noise, (str, bytes))
-    expect(is_shape, "noise", "a tensor, a shape or a function (n, generator)", describe(noise), TypeError)
-    expected = "a shape of at least one dimension, each >= 1"
-    shape = [expect_int(d, "noise", expected, 1) for d in noise]
-    expect(len(shape) >= 1, "noise", expected, noise)
+    shape = expect_shape(noise, "noise", "a tensor, a shape of sizes >= 1 or a function (n, generator)")
 
     def normal(n: int, generator: torch.Generator) -> Tensor:
         return torch.randn(n, *shape, generator=generator, dtype=torch.float32, device="cpu").to(device)

@@ -6,9 +6,10 @@ import functools
 import torch
 from torch import nn
 
-from flowkernels._checks import expect
+from flowkernels._checks import expect, expect_positive_int, expect_times
 from flowkernels.fuse_head import FinalLayer
 from flowkernels.ops import linear_update
+from flowkernels.schedule import Schedule
 from flowkernels.solver import NEGLIGIBLE, Solver
 
 
@@ -94,7 +95,8 @@ def solver_scheduler(solver, num_train_timesteps: int = 1000):
     what it hands back where it has changed it. An image as the start (strength below 1) needs a solver that looks back
     at no velocity before it, such as Euler steps. `save_config` keeps the whole solver.
     """
-    solver = Solver.of(solver)
+    expect_positive_int(num_train_timesteps, "num_train_timesteps")
+    solver = Solver.of(solver if isinstance(solver, (Schedule, Solver)) else expect_times(solver, "solver"))
     expect(not solver.is_inverse, "solver", "a solver from noise to data", solver)
     return _scheduler_class()(solver.to_dict(), num_train_timesteps)
 

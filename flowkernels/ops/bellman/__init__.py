@@ -31,9 +31,9 @@ def bellman(cost: Tensor, steps: int, carry: float = 1.0) -> tuple[Tensor, Tenso
     """
     expect_tensor(cost, "cost", (torch.float64,))
     expect(cost.dim() == 2 and cost.shape[0] == cost.shape[1] >= 2, "cost", "shape [K+1, K+1] with K >= 1", cost)
-    expect_positive_int(steps, "steps")
+    steps = expect_positive_int(steps, "steps")
     expect(steps <= cost.shape[0] - 1, "steps", f"at most K = {cost.shape[0] - 1}", steps)
-    expect_number(carry, "carry")
+    carry = expect_number(carry, "carry")
     cost = cost.detach()
     if (C := direct("bellman", cost)) is not None:
         return _kernel(C, cost, steps, carry)

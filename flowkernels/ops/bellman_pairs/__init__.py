@@ -39,7 +39,7 @@ def bellman_pairs(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tens
     expect(
         first.shape == (n,) and first.device == cost.device, "first", f"shape [{n}] on {cost.device}, as cost", first
     )
-    expect_positive_int(steps, "steps")
+    steps = expect_positive_int(steps, "steps")
     expect(steps <= n - 1, "steps", f"at most K = {n - 1}", steps)
     first, cost = first.detach(), cost.detach()
     if (C := direct("bellman_pairs", first, cost)) is not None:

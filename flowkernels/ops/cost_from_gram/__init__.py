@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect, expect_tensor, expect_times
+from flowkernels._checks import expect, expect_bool, expect_tensor, expect_times
 from flowkernels.ops._library import direct, register, stream_of
 from flowkernels.ops.cost_from_gram import reference
 
@@ -29,7 +29,7 @@ def cost_from_gram(gram: Tensor, times: Tensor, *, states: bool = False) -> Tens
     Source: docs/mathematics.md; the cost is that of BOSS (arXiv 2312.16414, section 3).
     """
     expect_tensor(gram, "gram", (torch.float64,))
-    t = expect_times(times, "times")
+    t, states = expect_times(times, "times"), expect_bool(states, "states")
     rows = 2 * len(t) - 3 if states else len(t) - 2
     if gram.shape != (rows, rows):
         expect(False, "gram", f"shape [{rows}, {rows}], for {len(t)} knots", gram)

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from flowkernels._checks import LOW, expect, expect_like, expect_low, expect_number, expect_tensor
+from flowkernels._checks import LOW, expect, expect_like, expect_low, expect_number, expect_out, expect_tensor
 from flowkernels.ops._library import (
     DTYPE_CODES,
     direct,
@@ -57,15 +57,15 @@ def euler_step(
     allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *LOW)
     expect_tensor(v, "v", allowed)
     expect_like(v, "v", x)
-    expect_number(h, "h")
-    expect_number(guidance, "guidance")
+    h, guidance = expect_number(h, "h"), expect_number(guidance, "guidance")
     if v_uncond is not None:
         expect_tensor(v_uncond, "v_uncond", (v.dtype,))
         expect_like(v_uncond, "v_uncond", x)
-    else:
-        expect(guidance == 1.0, "guidance", "1 without v_uncond", guidance)
+    elif guidance != 1.0:
+        expect(False, "guidance", "1 without v_uncond", guidance)
     wants_low = low is not None
-    expect_low(low, x)
+    if wants_low:
+        expect_low(low, x)
 
     functional = out is None and not isinstance(low, Tensor)
     if functional and (C := direct("euler_step", x, v, v_uncond)) is not None:
@@ -84,8 +84,7 @@ def euler_step(
 
     if out is None:
         out = torch.empty_like(x)
-    expect_tensor(out, "out", (x.dtype,))
-    expect_like(out, "out", x)
+    expect_out(out, "out", x, (x.dtype,))
     if wants_low and not isinstance(low, Tensor):
         low = torch.empty_like(x, dtype=low)
     if torch.is_grad_enabled():

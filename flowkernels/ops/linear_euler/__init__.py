@@ -10,9 +10,12 @@ from flowkernels._checks import (
     LOW,
     expect,
     expect_like,
+    expect_list,
     expect_low,
     expect_number,
+    expect_out,
     expect_positive_int,
+    expect_shown,
     expect_tensor,
 )
 from flowkernels.ops._library import (
@@ -28,6 +31,7 @@ from flowkernels.ops._library import (
 from flowkernels.ops.linear_euler import reference
 
 ORDERS = ("pqc", "cpq")
+TERMS = "a sequence, one entry for each term"
 
 
 def linear_euler(
@@ -99,7 +103,9 @@ def linear_euler(
     expect(x.dim() >= 1, "x", "shape [n, *shape]", x)
     wide = x.dtype == torch.float64
     expect_tensor(z, "z", (torch.float64,) if wide else (torch.float32, *LOW))
-    _expect_shapes(x, z, weight, patch, order, guidance)
+    guidance = None if guidance is None else expect_number(guidance, "guidance")
+    expect_shown(isinstance(order, str) and order in ORDERS, "order", " or ".join(map(repr, ORDERS)), order)
+    _expect_shapes(x, z, weight, patch, guidance)
     m, d = len(z), z.shape[-1]
     names = ("bias", "norm_weight", "norm_bias", "scale", "shift")
     parameters = (bias, norm_weight, norm_bias, scale, shift)
@@ -107,12 +113,12 @@ def linear_euler(
         if t is not None:
             rows = (m, d) if name in ("scale", "shift") else ()
             _expect_parameter(t, name, rows or (len(weight) if name == "bias" else d,), x, z)
-    expect_number(h, "h")
+    h = expect_number(h, "h")
     if norm is None:
         for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
             expect(t is None, name, "None without norm", t)
     else:
-        expect_number(norm, "norm")
+        norm = expect_number(norm, "norm")
     history, b = _expect_history(history, b, x)
     wants_low = low is not None
     expect_low(low, x)
@@ -142,11 +148,9 @@ def linear_euler(
         return (new, copy) if wants_low else new
 
     out = _empty(x) if out is None else out
-    expect_tensor(out, "out", (x.dtype,))
-    expect_like(out, "out", x)
+    expect_out(out, "out", x, (x.dtype,))
     if velocity_out is not None:
-        expect_tensor(velocity_out, "velocity_out", (torch.float64,) if wide else (torch.float32, *LOW))
-        expect_like(velocity_out, "velocity_out", x)
+        expect_out(velocity_out, "velocity_out", x, (torch.float64,) if wide else (torch.float32, *LOW))
     if wants_low and not isinstance(low, Tensor):
         low = _empty(x, low)
     if (C := direct("linear_euler_out", *tensors, out, low, velocity_out)) is not None:
@@ -158,7 +162,7 @@ def linear_euler(
 
 def _expect_parameter(t, name: str, shape: tuple[int, ...], x: Tensor, z: Tensor) -> None:
     """A parameter in z's dtype or the state's; of rows `[m, d]`, one may be for all."""
-    if not isinstance(t, Tensor) or (t.dtype != z.dtype and t.dtype != x.dtype):
+    if not isinstance(t, Tensor) or t.layout is not torch.strided or (t.dtype != z.dtype and t.dtype != x.dtype):
         expect_tensor(t, name, tuple(dict.fromkeys((z.dtype, x.dtype))))
     shared = len(shape) == 2 and t.shape == (1, shape[1])
     if (t.shape != shape and not shared) or t.device != x.device:
@@ -166,14 +170,12 @@ def _expect_parameter(t, name: str, shape: tuple[int, ...], x: Tensor, z: Tensor
         expect(False, name, f"shape {list(shape)}{either} on {x.device}", t)
 
 
-def _expect_shapes(x, z, weight, patch, order, guidance) -> None:
+def _expect_shapes(x, z, weight, patch, guidance) -> None:
     """That the outputs of z's tokens are the state's elements."""
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.numel() == 0:
         expect(False, "weight", "a tensor of shape [outputs, d], not empty", expect_tensor(weight, "weight"))
     _expect_parameter(weight, "weight", weight.shape, x, z)
     outputs, d = weight.shape
-    if guidance is not None:
-        expect_number(guidance, "guidance")
     m = len(x) if guidance is None else 2 * len(x)
     if z.dim() < 2 or len(z) != m or z.shape[-1] != d or z.device != x.device:
         halves = "" if guidance is None else ": conditional and unconditional samples"
@@ -185,7 +187,6 @@ def _expect_shapes(x, z, weight, patch, order, guidance) -> None:
             expect(False, "weight", needed, weight)
         return
     expect_positive_int(patch, "patch")
-    expect(order in ORDERS, "order", " or ".join(map(repr, ORDERS)), repr(order))
     expect(x.dim() == 4 and 0 not in x.shape[1:], "x", "shape [n, C, H, W], of patches", x)
     C, H, W = x.shape[1:]
     if H % patch or W % patch:
@@ -197,18 +198,16 @@ def _expect_shapes(x, z, weight, patch, order, guidance) -> None:
 
 
 def _expect_history(history, b, x) -> tuple[list[Tensor], list[float]]:
-    if history == () and b == ():
+    if type(history) is tuple is type(b) and not history and not b:
         return [], []
-    for name, terms in (("history", history), ("b", b)):
-        expect(hasattr(terms, "__iter__"), name, "a sequence, one entry for each term", terms, TypeError)
-    history, b = list(history), list(b)
+    history, b = expect_list(history, "history", TERMS), expect_list(b, "b", TERMS)
     expect(len(history) == len(b), "b", f"{len(history)} coefficients, one for each velocity", f"{len(b)}")
     allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *LOW)
     for i, (term, factor) in enumerate(zip(history, b, strict=True)):
         expect_tensor(term, f"history[{i}]", allowed)
         allowed = (term.dtype,)
         expect_like(term, f"history[{i}]", x)
-        expect_number(factor, f"b[{i}]")
+        b[i] = expect_number(factor, f"b[{i}]")
     return history, b
 
 

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowkernels._checks import LOW, expect, expect_like, expect_low, expect_number, expect_tensor
+from flowkernels._checks import (
+    LOW,
+    expect,
+    expect_like,
+    expect_list,
+    expect_low,
+    expect_number,
+    expect_out,
+    expect_tensor,
+)
 from flowkernels.ops._library import (
     DTYPE_CODES,
     direct,
@@ -17,6 +26,8 @@ from flowkernels.ops._library import (
     stream_of,
 )
 from flowkernels.ops.linear_update import reference
+
+TERMS = "a sequence, one entry for each term"
 
 
 def linear_update(
@@ -52,21 +63,21 @@ def linear_update(
     Source: a linear multistep method written from its first state, `x_{k+1} = x_0 + sum_{i<=k} b_{k,i} v_i`.
     """
     expect_tensor(x, "x", (torch.float32, torch.float64))
-    for name, terms in (("v", v), ("b", b)):
-        expect(hasattr(terms, "__iter__"), name, "a sequence, one entry for each term", terms, TypeError)
-    v, b = list(v), list(b)
+    v, b = expect_list(v, "v", TERMS), expect_list(b, "b", TERMS)
     expect(len(v) > 0, "v", "at least one velocity", "none")
     expect(len(v) == len(b), "b", f"{len(v)} coefficients, one for each velocity", f"{len(b)}")
     allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *LOW)
     for i, (term, factor) in enumerate(zip(v, b, strict=True)):
-        if not isinstance(term, Tensor) or term.dtype not in allowed or term.shape != x.shape:
+        if not isinstance(term, Tensor) or term.dtype not in allowed or term.layout is not torch.strided:
             expect_tensor(term, f"v[{i}]", allowed)
         allowed = (term.dtype,)
-        expect_like(term, f"v[{i}]", x)
+        if term.shape != x.shape or term.device != x.device:
+            expect_like(term, f"v[{i}]", x)
         if type(factor) is not float:
-            expect_number(factor, f"b[{i}]")
+            b[i] = expect_number(factor, f"b[{i}]")
     wants_low = low is not None
-    expect_low(low, x)
+    if wants_low:
+        expect_low(low, x)
 
     functional = out is None and not isinstance(low, Tensor)
     if functional and (C := direct("linear_update", x, *v)) is not None:
@@ -83,8 +94,7 @@ def linear_update(
         return (new, copy) if wants_low else new
 
     out = _empty(x) if out is None else out
-    expect_tensor(out, "out", (x.dtype,))
-    expect_like(out, "out", x)
+    expect_out(out, "out", x, (x.dtype,))
     if wants_low and not isinstance(low, Tensor):
         low = _empty(x, low)
     if torch.is_grad_enabled():

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect, expect_number, expect_tensor
+from flowkernels._checks import expect, expect_bool, expect_int, expect_list, expect_number, expect_tensor
 from flowkernels.ops._library import (
     DTYPE_CODES,
     direct,
@@ -112,11 +112,10 @@ def mlp_sample(
     """
     expect_tensor(x, "x", (torch.float32,))
     expect(x.dim() == 2 and x.shape[1] > 0, "x", "shape [n, D] with D > 0", x)
-    expect(low in (None, torch.bfloat16), "low", "torch.bfloat16 or None", low, TypeError)
-    expect_number(guidance, "guidance")
+    expect(low is None or low is torch.bfloat16, "low", "torch.bfloat16 or None", low, TypeError)
+    guidance, trajectory = expect_number(guidance, "guidance"), expect_bool(trajectory, "trajectory")
     expect(guidance == 1.0 or unconditional is not None, "guidance", "1 without unconditional", guidance)
-    expect(hasattr(step_sizes, "__iter__"), "step_sizes", "a sequence of numbers", step_sizes, TypeError)
-    h = expect_steps(list(step_sizes))
+    h = expect_steps(expect_list(step_sizes, "step_sizes", "a sequence of numbers"))
     expect_layers(layers, "layers", x, len(h))
     if unconditional is not None:
         expect_layers(unconditional, "unconditional", x, len(h))
@@ -140,16 +139,16 @@ def mlp_sample(
 
 def expect_steps(steps: list) -> list[float] | list[Update]:
     if not any(isinstance(step, (tuple, list)) for step in steps):
-        for i, size in enumerate(steps):
-            expect_number(size, f"step_sizes[{i}]")
-        return [float(size) for size in steps]
+        return [float(expect_number(size, f"step_sizes[{i}]")) for i, size in enumerate(steps)]
     for i, update in enumerate(steps):
         where, triple = f"step_sizes[{i}]", "(whether from x, which velocities, their factors), as all others"
         expect(isinstance(update, (tuple, list)) and len(update) == 3, where, triple, update, TypeError)
         from_start, which, factors = update
         expect(isinstance(from_start, bool), where, "True or False first", from_start, TypeError)
-        rises = all(isinstance(k, int) for k in which) and all(a < b for a, b in pairwise([-1, *which, i + 1]))
-        expect(rises, where, f"increasing numbers of evaluations from 0 to {i}", which)
+        expected = f"increasing numbers of evaluations from 0 to {i}"
+        which, factors = expect_list(which, where, expected), expect_list(factors, where, "a list of factors")
+        rises = all(type(k) is int for k in which) and all(a < b for a, b in pairwise([-1, *which, i + 1]))
+        expect(rises, where, expected, which)
         expect(len(factors) == len(which), where, f"{len(which)} factors", factors)
         for k, factor in zip(which, factors, strict=True):
             expect_number(factor, f"{where}, factor of {k}")
@@ -170,22 +169,26 @@ def expect_layers(layers: Sequence[Layer], name: str, x: Tensor, steps: int) -> 
     for i, layer in enumerate(layers):
         where = f"{name}[{i}]"
         expect(isinstance(layer, Layer), where, "a Layer", layer, TypeError)
-        expect(layer.map in MAPS, f"{where}.map", f"one of {', '.join(MAPS)}", layer.map)
-        expect(layer.combine in COMBINES, f"{where}.combine", f"one of {', '.join(COMBINES)}", layer.combine)
-        known = ", ".join(ACTIVATIONS)
-        expect(layer.activation in ACTIVATIONS, f"{where}.activation", f"one of {known}", layer.activation)
+        for what, names in (("map", MAPS), ("combine", COMBINES), ("activation", ACTIVATIONS)):
+            given = getattr(layer, what)
+            expect(isinstance(given, str) and given in names, f"{where}.{what}", f"one of {', '.join(names)}", given)
+        for what in ("eps", "alpha", "gain"):
+            expect_number(getattr(layer, what), f"{where}.{what}")
+        expect_int(layer.width, f"{where}.width", "at least 1", 1)
+        expect_int(layer.first, f"{where}.first", "a number of columns", 0)
         together = (layer.combine == "none") == (layer.other is None)
         expect(together, f"{where}.other", "a source with combine, and None without", layer.other)
         for what, source in (("source", layer.source), ("other", layer.other)):
-            if source is None:
+            if source is None and what == "other":
                 continue
+            is_source = isinstance(source, tuple) and [type(n) for n in source] == [int] * 3
+            expect(is_source, f"{where}.{what}", "a Source of three integers", source, TypeError)
             value, first, width = source
             last = len(widths) - (1 if layer.first else 0)
             fits = 0 <= value < last and first >= 0 and width > 0 and first + width <= widths[value]
             expect(fits, f"{where}.{what}", f"columns of an earlier value of {widths[:last]} columns", source)
         fits = layer.other is None or layer.other.width == layer.width
         expect(fits, f"{where}.other", f"width {layer.width}", layer.other)
-        expect(layer.width > 0, f"{where}.width", "at least 1", layer.width)
         if layer.map == "linear":
             expect_tensor(layer.weight, f"{where}.weight", (torch.float32,))
             shape = [layer.width, layer.source.width]

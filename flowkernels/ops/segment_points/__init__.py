@@ -36,7 +36,7 @@ def segment_points(
         if u.shape != interval.shape or u.device != bank.device:
             expect(False, "u", f"[{len(interval)}] on {bank.device}", u)
         u = u.detach()
-    if dtype not in (None, bank.dtype, torch.bfloat16, torch.float16):
+    if dtype is not None and not any(dtype is d for d in (bank.dtype, torch.bfloat16, torch.float16)):
         expect(False, "dtype", f"None, {bank.dtype}, torch.bfloat16 or torch.float16", dtype, TypeError)
     dtype = bank.dtype if dtype is None else dtype
     bank = bank.detach()

@@ -80,9 +80,9 @@ def straighten_loss(
     _expect_vector(step_sizes, "step_sizes", len(bank) - 1, v)
     if weight is not None:
         _expect_vector(weight, "weight", len(interval), v)
-    expect(loss in ("l2", "huber"), "loss", "'l2' or 'huber'", loss)
-    expect_number(huber_c, "huber_c")
-    expect(loss == "l2" or huber_c > 0, "huber_c", "a positive number", huber_c)
+    expect(isinstance(loss, str) and loss in ("l2", "huber"), "loss", "'l2' or 'huber'", loss)
+    huber_c = expect_number(huber_c, "huber_c")
+    expect(loss == "l2" or 0 < huber_c < math.inf, "huber_c", "a positive number", huber_c)
     c = float(huber_c) if loss == "huber" else 0.0
 
     bank, step_sizes = bank.detach(), step_sizes.detach()
