@@ -44,7 +44,7 @@ def expect_target(path: str | Path, name: str = "path", inputs: Iterable[tuple[s
         FileNotFoundError, IsADirectoryError, PermissionError, ValueError: naming the argument, if it cannot be written.
     """
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
-    expect(isinstance(text, str), name, "a path", describe(path), TypeError)
+    expect_shown(isinstance(text, str), name, "a path", path, TypeError)
     expect(bool(text) and "\0" not in text, name, "the name of a file", repr(text))
     expect(not text.endswith(os.sep), name, "a file", f"the folder {text}", IsADirectoryError)
     there, target = _stat(path, name), Path(os.path.realpath(path))
