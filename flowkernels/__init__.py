@@ -5,7 +5,7 @@ x1 = fk.sample(velocity, noise, cal[4])        # four evaluations
 result = fk.straighten(None, velocity, cal[4], noise=(3, 32, 32), iterations=2000)
 """
 
-from flowkernels import ops
+from flowkernels import _entry, ops  # noqa: F401, _entry first: it sees to Ctrl-C
 from flowkernels._ranges import profile_ranges
 from flowkernels._version import __version__
 from flowkernels.backends import BackendError, backend, explain

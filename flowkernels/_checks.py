@@ -186,8 +186,9 @@ def expect_shape(value, name: str, expected: str, length: int | None = None) -> 
     """Sizes of at least 1, as many as `length` or one at least, as Python's integers."""
     is_shape = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     expect_shown(is_shape, name, expected, value, TypeError)
-    expect_shown(len(value) == (length or len(value) or 1), name, expected, value)
-    return tuple(expect_int(size, name, expected, 1) for size in value)
+    sizes = "a shape of at least one dimension, each >= 1" if length is None else expected
+    expect_shown(len(value) == (length or len(value) or 1), name, sizes, value)
+    return tuple(expect_int(size, name, sizes, 1) for size in value)
 
 
 def expect_list(value, name: str, expected: str) -> list:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from flowkernels import backends
+from flowkernels import _options, backends
 from flowkernels._files import expect_target, whole_file, write_or_keep
 from flowkernels._timers import CudaEvents, WallClock, timer
 from flowkernels._version import __version__
@@ -313,17 +313,21 @@ def add_arguments(add: Callable) -> None:
     """The options of `flowkernels bench`."""
     add("entries", nargs="*", metavar="ENTRY", help=f"which of {', '.join(ENTRIES)}; all if none is given; or quality")
     add("--device", default="cpu", help="torch device")
-    add("--threads", type=int, default=torch.get_num_threads(), help="threads of a CPU run")
+    add("--threads", type=_options.integer(1, 4096), default=torch.get_num_threads(), help="threads of a CPU run")
     add("--quick", action="store_true", help="a few small cases, a second each")
-    add("--seconds", type=float, help="time for each case; 6, on a GPU 0.5")
-    add("--minutes", type=float, help="for the whole run, shared out; cases beyond are left out; none, on a GPU 9")
+    add("--seconds", type=_options.above_0, help="time for each case; 6, on a GPU 0.5")
+    add(
+        "--minutes",
+        type=_options.above_0,
+        help="for the whole run, shared out; other cases are left out; none, on a GPU 9",
+    )
     add("--match", default="", help="only cases whose name contains this")
     add("--out", type=Path, help="folder for one CSV file an entry; none is written if not given")
     add("--list", action="store_true", help="print the names of the cases and stop")
     of_quality = "of `bench quality`, the benchmark of samples"
     add("--data", help=f"which of digits, fashion, mixture2, mixture64, such as digits,fashion; {of_quality}")
     add("--rows", help=f"which of its rows, such as uniform,boss; {of_quality}")
-    add("--seeds", type=int, help=f"3, with --quick 1; {of_quality}")
+    add("--seeds", type=_options.positive, help=f"3, with --quick 1; {of_quality}")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,13 +1,15 @@
 """The `flowkernels` command: demo, calibrate, straighten, sample, bench, tune, capture, replay and info."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels import _tuned, _weights, backends, bench, demo, ops, replay, tune
-from flowkernels._checks import expect, expect_numbers
+from flowkernels import _entry, _options, _tuned, _weights, backends, bench, demo, ops, replay, tune
+from flowkernels._checks import expect, expect_numbers, expect_room
 from flowkernels._files import damaged, expect_target, whole_file, write_or_keep
 from flowkernels.models import BUNDLED, save_network
 from flowkernels.velocity_field import VelocityField, parameter_hash
 
 SAMPLE_FORMATS = (".safetensors", ".npy", ".pt", ".png")
 METHODS = ("euler", "ab2", "ab3", "heun", "best")
+ANEW = "another --state, without --resume, starts anew"
 VERIFY = 1  # the seed of the noises that are verified on, after that of the others
 
 
@@ -32,7 +35,7 @@ class InputError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise InputError(f"{message} ({self.prog} --help)")
+        raise InputError(f"{message.removeprefix('argument ')} ({self.prog} --help)")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -43,27 +46,50 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv) and return its exit code.
 
-    0; 1 if a benchmark failed or a kernel's result was wrong; 2 on bad input; 130 on Ctrl-C.
+    0; 1 if a benchmark failed or a kernel's result was wrong; 2 on bad input; 130 on Ctrl-C; 141 where nobody reads
+    what it prints any more.
     """
+    _entry.imported()
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         shown = set()
         warnings.showwarning = lambda message, *_: _warn(str(message), shown)
         try:
-            argv = sys.argv[1:] if argv is None else argv
-            of_script = argv.index("--") if argv[:1] == ["capture"] and "--" in argv else len(argv)
-            args = _parser().parse_args(argv[:of_script])
-            args.script_args = argv[of_script + 1 :]
-            return args.command(args) or 0
+            try:
+                return _run(sys.argv[1:] if argv is None else argv)
+            finally:
+                sys.stdout.flush()  # here, where a closed pipe is no error
         except KeyboardInterrupt:
             print("flowkernels: interrupted", file=sys.stderr)
             return 130
-        except (InputError, ValueError, TypeError, OSError, RuntimeError) as e:
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+            return 141
+        except Exception as e:
             if os.environ.get("FLOWKERNELS_DEBUG") == "1":
                 raise
-            hint = "" if isinstance(e, InputError) else " (FLOWKERNELS_DEBUG=1 shows where)"
-            print(f"flowkernels: error: {' '.join(str(e).split())}{hint}", file=sys.stderr)
+            plain = isinstance(e, (InputError, ValueError, TypeError, OSError, RuntimeError)) and str(e).strip()
+            text = str(e) if plain else f"{type(e).__name__}: {e}"
+            if not isinstance(e, InputError):
+                text += f"{_at(e)} (FLOWKERNELS_DEBUG=1 shows all)"
+            print(f"flowkernels: error: {' '.join(text.split())}", file=sys.stderr)
             return 2
+
+
+def _run(argv: list[str]) -> int:
+    of_script = argv.index("--") if argv[:1] == ["capture"] and "--" in argv else len(argv)
+    args = _parser().parse_args(argv[:of_script])
+    args.script_args = argv[of_script + 1 :]
+    return args.command(args) or 0
+
+
+def _at(e: BaseException) -> str:
+    """The place in the user's own code that an error came through, if any."""
+    ours = [Path(module.__file__).parent for module in (fk, torch, np, importlib)]
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith("<")]
+    own = [f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in ours)]
+    own = [f for f in own if Path(f.filename).parent != Path(os.__file__).parent]
+    return f" at {own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
 
 
 def _warn(text: str, shown: set[str]) -> None:
@@ -91,52 +117,66 @@ def _parser() -> argparse.ArgumentParser:
         add("--model", required=True, help=f"{names}, or {builds}")
         add("--checkpoint", type=Path, help="weights for it: .safetensors, or a torch file of tensors")
         add("--shape", type=_shape, help="of one sample, such as 3,32,32; needed unless a model or schedule says it")
-        add("--seed", type=int, default=0, help="seed of the noise")
+        add("--seed", type=_options.seed, default=0, help="seed of the noise")
         add("--device", type=_device, default=torch.device("cpu"), help="torch device")
 
     add = command("demo", _demo, "Calibrate, straighten and sample a bundled model, and write a report folder.")
     add("--data", choices=sorted(BUNDLED), default="digits", help="bundled model")
     add("--out", type=Path, default=Path("flowkernels-report"), help="report folder")
-    add("--seed", type=int, default=0, help="seed of all noise")
+    add("--seed", type=_options.seed, default=0, help="seed of all noise")
 
     add = command("calibrate", _calibrate, "Find the schedule of least cost for each number of steps.")
     takes_model(add)
-    add("-n", type=_positive, default=1024, help="noises rolled out")
-    add("--grid", type=_positive, default=100, help="K, uniform fine steps of the teacher")
+    add("-n", type=_options.positive, default=1024, help="noises rolled out")
+    add("--grid", type=_options.steps, default=100, help="K, uniform fine steps of the teacher")
     add("--steps", type=_steps, default=_steps("1-10"), help="numbers of steps, such as 1-10 or 2,4,8")
-    add("--until", type=float, help="stop once no schedule costs this share more than need be, such as 0.02")
+    add(
+        "--until",
+        type=_options.above_0,
+        help="stop once no schedule costs this share more than needed, such as 0.02",
+    )
     add("--fit", action="store_true", help="fit a solver for each number of steps as well")
-    add("--verify", type=_positive, help="other noises to measure endpoint errors on; none if not given")
-    add("--chunk", type=_positive, help="noises rolled out at once; by memory if not given")
+    add("--verify", type=_options.positive, help="other noises to measure endpoint errors on; none if not given")
+    add("--chunk", type=_options.positive, help="noises rolled out at once; by memory if not given")
     add("--out", type=_file, required=True, help="calibration file to write (.boss.json)")
 
     add = command("straighten", _straighten, "Fine-tune a student so that every step of a schedule is straight.")
     takes_model(add)
     add("--schedule", type=Path, required=True, help="calibration file")
-    add("--steps", type=_positive, required=True, help="number of steps N, of the calibration")
-    add("--iterations", type=_positive, default=2000, help="optimiser steps")
-    add("--batch", type=_positive, default=128, help="samples an iteration")
-    add("--bank", type=_positive, default=1024, help="trajectories kept in memory")
-    add("--refresh", type=_positive, help="iterations after which the bank is made anew; never if not given")
-    add("--lr", type=float, default=2e-4, help="peak learning rate")
-    add("--warmup", type=int, default=100, help="iterations of warm-up")
+    add("--steps", type=_options.steps, required=True, help="number of steps N, of the calibration")
+    add("--iterations", type=_options.positive, default=2000, help="optimiser steps")
+    add("--batch", type=_options.positive, default=128, help="samples an iteration")
+    add("--bank", type=_options.positive, default=1024, help="trajectories kept in memory")
+    add("--refresh", type=_options.positive, help="iterations after which the bank is made anew; never if not given")
+    add("--lr", type=_options.above_0, default=2e-4, help="peak learning rate")
+    add("--warmup", type=_options.integer(0), default=100, help="iterations of warm-up")
     add("--decay", choices=["cosine", "none"], default="cosine", help="of the learning rate")
     add("--u", choices=["start", "uniform"], default="start", help="where on an interval to train")
     add("--loss", choices=["l2", "huber"], default="l2", help="squared error or pseudo-Huber")
-    add("--ema", type=float, default=0.999, help="decay of the averaged weights; 0 turns it off")
-    add("--clip", type=float, default=1.0, help="largest gradient norm; 0 turns it off")
+    add(
+        "--ema",
+        type=_options.from_0_below_1,
+        default=0.999,
+        help="decay of the averaged weights; 0 turns it off",
+    )
+    add(
+        "--clip",
+        type=_options.from_0,
+        default=1.0,
+        help="largest gradient norm; 0 turns it off",
+    )
     add("--state", type=_file, help="training checkpoint, written as the training goes on")
     add("--resume", action="store_true", help="go on from --state")
     add("--out", type=_file, required=True, help="weights of the student to write (.safetensors)")
 
     add = command("sample", _sample, "Draw samples on a schedule of a calibration, or on uniform steps.")
     takes_model(add)
-    add("-n", type=_positive, default=16, help="samples")
+    add("-n", type=_options.positive, default=16, help="samples")
     add("--schedule", type=Path, help="calibration file; uniform steps if not given")
-    add("--steps", type=_positive, required=True, help="number of steps N")
+    add("--steps", type=_options.steps, required=True, help="number of steps N")
     methods = "Euler steps; Adams-Bashforth 2 or 3 or Heun on the same knots; or what the calibration found best"
     add("--method", choices=METHODS, default="euler", help=methods)
-    add("--chunk", type=_positive, help="samples drawn at once; all if not given")
+    add("--chunk", type=_options.positive, help="samples drawn at once; all if not given")
     add("--out", type=_file, required=True, help=f"file to write: {', '.join(SAMPLE_FORMATS)}")
 
     bench.add_arguments(command("bench", bench.run, "Time the kernels and their peers, side by side."))
@@ -151,20 +191,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
-
-
 def _shape(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part.strip()) for part in text.split(","))
+    shape = tuple(_options.positive(part.strip()) for part in text.split(","))
+    if math.prod(shape) > _options.MOST:
+        raise argparse.ArgumentTypeError(f"expected at most {_options.MOST:,} entries, got {_options.shown(text)}")
+    return shape
 
 
 def _steps(text: str) -> list[int]:
     """'1-10', '2,4,8' or both, as sorted numbers."""
-    ranges = [[_positive(end.strip()) for end in part.split("-", 1)] for part in text.split(",")]
-    if any(ends[0] > ends[-1] or ends[-1] > 10_000 for ends in ranges):
+    ranges = [[_options.steps(end.strip()) for end in part.split("-", 1)] for part in text.split(",")]
+    if any(ends[0] > ends[-1] for ends in ranges):
         raise argparse.ArgumentTypeError(f"expected numbers of steps such as 1-10 or 2,4,8, got {text!r}")
     steps = {n for ends in ranges for n in range(ends[0], ends[-1] + 1)}
     return sorted(steps)
@@ -180,8 +217,9 @@ def _file(text: str) -> Path:
 def _device(text: str) -> torch.device:
     try:
         return torch.zeros(1, device=text).device
-    except (RuntimeError, AssertionError) as e:  # an unknown name, or a build without it
-        raise argparse.ArgumentTypeError(f"expected a device of this torch build, got {text!r} ({e})") from e
+    except Exception as e:  # an unknown name, or a build without it
+        got = f"{_options.shown(text)} ({str(e).splitlines()[0]:.200})"
+        raise argparse.ArgumentTypeError(f"expected a device of this torch build, got {got}") from e
 
 
 # What is checked before any work starts
@@ -226,15 +264,15 @@ def _load_model(args, calibration: fk.Calibration | None = None):
     model = _build_model(args.model)
     notes = _load_checkpoint(_network(model), args.checkpoint) if args.checkpoint else {}
     if isinstance(model, nn.Module):
-        model = model.to(args.device).eval()
+        with _of_model(f"{args.model} cannot be put on {args.device}"):
+            model = model.to(args.device).eval()
     shape = args.shape or (BUNDLED[args.model].shape if args.model in BUNDLED else None)
     shape = shape or tuple(calibration.provenance.get("shape") or () if calibration else ())
     _expect(len(shape) > 0, f"--shape: expected the shape of one sample, for the model {args.model}")
-    try:
+    for option, samples in (("-n", getattr(args, "n", 1)), ("--bank", getattr(args, "bank", 1))):
+        expect_room(4 * math.prod(shape) * samples, option, "noise", f"{samples} samples of shape {list(shape)}")
+    with _of_model(f"{args.model} failed on one sample of shape {list(shape)}"):
         fk.rollout(model, _noise(1, shape, 0).to(args.device), 1)
-    except Exception as e:  # whatever the user's network raises
-        failed = f"--model: {args.model} failed on one sample of shape {list(shape)}"
-        raise InputError(f"{failed}: {type(e).__name__}: {e}") from e
     return model, shape, notes
 
 
@@ -247,13 +285,35 @@ def _build_model(spec: str):
     _expect(bool(module and function), f"--model: expected {names} or module:function, got {spec!r}")
     if os.getcwd() not in sys.path:  # an installed command does not look in the current folder
         sys.path.insert(0, os.getcwd())
-    try:
+    with _of_model(f"cannot import {spec!r}"):
         build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e:
-        raise InputError(f"--model: cannot import {spec!r}: {type(e).__name__}: {e}") from e
-    model = build()
+    with _of_model(f"{spec} failed when it was called"):
+        model = build()
     _expect(callable(model), f"--model: expected {spec} to return a callable, got {type(model).__name__}")
     return model
+
+
+@contextlib.contextmanager
+def _of_model(failed: str) -> Iterator[None]:
+    """Whatever the user's own code raises, as an error of --model with the place in it."""
+    try:
+        yield
+    except (Exception, SystemExit) as e:
+        raise InputError(f"--model: {failed}: {type(e).__name__}: {e}{_at(e)}") from e
+
+
+@contextlib.contextmanager
+def _in_its_words(words: dict[str, str]) -> Iterator[None]:
+    """Errors of the library with the command line's words for its own."""
+    try:
+        yield
+    except ValueError as e:
+        text = str(e)
+        for word, of_command in words.items():
+            text = text.replace(word, of_command)
+        if text == str(e):
+            raise
+        raise InputError(text) from e
 
 
 def _network(model) -> nn.Module | None:
@@ -330,14 +390,15 @@ def _straighten(args) -> None:
     _weights.expect_storable(_network(velocity).state_dict(), "--model")
     fk.load(args.schedule, velocity)  # warns if it was made for another model
     options = ("iterations", "batch", "bank", "refresh", "u", "loss", "lr", "warmup", "decay", "seed")
-    result = fk.straighten(
-        None,
-        velocity,
-        calibration[args.steps],
-        noise=lambda n, generator: _noise(n, shape, generator).to(args.device),
-        **{k: getattr(args, k) for k in options},
-        **dict(clip=args.clip or None, ema=args.ema or None, checkpoint=args.targets.get("state")),
-    )
+    with _in_its_words({"checkpoint: ": "--state: ", "resume=False starts anew": ANEW}):
+        result = fk.straighten(
+            None,
+            velocity,
+            calibration[args.steps],
+            noise=lambda n, generator: _noise(n, shape, generator).to(args.device),
+            **{k: getattr(args, k) for k in options},
+            **dict(clip=args.clip or None, ema=args.ema or None, checkpoint=args.targets.get("state")),
+        )
     notes = {"straightened_from": parameter_hash(velocity), "times": calibration[args.steps].times.tolist()}
     student = _network(result.student).cpu()
 

@@ -12,14 +12,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from flowkernels._checks import LOW, expect, expect_finite_flow, expect_noise, expect_tensor, expect_times
+from flowkernels._checks import (
+    LOW,
+    expect,
+    expect_finite_flow,
+    expect_mapping,
+    expect_noise,
+    expect_shape,
+    expect_tensor,
+    expect_times,
+)
 from flowkernels._lowering import Lowering, Replayed
 from flowkernels._record import ROWS, STATE, TIME, NotFusable, Record, sample_rows
 from flowkernels.ops._library import direct, direct_gpu, fresh
 from flowkernels.ops.mlp_sample import Layer, Update, mlp_sample, one_by_one, plan_for
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.velocity_field import VelocityField, float64_device, overridden, warn_if_training
+from flowkernels.velocity_field import (
+    VelocityField,
+    expect_velocity,
+    float64_device,
+    overridden,
+    warn_if_training,
+)
 
 MOST_BYTES = 256 << 20  # of tables with a row for every step of every sample; more samples run in parts
 MOST_SCHEDULES = 8  # that a sampler keeps tables for, beside its own
@@ -57,17 +72,19 @@ def fuse(
         NotFusable: naming the module that stopped it.
         TypeError, ValueError: naming the argument.
     """
+    expect_velocity(velocity)
     if _takes_one_input(velocity):
         velocity = VelocityField(velocity, time_column=True)
-    expect(callable(velocity), "velocity", "a callable velocity(x, t)", velocity, TypeError)
-    expect(weights in (None, torch.float32, torch.bfloat16), "weights", "float32, bfloat16 or None", weights, TypeError)
+    known = weights is None or weights is torch.float32 or weights is torch.bfloat16
+    expect(known, "weights", "float32, bfloat16 or None", weights, TypeError)
+    shape = None if shape is None else expect_shape(shape, "shape", "the sizes of one sample, each at least 1")
     solver, times = _solver_and_times(schedule)
     warn_if_training(velocity)
     field = velocity if isinstance(velocity, VelocityField) else VelocityField(velocity)
     other = sorted(overridden(field).keys() - {"_call"})  # of what the recording does not call
     if other:
         raise NotFusable(f"velocity: expected a VelocityField's own evaluation, got {other} overridden; {WAY_OUT}")
-    shape = tuple(shape) if shape is not None else _shape_of_sample(field)
+    shape = _shape_of_sample(field) if shape is None else shape
     sampler = FusedSampler(_Network(velocity, field, shape, weights), times, solver)
     sampler.verify()
     sampler.on([0.0, 0.3, 0.7, 1.0]).verify()  # a schedule of one step would not show what time does
@@ -329,8 +346,9 @@ class _Network:
 
     def given(self, conditioning: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """The VelocityField's conditioning with what a call puts in its place."""
-        if not conditioning:
+        if conditioning is None:
             return self.field.conditioning
+        expect_mapping(conditioning, "conditioning")
         known = sorted(self.field.conditioning)
         unknown = sorted(set(conditioning) - set(known))
         expect(not unknown, "conditioning", f"names of the VelocityField's conditioning {known}", f"{unknown}")

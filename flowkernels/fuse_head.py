@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowkernels._checks import LOW, expect
+from flowkernels._checks import LOW, expect, expect_positive_int, expect_shown
 from flowkernels.ops import linear_euler
 from flowkernels.ops.euler_step.reference import guided
-from flowkernels.velocity_field import VelocityField, float64_device, overridden
+from flowkernels.ops.linear_euler import ORDERS
+from flowkernels.velocity_field import VelocityField, expect_velocity, float64_device, overridden
 
 
 @dataclass
@@ -62,6 +63,10 @@ def fuse_head(velocity, head: str | None = None, *, patch: int | None = None, or
     Raises:
         TypeError, ValueError: naming what is in the way; at the first step, the head that does not give the velocity.
     """
+    expect_velocity(velocity)
+    patch = None if patch is None else expect_positive_int(patch, "patch")
+    expect(isinstance(order, str) and order in ORDERS, "order", " or ".join(map(repr, ORDERS)), order)
+    expect_shown(head is None or isinstance(head, str), "head", "the path of a module, or None", head, TypeError)
     field = velocity if isinstance(velocity, VelocityField) else VelocityField(velocity)
     net, other = field.net, sorted(overridden(field))
     expected = "a VelocityField's own evaluation, of which the head is the last part"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowkernels import backends, bench, ops
+from flowkernels import _options, backends, bench, ops
 from flowkernels._checks import expect
 from flowkernels._files import expect_target
 from flowkernels._timers import timer
@@ -28,8 +28,8 @@ def add_capture_arguments(add: Callable) -> None:
     about = "Python script to run; its arguments come last, after --"
     add("--from", dest="script", metavar="SCRIPT", type=Path, required=True, help=about)
     add("--out", type=Path, help="file to write; OP.safetensors if not given")
-    add("--calls", type=int, default=8, help="calls to store at most, the first of each signature")
-    add("--max-gb", type=float, default=4.0, help="largest size of the file in GB")
+    add("--calls", type=_options.positive, default=8, help="calls to store at most, the first of each signature")
+    add("--max-gb", type=_options.above_0, default=4.0, help="largest size of the file in GB")
 
 
 def capture(args: argparse.Namespace) -> int:
@@ -78,8 +78,8 @@ def add_replay_arguments(add: Callable) -> None:
     names = ", ".join(backends.BACKENDS)
     add("--backends", help=f"such as cpu,reference, of {names}; those that run there if not given")
     add("--device", help="torch device; the one that the calls were made on if not given")
-    add("--threads", type=int, default=torch.get_num_threads(), help="threads of a CPU run")
-    add("--seconds", type=float, default=2.0, help="time for each call")
+    add("--threads", type=_options.integer(1, 4096), default=torch.get_num_threads(), help="threads of a CPU run")
+    add("--seconds", type=_options.above_0, default=2.0, help="time for each call")
     add("--json", action="store_true", help="as JSON")
 
 

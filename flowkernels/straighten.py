@@ -431,7 +431,7 @@ def _noise_source(noise, device: torch.device) -> Callable[[int, torch.Generator
             return x.to(device)
 
         return drawn
-    shape = expect_shape(noise, "noise", "a tensor, a shape of sizes >= 1 or a function (n, generator)")
+    shape = expect_shape(noise, "noise", "a tensor, a shape or a function (n, generator)")
 
     def normal(n: int, generator: torch.Generator) -> Tensor:
         return torch.randn(n, *shape, generator=generator, dtype=torch.float32, device="cpu").to(device)

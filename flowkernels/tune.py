@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flowkernels import _tuned, backends, bench
+from flowkernels import _options, _tuned, backends, bench
 from flowkernels._checks import expect
 from flowkernels._files import expect_target, plain, sealed, whole_file, write_or_keep
 from flowkernels._timers import timer
@@ -209,7 +209,7 @@ def add_arguments(add: Callable) -> None:
     add("ops", nargs="*", metavar="OP", help=f"which of {', '.join(OPS)}; all if none is given")
     add("--device", default="cuda:0", help="GPU")
     add("--out", type=Path, help="file to write; the GPU's table in the user's cache if not given")
-    add("--minutes", type=float, help="what is not done by then stays as it is; no limit if not given")
+    add("--minutes", type=_options.above_0, help="what is not done by then stays as it is; no limit if not given")
 
 
 def run(args: argparse.Namespace) -> int:

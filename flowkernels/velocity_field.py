@@ -21,8 +21,11 @@ from flowkernels._checks import (
     expect_dtype,
     expect_int,
     expect_mapping,
+    expect_positive_int,
     expect_real,
+    expect_shown,
     expect_takes,
+    expect_tensor,
     expect_text,
 )
 from flowkernels._identity import Unknown, attributes_hash, modules_of, tensors_hash, unwrapped, weights_hash
@@ -183,10 +186,19 @@ class VelocityField(nn.Module):
     def rows(self, index: Tensor | slice, n: int) -> "VelocityField":
         """The same field for the samples `index` of n: conditioning that has one row a sample is indexed."""
 
-        def pick(kwargs):
+        expect_positive_int(n, "n")
+        expect_shown(isinstance(index, (Tensor, slice)), "index", "a tensor of places or a slice", index, TypeError)
+
+        whole = isinstance(index, slice) and index.indices(n) == (0, n, 1)
+
+        def pick(kwargs, name):
+            for k, v in kwargs.items() if not whole else ():
+                nested = not isinstance(v, Tensor) and any(_per_sample(leaf, n) for leaf in tree_flatten(v)[0])
+                expected = "a tensor of one row a sample by itself, so that the rows of some samples can be taken"
+                expect_shown(not nested, f"{name}[{k!r}]", expected, v)
             return {k: v[index] if _per_sample(v, n) else v for k, v in kwargs.items()}
 
-        changes = dict(conditioning=pick(self.conditioning), unconditional=pick(self.unconditional))
+        changes = {name: pick(getattr(self, name), name) for name in ("conditioning", "unconditional")}
         inside = self.net
         if isinstance(inside, VelocityField) and inside.conditioning:
             changes["net"] = inside.rows(index, n)
@@ -258,6 +270,7 @@ class VelocityField(nn.Module):
         return v[:n], v[n:]
 
     def forward(self, x: Tensor, t: Tensor, embedding: Embedding | None = None) -> Tensor:
+        expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
         v, v_uncond = self.pair(x, t, *(() if embedding is None else (embedding,)))
         return v if v_uncond is None else guided(v, v_uncond, self.guidance, x.dtype)
 

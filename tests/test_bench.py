@@ -149,9 +149,9 @@ def test_list_runs_nothing(capsys):
     [
         (["gram"], "ENTRY: expected one of velocity_gram, "),
         (["bellman", "--device", "abacus"], "--device: expected a device of this torch build, got 'abacus'"),
-        (["bellman", "--threads", "0"], "--threads: expected at least 1, got 0"),
-        (["bellman", "--seconds", "0"], "--seconds: expected more than 0, got 0"),
-        (["bellman", "--minutes", "nan"], "--minutes: expected more than 0, got nan"),
+        (["bellman", "--threads", "0"], "--threads: expected an integer of at least 1, got '0'"),
+        (["bellman", "--seconds", "0"], "--seconds: expected a positive number, got '0'"),
+        (["bellman", "--minutes", "nan"], "--minutes: expected a positive number, got 'nan'"),
         (["bellman", "--device", "cuda"], "--device: expected "),
         (["bellman", "--out", "nowhere"], "--out: expected a folder that exists, got nowhere"),
     ],

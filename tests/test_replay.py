@@ -612,7 +612,7 @@ def test_damaged_files(damage, tmp_path, capsys, unasked):
     [
         ("--backends gpu", "--backends: expected names out of cuda, "),
         ("--device nowhere", "--device: expected a device of this torch build, got 'nowhere'"),
-        ("--threads 0", "--threads: expected at least 1, got 0"),
+        ("--threads 0", "--threads: expected an integer of at least 1, got '0'"),
     ],
 )
 def test_options_of_replay(options, message, tmp_path, capsys, unasked):

@@ -559,7 +559,7 @@ REFUSED = {
     "tune": r"--device: expected a GPU that .* run on, got 'cuda:0': TRITON_INTERPRET=1 has them interpreted, where",
     "tune bellman --device gpus": r"--device: expected a GPU that Triton kernels run on, got 'gpus': ",
     "tune bellmann": r"OP: expected one of velocity_gram, .*, got bellmann",
-    "tune --minutes 0": r"--minutes: expected more than 0, got 0\.0",
+    "tune --minutes 0": r"--minutes: expected a positive number, got '0'",
     "tune --out no/such/folder.json": r"--out: expected a folder that exists and can be written to, got no/such",
 }
 
