@@ -530,7 +530,7 @@ def test_a_head_that_is_not_called():
 @pytest.mark.parametrize(
     ("error", "message", "args", "kwargs"),
     [
-        (TypeError, r"net: expected a callable", (1.0,), {}),
+        (TypeError, r"velocity: expected a callable", (1.0,), {}),
         (TypeError, r"velocity: expected an nn.Module or a VelocityField of one, got", (lambda x, t: x,), {}),
         (ValueError, r"head: expected the path of a module in Perceptron, got 'head'", (Perceptron(), "head"), {}),
         (
