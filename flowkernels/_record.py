@@ -4,6 +4,8 @@ Values that depend on the state x become layers (`flowkernels/_lowering.py`). Ot
 on parameters alone; they are computed again for all steps of a schedule and all samples of a batch (`Record.replay`).
 """
 
+import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -82,22 +85,42 @@ class Record(TorchDispatchMode):
             hooks.register_module_forward_hook(leave, always_call=True),
         ]
         try:
-            with torch.no_grad(), self:
+            with torch.no_grad(), self, _Reads(self):
                 out = call()
         finally:
             for handle in handles:
                 handle.remove()
         return self._places[id(out)]
 
+    @property
+    def where(self) -> str:
+        """The module that is running."""
+        return self._modules[-1] if self._modules else "the network"
+
+    def is_given(self, t: Tensor) -> bool:
+        """Whether it is one of the inputs, or was computed from them."""
+        return self._places.get(id(t)) in self.given
+
+    def refuse_reading(self, name: str):
+        raise NotFusable(f"{self.where}: {name} reads a value, and what follows may depend on it")
+
+    def _new_place(self, t: Tensor) -> int:
+        """Of what the recording has not seen yet: parameters, constants, but not the inputs' memory by another way."""
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # tensors without memory
+            where = t.untyped_storage().data_ptr()
+            if where and any(self.tensors[p].untyped_storage().data_ptr() == where for p in self.given):
+                self.refuse_reading("a tensor on the memory of another, not made by an operation of torch,")
+        return self._place(t, frozenset())
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, where = kwargs or {}, self._modules[-1] if self._modules else "the network"
+        kwargs, where = kwargs or {}, self.where
         refs: list[int] = []
 
         def see(a):
             if not isinstance(a, Tensor):
                 return a
             place = self._places.get(id(a))
-            place = self._place(a, frozenset()) if place is None else place
+            place = self._new_place(a) if place is None else place
             if place in self.overwritten:
                 raise NotFusable(f"{where}: reads a tensor after {function} has overwritten it through another")
             refs.append(place)
@@ -107,6 +130,10 @@ class Record(TorchDispatchMode):
         out = function(*args, **kwargs)
         kind, given = frozenset().union(*(self.kinds[r] for r in refs)), not self.given.isdisjoint(refs)
         name = function._schema.name.split("::")[1]
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            raise NotFusable(f"{where}: {name} draws random numbers")
+        if given and torch.Tag.dynamic_output_shape in function.tags:
+            self.refuse_reading(name)
         if name.startswith("new_"):
             kind = frozenset()
         elif name in self.SHAPE_OF:
@@ -115,7 +142,7 @@ class Record(TorchDispatchMode):
             raise NotFusable(f"{where}: {name} reads what was made of several samples or several times")
         outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         if given and not outputs and out is not None:
-            raise NotFusable(f"{where}: {name} reads a value, and what follows may depend on it")
+            self.refuse_reading(name)
         for t in outputs:
             if id(t) in self._places:  # written in place: what else shows that memory may not be read again
                 self.overwritten |= {i for i, u in enumerate(self.tensors) if u is not t and _overlap(t, u)}
@@ -208,10 +235,52 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return first < second + b.shape[1] and second < first + a.shape[1]
 
 
-PRIMES = (97, 101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 197, 199)
+class _Reads(TorchFunctionMode):
+    """Sees what gets at a tensor's values without an operation."""
+
+    READS = frozenset(
+        getattr(Tensor, name)
+        for name in (
+            *("tolist", "numpy", "data_ptr", "untyped_storage", "storage", "_typed_storage", "apply_", "map_", "map2_"),
+            *("__array__", "__dlpack__", "__reduce_ex__", "__deepcopy__"),
+        )
+    )
+
+    def __init__(self, record: Record):
+        super().__init__()
+        self.record = record
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if args and isinstance(args[0], Tensor) and self.record.is_given(args[0]):
+            if function in self.READS:
+                self.record.refuse_reading(function.__name__)
+            if function is Tensor.data.__get__:  # the same memory in a tensor that no operation has made
+                function = Tensor.detach
+        return function(*args, **kwargs or {})
 
 
-def sample_rows(dims: Iterable[int]) -> int:
-    """A number of samples that tells itself, and its multiples, apart from the dimensions of the network."""
-    taken = set(dims)
-    return next((p for p in PRIMES if not any(d and d % p == 0 for d in taken)), 211)
+class Numbers(TorchDispatchMode):
+    """The integers among the arguments of all operations, and the sizes of what they read and return."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for value in tree_flatten((args, kwargs, out))[0]:
+            if isinstance(value, Tensor):
+                self.found.update(value.shape)
+            elif isinstance(value, int) and not isinstance(value, bool):
+                self.found.add(abs(value))
+        return out
+
+
+def sample_rows(numbers: Iterable[int]) -> int:
+    """A number of samples that tells itself, and its multiples, apart from the numbers of the network."""
+    taken = {n for n in numbers if n}
+    return next(p for p in itertools.count(97, 2) if _is_prime(p) and not any(n % p == 0 for n in taken))
+
+
+def _is_prime(n: int) -> bool:
+    return all(n % d for d in range(3, int(n**0.5) + 1, 2))

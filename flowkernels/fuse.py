@@ -1,5 +1,6 @@
 """Fuse a velocity network with the steps of a schedule or solver: a whole sampler in one call of `mlp_sample`."""
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -23,7 +24,8 @@ from flowkernels._checks import (
     expect_times,
 )
 from flowkernels._lowering import Lowering, Replayed
-from flowkernels._record import ROWS, STATE, TIME, NotFusable, Record, sample_rows
+from flowkernels._record import ROWS, STATE, TIME, NotFusable, Numbers, Record, sample_rows
+from flowkernels._watch import Unwatchable, Watch, executed
 from flowkernels.ops._library import direct, direct_gpu, fresh
 from flowkernels.ops.mlp_sample import Layer, Update, mlp_sample, one_by_one, plan_for
 from flowkernels.schedule import Schedule
@@ -37,6 +39,7 @@ from flowkernels.velocity_field import (
 )
 
 MOST_BYTES = 256 << 20  # of tables with a row for every step of every sample; more samples run in parts
+FEW = 3  # samples of a call that looks for the numbers that a network deals with
 MOST_SCHEDULES = 8  # that a sampler keeps tables for, beside its own
 WAY_OUT = "fk.sample(velocity, noise, schedule, capture=...) captures the loop of any network"
 
@@ -121,9 +124,9 @@ def _shape_of_sample(field: VelocityField) -> tuple[int, ...]:
     linear = [m for m in net.modules() if isinstance(m, nn.Linear)] if isinstance(net, nn.Module) else []
     n, said = _samples_of(field), "a network without nn.Linear"
     for width in dict.fromkeys(m.out_features for m in reversed(linear)):
-        x = torch.zeros(n, width, device=linear[0].weight.device)
+        x = torch.zeros(n, width, dtype=torch.float32, device=linear[0].weight.device)
         try:
-            v = field._call(x, torch.zeros(n, device=x.device), field.conditioning)
+            v = field._call(x, torch.zeros(n, dtype=torch.float64, device=float64_device(x.device)), field.conditioning)
             if v.shape == x.shape:
                 return (width,)
         except Exception as e:  # whatever a network makes of a wrong shape
@@ -203,6 +206,10 @@ class FusedSampler:
         if not field.conditioning:
             return self
         return FusedSampler(_Network(field, field, self.shape, self._network.weights), self.times, self._solver)
+
+    def __getstate__(self) -> dict:
+        """Without what is made at the first call: copies record their own network anew."""
+        return self.__dict__ | {"_batch": None, "_others": {}}
 
     def __call__(self, noise: Tensor, **conditioning: Any) -> Tensor:
         """Samples at t = 1, or of an inversion at t = 0.
@@ -309,7 +316,8 @@ class FusedSampler:
         """Raise NotFusable unless a few samples have the velocities that the network itself has."""
         field = self._network.field
         n = _samples_of(field)
-        x = torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(n, *self.shape, generator=generator, dtype=torch.float32, device="cpu")
         x = x.to(self._network.device)
         _, states, velocities = self.run(x, states=True, velocities=True)
         for s in sorted({0, len(self._steps) // 2, len(self._steps) - 1}):
@@ -325,6 +333,8 @@ class FusedSampler:
                     f"differ by {error:.3g} at step {s} (what it does may depend on values, on the number of samples, "
                     f"or on several times at once); {WAY_OUT}"
                 )
+        if self._network.recorded is not None:
+            self._network.recorded.look()  # a network that counts its calls is not another one
 
 
 class _Network:
@@ -336,6 +346,12 @@ class _Network:
         expect(self.dim > 0, "shape", "at least one feature", shape)
         self.recorded: _Recorded | None = None
         self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k not in ("recorded", "lock")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, recorded=None, lock=threading.Lock())
 
     @property
     def device(self) -> torch.device:
@@ -352,6 +368,9 @@ class _Network:
         known = sorted(self.field.conditioning)
         unknown = sorted(set(conditioning) - set(known))
         expect(not unknown, "conditioning", f"names of the VelocityField's conditioning {known}", f"{unknown}")
+        for key, value in conditioning.items():
+            if isinstance(self.field.conditioning[key], Tensor):
+                expect_tensor(value, key)
         return self.field.conditioning | conditioning
 
     def record(self, n: int, given: Mapping[str, Any]) -> "_Recorded":
@@ -382,36 +401,26 @@ class _Recorded:
     @_undisturbed
     def __init__(self, network: _Network, n: int, given: Mapping[str, Any]):
         self.field, self.dim, self.device = network.field, network.dim, network.device
-        net = self.field.net
+        net, unconditional = self.field.net, self.field.unconditional
         module = net if isinstance(net, nn.Module) else None
-        self.settings, self.each = _settings(self.field), self._with_rows(n, given)
+        self.each, self.keys = self._with_rows(n, given), (given.keys() | (), unconditional.keys() | ())
+        for key in unconditional:
+            expect(key in given, f"unconditional[{key!r}]", f"a key of conditioning {sorted(given)}", "another")
         for key, value in given.items():
             self._expect_tensors_or_equal(key, value)
-        modules = list(module.modules()) if module is not None else []
-        self.watched = [
-            _watched(owner, name, t)
-            for m in modules
-            for owner in (m._parameters, m._buffers)
-            for name, t in owner.items()
-            if t is not None
-        ]
-        self.modules = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        tensors = [t for _, _, t, _, _ in self.watched] + [v for v in given.values() if isinstance(v, Tensor)]
-        rows = sample_rows(d for shape in (network.shape, *(t.shape for t in tensors)) for d in shape)
+        self.plain = {k: v for k, v in given.items() if not isinstance(v, Tensor)}
+        rows = sample_rows(self._numbers(network, given))
         self.record = Record(module, rows)
-        x = torch.randn(rows, *network.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-        x = x.to(network.device)
-        t = torch.linspace(0, 1, rows, dtype=torch.float64, device=float64_device(x.device))
+        x, t, kwargs = self._inputs(network, given, rows)
         x_place, self.t_place = self.record.input(x, STATE), self.record.input(t, TIME)
-        kwargs, self.places = dict(given), {}
-        for key, value in given.items():
-            if isinstance(value, Tensor):
-                each = key in self.each
-                index = torch.arange(rows, device=value.device)
-                kwargs[key] = value[index % len(value)] if each else value.clone()
-                self.places[key] = self.record.input(kwargs[key], *([ROWS] if each else []))
+        self.places = {
+            key: self.record.input(value, *([ROWS] if key in self.each else []))
+            for key, value in kwargs.items()
+            if isinstance(value, Tensor)
+        }
         try:
-            out = self.record.run(lambda: self.field._call(x, t, kwargs))
+            with executed() as codes:
+                out = self.record.run(lambda: self.field._call(x, t, kwargs))
         except NotFusable as e:
             raise NotFusable(f"velocity: expected a stack of linear layers, but {e}; {WAY_OUT}") from None
         except Exception as e:
@@ -421,9 +430,8 @@ class _Recorded:
             self.lowering = Lowering(self.record, x_place, out, self.dim)
         except NotFusable as e:
             raise NotFusable(f"velocity: expected a stack of linear layers, but {e}; {WAY_OUT}") from None
-        # weights that the module does not register, or that a function closes over
-        known = {id(t) for _, _, t, _, _ in self.watched}
-        self.watched += [_watched({"": t}, "", t) for t in self.record.free_tensors() if id(t) not in known]
+        self.codes = codes
+        self.look()
         self.width_of_both = self.lowering.width_of_both()
         dtypes = {t.dtype for t in self.record.tensors}
         matrices = {self.record.tensors[place].dtype for place in self.lowering.matrices}
@@ -433,14 +441,37 @@ class _Recorded:
         self.is_low = self.low is not None or not dtypes.isdisjoint(LOW)
         self.plans: dict[Any, Any] = {}  # by the module of the kernels
 
+    def _inputs(self, network: _Network, given: Mapping[str, Any], rows: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """(x, t, conditioning) of so many samples."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(rows, *network.shape, generator=generator, dtype=torch.float32, device="cpu")
+        t = torch.linspace(0, 1, rows, dtype=torch.float64, device=float64_device(network.device))
+        kwargs = dict(given)
+        for key, value in given.items():
+            if isinstance(value, Tensor):
+                index = torch.arange(rows, device=value.device)
+                kwargs[key] = value[index % len(value)] if key in self.each else value.clone()
+        return x.to(network.device), t, kwargs
+
+    def _numbers(self, network: _Network, given: Mapping[str, Any]) -> set[int]:
+        """The integers and sizes that a call on a few samples deals with."""
+        x, t, kwargs = self._inputs(network, given, FEW)
+        with contextlib.suppress(Exception), Numbers() as numbers:  # the recording says what is wrong
+            self.field._call(x, t, kwargs)
+        return numbers.found
+
+    def look(self) -> None:
+        """What the network is now, is what was recorded."""
+        # the field with its network, and weights that only the recording has seen; what conditioning holds may change
+        apart = self.field.conditioning, self.field.unconditional
+        try:
+            roots = self.field, *self.plain.values(), *self.record.free_tensors()
+            self.watch = Watch(*roots, codes=self.codes, but=apart)
+        except Unwatchable as e:
+            raise NotFusable(f"velocity: expected a network whose changes can be noticed, but {e}; {WAY_OUT}") from None
+
     def is_stale(self) -> bool:
-        for owner, name, t, pointer, version in self.watched:
-            if owner.get(name) is not t or t.data_ptr() != pointer or (version >= 0 and t._version != version):
-                return True
-        for owner, name, module in self.modules:
-            if owner.get(name) is not module:
-                return True
-        return self.settings != _settings(self.field)
+        return self.watch.changed() is not None
 
     def _expect_tensors_or_equal(self, key: str, value: Any) -> None:
         """Conditioning is tensors, or something that is the same in every call, the unconditional one included."""
@@ -459,7 +490,14 @@ class _Recorded:
         return {k for k, v in [*given.items(), *self.field.unconditional.items()] if _has_rows(v, n)}
 
     def fits(self, n: int, given: Mapping[str, Any]) -> bool:
-        """Whether conditioning has one row a sample where it had when recorded (or one for all of them)."""
+        """Whether conditioning is of the same names, and has one row a sample where it had when recorded (or one for
+        all of them); what is no tensor has to be the same."""
+        unconditional = self.field.unconditional
+        if (given.keys(), unconditional.keys()) != self.keys:
+            return False
+        for key, value in (*given.items(), *unconditional.items()):
+            if isinstance(value, Tensor) == (key in self.plain) or not _is_same(self.plain.get(key), value):
+                return False
         recorded = {k: self.record.tensors[p].dtype for k, p in self.places.items()}
         if any(isinstance(v, Tensor) and v.dtype != recorded.get(k, v.dtype) for k, v in given.items()):
             return False
@@ -473,9 +511,6 @@ class _Recorded:
         for key, value in given.items():
             if key in self.places:
                 inputs[self.places[key]] = self._input(key, value, n)
-            else:
-                same = value is self.field.conditioning[key] or value == self.field.conditioning[key]
-                expect(bool(same), key, "the value that the network was fused with, or tensors instead", value)
         steps, shared = len(times), set(self.places) - self.each
         of_rows = known is not None and not shared
         values = self.record.replay(inputs, steps, n, self.lowering.needed(of_rows))
@@ -502,8 +537,8 @@ class _Batch:
     @_undisturbed
     def __init__(self, network: _Recorded, times: Tensor, n: int, given: Mapping[str, Any], last: "_Batch | None"):
         self.network, field = network, network.field
-        self.n, self.given = n, [*given.values(), *field.unconditional.values()]
-        self.versions = [_version(v) for v in self.given]
+        self.n, self.given = n, _conditioning(field, given)
+        self.versions = [_version(v) for v in self.given.values()]
         known = last if last is not None and last.network is network else None
         self.layers = network.layers(times, n, given, known and known.layers)
         self.unconditional = None
@@ -515,11 +550,11 @@ class _Batch:
     def is_stale(self, network: _Network, n: int, given: Mapping[str, Any]) -> bool:
         if self.network is not network.recorded or self.network.is_stale():
             return True
-        if not given:
+        if not given and not self.given:
             return False
-        now = [*given.values(), *network.field.unconditional.values()]
-        same = n == self.n and all(a is b for a, b in zip(now, self.given, strict=True))
-        return not same or [_version(v) for v in now] != self.versions
+        now = _conditioning(network.field, given)
+        same = n == self.n and now.keys() == self.given.keys() and all(v is self.given[k] for k, v in now.items())
+        return not same or [_version(v) for v in now.values()] != self.versions
 
     @torch.no_grad()
     def prepared(self, C, steps: Tensor | list[Update]):
@@ -537,21 +572,21 @@ def _has_rows(v: Any, n: int) -> bool:
     return isinstance(v, Tensor) and v.dim() > 0 and len(v) == n > 1
 
 
-def _settings(field: VelocityField) -> tuple:
-    """What a call of the field depends on beside its network's weights and the conditioning."""
-    return (
-        *(field.net, field.reverse_time, field.time_scale, field.sign, field.x_name, field.time_name),
-        *(field.time_column, field.dtype, field.guidance),
-    )
+def _conditioning(field: VelocityField, given: Mapping[str, Any]) -> dict[tuple[str, bool], Any]:
+    """What both calls of guidance get, by name and whether it is the unconditional one."""
+    return {(k, False): v for k, v in given.items()} | {(k, True): v for k, v in field.unconditional.items()}
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether a call gets what the network was recorded with; tensors may be others."""
+    try:
+        return isinstance(b, Tensor) or a is b or (type(a) is type(b) and bool(a == b))
+    except Exception:  # of objects that do not compare
+        return False
 
 
 def _version(v: Any) -> object:
-    """How often a tensor was written to; something that equals nothing for one that does not count."""
+    """Where a tensor is, and how often it was written to; something that equals nothing for one that does not count."""
     if not isinstance(v, Tensor):
         return 0
-    return object() if v.is_inference() else v._version
-
-
-def _watched(owner: Mapping[str, Any], name: str, t: Tensor) -> tuple:
-    """What tells that a tensor was replaced, moved or written to; -1 where writes do not count."""
-    return owner, name, t, t.data_ptr(), -1 if t.is_inference() else t._version
+    return object() if v.is_inference() else (v.data_ptr(), v._version)

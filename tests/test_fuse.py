@@ -617,10 +617,10 @@ def test_time_embedding_is_evaluated_once_a_schedule():
     calls = []
     net.time.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
     sampler, x = fk.fuse(net, 5), noise(3, 8)
-    calls.clear()
+    before = len(calls)
     for _ in range(3):
         sampler(x)
-    assert calls == []
+    assert len(calls) == before
     assert isinstance(net.time, TimeEmbedding)
 
 
