@@ -275,9 +275,9 @@ def damaged(name: str, wanted: str, path: str | Path, how: str = "is damaged") -
     """Whatever the reader of a damaged file raises, as one ValueError that names it."""
     try:
         yield
-    except (OSError, MemoryError):
-        raise
     except Exception as e:  # of foreign bytes, readers raise anything
+        if isinstance(e, MemoryError) or getattr(e, "filename", None) is not None:  # of the system, about the file
+            raise
         text = " ".join(str(e).split())
         why = text if type(e) is ValueError and text else f"{type(e).__name__}: {text}"
         raise ValueError(f"{name}: expected {wanted}, {path} {how} ({why[:300]})") from e
@@ -292,7 +292,8 @@ def read_json(path: str | Path, name: str, wanted: str) -> Any:
     data = expect_file(path, name).read_bytes()
     try:
         # what so many values take as objects, at least
-        takes = 72 * (data.count(b"[") + data.count(b"{")) + 32 * data.count(b",") + 26 * data.count(b'"')
+        takes = {b"[": 72, b"{": 72, b":": 150, b",": 32, b'"': 26}
+        takes = sum(size * data.count(mark) for mark, size in takes.items())
         if takes > 2 * len(data) + VALUES:
             raise ValueError(f"of more values than its {len(data)} bytes can be meant to hold")
         return json.loads(data, object_pairs_hook=_once)

@@ -74,6 +74,7 @@ def read(path: str | Path, name: str, wanted: str, stacklevel: int = 2) -> tuple
     """
     path = expect_file(path, name)
     with damaged(name, wanted, path, "is not one, or damaged"):
+        expect_header(path)
         with safe_open(path, "pt") as f:
             metadata, state = f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
         known = SUM in metadata
@@ -82,6 +83,14 @@ def read(path: str | Path, name: str, wanted: str, stacklevel: int = 2) -> tuple
     if not known and "notes" in metadata:
         warn_of_no_sum(path, stacklevel + 1)
     return state, metadata
+
+
+def expect_header(path: Path) -> None:
+    """Raise if a safetensors file says that it has more tensors than its bytes can be meant to hold."""
+    with open(path, "rb") as f:
+        header = f.read(min(int.from_bytes(f.read(8), "little"), path.stat().st_size))
+    if 600 * header.count(b"{") + 100 * header.count(b'"') > 2 * path.stat().st_size + VALUES:
+        raise ValueError(f"a header of more entries than its {len(header)} bytes can be meant to hold")
 
 
 def parsed(metadata: Mapping[str, str], key: str) -> dict:
@@ -169,8 +178,8 @@ def _claims(data: bytes, size: int) -> dict[str, int]:
         if opcode.name == "LONG_BINPUT" and arg > len(data):
             raise ValueError(f"a pickle of {len(data)} bytes with {arg} objects")
         values += 32 if opcode.name in ("BINFLOAT", "BININT", "BININT1", "BININT2") else 64
-    if values > 3 * size + VALUES:
-        raise ValueError(f"a pickle of more values than its {len(data)} bytes can be meant to hold")
+        if values > 2 * size + VALUES:
+            raise ValueError(f"a pickle of more values than its {len(data)} bytes can be meant to hold")
     found = _Claims(data)
     found.load()
     return found.lengths

@@ -34,7 +34,7 @@ from flowkernels._checks import (
     expect_shown,
 )
 from flowkernels._files import damaged, expect_file, expect_target, whole_file, write_or_keep
-from flowkernels._weights import CODES
+from flowkernels._weights import CODES, expect_header
 from flowkernels.ops import OPS
 
 FORMAT = 1
@@ -378,7 +378,8 @@ def open_calls(path: str | Path) -> Calls:
     """
     wanted = "a file of `flowkernels capture`"
     try:
-        file = safe_open(expect_file(path), "pt")
+        expect_header(expect_file(path))
+        file = safe_open(path, "pt")
         metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"{path}: expected {wanted}, got {e}") from e

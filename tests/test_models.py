@@ -8,6 +8,7 @@ from _flows import digits, normal
 from safetensors.torch import save_file
 
 import flowkernels as fk
+from flowkernels import _weights, cli
 from flowkernels.models import (
     BUNDLED,
     Bundled,
@@ -254,3 +255,109 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
         save_network(net, path, notes_that_json_cannot_hold=object())
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+OTHER_NUMBERS = {
+    "int64": lambda w: w.long(),
+    "bool": lambda w: w.bool(),
+    "complex": lambda w: w.to(torch.complex64),
+    "float8": lambda w: w.to(torch.float8_e4m3fn),
+    "uint8": lambda w: w.to(torch.uint8),
+}
+
+
+def from_file(loader, state, path):
+    """What a loader makes of weights in a file, and the weights that it had before."""
+    net = ResidualMLP(4, 8, 1, 8)
+    if loader == "load_network":
+        _weights.write(path, state, architecture="ResidualMLP", config=net.config, notes={})
+        return load_network(path)
+    path = path.with_suffix(loader)
+    if loader == ".pt":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    cli._load_checkpoint(net, path)
+    return net
+
+
+LOADERS = ["load_network", ".safetensors", ".pt"]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("numbers", OTHER_NUMBERS)
+def test_weights_of_other_numbers_are_not_cast(loader, numbers, tmp_path):
+    state = ResidualMLP(4, 8, 1, 8).state_dict()
+    state["input.weight"] = OTHER_NUMBERS[numbers](state["input.weight"])
+    with pytest.raises(
+        (ValueError, cli.InputError), match=r"1 of other numbers \(input.weight torch\..* for torch.float32"
+    ):
+        from_file(loader, state, tmp_path / "a")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_floating_point_weights_are_rounded(loader, dtype, tmp_path):
+    state = {k: v.to(dtype) for k, v in ResidualMLP(4, 8, 1, 8).state_dict().items()}
+    found = from_file(loader, state, tmp_path / "a").state_dict()
+    assert all(torch.equal(found[k], v.float()) for k, v in state.items())
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("input.weight"), r"1 missing \(input.weight\)"),
+        (lambda s: s.update(more=torch.ones(2)), r"1 unexpected \(more\)"),
+        (
+            lambda s: s.update({"input.weight": torch.ones(4, 8)}),
+            r"1 mis-shaped \(input.weight \[4, 8\] for \[8, 4\]\)",
+        ),
+        (lambda s: s.update({"input.weight": torch.ones(32)}), r"1 mis-shaped \(input.weight \[32\] for \[8, 4\]\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(loader, change, message, tmp_path):
+    state = ResidualMLP(4, 8, 1, 8).state_dict()
+    change(state)
+    with pytest.raises((ValueError, cli.InputError), match=message):
+        from_file(loader, state, tmp_path / "a")
+
+
+def test_a_configuration_of_another_network_is_refused_before_it_is_made(tmp_path):
+    net = ResidualMLP(4, 8, 1, 8)
+    for config in ({"blocks": 10**9}, {"width": 10**9}, {"width": 2**62}, {"blocks": -1}, {"depth": 2}, {"width": "8"}):
+        _weights.write(
+            tmp_path / "a", net.state_dict(), architecture="ResidualMLP", config=net.config | config, notes={}
+        )
+        with pytest.raises(ValueError, match=r"^path: expected a whole checkpoint of ResidualMLP, .* does not fit it"):
+            load_network(tmp_path / "a")
+
+
+def test_bundled_files_have_a_checksum_and_older_ones_a_warning(tmp_path):
+    for bundled in BUNDLED.values():
+        bundled.load()  # a warning would be an error
+    save_file(ResidualMLP(4, 8, 1, 8).state_dict(), tmp_path / "a", {
+        "architecture": "ResidualMLP", "config": json.dumps(ResidualMLP(4, 8, 1, 8).config), "notes": "{}"
+    })  # fmt: skip
+    with pytest.warns(UserWarning, match="a has no sha256") as warned:
+        load_network(tmp_path / "a")
+    assert [w.filename for w in warned] == [__file__]
+
+
+def test_no_bit_of_a_checkpoint_can_change(tmp_path):
+    path = tmp_path / "a"
+    save_network(ResidualMLP(4, 8, 1, 8), path)
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 97):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=r"^path: expected a"):
+            load_network(path)
+
+
+def test_what_torch_saved_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        found = from_file(".pt", ResidualMLP(4, 8, 1, 8).state_dict(), tmp_path / "a")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert isinstance(found, ResidualMLP)
