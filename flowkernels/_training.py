@@ -1,9 +1,10 @@
 """What `straighten` copies and keeps: modules, and a checkpoint of which everything is checked before it is used."""
 
+import contextlib
 import copy
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ KEYS = {
     *("setting", "iteration", "history", "student", "optimizer", "average"),
     *("bank_rng", "rng", "global_rng", "totals", "counts", "bank_noise"),
 }
+SINCE_2 = {"teacher_field", "student_field", "optimizer", "student"}  # settings that version 1 does not have
 PLACES = ("lr", "initial_lr", "params")  # of a group of parameters: what is no setting of the optimiser
 
 
@@ -80,6 +82,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
 def expect_weights(module: nn.Module, state: Mapping[str, Any], name: str, exact: bool = False) -> None:
     """Raise unless the state dict has the module's names and shapes, and its dtypes, if not `exact` but for the width
     of floating-point ones."""
+    expect(isinstance(state, Mapping), name, "a state dict", state)
     own, state = plain_state(module), _without_prefix(module, state)
     way_out = "; init='keep' starts from the student's own weights" if name == "student" else ""
     expected = f"weights that fit the student{way_out}"
@@ -159,7 +162,9 @@ def expect_optimizer_state(saved, opt, parameters: list[nn.Parameter]) -> None:
     fits = isinstance(groups, list) and len(groups) == len(own["param_groups"])
     _expect(fits and all(isinstance(g, dict) for g in groups), f"{len(own['param_groups'])} groups", groups)
     for have, want in zip(groups, own["param_groups"], strict=True):
-        _expect(have.get("params") == want["params"], "the optimiser's parameters", have.get("params"))
+        _expect(repr(have.get("params")) == repr(want["params"]), "the optimiser's parameters", have.get("params"))
+        for key in (have.keys() & want.keys()) - set(PLACES):
+            _expect(repr(have[key]) == repr(want[key]), f"an optimiser with {key} = {want[key]!r}", have[key])
     _expect(isinstance(saved["state"], dict), "the state of parameters", saved["state"])
     for i, have in saved["state"].items():
         want = own["state"].get(i)
@@ -185,6 +190,16 @@ def _expect_alike(have, want, what: str) -> None:
 def _expect(ok: bool, expected: str, got) -> None:
     if not ok:
         expect(False, "checkpoint", expected, f"{describe(got)}")
+
+
+@contextlib.contextmanager
+def checks_of(path: Path) -> Iterator[None]:
+    """Errors of the block name the checkpoint; what else it raises is an error of that kind."""
+    try:
+        yield
+    except Exception as e:
+        text = e if isinstance(e, ValueError) else f"checkpoint: expected a whole one, got {type(e).__name__}: {e}"
+        raise ValueError(f"{text} ({path})") from e
 
 
 def expect_storable(state: dict) -> None:
@@ -222,12 +237,18 @@ def read_checkpoint(path: Path, stacklevel: int = 3) -> dict:
             if saved["version"] == VERSION:
                 expect_unchanged(saved.pop(SUM), tensors_hash(saved))
     expect(kind == FORMAT, "checkpoint", f"a file of format {FORMAT!r}", f"{path} of format {describe(kind)}")
-    version = saved.get("version")
-    expect(version in (1, VERSION), "checkpoint", f"version 1 or {VERSION}", f"{path} of version {describe(version)}")
+    with checks_of(path):
+        version = saved.get("version")
+        expect(
+            version in (1, VERSION), "checkpoint", f"version 1 or {VERSION}", f"{path} of version {describe(version)}"
+        )
+        if version == 1:
+            saved.setdefault("bank_noise", None)
+        _expect(saved.keys() - {"format", "version"} == KEYS, f"{sorted(KEYS)}", sorted(saved, key=str))
+        _expect(isinstance(saved["setting"], dict), "settings", saved["setting"])
+        _expect(type(saved["bank_noise"]) in (str, type(None)), "a hash of the bank's noise", saved["bank_noise"])
     if version == 1:
         warn_of_no_sum(path, stacklevel)
-        saved.setdefault("bank_noise", None)
-    expect(saved.keys() - {"format", "version"} == KEYS, "checkpoint", f"{sorted(KEYS)}", f"{sorted(saved, key=str)}")
     return saved
 
 
@@ -242,15 +263,14 @@ def _expect_plain_tensors(saved, size: int) -> None:
 
 
 def expect_setting(saved: dict, setting: dict) -> None:
-    """Raise unless the checkpoint is of a run with this setting; keys that it does not have are of a later version."""
+    """Raise unless the checkpoint is of a run with this setting."""
     known = saved["setting"]
-    _expect(isinstance(known, dict), "settings", known)
     for key, value in setting.items():
-        if key in known or saved["version"] == VERSION:
-            same = type(known.get(key)) is type(value) and known.get(key) == value
-            if not same:
-                got = f"{key} = {known.get(key)!r}"
-                expect(False, "checkpoint", f"one of this run ({key} = {value!r}); resume=False starts anew", got)
+        there = key in known or saved["version"] == VERSION or key not in SINCE_2
+        have = known.get(key, "nothing")
+        if there and repr(have) != repr(value):  # of numbers exact, and of anything else no error
+            got = f"{key} = {have!r}"
+            expect(False, "checkpoint", f"one of this run ({key} = {value!r}); resume=False starts anew", got)
 
 
 def expect_progress(saved: dict, iterations: int, log_every: int, N: int) -> None:
@@ -262,10 +282,10 @@ def expect_progress(saved: dict, iterations: int, log_every: int, N: int) -> Non
     for column in history.values():
         fits = isinstance(column, list) and len(column) == len(rows)
         _expect(fits, f"a history of {len(rows)} rows", column)
-    _expect(history["iteration"] == rows, f"rows of iterations 0 to {rows[-1]}", history["iteration"])
+    _expect(repr(history["iteration"]) == repr(rows), f"rows of iterations 0 to {rows[-1]}", history["iteration"])
     for name in ("loss", "lr", "grad_norm"):
-        plain = all(type(value) is float for value in history[name])
-        _expect(plain, "a history of numbers", f"{name} = {describe(history[name])}")
+        plain = all(type(value) is float and math.isfinite(value) for value in history[name])
+        _expect(plain, "a history of finite numbers", f"{name} = {describe(history[name])}")
     for row in history["interval_loss"]:
         fits = isinstance(row, list) and len(row) == N and all(type(value) is float for value in row)
         _expect(fits, f"a history of {N} losses a row", row)

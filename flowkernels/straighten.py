@@ -28,10 +28,11 @@ from flowkernels._checks import (
     expect_times,
 )
 from flowkernels._files import expect_target
-from flowkernels._identity import Unknown, tensors_hash
+from flowkernels._identity import tensors_hash
 from flowkernels._training import (
     HISTORY,
     architecture,
+    checks_of,
     copied,
     expect_optimizer,
     expect_optimizer_state,
@@ -53,9 +54,11 @@ from flowkernels.ops._library import fresh
 from flowkernels.rollout import euler, expect_finite_flow, initial_state, replay
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import (
+    Identity,
     VelocityField,
     expect_velocity,
-    parameter_hash,
+    hash_of,
+    identity,
     time_for,
     velocity_rows,
     warn_if_training,
@@ -223,22 +226,25 @@ def straighten(
         isinstance(opt, torch.optim.Optimizer), "optimizer", OPTIMIZER, f"one that returns {describe(opt)}", TypeError
     )
     expect_optimizer(opt, parameters)
+    known = identity(velocity)
     setting = dict(
         **dict(times=schedule.times.tolist(), grid=teacher_grid.tolist(), iterations=iterations),
         **dict(batch=batch, bank=size, refresh=refresh, u=u, loss=loss, huber_c=huber_c, lr=lr, warmup=warmup),
         **dict(decay=decay, clip=clip, ema=ema, seed=seed, log_every=log_every),
         weight=None if weight is None else weight.tolist(),
-        **dict(teacher=parameter_hash(velocity), noise=_noise_identity(noise)),
+        **dict(teacher=known.parameters, noise=_noise_identity(noise)),
     )
     fields = dict(teacher_field=_field_identity(velocity), student_field=_field_identity(student))
     setting |= fields | dict(optimizer=optimizer_identity(opt))
     saved = None
     if checkpoint is not None and resume and checkpoint.exists():
         saved = read_checkpoint(checkpoint, stacklevel=4)
-        expect_setting(saved, setting)
-        expect_progress(saved, iterations, log_every, N)
-        expect_random_states(saved)
-        expect_weights(student, saved["student"], "checkpoint", exact=True)
+        before = saved["version"] == 1 and saved["setting"].get("teacher") == known.of_state
+        with checks_of(checkpoint):
+            expect_setting(saved, setting | (dict(teacher=known.of_state) if before else {}))
+            expect_progress(saved, iterations, log_every, N)
+            expect_random_states(saved)
+            expect_weights(student, saved["student"], "checkpoint", exact=True)
     _initialise(student, velocity, init)
     warn_if_training(velocity, stacklevel=4)
 
@@ -246,20 +252,24 @@ def straighten(
     if ema is not None:
         with torch.device("cpu"):  # of its counter
             average = torch.optim.swa_utils.AveragedModel(copied(student), multi_avg_fn=_warmed_up_average(ema))
-    setting["student"] = architecture(student)
+    setting |= dict(student=architecture(student), attributes=known.attributes)
     generator = torch.Generator().manual_seed(seed)
     history = {k: [] for k in HISTORY}
     times = schedule.times.to(device)
     h = times.diff()
     start, (totals, counts) = 0, torch.zeros(2, N, dtype=torch.float32, device="cpu")
     if saved is not None:
-        expect_setting(saved, setting)
-        expect_optimizer_state(saved["optimizer"], opt, parameters)
-        expect_weights(average, saved["average"], "checkpoint", exact=True) if average is not None else None
-        load_weights(student, saved["student"])
-        opt.load_state_dict(opt.state_dict() | {"state": saved["optimizer"]["state"]})
-        if average is not None:
-            average.load_state_dict(saved["average"])
+        _warn_of_doubts(checkpoint, saved["setting"].get("attributes"), known)
+        with checks_of(checkpoint):
+            expect_setting(saved, dict(student=setting["student"]))
+            expect_optimizer_state(saved["optimizer"], opt, parameters)
+            if average is not None:
+                expect_weights(average, saved["average"], "checkpoint", exact=True)
+                done, n = saved["iteration"], int(saved["average"]["n_averaged"])
+                expect(n == done, "checkpoint", f"an average of {done} iterations", f"{n}")
+                average.load_state_dict(saved["average"])
+            load_weights(student, saved["student"])
+            opt.load_state_dict(opt.state_dict() | {"state": saved["optimizer"]["state"]})
         history, start, totals, counts = (saved[k] for k in ("history", "iteration", "totals", "counts"))
         generator.set_state(saved["bank_rng"])  # the bank is rolled out again, from the noise it was made of
     bank_rng = generator.get_state()
@@ -495,14 +505,21 @@ def _without_inference(student: nn.Module) -> nn.Module:
     return student
 
 
+def _warn_of_doubts(checkpoint: Path, attributes: str | None, known: Identity) -> None:
+    """Say what cannot tell whether the teacher is the one that it was."""
+    doubts = [f"{what} unknown ({why})" for what, why in known.unknown.items()]
+    if attributes is not None and known.attributes is not None and attributes != known.attributes:
+        doubts.append("other attributes of its modules")
+    if doubts:
+        text = f"checkpoint: expected the teacher that {checkpoint} was made with, got {', '.join(doubts)}"
+        warnings.warn(text, UserWarning, stacklevel=4)
+
+
 def _field_identity(velocity) -> str | None:
-    """The hash of a field's convention and conditioning; "unknown" if they cannot be read."""
+    """The hash of a field's convention and conditioning; None if they cannot be read."""
     if not isinstance(velocity, VelocityField):
         return None
-    try:
-        return tensors_hash({k: v for k, v in velocity.settings().items() if k != "packed"})[:16]
-    except Unknown:
-        return "unknown"
+    return hash_of({k: v for k, v in velocity.settings().items() if k != "packed"}, "", {})
 
 
 def _initialise(student: nn.Module, velocity, init) -> None:
