@@ -20,8 +20,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def velocity(x: Tensor, layers: Sequence, step: int, low: torch.dtype | None) -> Tensor:
-    """The last value: v `[n, D]` at one step. `low`: what weights and inputs of linear layers are rounded to."""
+def velocity(x: Tensor, layers: Sequence, step: int, low: torch.dtype | None, norm: Callable = F.layer_norm) -> Tensor:
+    """The last value: v `[n, D]` at one step. `low`: what weights and inputs of linear layers are rounded to. `norm`: a
+    LayerNorm with errors, of which bounds are made."""
     values = [x]
 
     def read(source) -> Tensor:
@@ -36,7 +37,7 @@ def velocity(x: Tensor, layers: Sequence, step: int, low: torch.dtype | None) ->
             weight = layer.weight if low is None else layer.weight.to(low)
             y = (y if low is None else y.to(low).to(x.dtype)) @ weight.to(x.dtype).T
         elif layer.map == "layer_norm":
-            y = F.layer_norm(y, y.shape[1:], eps=layer.eps)
+            y = norm(y, y.shape[1:], eps=layer.eps)
         y = y if layer.scale is None else y * row(layer.scale)
         for table in (layer.shift, layer.shift_each):
             y = y if table is None else y + row(table)
@@ -51,14 +52,14 @@ def velocity(x: Tensor, layers: Sequence, step: int, low: torch.dtype | None) ->
     return values[-1]
 
 
-def mlp_sample(x, step_sizes, layers, unconditional, guidance, low) -> tuple[Tensor, Tensor, Tensor]:
+def mlp_sample(x, step_sizes, layers, unconditional, guidance, low, *norm) -> tuple[Tensor, Tensor, Tensor]:
     """(the state after all steps, the states `[N+1, n, D]`, the velocities `[N, n, D]`). step_sizes: or updates."""
     states, velocities = [x], []
     start = x
     for step, update in enumerate(step_sizes):
-        v = velocity(x, layers, step, low)
+        v = velocity(x, layers, step, low, *norm)
         if unconditional is not None:
-            u = velocity(x, unconditional, step, low)
+            u = velocity(x, unconditional, step, low, *norm)
             v = u + guidance * (v - u)
         velocities.append(v)
         if isinstance(update, tuple):

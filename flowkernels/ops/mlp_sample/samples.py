@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flowkernels.ops._samples import Sample, arrange, generator, not_none, slices
@@ -203,10 +204,11 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
 
     Allowed is what rounding alone does to the result. That is found by backward analysis: a sum of k products whose
     partial sums are rounded is exact for weights that are off by some sqrt(k) half-ulps, and activations and steps are
-    for tables, gains and states that are off by one or two ulp. The network is evaluated in float64 with such random
-    errors, a few times, and often enough that a result of few numbers is moved by chance alone not too little; twice
-    the largest difference is allowed. An update of k terms rounds k partial sums: it is exact for a state that it
-    starts from, and for factors, which are rounded themselves, that are off by some sqrt(k) half-ulps more.
+    for tables, gains and states that are off by one or two ulp, LayerNorm for such inputs and means. The network is
+    evaluated in float64 with such random errors, so often that a result of few numbers is not moved too little by
+    chance, and twice the largest difference is allowed. An update of k terms rounds k partial sums: it is exact for a
+    state that it starts from, and for factors, which are rounded themselves, that are off by some sqrt(k) half-ulps
+    more.
 
     With `low` the truth is that of the network that is not rounded, and the reference rounds as the kernel does: twice
     its error, the rounding that is asked for, is allowed beside. Their values differ where an input lies so near the
@@ -220,8 +222,8 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
         return 0.0, 0.0
     given = layers, k.get("unconditional"), k.get("guidance", 1.0)
 
-    def evaluate(x, h, layers, others, guidance, low=None):
-        return reference.mlp_sample(x, h, layers, others, guidance, low)[: 3 if trajectory else 1]
+    def evaluate(x, h, layers, others, guidance, low=None, *norm):
+        return reference.mlp_sample(x, h, layers, others, guidance, low, *norm)[: 3 if trajectory else 1]
 
     truth = evaluate(x.double(), h, *given)
 
@@ -258,12 +260,17 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
                 for i, a in enumerate(layers)
             ]
 
+        def norm(y, shape, eps, off=off):
+            mean, spread = y.mean(1, keepdim=True), (y.var(1, unbiased=False, keepdim=True) + eps).sqrt()
+            return F.layer_norm(off(y, 4), shape, eps=eps) + (off(mean, 4) - mean) / spread
+
         if multistep:
             each = ((u, off(torch.tensor(u.factors, dtype=torch.float64), 1 + len(u.which) ** 0.5)) for u in updates)
             steps = [Update(u.from_start, u.which, factors.tolist()) for u, factors in each]
         else:
             steps = off(torch.tensor(h, dtype=torch.float64), 2)
-        floor = max(floor, error(evaluate(off(x, most**0.5), steps, moved(layers), moved(given[1]), given[2])))
+        other = off(x, most**0.5), steps, moved(layers), moved(given[1]), given[2]
+        floor = max(floor, error(evaluate(*other, None, norm)))
     found = got if trajectory else (got,)
     rounded = error(evaluate(x, h, *given, k["low"])) if k.get("low") else 0.0
     return error(found), 2 * rounded + 2 * floor
