@@ -7,10 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels.models import EmpiricalVelocity
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from flowkernels.ops._samples import generator
 
 
 def normal(*shape: int, seed: int = 0, dtype=torch.float32) -> Tensor:

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from flowkernels.ops._samples import generator
+
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (f64, f32, bf16, f16)}
 
@@ -122,7 +124,7 @@ def overrun(x, out, BLOCK: tl.constexpr):
 
 
 def randn(*shape, dtype=f32, seed=0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=f64).to(dtype)
+    return torch.randn(*shape, generator=generator(seed), dtype=f64).to(dtype)
 
 
 def worst(got: Tensor, truth: Tensor, scale: Tensor | float = 1.0) -> float:

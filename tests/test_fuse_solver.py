@@ -9,7 +9,7 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels.backends import BACKENDS, backend
-from flowkernels.ops._samples import Sample
+from flowkernels.ops._samples import Sample, generator
 from flowkernels.ops.mlp_sample.samples import error_and_bound
 
 fuse = sys.modules["flowkernels.fuse"]  # the module; the package has the function of that name
@@ -18,7 +18,7 @@ F64 = torch.float64
 
 def fitted(M: int = 5) -> fk.Solver:
     """All velocities at every step, and times between the knots, as a fit has them."""
-    g = torch.Generator().manual_seed(2)
+    g = generator(2)
     b = torch.randn(M, M, generator=g, dtype=F64).tril() / M + torch.full((M, M), 1 / M, dtype=F64).tril()
     return fk.Solver(torch.linspace(0, 1, M + 1), torch.rand(M, generator=g, dtype=F64), b)
 
@@ -49,7 +49,7 @@ class Conditional(nn.Module):
 
 
 def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=generator(seed))
 
 
 def network():

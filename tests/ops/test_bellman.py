@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from flowkernels.backends import BACKENDS, backend, cuda_module
 from flowkernels.ops import bellman
+from flowkernels.ops._samples import generator
 
 F64 = torch.float64
 
@@ -77,7 +78,7 @@ def test_exhaustive_search_with_a_factor_on_the_cost_so_far(case, name, carry):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_factor_of_one_is_none(name):
-    cost = torch.rand(40, 40, dtype=F64, generator=torch.Generator().manual_seed(0))
+    cost = torch.rand(40, 40, dtype=F64, generator=generator(0))
     with backend(name):
         got, expected = bellman(cost, 12, 1), bellman(cost, 12)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -95,7 +96,7 @@ def test_a_factor_changes_the_path(name):
 @pytest.mark.parametrize("number", [float, torch.tensor], ids=["float", "tensor"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_factor_stays_open_when_compiled(name, number):
-    cost = torch.rand(9, 9, dtype=F64, generator=torch.Generator().manual_seed(0))
+    cost = torch.rand(9, 9, dtype=F64, generator=generator(0))
     torch._dynamo.reset()
     compiled = torch.compile(lambda c, carry: bellman(c, 5, carry), fullgraph=True, dynamic=True, backend="aot_eager")
     with backend(name):
@@ -180,7 +181,7 @@ def test_one_step_of_one(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_one_step_from_the_start(name):
-    cost = torch.rand(9, 9, dtype=F64, generator=torch.Generator().manual_seed(0))
+    cost = torch.rand(9, 9, dtype=F64, generator=generator(0))
     with backend(name):
         value, parent = bellman(cost, 1)
     assert torch.equal(value[1, 1:], cost[0, 1:])
@@ -212,7 +213,7 @@ def test_a_sum_that_overflows_is_unreachable(name):
 @pytest.mark.parametrize("n", [1024, 1030, 2049])
 def test_on_a_gpu_more_knots_than_a_block_has_threads(n):
     """Few values, so that many paths tie."""
-    cost = torch.randint(4, (n, n), generator=torch.Generator().manual_seed(0)).double()
+    cost = torch.randint(4, (n, n), generator=generator(0)).double()
     with backend("cuda"):
         got = bellman(cost, 4)
     assert all(torch.equal(a, b) for a, b in zip(got, bellman(cost, 4), strict=True))
@@ -256,7 +257,7 @@ def test_from_a_value_of_minus_infinity_a_forbidden_step_stays_forbidden(name):
 
 
 def test_leaves_the_costs_alone():
-    cost = torch.rand(7, 7, dtype=F64, generator=torch.Generator().manual_seed(0))
+    cost = torch.rand(7, 7, dtype=F64, generator=generator(0))
     before = cost.clone()
     bellman(cost, 6)
     assert torch.equal(cost, before)

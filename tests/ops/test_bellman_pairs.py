@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from flowkernels.backends import BACKENDS, backend, cuda_module
 from flowkernels.ops import bellman, bellman_pairs
+from flowkernels.ops._samples import generator
 
 F64 = torch.float64
 EVERY = pytest.mark.parametrize("name", BACKENDS)
@@ -102,7 +103,7 @@ def test_fewer_steps_are_the_first_planes(case):
 @pytest.mark.parametrize(("n", "steps"), [(2, 1), (9, 8), (22, 6)])
 def test_costs_that_do_not_depend_on_the_knot_before_are_those_of_bellman(n, steps, name):
     """Whole numbers: the paths tie, and of equal ones both take the smallest knots from the end on."""
-    cost = torch.randint(20, (n, n), generator=torch.Generator().manual_seed(n)).double()
+    cost = torch.randint(20, (n, n), generator=generator(n)).double()
     with backend(name):
         value, parent = bellman(cost, steps)
         of_pairs, before = bellman_pairs(cost[0], cost.expand(n, n, n), steps)
@@ -170,7 +171,7 @@ def test_one_step_of_one(name):
 
 
 def random(n, seed=0):
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     return torch.randint(4, (n,), generator=g).double(), torch.randint(4, (n, n, n), generator=g).double()
 
 

@@ -10,6 +10,7 @@ from flowkernels._checks import _uniform
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import OPS, euler_step, linear_euler, linear_update, segment_points, straighten_loss
 from flowkernels.ops._library import NUMBERS
+from flowkernels.ops._samples import generator
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import HasTimeEmbedding, VelocityField
 
@@ -19,7 +20,7 @@ BF16, F64 = torch.bfloat16, torch.float64
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=generator(seed)).to(dtype)
 
 
 def compiled_once(function, calls, compiler="aot_eager"):
@@ -150,7 +151,7 @@ def test_a_straightening_step_for_any_number_of_steps(loss):
         return straighten_loss(net(x), bank, h, i, s, loss=loss, huber_c=c)
 
     def training(forward, net, N, n, batch, c):
-        g = torch.Generator().manual_seed(N)
+        g = generator(N)
         bank, h = torch.randn(N + 1, n, 6, generator=g), torch.rand(N, generator=g, dtype=F64) + 0.2
         i, s = (torch.randint(m, (batch,), generator=g) for m in (N, n))
         got = forward(net, bank, h, i, s, torch.rand(batch, generator=g), c)

@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import cost_from_gram, velocity_gram
+from flowkernels.ops._samples import generator
 from flowkernels.ops.cost_from_gram.samples import weights
 
 SEEDS = st.integers(0, 2**32 - 1)
 
 
 def integers(shape, seed):
-    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.randint(-8, 9, shape, generator=generator(seed)).double()
 
 
 def dyadic(K):
@@ -37,7 +38,7 @@ def test_is_the_mean_squared_residual(K, seed, states):
 
 @given(st.integers(1, 30), SEEDS, st.booleans())
 def test_is_the_quadratic_form(K, seed, states):
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     rows = torch.randn(2 * K - 1 if states else K - 1, 50, generator=g, dtype=torch.float64)
     t = torch.linspace(0, 1, K + 1, dtype=torch.float64)
     w = weights(t, states)
@@ -61,7 +62,7 @@ def test_nan_and_inf_are_in_the_costs_they_are_part_of(name, bad):
 
 
 def test_a_residual_of_zero_costs_zero_not_less():
-    rows = torch.randn(30, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = torch.randn(30, 1, generator=generator(0), dtype=torch.float64)
     rows[1::2] = -rows[::2]
     assert (cost_from_gram(rows @ rows.T, 31) >= 0).all()
 

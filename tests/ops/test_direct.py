@@ -23,6 +23,7 @@ from flowkernels.ops import (
     straighten_loss,
     velocity_gram,
 )
+from flowkernels.ops._samples import generator
 from flowkernels.ops.mlp_sample import Layer, Source
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -71,7 +72,7 @@ DIFFERENTIABLE = ("euler_step", "linear_update", "straighten_loss")
 
 def inputs(op):
     """Whole numbers from 1: exact, and steps that are not zero."""
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     return [torch.randint(1, 9, shape, generator=g).float() for shape in CALLS[op].shapes]
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import euler_step
+from flowkernels.ops._samples import generator
 from flowkernels.ops.euler_step.samples import arrange, error_and_bound, sample_inputs
 from flowkernels.ops.velocity_gram.samples import Sample
 
@@ -19,12 +20,12 @@ SIZES, SEEDS = st.integers(0, 70), st.integers(0, 2**32 - 1)
 
 
 def randn(*shape, seed, dtype=F32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    return torch.randn(shape, generator=generator(seed), dtype=F64).to(dtype)
 
 
 def integers(*shape, seed, dtype=F32):
     """Whole numbers, small enough that every operation on them is exact."""
-    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randint(-8, 9, shape, generator=generator(seed)).to(dtype)
 
 
 def pair(result):
@@ -500,7 +501,7 @@ def test_errors_name_the_argument(error, message, args, kwargs):
 
 def test_torch_func_transforms():
     """jvp, vmap and grad are those of the formula, not silently zero."""
-    x, v, u = (torch.randn(3, 5, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3))
+    x, v, u = (torch.randn(3, 5, generator=generator(i), dtype=torch.float64) for i in range(3))
 
     def step(x, v):
         return euler_step(x, v, 0.25, v_uncond=u, guidance=3.0)

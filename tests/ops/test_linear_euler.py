@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import euler_step, linear_euler, linear_update
-from flowkernels.ops._samples import arrange
+from flowkernels.ops._samples import arrange, generator
 from flowkernels.ops.linear_euler.samples import error_and_bound, make, sample_inputs
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -25,7 +25,7 @@ def state_of(dtype):
 
 def integers(*shape, seed, dtype=F32):
     """Whole numbers, small enough that every operation on them is exact."""
-    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randint(-4, 5, shape, generator=generator(seed)).to(dtype)
 
 
 def exact(n, tokens, d, outputs, seed, dtype, modulated=True):

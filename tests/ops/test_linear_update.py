@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import euler_step, linear_update
-from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops._samples import Sample, arrange, generator
 from flowkernels.ops.linear_update import triton_kernel
 from flowkernels.ops.linear_update.samples import error_and_bound, sample_inputs
 
@@ -20,12 +20,12 @@ EACH = pytest.mark.parametrize("name", BACKENDS)
 
 
 def randn(*shape, seed, dtype=F32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    return torch.randn(shape, generator=generator(seed), dtype=F64).to(dtype)
 
 
 def integers(*shape, seed, dtype=F32):
     """Whole numbers, small enough that every operation on them is exact."""
-    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randint(-8, 9, shape, generator=generator(seed)).to(dtype)
 
 
 def exact(size, terms, seed, dtypes):
@@ -55,7 +55,7 @@ def test_is_the_sum(size, terms, seed, dtypes, name):
 def test_is_linear(size, terms, seed, dtypes):
     x, v, b = exact(size, terms, seed, dtypes)
     new = linear_update(x, v, b)
-    order = torch.randperm(terms, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(terms, generator=generator(seed)).tolist()
     assert torch.equal(linear_update(x, [v[i] for i in order], [b[i] for i in order]), new)
     assert torch.equal(linear_update(x, [*v, *v], [*b, *(-c for c in b)]), x)
     assert torch.equal(linear_update(x, v, [0.0] * terms), x)

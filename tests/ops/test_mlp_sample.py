@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flowkernels import backends
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import mlp_sample
-from flowkernels.ops._samples import Sample
+from flowkernels.ops._samples import Sample, generator
 from flowkernels.ops.mlp_sample import (
     PLACE,
     Layer,
@@ -358,7 +358,7 @@ def test_updates_of_several_tiles_on_cuda(n, widths, low):
 
 @given(st.integers(1, 30), st.integers(0, 99))
 def test_velocities_that_are_needed_later_have_places_of_their_own(steps, seed):
-    updates = scattered(steps, torch.Generator().manual_seed(seed))
+    updates = scattered(steps, generator(seed))
     given, memory, terms = Updates(updates), {}, []
     for i, (from_start, count, kept) in enumerate(given.listed):
         mine = given.places[len(terms) : len(terms) + count]
@@ -373,13 +373,13 @@ def test_velocities_that_are_needed_later_have_places_of_their_own(steps, seed):
 
 
 def test_places_are_used_again():
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     assert [Updates(solver(12, g)).count for solver in (last_few(1), last_few(2), last_few(4), dense)] == [0, 1, 3, 11]
 
 
 @given(st.integers(0, 12), st.integers(0, 99))
 def test_updates_as_the_registered_op_takes_them(steps, seed):
-    updates = scattered(steps, torch.Generator().manual_seed(seed))
+    updates = scattered(steps, generator(seed))
     assert _steps(*_flat_steps(updates)) == updates
     h = [0.5 * i for i in range(steps)]
     assert _steps(*_flat_steps(h)) == h
@@ -426,7 +426,7 @@ def test_tables_in_every_layout(name):
     """Steps, samples and columns in any order in memory, expanded, sliced, and with columns that a vector divides."""
     x = torch.zeros(3, 16)
     weight = torch.zeros(16, 16)
-    table = torch.randint(-8, 9, (4, 3, 16), generator=torch.Generator().manual_seed(0)).float()
+    table = torch.randint(-8, 9, (4, 3, 16), generator=generator(0)).float()
     forms = {
         "contiguous": table,
         "samples first": table.transpose(0, 1).contiguous().transpose(0, 1),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import segment_points
-from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops._samples import Sample, arrange, generator
 from flowkernels.ops.segment_points.samples import error_and_bound, places
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -21,7 +21,7 @@ ON_A_GPU = pytest.mark.parametrize("name", ["cuda", "triton"])
 
 def drawn(shape, batch, seed, dtype=F32):
     """A bank of whole numbers, places in it and u in eighths: every operation is exact, in bfloat16 too."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     bank = torch.randint(-8, 9, shape, generator=g).to(dtype)
     return bank, *places(shape[0], shape[1], batch, g), torch.randint(9, (batch,), generator=g) / 8
 
@@ -72,7 +72,7 @@ def test_rows_do_not_meet(shape, seed, order):
 @given(SEEDS, st.floats(-3, 3), st.sampled_from(BACKENDS))
 def test_a_line_in_float64(seed, u, name):
     """A bank on a line, x = (i + s) d: u extends it beyond the ends too."""
-    d = torch.rand(11, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    d = torch.rand(11, generator=generator(seed), dtype=F64)
     bank = (torch.arange(4.0, dtype=F64)[:, None] + torch.arange(3.0, dtype=F64))[..., None] * d
     i, s = torch.tensor([0, 2, 1]), torch.tensor([2, 0, 1])
     with backend(name):
@@ -152,7 +152,7 @@ def test_only_the_rows_that_are_drawn_are_read(name):
 @pytest.mark.parametrize(("layout", "features"), [("contiguous", 65536), ("misaligned", 65536), ("contiguous", 65531)])
 def test_large_results_with_any_number_of_threads(features, layout, dtype):
     """8 MiB of output a thread in float32, 4 in bfloat16: past the caches where rows begin at multiples of vectors."""
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     bank = arrange(torch.randn(3, 5, features, generator=g), layout)
     i, s = places(3, 5, 65, g)
     u = torch.rand(65, generator=g)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import segment_points, straighten_loss
-from flowkernels.ops._samples import Sample, arrange
+from flowkernels.ops._samples import Sample, arrange, generator
 from flowkernels.ops.segment_points.samples import places
 from flowkernels.ops.straighten_loss import StraightenLoss, reference
 from flowkernels.ops.straighten_loss.samples import error_and_bound, gradient_error_and_bound, sample_inputs
@@ -23,7 +23,7 @@ LOSSES = pytest.mark.parametrize("loss", ["l2", "huber"])
 
 def drawn(shape, batch, seed, dtypes=(F32, F32)):
     """Whole numbers and, with sizes that are powers of two, exact means; steps of 1/4, 1/2, 1 and 2; weights in 1/2."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     bank = torch.randint(-8, 9, shape, generator=g).to(dtypes[0])
     v = torch.randint(-8, 9, (batch, *shape[2:]), generator=g).to(dtypes[1])
     h = 2.0 ** torch.randint(-2, 2, (shape[0] - 1,), generator=g)
@@ -256,7 +256,7 @@ def test_only_the_rows_that_are_drawn_are_read(name):
 @pytest.mark.parametrize(("shape", "batch"), [((4, 3, 1000), 70), ((3, 2, 40000), 3), ((3, 2, 100001), 1)])
 def test_threads_do_not_change_a_bit(shape, batch, loss):
     """More samples than threads, and fewer, each in parts."""
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     args = (torch.randn(batch, shape[2], generator=g), torch.randn(shape, generator=g), torch.rand(shape[0] - 1) + 0.1)
     args += places(shape[0], shape[1], batch, g)
     results = []
@@ -300,7 +300,7 @@ def test_large_gradients(batch, features, dtype, layout, loss):
 
 def leaves(loss="l2", seed=0, dtype=F64, v_dtype=None):
     (v, bank, h, i, s), weight = drawn((4, 3, 5), 6, seed, (dtype, v_dtype or dtype))
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     v = (torch.randn(v.shape, generator=g, dtype=F64)).to(v.dtype).requires_grad_()
     return v, lambda v: straighten_loss(v, bank, h, i, s, weight=weight, loss=loss)
 
@@ -311,7 +311,7 @@ def leaves(loss="l2", seed=0, dtype=F64, v_dtype=None):
 def test_gradcheck(weighted, loss, name):
     args, weight = drawn((3, 3, 3), 4, 0, (F64, F64))
     kwargs = dict(loss=loss, weight=weight if weighted else None, huber_c=0.3)
-    v = args[0] + torch.rand(4, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    v = args[0] + torch.rand(4, 3, generator=generator(0), dtype=F64)
     with backend(name):
         for scale in (1, 3):
             of_v = lambda v, scale=scale: straighten_loss(v, *args[1:], **kwargs).loss * scale  # noqa: E731
@@ -491,7 +491,7 @@ def test_under_checkpointing():
 )
 def test_a_training_step_under_compile(compiler, name, loss, scale):
     """The network's input from segment_points, the loss and its backward: the losses and every gradient."""
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     bank, h = torch.randn(4, 3, 5, generator=g), torch.rand(3, generator=g) + 0.2
     i, s = places(4, 3, 8, g)
     u, weight = torch.rand(8, generator=g), torch.rand(8, generator=g)

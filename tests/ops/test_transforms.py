@@ -12,6 +12,7 @@ from _contract import identical, tensors
 from flowkernels import ops
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import OPS
+from flowkernels.ops._samples import generator
 
 F64 = torch.float64
 EVERY = pytest.mark.parametrize("op", OPS)
@@ -86,7 +87,7 @@ def test_jvp(op):
     for call, t in calls(op):
         wide = t.dtype == F64
         step = 1e-6 if wide else 1e-2
-        tangent = torch.randn(t.shape, generator=torch.Generator().manual_seed(1), dtype=F64).to(t.dtype)
+        tangent = torch.randn(t.shape, generator=generator(1), dtype=F64).to(t.dtype)
         first = lambda t, call=call: call(t)[0]  # noqa: E731
         value, got = torch.func.jvp(first, (t,), (tangent,))
         torch.testing.assert_close(value, first(t), equal_nan=True)
@@ -110,7 +111,7 @@ def test_grad(op):
             torch.func.grad(total)(t)
         return
     gradient = torch.func.grad(total)(t)
-    tangent = torch.randn(t.shape, generator=torch.Generator().manual_seed(1), dtype=F64).to(t.dtype)
+    tangent = torch.randn(t.shape, generator=generator(1), dtype=F64).to(t.dtype)
     _, along = torch.func.jvp(total, (t,), (tangent,))
     torch.testing.assert_close((gradient * tangent).sum(), along.to(t.dtype))
     assert bool(gradient.any()) == (op in DERIVED)

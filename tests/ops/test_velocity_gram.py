@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import cost_from_gram, velocity_gram
+from flowkernels.ops._samples import generator
 from flowkernels.ops.velocity_gram import triton_kernel
 from flowkernels.ops.velocity_gram.samples import Sample, arrange, error_and_bound, sample_inputs, truth_and_allowed
 
@@ -16,12 +17,12 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def integers(shape, seed, dtype=torch.float32):
     """Whole numbers, small enough that every sum of products is exact in float32."""
-    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randint(-8, 9, shape, generator=generator(seed)).to(dtype)
 
 
 def states(v, times, seed):
     """States near the Euler steps of `v`, and the same in `v`'s dtype."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     noise = torch.randn(len(v) + 1, *v.shape[1:], generator=g, dtype=torch.float64)
     moves = times.diff().view(-1, *[1] * (v.dim() - 1)) * v.double()
     return (0.1 * noise + torch.cat([noise[:1], moves]).cumsum(0)).to(v.dtype)
@@ -65,14 +66,14 @@ def test_is_quadratic_in_v_and_ignores_a_common_offset(shape, seed, offset):
 @given(SHAPES, SEEDS)
 def test_columns_in_any_order(shape, seed):
     v = integers(shape, seed)
-    order = torch.randperm(shape[2], generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(shape[2], generator=generator(seed))
     assert torch.equal(velocity_gram(v[..., order]), velocity_gram(v))
     assert torch.equal(velocity_gram(v.unsqueeze(2).transpose(1, 3)), velocity_gram(v))
 
 
 @given(SHAPES, SEEDS, st.booleans())
 def test_is_symmetric_and_positive_semidefinite(shape, seed, with_states):
-    v = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    v = torch.randn(shape, generator=generator(seed))
     times = torch.linspace(0, 1, shape[0] + 1, dtype=torch.float64)
     x = states(v, times, seed) if with_states else None
     gram = velocity_gram(v, x=x, times=times if with_states else None)
@@ -100,7 +101,7 @@ def test_with_states(shape, seed):
 def test_step_cost_from_the_gram_matrix():
     """c(j, k) as a mean of squared distances, and as a quadratic form of the Gram matrix."""
     K, n = 7, 4
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     v = torch.randn(K, n, 5, generator=g, dtype=torch.float64)
     t = torch.cat([torch.zeros(1), torch.rand(K, generator=g).add(0.5).cumsum(0)]).double()
     t = t / t[-1]
@@ -184,13 +185,13 @@ def test_sizes_without_columns_or_increments(shape, name):
 
 
 def test_equal_velocities_cost_nothing():
-    v = torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(0)).expand(9, 3, 50)
+    v = torch.randn(1, 3, 50, generator=generator(0)).expand(9, 3, 50)
     assert torch.equal(velocity_gram(v), torch.zeros(8, 8, dtype=torch.float64))
 
 
 def test_increments_keep_what_a_raw_gram_matrix_cancels():
     """Velocities that agree in their first five digits; the increments are exact, so the error stays a few ulp."""
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     v = 100 + 1e-3 * torch.randn(9, 4, 300, generator=g)
     error, bound = error_and_bound(Sample("", (v,), {}), velocity_gram(v))
     assert error <= bound < 1e-5
@@ -311,7 +312,7 @@ def test_errors_name_the_argument(error, message, args, kwargs):
 
 
 def test_the_result_needs_no_gradient():
-    v = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    v = torch.randn(4, 3, 2, generator=generator(0), requires_grad=True)
     assert not velocity_gram(v).requires_grad
 
 
@@ -333,7 +334,7 @@ def test_many_rows_are_exact_for_whole_numbers(K):
 
 def test_many_rows_keep_sixteen_bits_and_more():
     """Increments of 24 significant bits: products of low parts with high ones count, and the squares of low ones."""
-    rows = 1 + torch.rand(70, 5000, generator=torch.Generator().manual_seed(0))
+    rows = 1 + torch.rand(70, 5000, generator=generator(0))
     v = rows.cumsum(0)[:, None]
     a = v.flatten(1).double().diff(dim=0)
     gram, truth = velocity_gram(v), a @ a.T
@@ -343,7 +344,7 @@ def test_many_rows_keep_sixteen_bits_and_more():
 
 
 def test_identical_rows_lose_no_more_than_said():
-    rows = torch.rand(1, 5000, generator=torch.Generator().manual_seed(0)).expand(80, -1)
+    rows = torch.rand(1, 5000, generator=generator(0)).expand(80, -1)
     v = torch.arange(81)[:, None, None] * rows[:1].bfloat16().float()[None, 0] + 0.0
     a = v.flatten(1).double().diff(dim=0)
     truth = a @ a.T
@@ -364,7 +365,7 @@ def test_nan_and_inf_among_many_rows(bad, dtype):
 @pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-17, 1e17])
 def test_many_rows_of_any_size(scale):
     """Squares near the ends of float32's range, and products below it."""
-    v = scale * torch.randn(70, 1, 4100, generator=torch.Generator().manual_seed(0))
+    v = scale * torch.randn(70, 1, 4100, generator=generator(0))
     gram = velocity_gram(v)
     if scale < 1e-20:  # float32 does not hold the squares
         assert not gram.any()
@@ -375,7 +376,7 @@ def test_many_rows_of_any_size(scale):
 
 def test_many_rows_whose_squares_are_subnormal():
     """As with few rows: what float32 still holds of them is there."""
-    v = 1e-21 * torch.randn(70, 1, 4100, generator=torch.Generator().manual_seed(0))
+    v = 1e-21 * torch.randn(70, 1, 4100, generator=generator(0))
     few = velocity_gram(v[:10])
     assert (few.diagonal() > 0).all()
     torch.testing.assert_close(velocity_gram(v)[:9, :9], few, rtol=1e-2, atol=1e-41)
@@ -413,7 +414,7 @@ def test_gpu_panels_of_rows(name, K, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gpu_error_of_gram_and_costs(name, dtype):
     """1e-5 of |a_i| |a_j|, and of every step cost, for velocities that change slowly."""
-    K, g = 24, torch.Generator().manual_seed(0)
+    K, g = 24, generator(0)
     v = (torch.randn(2, 300, generator=g) + 0.02 * torch.randn(K, 2, 300, generator=g).cumsum(0)).to(dtype)
     a = v.double().flatten(1).diff(dim=0)
     truth = a @ a.T
@@ -429,7 +430,7 @@ def test_gpu_error_of_gram_and_costs(name, dtype):
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-12, 1e11])
 def test_gpu_increments_of_any_size(name, scale):
     """Rows and columns of very different sizes have scales of their own; half's range is not float32's."""
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     v = torch.randn(10, 1, 300, generator=g) * torch.logspace(0, -6, 10)[:, None, None]
     v[:, :, 7::32] *= 1e6
     v *= scale
