@@ -1,6 +1,7 @@
 """What every op goes through: all its sample inputs on every backend, against float64 and under torch.compile."""
 
 import importlib
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from _contract import identical, op_args, tensors
 from flowkernels import ops
 from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import OPS
-from flowkernels.ops._samples import arrange
+from flowkernels.ops._samples import arrange, closeness
 
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
 FUNCTIONS = {op: getattr(ops, op) for op in OPS}
@@ -57,11 +58,53 @@ def test_every_op_has_samples():
 
 @pytest.mark.parametrize(("name", "threads"), [*((b, 2) for b in BACKENDS), ("cpu", 1)])
 @over(CASES)
-def test_against_float64(op, sample, name, threads):
+def test_against_float64(op, sample, name, threads, record_property):
     torch.set_num_threads(threads)
     with backend(name):
         error, bound = SAMPLES[op].error_and_bound(sample, call(op, sample))
+    record_property(op, closeness((error, bound)))  # for scripts/test_seeds
     assert error <= bound
+
+
+def places(t):
+    """The largest number of t and the last: where in its elements, and how large."""
+    known = t.double().abs().masked_fill(~t.double().isfinite(), -1).flatten()
+    found = {len(known) - 1, int(known.argmax())} if len(known) else ()
+    return [(i, known[i].item()) for i in sorted(found) if known[i] >= 0]
+
+
+def off(result, which, place, error):
+    """The result with one number off; an update's low-precision copy is that of the state with the error."""
+    parts = [t.clone(memory_format=torch.contiguous_format) for t in tensors(result)]
+    t = parts[which].view(-1)
+    before = t[place].clone()
+    t[place] += error if t.is_floating_point() else 1
+    if t[place] == before:  # half an ulp, or less
+        t[place] = torch.nextafter(before, torch.full_like(before, math.inf)) if t.is_floating_point() else before + 1
+    return parts
+
+
+@over(CASES)
+def test_an_error_of_four_bounds_is_found(op, sample):
+    """In any number of any result. How much a bound is at that place is found from what an error of 1000 shows as."""
+    result = call(op, sample)
+    state_and_copy = len(tensors(result)) == 2 and sample.kwargs.get("low") is not None
+
+    def check(*error):
+        parts = off(result, *error)
+        if state_and_copy:
+            parts[1] = parts[0].to(parts[1].dtype)
+        found = parts if isinstance(result, tuple) else parts[0]
+        return SAMPLES[op].error_and_bound(sample, type(result)(*found) if hasattr(result, "_fields") else found)
+
+    for which, t in enumerate(tensors(result)[:1] if state_and_copy else tensors(result)):
+        for place, size in places(t):
+            probe = 1000 * max(size, 1.0)
+            error, bound = check(which, place, probe)
+            four = 4 * bound * probe / error
+            error, bound = check(which, place, four)
+            assert error > bound
+            assert four <= 1e-3 * probe  # and a bound is small
 
 
 @over(CASES)

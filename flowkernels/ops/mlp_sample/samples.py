@@ -11,7 +11,7 @@ from torch import Tensor
 from flowkernels.ops._samples import Sample, arrange, generator, not_none, slices
 from flowkernels.ops.mlp_sample import Layer, Source, Update, _flat, _flat_steps, _layers, _steps, reference
 
-TRIALS, MOVED = 3, 100  # evaluations with random errors, and numbers that they move together at least
+TRIALS, MOVED = 3, 60  # evaluations with random errors, and numbers that they move together at least
 CHECKED = 10**10  # multiply-adds, about, that the samples of a large batch that are checked may cost in each of them
 
 
