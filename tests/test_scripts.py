@@ -1,6 +1,7 @@
 """The scripts for a GPU, as far as they go without one."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -8,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from flowkernels.ops import OPS
+from flowkernels.ops._samples import generator
 
 ROOT = Path(__file__).parents[1]
 PROFILE = ROOT / "scripts/profile_kernel.sh"
@@ -20,7 +23,7 @@ def run(*command, **environment):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
 
 
-@pytest.mark.parametrize("script", ["demo", "test", "test_gpu", "setup.sh", "profile_kernel.sh"])
+@pytest.mark.parametrize("script", ["demo", "test", "test_gpu", "test_seeds", "setup.sh", "profile_kernel.sh"])
 def test_syntax(script):
     done = run("bash", "-n", ROOT / "scripts" / script)
     assert (done.returncode, done.stderr) == (0, "")
@@ -116,3 +119,17 @@ def test_what_is_profiled():
     ]
     assert done.returncode == 1
     assert "bellman: no sample has the id 'K=7', and no case has it in its name:\n  K=16, N=1..8" in done.stderr
+
+
+def test_other_seeds(monkeypatch):
+    """One run of a few tests; and other numbers by the variable that it sets."""
+    tests = "tests/ops/test_contract.py", "-k", "float64 and euler_step-33 and cpu"
+    done = run(sys.executable, ROOT / "scripts/test_seeds.py", "--seeds", "7-7", *tests)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, op, last = done.stdout.splitlines()
+    assert re.fullmatch(r"FLOWKERNELS_TEST_SEED=7: \d+ passed", first)
+    assert re.fullmatch(r"euler_step +\d+ compared, at most 0\.\d\d of the bound", op)
+    assert last == "1 runs, 0 with failures"
+    same = torch.rand(3, generator=generator(5))
+    monkeypatch.setenv("FLOWKERNELS_TEST_SEED", "7")
+    assert not torch.equal(torch.rand(3, generator=generator(5)), same)

@@ -440,7 +440,7 @@ class Prepared:
 def _precision(low: torch.dtype | None) -> str:
     """Of float32 on NVIDIA's tensor cores: three products of parts of 11 bits, each less exact than one in float32 by
     about half a bit. Their sums are cut off instead of rounded, but only within DEEP inputs; those are then added up as
-    float32. Emulated so, errors are below a quarter of what `samples.error_and_bound` allows. AMD's cores take float32.
+    float32. Emulated so, errors are within what `samples.error_and_bound` allows. AMD's cores take float32.
     """
     return "tf32x3" if low is None and _triton.target() == "cuda" else "ieee"
 
