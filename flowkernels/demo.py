@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import flowkernels as fk
 from flowkernels import backends
-from flowkernels._files import whole_folder
+from flowkernels._files import whole_folder, write_or_keep
 from flowkernels.models import BUNDLED, save_network
 from flowkernels.velocity_field import parameter_hash
 
@@ -184,13 +184,17 @@ def run(
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": seconds,
     }
-    with whole_folder(out) as folder:
-        with stage("report", str(out)):
-            calibration.save(folder / "schedule.boss.json")
-            notes = {"straightened_from": parameter_hash(net), "times": plan.times.tolist()}
-            save_network(result.student, folder / "student.safetensors", **notes)
-            images = report.draw(results, calibration, pictures, folder)
-        seconds["total"] = sum(seconds.values())
-        report.write(results, images, folder)
+
+    def write(path: Path) -> None:
+        with whole_folder(path) as folder:
+            with stage("report", str(path)):
+                calibration.save(folder / "schedule.boss.json")
+                notes = {"straightened_from": parameter_hash(net), "times": plan.times.tolist()}
+                save_network(result.student, folder / "student.safetensors", **notes)
+                images = report.draw(results, calibration, pictures, folder)
+            seconds["total"] = sum(s for name, s in seconds.items() if name != "total")
+            report.write(results, images, folder)
+
+    write_or_keep(out, "out", write)
     say(f"{'total':<10} {seconds['total']:6.1f} s\n\n{report.table(results)}")
     return results

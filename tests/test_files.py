@@ -426,6 +426,27 @@ def test_a_full_disk_after_the_work_loses_nothing(command, folder, monkeypatch, 
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_folder_that_cannot_be_put_in_place_is_kept(tmp_path, tmp_path_factory, monkeypatch):
+    elsewhere, rename = tmp_path_factory.mktemp("elsewhere"), Path.rename
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+
+    def full(path, target):
+        if Path(target).parent == tmp_path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    def save(path):
+        with whole_folder(path) as new:
+            (new / "report.html").write_text("all of it")
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match=r"^out: .*report could not be written .*; it is kept as .*elsewhere.*report$"):
+        _files.write_or_keep(tmp_path / "report", "out", save)
+    (kept,) = elsewhere.glob("*/report")
+    assert (kept / "report.html").read_text() == "all of it"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_everywhere_is_still_no_traceback(folder, monkeypatch, capsys, tmp_path_factory):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("elsewhere")))
 
