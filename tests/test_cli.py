@@ -37,6 +37,19 @@ def field():
 def function():
     return lambda x, t: -x * t.view(-1, 1, 1, 1)
 
+class Stateful(torch.nn.Linear):
+    def forward(self, x, t):
+        return super().forward(x)
+
+    def get_extra_state(self):
+        return {"version": 2}
+
+    def set_extra_state(self, state):
+        pass
+
+def stateful():
+    return Stateful(8, 8)
+
 def number():
     return 3
 
@@ -223,6 +236,10 @@ def test_own_model_from_calibration_to_samples(run, model):
         ("straighten --model digits --schedule a.json --steps 3 --state a.pt --out x.safetensors", "a.pt exists"),
         ("straighten --model digits --schedule a.json --steps 3 --lr -1 --out x.safetensors", "lr: expected"),
         ("straighten --model some_models:function --schedule a.json --steps 3 --out x.safetensors", "Module to train"),
+        (
+            "straighten --model some_models:stateful --schedule a.json --steps 3 --out x.safetensors",
+            "'_extra_state' is",
+        ),
         ("demo --out none/report", "out: expected a place in a folder that exists"),
         ("demo --out .", "expected a new folder or a previous report"),
         ("demo --out some_models.py", "out: expected a folder, got the file"),
