@@ -46,7 +46,8 @@ KEYS = ("setting", "iteration", "history", "student", "optimizer", "average", "b
 
 def checkpoints():
     def save(path, n):
-        state = dict.fromkeys((*KEYS, "totals", "counts", "bank_noise")) | {"student": torch.full((n,), float(n))}
+        state = dict.fromkeys((*KEYS, "totals", "counts", "bank_noise"))
+        state |= {"setting": {}, "student": torch.full((n,), float(n))}
         write_checkpoint(path, state)
 
     saves = [lambda path, n=n: save(path, n) for n in (70_000, 90_000)]
