@@ -1,5 +1,6 @@
 """Straighten: fine-tune a student so that each interval of a schedule is one exact Euler step."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -143,6 +144,8 @@ def straighten(
 
     Args:
         student: the network to train, in place; None trains a copy of the teacher (its conditional field, if guided).
+            It may be compiled, or in DataParallel or DistributedDataParallel: files and copies are of what they wrap,
+            as is what `ema` returns.
         velocity: the teacher; `VelocityField`, any callable `velocity(x, t)`, or a `FusedSampler`.
         schedule: from `calibrate`; its grid is the teacher's.
         noise: a tensor `[bank, *shape]` (a fixed bank of that many samples), a shape (standard normal noise of it), or
@@ -164,10 +167,16 @@ def straighten(
         seed: of noise, samples, intervals and u.
         log_every: iterations a row of the history.
         checkpoint: file that keeps the whole state of the training, written every `checkpoint_every` iterations and at
-            the end; whole or not at all.
+            the end; whole or not at all. Where one cannot be written, as on a full disk, a warning says so, the one
+            before stays and the training goes on.
         resume: go on from `checkpoint` if it exists; on the same machine the result is that of an uninterrupted run,
-            bit for bit. An interrupted run loses the iterations since its last checkpoint.
+            bit for bit. An interrupted run loses the iterations since its last checkpoint. One of another run is
+            refused: of other settings, teacher (weights, convention, conditioning; a warning says what cannot be
+            read), noise, student or optimiser.
         progress: show a progress bar.
+
+    Before the teacher is rolled out, the student is tried on a batch, and its state on the format of checkpoints. A
+    caller's `no_grad` and `inference_mode` do not count; in `torch.autocast` both networks compute in its dtype.
 
     Returns:
         Straightened(student, history).
@@ -474,12 +483,10 @@ def _own_student(student, velocity) -> nn.Module:
         student = copied(student)
         for p in student.parameters():
             p.requires_grad_(p.is_floating_point())
-        return _without_inference(student)
+        return _trainable(student)
     expect(isinstance(student, nn.Module), "student", "an nn.Module or None", student, TypeError)
     _expect_no_wrapped_field(student, "student")
-    made = any(t.is_inference() for t in (*student.parameters(), *student.buffers()))
-    expect(not made, "student", "weights made outside of torch.inference_mode", "some made in it")
-    _without_inference(student)
+    _trainable(student)
     if teacher_is_module:
         shared = set(map(id, student.parameters())) & set(map(id, velocity.parameters()))
         got = f"{len(shared)} parameters of the teacher's"
@@ -496,8 +503,12 @@ def _expect_no_wrapped_field(velocity, name: str) -> None:
     )
 
 
-def _without_inference(student: nn.Module) -> nn.Module:
-    """With conditioning that can be saved for a gradient."""
+def _trainable(student: nn.Module) -> nn.Module:
+    """The student, with weights that can be written to and conditioning that can be saved for a gradient."""
+    for name, t in itertools.chain(student.named_parameters(), student.named_buffers()):
+        expected = "weights made outside of torch.inference_mode, with values"
+        usable = not t.is_inference() and t.device.type != "meta"
+        expect(usable, "student", expected, f"{name!r}, {'on the meta device' if t.is_meta else 'made in it'}")
     if isinstance(student, VelocityField):
         for k, v in student.conditioning.items():
             if isinstance(v, Tensor) and v.is_inference():
@@ -517,9 +528,8 @@ def _warn_of_doubts(checkpoint: Path, attributes: str | None, known: Identity) -
 
 def _field_identity(velocity) -> str | None:
     """The hash of a field's convention and conditioning; None if they cannot be read."""
-    if not isinstance(velocity, VelocityField):
-        return None
-    return hash_of({k: v for k, v in velocity.settings().items() if k != "packed"}, "", {})
+    field = velocity if isinstance(velocity, VelocityField) else VelocityField(nn.Identity())
+    return hash_of({k: v for k, v in field.settings().items() if k != "packed"}, "", {})
 
 
 def _initialise(student: nn.Module, velocity, init) -> None:

@@ -348,8 +348,6 @@ def _alike(a, b, tolerance):
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", STAGES)
 def test_state(name, state, tmp_path):
-    if name == "fuse" and state in ("float64", "bfloat16", "float16"):
-        pytest.skip("fuse takes the default dtype for the network's")
     expected = usual(name)
     tolerance = 1e-3 if state in ROUNDING else 0.0
     assert not differences(run(name, tmp_path, STATES[state]), expected, tolerance)

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -462,7 +464,11 @@ def stop_after(calls, how=Stopped):
 
 
 def same_result(a, b):
-    weights = all(torch.equal(v, b.student.state_dict()[k]) for k, v in a.student.state_dict().items())
+    there = b.student.state_dict()
+    weights = all(
+        torch.equal(v, there[k]) if isinstance(v, torch.Tensor) else repr(v) == repr(there[k])
+        for k, v in a.student.state_dict().items()
+    )
     return weights and json.dumps(a.history) == json.dumps(b.history)  # NaN equals NaN here
 
 
@@ -660,6 +666,281 @@ def test_settings_as_numpy_numbers_resume(tmp_path):
     settings = dict(lr=np.float64(1e-2), ema=np.float32(0.5), clip=np.float64(1), warmup=np.int64(4), checkpoint=path)
     first = trained(**settings)
     assert same_result(trained(**settings), first)
+
+
+# ---- students and optimisers of all kinds ----
+
+
+class Normed(nn.Module):
+    """A network with a norm of its weights, used before: of the old kinds, which hold what they compute."""
+
+    def __init__(self, norm, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.last = norm(nn.Linear(4, 8)), nn.Linear(8, 4)
+        self(torch.ones(2, 4), torch.zeros(2))
+
+    def forward(self, x, t):
+        return self.last(torch.tanh(self.first(x)))
+
+
+class Extra(nn.Module):
+    def __init__(self, state, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net, self.state = small_net(seed), state
+
+    def forward(self, x, t):
+        return self.net(x, t)
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def old(norm):
+    def make(layer):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return norm(layer)
+
+    return make
+
+
+STUDENTS = {
+    "weight_norm": lambda seed: Normed(old(nn.utils.weight_norm), seed),
+    "spectral_norm": lambda seed: Normed(old(nn.utils.spectral_norm), seed),
+    "weight_norm, parametrised": lambda seed: Normed(nn.utils.parametrizations.weight_norm, seed),
+    "spectral_norm, parametrised": lambda seed: Normed(nn.utils.parametrizations.spectral_norm, seed),
+    "extra state": lambda seed: Extra({"of": [1, 2.5, "x"], "kept": torch.arange(3)}, seed),
+    "compiled": lambda seed: torch.compile(small_net(seed), backend="eager"),
+    "compiled in place": lambda seed: compiled_in_place(small_net(seed)),
+    "a compiled block": lambda seed: DropoutNet(torch.compile(small_net(seed), backend="eager"), 0.0),
+    "a compiled field": lambda seed: fk.VelocityField(torch.compile(small_net(seed), backend="eager")),
+    "DataParallel": lambda seed: nn.DataParallel(small_net(seed)),
+}
+
+
+def compiled_in_place(net):
+    net.compile(backend="eager")
+    return net
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_students(kind, ema, tmp_path):
+    """They train, are copied, and resume bit for bit; those that wrap a network as that network does."""
+    path, make = tmp_path / "run.pt", STUDENTS[kind]
+    settings = dict(init="keep", ema=ema, iterations=9, checkpoint_every=3)
+    schedule, teacher = schedule_on(even_grid(6), 0, 2, 6), small_net(0).eval()
+
+    def run(student, **more):
+        return fk.straighten(student, teacher, schedule, **(RUN | settings | more))
+
+    whole = run(make(1))
+    student = make(1)
+    student.register_forward_pre_hook(stop_after(6 if ema is None or "ompiled" not in kind else 5))
+    with pytest.raises(Stopped):
+        run(student, checkpoint=path)
+    resumed = run(make(5), checkpoint=path)
+    assert same_result(whole, resumed)
+    copied = fk.straighten(None, make(2).eval(), schedule, **(RUN | settings))
+    assert all(map(math.isfinite, copied.history["loss"]))
+    if "compiled" in kind or kind == "DataParallel":
+        plain = {"a compiled block": DropoutNet(small_net(1), 0.0), "a compiled field": fk.VelocityField(small_net(1))}
+        assert run(plain.get(kind, small_net(1))).history == whole.history
+        saved = torch.load(path, weights_only=True)["student"]
+        assert not any("_orig_mod" in key or key.startswith("module.") for key in saved)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_a_state_dict_of_a_wrapped_network(prefix):
+    state = {f"{prefix}{key}": value for key, value in small_net(2).state_dict().items()}
+    found = starting_weights(small_net(3), small_net(1), state)
+    assert all(torch.equal(v, small_net(2).state_dict()[k]) for k, v in found.state_dict().items())
+
+
+OPTIMISERS = ("AdamW", "RMSprop", "Adagrad", "NAdam", "Adafactor", "Rprop", "ASGD", "Adadelta")
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMISERS if hasattr(torch.optim, name)])
+def test_optimisers_resume_bit_for_bit(name, tmp_path):
+    settings = dict(optimizer=lambda p: getattr(torch.optim, name)(p, lr=1e-3), iterations=9)
+    student, path = small_net(1), tmp_path / "run.pt"
+    student.register_forward_pre_hook(stop_after(6))
+    with pytest.raises(Stopped):
+        trained(student, checkpoint=path, checkpoint_every=3, **settings)
+    assert same_result(trained(small_net(5), checkpoint=path, **settings), trained(small_net(1), **settings))
+
+
+class Locked(ConstantField):
+    def __init__(self):
+        super().__init__(torch.zeros(4))
+        self.lock = threading.Lock()
+
+
+class OtherShape(ConstantField):
+    def forward(self, x, t):
+        return super().forward(x, t)[:, :2]
+
+
+class Detached(ConstantField):
+    def forward(self, x, t):
+        return super().forward(x, t).detach()
+
+
+class Integers(ConstantField):
+    def forward(self, x, t):
+        return super().forward(x, t).long()
+
+
+def of_inference_mode():
+    with torch.inference_mode():
+        return small_net(1)
+
+
+FIRST = {
+    "no copy": (dict(student=Locked()), r"^student: expected a module that copy.deepcopy copies, .*lock"),
+    "another shape": (dict(student=OtherShape(torch.zeros(4))), r"^student: expected a velocity of x's shape"),
+    "no gradient": (dict(student=Detached(torch.zeros(4))), r"^student: expected a velocity with a gradient"),
+    "integers": (dict(student=Integers(torch.zeros(4))), r"^student: expected a velocity with a gradient"),
+    "inference mode": (dict(student=of_inference_mode()), r"^student: expected weights made outside of torch.inf"),
+    "no values": (dict(student=small_net().to("meta")), r"^student: expected weights .*on the meta device"),
+    "a wrapped field": (
+        *(dict(student=nn.DataParallel(fk.VelocityField(small_net()))),),
+        r"^student: expected VelocityField\(torch.compile\(net\), ...\)",
+    ),
+    "other parameters": (
+        *(dict(optimizer=lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)),),
+        r"^optimizer: expected .*got one of 1 other parameters",
+    ),
+    "no optimiser": (dict(optimizer=lambda p: None), r"^optimizer: "),
+    "state that is no data": (dict(student=Extra(threading.Lock(), 1)), r"^(checkpoint|student): expected a "),
+    "state of an object": (dict(student=Extra(Path("x"), 1)), r"^checkpoint: expected a student and an optimiser"),
+    "integers for weights": (
+        *(dict(init={k: v.long() for k, v in small_net().state_dict().items()}),),
+        r"^init: expected weights that fit .* of torch.int64 for torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_what_can_fail_is_tried_before_the_teacher_runs(first, tmp_path):
+    change, message = FIRST[first]
+    calls = []
+
+    def teacher(x, t):
+        calls.append(1)
+        return x
+
+    settings = dict(student=small_net(1), init="keep", checkpoint=tmp_path / "run.pt") | change
+    student = settings.pop("student")
+    with pytest.raises((ValueError, TypeError), match=message):
+        fk.straighten(student, teacher, schedule_on(even_grid(6), 0, 2, 6), **(RUN | settings))
+    assert calls == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+def test_a_full_disk_does_not_end_the_training(error, tmp_path, monkeypatch):
+    path, whole_save = tmp_path / "run.pt", torch.save
+
+    def save(state, target):
+        if Path(target).suffix == ".partial" and state["iteration"] > 10:
+            Path(target).write_bytes(b"PK half")
+            raise error
+        whole_save(state, target)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.warns(UserWarning, match=r"^checkpoint: iteration 15 could not be written \(.*\); .*run.pt is kept"):
+        result = trained(checkpoint=path, checkpoint_every=5)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+    assert torch.load(path, weights_only=True)["iteration"] == 10
+    assert same_result(result, trained())
+    assert same_result(trained(checkpoint=path, checkpoint_every=5), result)
+
+
+# ---- what a resumed run shares ----
+
+
+def rows_field(value, **settings):
+    rows = torch.full((24, 4), value)
+    return fk.VelocityField(RowField(), conditioning={"rows": rows}, **settings)
+
+
+UNCHANGED = small_net(0).eval()
+GUIDED = dict(unconditional={"rows": torch.zeros(1, 4)})
+FIXED = dict(noise=normal(24, 4), init="keep")
+CHANGES = {
+    "conditioning": (dict(velocity=rows_field(1.0)), dict(velocity=rows_field(2.0)), "teacher_field"),
+    "guidance": (
+        *(dict(velocity=rows_field(1.0, guidance=g, **GUIDED)) for g in (2.0, 3.0)),
+        "teacher|teacher_field",
+    ),
+    "unconditional": (
+        dict(velocity=rows_field(1.0, guidance=2.0, **GUIDED)),
+        dict(velocity=rows_field(1.0, guidance=2.0, unconditional={"rows": torch.ones(1, 4)})),
+        "teacher_field",
+    ),
+    "noise": (FIXED, FIXED | dict(noise=normal(24, 4, seed=2)), "noise"),
+    "optimiser": ({}, dict(optimizer=lambda p: torch.optim.SGD(p, lr=0.1)), "optimizer"),
+    "its settings": (
+        *(dict(optimizer=lambda p, b=b: torch.optim.Adam(p, lr=0.1, betas=(b, 0.9))) for b in (0.8, 0.9)),
+        "optimizer",
+    ),
+    "dropout": (dict(student=lambda s: DropoutNet(small_net(s), 0.1)),
+                dict(student=lambda s: DropoutNet(small_net(s), 0.2)), "student"),
+    "the student's time": (dict(student=lambda s: fk.VelocityField(small_net(s))),
+                           dict(student=lambda s: fk.VelocityField(small_net(s), time_scale=2)), "student_field"),
+}  # fmt: skip
+
+
+def part_of_a_run(path, student=small_net, velocity=UNCHANGED, **settings):
+    settings = RUN | dict(init="keep", iterations=4, checkpoint=path) | settings
+    return fk.straighten(student(1), velocity, schedule_on(even_grid(6), 0, 2, 6), **settings)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_with_another(change, tmp_path):
+    first, then, key = CHANGES[change]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        part_of_a_run(tmp_path / "run.pt", **FIXED | first)
+        part_of_a_run(tmp_path / "run.pt", **FIXED | first)
+    with pytest.raises(ValueError, match=rf"^checkpoint: expected one of this run \(({key}) = .*run.pt"):
+        part_of_a_run(tmp_path / "run.pt", **FIXED | then)
+
+
+def test_a_noise_function_is_told_by_what_it_draws(tmp_path):
+    def draws(scale):
+        return lambda n, generator: scale * torch.randn(n, 4, generator=generator)
+
+    student, path = small_net(1), tmp_path / "run.pt"
+    student.register_forward_pre_hook(stop_after(8))
+    with pytest.raises(Stopped):
+        trained(student, checkpoint=path, checkpoint_every=3, noise=draws(1.0), refresh=4)
+    with pytest.raises(ValueError, match=r"^noise: expected a function that draws what it drew before"):
+        trained(small_net(1), checkpoint=path, noise=draws(2.0), refresh=4)
+    resumed = trained(small_net(1), checkpoint=path, checkpoint_every=3, noise=draws(1.0), refresh=4)
+    assert same_result(resumed, trained(noise=draws(1.0), refresh=4))
+
+
+def test_a_teacher_that_cannot_be_read_is_told(tmp_path):
+    settings = dict(velocity=lambda x, t: -x)
+    part_of_a_run(tmp_path / "run.pt", **settings)
+    with pytest.warns(UserWarning, match=r"^checkpoint: expected the teacher that .*run.pt was made with, .* unknown"):
+        part_of_a_run(tmp_path / "run.pt", **settings)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: torch.compile(net, backend="eager"), nn.DataParallel, fk.VelocityField])
+def test_a_wrapped_teacher_is_the_same(wrap, tmp_path):
+    part_of_a_run(tmp_path / "run.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        part_of_a_run(tmp_path / "run.pt", velocity=wrap(UNCHANGED))
 
 
 # ---- bad input ----
