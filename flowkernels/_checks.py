@@ -234,8 +234,13 @@ def expect_path(value, name: str) -> Path:
     fits = isinstance(value, (str, os.PathLike))
     path = Path(value) if fits and isinstance(os.fspath(value), str) else None
     expect_shown(path is not None, name, "a path", value, TypeError)
-    expect_shown(path.name != "" and "\0" not in str(path), name, "the path of a file", value)
+    expect_shown(path.name != "" and is_path(str(path)), name, "the path of a file", value)
     return path
+
+
+def is_path(text: str) -> bool:
+    """Whether a file may have such a path: no part of it is too long for a file system."""
+    return "\0" not in text and all(len(os.fsencode(part)) <= 255 for part in Path(text).parts)
 
 
 def expect_device(value, name: str = "device") -> torch.device | None:

@@ -4,6 +4,9 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
+
+from flowkernels._checks import is_path
 
 MOST_STEPS = 10_000
 MOST = 10**9  # samples, iterations and the like
@@ -42,6 +45,12 @@ seed = integer(-(2**63), 2**64 - 2)  # of torch's generators, with one after it
 above_0 = number("a positive number", lambda a: a > 0)
 from_0 = number("a number of at least 0", lambda a: a >= 0)
 from_0_below_1 = number("a number in [0, 1)", lambda a: 0 <= a < 1)
+
+
+def path(text: str) -> Path:
+    if text == "" or not is_path(text):
+        _refuse("a path", text)
+    return Path(text)
 
 
 def _refuse(expected: str, text: str) -> None:

@@ -322,7 +322,7 @@ def add_arguments(add: Callable) -> None:
         help="for the whole run, shared out; other cases are left out; none, on a GPU 9",
     )
     add("--match", default="", help="only cases whose name contains this")
-    add("--out", type=Path, help="folder for one CSV file an entry; none is written if not given")
+    add("--out", type=_options.path, help="folder for one CSV file an entry; none is written if not given")
     add("--list", action="store_true", help="print the names of the cases and stop")
     of_quality = "of `bench quality`, the benchmark of samples"
     add("--data", help=f"which of digits, fashion, mixture2, mixture64, such as digits,fashion; {of_quality}")

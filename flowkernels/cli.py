@@ -35,7 +35,7 @@ class InputError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise InputError(f"{message.removeprefix('argument ')} ({self.prog} --help)")
+        raise InputError(f"{message.removeprefix('argument '):.600} ({self.prog} --help)")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -115,14 +115,14 @@ def _parser() -> argparse.ArgumentParser:
         names = " or ".join(sorted(BUNDLED))
         builds = "module:function that builds a network, a VelocityField or any callable velocity(x, t)"
         add("--model", required=True, help=f"{names}, or {builds}")
-        add("--checkpoint", type=Path, help="weights for it: .safetensors, or a torch file of tensors")
+        add("--checkpoint", type=_options.path, help="weights for it: .safetensors, or a torch file of tensors")
         add("--shape", type=_shape, help="of one sample, such as 3,32,32; needed unless a model or schedule says it")
         add("--seed", type=_options.seed, default=0, help="seed of the noise")
         add("--device", type=_device, default=torch.device("cpu"), help="torch device")
 
     add = command("demo", _demo, "Calibrate, straighten and sample a bundled model, and write a report folder.")
     add("--data", choices=sorted(BUNDLED), default="digits", help="bundled model")
-    add("--out", type=Path, default=Path("flowkernels-report"), help="report folder")
+    add("--out", type=_options.path, default=Path("flowkernels-report"), help="report folder")
     add("--seed", type=_options.seed, default=0, help="seed of all noise")
 
     add = command("calibrate", _calibrate, "Find the schedule of least cost for each number of steps.")
@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("straighten", _straighten, "Fine-tune a student so that every step of a schedule is straight.")
     takes_model(add)
-    add("--schedule", type=Path, required=True, help="calibration file")
+    add("--schedule", type=_options.path, required=True, help="calibration file")
     add("--steps", type=_options.steps, required=True, help="number of steps N, of the calibration")
     add("--iterations", type=_options.positive, default=2000, help="optimiser steps")
     add("--batch", type=_options.positive, default=128, help="samples an iteration")
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command("sample", _sample, "Draw samples on a schedule of a calibration, or on uniform steps.")
     takes_model(add)
     add("-n", type=_options.positive, default=16, help="samples")
-    add("--schedule", type=Path, help="calibration file; uniform steps if not given")
+    add("--schedule", type=_options.path, help="calibration file; uniform steps if not given")
     add("--steps", type=_options.steps, required=True, help="number of steps N")
     methods = "Euler steps; Adams-Bashforth 2 or 3 or Heun on the same knots; or what the calibration found best"
     add("--method", choices=METHODS, default="euler", help=methods)

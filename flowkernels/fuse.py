@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_flatten
 from flowkernels._checks import (
     LOW,
     expect,
+    expect_bool,
     expect_finite_flow,
+    expect_int,
     expect_mapping,
     expect_noise,
     expect_shape,
@@ -242,6 +244,9 @@ class FusedSampler:
 
         first: what the samples are counted from in errors.
         """
+        if states is not False or velocities is not False or type(first) is not int:
+            states, velocities = expect_bool(states, "states"), expect_bool(velocities, "velocities")
+            first = expect_int(first, "first", "a number of samples", 0)
         x, dim = noise, self._network.dim
         plain = type(x) is Tensor and x.dtype == torch.float32 and not x.requires_grad
         if not plain:

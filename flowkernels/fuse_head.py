@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowkernels._checks import LOW, expect, expect_positive_int, expect_shown
 from flowkernels.ops import linear_euler
 from flowkernels.ops.euler_step.reference import guided
-from flowkernels.ops.linear_euler import ORDERS
+from flowkernels.ops.linear_euler import ONE_OF_ORDERS, ORDERS
 from flowkernels.velocity_field import VelocityField, expect_velocity, float64_device, overridden
 
 
@@ -65,7 +65,7 @@ def fuse_head(velocity, head: str | None = None, *, patch: int | None = None, or
     """
     expect_velocity(velocity)
     patch = None if patch is None else expect_positive_int(patch, "patch")
-    expect(isinstance(order, str) and order in ORDERS, "order", " or ".join(map(repr, ORDERS)), order)
+    expect(isinstance(order, str) and order in ORDERS, "order", ONE_OF_ORDERS, order)
     expect_shown(head is None or isinstance(head, str), "head", "the path of a module, or None", head, TypeError)
     field = velocity if isinstance(velocity, VelocityField) else VelocityField(velocity)
     net, other = field.net, sorted(overridden(field))

@@ -26,8 +26,8 @@ from flowkernels.ops._samples import nearest
 def add_capture_arguments(add: Callable) -> None:
     add("op", metavar="OP", help=f"which of {', '.join(ops.OPS)}")
     about = "Python script to run; its arguments come last, after --"
-    add("--from", dest="script", metavar="SCRIPT", type=Path, required=True, help=about)
-    add("--out", type=Path, help="file to write; OP.safetensors if not given")
+    add("--from", dest="script", metavar="SCRIPT", type=_options.path, required=True, help=about)
+    add("--out", type=_options.path, help="file to write; OP.safetensors if not given")
     add("--calls", type=_options.positive, default=8, help="calls to store at most, the first of each signature")
     add("--max-gb", type=_options.above_0, default=4.0, help="largest size of the file in GB")
 
@@ -74,7 +74,7 @@ def _run_script(script: str, args: list[str]) -> int:
 
 
 def add_replay_arguments(add: Callable) -> None:
-    add("file", type=Path, metavar="FILE", help="of `flowkernels capture` or fk.record_calls")
+    add("file", type=_options.path, metavar="FILE", help="of `flowkernels capture` or fk.record_calls")
     names = ", ".join(backends.BACKENDS)
     add("--backends", help=f"such as cpu,reference, of {names}; those that run there if not given")
     add("--device", help="torch device; the one that the calls were made on if not given")

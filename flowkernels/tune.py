@@ -208,7 +208,7 @@ def _words(config: Mapping[str, Any]) -> str:
 def add_arguments(add: Callable) -> None:
     add("ops", nargs="*", metavar="OP", help=f"which of {', '.join(OPS)}; all if none is given")
     add("--device", default="cuda:0", help="GPU")
-    add("--out", type=Path, help="file to write; the GPU's table in the user's cache if not given")
+    add("--out", type=_options.path, help="file to write; the GPU's table in the user's cache if not given")
     add("--minutes", type=_options.above_0, help="what is not done by then stays as it is; no limit if not given")
 
 

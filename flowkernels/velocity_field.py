@@ -188,6 +188,8 @@ class VelocityField(nn.Module):
 
         expect_positive_int(n, "n")
         expect_shown(isinstance(index, (Tensor, slice)), "index", "a tensor of places or a slice", index, TypeError)
+        if isinstance(index, Tensor):
+            expect_tensor(index, "index", (torch.int64, torch.int32, torch.bool))
 
         whole = isinstance(index, slice) and index.indices(n) == (0, n, 1)
 

@@ -31,6 +31,7 @@ from flowkernels.ops._library import (
 from flowkernels.ops.linear_euler import reference
 
 ORDERS = ("pqc", "cpq")
+ONE_OF_ORDERS = " or ".join(map(repr, ORDERS))
 TERMS = "a sequence, one entry for each term"
 
 
@@ -104,7 +105,7 @@ def linear_euler(
     wide = x.dtype == torch.float64
     expect_tensor(z, "z", (torch.float64,) if wide else (torch.float32, *LOW))
     guidance = None if guidance is None else expect_number(guidance, "guidance")
-    expect_shown(isinstance(order, str) and order in ORDERS, "order", " or ".join(map(repr, ORDERS)), order)
+    expect_shown(isinstance(order, str) and order in ORDERS, "order", ONE_OF_ORDERS, order)
     _expect_shapes(x, z, weight, patch, guidance)
     m, d = len(z), z.shape[-1]
     names = ("bias", "norm_weight", "norm_bias", "scale", "shift")
@@ -201,8 +202,11 @@ def _expect_history(history, b, x) -> tuple[list[Tensor], list[float]]:
     if type(history) is tuple is type(b) and not history and not b:
         return [], []
     history, b = expect_list(history, "history", TERMS), expect_list(b, "b", TERMS)
-    expect(len(history) == len(b), "b", f"{len(history)} coefficients, one for each velocity", f"{len(b)}")
     allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *LOW)
+    if len(history) != len(b):
+        if history:
+            expect_like(expect_tensor(history[0], "history[0]", allowed), "history[0]", x)
+        expect(False, "b", f"{len(history)} coefficients, one for each velocity", f"{len(b)}")
     for i, (term, factor) in enumerate(zip(history, b, strict=True)):
         expect_tensor(term, f"history[{i}]", allowed)
         allowed = (term.dtype,)

@@ -65,8 +65,10 @@ def linear_update(
     expect_tensor(x, "x", (torch.float32, torch.float64))
     v, b = expect_list(v, "v", TERMS), expect_list(b, "b", TERMS)
     expect(len(v) > 0, "v", "at least one velocity", "none")
-    expect(len(v) == len(b), "b", f"{len(v)} coefficients, one for each velocity", f"{len(b)}")
     allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *LOW)
+    if len(v) != len(b):
+        expect_like(expect_tensor(v[0], "v[0]", allowed), "v[0]", x)  # which tells a v that is no list of velocities
+        expect(False, "b", f"{len(v)} coefficients, one for each velocity", f"{len(b)}")
     for i, (term, factor) in enumerate(zip(v, b, strict=True)):
         if not isinstance(term, Tensor) or term.dtype not in allowed or term.layout is not torch.strided:
             expect_tensor(term, f"v[{i}]", allowed)
