@@ -7,7 +7,7 @@ import numbers
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +191,10 @@ def expect_shape(value, name: str, expected: str, length: int | None = None) -> 
     return tuple(expect_int(size, name, sizes, 1) for size in value)
 
 
-def expect_list(value, name: str, expected: str) -> list:
-    """The entries of a sequence or an iterator; bytes are none."""
+def expect_list(value, name: str, expected: str, ordered: bool = True) -> list:
+    """The entries of a sequence or an iterator, which bytes are not, nor sets and dicts where the order counts."""
     try:
-        entries = None if isinstance(value, bytes) else list(value)
+        entries = None if isinstance(value, bytes) or (ordered and isinstance(value, (Set, Mapping))) else list(value)
     except Exception:  # whatever its iterator raises
         entries = None
     expect_shown(entries is not None, name, expected, value, TypeError)

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             text = str(e) if plain else f"{type(e).__name__}: {e}"
             if not isinstance(e, InputError):
                 text += f"{_at(e)} (FLOWKERNELS_DEBUG=1 shows all)"
-            print(f"flowkernels: error: {' '.join(text.split())}", file=sys.stderr)
+            print(f"flowkernels: error: {' '.join(text.split()):.1000}", file=sys.stderr)
             return 2
 
 

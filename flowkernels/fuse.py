@@ -248,7 +248,7 @@ class FusedSampler:
             states, velocities = expect_bool(states, "states"), expect_bool(velocities, "velocities")
             first = expect_int(first, "first", "a number of samples", 0)
         x, dim = noise, self._network.dim
-        plain = type(x) is Tensor and x.dtype == torch.float32 and not x.requires_grad
+        plain = type(x) is Tensor and x.dtype == torch.float32 and x.layout is torch.strided and not x.requires_grad
         if not plain:
             x = self._converted(noise)
         n = len(x) if x.dim() > 1 else 0

@@ -298,7 +298,7 @@ def expect_steps(steps: int | Iterable[int], K: int) -> list[int]:
     """The wanted numbers of steps, each an integer in 1..K."""
     one = isinstance(steps, (numbers.Integral, str))
     expect_shown(not isinstance(steps, Tensor), "steps", "a number of steps or several", steps, TypeError)
-    several = [steps] if one else expect_list(steps, "steps", "a number of steps or several")
+    several = [steps] if one else expect_list(steps, "steps", "a number of steps or several", ordered=False)
     wanted = sorted({expect_positive_int(n, "steps") for n in several})
     expect(len(wanted) > 0, "steps", "at least one number of steps", "none")
     expect(wanted[-1] <= K, "steps", f"at most K = {K}, the steps of the grid", wanted[-1])

@@ -5,10 +5,12 @@ import importlib.metadata
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import flowkernels as fk
-from flowkernels import _tuned, backends, demo, ops, report
+from flowkernels import _tuned, backends, cli, demo, ops, report
 from flowkernels._files import whole_folder
 from flowkernels.cli import main
 from flowkernels.models import BUNDLED, load_network
@@ -284,6 +286,137 @@ def test_interrupt(folder, monkeypatch, capsys):
     monkeypatch.setattr(demo, "run", interrupt)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "flowkernels: interrupted\n"
+
+
+REFUSED = {
+    "calibrate": "--grid 99999999999 --grid 0 --until nan --until inf --until 0 --seed 2e3 --chunk 0 --verify 1.5 -n 1e3",
+    "straighten": "--lr nan --lr 0 --lr inf --ema 1.5 --ema nan --clip -1 --clip inf --warmup -5 --steps 20000 --batch 0 "
+    "--seed 1208925819614629174706176 --bank 10000000000 --refresh 0 --iterations 99999999999999999999999 --decay fast",
+    "sample": "--steps 0 --seed x --chunk -1 --method rk4 --device nowhere -n 0 --shape 0",
+    "bench": "--threads 0 --seconds nan --minutes -1 --seeds 0",
+    "capture": "--calls 0 --max-gb inf",
+    "replay": "--threads 99999 --seconds 0",
+    "tune": "--minutes 0",
+}
+GIVEN = {
+    "calibrate": "--model digits --out x.json",
+    "straighten": "--model digits --schedule a.json --steps 2 --out x.safetensors",
+    "sample": "--model digits --steps 2 --out x.npy",
+    "capture": "euler_step --from some_models.py",
+    "replay": "x.safetensors",
+}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{command} {GIVEN.get(command, '')} {option} {value}"
+        for command, options in REFUSED.items()
+        for option, value in zip(*[iter(options.split())] * 2, strict=True)
+    ],
+)
+def test_an_option_is_refused_as_it_is_parsed(fails, monkeypatch, line):
+    monkeypatch.setattr(cli, "_build_model", lambda spec: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(cli, "_load_calibration", lambda args: pytest.fail("the calibration was loaded"))
+    option, value = line.split()[-2:]
+    assert re.match(
+        rf"flowkernels: error: {option}: (expected .*got|invalid choice:) '{re.escape(value)}'", fails(line)
+    )
+
+
+FAILING = {  # a module of models -> (what is said, the place in it)
+    "import": ("import torch\n1 / 0", "cannot import 'failing:build': ZeroDivisionError: division by zero", 2),
+    "syntax": ("def build(:", "cannot import 'failing:build': SyntaxError: invalid syntax (failing.py, line 1)", None),
+    "exit": ("raise SystemExit('no weights')", "cannot import 'failing:build': SystemExit: no weights", 1),
+    "nothing": ("build = None", "failing:build failed when it was called: TypeError: 'NoneType' object is not", None),
+    "build": ("def build():\n    return {}['net']", "failing:build failed when it was called: KeyError: 'net'", 2),
+    "call": (
+        "import torch\ndef build():\n    def f(x, t):\n        return torch.linalg.inv(x)\n    return f",
+        "failing:build failed on one sample of shape [2, 3]: RuntimeError: linalg.inv",
+        4,
+    ),
+    "signature": (
+        "def build():\n    return lambda x: x",
+        "TypeError: velocity: expected a callable velocity(x, t)",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FAILING)
+def test_a_failing_model_is_told_with_its_place(fails, folder, monkeypatch, what):
+    code, told, line = FAILING[what]
+    (folder / "failing.py").write_text(code)
+    command = "sample --model failing:build --shape 2,3 --steps 2 --out x.npy"
+    for debug in ("0", "1"):
+        monkeypatch.delitem(sys.modules, "failing", raising=False)
+        monkeypatch.setenv("FLOWKERNELS_DEBUG", debug)
+        if debug == "1":
+            with pytest.raises(cli.InputError, match=re.escape(told)) as caught:
+                main(command.split())
+            assert caught.value.__cause__ is not None
+            continue
+        error = fails(command)
+        assert error.startswith("flowkernels: error: --model: ")
+        assert told in error
+        assert line is None or f" at {folder / 'failing.py'}:{line}, `{code.splitlines()[line - 1].strip()}`" in error
+
+
+def test_a_model_that_fails_later_is_told_with_its_place(folder, capsys):
+    (folder / "later.py").write_text("def build():\n    return lambda x, t: x if len(x) < 2 else x[{}['rows']]")
+    assert main("sample --model later:build --shape 3 --steps 2 -n 4 --out x.npy".split()) == 2
+    error = capsys.readouterr().err  # after a progress bar
+    assert "Traceback" not in error
+    assert f"KeyError: 'rows' at {folder / 'later.py'}:2" in error
+
+
+def test_another_state_is_told_in_the_words_of_the_command_line(run, fails, calibrated):
+    line = (
+        "straighten --model digits --schedule a.boss.json --steps 2 --batch 2 --bank 2 --state t.pt --out s.safetensors"
+    )
+    run(f"{line} --iterations 1")
+    error = fails(f"{line} --iterations 2 --resume")
+    assert "--state: expected one of this run (iterations = 2)" in error
+    assert "another --state, without --resume, starts anew" in error
+    assert "resume=False" not in error
+    assert "checkpoint" not in error
+
+
+def of_process(command: list[str], folder, **env) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(folder), str(Path(fk.__file__).parents[1])])
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=os.environ | dict(PYTHONPATH=path) | env
+    )
+
+
+@pytest.mark.parametrize("how", ["module", "script", "library"])
+def test_ctrl_c_while_it_imports(tmp_path, how):
+    stop = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)"
+    (tmp_path / "torch.py").write_text(stop)
+    name = {"script": "flowkernels", "library": "mine"}.get(how, "")
+    script = tmp_path / "bin" / name
+    script.parent.mkdir(exist_ok=True)
+    if name:
+        script.write_text("import sys\nfrom flowkernels.cli import main\nsys.exit(main())")
+    done = of_process(
+        [sys.executable, *(["-m", "flowkernels"] if how == "module" else [str(script)]), "info"], tmp_path
+    )
+    if how == "library":
+        assert done.stderr.endswith("KeyboardInterrupt\n")
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "flowkernels: interrupted\n")
+
+
+@pytest.mark.parametrize("arguments", ["info", "--help"])
+def test_a_closed_pipe_is_no_error(tmp_path, arguments):
+    """What is printed is buffered, so that it is written when the command ends."""
+    code = f"import sys; from flowkernels.cli import main; sys.exit(main({arguments.split()!r}))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    env = os.environ | dict(PYTHONPATH=str(Path(fk.__file__).parents[1]), PYTHONUNBUFFERED="")
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, env=env, cwd=tmp_path)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 # info

@@ -1,0 +1,1121 @@
+"""Bad calls of everything public: for each argument of each place values that it may not have, one or two at once.
+
+A place knows one good call, and of every argument whether a value means something there (`fine`). A call is then
+"works"; "named", an error that names the argument, what was expected and what came, before the velocity is evaluated;
+or a fault:
+
+    unnamed   another exception, or one that does not say which argument
+    nonsense  it was accepted though the value means nothing
+    late      it was refused after the velocity had been evaluated
+    hang      it took more than two seconds
+    state     it was refused and left something behind: a file, a setting of the process
+    crash     the interpreter is gone (told by `tests/test_bad_calls.py`, which runs this file)
+
+    python tests/_bad_calls.py --calls 20000 --seed 1        # the counts, and the faults one by one
+"""
+
+import argparse
+import contextlib
+import fractions
+import importlib
+import json
+import math
+import numbers
+import os
+import random
+import re
+import resource
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import flowkernels as fk
+from flowkernels import _ranges, backends, models, ops
+from flowkernels.cli import main as command_line
+from flowkernels.ops.mlp_sample import Layer, Source
+
+SECONDS = 2.0
+FAULTS = ("unnamed", "nonsense", "late", "hang", "state", "crash")
+F32, F64 = torch.float32, torch.float64
+N, D, K = 4, 3, 6  # samples, features, fine steps
+
+
+def rand(*shape, dtype=F32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+# ---- the values ----
+
+
+class Loud:
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+
+class Huge:
+    def __repr__(self):
+        return "x" * 10**6
+
+
+class Odd:
+    """An object whose every special method is something else than expected."""
+
+    def __len__(self):
+        return -1
+
+    def __iter__(self):
+        raise KeyError("iter")
+
+    def __float__(self):
+        return "x"
+
+    def __index__(self):
+        raise KeyError("index")
+
+    def __array__(self, *args, **kwargs):
+        raise KeyError("array")
+
+
+def recursive() -> list:
+    found = []
+    found.append(found)
+    return found
+
+
+def quantised() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(rand(N, D), 0.1, 0, torch.qint8)
+
+
+def sparse_rows() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return rand(N, D).to_sparse_csr()
+
+
+def with_value(value: float, *shape) -> Tensor:
+    t = rand(*shape)
+    t.view(-1)[-1] = value
+    return t
+
+
+VALUES: dict[str, Callable[[], Any]] = {
+    **{repr(v): (lambda v=v: v) for v in (None, "", "text", "bf16", "float32", "1", b"bytes", True, False)},
+    **{repr(v): (lambda v=v: v) for v in (0, 1, -1, 3, 7, 10**6, 2**31, 2**63, 2**70, -(2**70))},
+    **{repr(v): (lambda v=v: v) for v in (0.0, 0.5, 1.0, 1.5, -0.5, 3.0, math.nan, math.inf, -math.inf, 1e308, 1e-320)},
+    **{
+        repr(v): (lambda v=v: v) for v in (1 + 2j, Decimal("0.5"), fractions.Fraction(1, 2), range(3), slice(0, 1), ...)
+    },
+    "10**400": lambda: 10**400,
+    "10**5000": lambda: 10**5000,
+    "'x' * 10**6": lambda: "x" * 10**6,
+    **{f"np {v!r}": (lambda v=v: v) for v in (np.float32(0.5), np.float64(math.nan), np.int64(3), np.bool_(True))},
+    "np array": lambda: np.array([0.5, 1.5]),
+    "np times": lambda: np.array([0.0, 0.5, 1.0]),
+    "np text": lambda: np.array("x"),
+    "np objects": lambda: np.array([object()]),
+    "np empty": lambda: np.zeros((2, 0)),
+    **{repr(v): (lambda v=v: v) for v in ([], [0.0, 1.0], [0.5], [6.7], [3], [True], [False, True], ["a"], [None])},
+    **{
+        repr(v): (lambda v=v: v) for v in ([[0.0], [1.0]], [[0.0, 1.0], [1.0]], (3,), (3.0,), (-1,), ("3",), [1, 2**70])
+    },
+    **{repr(v): (lambda v=v: v) for v in ([0.0, math.nan, 1.0], [math.nan], [1 + 2j], [0, 1], [0.0, 0.7, 0.4, 1.0])},
+    **{repr(v): (lambda v=v: v) for v in ({}, {"a": 1}, {1: 2}, set(), frozenset("a"), {"c": None}, {"c": [[1], []]})},
+    "dict of lists of tensors": lambda: {"c": [rand(N, D), rand(N)]},
+    "dict of nested tensors": lambda: {"c": {"d": (rand(N, D),)}},
+    "dict of a sparse tensor": lambda: {"c": rand(N, D).to_sparse()},
+    "dict of ragged rows": lambda: {"c": rand(N - 1, D)},
+    "list of tensors": lambda: [rand(N, D)],
+    "list of other tensors": lambda: [rand(2), rand(3)],
+    "list of sparse tensors": lambda: [rand(N, D).to_sparse()],
+    "list of itself": recursive,
+    "deep list": lambda: json.loads("[" * 500 + "]" * 500),
+    "long list": lambda: [0.5] * 10**5,
+    "generator": lambda: (i for i in range(3)),
+    "iterator": lambda: iter([1]),
+    "object": object,
+    "object that cannot be shown": Loud,
+    "object of a long repr": Huge,
+    "odd object": Odd,
+    "int": lambda: int,
+    "nn.Linear": lambda: nn.Linear,
+    "Loud": lambda: Loud,
+    "module": lambda: nn.Linear(D, D),
+    "empty module": nn.Module,
+    "module of another shape": lambda: nn.Sequential(nn.Linear(D + 4, D)),
+    "function of none": lambda: lambda: 0,
+    "function of one": lambda: lambda x: x,
+    "function of three": lambda: lambda x, t, c: x,
+    "function of two, to None": lambda: lambda x, t: None,
+    "function of two, to a text": lambda: lambda x, t: "x",
+    "function of two, to one row": lambda: lambda x, t: x[:1],
+    "function of two, to NaN": lambda: lambda x, t: x * math.nan,
+    "function of two, to integers": lambda: lambda x, t: x.long(),
+    "function of two, to a list": lambda: lambda x, t: [x],
+    "print": lambda: print,
+    **{str(v): (lambda v=v: v) for v in (torch.float32, torch.bfloat16, torch.int64, torch.float8_e4m3fn)},
+    **{str(v): (lambda v=v: v) for v in (torch.complex64, torch.strided, torch.device("meta"))},
+    "'cuda:7'": lambda: "cuda:7",
+    "torch.Generator": torch.Generator,
+    "path": lambda: Path("no-folder") / "x",
+    "path of a folder": lambda: Path("folder"),
+    "text of a folder": lambda: "folder",
+    "path with zero": lambda: "a\0b",
+    "exception": lambda: ValueError("a value"),
+    "tensor 0.5": lambda: torch.tensor(0.5),
+    "tensor 3": lambda: torch.tensor(3),
+    "tensor True": lambda: torch.tensor(True),
+    "tensor NaN": lambda: torch.tensor(math.nan),
+    "tensor of one": lambda: torch.tensor([0.5]),
+    "tensor of times": lambda: torch.tensor([0.0, 0.5, 1.0]),
+    "tensor of bools": lambda: torch.tensor([False, True]),
+    "tensor of complex times": lambda: torch.tensor([0j, 1 + 1j]),
+    "tensor": lambda: rand(N, D),
+    "float64 tensor": lambda: rand(N, D, dtype=F64),
+    "float16 tensor": lambda: rand(N, D, dtype=torch.float16),
+    "bfloat16 tensor": lambda: rand(N, D, dtype=torch.bfloat16),
+    "float8 tensor": lambda: rand(N, D).to(torch.float8_e4m3fn),
+    "tensor [n]": lambda: rand(N),
+    "tensor [n, d, 2]": lambda: rand(N, D, 2),
+    "tensor [n, 1]": lambda: rand(N, 1),
+    "tensor [2n, d]": lambda: rand(2 * N, D),
+    "tensor [0, d]": lambda: rand(0, D),
+    "tensor [n, 0]": lambda: rand(N, 0),
+    "tensor of no shape": lambda: torch.empty(()),
+    "int64 tensor": lambda: torch.zeros(N, D, dtype=torch.int64),
+    "int64 tensor [n]": lambda: torch.full((N,), 2**40),
+    "negative int64 tensor [n]": lambda: torch.full((N,), -1),
+    "int32 tensor [n]": lambda: torch.zeros(N, dtype=torch.int32),
+    "bool tensor": lambda: rand(N, D) > 0,
+    "complex tensor": lambda: rand(N, D) * 1j,
+    "meta tensor": lambda: rand(N, D).to("meta"),
+    "meta number": lambda: torch.tensor(0.5, device="meta"),
+    "sparse tensor": lambda: rand(N, D).to_sparse(),
+    "sparse rows": sparse_rows,
+    "sparse float64 [K+1, K+1]": lambda: torch.eye(K + 1, dtype=F64).to_sparse(),
+    "sparse int64 [n]": lambda: torch.zeros(N, dtype=torch.int64).to_sparse(),
+    "mkldnn tensor": lambda: rand(N, D).to_mkldnn(),
+    "quantised tensor": quantised,
+    "tensor with gradient": lambda: rand(N, D).requires_grad_(),
+    "number with gradient": lambda: torch.tensor(0.5, requires_grad=True),
+    "parameter": lambda: nn.Parameter(rand(N, D)),
+    "expanded tensor": lambda: rand(1, D).expand(N, D),
+    "transposed tensor": lambda: rand(D, N).T,
+    "tensor with NaN": lambda: with_value(math.nan, N, D),
+    "tensor with Inf": lambda: with_value(math.inf, N, D),
+    "long tensor": lambda: torch.zeros(10**6),
+    "schedule": lambda: fk.Schedule.uniform(2),
+    "solver": lambda: fk.Solver.heun(2),
+    "inverse solver": lambda: fk.Solver.heun(2, inverse=True),
+    "step cost": lambda: fk.StepCost(2),
+}
+
+
+# ---- what an argument may be ----
+
+
+def anything(v) -> bool:
+    return True
+
+
+def nothing_else(v) -> bool:
+    return False
+
+
+def is_int(least: int, most: int = 2**63 - 1) -> Callable:
+    return lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool) and least <= v <= most
+
+
+def is_number(v) -> bool:
+    """Of an op: not finite is a number too."""
+    if isinstance(v, Tensor):
+        return v.dim() == 0 and not v.dtype.is_complex and v.dtype != torch.bool and not v.is_meta
+    if not isinstance(v, numbers.Real) or isinstance(v, bool):
+        return False
+    try:
+        return isinstance(float(v), float)
+    except OverflowError:
+        return False
+
+
+def within(low: float, high: float = math.inf, ends: str = "()") -> Callable:
+    """A finite number between the two, "[" or "]" where the end counts."""
+
+    def fine(v):
+        if not is_number(v):
+            return False
+        a = float(v)
+        return (
+            math.isfinite(a)
+            and (low <= a if ends[0] == "[" else low < a)
+            and (a <= high if ends[1] == "]" else a < high)
+        )
+
+    return fine
+
+
+def is_flag(v) -> bool:
+    return isinstance(v, (bool, np.bool_))
+
+
+def is_one_of(*choices) -> Callable:
+    return lambda v: any(v is c or (isinstance(c, str) and isinstance(v, str) and v == c) for c in choices)
+
+
+def is_times(v) -> bool:
+    if isinstance(v, numbers.Integral) and not isinstance(v, bool):
+        return 1 <= v <= 10**6
+    try:
+        t = v if isinstance(v, Tensor) else torch.as_tensor(v)
+    except Exception:
+        return False
+    rises = (
+        t.layout is torch.strided
+        and t.dim() == 1
+        and len(t) >= 2
+        and not t.is_meta
+        and t.dtype not in (torch.bool, torch.complex64)
+    )
+    return rises and bool((t.diff() > 0).all()) and t[0] == 0 and t[-1] == 1
+
+
+def is_plan(v) -> bool:
+    return isinstance(v, (fk.Schedule, fk.Solver)) or is_times(v)
+
+
+def is_dense(*dtypes: torch.dtype, finite: bool = False, meta: bool = False) -> Callable:
+    def fine(v):
+        if not isinstance(v, Tensor) or v.layout is not torch.strided or v.dtype not in dtypes:
+            return False
+        if v.is_meta:
+            return meta
+        return not finite or bool(torch.isfinite(v).all())
+
+    return fine
+
+
+def are_dense(*dtypes) -> Callable:
+    """A sequence of such tensors."""
+    one = is_dense(*dtypes, meta=True)
+    return lambda v: isinstance(v, (list, tuple)) and all(map(one, v))
+
+
+def are_numbers(v) -> bool:
+    if isinstance(v, (np.ndarray, Tensor)):
+        return not isinstance(v, Tensor) or v.layout is torch.strided
+    return isinstance(v, (list, tuple, range)) and all(map(is_number, v))
+
+
+def or_none(fine: Callable) -> Callable:
+    return lambda v: v is None or fine(v)
+
+
+def is_function(v) -> bool:
+    return callable(v) and not isinstance(v, type)
+
+
+def is_path(v) -> bool:
+    return isinstance(v, (str, os.PathLike)) and v != "" and "\0" not in str(v) and len(str(v)) < 1000
+
+
+def is_dict(v) -> bool:
+    return isinstance(v, Mapping) and all(isinstance(k, str) for k in v)
+
+
+def is_steps(v) -> bool:
+    """One number of steps, or several."""
+    one = is_int(1, K)
+    if isinstance(v, (list, tuple, range, set, dict)):
+        return len(v) > 0 and all(map(one, v))
+    return one(v) or (hasattr(v, "__next__"))  # an iterator, of which nothing is left to look at
+
+
+FLOATS = (F32, F64, torch.bfloat16, torch.float16)
+LOW = (torch.bfloat16, torch.float16)
+is_noise = is_dense(*FLOATS, finite=True)
+is_low = or_none(lambda v: v in LOW if isinstance(v, torch.dtype) else is_dense(*LOW)(v))
+
+
+# ---- the places ----
+
+
+@dataclass
+class Arg:
+    make: Callable[[], Any]
+    fine: Callable[[Any], bool]
+    said: tuple[str, ...] = ()  # what messages may call it as well
+
+
+@dataclass
+class Place:
+    """One good call. errors: further types that it may raise. evaluated: how often its velocity was."""
+
+    name: str
+    call: Callable
+    args: dict[str, Arg]
+    errors: tuple[type, ...] = ()
+
+    def good(self) -> dict[str, Any]:
+        return {name: arg.make() for name, arg in self.args.items()}
+
+
+class Count:
+    evaluations = 0
+
+
+def velocity(x, t):
+    Count.evaluations += 1
+    return -x * (1 + t.view(-1, *[1] * (x.dim() - 1)))
+
+
+class Net(nn.Module):
+    """A small network that counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(D, 8), nn.Linear(8, D)
+
+    def forward(self, x, t, **conditioning):
+        Count.evaluations += 1
+        return self.last(torch.tanh(self.first(x)) + t[:, None])
+
+
+PLACES: list[Place] = []
+
+
+def place(where: str, call: Callable, errors: tuple[type, ...] = (), /, **args) -> None:
+    """args: (value or function that makes it, what else is fine[, other names])."""
+    made = {}
+    for key, (value, fine, *said) in args.items():
+        make = value if callable(value) and getattr(value, "__name__", "") == "<lambda>" else lambda value=value: value
+        made[key] = Arg(make, fine, tuple(said))
+    PLACES.append(Place(where, call, made, errors))
+
+
+def _ops() -> None:
+    x, number = (lambda: rand(N, D), is_dense(F32, F64, meta=True)), (0.5, is_number)
+    v = (lambda: rand(N, D), is_dense(*FLOATS, meta=True))
+    optional = (lambda: rand(N, D), or_none(is_dense(*FLOATS, meta=True)))
+    out = (lambda: torch.empty(N, D), or_none(is_dense(F32, F64, meta=True)))
+    low = (torch.bfloat16, is_low)
+    place("euler_step", ops.euler_step, x=x, v=v, h=number, v_uncond=optional, guidance=number, low=low)
+    place("euler_step out", ops.euler_step, x=x, v=v, h=number, out=out, low=low)
+    terms, b = (lambda: [rand(N, D)] * 2, are_dense(*FLOATS)), (lambda: [0.5, 0.25], are_numbers)
+    place("linear_update", ops.linear_update, x=x, v=terms, b=b, low=low)
+    place("linear_update out", ops.linear_update, x=x, v=terms, b=b, out=out, low=low)
+    parameter = is_dense(*FLOATS)
+    head = dict(
+        **dict(x=(*x, "z"), z=(lambda: rand(N, 5), parameter), weight=(lambda: rand(D, 5), parameter, "z"), h=number),
+        **dict(bias=(lambda: rand(D), or_none(parameter)), norm=(1e-5, or_none(is_number))),
+        **{name: (lambda: rand(5), or_none(parameter)) for name in ("norm_weight", "norm_bias")},
+        **{name: (lambda: rand(N, 5), or_none(parameter)) for name in ("scale", "shift")},
+        **dict(history=(lambda: [rand(N, D)], are_dense(*FLOATS)), b=(lambda: [0.5], are_numbers), low=low),
+    )
+    place("linear_euler", ops.linear_euler, **head)
+    place("linear_euler out", ops.linear_euler, **head, out=out, velocity_out=optional)
+    place(
+        "linear_euler patches",
+        ops.linear_euler,
+        **dict(x=(lambda: rand(N, 2, 4, 4), is_dense(F32, F64), "z"), z=(lambda: rand(2 * N, 4, 5), parameter)),
+        **dict(weight=(lambda: rand(8, 5), parameter, "z"), h=number, patch=(2, or_none(is_int(1)))),
+        **dict(order=("pqc", is_one_of("pqc", "cpq")), guidance=(2.0, or_none(is_number))),
+    )
+    times = (lambda: torch.linspace(0, 1, K + 1, dtype=F64), is_times)
+    velocities = (lambda: rand(K, N, D), is_dense(*FLOATS, meta=True))
+    states = (lambda: rand(K + 1, N, D), or_none(is_dense(*FLOATS, meta=True)))
+    place("velocity_gram", ops.velocity_gram, v=velocities)
+    place("velocity_gram x", ops.velocity_gram, v=(*velocities, "x"), x=states, times=(times[0], or_none(is_times)))
+    table = is_dense(F64, meta=True)
+    flag = (False, is_flag)
+    place(
+        "cost_from_gram",
+        ops.cost_from_gram,
+        gram=(lambda: torch.eye(K - 1, dtype=F64), table),
+        times=times,
+        states=flag,
+    )
+    cost, steps = (lambda: torch.ones(K + 1, K + 1, dtype=F64), table), (3, is_int(1, K))
+    place("ops.bellman", ops.bellman, cost=cost, steps=steps, carry=(1.0, within(0)))
+    cube = (lambda: torch.ones(K + 1, K + 1, K + 1, dtype=F64), table)
+    place(
+        "bellman_pairs", ops.bellman_pairs, first=(lambda: torch.ones(K + 1, dtype=F64), table), cost=cube, steps=steps
+    )
+    bank = (lambda: rand(3, N, D), is_dense(F32, F64, meta=True), "v")
+    index = (lambda: torch.zeros(N, dtype=torch.int64), is_dense(torch.int64, meta=True))
+    vector = (lambda: torch.full((N,), 0.5), or_none(is_dense(*FLOATS, meta=True)))
+    place(
+        "segment_points",
+        ops.segment_points,
+        **dict(bank=bank, interval=index, sample=index, u=vector),
+        dtype=(torch.bfloat16, or_none(lambda v: isinstance(v, torch.dtype) and v in (F32, *LOW))),
+    )
+    place(
+        "straighten_loss",
+        ops.straighten_loss,
+        **dict(v=v, bank=bank, step_sizes=(lambda: torch.full((2,), 0.5), is_dense(*FLOATS, meta=True))),
+        **dict(interval=index, sample=index, weight=vector, loss=("huber", is_one_of("l2", "huber"))),
+        huber_c=(0.03, within(0)),
+    )
+
+    def layers(**changes):
+        first = dict(map="linear", source=Source(0, 0, D), width=8, weight=rand(8, D), activation="silu")
+        return [Layer(**(first | changes)), Layer("linear", Source(1, 0, 8), D, weight=rand(D, 8))]
+
+    of_layers = (layers, lambda v: isinstance(v, (list, tuple)) and all(isinstance(a, Layer) for a in v))
+    place(
+        "mlp_sample",
+        ops.mlp_sample,
+        **dict(x=(lambda: rand(N, D), is_dense(F32)), step_sizes=(lambda: [0.5, 0.5], are_numbers)),
+        **dict(layers=(lambda: layers(), of_layers[1]), low=(torch.bfloat16, or_none(is_one_of(torch.bfloat16)))),
+        trajectory=(True, is_flag),
+    )
+
+    def guided(unconditional, guidance):
+        given = layers(shift=rand(1, 1, 8))
+        other = (
+            [Layer(**(vars(given[0]) | dict(shift=rand(1, 1, 8)))), given[1]]
+            if unconditional is True
+            else unconditional
+        )
+        return ops.mlp_sample(rand(N, D), [0.5], given, unconditional=other, guidance=guidance)
+
+    place("mlp_sample guided", guided, unconditional=(True, nothing_else), guidance=(2.0, is_number))
+
+    def layer(**changes):
+        return ops.mlp_sample(rand(N, D), [0.5, 0.5], layers(**changes))
+
+    place(
+        "mlp_sample layer",
+        layer,
+        **dict(map=("linear", is_one_of("linear")), activation=("silu", is_one_of("silu", "none", "relu"))),
+        **dict(source=(lambda: Source(0, 0, D), nothing_else), width=(8, is_int(8, 8))),
+        **dict(weight=(lambda: rand(8, D), is_dense(F32)), eps=(1e-5, is_number), alpha=(0.0, is_number)),
+        **{name: (lambda: rand(1, 1, 8), or_none(is_dense(F32))) for name in ("scale", "shift", "shift_each")},
+        **dict(gain=(1.0, is_number), combine=("none", is_one_of("none")), other=(None, or_none(nothing_else))),
+        first=(0, is_int(0, 0), "source"),
+    )
+
+    def update(from_start, which, factors):
+        return ops.mlp_sample(rand(N, D), [(True, [0], [0.5]), (from_start, which, factors)], layers())
+
+    place(
+        "mlp_sample update",
+        update,
+        from_start=(False, is_flag, "step_sizes"),
+        which=(lambda: [0, 1], are_numbers, "step_sizes"),
+        factors=(lambda: [0.5, 0.5], are_numbers, "step_sizes"),
+    )
+
+
+def _schedules() -> None:
+    times = (lambda: [0.0, 0.5, 1.0], is_times)
+    grid = (lambda: [0.0, 0.25, 0.5, 1.0], or_none(is_times), "indices")
+    indices = (lambda: (0, 2, 3), lambda v: isinstance(v, (list, tuple)) and list(v) == [0, 2, 3], "grid")
+    interval = (lambda: (0.5, 1.5), or_none(lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and v[0] <= v[1]))
+    place(
+        "Schedule",
+        lambda **kwargs: repr(fk.Schedule(**kwargs)),
+        **dict(times=(times[0], is_times, "indices"), grid=grid, indices=indices),
+        **dict(
+            cost=(1.0, or_none(within(-math.inf))),
+            uniform_cost=(2.0, or_none(lambda v: is_number(v) and v > -math.inf)),
+        ),
+        **dict(interval=interval, enough=(3, or_none(is_int(1))), notes=(lambda: {"a": 1}, is_dict)),
+    )
+    place("Schedule.uniform", fk.Schedule.uniform, steps=(3, is_int(1, 10**6)))
+    place(
+        "Solver",
+        lambda **kwargs: repr(fk.Solver(**kwargs)),
+        **dict(times=(times[0], is_times), model_times=(lambda: [0.0, 0.5], are_numbers, "coefficients")),
+        coefficients=(lambda: [[0.5, 0.0], [0.5, 0.5]], nothing_else),
+        **dict(name=("mine", lambda v: isinstance(v, str)), notes=(lambda: {"a": 1}, is_dict)),
+    )
+    saved = fk.Solver.heun(2).to_dict()
+
+    def restored(**changes):
+        return fk.Solver.from_dict(saved | changes)
+
+    place("Solver.from_dict", restored, **{k: (lambda v=v: v, anything) for k, v in saved.items()})
+    place("Solver.from_dict all", fk.Solver.from_dict, data=(lambda: saved, nothing_else, "name"))
+    schedule, flag = (2, is_plan), (False, is_flag)
+    place("Solver.of", fk.Solver.of, schedule=schedule)
+    place("Solver.euler", fk.Solver.euler, schedule=schedule, model_times=(None, or_none(are_numbers)), inverse=flag)
+    place("Solver.adams_bashforth", fk.Solver.adams_bashforth, schedule=schedule, order=(2, is_int(1)), inverse=flag)
+    place("Solver.heun", fk.Solver.heun, schedule=schedule, inverse=flag)
+    device = ("cpu", or_none(lambda v: isinstance(v, (str, torch.device)) and str(v) in ("cpu", "meta")))
+    place("StepCost", fk.StepCost, times=(3, is_times), states=flag, device=device)
+    v, x = (lambda: rand(3, N, D), is_noise), (lambda: rand(4, N, D), is_noise)
+    place("StepCost.update", lambda v, x: fk.StepCost(3, states=True).update(v, x), v=v, x=x)
+    place("StepCost.merge", lambda other: fk.StepCost(2).merge(other), other=(lambda: fk.StepCost(2), anything))
+    place("step_cost", fk.step_cost, v=v, times=(3, is_times), x=(x[0], or_none(is_noise)))
+    cost = (lambda: torch.ones(K + 1, K + 1, dtype=F64), is_dense(*FLOATS))
+    place(
+        "bellman", fk.bellman, cost=cost, times=(K, is_times, "cost"), steps=((1, 2), is_steps), gamma=(1.0, within(0))
+    )
+
+
+def _stages(cal) -> None:
+    field, noise = (lambda: velocity, is_function), (lambda: rand(N, D), is_noise)
+    plan, bar = (3, is_plan), (False, is_flag)
+    place("rollout", fk.rollout, velocity=field, noise=noise, grid=(3, is_times), progress=bar)
+    place(
+        "sample",
+        fk.sample,
+        velocity=field,
+        noise=noise,
+        schedule=plan,
+        capture=(None, is_one_of(None, "auto")),
+        progress=bar,
+    )
+    place(
+        "invert",
+        fk.invert,
+        **dict(velocity=field, data=noise, schedule=plan, round_trip=(True, is_flag), forward=(3, or_none(is_plan))),
+        **dict(capture=(None, is_one_of(None, "auto")), progress=bar),
+    )
+    names = or_none(lambda v: isinstance(v, str) and v != "")
+    given = (lambda: {"c": rand(N, D)}, or_none(is_dict), "unconditional")
+
+    net = Net()
+
+    def fielded(**kwargs):
+        f = fk.VelocityField(net, **kwargs)
+        fk.sample(f, rand(N, D), 2)
+        fk.sample(f.rows(slice(0, 2), N), rand(2, D), 2)
+
+    place(
+        "VelocityField",
+        fk.VelocityField,
+        **dict(net=(lambda: Net(), is_function), reverse_time=(False, is_flag), time_scale=(1.0, within(0))),
+        **dict(sign=(1, or_none(lambda v: is_int(-1, 1)(v) and v != 0)), x_name=("x", names, "time_name")),
+        **dict(time_name=("t", names), conditioning=given, guidance=(2.0, within(-math.inf))),
+        **dict(unconditional=(given[0], or_none(is_dict)), packed=(True, is_flag)),
+        **dict(
+            dtype=(None, or_none(lambda v: isinstance(v, torch.dtype) and v in FLOATS)), time_column=(False, is_flag)
+        ),
+    )
+    place(
+        "VelocityField used",
+        fielded,
+        **dict(conditioning=given, unconditional=given, guidance=(2.0, within(-math.inf)), packed=(True, is_flag)),
+        dtype=(None, or_none(lambda v: isinstance(v, torch.dtype) and v in FLOATS)),
+    )
+    conditioned = fk.VelocityField(Net(), conditioning={"c": rand(N, D)})
+    place("VelocityField.rows", conditioned.rows, index=(lambda: slice(0, 2), anything), n=(N, is_int(1)))
+    with torch.no_grad():
+        place("VelocityField()", conditioned, x=noise, t=(lambda: torch.zeros(N), anything))
+    some = dict(samples=(2, is_int(1)), chunk=(None, or_none(is_int(1))))
+    place(
+        "calibrate",
+        fk.calibrate,
+        **dict(
+            velocity=field, noise=noise, grid=(K, is_times), steps=((1, 2), is_steps), until=(0.5, or_none(within(0)))
+        ),
+        **dict(
+            verify=(lambda: rand(N, D) + 1, or_none(is_noise)), fit=(False, is_flag), keep=(10**6, is_int(0, 10**5000))
+        ),
+        **dict(chunk=(None, or_none(is_int(1))), progress=bar, seed=(3, or_none(is_int(-(2**63), 2**64 - 1)))),
+    )
+    place(
+        "Calibration",
+        fk.Calibration,
+        **dict(
+            times=(cal.times, is_times),
+            cost=(lambda: cal.cost, is_dense(F64)),
+            schedules=(lambda: dict(cal.schedules), is_dict),
+        ),
+        **dict(provenance=(lambda: {}, is_dict), gram=(lambda: cal.gram, or_none(is_dense(F64)))),
+        **dict(solvers=(lambda: {}, is_dict), verified=(lambda: {}, is_dict)),
+    )
+    place("cal[]", lambda steps: cal[steps], (KeyError,), steps=(2, is_int(1, K)))
+    place("cal.best", cal.best, (KeyError,), steps=(2, is_int(1, K)))
+    options = {
+        "squared": {},
+        "gits": dict(gamma=(1.15, within(0))),
+        "endpoint": dict(velocity=(lambda: Net(), is_function), **some, probes=(2, is_int(1))),
+        "student": dict(velocity=field, **some),
+        "free": dict(velocity=field, **some, candidates=(lambda: [0.0, 0.1], are_numbers)),
+    }
+    for objective, args in options.items():
+        steps = dict(
+            steps=((1, 2), is_steps), objective=(objective, is_one_of(*options, "norm", "pairs"), "velocity", "options")
+        )
+        place(f"cal.plan {objective}", cal.plan, **steps, **args)
+    place("cal.save", cal.save, (OSError,), path=("c.json", is_path))
+    cal.save("calibration.json")
+    place("load", fk.load, (OSError,), path=("calibration.json", is_path), velocity=(None, or_none(is_function)))
+    of_cal = dict(velocity=field, calibration=(lambda: cal, nothing_else))
+    part = (0.25, within(0, 1))
+    place(
+        "fit_solver",
+        fk.fit_solver,
+        **of_cal,
+        **dict(steps=(2, is_int(1, K)), schedule=(None, or_none(lambda v: isinstance(v, (fk.Schedule, list))))),
+        **dict(noise=(None, or_none(is_noise)), held_out=part, order=(2, or_none(is_int(1)))),
+        **dict(ridge=(None, or_none(within(0, ends="[)"))), inverse=(False, is_flag), chunk=(None, or_none(is_int(1)))),
+    )
+    place(
+        "polish",
+        fk.polish,
+        **of_cal,
+        **dict(plan=(fk.Solver.heun(2), lambda v: isinstance(v, (fk.Solver, fk.Schedule))), samples=(4, is_int(2))),
+        **dict(
+            iterations=(1, is_int(1)), held_out=part, noise=(None, or_none(is_noise)), chunk=(None, or_none(is_int(1)))
+        ),
+        progress=bar,
+    )
+    place(
+        "straighten",
+        fk.straighten,
+        (OSError,),
+        **dict(student=(None, or_none(lambda v: isinstance(v, nn.Module)))),
+        **dict(velocity=(lambda: Net(), is_function), schedule=(lambda: cal[2], lambda v: isinstance(v, fk.Schedule))),
+        noise=(
+            (D,),
+            lambda v: is_noise(v) or is_function(v) or (isinstance(v, (list, tuple)) and all(is_int(1)(d) for d in v)),
+        ),
+        **dict(
+            iterations=(1, is_int(1)), batch=(2, is_int(1)), bank=(4, is_int(1)), refresh=(None, or_none(is_int(1)))
+        ),
+        **dict(
+            u=("start", is_one_of("start", "uniform")),
+            loss=("huber", is_one_of("l2", "huber")),
+            huber_c=(0.03, within(0)),
+        ),
+        **dict(
+            weight=(None, or_none(are_numbers)),
+            init=(None, or_none(lambda v: is_dict(v) or is_one_of("teacher", "keep")(v))),
+        ),
+        **dict(lr=(1e-3, within(0)), optimizer=(None, or_none(is_function)), warmup=(0, is_int(0))),
+        **dict(
+            decay=("none", is_one_of("cosine", "none")),
+            clip=(1.0, or_none(within(0))),
+            ema=(0.5, or_none(within(0, 1, "[)"))),
+        ),
+        **dict(grid=(None, or_none(is_times)), seed=(0, is_int(-(2**63), 2**64 - 1)), log_every=(1, is_int(1))),
+        **dict(
+            checkpoint=(None, or_none(is_path)), checkpoint_every=(5, is_int(1)), resume=(False, is_flag), progress=bar
+        ),
+    )
+
+
+def _others(cal) -> None:
+    net = Net()
+
+    def fused():
+        return fk.fuse(nn.Sequential(nn.Linear(D + 1, D)), 2)
+
+    sampler = fused()
+    flat = lambda: nn.Sequential(nn.Linear(D + 1, D))  # noqa: E731
+    is_shape = or_none(lambda v: isinstance(v, (list, tuple, torch.Size)) and all(is_int(1)(d) for d in v))
+    place(
+        "fuse",
+        fk.fuse,
+        **dict(velocity=(lambda: flat(), is_function), schedule=(2, is_plan), shape=(None, is_shape)),
+        weights=(None, or_none(lambda v: isinstance(v, torch.dtype) and v in (F32, torch.bfloat16))),
+    )
+    is_float = is_dense(F32, *LOW)
+    place("sampler()", sampler, noise=(lambda: rand(N, D), is_float))
+    place("sampler.on", sampler.on, schedule=(2, is_plan))
+    place(
+        "sampler.run",
+        sampler.run,
+        **dict(noise=(lambda: rand(N, D), is_float), conditioning=(None, or_none(is_dict))),
+        **dict(states=(False, is_flag), velocities=(False, is_flag), first=(0, is_int(0))),
+    )
+    place(
+        "fuse_head",
+        fk.fuse_head,
+        **dict(velocity=(lambda: Net(), is_function), head=("last", or_none(is_one_of("last", "first")))),
+        **dict(patch=(None, or_none(is_int(1))), order=("pqc", is_one_of("pqc", "cpq"))),
+    )
+
+    def record(**kwargs):
+        with fk.record_calls(**kwargs):
+            ops.euler_step(rand(N, D), rand(N, D), 0.5)
+
+    place(
+        "record_calls",
+        record,
+        (OSError,),
+        **dict(op=("euler_step", is_one_of("euler_step")), path=("calls.safetensors", is_path)),
+        **dict(calls=(2, is_int(1)), max_gb=(1.0, within(0))),
+    )
+
+    def on(name):
+        with fk.backend(name):
+            pass
+
+    place("backend", on, (fk.BackendError,), name=("cpu", is_one_of("auto", "", None, *backends.BACKENDS), "backend"))
+    device = ("cpu", lambda v: isinstance(v, (str, torch.device)) or is_int(0)(v))
+    place("explain", fk.explain, op=("euler_step", is_one_of(*ops.OPS)), device=device)
+    width = (8, is_int(1))
+    place(
+        "sinusoidal_embedding",
+        models.sinusoidal_embedding,
+        t=(lambda: torch.zeros(N), anything),
+        dim=(8, is_int(2)),
+        scale=(1.0, is_number),
+    )
+    place("TimeEmbedding", models.TimeEmbedding, frequencies=(8, is_int(2)), width=width)
+    place("ResidualMLP", models.ResidualMLP, dim=width, width=width, blocks=(1, is_int(0)), time_width=width)
+    is_widths = (lambda: (8, 8, 8), lambda v: isinstance(v, (list, tuple)) and len(v) == 3)
+    place("UNet", models.UNet, channels=(1, is_int(1)), widths=is_widths, time_width=width)
+    dit = dict(channels=(1, is_int(1)), size=(4, is_int(1)), patch=(2, is_int(1)), width=width, blocks=(1, is_int(0)))
+    place("DiT", models.DiT, **dit, heads=(2, is_int(1)), time_width=width)
+    place("EmpiricalVelocity", models.EmpiricalVelocity, data=(lambda: rand(N, D), is_noise))
+    positive = lambda v: is_number(v) or are_numbers(v)  # noqa: E731
+    place(
+        "GaussianMixtureVelocity",
+        models.GaussianMixtureVelocity,
+        **dict(means=(lambda: rand(2, D), is_noise), stds=(0.5, positive), weights=(None, or_none(positive))),
+    )
+    mixture = models.GaussianMixtureVelocity(rand(2, D), 0.5)
+    is_generator = or_none(lambda v: isinstance(v, torch.Generator))
+    place("GaussianMixtureVelocity.sample", mixture.sample, n=(3, is_int(0)), generator=(None, is_generator))
+    small = models.ResidualMLP(D, 8, 1, 8)
+    models.save_network(small, "net.safetensors")
+    of_path = ("net.safetensors", is_path)
+    place(
+        "save_network",
+        models.save_network,
+        (OSError,),
+        net=(lambda: small, nothing_else),
+        path=("new.safetensors", is_path),
+    )
+    place("load_network", models.load_network, (OSError,), path=of_path)
+    place("network_notes", models.network_notes, (OSError,), path=of_path)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("diffusers")
+        from flowkernels.integrations.diffusers import solver_scheduler
+
+        place("solver_scheduler", solver_scheduler, solver=(3, is_plan), num_train_timesteps=(1000, is_int(1)))
+    del net
+
+
+# ---- the command line ----
+
+TEXTS = [
+    *(
+        "",
+        " ",
+        "abc",
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "-1",
+        "0",
+        "1.5",
+        "-0.5",
+        "1e-320",
+        "1e3",
+        "0x10",
+        "٣",
+        "²",
+        "4 ",
+        "3,4",
+    ),
+    *(
+        "1208925819614629174706176",
+        "-1208925819614629174706176",
+        "9" * 5000,
+        "18446744073709551616",
+        "9223372036854775808",
+    ),
+    *(
+        "none/x.json",
+        ".",
+        "folder",
+        "a\tb",
+        "x" * 3000,
+        "1-",
+        "-",
+        "1-99999999999",
+        "2-1",
+        ",",
+        "None",
+        "True",
+        "{}",
+        "*",
+    ),
+]
+MODULE = """
+import torch
+built = 0
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 3)
+
+    def forward(self, x, t):
+        return self.linear(x)
+
+def build():
+    global built
+    built += 1
+    return Net()
+"""
+
+
+def is_text(parse: Callable, low: float, high: float, ends: str = "[]") -> Callable:
+    def fine(text):
+        try:
+            value = parse(text)
+        except (ValueError, TypeError):
+            return False
+        return (low < value or (ends[0] == "[" and value == low)) and (
+            value < high or (ends[1] == "]" and value == high)
+        )
+
+    return fine
+
+
+def _commands() -> None:
+    Path("counted_models.py").write_text(MODULE)
+    sys.path.insert(0, os.getcwd())
+    module = importlib.import_module("counted_models")
+
+    class Refused(ValueError):
+        """What a command line says on its error stream."""
+
+    def run(words: list[str]) -> None:
+        import io
+
+        before, err = module.built, io.StringIO()
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+            code = command_line(words)
+        if code:
+            Count.evaluations += module.built - before
+            said = err.getvalue()
+            if code != 2 or said.count("\n") != 1 or not said.startswith("flowkernels: error: "):
+                raise RuntimeError(f"exit {code}: {said[-300:]}")
+            raise Refused(said)
+
+    def command(name: str, good: str, also: tuple[str, ...] = (), **options) -> None:
+        for option, fine in options.items():
+            flag = "-n" if option == "n" else f"--{option.replace('_', '-')}"
+
+            def call(text, flag=flag):
+                run([name, *good.split(), f"{flag}={text}" if flag != "-n" else f"-n{text}"])
+
+            said = (flag.lstrip("-"), "-n", *also)
+            PLACES.append(Place(f"{name} {flag}", call, {"text": Arg(lambda: None, fine, said)}))
+
+    positive, number = is_text(int, 1, 10**6), is_text(float, 0, 1e307, "()")
+    seed = is_text(int, -(2**63), 2**64 - 2)
+    none = lambda text: False  # noqa: E731
+    model = "--model counted_models:build --shape 3"
+    with fk.record_calls("euler_step", "calls.st"):
+        ops.euler_step(rand(N, D), rand(N, D), 0.5)
+    shared = dict(
+        seed=seed, device=is_one_of("cpu"), shape=lambda text: all(map(is_text(int, 1, 10**6), text.split(",")))
+    )
+    command(
+        "calibrate",
+        f"{model} --out cli.json -n 4 --grid 4 --steps 2",
+        **dict(
+            n=positive, grid=is_text(int, 2, 10_000), steps=lambda t: all(c in "0123456789-, " for c in t), until=number
+        ),
+        **dict(verify=positive, chunk=positive, out=lambda t: len(t) < 200, model=none, checkpoint=none, **shared),
+    )
+    command(
+        "straighten",
+        f"{model} --schedule calibration.json --steps 2 --out cli.safetensors --iterations 1",
+        **dict(steps=none, iterations=positive, batch=positive, bank=positive, refresh=positive, lr=number, seed=seed),
+        **dict(warmup=is_text(int, 0, 2**63), decay=none, u=none, loss=none, ema=is_text(float, 0, 1, "[)")),
+        **dict(clip=is_text(float, 0, 1e307, "[)"), schedule=none, out=none, state=lambda t: 0 < len(t) < 200),
+    )
+    command(
+        "sample",
+        f"{model} --steps 2 -n 2 --out cli.npy",
+        **dict(
+            n=positive, steps=is_text(int, 1, 10**6), chunk=positive, method=none, schedule=none, out=none, **shared
+        ),
+    )
+    command(
+        "bench", "euler_step --list", threads=is_text(int, 1, 4096), seconds=number, minutes=number, out=is_one_of(".")
+    )
+    command(
+        "replay", "calls.st --seconds 0.01", threads=is_text(int, 1, 4096), seconds=number, backends=none, device=none
+    )
+    command("capture", "euler_step --from counted_models.py", ("euler_step",), calls=none, max_gb=none, out=none)
+    command("demo", "--data digits --out none/none", ("out",), seed=none, data=none)
+
+
+# ---- one call ----
+
+
+class Hang(BaseException):
+    pass
+
+
+def _alarm(*_):
+    raise Hang
+
+
+def settings() -> tuple:
+    """What a refused call may not have changed."""
+    os.umask(mask := os.umask(0))
+    return (
+        *(torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), os.getcwd(), mask),
+        *(backends._requested.get(), _ranges.asked, torch.is_inference_mode_enabled()),
+        *(torch.random.get_rng_state().sum().item(), sorted(os.listdir()), signal.getsignal(signal.SIGINT)),
+    )
+
+
+def names(message: str, wanted: set[str]) -> bool:
+    """Whether it says which argument, and what was expected, shortly."""
+    if len(message) > 1200 or not re.search(r": (expected|invalid choice)", message):
+        return False
+    # at the front, or as what another argument has to fit: "v: expected x's shape"
+    patterns = (r"(?<![A-Za-z_]){}(?![A-Za-z_])[^:]*: (expected|invalid choice)", r"(?<![A-Za-z_]){}('s| = |, )")
+    return any(re.search(p.format(re.escape(w)), message) for w in wanted for p in patterns)
+
+
+@dataclass
+class Outcome:
+    kind: str
+    detail: str = ""
+
+
+def _fine(arg: Arg, value) -> bool:
+    try:
+        return bool(arg.fine(value))
+    except Exception:  # of a value that cannot be looked at
+        return False
+
+
+def attempt(place: Place, bad: dict[str, Any]) -> Outcome:
+    args = place.good() | bad
+    wanted = {said for name in bad for said in (name, *place.args[name].said)}
+    fine = {name: _fine(place.args[name], value) for name, value in bad.items()}
+    Count.evaluations, before = 0, settings()
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        place.call(**args)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Hang:
+        return Outcome("works" if all(fine.values()) else "hang")  # a million iterations take their time
+    except Exception as e:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        said = f"{type(e).__name__}: {e}"
+        if not isinstance(e, (TypeError, ValueError, *place.errors)) or isinstance(e, UnicodeError):
+            return Outcome("unnamed", said)
+        if not isinstance(e, place.errors) and not names(str(e), wanted):
+            return Outcome("unnamed", said)
+        evaluated = {"velocity", "net", "student", "noise", "optimizer"} & set(bad)  # what they do shows when they run
+        if Count.evaluations and not evaluated and place.name != "cal.plan endpoint":
+            return Outcome("late", said)
+        if settings() != before:
+            return Outcome("state", said)
+        return Outcome("named", said)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for path in Path().glob("*"):
+            if path.name not in KEPT and path.is_file():
+                path.unlink()
+    wrong = [name for name, ok in fine.items() if not ok]
+    return Outcome("nonsense", ", ".join(wrong)) if wrong else Outcome("works")
+
+
+KEPT = {"calibration.json", "net.safetensors", "counted_models.py", "calls.st"}
+
+
+def plan(calls: int, seed: int) -> list[tuple[int, dict[str, str]]]:
+    """(place, {argument: value}) of each call: every argument with every value in an order of the seed's, a fifth of
+    all calls with a second argument, and those over again where more are asked for."""
+    draw = random.Random(seed)
+    texts = {f"#{i}": t for i, t in enumerate(TEXTS)}
+    every = []
+    for i, p in enumerate(PLACES):
+        for name in p.args:
+            every += [(i, {name: label}) for label in (texts if name == "text" else VALUES)]
+    draw.shuffle(every)
+    found = []
+    while len(found) < calls:
+        i, bad = every[len(found) % len(every)]
+        others = [a for a in PLACES[i].args if a not in bad]
+        if others and (len(found) >= len(every) or draw.random() < 0.2):
+            bad = bad | {draw.choice(others): draw.choice(list(VALUES))}
+        found.append((i, bad))
+    return found
+
+
+def value(label: str):
+    return TEXTS[int(label[1:])] if label.startswith("#") else VALUES[label]()
+
+
+def build() -> None:
+    """All places, in the current folder, which is emptied as it goes."""
+    torch.manual_seed(0)
+    Path("folder").mkdir(exist_ok=True)
+    cal = fk.calibrate(velocity, rand(N, D), K, (1, 2, 3), progress=False)
+    _ops(), _schedules(), _stages(cal), _others(cal), _commands()
+
+
+@dataclass
+class Counts:
+    calls: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, where: str, outcome: Outcome) -> None:
+        self.calls += 1
+        self.kinds[outcome.kind] = self.kinds.get(outcome.kind, 0) + 1
+        if outcome.kind in FAULTS:
+            self.faults.append(f"{outcome.kind}: {where}: {' '.join(outcome.detail.split())[:300]}")
+
+
+def run(calls: int, seed: int, start: int, log) -> Counts:
+    """The calls of the plan from `start` on; `log` is told of each before it is made, and of its outcome after."""
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, _alarm)
+    counts = Counts()
+    for p in PLACES:
+        if "text" not in p.args and start == 0:  # a command takes seconds
+            counts.add(p.name, attempt(p, {}))
+    for number, (i, labels) in enumerate(plan(calls, seed)[start:], start):
+        p = PLACES[i]
+        shown = (f"{k}={TEXTS[int(v[1:])]!r:.40}" if v.startswith("#") else f"{k}={v}" for k, v in labels.items())
+        where = f"{p.name}({', '.join(shown)})"
+        log(f"? {number} {where}")
+        outcome = attempt(p, {name: value(label) for name, label in labels.items()})
+        counts.add(where, outcome)
+        log(f"= {number} {json.dumps([where, outcome.kind, outcome.detail[:400]])}")
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--log", type=Path, help="file for one line before and after each call")
+    args = parser.parse_args()
+    log_file = open(args.log.absolute(), "a", buffering=1) if args.log else None  # noqa: SIM115, of the whole process
+    resource.setrlimit(resource.RLIMIT_AS, (24 << 30, resource.RLIM_INFINITY))
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        build()
+        counts = run(args.calls, args.seed, args.start, lambda line: log_file and log_file.write(line + "\n"))
+        os.chdir("/")
+    for fault in counts.faults:
+        print(fault)
+    print(json.dumps(dict(calls=counts.calls, **counts.kinds)))
+
+
+if __name__ == "__main__":
+    main()
