@@ -192,9 +192,11 @@ def expect_shape(value, name: str, expected: str, length: int | None = None) -> 
 
 
 def expect_list(value, name: str, expected: str, ordered: bool = True) -> list:
-    """The entries of a sequence or an iterator, which bytes are not, nor sets and dicts where the order counts."""
+    """The entries of a sequence or an iterator, which bytes are not, nor sets and dicts where the order counts, nor
+    tensors of so many that they are none of entries."""
+    unfit = isinstance(value, bytes) or (ordered and isinstance(value, (Set, Mapping)))
     try:
-        entries = None if isinstance(value, bytes) or (ordered and isinstance(value, (Set, Mapping))) else list(value)
+        entries = None if unfit or (isinstance(value, Tensor) and len(value) > 1 << 16) else list(value)
     except Exception:  # whatever its iterator raises
         entries = None
     expect_shown(entries is not None, name, expected, value, TypeError)

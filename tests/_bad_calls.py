@@ -1031,6 +1031,8 @@ def attempt(place: Place, bad: dict[str, Any]) -> Outcome:
     return Outcome("nonsense", ", ".join(wrong)) if wrong else Outcome("works")
 
 
+LARGE = {repr(10**6), repr(2**31)}
+COUNTS = {"iterations", "grid", "schedule", "forward"}  # of which as many are made as are asked for
 KEPT = {"calibration.json", "net.safetensors", "counted_models.py", "calls.st"}
 
 
@@ -1042,14 +1044,15 @@ def plan(calls: int, seed: int) -> list[tuple[int, dict[str, str]]]:
     every = []
     for i, p in enumerate(PLACES):
         for name in p.args:
-            every += [(i, {name: label}) for label in (texts if name == "text" else VALUES)]
+            labels = texts if name == "text" else [v for v in VALUES if v not in LARGE or name not in COUNTS]
+            every += [(i, {name: label}) for label in labels]
     draw.shuffle(every)
     found = []
     while len(found) < calls:
         i, bad = every[len(found) % len(every)]
         others = [a for a in PLACES[i].args if a not in bad]
         if others and (len(found) >= len(every) or draw.random() < 0.2):
-            bad = bad | {draw.choice(others): draw.choice(list(VALUES))}
+            bad = bad | {draw.choice(others): draw.choice([v for v in VALUES if v not in LARGE])}
         found.append((i, bad))
     return found
 

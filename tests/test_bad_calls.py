@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CALLS = int(os.environ.get("FLOWKERNELS_BAD_CALLS", "1500"))
+CALLS = int(os.environ.get("FLOWKERNELS_BAD_CALLS", "1000"))
 SEED = int(os.environ.get("FLOWKERNELS_BAD_CALLS_SEED", "0"))
 UNNAMED = 0.01  # of all calls, at most
 STUCK = 60  # seconds without an answer
