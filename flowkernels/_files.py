@@ -129,7 +129,7 @@ def write_or_keep(path: str | Path, name: str, save: Callable[[Path], None]) -> 
             raise OSError(
                 f"{name}: {path} could not be written ({problem}); it is kept as {kept / path.name}"
             ) from problem
-    raise problem
+    raise OSError(f"{name}: {path} could not be written, nor kept anywhere else ({problem})") from problem
 
 
 @contextlib.contextmanager

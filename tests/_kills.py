@@ -97,8 +97,8 @@ def main() -> int:
             killed(saves[which], path, r.uniform(0.0005, 0.03))
             left += len(list(path.parent.iterdir())) > 1
             try:
-                # a folder may be away for a moment: of two renames one is done
-                if (path.exists() or path.parent.name != "folders") and read(path) not in known:
+                away = path.parent.name == "folders" and not path.exists()  # of two renames, one is done
+                if not away and read(path) not in known:
                     wrong.append(f"{name}: {read(path)}, not one of {known}")
                 saves[which](path)
                 if read(path) != known[which]:

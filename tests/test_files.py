@@ -455,7 +455,10 @@ def test_a_full_disk_everywhere_is_still_no_traceback(folder, monkeypatch, capsy
 
     monkeypatch.setattr(os, "fsync", full)
     assert cli.main(LINES["calibrate"].split()) == 2
-    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert (
+        "x.json could not be written, nor kept anywhere else ([Errno 28] No space left on device)"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("command", LINES)
