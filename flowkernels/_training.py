@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -129,6 +130,8 @@ def expect_optimizer(opt, parameters: list[nn.Parameter]) -> None:
     methods = ("step", "zero_grad", "state_dict", "load_state_dict")
     known = all(callable(getattr(opt, method, None)) for method in methods) and hasattr(opt, "param_groups")
     expect(known, "optimizer", expected, opt, TypeError)
+    closure = inspect.signature(opt.step).parameters.get("closure")
+    expect(closure is None or closure.default is None, "optimizer", "one whose step takes no closure", opt, TypeError)
     own = {id(p) for p in parameters}
     found = [id(p) for group in opt.param_groups for p in group["params"]]
     expect(len(found) > 0, "optimizer", expected, "one of no parameters")

@@ -353,7 +353,7 @@ def _notes(metadata: dict[str, str]) -> dict:
 def _noise(n: int, shape: tuple[int, ...], seed: int | torch.Generator) -> Tensor:
     """Standard normal noise, made on the CPU so that a seed means the same on every device."""
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-    return torch.randn(n, *shape, generator=generator)
+    return torch.randn(n, *shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 # The commands

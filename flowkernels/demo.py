@@ -129,7 +129,8 @@ def run(
         say(f"{name:<10} {seconds[name]:6.1f} s   {what}")
 
     def noise(n: int, offset: int) -> Tensor:
-        return torch.randn(n, *bundled.shape, generator=torch.Generator().manual_seed(seed + offset))
+        generator = torch.Generator().manual_seed(seed + offset)
+        return torch.randn(n, *bundled.shape, generator=generator, dtype=torch.float32, device="cpu")
 
     with stage("load", f"{data}, samples of shape {list(bundled.shape)}"):
         net = bundled.load()

@@ -317,7 +317,8 @@ class GaussianMixtureVelocity(nn.Module):
         known = generator is None or isinstance(generator, torch.Generator)
         expect_shown(known, "generator", "a torch.Generator or None", generator, TypeError)
         mode = torch.multinomial(self.weights.cpu(), n, replacement=True, generator=generator).to(self.means.device)
-        noise = torch.randn(n, self.means.shape[1], generator=generator, device="cpu").to(self.means)
+        shape = n, self.means.shape[1]
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(self.means)
         return (self.means[mode] + self.stds[mode, None] * noise).view(n, *self.shape)
 
 

@@ -215,7 +215,8 @@ def straighten(
         weight = expect_float64(weight, "weight", expected).float()
         ok = weight.shape == (N,) and bool((weight >= 0).all()) and bool(torch.isfinite(weight).all())
         expect(ok, "weight", expected, weight)
-    if optimizer is not None:
+    made_of_class = isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)
+    if optimizer is not None and not made_of_class:
         expect_takes(optimizer, "optimizer", OPTIMIZER, [])
     if checkpoint is not None:
         checkpoint = expect_path(checkpoint, "checkpoint")
@@ -507,8 +508,9 @@ def _trainable(student: nn.Module) -> nn.Module:
     """The student, with weights that can be written to and conditioning that can be saved for a gradient."""
     for name, t in itertools.chain(student.named_parameters(), student.named_buffers()):
         expected = "weights made outside of torch.inference_mode, with values"
-        usable = not t.is_inference() and t.device.type != "meta"
-        expect(usable, "student", expected, f"{name!r}, {'on the meta device' if t.is_meta else 'made in it'}")
+        lazy = nn.parameter.is_lazy(t)  # of which nothing can be asked
+        why = "not initialised" if lazy else "on the meta device" if t.is_meta else "made in it" * t.is_inference()
+        expect(not why, "student", expected, f"{name!r}, {why}")
     if isinstance(student, VelocityField):
         for k, v in student.conditioning.items():
             if isinstance(v, Tensor) and v.is_inference():

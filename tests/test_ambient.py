@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import flowkernels as fk
 from flowkernels import calls, integrations, ops
-from flowkernels.models import BUNDLED, ResidualMLP
+from flowkernels.models import BUNDLED, GaussianMixtureVelocity, ResidualMLP
 
 QUIET = dict(progress=False)
 GRID, N = 8, 2
@@ -83,7 +83,7 @@ def tensors(result) -> list:
         return tensors([result.x, result.v])
     if isinstance(result, fk.Inversion):
         return tensors([result.noise, result.error])
-    return [result]
+    return [] if result is None else [result]
 
 
 STAGES = {}
@@ -204,6 +204,18 @@ def files(w, tmp_path):
     cal = fk.calibrate(w["net"], w["noise"], GRID, [N], fit=True, **QUIET)
     cal.save(path)
     return [fk.load(path, w["net"]), BUNDLED["digits"].load()]
+
+
+@stage
+def objects(w, tmp_path):
+    mixture = GaussianMixtureVelocity(w["z"][:, :4], 0.5)
+    schedules = [fk.Schedule([0, 0.3, 1]), fk.Schedule.uniform(3), fk.Schedule([0, 0.5, 1], GRID, (0, 4, 8))]
+    solvers = [make(s) for make in (fk.Solver.euler, fk.Solver.adams_bashforth) for s in schedules]
+    return [
+        *(schedules, solvers, [fk.Solver.from_dict(s.to_dict()) for s in solvers]),
+        *(mixture, mixture(w["noise"], w["noise"][:, 0].abs()), mixture.sample(5, torch.Generator().manual_seed(3))),
+        w["guided"].rows(slice(2), 6)(w["noise"][:2], w["noise"][:2, 0]),
+    ]
 
 
 @stage

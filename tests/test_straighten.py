@@ -767,7 +767,7 @@ OPTIMISERS = ("AdamW", "RMSprop", "Adagrad", "NAdam", "Adafactor", "Rprop", "ASG
 
 @pytest.mark.parametrize("name", [name for name in OPTIMISERS if hasattr(torch.optim, name)])
 def test_optimisers_resume_bit_for_bit(name, tmp_path):
-    settings = dict(optimizer=lambda p: getattr(torch.optim, name)(p, lr=1e-3), iterations=9)
+    settings = dict(optimizer=getattr(torch.optim, name), iterations=9)
     student, path = small_net(1), tmp_path / "run.pt"
     student.register_forward_pre_hook(stop_after(6))
     with pytest.raises(Stopped):
@@ -816,6 +816,8 @@ FIRST = {
         *(dict(optimizer=lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)),),
         r"^optimizer: expected .*got one of 1 other parameters",
     ),
+    "not initialised": (dict(student=nn.LazyLinear(4)), r"^student: expected weights .*not initialised"),
+    "a closure": (dict(optimizer=torch.optim.LBFGS), r"^optimizer: expected one whose step takes no closure"),
     "no optimiser": (dict(optimizer=lambda p: None), r"^optimizer: "),
     "state that is no data": (dict(student=Extra(threading.Lock(), 1)), r"^(checkpoint|student): expected a "),
     "state of an object": (dict(student=Extra(Path("x"), 1)), r"^checkpoint: expected a student and an optimiser"),
