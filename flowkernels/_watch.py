@@ -290,7 +290,7 @@ class _Walk:
         if type(held) is dict:
             self.add(OBJECT, value, kind, (tuple(held), tuple(held.values())), f"an attribute of {place}")
             for name, v in held.items():
-                if module and name in MACHINERY:
+                if module and name in MACHINERY and id(v) not in self._seen:
                     for key, part in v.items():  # under its path, as named_modules has it
                         yield part, f"{place}.{key}"
                     self.add(DICT, v, tuple(v), tuple(v.values()), f"{name} of {place}")

@@ -13,23 +13,22 @@ from flowkernels.schedule import Schedule
 from flowkernels.solver import NEGLIGIBLE, Solver
 
 
-def _class_of(module: nn.Module) -> str | None:
+def _class_of(module: nn.Module) -> type[nn.Module] | None:
     """Which of the transformers known here it is, or is derived from."""
-    return next((c.__name__ for c in type(module).__mro__ if c.__name__ in _LAYERS), None)
+    kinds = (c for c in type(module).__mro__ if c.__module__.startswith("diffusers."))
+    return next((c for c in kinds if c.__name__ in _LAYERS), None)
 
 
 def final_layer(net: nn.Module, path: str = "") -> FinalLayer | None:
     """The final layer of the first transformer in `net` that is known here; None if there is none."""
     for name, module in net.named_modules(prefix=path):
         if (known := _class_of(module)) is not None:
-            return _LAYERS[known](module, f"{name}." if name else "")
+            layer = _LAYERS[known.__name__](module, f"{name}." if name else "")
+            own = type(module).forward is known.forward and "forward" not in vars(module)
+            expected = f"a {known.__name__} with its class's forward; head={layer.linear!r} fuses the Linear alone"
+            expect(own, "velocity", expected, f"{type(module).__name__} with a forward of its own")
+            return layer
     return None
-
-
-def _expect_module(owner: nn.Module, path: str, prefix: str, kind: type[nn.Module]) -> None:
-    module = owner.get_submodule(path)
-    name = f"torch.nn.{kind.__name__} as {prefix + path!r}"
-    expect(isinstance(module, kind), "velocity", f"a {name}; head= names another one", f"a {type(module).__name__}")
 
 
 def _norm(layer: nn.LayerNorm) -> dict:
@@ -38,9 +37,11 @@ def _norm(layer: nn.LayerNorm) -> dict:
 
 def _continuous(owner: nn.Module, prefix: str, patch: int | None) -> FinalLayer:
     """`norm_out`, an AdaLayerNormContinuous called with the tokens and the embedding; then `proj_out`."""
-    for path, kind in (("norm_out.norm", nn.LayerNorm), ("norm_out.linear", nn.Linear), ("proj_out", nn.Linear)):
-        _expect_module(owner, path, prefix, kind)
-    return FinalLayer(prefix + "norm_out", prefix + "proj_out", _after_continuous, patch=patch)
+    from diffusers.models.normalization import AdaLayerNormContinuous
+
+    stop, linear = prefix + "norm_out", prefix + "proj_out"
+    computed = (stop, AdaLayerNormContinuous), (stop + ".norm", nn.LayerNorm)
+    return FinalLayer(stop, linear, _after_continuous, patch=patch, computed=computed)
 
 
 def _after_continuous(net: nn.Module, layer: FinalLayer, args: tuple, kwargs: dict, also) -> dict:
@@ -61,10 +62,9 @@ def _flux(owner: nn.Module, prefix: str) -> FinalLayer:
 
 def _dit(owner: nn.Module, prefix: str) -> FinalLayer:
     """`proj_out_1` makes the modulation, the shift first; then come `norm_out` and `proj_out_2`."""
-    for path, kind in (("proj_out_1", nn.Linear), ("norm_out", nn.LayerNorm), ("proj_out_2", nn.Linear)):
-        _expect_module(owner, path, prefix, kind)
     stop, linear, also = (prefix + path for path in ("norm_out", "proj_out_2", "proj_out_1"))
-    return FinalLayer(stop, linear, _after_dit, also=also, patch=owner.patch_size)
+    computed = ((stop, nn.LayerNorm),)
+    return FinalLayer(stop, linear, _after_dit, also=also, patch=owner.patch_size, computed=computed)
 
 
 def _after_dit(net: nn.Module, layer: FinalLayer, args: tuple, kwargs: dict, also) -> dict:
