@@ -27,7 +27,7 @@ from _flows import (
 from torch import nn
 
 import flowkernels as fk
-from flowkernels._files import whole_file
+from flowkernels._files import sealed, whole_file
 from flowkernels.models import BUNDLED
 
 
@@ -536,6 +536,17 @@ def test_what_json_has_not_is_saved_as_it_has_it(tmp_path):
     cal.save(tmp_path / "a.json")
     found = fk.load(tmp_path / "a.json").provenance
     assert [found[k] for k in ("seed", "loss", "where", "at", "flag")] == [3, "inf", "a", [1.0, 1.0], True]
+
+
+def test_what_later_versions_add_is_left_aside(saved):
+    data = json.loads(saved.read_text())
+    data["added"] = {"4": 1}
+    data["schedules"]["4"]["added"], data["provenance"]["added"] = [1], None
+    del data["sha256"]
+    saved.write_text(json.dumps(sealed(data)))
+    found = fk.load(saved)
+    assert found.provenance.pop("added", 1) is None
+    assert same(found, small())
 
 
 def test_missing_file(tmp_path):
