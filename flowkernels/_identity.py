@@ -67,7 +67,8 @@ def tensors_hash(values: Mapping[str, Any], start: str = "") -> str:
     what else there is: tensors made of others, containers, constants. Raises Unknown."""
     digest = hashlib.sha256(start.encode())
     for name, value in sorted(values.items()):
-        _feed(digest, name, value)
+        with _reading(name):
+            _feed(digest, name, value)
     return digest.hexdigest()
 
 
@@ -109,7 +110,8 @@ def attributes_hash(modules: Iterable[tuple[str, nn.Module, Collection[str]]]) -
                 continue
             one = hashlib.sha256()
             try:
-                _feed(one, f"{prefix}{name}", value)
+                with _reading(name):
+                    _feed(one, f"{prefix}{name}", value)
                 digest.update(one.digest())
             except Unknown:
                 unread.append(f"{prefix}{name}")
@@ -141,9 +143,7 @@ def _feed(digest, name: str, value: Any, depth: int = 0) -> None:
     if depth > DEEPEST:
         raise Unknown(f"{name}: containers nested more than {DEEPEST} deep")
     if isinstance(value, Tensor):
-        with _reading(name):
-            _feed_tensor(digest, name, value, depth)
-        return
+        return _feed_tensor(digest, name, value, depth)
     kind = type(value)
     parts: dict[Any, Any] | None = None
     if isinstance(value, enum.Enum):

@@ -66,6 +66,7 @@ from flowkernels.velocity_field import (
     expect_velocity,
     hash_of,
     identity,
+    tensors_hash,
     velocity_rows,
     warn_if_training,
 )
@@ -91,6 +92,9 @@ class Calibration(Mapping):
     squared distance to the teacher's samples of Euler steps on the uniform and on the Bellman schedule, and of the
     solver if there is one. In the file.
 
+    verified_as: {N: {"bellman": h, "fitted": h}}, hashes of the schedule and the solver that were verified; what is
+    there now may be another. In the file.
+
     kept: the teacher's trajectory of the first samples, where they are. sample_costs: step costs of groups of samples.
     Both in memory only, None in a calibration from a file.
     """
@@ -104,7 +108,8 @@ class Calibration(Mapping):
     verified: dict[int, dict[str, float]] = field(default_factory=dict)
     kept: Trajectory | None = field(default=None, repr=False)
     sample_costs: SampleCosts | None = field(default=None, repr=False)
-    _found: dict = field(default_factory=dict, repr=False)  # tables made when they were asked for
+    verified_as: dict[int, dict[str, str]] = field(default_factory=dict, repr=False)
+    _found: dict = field(default_factory=dict, repr=False)  # tables made when they were asked for, and of what
 
     def __post_init__(self):
         times = expect_times(self.times, "times")
@@ -143,17 +148,27 @@ class Calibration(Mapping):
         Made at the first use or when the calibration is saved, about 0.2 ms a sample. None without kept samples, and
         from a file that has none.
         """
-        if "norm_cost" not in self._found:
-            singles = self._singles()
-            self._found["norm_cost"] = None if singles is None else singles.norm_cost()
-        return self._found["norm_cost"]
+        if self.kept is None:
+            return self._found.get("norm_cost")  # of the file
+        return self._of_kept("norm_cost", lambda: self._singles().norm_cost())
 
     def _singles(self) -> SampleCosts | None:
         """The step costs of single samples, from those that are kept."""
-        if self.kept is not None and "singles" not in self._found:
-            singles = SampleCosts(self.times, most=SINGLES)
-            self._found["singles"] = singles.update(self.kept.v[:, : singles.most])  # no more than groups of one
-        return self._found.get("singles")
+
+        def singles():
+            found = SampleCosts(self.times, most=SINGLES)
+            return found.update(self.kept.v[:, : found.most])  # no more than groups of one
+
+        return None if self.kept is None else self._of_kept("singles", singles)
+
+    def _of_kept(self, name: str, make):
+        """What `make()` makes of the velocities kept, made anew where they are others or were written to."""
+        v = self.kept.v
+        version = object() if v.is_inference() else v._version  # writes to the former are not counted
+        found = self._found.get(name)
+        if not isinstance(found, tuple) or found[0] is not v or found[1] != version:
+            found = self._found[name] = v, version, make()
+        return found[2]
 
     @torch.no_grad()
     def plan(
@@ -211,7 +226,8 @@ class Calibration(Mapping):
         return plans
 
     def best(self, steps: int) -> Schedule | Solver:
-        """Of the uniform schedule, the Bellman schedule and the solver, what has the least verified error.
+        """Of the uniform schedule, the Bellman schedule and the solver, what has the least verified error: those that
+        are what was verified, and not put in its place since.
 
         Where nothing was verified, the solver if there is one, else the Bellman schedule.
         """
@@ -220,7 +236,9 @@ class Calibration(Mapping):
             known = {"bellman": self[steps], **known}
         if steps in self.solvers:
             known = {"fitted": self.solvers[steps], **known}
-        errors = self.verified.get(steps, {})
+        errors, of = self.verified.get(steps, {}), self.verified_as.get(steps, {})
+        as_it_was = {name for name in known if name == "uniform" or of.get(name) == _hash_of_plan(known[name])}
+        errors = {name: e for name, e in errors.items() if name in as_it_was and e == e}  # NaN is not
         return known[min(known, key=lambda name: errors.get(name, math.inf))]
 
     def __str__(self) -> str:
@@ -258,6 +276,7 @@ class Calibration(Mapping):
             data["solvers"] = {str(n): _solver_to_dict(s) for n, s in sorted(self.solvers.items())}
         if self.verified:
             data["verified"] = {str(n): plain(errors) for n, errors in sorted(self.verified.items())}
+            data["verified_as"] = {str(n): plain(hashes) for n, hashes in sorted(self.verified_as.items())}
         _from_dict(data)
         text = json.dumps(sealed(data), indent=1)
         with whole_file(path) as partial:
@@ -313,16 +332,34 @@ def _from_dict(data: dict) -> Calibration:
     for size in shape:
         expect_int(size, "provenance.shape", "positive integers", 1)
     expect(made_for is None or isinstance(made_for, str), "provenance.parameters_sha256", "a text or null", made_for)
+    schedules = {n: _schedule(s, f"schedules.{n}", n, times) for n, s in _by_steps(data, "schedules", K)}
+    solvers = {n: _solver(s, f"solvers.{n}", n) for n, s in _by_steps(data, "solvers", None)}
+    verified = {n: _errors(errors, f"verified.{n}") for n, errors in _by_steps(data, "verified", None)}
+    verified_as = {n: _texts(hashes, f"verified_as.{n}") for n, hashes in _by_steps(data, "verified_as", None)}
+    if "verified_as" not in data:  # earlier versions: what is there is what was verified
+        verified_as = {n: _hashes_of_plans(schedules.get(n), solvers.get(n)) for n in verified}
     return Calibration(
-        times,
-        tables["cost"],
-        {n: _schedule(s, f"schedules.{n}", n, times) for n, s in _by_steps(data, "schedules", K)},
-        provenance,
-        tables.get("gram"),
-        {n: _solver(s, f"solvers.{n}", n) for n, s in _by_steps(data, "solvers", None)},
-        {n: _errors(errors, f"verified.{n}") for n, errors in _by_steps(data, "verified", None)},
+        *(times, tables["cost"], schedules, provenance, tables.get("gram"), solvers, verified),
+        verified_as=verified_as,
         _found={"norm_cost": tables.get("norm_cost")},
     )
+
+
+def _texts(data, name: str) -> dict[str, str]:
+    for text in _object(data, name).values():
+        expect(isinstance(text, str), name, "texts", text)
+    return data
+
+
+def _hash_of_plan(plan: Schedule | Solver) -> str:
+    """Of what decides its samples."""
+    names = ("times", "model_times", "coefficients") if isinstance(plan, Solver) else ("times",)
+    return tensors_hash({name: getattr(plan, name) for name in names})
+
+
+def _hashes_of_plans(schedule: Schedule | None, solver: Solver | None) -> dict[str, str]:
+    plans = {"bellman": schedule, "fitted": solver}
+    return {name: _hash_of_plan(plan) for name, plan in plans.items() if plan is not None}
 
 
 def _object(value, name: str) -> dict:
@@ -505,6 +542,8 @@ def calibrate(
     provenance |= {"velocity_dtype": str(v.dtype)}
     if attributes_of(velocity)[0] != provenance["attributes_sha256"]:
         provenance["attributes_sha256"] = None  # it counts its calls, say, or keeps what it has computed
+    if fused is not None:
+        provenance["sampler_weights"] = str(fused.weights)
     if until is not None:
         reason = "schedules stable" if stable else "all samples used"
         provenance |= {"n": stop, "n_given": n, "until": until, "stopped": reason}
@@ -516,8 +555,10 @@ def calibrate(
     if fit:
         from flowkernels.fit import fit_solver
 
+        cal._found["made_with"] = velocity  # for certain, whether it has a hash or not
         with _warnings_once():
             cal.solvers.update({N: fit_solver(given, cal, N, chunk=chunk) for N in wanted})
+        del cal._found["made_with"]
     if verify is not None:
         with _warnings_once():
             _verify(cal, given, verify, wanted, chunk, n)
@@ -554,6 +595,7 @@ def _verify(cal: Calibration, velocity, noise: Tensor, steps: list[int], chunk: 
                 error = (sample(part, noise[rows], schedule) - x1).double().square().sum().item()
                 total[N][name] = total[N].get(name, 0.0) + error / len(noise)
     cal.verified.update(total)
+    cal.verified_as.update({N: _hashes_of_plans(cal[N], cal.solvers.get(N)) for N in steps})
     rounding = 1e-12 * noise.double().square().flatten(1).sum(1).mean().item()
 
     def worse_than_uniform(name):

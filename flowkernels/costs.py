@@ -16,7 +16,7 @@ from flowkernels.fuse import FusedSampler
 from flowkernels.ops.euler_step.reference import guided
 from flowkernels.schedule import Schedule, StepCost, bellman, uniform_indices
 from flowkernels.solver import Solver
-from flowkernels.velocity_field import evaluate, expect_velocity, float64_device, velocity_rows
+from flowkernels.velocity_field import evaluate, expect_velocity, float64_device, velocity_rows, warn_if_another
 
 GROUPS = 128  # of samples, at most, for the scatter of costs; merged in pairs when they are more
 SINGLES = 512  # samples that E|e| is the mean of
@@ -197,6 +197,7 @@ class _Samples:
         expect_velocity(velocity)
         expect(cal.kept is not None, "objective", f"a calibration that keeps samples, for {objective!r}", "one of none")
         velocity = velocity.velocity if isinstance(velocity, FusedSampler) else velocity
+        warn_if_another(velocity, cal.provenance, stacklevel=6)
         self.n = min(expect_positive_int(samples, "samples"), cal.kept.x.shape[1])
         self.x, self.v = cal.kept.x[:, : self.n], cal.kept.v[:, : self.n]
         chunk = self.n if chunk is None else expect_positive_int(chunk, "chunk")

@@ -25,7 +25,14 @@ from flowkernels.ops.euler_step.reference import guided
 from flowkernels.rollout import rollout
 from flowkernels.schedule import Schedule, bellman
 from flowkernels.solver import Solver, polynomial_weights
-from flowkernels.velocity_field import evaluate, expect_velocity, float64_device, velocity_rows, warn_if_training
+from flowkernels.velocity_field import (
+    evaluate,
+    expect_velocity,
+    float64_device,
+    velocity_rows,
+    warn_if_another,
+    warn_if_training,
+)
 
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums of the Gram matrix are good for
 EULER, ADAMS, FITTED = "euler", "adams-bashforth 2", "fitted"
@@ -77,8 +84,10 @@ def fit_solver(
         TypeError, ValueError: naming the argument. A UserWarning says where the fit is not the best and what is
         returned instead.
 
-    Cost: N - 1 evaluations a sample (the first is the teacher's), and 2 (N - 1) of each held-out sample; at an inverse
-    solver N and 2 N. As many for each schedule. Memory: N + 2 states of all samples.
+    Cost: N - 1 evaluations a sample, and 2 (N - 1) of each held-out sample; at an inverse solver N and 2 N. As many for
+    each schedule. The first velocities are the calibration's where weights, attributes and conditioning are for certain
+    those that it was made with (their hashes take about as long as reading them); else, as for a plain function, they
+    are evaluated, once. Memory: N + 2 states of all samples.
 
     Source: docs/mathematics.md. The Gram matrix of velocity increments gives the normal equations of every step.
     """
@@ -119,7 +128,7 @@ def _fit(data: "_Teacher", plan: Schedule, order: int, ridges: tuple[float, ...]
     coefficients, chosen = torch.zeros(N, N, dtype=torch.float64, device="cpu"), []
     for k in range(N):
         known = k == 0 and not inverse  # the teacher begins with it
-        rows[k + 1] = data.first if known else data.velocity(x, knots[k].item())
+        rows[k + 1] = data.velocity_at_start() if known else data.velocity(x, knots[k].item())
         expect_finite_flow(rows[k + 1], [rows[k + 1]], knots[k:])
         torch.sub(goals[k + 1], x, out=rows[k + 2]).div_(h[k])
         grams = [ops.velocity_gram(rows[: k + 3, part]).cpu() for part in (slice(fitted), slice(fitted, n))]
@@ -388,14 +397,14 @@ class _Teacher:
 
     x: its states, `[K+1, ., *shape]`. order: the places of the n samples in them; one in every so many is held out, of
     the first samples as of all, so that a polish holds out what a fit did. fitted: how many are not. first: the
-    velocities at the first states. total: the samples that per-sample conditioning is of.
+    velocities at the first states, once they are known. total: the samples that per-sample conditioning is of.
     """
 
     network: object
     x: Tensor
     order: Tensor
     fitted: int
-    first: Tensor
+    first: Tensor | None
     chunk: int | None
     total: int
     evaluations: int = 0
@@ -419,6 +428,9 @@ class _Teacher:
             n = total = len(noise)
         n = min(n, most or n)
         expect(n >= 2, "calibration" if noise is None else "noise", "2 samples or more", f"{n}")
+        proven = calibration._found.get("made_with") is velocity  # while `calibrate` itself runs
+        proven = proven or warn_if_another(velocity, known, stacklevel=5)
+        proven = noise is not None or (proven and known.get("sampler_weights") in (None, "torch.float32"))
         if noise is not None:
             kept = rollout(velocity_rows(velocity, slice(n), total), noise[:n], calibration.times)
             evaluations = n * (len(calibration.times) - 1)
@@ -427,8 +439,15 @@ class _Teacher:
         held[0] &= not all(held)
         order = torch.tensor(sorted(range(n), key=held.__getitem__), device="cpu")
         found = cls(velocity, kept.x, order, n - sum(held), None, chunk, total, evaluations)
-        found.first = found._rows(kept.v[0]).to(kept.x.dtype)
+        if proven:
+            found.first = found._rows(kept.v[0]).to(kept.x.dtype)
         return found
+
+    def velocity_at_start(self) -> Tensor:
+        """At the first states of the n samples: the teacher's, or, where it may be another velocity's, its own."""
+        if self.first is None:
+            self.first = self.velocity(self.state(0), 0.0)
+        return self.first
 
     @property
     def n(self) -> int:

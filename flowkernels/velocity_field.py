@@ -213,7 +213,8 @@ class VelocityField(nn.Module):
     def _network_time(self, t: Tensor) -> Tensor:
         """In float64."""
         t = exact_time(t).to(float64_device(t.device), torch.float64, copy=True)
-        return self.time_scale * (1 - t if self.reverse_time else t)
+        t = self.time_scale * t  # before the difference: of k / 1000 and a scale of 1000, k
+        return self.time_scale - t if self.reverse_time else t
 
     def time_embedding(self, t: Tensor) -> Embedding:
         """The network's, at times of the library's convention; for networks that have one (`has_time_embedding`)."""
@@ -338,13 +339,14 @@ def float64_device(device: torch.device) -> torch.device:
 def time_for(velocity, t: Tensor, x: Tensor) -> Tensor:
     """The times t in float64, where float64 is, as a velocity takes them beside x: a VelocityField as they are, since
     it forms its network's time of them; any other callable rounded to float32, or float64 for a float64 state. A
-    subclass that overrides the field's evaluation gets them rounded as well, and what it hands on is still exact."""
+    subclass that overrides the field's evaluation gets them rounded as well, and what it hands on is still exact (but
+    in compiled loops, which know no more of a tensor than its values: there it gets them in float64)."""
     compiled = torch.compiler.is_compiling()
     field = velocity if compiled or isinstance(velocity, VelocityField) else unwrapped(velocity)
-    if isinstance(field, VelocityField) and not overridden(field):
-        return exact_time(t)
-    exact, form = exact_time(t), (x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return _rounded(exact, *form) if isinstance(field, VelocityField) and not compiled else exact.to(*form)
+    form = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not isinstance(field, VelocityField):
+        return t.to(*form)
+    return _rounded(t, *form) if overridden(field) and not compiled else t
 
 
 def _rounded(exact: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -540,14 +542,18 @@ class Identity:
 
     def is_proven(self, recorded: Mapping[str, Any]) -> bool:
         """Whether a recorded provenance is for certain of this velocity: nothing differs, and nothing is unknown."""
-        known = not self.unknown and not self.unread and "attributes_sha256" in recorded
-        return known and not self.differences(recorded)
+        hashes = (self.parameters, self.attributes)
+        same = (recorded.get("parameters_sha256"), recorded.get("attributes_sha256")) == hashes and None not in hashes
+        return same and not self.unknown and not self.unread and not self.differences(recorded)
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
         """What differs from a recorded provenance, or cannot be compared, in words; older ones know less."""
-        found, there = [], recorded.get("parameters_sha256")
+        if "parameters_sha256" not in recorded:
+            return []
+        found, there = [], recorded["parameters_sha256"]
         before = "attributes_sha256" not in recorded and there == self.of_state
-        reasons = [known.get("unknown", {}).get("parameters", NO_MODULE) for known in (recorded, self.provenance())]
+        said = recorded.get("unknown")
+        reasons = [k.get("parameters", NO_MODULE) if isinstance(k, Mapping) else "" for k in (said or {}, self.unknown)]
         if there != self.parameters and not before:
             told = [
                 d[:12] if d else f"unknown: {why}" for d, why in zip((there, self.parameters), reasons, strict=True)
@@ -615,6 +621,15 @@ def identity(velocity) -> Identity:
         for name in ("conditioning", "unconditional")
     ]
     return Identity(*digests[::-1], attributes, *kwargs, unknown, tuple(unread))
+
+
+def warn_if_another(velocity, recorded: Mapping[str, Any], stacklevel: int) -> bool:
+    """Warn if a velocity is not the one of a calibration's provenance; whether it is for certain."""
+    now = identity(velocity)
+    if differs := now.differences(recorded):
+        text = f"velocity: expected the model that the calibration was made with, got another ({', '.join(differs)})"
+        warn(text, stacklevel=stacklevel)
+    return now.is_proven(recorded)
 
 
 def parameter_hash(velocity) -> str | None:

@@ -125,7 +125,7 @@ def test_the_best_of_several_schedules():
     plans = [fk.Schedule(cal.times[[0, 1, 2, 40]]), cal[3], cal.plan(3, "norm")[3]]
     velocity.count = 0
     best = fk.fit_solver(velocity, cal, 3, schedule=plans)
-    assert velocity.count == best.notes["evaluations"] * 192 == 3 * (2 * 192 + 2 * 2 * 48)
+    assert velocity.count == best.notes["evaluations"] * 192 == 192 + 3 * (2 * 192 + 2 * 2 * 48)
     each = [fk.fit_solver(velocity, cal, 3, schedule=plan) for plan in plans]
     errors = [solver.notes["held_out"][solver.name] for solver in each]
     least = each[errors.index(min(errors))]
@@ -135,15 +135,18 @@ def test_the_best_of_several_schedules():
 
 
 def test_what_it_says_it_costs():
-    """At most 2N a sample, all of it counted."""
+    """At most 2N a sample, all of it counted; the first is the calibration's of a module that has not changed."""
     velocity = Counted(mixture())
-    cal = calibrated(velocity)
+    cal, of_module = calibrated(velocity), calibrated(mixture())
     for N in (1, 2, 4):
         velocity.count = 0
         notes = fk.fit_solver(velocity, cal, N, held_out=0.25).notes
         assert notes["samples"] == [144, 48]
-        assert velocity.count == 192 * (N - 1) + 2 * (N - 1) * 48 == notes["evaluations"] * 192
+        assert velocity.count == 192 * N + 2 * (N - 1) * 48 == notes["evaluations"] * 192
         assert notes["evaluations"] <= 2 * N
+        known = fk.fit_solver(mixture(), of_module, N, held_out=0.25).notes
+        assert known["evaluations"] == notes["evaluations"] - 1
+        assert known["held_out"] == notes["held_out"]
 
 
 def test_held_out_samples_are_not_fitted():
