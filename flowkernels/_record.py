@@ -107,8 +107,8 @@ class Record(TorchDispatchMode):
     def _new_place(self, t: Tensor) -> int:
         """Of what the recording has not seen yet: parameters, constants, but not the inputs' memory by another way."""
         with contextlib.suppress(RuntimeError, NotImplementedError):  # tensors without memory
-            where = t.untyped_storage().data_ptr()
-            if where and any(self.tensors[p].untyped_storage().data_ptr() == where for p in self.given):
+            where = _memory(t)
+            if where and any(_memory(self.tensors[p]) == where for p in self.given):
                 self.refuse_reading("a tensor on the memory of another, not made by an operation of torch,")
         return self._place(t, frozenset())
 
@@ -225,9 +225,14 @@ class Record(TorchDispatchMode):
         return {place: values.get(place, self.tensors[place]) for place in needed}
 
 
+def _memory(t: Tensor) -> int:
+    with torch._C.DisableTorchFunction():  # no reading by the network
+        return t.untyped_storage().data_ptr()
+
+
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors may share memory. Ranges of columns of one matrix are told apart."""
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+    if _memory(a) != _memory(b):
         return False
     if a.dim() != 2 or b.dim() != 2 or a.stride() != b.stride() or a.stride(1) != 1:
         return True

@@ -7,14 +7,17 @@ An object put in the place of another counts as a change, even an equal one. Giv
 which way the next one goes. FusedSampler's documentation lists what no watch can see.
 """
 
+import array
 import collections
 import contextlib
+import contextvars
+import ctypes
 import dis
-import enum
 import functools
 import logging
 import operator
 import os
+import re
 import sys
 import sysconfig
 import threading
@@ -40,10 +43,13 @@ ARRAY_BYTES = 1 << 16  # of a numpy array, whose values are compared; of larger 
 MACHINERY = frozenset(("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"))
 ASIDE = frozenset(vars(nn.Module())) - MACHINERY
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+NAMESPACES = frozenset(("globals", "eval", "exec", "__globals__"))  # code that reads globals by any name
+IMPORTS = frozenset(("import_module", "__import__", "modules"))
 DYNAMIC = frozenset(("getattr", "vars", "__dict__", "__getattribute__", "attrgetter", "methodcaller", "eval", "exec"))
-PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), type(NotImplemented), range, slice, enum.Enum)
+PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), type(NotImplemented), range, slice)
 PLAIN += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.Generator, np.generic)
-PLAIN += (types.BuiltinFunctionType, types.CodeType, weakref.ref, threading.local, logging.Logger, os.PathLike)
+PLAIN += (types.CodeType, logging.Logger, os.PathLike)
+BUFFERS = (bytearray, array.array, memoryview, ctypes._SimpleCData, ctypes.Array, ctypes.Structure, ctypes.Union)
 
 
 class Unwatchable(ValueError):
@@ -67,12 +73,9 @@ class Watch:
     """
 
     def __init__(self, *roots: Any, codes: Iterable[types.CodeType] | None = None, but: Iterable[Any] = ()):
-        walk = _Walk(codes, but)
-        for root in roots:
-            walk.visit(root, getattr(root, "__qualname__", type(root).__name__))
-        for name in GLOBAL_HOOKS:
-            walk.visit(vars(nn.modules.module)[name], f"torch.nn.modules.module.{name}")
-        walk.visit_modules()
+        walk = _Walk(roots, codes, but)
+        if codes is not None and walk.cached:  # what is behind a cache has not run, but may run next time
+            walk = _Walk(roots, {*codes, *walk.cached}, but)
         walk.lookup(vars(torch.utils._device), "CURRENT_DEVICE", "torch's default device")
         walk.add(CALL, torch.get_default_dtype, torch.get_default_dtype(), None, "torch's default dtype")
         self._places = tuple(walk.places)
@@ -148,6 +151,7 @@ def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
 def _texts(constant) -> Iterator[str]:
     if isinstance(constant, str):
         yield constant
+        yield from re.findall(r"[^\W\d]\w*", constant)
     elif isinstance(constant, (tuple, frozenset)):
         for c in constant:
             yield from _texts(c)
@@ -187,16 +191,25 @@ def _is_fixed_module(name: str | None) -> bool:
 class _Walk:
     """Entries `(kind, object, a, b)`: what holds as long as nothing has changed there."""
 
-    def __init__(self, codes: Iterable[types.CodeType] | None, but: Iterable[Any]):
+    def __init__(self, roots: tuple, codes: Iterable[types.CodeType] | None, but: Iterable[Any]):
         self.codes = None if codes is None else frozenset(codes)
         self.names = None if codes is None else _names(codes)
         self.entries: list[tuple] = []
         self.places: list[str] = []
         self.tensors: list[Tensor] = []
         self._modules: dict[str, types.ModuleType] = {}
+        self._uses: dict[tuple[str, frozenset[str]], types.ModuleType] = {}  # by functions that name this and that
         self._named: set[str] = set()  # by the functions on the way
         # by identity; kept alive meanwhile, so that no other object takes it
         self._seen: dict[Any, Any] = {id(thing): thing for thing in but}
+        self.cached: set[types.CodeType] = set()
+        listed = self.names is not None and "state_dict" in self.names
+        self.aside = ASIDE - {"_non_persistent_buffers_set"} if listed else ASIDE
+        for root in roots:
+            self.visit(root, getattr(root, "__qualname__", type(root).__name__))
+        for name in GLOBAL_HOOKS:
+            self.visit(vars(nn.modules.module)[name], f"torch.nn.modules.module.{name}")
+        self.visit_modules()
 
     def add(self, kind: int, thing, a, b, place: str) -> None:
         if len(self.entries) == MOST:
@@ -216,6 +229,12 @@ class _Walk:
         self.add(CALL, read, value, None, place)
         return value
 
+    def items(self, read, place: str) -> tuple:
+        """The objects that a function without arguments returns, in new tuples or lists of the same ones."""
+        held = tuple(read())  # kept alive, so that no other takes the identity of one
+        self.add(CALL, functools.partial(_identities, read), tuple(map(id, held)), held, place)
+        return held
+
     def visit(self, value: Any, place: str) -> None:
         todo = [(value, place)]
         while todo:  # no recursion: lists may be long, and nested
@@ -228,16 +247,24 @@ class _Walk:
     def visit_modules(self) -> None:
         """Of Python's modules what functions on the way name: `torch.relu`, `F.gelu`, `settings.scale`."""
         done: set[tuple[str, str]] = set()
-        while wanted := [
-            (module, name)
-            for module in list(self._modules.values())
-            for name in self._named & vars(module).keys()
-            if (module.__name__, name) not in done
-        ]:
-            for module, name in wanted:
-                done.add((module.__name__, name))
-                place = f"{module.__name__}.{name}"
-                self.visit(self.lookup(vars(module), name, place), place)
+        walked: set[tuple[str, frozenset[str]]] = set()
+        while True:
+            wanted = dict(self._uses)  # of a function alone, and of objects that hold a module
+            wanted |= {(name, frozenset(self._named)): module for name, module in self._modules.items()}
+            wanted = {use: module for use, module in wanted.items() if use not in walked}
+            if not wanted:
+                return
+            walked |= wanted.keys()
+            for (of, names), module in wanted.items():
+                for name in sorted(names & vars(module).keys()):
+                    value, place = vars(module)[name], f"{of}.{name}"
+                    if (of, name) not in done:
+                        done.add((of, name))
+                        self.lookup(vars(module), name, place)
+                    if isinstance(value, types.ModuleType):
+                        self._uses[value.__name__, names] = value
+                    else:
+                        self.visit(value, place)
 
     def _parts(self, value: Any, place: str) -> Iterator[tuple[Any, str]]:
         """Add the entries of a value, and give what is to be visited from it."""
@@ -251,12 +278,28 @@ class _Walk:
             yield from self._function(value, place)
         elif isinstance(value, types.MethodType):
             yield from ((value.__func__, place), (value.__self__, place))
+        elif isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
+            yield value.__self__, place
         elif isinstance(value, (staticmethod, classmethod)):
             yield value.__func__, place
         elif isinstance(value, (property, functools.cached_property)):
             yield value.fget if isinstance(value, property) else value.func, place
         elif isinstance(value, functools.partial):
-            yield from ((value.func, place), (value.args, place), (value.keywords, place))
+            yield from ((part, place) for part in self.items(functools.partial(_of_partial, value), place))
+        elif isinstance(value, weakref.ref):
+            yield from ((target, place) for target in self.items(lambda: (value(),), place))
+        elif isinstance(value, contextvars.ContextVar):
+            yield from ((held, place) for held in self.items(lambda: (value.get(None),), place))
+        elif isinstance(value, types.MappingProxyType):
+            yield from ((held, place) for held in self.items(lambda: (*value, *value.values()), place))
+        elif isinstance(value, threading.local):
+            yield from ((held, place) for held in self.items(lambda: (*vars(value), *vars(value).values()), place))
+        elif isinstance(value, BUFFERS):
+            self.call(functools.partial(_bytes, value), place)
+        elif type(value) in weakref.ProxyTypes:
+            raise Unwatchable(f"{place}: a weak proxy hides what it stands for")
+        elif isinstance(value, torch.jit.ScriptModule):
+            raise Unwatchable(f"{place}: a ScriptModule has its attributes where Python does not see them")
         elif isinstance(value, np.ndarray):
             self.call(functools.partial(_values, value), place)
             if value.dtype.hasobject:
@@ -269,7 +312,9 @@ class _Walk:
         kind = type(value)
         if isinstance(value, dict):
             if isinstance(value, collections.OrderedDict):  # whose order a dict's own view does not show
-                self.call(functools.partial(tuple, value), place)
+                self.items(functools.partial(tuple, value), place)
+            if isinstance(value, collections.defaultdict):
+                yield from ((f, place) for f in self.items(lambda: (value.default_factory,), place))
             self.add(DICT, value, tuple(dict.keys(value)), tuple(dict.values(value)), place)
             yield from ((v, f"{place}[{k!r}]" if isinstance(k, (str, int)) else place) for k, v in dict.items(value))
             yield from ((k, place) for k in dict.keys(value))
@@ -278,9 +323,10 @@ class _Walk:
             yield from ((v, f"{place}[{i}]") for i, v in enumerate(list.__iter__(value)))
         elif isinstance(value, tuple):
             yield from ((v, f"{place}[{i}]") for i, v in enumerate(tuple.__iter__(value)))
-        elif isinstance(value, (set, frozenset, collections.deque, bytearray)):
-            held = self.call(functools.partial(tuple, value), place)
-            yield from ((v, place) for v in held)
+        elif isinstance(value, (set, frozenset, collections.deque)):
+            yield from ((v, place) for v in self.items(functools.partial(tuple, value), place))
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self.cached |= _codes_from(value.__wrapped__)
         if kind not in (dict, list, tuple, set, frozenset):
             yield kind, f"the class {kind.__qualname__}"
             yield from self._attributes(value, kind, place)
@@ -294,11 +340,12 @@ class _Walk:
                     for key, part in v.items():  # under its path, as named_modules has it
                         yield part, f"{place}.{key}"
                     self.add(DICT, v, tuple(v), tuple(v.values()), f"{name} of {place}")
-                elif not (module and name in ASIDE) and (fixed or self._reads(name)):
+                elif not (module and name in self.aside) and (fixed or name in ASIDE or self._reads(name)):
                     yield v, f"{place}.{name}"
         for name in _slots(kind):
             if fixed or self._reads(name):
-                yield self.call(functools.partial(getattr, value, name, None), f"{place}.{name}"), f"{place}.{name}"
+                read = functools.partial(getattr, value, name, None)
+                yield from ((held, f"{place}.{name}") for held in self.items(lambda read=read: (read(),), place))
 
     def _reads(self, name: str) -> bool:
         return self.names is None or name in self.names
@@ -313,6 +360,10 @@ class _Walk:
             self.call(functools.partial(_version_of_subclass, t), place)
             inside = t.__tensor_flatten__()[0] if hasattr(t, "__tensor_flatten__") else ()
             yield from ((getattr(t, name), f"{place}.{name}") for name in inside)
+        for name in ("requires_grad", "grad"):
+            if self._reads(name) and self.names is not None:
+                read = functools.partial(getattr, t, name)
+                yield from ((held, place) for held in self.items(lambda read=read: (read(),), place))
         yield t.__dict__, place
 
     def _class(self, kind: type, place: str) -> Iterator[tuple[Any, str]]:
@@ -320,21 +371,26 @@ class _Walk:
             held = dict(vars(kind))
             self.add(CLASS, kind, tuple(held), tuple(held.values()), place)
             yield from ((v, f"{name} of {place}") for name, v in held.items() if self._reads(name) or callable(v))
-            yield from ((base, f"the class {base.__qualname__}") for base in kind.__mro__[1:])
+            yield from ((base, f"the class {base.__qualname__}") for base in (*kind.__mro__[1:], type(kind)))
         elif issubclass(kind, nn.Module):
             for name in ("forward", "__call__"):
                 if name in vars(kind):
                     self.call(functools.partial(vars(kind).get, name), f"{name} of {place}")
+            code = getattr(vars(kind).get("forward"), "__code__", None)
+            for name in sorted(_names_of(code) & vars(nn.functional).keys()) if code is not None else ():
+                self.lookup(vars(nn.functional), name, f"torch.nn.functional.{name}")
             yield from ((base, f"the class {base.__qualname__}") for base in kind.__mro__[1:])
 
     def _function(self, f: types.FunctionType, place: str) -> Iterator[tuple[Any, str]]:
         code = f.__code__
-        if _is_fixed_file(code.co_filename):
-            return
-        self.add(FUNCTION, f, (code, f.__defaults__, f.__kwdefaults__), None, place)
-        if self.codes is not None and code not in self.codes:
+        fixed = _is_fixed_file(code.co_filename)  # perhaps somebody's own in its closure: a decorator's wrapper
+        if not fixed:
+            self.add(FUNCTION, f, (code, f.__defaults__, f.__kwdefaults__), None, place)
+        if f.__dict__ or not fixed:
+            yield f.__dict__, place
+        if not fixed and self.codes is not None and code not in self.codes:
             return  # has not run
-        yield from ((f.__defaults__, place), (f.__kwdefaults__, place), (f.__dict__, place))
+        yield from ((f.__defaults__, place), (f.__kwdefaults__, place))
         for name, cell in zip(code.co_freevars, f.__closure__ or (), strict=True):
             try:
                 held = cell.cell_contents
@@ -343,16 +399,38 @@ class _Walk:
             self.add(CELL, cell, held, cell, f"{name} of {place}")
             if held is not cell:
                 yield held, f"{name} of {place}"
+        if fixed:
+            return
         read, imported = _globals_of(code)
-        self._named |= _names_of(code)
-        for name in sorted(read):
-            yield self.lookup(f.__globals__, name, f"{name} of {f.__module__}"), f"{name} of {f.__module__}"
-        for name in sorted(imported):
-            yield self.lookup(sys.modules, name, name), name
+        names = _names_of(code)
+        self._named |= names
+        if names & NAMESPACES:
+            yield f.__globals__, f"a global of {f.__module__}"
+        read |= names & f.__globals__.keys()
+        imported |= names & sys.modules.keys() if names & IMPORTS else frozenset()
+        for where, of, looked_up in ((f.__globals__, f" of {f.__module__}", read), (sys.modules, "", imported)):
+            for name in sorted(looked_up):
+                value = self.lookup(where, name, f"{name}{of}")
+                if isinstance(value, types.ModuleType):
+                    self._uses[value.__name__, names] = value
+                else:
+                    yield value, f"{name}{of}"
+
+
+def _codes_from(f: Any) -> set[types.CodeType]:
+    """The code of a function, and of those that it names."""
+    found, todo = set(), [f]
+    while todo:
+        f = todo.pop()
+        if isinstance(f, types.FunctionType) and f.__code__ not in found and not _is_fixed_file(f.__code__.co_filename):
+            found.add(f.__code__)
+            todo += [f.__globals__[name] for name in _names_of(f.__code__) & f.__globals__.keys()]
+    return found
 
 
 def _is_fixed(kind: type) -> bool:
-    return _is_fixed_module(kind.__module__)
+    module = kind.__module__
+    return isinstance(module, str) and _is_fixed_module(module)
 
 
 @functools.lru_cache(1024)
@@ -366,6 +444,19 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 def _listed(slots) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _identities(read) -> tuple[int, ...]:
+    return tuple(map(id, read()))
+
+
+def _bytes(buffer) -> tuple:
+    view = memoryview(buffer)
+    return view.nbytes, view.tobytes() if view.nbytes <= ARRAY_BYTES else None
+
+
+def _of_partial(f: functools.partial) -> tuple:
+    return f.func, f.args, f.keywords
 
 
 def _values(a: np.ndarray) -> tuple:

@@ -33,6 +33,7 @@ from flowkernels.ops.mlp_sample import Layer, Update, mlp_sample, one_by_one, pl
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.velocity_field import (
+    HOOKS,
     VelocityField,
     expect_velocity,
     float64_device,
@@ -86,9 +87,6 @@ def fuse(
     solver, times = _solver_and_times(schedule)
     warn_if_training(velocity)
     field = velocity if isinstance(velocity, VelocityField) else VelocityField(velocity)
-    other = sorted(overridden(field).keys() - {"_call"})  # of what the recording does not call
-    if other:
-        raise NotFusable(f"velocity: expected a VelocityField's own evaluation, got {other} overridden; {WAY_OUT}")
     shape = _shape_of_sample(field) if shape is None else shape
     sampler = FusedSampler(_Network(velocity, field, shape, weights), times, solver)
     sampler.verify()
@@ -406,6 +404,10 @@ class _Recorded:
     @_undisturbed
     def __init__(self, network: _Network, n: int, given: Mapping[str, Any]):
         self.field, self.dim, self.device = network.field, network.dim, network.device
+        other = overridden(self.field).keys() - {"_call"} | {h for h in HOOKS[:2] if getattr(self.field, h)}
+        if other:  # what the recording does not call
+            said = f"got {sorted(other)} overridden"
+            raise NotFusable(f"velocity: expected a VelocityField's own evaluation, {said}; {WAY_OUT}")
         net, unconditional = self.field.net, self.field.unconditional
         module = net if isinstance(net, nn.Module) else None
         self.each, self.keys = self._with_rows(n, given), (given.keys() | (), unconditional.keys() | ())
