@@ -1,6 +1,7 @@
 """Builds flowkernels._C with CMake and Ninja; the rest of the metadata is in pyproject.toml."""
 
 import ast
+import importlib
 import os
 import re
 import shlex
@@ -14,34 +15,52 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
-MINIMUM_CMAKE = (3, 24)
 BENCH = (ROOT / "flowkernels/bench.py").read_text()
 ENTRIES = ast.literal_eval(re.search(r"^ENTRIES = (\(.*?\))$", BENCH, re.DOTALL | re.MULTILINE)[1])
+# what pyproject.toml says a build needs; without build isolation nobody else looks
+REQUIRES = re.search(r"^requires = (\[.*?\])$", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)[1]
+MINIMUM = dict(requirement.split(">=") for requirement in ast.literal_eval(REQUIRES))
 
 
-def cmake() -> str:
-    """The first cmake that is new enough: PATH first, then the one from PyPI."""
-    candidates = [shutil.which("cmake")]
+def old(name: str, version: str) -> bool:
+    numbers = [[int(n) for n in re.findall(r"\d+", v)[:3]] for v in (version, MINIMUM[name])]
+    return numbers[0] < numbers[1]
+
+
+def need(name: str, found: str):
+    return sys.exit(f"flowkernels: building needs {name} >= {MINIMUM[name]}, found {found}: pip install -U {name}")
+
+
+def package(name: str):
+    """The module of that name, new enough."""
     try:
-        import cmake as pypi
+        module = importlib.import_module(name)
+    except ImportError:
+        need(name, "none")
+    return need(name, module.__version__) if old(name, module.__version__) else module
 
-        candidates.append(str(Path(pypi.CMAKE_BIN_DIR) / "cmake"))
+
+def program(name: str) -> str:
+    """The first cmake or ninja that is new enough: PATH first, then the one from PyPI."""
+    candidates, found = [shutil.which(name)], "none"
+    try:
+        module = importlib.import_module(name)
+        candidates.append(str(Path(module.CMAKE_BIN_DIR if name == "cmake" else module.BIN_DIR) / name))
     except ImportError:
         pass
     for path in filter(None, candidates):
         try:
-            words = subprocess.check_output([path, "--version"], text=True).split()
+            found = re.search(r"\d+\.\d+(\.\d+)?", subprocess.check_output([path, "--version"], text=True))[0]
         except (OSError, subprocess.CalledProcessError):
             continue
-        if tuple(int(p) for p in words[2].split(".")[:2]) >= MINIMUM_CMAKE:
+        if not old(name, found):
             return path
-    sys.exit("flowkernels: building needs cmake >= 3.24: pip install cmake")
+    return need(name, found)
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
-        import pybind11
-
+        pybind11 = package("pybind11")
         out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         # setuptools would build an editable install in a folder of its own: here, a later install or wheel compiles
         # only what has changed. What CMake found for the earlier one, such as a compiler or none, is found anew.
@@ -55,12 +74,14 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_INSTALL_PREFIX={out}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        subprocess.check_call([cmake(), *configure])
-        subprocess.check_call([cmake(), "--build", str(tmp), "-j", jobs])
-        subprocess.check_call([cmake(), "--install", str(tmp)])
+        cmake = program("cmake")
+        subprocess.check_call([cmake, *configure])
+        subprocess.check_call([cmake, "--build", str(tmp), "-j", jobs])
+        subprocess.check_call([cmake, "--install", str(tmp)])
 
 
 class BuildPy(build_py):
@@ -80,4 +101,5 @@ class BuildPy(build_py):
                 self.copy_file(str(ROOT / f"benchmarks/{name}.py"), str(suite / f"{name}.py"))
 
 
+package("setuptools")
 setup(ext_modules=[Extension("flowkernels._C", [])], cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy})

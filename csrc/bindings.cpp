@@ -23,7 +23,7 @@ static auto on_threads(Args (*make)(A...), Run run) {
 }
 #define ON_THREADS(op, Args) on_threads(op##_args, [](const fk::Args& a) { return FK_SELECT(op)(a); })
 
-PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return fk::isa_name(fk::isa()); });
 #if defined(FK_CUDA_ARCHS)
   auto cuda = m.def_submodule("cuda");

@@ -5,7 +5,7 @@ x1 = fk.sample(velocity, noise, cal[4])        # four evaluations
 result = fk.straighten(None, velocity, cal[4], noise=(3, 32, 32), iterations=2000)
 """
 
-from flowkernels import _entry, ops  # noqa: F401, _entry first: it sees to Ctrl-C
+from flowkernels import _entry, backends, ops  # noqa: F401, _entry first: it sees to Ctrl-C
 from flowkernels._ranges import profile_ranges
 from flowkernels._version import __version__
 from flowkernels.backends import BackendError, backend, explain
@@ -70,3 +70,8 @@ __all__ = [
     "straighten_loss",
     "velocity_gram",
 ]
+
+if _problem := backends.not_built():
+    import warnings
+
+    warnings.warn(_problem, RuntimeWarning, stacklevel=2)

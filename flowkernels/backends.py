@@ -9,9 +9,12 @@ are logged at DEBUG level, and remembered (what a call spends on it: docs/perfor
 import contextlib
 import contextvars
 import functools
-import importlib
+import importlib.machinery
+import importlib.util
 import logging
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -52,11 +55,40 @@ def _load():
         module = importlib.import_module("flowkernels._C")
     except ImportError as e:
         return None, f"{type(e).__name__}: {e}"
+    if not _ours(path := getattr(module, "__file__", __file__)):
+        return None, f"{path} belongs to another installation"
     try:
         module.isa()
     except RuntimeError as e:  # FLOWKERNELS_ISA names a set that is unknown or that the processor lacks
         raise BackendError(str(e)) from None
     return module, None
+
+
+def _ours(path: str) -> bool:
+    """Whether the compiled module lies beside this file. An editable install of another checkout offers its own."""
+    return Path(path).parent == Path(__file__).parent
+
+
+def _way_out() -> str:
+    """What brings the compiled module back; from a checkout that was not built, perhaps the installation it hides."""
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / "CMakeLists.txt").exists():
+        return "reinstall flowkernels with a C++ compiler"
+    elsewhere = [path for path in sys.path if Path(path).resolve() != folder]
+    hidden = importlib.machinery.PathFinder.find_spec("flowkernels", elsewhere)
+    start = f"start Python elsewhere to use {Path(hidden.origin).parent}, or " if hidden and hidden.origin else ""
+    return (
+        f"flowkernels comes from the checkout {folder}, which is not built for this Python: "
+        f"{start}reinstall flowkernels with a C++ compiler: pip install -e {folder}"
+    )
+
+
+def not_built() -> str | None:
+    """What an import says where there is no compiled module, or None. It is looked for and not loaded."""
+    found = importlib.util.find_spec("flowkernels._C")
+    if found and _ours(found.origin):
+        return None
+    return f"flowkernels._C, the compiled module, is missing: on the CPU ops take the slow reference. {_way_out()}"
 
 
 @functools.cache
@@ -185,7 +217,7 @@ def why_not(name: str, device: torch.device | str, op: str | None = None) -> str
     if device.type != "cpu":
         return f"the tensors are on {device.type}; move them to the CPU or use backend 'reference'"
     if extension() is None:
-        return f"the compiled module is missing ({extension_error()}); reinstall flowkernels with a C++ compiler"
+        return f"the compiled module is missing ({extension_error()}); {_way_out()}"
     return None
 
 

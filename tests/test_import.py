@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -38,6 +39,35 @@ def test_import_is_light_and_touches_no_driver():
     assert not {f"flowkernels.{name}" for name in ("cli", "demo", "report", "integrations")} & set(found["new"])
     assert "flowkernels.straighten" in found["new"]
     assert found["cuda"] is False
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_an_unbuilt_checkout_says_so_and_the_way_out(tmp_path, installed):
+    """Python started in a checkout imports its sources, whatever is installed: never in silence."""
+    package = Path(fk.__file__).parent
+    checkout, site = tmp_path / "checkout", tmp_path / "site"
+    without = shutil.ignore_patterns("*.so", "__pycache__", "data")
+    shutil.copytree(package, checkout / "flowkernels", ignore=without)
+    (checkout / "CMakeLists.txt").touch()
+    if installed:
+        shutil.copytree(package, site / "flowkernels", ignore=shutil.ignore_patterns("__pycache__", "data"))
+    program = "import flowkernels; print(flowkernels.backends.explain('bellman', 'cpu'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        **dict(env=os.environ | {"PYTHONPATH": str(site)}, cwd=checkout, capture_output=True, text=True, timeout=120),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "RuntimeWarning: flowkernels._C, the compiled module, is missing" in done.stderr
+    for said in (done.stderr, done.stdout):
+        assert f"flowkernels comes from the checkout {checkout}, which is not built for this Python" in said
+        assert f"pip install -e {checkout}" in said
+        assert (f"start Python elsewhere to use {site / 'flowkernels'}" in said) is installed
+    assert "bellman on cpu: reference" in done.stdout
+
+
+def test_a_built_package_imports_in_silence():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", "import flowkernels"], capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_every_public_name_exists():
