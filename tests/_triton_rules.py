@@ -1,8 +1,12 @@
 """What the machine code of every Triton kernel must be like, as _kernel_rules.py says it of those in CUDA C++.
 
 For all: no stack, no local memory, no double precision unless an argument is float64 or `double` says so, no atomics.
-Ceilings of registers are what Triton 3.9 needs, up to the next multiple of 8.
+Ceilings of registers are what Triton 3.9 needs, up to the next multiple of 8. Each release allocates them anew: of
+others, the ceilings and the occupancy that follows from them are not asked; that nothing is spilled is, of all.
 """
+
+import dataclasses
+from importlib.metadata import version
 
 from _binaries import Rule
 
@@ -44,3 +48,5 @@ RULES = [
     Rule(r"mlp_sample_kernel<.*updates=None.*", 240, 0.12, has="tensor_cores LDGSTS"),
     Rule(r"mlp_sample_kernel<.*updates=int64.*", 255, 0.12, has="tensor_cores LDGSTS"),
 ]
+if not version("triton").startswith("3.9."):
+    RULES = [dataclasses.replace(rule, registers=255, occupancy=0.0) for rule in RULES]

@@ -1,4 +1,4 @@
-"""The scripts for a GPU, as far as they go without one."""
+"""The scripts, those for a GPU as far as they go without one; and what a build needs."""
 
 import os
 import re
@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cmake
+import ninja
 import pytest
 import torch
 
+from flowkernels import backends
 from flowkernels.ops import OPS
 from flowkernels.ops._samples import generator
 
@@ -133,3 +136,117 @@ def test_other_seeds(monkeypatch):
     same = torch.rand(3, generator=generator(5))
     monkeypatch.setenv("FLOWKERNELS_TEST_SEED", "7")
     assert not torch.equal(torch.rand(3, generator=generator(5)), same)
+
+
+# ---- what a build needs ----
+
+
+def configured(tmp_path, flags):
+    """CMake on a compiler that says what these flags make of g++."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec g++ {flags} "$@"\n')
+    compiler.chmod(0o755)
+    command = [Path(cmake.CMAKE_BIN_DIR) / "cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"]
+    command += [f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    return run(*command, "-DFLOWKERNELS_SANITIZE=address")
+
+
+CLANG = "-D__clang__ -D__clang_major__={} -D__clang_minor__=0 -D__clang_patchlevel__=1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [("-U__GNUC__ -D__GNUC__=10", "GNU 10."), (CLANG.format(12), "Clang 12.0.1")],
+)
+def test_a_compiler_out_of_range_is_refused(tmp_path, flags, name):
+    done = configured(tmp_path, flags)
+    assert done.returncode == 1
+    said = " ".join(done.stderr.split())
+    assert f"expected gcc >= 11 or clang >= 13, got {name}" in said
+    assert "CXX=... names another" in said
+
+
+@pytest.mark.parametrize("flags", ["-U__GNUC__ -D__GNUC__=11", CLANG.format(13)])
+def test_the_oldest_compilers_are_taken(tmp_path, flags):
+    done = configured(tmp_path, flags)
+    assert done.returncode == 0, done.stderr
+
+
+SETUP = """
+import importlib, runpy, sys, unittest.mock
+import setuptools
+name, version = sys.argv.pop(1), sys.argv.pop(1)
+importlib.import_module(name).__version__ = version
+versions = {"cmake": "9.9.9", "ninja": "9.9.9", name: version}
+
+
+def check_output(command, **_):
+    return f"{versions[command[0].rpartition('/')[2]]}.git"
+
+
+unittest.mock.patch("subprocess.check_output", check_output).start()
+unittest.mock.patch("subprocess.check_call", lambda command: print(*command)).start()
+sys.argv[:] = ["setup.py", "-q", "build_ext", "--build-lib", "build/unused"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "oldest"),
+    [("setuptools", "76.1", "77.0.1"), ("pybind11", "2.12.9", "2.13"), ("cmake", "3.23.5", "3.24"),
+     ("ninja", "1.10.2", "1.11")],
+)  # fmt: skip
+def test_build_tools_that_are_too_old_are_named(tmp_path, name, old, oldest):
+    """Without build isolation nobody else looks at pyproject.toml's list."""
+    checkout = tmp_path / "checkout"
+    (checkout / "flowkernels").mkdir(parents=True)
+    for file in (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "flowkernels/bench.py",
+        "flowkernels/_version.py",
+    ):
+        shutil.copy(ROOT / file, checkout / file)
+
+    def build(version):
+        command = [sys.executable, "-c", SETUP, name, version]
+        return subprocess.run(command, capture_output=True, text=True, cwd=checkout, timeout=120)
+
+    done = build(old)
+    assert done.returncode == 1, done.stdout
+    assert f"flowkernels: building needs {name} >= {oldest}, found {old}: pip install -U {name}" in done.stderr
+    done = build(oldest)
+    assert done.returncode == 0, done.stderr
+    assert "--install" in done.stdout
+
+
+def test_ranges_are_stated_once():
+    """README's table says what pyproject.toml, CMakeLists.txt, the scripts and the backends ask for."""
+    table = (ROOT / "README.md").read_text().partition("## Versions\n")[2].partition("\n## ")[0]
+    stated = {}
+    for line in table.splitlines():
+        if found := re.match(r"\| ([^|]+?) \| (\d[\d.]*)", line):
+            stated[found[1].lower()] = found[2]
+    text = {name: (ROOT / name).read_text() for name in ("pyproject.toml", "CMakeLists.txt", "scripts/setup.sh")}
+    declared = dict(re.findall(r'"(\w+)>=([\d.]+)"', text["pyproject.toml"]))
+    declared["python"] = re.search(r'requires-python = ">=([\d.]+)"', text["pyproject.toml"])[1]
+    declared |= {"gcc": re.search(r"OLDEST_GNU (\d+)", text["CMakeLists.txt"])[1]}
+    declared |= {"clang": re.search(r"OLDEST_Clang (\d+)", text["CMakeLists.txt"])[1]}
+    declared |= {"nvcc": re.search(r"CUDA_COMPILER_VERSION VERSION_LESS ([\d.]+)\)", text["CMakeLists.txt"])[1]}
+    for name in ("python", "torch", "triton", "numpy", "safetensors", "tqdm", "matplotlib", "diffusers", "setuptools",
+                 "pybind11", "cmake", "ninja", "gcc", "clang", "nvcc"):  # fmt: skip
+        assert stated[name] == declared[name], name
+    assert stated["triton"] == ".".join(map(str, backends.OLDEST_TRITON))
+    assert re.search(r"cmake_minimum_required\(VERSION ([\d.]+)\)", text["CMakeLists.txt"])[1] == stated["cmake"]
+    comparable = [v.replace(".", ", ") for v in (stated["torch"], stated["python"])]
+    assert [f"({v})" in text["scripts/setup.sh"] for v in comparable] == [True, True]
+
+
+def test_the_ends_of_the_ranges_are_listed():
+    done = run(sys.executable, ROOT / "scripts/test_versions", "--list")
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()[:2]] == ["Python 3.10", "Python 3.13"]
+    assert any(line.startswith(("g++", "c++")) for line in done.stdout.splitlines())
+    assert os.access(ROOT / "scripts/test_versions", os.X_OK)
