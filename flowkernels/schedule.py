@@ -89,7 +89,11 @@ class Schedule:
 
     @property
     def sigmas(self) -> Tensor:
-        """1 - t, float64 `[N+1]`, from 1 to 0: the convention of diffusers' flow-matching schedulers."""
+        """1 - t, float64 `[N+1]`, from 1 to 0.
+
+        Diffusers' `FlowMatchEulerDiscreteScheduler(shift=1.0)` takes `sigmas[:-1].tolist()`: it appends the 0 itself,
+        and any other shift moves them.
+        """
         return 1 - self.times
 
     @property

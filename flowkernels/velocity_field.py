@@ -57,8 +57,9 @@ class VelocityField(nn.Module):
     """A network seen as a velocity field `v(x, t)`; call it with x `[n, *shape]` and t `[n]`.
 
     What the network is called with is `time_scale * t`, or `time_scale * (1 - t)` with `reverse_time`.
-    Diffusers' SD3 and Flux, trained on sigma = 1 - t in thousandths and predicting noise - data:
-    `VelocityField(net, reverse_time=True, time_scale=1000, x_name="hidden_states", time_name="timestep", ...)`.
+    Diffusers' SD3 transformer, which takes sigma = 1 - t in thousandths and predicts noise - data:
+    `VelocityField(net, reverse_time=True, time_scale=1000, x_name="hidden_states", time_name="timestep", ...)`;
+    its Flux transformer takes sigma itself: the same without `time_scale`.
 
     Args:
         net: any callable `net(x, t, **conditioning)`; an `nn.Module` becomes a submodule. Returns a tensor, a tuple

@@ -198,7 +198,7 @@ CHANGES = {
     "a hook around the head": lambda net: net.layers.register_forward_hook(lambda m, a, out: 2 * out),
     "a hook of the network": lambda net: net.register_forward_hook(lambda m, a, out: 2 * out),
     "a hook before the network": lambda net: net.register_forward_pre_hook(lambda m, a: (2 * a[0], a[1])),
-    "an attribute": lambda net: setattr(net, "behind", MORE["scale"]),
+    "an attribute": lambda net: setattr(net, "behind", lambda net, v, x, t: 2 * v),
     "an option": lambda net: net.options.update(scale=2.0),
     "training": lambda net: net.train(),
     "compiled": lambda net: net.compile(backend="eager"),

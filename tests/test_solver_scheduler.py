@@ -121,6 +121,71 @@ def test_euler_steps_are_those_of_diffusers():
     torch.testing.assert_close(ours.scale_noise(image, given, x), theirs.scale_noise(image, given, x))
 
 
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_the_stock_scheduler_takes_a_schedule(kind):
+    """As README has it, with the convention that VelocityField's documentation gives; shifted, or with the last sigma,
+    it samples something else."""
+    net, convention, rows, _, shape = dict(sd3=sd3, flux=flux)[kind](2)
+    assert convention.get("time_scale", 1) == dict(sd3=1000, flux=1)[kind]
+    noise, cal = normal(2, *shape), {4: Schedule(uneven_grid(4))}
+    expected = fk.sample(fk.VelocityField(net, **convention, conditioning=rows), noise, cal[4])
+
+    @torch.no_grad()
+    def stock(shift, sigmas):
+        scheduler, x = FlowMatchEulerDiscreteScheduler(shift=shift), noise
+        scheduler.set_timesteps(sigmas=sigmas)
+        for t in scheduler.timesteps:
+            timestep = t.expand(len(x)) / dict(sd3=1, flux=1000)[kind]
+            v = net(hidden_states=x, timestep=timestep, **rows, return_dict=False)[0]
+            x = scheduler.step(v, t, x, return_dict=False)[0]
+        return scheduler.timesteps, x
+
+    timesteps, x = stock(1.0, cal[4].sigmas[:-1].tolist())
+    torch.testing.assert_close(timesteps, (1000 * cal[4].sigmas[:-1]).float())
+    close(x, expected)
+    assert (stock(3.0, cal[4].sigmas[:-1].tolist())[1] - expected).norm() > 0.01 * expected.norm()
+    assert len(stock(1.0, cal[4].sigmas.tolist())[0]) == 5
+
+
+def test_a_saved_pipeline(tmp_path):
+    blocks = dict(block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    net = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, **blocks)
+    pipe = DDPMPipeline(net, solver_scheduler(SOLVERS["ab2"]))
+    pipe.save_pretrained(tmp_path)
+    other = DDPMPipeline.from_pretrained(tmp_path)
+    assert type(other.scheduler) is type(pipe.scheduler)
+    for p in (pipe, other, copy.deepcopy(pipe)):
+        p.set_progress_bar_config(disable=True)
+    images = [
+        p(2, torch.Generator().manual_seed(1), 4, output_type="np").images for p in (pipe, other, copy.deepcopy(other))
+    ]
+    assert all(np.array_equal(images[0], image) for image in images)
+
+
+def test_inverted_time_is_refused():
+    """Of pipelines that say so by their name alone, and of a scheduler's configuration."""
+
+    class MochiPipeline:
+        def __init__(self, scheduler):
+            self.scheduler = scheduler
+
+        def __call__(self, steps):
+            return retrieve_timesteps(self.scheduler, steps)
+
+    def retrieve_timesteps(scheduler, steps):
+        scheduler.set_timesteps(steps)
+        return scheduler.timesteps
+
+    scheduler = solver_scheduler(4)
+    with pytest.raises(ValueError, match=r"^scheduler: expected a pipeline whose .*got MochiPipeline, .*invert_sigmas"):
+        MochiPipeline(scheduler)(4)
+    assert len(retrieve_timesteps(scheduler, 4)) == 4
+    for name in ("invert_sigmas", "stochastic_sampling"):
+        config = FlowMatchEulerDiscreteScheduler(**{name: True}).config
+        with pytest.raises(ValueError, match=rf"^{name}: expected False"):
+            type(scheduler).from_config(config, solver=scheduler.config.solver)
+
+
 def test_the_state_stays_in_float32():
     """And goes on from what the pipeline has made of it, where it has."""
     solver = Solver.adams_bashforth(16, 2)

@@ -2,6 +2,7 @@
 solvers as a scheduler of its pipelines."""
 
 import functools
+import sys
 
 import torch
 from torch import nn
@@ -93,7 +94,9 @@ def solver_scheduler(solver, num_train_timesteps: int = 1000):
 
     The state is kept in float32 between steps, where the pipeline hands back what it was given, and steps go on from
     what it hands back where it has changed it. An image as the start (strength below 1) needs a solver that looks back
-    at no velocity before it, such as Euler steps. `save_config` keeps the whole solver.
+    at no velocity before it, such as Euler steps. `save_config` keeps the whole solver, and a pipeline that is saved
+    with it can be loaded. Pipelines whose own scheduler inverts its sigmas (`invert_sigmas`: Mochi, LongCat-AudioDiT)
+    have a network whose time runs the other way, which this one does not give: they are refused.
     """
     expect_positive_int(num_train_timesteps, "num_train_timesteps")
     solver = Solver.of(solver if isinstance(solver, (Schedule, Solver)) else expect_times(solver, "solver"))
@@ -102,10 +105,31 @@ def solver_scheduler(solver, num_train_timesteps: int = 1000):
 
 
 def __getattr__(name: str):
-    """`SolverScheduler`, made where it is asked for: it takes diffusers to be there."""
+    """`SolverScheduler`, made where it is asked for: it takes diffusers to be there. A pipeline that is loaded looks
+    here for the class and for that of schedulers, which tells it how to load one."""
     if name == "SolverScheduler":
         return _scheduler_class()
+    if name == "SchedulerMixin":
+        from diffusers import SchedulerMixin
+
+        return SchedulerMixin
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+INVERTED = ("MochiPipeline", "LongCatAudioDiTPipeline")
+
+
+def _inverted_pipeline(scheduler) -> str | None:
+    """The pipeline that is calling the scheduler's method, if it is one of those that invert sigmas: nothing else
+    tells a scheduler where it is used."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        inverted = [kind.__name__ for kind in type(caller).__mro__ if kind.__name__ in INVERTED]
+        if inverted and caller.scheduler is scheduler:
+            return inverted[0]
+        frame = frame.f_back
+    return None
 
 
 @functools.cache
@@ -121,7 +145,16 @@ def _scheduler_class() -> type:
         init_noise_sigma = 1.0
 
         @register_to_config
-        def __init__(self, solver: dict, num_train_timesteps: int = 1000, use_flow_sigmas: bool = True):
+        def __init__(
+            self,
+            solver: dict,
+            num_train_timesteps: int = 1000,
+            use_flow_sigmas: bool = True,
+            invert_sigmas: bool = False,
+            stochastic_sampling: bool = False,
+        ):
+            for name, value in dict(invert_sigmas=invert_sigmas, stochastic_sampling=stochastic_sampling).items():
+                expect(not value, name, "False: the steps are the solver's, from sigma 1 to 0", value)
             super().__init__(num_train_timesteps=num_train_timesteps)
             self.solver = Solver.from_dict(solver)
             b = self.solver.coefficients
@@ -133,6 +166,9 @@ def _scheduler_class() -> type:
         def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None) -> None:
             """Begin; sigmas and mu are taken for their number alone."""
             solver, M = self.solver, self.solver.evaluations
+            inverted = _inverted_pipeline(self)
+            expected = "a pipeline whose network's time runs from num_train_timesteps down to 0"
+            expect(inverted is None, "scheduler", expected, f"{inverted}, whose own scheduler has invert_sigmas=True")
             given = num_inference_steps if sigmas is None else len(sigmas)
             expect(given in (None, M), "num_inference_steps", f"{M}, the evaluations of {solver!r}", given)
             t = solver.model_times
