@@ -159,6 +159,8 @@ def expect_seed(value, name: str = "seed") -> int:
 
 
 def expect_bool(value, name: str) -> bool:
+    if value is True or value is False:
+        return value
     expect_shown(isinstance(value, (bool, np.bool_)), name, "True or False", value, TypeError)
     return bool(value)
 
@@ -327,18 +329,19 @@ def expect_noise(noise, name: str = "noise") -> Tensor:
 
 def expect_times(times, name: str) -> Tensor:
     """Times as float64 on the CPU: strictly increasing from 0 to 1. An integer K means K uniform steps."""
+    compiling = torch.compiler.is_compiling()
     if isinstance(times, numbers.Integral) and not isinstance(times, bool):  # numpy's integers too
         expect(times >= 1, name, "at least 1 step", times)
-        if torch.compiler.is_compiling():
+        if compiling:
             return _uniform(times)
         expect(times <= MOST_STEPS, name, f"at most {MOST_STEPS:,} steps", times)
         return torch.linspace(0, 1, int(times) + 1, dtype=torch.float64, device="cpu")
-    if torch.compiler.is_compiling():
+    if compiling:
         t = torch.as_tensor(times, dtype=torch.float64, device="cpu").detach().contiguous()
     else:
         t = expect_float64(times, name, "a number of steps or a sequence of times")
     expect(t.dim() == 1 and len(t) >= 2, name, "a number of steps or at least two times in one dimension", times)
-    if torch.compiler.is_compiling():  # values are not known yet
+    if compiling:  # values are not known yet
         return t
     values = t.tolist()  # plain numbers: quicker than tensor operations for a few hundred
     expect(all(map(math.isfinite, values)), name, "finite times", times)

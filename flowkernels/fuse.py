@@ -242,7 +242,7 @@ class FusedSampler:
 
         first: what the samples are counted from in errors.
         """
-        if states is not False or velocities is not False or type(first) is not int:
+        if states is not False or velocities is not False or type(first) is not int or first < 0:
             states, velocities = expect_bool(states, "states"), expect_bool(velocities, "velocities")
             first = expect_int(first, "first", "a number of samples", 0)
         x, dim = noise, self._network.dim

@@ -218,6 +218,7 @@ class DiT(nn.Module, HasTimeEmbedding):
         super().__init__()
         sizes = dict(channels=channels, size=size, patch=patch, width=width, heads=heads, time_width=time_width)
         _expect_sizes(**sizes), _expect_sizes(0, blocks=blocks)
+        expect_room(4 * (size // patch) ** 2 * width, "size", "positions of patches", f"{size}")
         expect(size % patch == 0, "size", f"a multiple of patch = {patch}", size)
         expect(width % heads == 0, "width", f"a multiple of heads = {heads}", width)
         self.config = dict(channels=channels, size=size, patch=patch, width=width, blocks=blocks, heads=heads)

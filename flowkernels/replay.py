@@ -113,9 +113,13 @@ def replay(args: argparse.Namespace) -> int:
 
 def _device(asked: str | None, recorded: torch.device) -> torch.device:
     try:
-        return torch.zeros(1, device=asked or recorded).device
+        return torch.zeros(1, device=recorded if asked is None else asked).device
     except (RuntimeError, AssertionError) as e:
-        got = repr(asked) if asked else f"{str(recorded)!r}, where the calls were made; --device cpu replays them there"
+        got = (
+            repr(asked)
+            if asked is not None
+            else f"{str(recorded)!r}, where the calls were made; --device cpu replays them there"
+        )
         raise ValueError(f"--device: expected a device of this torch build, got {got} ({e})") from e
 
 

@@ -223,6 +223,9 @@ def straighten(
         expect(checkpoint.parent.is_dir(), "checkpoint", "a path in a folder that exists", str(checkpoint))
         expect_target(checkpoint, "checkpoint")
 
+    for name, net in (("velocity", velocity), ("student", student)):
+        if isinstance(net, nn.Module) and not isinstance(net, VelocityField):
+            expect_takes(net, name, "a network net(x, t)", None, None)
     student = _own_student(student, velocity)
     parameters = [p for p in student.parameters() if p.requires_grad]
     expect(len(parameters) > 0, "student", "a module with trainable parameters", type(student).__name__)

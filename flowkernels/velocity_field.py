@@ -70,7 +70,8 @@ class VelocityField(nn.Module):
         x_name, time_name: keyword names of the two inputs; None passes them by position.
         conditioning: further keyword arguments. A tensor whose first dimension is the number of samples is one row a
             sample, and follows them when samples are chunked or shuffled (`rows`); one of first dimension 1 is shared
-            by all samples and expanded; anything else is passed on as it is.
+            by all samples and expanded; anything else is passed on as it is. A container of tensors with one row a
+            sample is refused where the rows of some samples are taken.
         guidance: classifier-free guidance weight w, `v = v_uncond + w (v_cond - v_uncond)`; 1 means no guidance.
         unconditional: the keyword arguments of the unconditional call that replace those of `conditioning`; needed
             with guidance.

@@ -312,7 +312,7 @@ def are_dense(*dtypes) -> Callable:
 
 
 def are_numbers(v) -> bool:
-    if isinstance(v, (np.ndarray, Tensor)):
+    if isinstance(v, (np.ndarray, Tensor)) or hasattr(v, "__next__"):  # an iterator has nothing left to look at
         return not isinstance(v, Tensor) or v.layout is torch.strided
     return isinstance(v, (list, tuple, range)) and all(map(is_number, v))
 
@@ -442,8 +442,8 @@ def _ops() -> None:
         "cost_from_gram",
         ops.cost_from_gram,
         gram=(lambda: torch.eye(K - 1, dtype=F64), table),
-        times=times,
-        states=flag,
+        times=(*times, "gram"),
+        states=(*flag, "gram"),
     )
     cost, steps = (lambda: torch.ones(K + 1, K + 1, dtype=F64), table), (3, is_int(1, K))
     place("ops.bellman", ops.bellman, cost=cost, steps=steps, carry=(1.0, within(0)))
@@ -946,13 +946,18 @@ def _commands() -> None:
         ),
     )
     command(
-        "bench", "euler_step --list", threads=is_text(int, 1, 4096), seconds=number, minutes=number, out=is_one_of(".")
+        "bench",
+        "euler_step --list",
+        threads=is_text(int, 1, 4096),
+        seconds=number,
+        minutes=number,
+        out=is_one_of(".", "folder"),
     )
     command(
         "replay", "calls.st --seconds 0.01", threads=is_text(int, 1, 4096), seconds=number, backends=none, device=none
     )
     command("capture", "euler_step --from counted_models.py", ("euler_step",), calls=none, max_gb=none, out=none)
-    command("demo", "--data digits --out none/none", ("out",), seed=none, data=none)
+    command("demo", "--data digits --out none/none", ("out",), seed=seed, data=none)
 
 
 # ---- one call ----
