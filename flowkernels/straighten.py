@@ -223,10 +223,10 @@ def straighten(
         expect(checkpoint.parent.is_dir(), "checkpoint", "a path in a folder that exists", str(checkpoint))
         expect_target(checkpoint, "checkpoint")
 
+    student = _own_student(student, velocity)
     for name, net in (("velocity", velocity), ("student", student)):
         if isinstance(net, nn.Module) and not isinstance(net, VelocityField):
             expect_takes(net, name, "a network net(x, t)", None, None)
-    student = _own_student(student, velocity)
     parameters = [p for p in student.parameters() if p.requires_grad]
     expect(len(parameters) > 0, "student", "a module with trainable parameters", type(student).__name__)
     device = parameters[0].device
@@ -235,9 +235,8 @@ def straighten(
     size = len(noise) if isinstance(noise, Tensor) else bank
     fused = device.type in ("cpu", "cuda")  # one kernel a step: 4 ms less a step for the digits network on 2 cores
     opt = optimizer(parameters) if optimizer else torch.optim.Adam(parameters, lr=lr, fused=fused)
-    expect(
-        isinstance(opt, torch.optim.Optimizer), "optimizer", OPTIMIZER, f"one that returns {describe(opt)}", TypeError
-    )
+    if not isinstance(opt, torch.optim.Optimizer):
+        expect(False, "optimizer", OPTIMIZER, f"one that returns {describe(opt)}", TypeError)
     expect_optimizer(opt, parameters)
     known = identity(velocity)
     setting = dict(

@@ -7,7 +7,7 @@ or a fault:
     unnamed   another exception, or one that does not say which argument
     nonsense  it was accepted though the value means nothing
     late      it was refused after the velocity had been evaluated
-    hang      it took more than two seconds
+    hang      it took more than two seconds of the processor
     state     it was refused and left something behind: a file, a setting of the process
     crash     the interpreter is gone (told by `tests/test_bad_calls.py`, which runs this file)
 
@@ -1008,14 +1008,14 @@ def attempt(place: Place, bad: dict[str, Any]) -> Outcome:
     wanted = {said for name in bad for said in (name, *place.args[name].said)}
     fine = {name: _fine(place.args[name], value) for name, value in bad.items()}
     Count.evaluations, before = 0, settings()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         place.call(**args)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     except Hang:
         return Outcome("works" if all(fine.values()) else "hang")  # a million iterations take their time
     except Exception as e:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         said = f"{type(e).__name__}: {e}"
         if not isinstance(e, (TypeError, ValueError, *place.errors)) or isinstance(e, UnicodeError):
             return Outcome("unnamed", said)
@@ -1028,7 +1028,7 @@ def attempt(place: Place, bad: dict[str, Any]) -> Outcome:
             return Outcome("state", said)
         return Outcome("named", said)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         for path in Path().glob("*"):
             if path.name not in KEPT and path.is_file():
                 path.unlink()
@@ -1090,7 +1090,7 @@ class Counts:
 def run(calls: int, seed: int, start: int, log) -> Counts:
     """The calls of the plan from `start` on; `log` is told of each before it is made, and of its outcome after."""
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, _alarm)
+    signal.signal(signal.SIGVTALRM, _alarm)
     counts = Counts()
     for p in PLACES:
         if "text" not in p.args and start == 0:  # a command takes seconds
