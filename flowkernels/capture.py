@@ -69,6 +69,7 @@ def run(mode: str, velocity, x: Tensor, plan: Tensor | Solver) -> Tensor:
     if mode == "compile":
         if isinstance(velocity, VelocityField):  # settings that are constants to the compiler
             key += tuple(velocity.convention().values())
+        key += (has_time_embedding(velocity), _hooks(velocity))
         with LOOPS.lock:
             loop = LOOPS.find(velocity, key)
             if loop is None:
@@ -223,7 +224,15 @@ def _at(frames: Sequence[traceback.FrameSummary]) -> str:
 PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
 CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set))
 LONGEST = 256  # entries of a container that are looked at
-MACHINERY = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}  # hooks and the like
+HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
+SEEN = {"training", "_parameters", "_buffers", "_modules", *HOOKS}
+MACHINERY = frozenset(vars(nn.Module())) - SEEN
+
+
+def _hooks(velocity) -> tuple:
+    """What tells the hooks of all modules apart, which the compiler takes for those that it has seen: their numbers."""
+    modules = velocity.modules() if isinstance(velocity, nn.Module) else ()
+    return tuple(number for module in modules for name in HOOKS for number in getattr(module, name))
 
 
 def _state(velocity) -> tuple:

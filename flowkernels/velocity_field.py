@@ -220,7 +220,7 @@ class VelocityField(nn.Module):
 
     def time_embedding(self, t: Tensor) -> Embedding:
         """The network's, at times of the library's convention; for networks that have one (`has_time_embedding`)."""
-        return embed_time(self, t, t)
+        return embed_time(self.net, self._network_time(t), t)
 
     def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], embedding: Embedding | None = None) -> Tensor:
         n = len(x)
