@@ -19,6 +19,7 @@ has_torch() { "$1" -c 'import torch, sys; sys.exit(tuple(map(int, torch.__versio
 
 have "$python" || debian python3 python3-venv python3-dev
 have c++ || have g++ || have clang++ || debian g++
+[ "$extras" != test ] || have g++ || debian g++ # the emulation of a GPU is made with gcc
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
   echo "flowkernels: needs Python 3.10 or newer; PYTHON=... names one" >&2
   exit 1

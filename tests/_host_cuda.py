@@ -40,7 +40,7 @@ def module(name: str = "host_cuda"):
         configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DFLOWKERNELS_CUDA=OFF"]
         configure += [f"-DFLOWKERNELS_NVCC={nvcc()}"] if name == "host_cuda_ptx" else []
         for command in (configure, [cmake_bin, "--build", BUILD, "--target", name]):
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CXX": "g++"})
             if done.returncode:
                 raise RuntimeError(done.stdout[-8000:] + done.stderr[-4000:])
     (path,) = BUILD.glob(f"{name}.*.so")

@@ -194,7 +194,7 @@ runpy.run_path("setup.py", run_name="__main__")
 @pytest.mark.parametrize(
     ("name", "old", "oldest"),
     [("setuptools", "76.1", "77.0.1"), ("pybind11", "2.12.9", "2.13"), ("cmake", "3.23.5", "3.24"),
-     ("ninja", "1.10.2", "1.11")],
+     ("ninja", "1.10.2", "1.11.1")],
 )  # fmt: skip
 def test_build_tools_that_are_too_old_are_named(tmp_path, name, old, oldest):
     """Without build isolation nobody else looks at pyproject.toml's list."""
