@@ -236,7 +236,7 @@ def expect_fits(state: Mapping[str, Any], own: Mapping[str, Any], name: str, wha
     Floating-point numbers of float64, float32, bfloat16 and float16 are rounded to each other; all else is not cast.
     """
     tensors = all(isinstance(key, str) and _is_plain(t) for key, t in state.items())
-    expect(tensors, name, "names and tensors", "something else")
+    expect(tensors, name, f"names and tensors, weights that fit {what}", "something else")
     both = [key for key in own if key in state]
     shaped = {key: list(getattr(own[key], "shape", [])) for key in both}
     kinds = {key: getattr(own[key], "dtype", None) for key in both}

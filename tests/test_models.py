@@ -361,3 +361,12 @@ def test_what_torch_saved_without_checksums_is_read(tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     assert isinstance(found, ResidualMLP)
+
+
+@pytest.mark.parametrize(
+    "content", [{"a": 1}, [torch.ones(2)], {1: torch.ones(2)}, {"a": {"b": torch.ones(2)}}, None, 3]
+)
+def test_a_torch_file_of_something_else_is_named(content, tmp_path):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(cli.InputError, match=r"^--checkpoint: expected names and tensors.*a\.pt"):
+        cli._load_checkpoint(ResidualMLP(4, 8, 1, 8), tmp_path / "a.pt")
