@@ -121,6 +121,8 @@ def sample_inputs() -> Iterator[Sample]:
         yield make((3, 12), 21, (4,), dtype=BF16, options="bias scale shift shared", low=BF16, layout=layout)
     for dtype in (F32, BF16):
         yield make((2, 24), 96, (6,), dtype=dtype, options="bias norm", mean=100.0)
+    for modulation in ("shift", "scale"):  # with the affine map, whose parameters may be combined with it
+        yield make((3, 12), 40, (4,), dtype=BF16, options=f"norm affine {modulation}")
 
 
 def to_op(sample: Sample) -> tuple:

@@ -267,7 +267,7 @@ def _modulation(dtype, norm_weight, norm_bias, scale, shift) -> tuple[Tensor | N
         gain = 1.0 if scale is None else 1 + scale.to(dtype)
         if norm_bias is not None:
             norm_bias = norm_bias[None] if scale is None else norm_bias * gain
-            shift = norm_bias if shift is None else norm_bias + shift
+            shift = norm_bias if shift is None else norm_bias.to(dtype) + shift
         if norm_weight is not None:
             one, scale = 0.0, norm_weight[None] if scale is None else norm_weight * gain
     if scale is None and shift is None:
