@@ -247,7 +247,7 @@ class _Reads(TorchFunctionMode):
         getattr(Tensor, name)
         for name in (
             *("tolist", "numpy", "data_ptr", "untyped_storage", "storage", "_typed_storage", "apply_", "map_", "map2_"),
-            *("__array__", "__dlpack__", "__reduce_ex__", "__deepcopy__"),
+            *("__array__", "__dlpack__", "__reduce_ex__", "__deepcopy__", "__repr__", "__format__"),
         )
     )
 

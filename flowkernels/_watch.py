@@ -14,6 +14,7 @@ import contextvars
 import ctypes
 import dis
 import functools
+import inspect
 import logging
 import operator
 import os
@@ -128,9 +129,14 @@ def _names(codes: Iterable[types.CodeType]) -> frozenset[str] | None:
     return frozenset(names)
 
 
+_HAS_DOCSTRING = getattr(inspect, "CO_HAS_DOCSTRING", 0)
+
+
 @functools.lru_cache(4096)
 def _names_of(code: types.CodeType) -> frozenset[str]:
-    names = set(code.co_names) | {text for c in code.co_consts for text in _texts(c)}
+    described = _HAS_DOCSTRING & code.co_flags if _HAS_DOCSTRING else not code.co_name.startswith("<")
+    first = 1 if described and code.co_flags & inspect.CO_OPTIMIZED else 0  # the docstring, or None before 3.13
+    names = set(code.co_names) | {text for c in code.co_consts[first:] for text in _texts(c)}
     return frozenset(names).union(*map(_names_of, _inner(code)))
 
 
@@ -194,6 +200,7 @@ class _Walk:
     def __init__(self, roots: tuple, codes: Iterable[types.CodeType] | None, but: Iterable[Any]):
         self.codes = None if codes is None else frozenset(codes)
         self.names = None if codes is None else _names(codes)
+        self.others = _names(c for c in codes or () if not c.co_filename.startswith(_OWN)) or ()  # than of this package
         self.entries: list[tuple] = []
         self.places: list[str] = []
         self.tensors: list[Tensor] = []
@@ -361,7 +368,7 @@ class _Walk:
             inside = t.__tensor_flatten__()[0] if hasattr(t, "__tensor_flatten__") else ()
             yield from ((getattr(t, name), f"{place}.{name}") for name in inside)
         for name in ("requires_grad", "grad"):
-            if self._reads(name) and self.names is not None:
+            if name in self.others:
                 read = functools.partial(getattr, t, name)
                 yield from ((held, place) for held in self.items(lambda read=read: (read(),), place))
         yield t.__dict__, place
@@ -383,7 +390,9 @@ class _Walk:
 
     def _function(self, f: types.FunctionType, place: str) -> Iterator[tuple[Any, str]]:
         code = f.__code__
-        fixed = _is_fixed_file(code.co_filename)  # perhaps somebody's own in its closure: a decorator's wrapper
+        fixed = _is_fixed_file(code.co_filename) or code.co_filename.startswith(
+            _OWN
+        )  # perhaps somebody's own in its closure: a decorator's wrapper
         if not fixed:
             self.add(FUNCTION, f, (code, f.__defaults__, f.__kwdefaults__), None, place)
         if f.__dict__ or not fixed:

@@ -147,8 +147,15 @@ class FusedSampler:
         x1 = sampler(noise)                  # fk.sample(net, noise, schedule)
         x1 = sampler(noise, obs=obs)         # with other conditioning of the VelocityField
 
-    Weights that were written since (by an optimiser, `load_state_dict`, `.to()`) are noticed and taken in at the next
-    call. Writing through `.data`, or to weights that were made in inference mode, leaves no trace: call `refresh()`.
+    Whatever changes what the network does (weights, attributes, hooks, functions, settings of the VelocityField) is
+    noticed, and taken in at the next call. `refresh()` has to be called after a change that leaves no trace, which is:
+
+    - memory of a tensor written otherwise than by an operation on it: through `.data`, numpy, DLPack or a pointer, by
+      kernels that raise no version counter (such as `torch._fused_sgd_`), or any write to one made in inference mode;
+    - elements of arrays and buffers of more than 64 KiB;
+    - functions of torch, numpy, Python's library or this package that are replaced where only these call them;
+    - what is read through them from elsewhere: files, the clock, `os.getenv`, settings other than torch's default dtype
+      and device, and what forward does in threads of its own.
 
     velocity: what it was made from; a VelocityField for a network with one input. times: the knots, float64 `[N+1]`.
     shape: of one sample.
