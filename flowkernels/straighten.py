@@ -51,7 +51,7 @@ from flowkernels._training import (
 )
 from flowkernels.fuse import FusedSampler
 from flowkernels.ops import segment_points, straighten_loss
-from flowkernels.ops._library import fresh
+from flowkernels.ops._library import fresh, is_transformed
 from flowkernels.rollout import euler, expect_finite_flow, initial_state, replay
 from flowkernels.schedule import Schedule
 from flowkernels.velocity_field import (
@@ -223,6 +223,9 @@ def straighten(
         expect(checkpoint.parent.is_dir(), "checkpoint", "a path in a folder that exists", str(checkpoint))
         expect_target(checkpoint, "checkpoint")
 
+    cached = getattr(nn.utils.parametrize, "_cache_enabled", 0)  # weights as they were at their first use
+    expect(not cached, "student", "training outside of torch.nn.utils.parametrize.cached()", "a call inside of it")
+    expect(not is_transformed(), "student", "training outside of torch.func and dual_level", "a call inside of them")
     student = _own_student(student, velocity)
     for name, net in (("velocity", velocity), ("student", student)):
         if isinstance(net, nn.Module) and not isinstance(net, VelocityField):

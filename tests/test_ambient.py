@@ -402,8 +402,6 @@ def test_straighten_in_autocast_learns(before):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_eight_threads(name, tmp_path):
-    if name == "fuse_head":
-        pytest.skip("the interrupt of its trunk is of all threads")
     expected, found, errors = usual(name), {}, []
     before = list(warnings.filters), warnings.showwarning
 

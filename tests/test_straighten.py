@@ -845,6 +845,12 @@ def test_what_can_fail_is_tried_before_the_teacher_runs(first, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("state", [nn.utils.parametrize.cached, torch.autograd.forward_ad.dual_level])
+def test_states_in_which_nothing_can_be_trained(state):
+    with state(), pytest.raises(ValueError, match=r"^student: expected training outside of .*(cached|dual_level)"):
+        trained()
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
 def test_a_full_disk_does_not_end_the_training(error, tmp_path, monkeypatch):
     path, whole_save = tmp_path / "run.pt", torch.save
