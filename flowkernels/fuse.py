@@ -136,7 +136,8 @@ def _shape_of_sample(field: VelocityField) -> tuple[int, ...]:
 
 def _samples_of(field: VelocityField) -> int:
     """A number of samples that the conditioning fits."""
-    lengths = [len(v) for v in field.conditioning.values() if isinstance(v, Tensor) and v.dim() and len(v) > 1]
+    values = (*field.conditioning.values(), *field.unconditional.values())
+    lengths = [len(v) for v in values if isinstance(v, Tensor) and v.dim() and len(v) > 1]
     return lengths[0] if lengths else 3
 
 

@@ -295,10 +295,12 @@ def test_many_samples_with_tables_of_their_own_run_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("labels", [[1, 2, 3, 0, 4, 1], [2]])
-def test_labels_film_and_guidance(labels, packed):
+@pytest.mark.parametrize(
+    ("labels", "nones"), [([1, 2, 3, 0, 4, 1], [5]), ([2], [5]), ([2], [5] * 6), ([1] * 6, [5] * 6)]
+)
+def test_labels_film_and_guidance(labels, nones, packed):
     net, x = randomised(ClassConditional()), noise(6, 10)
-    label, none = torch.tensor(labels), torch.tensor([5])
+    label, none = torch.tensor(labels), torch.tensor(nones)
     field = fk.VelocityField(
         net, conditioning={"label": label}, guidance=2.5, unconditional={"label": none}, packed=packed
     )
