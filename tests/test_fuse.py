@@ -57,8 +57,8 @@ def assert_same(sampler: fk.FusedSampler, velocity, x: torch.Tensor, schedule) -
     fused, exact = fk.rollout(sampler, x, schedule), float64(velocity, x, schedule)
     batch, steps = sampler._batch, sampler._steps
     guided = {} if batch.unconditional is None else dict(unconditional=batch.unconditional, guidance=velocity.guidance)
-    layers = x, steps.tolist() if isinstance(steps, torch.Tensor) else steps, batch.layers
-    got = sampler.run(x, states=True, velocities=True)
+    layers = x.flatten(1), steps.tolist() if isinstance(steps, torch.Tensor) else steps, batch.layers
+    got = [v.flatten(-len(sampler.shape)) for v in sampler.run(x, states=True, velocities=True)]
     error, bound = error_and_bound(Sample("", layers, dict(trajectory=True, **guided)), got)
     assert error <= bound
     for got, truth in ((fused.x, exact.x), (fused.v, exact.v)):
