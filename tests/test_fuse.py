@@ -58,7 +58,7 @@ def assert_same(sampler: fk.FusedSampler, velocity, x: torch.Tensor, schedule) -
     batch, steps = sampler._batch, sampler._steps
     guided = {} if batch.unconditional is None else dict(unconditional=batch.unconditional, guidance=velocity.guidance)
     layers = x.flatten(1), steps.tolist() if isinstance(steps, torch.Tensor) else steps, batch.layers
-    got = [v.flatten(-len(sampler.shape)) for v in sampler.run(x, states=True, velocities=True)]
+    got = [v.flatten(1 - x.dim()) for v in sampler.run(x, states=True, velocities=True)]
     error, bound = error_and_bound(Sample("", layers, dict(trajectory=True, **guided)), got)
     assert error <= bound
     for got, truth in ((fused.x, exact.x), (fused.v, exact.v)):
