@@ -118,6 +118,7 @@ OF = {
 CASES = [(name, of) for i, name in enumerate(READS) for j, of in enumerate(OF) if j < 2 or (i + j) % 3 == 0]
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
 @pytest.mark.parametrize(("name", "of"), CASES)
 def test_read(name, of):
     read, part = READS[name], OF[of]

@@ -147,8 +147,8 @@ def test_what_is_written(measured):
         assert r["settings"] == "closed form, float32; K 20, calibration 64, held out 128, data 4096"
         assert all(r[k] for k in ("hardware", "versions", "threads", "date", "teacher_distance_to_data"))
         if name != "teacher":
-            # K of the calibration; straightening has 32 trajectories and 8 iterations of 16, there and back, besides
-            known = {"straightened": 20 + (32 * 20 + 3 * 8 * 16) / 64}
+            # K of the calibration; straightening has 32 trajectories, a trial and 8 iterations of 16, there and back
+            known = {"straightened": 20 + (32 * 20 + 3 * (1 + 8) * 16) / 64}
             known |= dict.fromkeys(("boss", "boss_ab2", "boss_ab3", "gits", "norm", "pairs"), 20)
             known |= dict.fromkeys(("uniform", "shifted", "cosine", "ab2", "ab3", "heun"), 0)
             cost = float(r["calibration_evaluations"])
@@ -231,7 +231,7 @@ def test_list(capsys):
     [
         (["quality", "--data", "digits,letters"], "--data: expected some of mixture2, mixture64, digits, fashion, got"),
         (["quality", "--rows", "euler"], "--rows: expected some of uniform, shifted, "),
-        (["quality", "--seeds", "0"], "--seeds: expected more than 0, got 0"),
+        (["quality", "--seeds", "0"], "--seeds: expected an integer of at least 1, got '0'"),
         (["quality", "bellman"], "quality: expected no other ENTRY"),
         (["bellman", "--rows", "boss"], "--rows: expected the ENTRY quality, got bellman"),
     ],
