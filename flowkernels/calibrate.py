@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flowkernels._casts import no_grad
 from flowkernels._checks import (
     describe,
     expect,
@@ -170,7 +171,7 @@ class Calibration(Mapping):
             found = self._found[name] = v, version, make()
         return found[2]
 
-    @torch.no_grad()
+    @no_grad
     def plan(
         self, steps: int | Iterable[int], objective: str = "squared", *, velocity=None, **options
     ) -> dict[int, Schedule] | dict[int, Solver]:
@@ -456,7 +457,7 @@ def _decoded(data, name: str, size: int, diagonal: int) -> Tensor:
     return matrix
 
 
-@torch.no_grad()
+@no_grad
 def calibrate(
     velocity,
     noise: Tensor,

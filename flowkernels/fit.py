@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels import ops
+from flowkernels._casts import no_grad
 from flowkernels._checks import (
     expect,
     expect_bool,
@@ -38,7 +39,7 @@ RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums o
 EULER, ADAMS, FITTED = "euler", "adams-bashforth 2", "fitted"
 
 
-@torch.no_grad()
+@no_grad
 def fit_solver(
     velocity,
     calibration: Calibration,
@@ -189,7 +190,7 @@ def _step(grams: list[Tensor], knots: Tensor, p: int, ridge: float) -> tuple[flo
     return error.item(), weights
 
 
-@torch.no_grad()
+@no_grad
 def polish(
     velocity,
     calibration: Calibration,

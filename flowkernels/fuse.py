@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from flowkernels._casts import no_grad
 from flowkernels._checks import (
     LOW,
     expect,
@@ -117,7 +118,7 @@ def _takes_one_input(net: Any) -> bool:
     return sum(kind in positional for kind in kinds) == 1 and inspect.Parameter.VAR_POSITIONAL not in kinds
 
 
-@torch.no_grad()
+@no_grad
 def _shape_of_sample(field: VelocityField) -> tuple[int, ...]:
     """A vector as long as the velocity that the network returns for it; likely as long as the last linear layer's."""
     net = field.net
@@ -322,7 +323,7 @@ class FusedSampler:
             batch = self._batch = _Batch(self._network.record(n, given), self._model_times, n, given, batch)
         return batch
 
-    @torch.no_grad()
+    @no_grad
     def verify(self) -> None:
         """Raise NotFusable unless a few samples have the velocities that the network itself has."""
         field = self._network.field

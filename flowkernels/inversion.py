@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_noise
 from flowkernels.fuse import FusedSampler
 from flowkernels.rollout import plan_of
@@ -29,7 +29,7 @@ class Inversion:
     evaluations: int
 
 
-@torch.no_grad()
+@no_grad
 def invert(
     velocity,
     data: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_room, expect_times
 from flowkernels.fuse import FusedSampler
 from flowkernels.fuse_head import FusedHead
@@ -172,7 +173,7 @@ def replay(velocity, x: Tensor, plan: Tensor | Solver) -> Iterator[Tensor]:
         yield guided(v, v_uncond, w, x.dtype)
 
 
-@torch.no_grad()
+@no_grad
 def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, progress: bool = False) -> Trajectory:
     """Euler steps of `velocity` from `noise` on a fine grid, keeping every state and velocity.
 

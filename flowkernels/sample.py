@@ -8,6 +8,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from tqdm import tqdm
 
 from flowkernels import capture as captured
+from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_times
 from flowkernels.fuse import FusedSampler
 from flowkernels.fuse_head import FusedHead
@@ -25,7 +26,7 @@ from flowkernels.velocity_field import (
 )
 
 
-@torch.no_grad()
+@no_grad
 def sample(
     velocity,
     noise: Tensor,

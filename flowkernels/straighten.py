@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flowkernels._casts import no_grad
 from flowkernels._checks import (
     describe,
     expect,
@@ -81,7 +82,7 @@ class Straightened:
     history: dict[str, list] = field(repr=False)
 
 
-@torch.no_grad()
+@no_grad
 def knots(velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: int, progress: bool = False) -> Tensor:
     """The teacher's states at the knots `[N+1, n, *shape]`, rolled out on the fine grid, `chunk` samples at a time."""
     n, places = len(noise), {k: i for i, k in enumerate(indices)}

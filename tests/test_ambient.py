@@ -383,6 +383,41 @@ def test_autocast(name, tmp_path):
             assert a == pytest.approx(b, 0.5, nan_ok=True)
 
 
+CALLING = ["rollout", "sample", "invert", "calibrate", "plan endpoint", "fit_solver", "polish", "fuse", "fuse_head"]
+
+
+@pytest.mark.parametrize("name", [*CALLING, "straighten", "resume"])
+def test_casts_of_autocast(name, tmp_path):
+    """A stage uses no cast of a weight that has changed since, and leaves none behind, of those without a graph too."""
+    net, call = world()["net"], (world()["noise"], torch.zeros(6))
+    weights = [p for p in net.parameters() if p.dim() > 1]
+    folders = [tmp_path / part for part in ("usual", "before", "behind", "graph")]
+    for folder in folders:
+        folder.mkdir()
+
+    @contextlib.contextmanager
+    def doubled():
+        with torch.no_grad():
+            torch._foreach_mul_(weights, 2)
+            yield
+            torch._foreach_mul_(weights, 0.5)
+
+    expected = run(name, folders[0], lambda: torch.autocast("cpu", torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        with doubled():
+            net(*call)
+        assert not differences(run(name, folders[1]), expected)
+        run(name, folders[2])
+        with doubled():
+            found = net(*call)
+            torch.clear_autocast_cache()
+            assert torch.equal(found, net(*call))
+        torch.clear_autocast_cache()
+        run(name, folders[3])
+        grads = torch.autograd.grad(net(*call).float().sum(), weights, allow_unused=True)
+        assert None not in grads
+
+
 @pytest.mark.parametrize("before", [False, True], ids=["", "after the student was called without gradients"])
 def test_straighten_in_autocast_learns(before):
     """Autocast keeps weights cast as they were at their first use, and without a graph if that had none."""
