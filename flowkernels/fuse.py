@@ -262,15 +262,17 @@ class FusedSampler:
         if n == 0 or x.numel() != n * dim or not (self._network.is_flat or x.shape[1:] == self.shape):
             expect(False, "noise", f"shape [n, {', '.join(map(str, self.shape))}] with n > 0", noise)
         x = x.contiguous()
-        if n > 1 and self._network.field.conditioning and (most := self._most_samples(n, conditioning)) < n:
+        given = self._network.given(conditioning)
+        known = n > 1 and len(given) > 0  # whether it is looked at here what the network is now
+        if known and (most := self._most_samples(n, given)) < n:
             parts = []
             for begin in range(0, n, most):
                 rows, kept = slice(begin, begin + most), dict(states=states, velocities=velocities)
-                given = {k: v[rows] if _has_rows(v, n) else v for k, v in (conditioning or {}).items()}
-                parts.append(self.rows(rows, n).run(x[rows], given, **kept, first=first + begin))
+                part = {k: v[rows] if _has_rows(v, n) else v for k, v in (conditioning or {}).items()}
+                parts.append(self.rows(rows, n).run(x[rows], part, **kept, first=first + begin))
             found = zip(*parts, (0, 1, 1), strict=True)
             return tuple(None if t[0] is None else torch.cat(t[:-1], t[-1]) for t in found)
-        batch = self._prepare(n, conditioning)
+        batch = self._prepare(n, given, known)
         if x.device != batch.network.device:
             expect(False, "noise", f"a tensor on {batch.network.device}, where the network is", f"one on {x.device}")
         if (C := direct("mlp_sample", x) or direct_gpu("mlp_sample", x)) is not None:
@@ -290,9 +292,9 @@ class FusedSampler:
             expect_finite_flow(out, v, self._model_times, first, what)
         return out, kept[0] if states else None, kept[1] if velocities else None
 
-    def _most_samples(self, n: int, conditioning) -> int:
+    def _most_samples(self, n: int, given: Mapping[str, Any]) -> int:
         """How many samples have tables of no more than MOST_BYTES."""
-        width = self._network.record(n, self._network.given(conditioning)).width_of_both
+        width = self._network.record(n, given).width_of_both
         sizes = 8 * len(self._steps) * width * (2 if self._network.field.is_guided else 1)  # float64 when they are made
         return max(1, MOST_BYTES // sizes) if sizes else n
 
@@ -315,11 +317,13 @@ class FusedSampler:
             return [found.view(x.shape), None, None]
         return [t.view(*t.shape[:-1], *x.shape[1:]) for t in found]
 
-    def _prepare(self, n: int, conditioning: Mapping[str, Any] | None) -> "_Batch":
-        """The layers with their tables for n samples: those of the last call, where nothing has changed."""
-        given = self._network.given(conditioning)
-        batch = self._batch
-        if batch is None or batch.is_stale(self._network, n, given):
+    def _prepare(self, n: int, given: Mapping[str, Any] | None, known: bool = False) -> "_Batch":
+        """The layers with their tables for n samples: those of the last call, where nothing has changed.
+
+        known: it has been looked at just now what the network is.
+        """
+        given, batch = self._network.field.conditioning if given is None else given, self._batch
+        if batch is None or batch.is_stale(self._network, n, given, known):
             batch = self._batch = _Batch(self._network.record(n, given), self._model_times, n, given, batch)
         return batch
 
@@ -374,7 +378,7 @@ class _Network:
 
     def given(self, conditioning: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """The VelocityField's conditioning with what a call puts in its place."""
-        if conditioning is None:
+        if conditioning is None or (type(conditioning) is dict and not conditioning):
             return self.field.conditioning
         expect_mapping(conditioning, "conditioning")
         known = sorted(self.field.conditioning)
@@ -563,8 +567,8 @@ class _Batch:
             self.unconditional = network.layers(times, n, {**given, **field.unconditional}, known_too)
         self._prepared: dict[Any, Any] = {}  # by the module of the kernels
 
-    def is_stale(self, network: _Network, n: int, given: Mapping[str, Any]) -> bool:
-        if self.network is not network.recorded or self.network.is_stale():
+    def is_stale(self, network: _Network, n: int, given: Mapping[str, Any], known: bool) -> bool:
+        if self.network is not network.recorded or (not known and self.network.is_stale()):
             return True
         if not given and not self.given:
             return False
