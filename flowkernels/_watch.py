@@ -42,7 +42,7 @@ ARRAY_BYTES = 1 << 16  # of a numpy array, whose values are compared; of larger 
 
 # attributes of every module: those that decide what a call of it does, and those that do not
 MACHINERY = frozenset(("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"))
-ASIDE = frozenset(vars(nn.Module())) - MACHINERY
+ASIDE = frozenset((*vars(nn.Module()), "_compiled_call_impl")) - MACHINERY  # the compiler keeps its own state
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 NAMESPACES = frozenset(("globals", "eval", "exec", "__globals__"))  # code that reads globals by any name
 IMPORTS = frozenset(("import_module", "__import__", "modules"))
