@@ -1,6 +1,6 @@
 """What a call costs beside its work, by layer: every op on one 8x8 image, by the public function, by the dispatcher of
 torch, by the call of our own stages, which has checked its arguments before, and by the bare binding of the C++ kernel;
-and the choice of a backend."""
+the choice of a backend, and the look of a fused sampler at its network, beside one at the weights' versions alone."""
 
 import sys
 from collections.abc import Iterator
@@ -8,11 +8,14 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import flowkernels as fk
 from flowkernels import backends, ops
 from flowkernels.bench import Case, Work, ours
+from flowkernels.models import BUNDLED
 from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.mlp_sample import samples as mlp_samples
 from flowkernels.ops.straighten_loss import samples as loss_samples
@@ -252,3 +255,18 @@ def cases(device) -> Iterator[Case]:
         )
 
     yield Case("choice of a backend", 1, choice, quick=True)
+
+    def watch(net: nn.Module, shape: tuple[int, ...]):
+        sampler, known = fk.fuse(net.to(device), 4, shape=shape), [(p, p._version) for p in net.parameters()]
+        return Work(
+            {
+                "flowkernels stale": lambda: sampler.stale,
+                "torch eager": lambda: any(p._version != version for p, version in known),
+            },
+            lambda got: (0.0, -1.0 if got else 0.0),
+        )
+
+    mlp = nn.Sequential(nn.Linear(9, 16), nn.SiLU(), nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 8)).eval()
+    yield Case("look at a fused network of 3 layers, for changes", 1, lambda: watch(mlp, (8,)), quick=True)
+    digits = BUNDLED["digits"]
+    yield Case("look at the digits' fused network, for changes", 1, lambda: watch(digits.load(), digits.shape))
