@@ -21,10 +21,12 @@ CONSTANTS = (bool, int, float, complex, str, bytes, type(None), range, slice)
 CONSTANTS += (torch.dtype, torch.device, torch.layout, torch.memory_format)
 MACHINERY = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_torch_compile"}  # hooks and the like
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-WRAPPERS = {  # modules that run another one as it is: where it is
+IN_PLACE = {  # modules that run another one as it is, and add nothing to its state: where it is
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+}
+WRAPPERS = IN_PLACE | {  # and those that hold more beside it
     "torch.optim.swa_utils.AveragedModel": "module",
     "peft.peft_model.PeftModel": "base_model",
     "peft.tuners.lora.model.LoraModel": "model",
@@ -41,10 +43,10 @@ def _names(kind: type) -> list[str]:
     return [f"{k.__module__}.{k.__qualname__}" for k in kind.__mro__]
 
 
-def unwrapped(net: Any, levels: int = 64) -> Any:
+def unwrapped(net: Any, levels: int = 64, of: Mapping[str, str] = WRAPPERS) -> Any:
     """What wrappers around a network run: of torch.compile, DataParallel, an average of weights and the like."""
     for _ in range(levels):
-        name = next((WRAPPERS[kind] for kind in _names(type(net)) if kind in WRAPPERS), None)
+        name = next((of[kind] for kind in _names(type(net)) if kind in of), None)
         if name is None:
             break
         net = getattr(net, name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 import math
 import tempfile
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from flowkernels import _identity
 from flowkernels._checks import describe, expect
 from flowkernels._files import SUM, VALUES, damaged, expect_unchanged, warn_of_no_sum, whole_file
 from flowkernels._identity import tensors_hash
@@ -31,14 +33,7 @@ PLACES = ("lr", "initial_lr", "params")  # of a group of parameters: what is no 
 # Modules
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that torch.compile, DataParallel or DistributedDataParallel wraps."""
-    while True:
-        parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        inner = module.module if parallel else module._modules.get("_orig_mod", module)
-        if inner is module:
-            return module
-        module = inner
+unwrapped = functools.partial(_identity.unwrapped, of=_identity.IN_PLACE)  # what torch.compile or DDP wraps
 
 
 def copied(module: nn.Module) -> nn.Module:
