@@ -6,7 +6,7 @@ on parameters alone; they are computed again for all steps of a schedule and all
 
 import contextlib
 import itertools
-import threading
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +53,6 @@ class Record(TorchDispatchMode):
         self.mixed: set[int] = set()  # what has no row for each sample any more
         self._places: dict[int, int] = {}
         self._names = {id(m): name or type(m).__name__ for name, m in net.named_modules()} if net is not None else {}
-        self._modules: list[str] = []
 
     def input(self, t: Tensor, *kind: str) -> int:
         place = self._place(t, frozenset(kind))
@@ -68,34 +67,20 @@ class Record(TorchDispatchMode):
 
     def run(self, call: Callable[[], Tensor]) -> int:
         """Record `call()`; where its result is."""
-
-        thread = threading.get_ident()  # modules that run in other threads meanwhile are none of this
-
-        def enter(module, _):
-            if threading.get_ident() == thread:
-                self._modules.append(f"{self._names.get(id(module), '?')} ({type(module).__name__})")
-
-        def leave(*_):
-            if threading.get_ident() == thread:
-                self._modules.pop()
-
-        hooks = nn.modules.module
-        handles = [
-            hooks.register_module_forward_pre_hook(enter),
-            hooks.register_module_forward_hook(leave, always_call=True),
-        ]
-        try:
-            with torch.no_grad(), self, _Reads(self):
-                out = call()
-        finally:
-            for handle in handles:
-                handle.remove()
+        with torch.no_grad(), self, _Reads(self):
+            out = call()
         return self._places[id(out)]
 
     @property
     def where(self) -> str:
-        """The module that is running."""
-        return self._modules[-1] if self._modules else "the network"
+        """The module that is running, by this thread's stack: a hook would be seen by all threads."""
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+            frame = frame.f_back
+        if frame is None:
+            return "the network"
+        module = frame.f_locals["self"]
+        return f"{self._names.get(id(module), '?')} ({type(module).__name__})"
 
     def is_given(self, t: Tensor) -> bool:
         """Whether it is one of the inputs, or was computed from them."""

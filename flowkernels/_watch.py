@@ -224,6 +224,11 @@ class _Walk:
         self.entries.append((kind, thing, a, b))
         self.places.append(place)
 
+    def keep(self, kind: int, thing, held: dict, place: str) -> dict:
+        """`held`, a copy of what `thing` has: other threads may write there during the walk."""
+        self.add(kind, thing, tuple(held), tuple(held.values()), place)
+        return held
+
     def lookup(self, where: dict, name: str, place: str) -> Any:
         """What the dict has under the name; the dict itself stands for nothing."""
         value = where.get(name, where)
@@ -322,12 +327,13 @@ class _Walk:
                 self.items(functools.partial(tuple, value), place)
             if isinstance(value, collections.defaultdict):
                 yield from ((f, place) for f in self.items(lambda: (value.default_factory,), place))
-            self.add(DICT, value, tuple(dict.keys(value)), tuple(dict.values(value)), place)
-            yield from ((v, f"{place}[{k!r}]" if isinstance(k, (str, int)) else place) for k, v in dict.items(value))
-            yield from ((k, place) for k in dict.keys(value))
+            held = self.keep(DICT, value, dict.copy(value), place)
+            yield from ((v, f"{place}[{k!r}]" if isinstance(k, (str, int)) else place) for k, v in held.items())
+            yield from ((k, place) for k in held)
         elif isinstance(value, list):
-            self.add(LIST, value, tuple(list.__iter__(value)), None, place)
-            yield from ((v, f"{place}[{i}]") for i, v in enumerate(list.__iter__(value)))
+            held = tuple(list.__iter__(value))
+            self.add(LIST, value, held, None, place)
+            yield from ((v, f"{place}[{i}]") for i, v in enumerate(held))
         elif isinstance(value, tuple):
             yield from ((v, f"{place}[{i}]") for i, v in enumerate(tuple.__iter__(value)))
         elif isinstance(value, (set, frozenset, collections.deque)):
@@ -341,12 +347,12 @@ class _Walk:
     def _attributes(self, value: Any, kind: type, place: str) -> Iterator[tuple[Any, str]]:
         held, module, fixed = getattr(value, "__dict__", None), isinstance(value, nn.Module), _is_fixed(kind)
         if type(held) is dict:
+            held = held.copy()
             self.add(OBJECT, value, kind, (tuple(held), tuple(held.values())), f"an attribute of {place}")
             for name, v in held.items():
                 if module and name in MACHINERY and id(v) not in self._seen:
-                    for key, part in v.items():  # under its path, as named_modules has it
-                        yield part, f"{place}.{key}"
-                    self.add(DICT, v, tuple(v), tuple(v.values()), f"{name} of {place}")
+                    parts = self.keep(DICT, v, dict.copy(v), f"{name} of {place}")
+                    yield from ((part, f"{place}.{key}") for key, part in parts.items())  # as named_modules has it
                 elif not (module and name in self.aside) and (fixed or name in ASIDE or self._reads(name)):
                     yield v, f"{place}.{name}"
         for name in _slots(kind):
@@ -375,8 +381,7 @@ class _Walk:
 
     def _class(self, kind: type, place: str) -> Iterator[tuple[Any, str]]:
         if not _is_fixed(kind):
-            held = dict(vars(kind))
-            self.add(CLASS, kind, tuple(held), tuple(held.values()), place)
+            held = self.keep(CLASS, kind, vars(kind).copy(), place)
             yield from ((v, f"{name} of {place}") for name, v in held.items() if self._reads(name) or callable(v))
             yield from ((base, f"the class {base.__qualname__}") for base in (*kind.__mro__[1:], type(kind)))
         elif issubclass(kind, nn.Module):

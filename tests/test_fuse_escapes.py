@@ -186,3 +186,20 @@ def test_numbers_in_the_path_of_time(number):
     net.linear.table = nn.Embedding(number, 6)
     x = noise(3, 6)
     torch.testing.assert_close(fk.fuse(randomised(net), 3, shape=(6,))(x), fk.sample(net, x, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_recording_leaves_no_hook_for_other_threads():
+    """Hooks of all modules would run in every thread, and stand in what another sampler watches."""
+    hooks, seen = nn.modules.module, []
+
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x, t):
+            seen.append((*hooks._global_forward_hooks, *hooks._global_forward_pre_hooks, *self.linear._forward_hooks))
+            return self.linear(x)
+
+    fk.fuse(Looks().eval(), 2, shape=(4,))
+    assert seen and not any(seen)

@@ -523,3 +523,40 @@ def test_sequence(seed, env):
         assert g.integers(2) or e.is_right(), done
     else:
         assert e.is_right(), done
+
+
+def test_a_network_that_another_thread_changes_meanwhile():
+    """The walk reads dicts that others may write: it tells a change, and never fails on one."""
+    net, done, errors = nn.Sequential(Block(torch.tanh)), threading.Event(), []
+    net.settings = {i: i for i in range(50)}
+
+    def change():
+        while not done.is_set():
+            handles = [net.register_forward_hook(print) for _ in range(3)]
+            net.settings.update({("new", i): object() for i in range(9)})
+            net.extra, Block.extra = object(), object()
+            for i in range(9):
+                del net.settings["new", i]
+            del net.extra, Block.extra
+            for handle in handles:
+                handle.remove()
+
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=change)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        for _ in range(200):
+            try:
+                _watch.Watch(net)
+            except RuntimeError as e:
+                errors.append(e)
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        thread.join()
+    assert not errors
+    watch = _watch.Watch(net)
+    assert watch.changed() is None
+    net.settings["new"] = 1
+    assert "settings" in watch.changed()
