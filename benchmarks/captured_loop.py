@@ -6,7 +6,8 @@ import torch
 
 import flowkernels as fk
 from flowkernels.bench import Case, Work, ours
-from flowkernels.models import BUNDLED, DiT
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.networks import DiT
 
 N = 8
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from flowkernels import _weights
-from flowkernels.models import BUNDLED
+from flowkernels.models import weights
+from flowkernels.models.bundled import BUNDLED
 
 
 class Classifier(nn.Sequential):
@@ -27,7 +27,7 @@ class Classifier(nn.Sequential):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found; `python benchmarks/train_models.py classifier` makes it")
         net = cls()
-        state, _ = _weights.read(path, "path", "the classifier's weights")
+        state, _ = weights.read(path, "path", "the classifier's weights")
         net.load_state_dict(state)
         return net.eval()
 

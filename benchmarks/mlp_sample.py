@@ -7,7 +7,7 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels.bench import Case, Work, ours
-from flowkernels.models import BUNDLED
+from flowkernels.models.bundled import BUNDLED
 
 
 def perceptron(dim: int, width: int, device) -> nn.Sequential:

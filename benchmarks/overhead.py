@@ -13,12 +13,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkernels as fk
-from flowkernels import backends, ops
+from flowkernels import ops
 from flowkernels.bench import Case, Work, ours
-from flowkernels.models import BUNDLED
+from flowkernels.models.bundled import BUNDLED
 from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.mlp_sample import samples as mlp_samples
 from flowkernels.ops.straighten_loss import samples as loss_samples
+from flowkernels.runtime import backends
 
 from . import (
     bellman,

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 import flowkernels as fk
 from flowkernels import Solver
 from flowkernels._files import whole_file
-from flowkernels.bench import provenance
-from flowkernels.models import BUNDLED, GaussianMixtureVelocity, ResidualMLP
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.closed_form import GaussianMixtureVelocity
+from flowkernels.models.networks import ResidualMLP
+from flowkernels.runtime.environment import provenance
 
 from .datasets import digits, fashion
 from .metrics import Classifier, Energy, Frechet

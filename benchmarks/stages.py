@@ -6,7 +6,7 @@ import torch
 
 import flowkernels as fk
 from flowkernels.bench import Case, Work, ours
-from flowkernels.models import BUNDLED
+from flowkernels.models.bundled import BUNDLED
 
 
 def cases(device) -> Iterator[Case]:

@@ -19,7 +19,8 @@ from metrics import Classifier
 from torch import nn
 from tqdm import tqdm
 
-from flowkernels.models import BUNDLED, ResidualMLP, UNet, load_network, network_notes, save_network
+from flowkernels.models.bundled import BUNDLED, load_network, network_notes, save_network
+from flowkernels.models.networks import ResidualMLP, UNet
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,16 +5,16 @@ x1 = fk.sample(velocity, noise, cal[4])        # four evaluations
 result = fk.straighten(None, velocity, cal[4], noise=(3, 32, 32), iterations=2000)
 """
 
-from flowkernels import _entry, backends, ops  # noqa: F401, _entry first: it sees to Ctrl-C
-from flowkernels._ranges import profile_ranges
+from flowkernels import _entry, ops  # noqa: F401, _entry first: it sees to Ctrl-C
 from flowkernels._version import __version__
-from flowkernels.backends import BackendError, backend, explain
-from flowkernels.calibrate import Calibration, calibrate, load
-from flowkernels.calls import record_calls
-from flowkernels.fit import fit_solver, polish
-from flowkernels.fuse import FusedSampler, NotFusable, fuse
-from flowkernels.fuse_head import FusedHead, fuse_head
-from flowkernels.inversion import Inversion, invert
+from flowkernels.calibration.bellman import bellman
+from flowkernels.calibration.calibrate import calibrate
+from flowkernels.calibration.calibration import Calibration, load
+from flowkernels.calibration.fit import fit_solver
+from flowkernels.calibration.polish import polish
+from flowkernels.calibration.step_cost import StepCost, step_cost
+from flowkernels.fusion.head import FusedHead, fuse_head
+from flowkernels.fusion.sampler import FusedSampler, NotFusable, fuse
 from flowkernels.ops import (
     euler_step,
     linear_euler,
@@ -24,12 +24,17 @@ from flowkernels.ops import (
     straighten_loss,
     velocity_gram,
 )
-from flowkernels.rollout import Trajectory, rollout
-from flowkernels.sample import sample
-from flowkernels.schedule import Schedule, StepCost, bellman, step_cost
+from flowkernels.ops._calls import record_calls
+from flowkernels.runtime import backends
+from flowkernels.runtime.backends import BackendError, backend, explain
+from flowkernels.runtime.ranges import profile_ranges
+from flowkernels.sampling.invert import Inversion, invert
+from flowkernels.sampling.rollout import Trajectory, rollout
+from flowkernels.sampling.sample import sample
+from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.straighten import Straightened, straighten
-from flowkernels.velocity_field import VelocityField
+from flowkernels.training.straighten import Straightened, straighten
+from flowkernels.velocity.field import VelocityField
 
 __all__ = [
     "BackendError",

@@ -2,7 +2,7 @@
 
 import sys
 
-from flowkernels.cli import main
+from flowkernels.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from flowkernels import backends
+from flowkernels.runtime import backends
 
 # of torch.matmul: the operands, their size, and whether float32 may go through TF32
 UNITS = {

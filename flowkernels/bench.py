@@ -15,22 +15,20 @@ import importlib.util
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flowkernels import _options, backends
+from flowkernels import _options
 from flowkernels._files import expect_target, whole_file, write_or_keep
 from flowkernels._timers import CudaEvents, WallClock, timer
-from flowkernels._version import __version__
+from flowkernels.runtime import backends, environment
 
 ENTRIES = (
     "velocity_gram",
@@ -208,52 +206,6 @@ def rows(entry: str, case: Case, work: Work, measured: dict[str, Measured], stre
         yield row
 
 
-def _is_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-def provenance(device: torch.device) -> dict:
-    """What every row says of where it comes from."""
-    from flowkernels.demo import environment
-
-    e = environment()
-    return {
-        "device": torch.cuda.get_device_name(device) if _is_gpu(device) else f"{e['cpu']}, {e['cores']} cores",
-        **dict(isa=e["instruction_set"], cpu=e["cpu"], torch=e["torch"], python=e["python"], flowkernels=__version__),
-        **dict(commit=_commit(), date=datetime.now(timezone.utc).date().isoformat()),
-        **(_of_the_gpu(device) if _is_gpu(device) else {}),
-    }
-
-
-def _of_the_gpu(device: torch.device) -> dict:
-    """Driver, CUDA runtime and clocks; what only nvidia-smi knows is empty where that is missing."""
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # CUDA_VISIBLE_DEVICES renumbers
-    which = str(device.index or 0) if uuid is None else f"GPU-{uuid}".replace("GPU-GPU-", "GPU-")
-    keys = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
-    try:
-        query = ["nvidia-smi", f"--id={which}", f"--query-gpu={keys}", "--format=csv,noheader"]
-        answer = subprocess.check_output(query, text=True, timeout=30).strip().split(", ")
-        driver, sm, most, memory, power = answer
-        clocks = f"SM {sm} of {most}, memory {memory}, power limit {power}"
-    except (OSError, subprocess.SubprocessError, ValueError):
-        driver = clocks = ""
-    return {"driver": driver, "cuda": torch.version.cuda or "", "clocks": clocks}
-
-
-def _commit() -> str:
-    """Of the checkout that this file is in; "+" for changes on top; "" for an installed package."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return ""
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
-        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno", "--", "csrc", "flowkernels"])
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head + ("+" if changed else "")
-
-
 # What it prints and writes
 
 
@@ -362,9 +314,9 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cuda" and (reason := backends.why_not("cuda", "cuda")):
         raise ValueError(f"--device: expected a GPU that our kernels run on, got {args.device!r}: {reason}")
     if args.seconds is None:
-        args.seconds = 0.5 if _is_gpu(device) else 6.0
+        args.seconds = 0.5 if environment.is_gpu(device) else 6.0
     if args.minutes is None:
-        args.minutes = 9.0 if _is_gpu(device) else math.inf
+        args.minutes = 9.0 if environment.is_gpu(device) else math.inf
     with _pinned(args.threads):
         return _run(args, device)
 
@@ -420,7 +372,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
             for case in found:
                 print(f"{entry}: {case.name}")
         return 0
-    source, failed = provenance(device), False
+    source, failed = environment.provenance(device), False
     print(" | ".join(f"{k} {v}" for k, v in source.items() if v))
     clock, everything, left_out = timer(device), [], []
     shares = Shares(args.minutes, {entry: len(found) for entry, found in chosen.items()})
@@ -454,7 +406,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
             print(f"{args.out / entry}.csv: {len(results)} rows")
     if left_out:
         print(f"\nleft out, {args.minutes:g} minutes being over (--minutes): " + "; ".join(left_out))
-    if _is_gpu(device):
+    if environment.is_gpu(device):
         print_summary(everything, clock.titles)
         print(clock.limits())
         print(" | ".join(source[k] for k in ("device", "driver", "cuda", "torch", "date") if source[k]))

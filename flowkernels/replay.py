@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowkernels import _options, backends, bench, ops
+from flowkernels import _options, bench, ops
 from flowkernels._checks import expect
 from flowkernels._files import expect_target
 from flowkernels._timers import timer
 from flowkernels.bench import Measured, Work
-from flowkernels.calls import Call, open_calls, record_calls
+from flowkernels.ops._calls import Call, open_calls, record_calls
 from flowkernels.ops._samples import nearest
+from flowkernels.runtime import backends, environment
 
 
 def add_capture_arguments(add: Callable) -> None:
@@ -91,7 +92,7 @@ def replay(args: argparse.Namespace) -> int:
     found = open_calls(args.file)
     device = _device(args.device, found.calls[0].device)
     run, not_run = _backends(args.backends, found.calls, device)
-    source, clock, everything = bench.provenance(device), timer(device), []
+    source, clock, everything = environment.provenance(device), timer(device), []
     if not args.json:
         made = " | ".join(f"{k} {v}" for k, v in found.made.items() if v)
         print(f"{args.file}: {len(found.calls)} calls of {found.op}, made with {made}")

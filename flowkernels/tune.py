@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flowkernels import _options, _tuned, backends, bench
+from flowkernels import _options, bench
 from flowkernels._checks import expect
 from flowkernels._files import expect_target, plain, sealed, whole_file, write_or_keep
 from flowkernels._timers import timer
 from flowkernels.bench import Case, Shares, Work
-from flowkernels.ops import OPS
+from flowkernels.ops import OPS, _tuned
+from flowkernels.runtime import backends, environment
 
 CASES = 3  # of the benchmark, for each kernel
 FINALISTS = 3  # beside the shipped configuration
@@ -320,7 +321,7 @@ def as_table(found: Sequence[Tuned], before: Mapping[str, Any], device: torch.de
     """What is written: a table of this GPU, with what the one before has of other kernels."""
     import triton
 
-    source = bench.provenance(device)
+    source = environment.provenance(device)
     ran = [t for t in found if t.runs]
     return {
         **dict(format=_tuned.FORMAT, device=source["device"], driver=source["driver"], cuda=source["cuda"]),

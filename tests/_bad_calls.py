@@ -40,9 +40,11 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels import _ranges, backends, models, ops
-from flowkernels.cli import main as command_line
+from flowkernels import ops
+from flowkernels.cli.main import main as command_line
+from flowkernels.models import bundled, closed_form, networks
 from flowkernels.ops.mlp_sample import Layer, Source
+from flowkernels.runtime import backends, ranges
 
 SECONDS = 2.0
 FAULTS = ("unnamed", "nonsense", "late", "hang", "state", "crash")
@@ -763,39 +765,39 @@ def _others(cal) -> None:
     width = (8, is_int(1))
     place(
         "sinusoidal_embedding",
-        models.sinusoidal_embedding,
+        networks.sinusoidal_embedding,
         t=(lambda: torch.zeros(N), anything),
         dim=(8, is_int(2)),
         scale=(1.0, is_number),
     )
-    place("TimeEmbedding", models.TimeEmbedding, frequencies=(8, is_int(2)), width=width)
-    place("ResidualMLP", models.ResidualMLP, dim=width, width=width, blocks=(1, is_int(0)), time_width=width)
+    place("TimeEmbedding", networks.TimeEmbedding, frequencies=(8, is_int(2)), width=width)
+    place("ResidualMLP", networks.ResidualMLP, dim=width, width=width, blocks=(1, is_int(0)), time_width=width)
     is_widths = (lambda: (8, 8, 8), lambda v: isinstance(v, (list, tuple)) and len(v) == 3)
-    place("UNet", models.UNet, channels=(1, is_int(1)), widths=is_widths, time_width=width)
+    place("UNet", networks.UNet, channels=(1, is_int(1)), widths=is_widths, time_width=width)
     dit = dict(channels=(1, is_int(1)), size=(4, is_int(1)), patch=(2, is_int(1)), width=width, blocks=(1, is_int(0)))
-    place("DiT", models.DiT, **dit, heads=(2, is_int(1)), time_width=width)
-    place("EmpiricalVelocity", models.EmpiricalVelocity, data=(lambda: rand(N, D), is_noise))
+    place("DiT", networks.DiT, **dit, heads=(2, is_int(1)), time_width=width)
+    place("EmpiricalVelocity", closed_form.EmpiricalVelocity, data=(lambda: rand(N, D), is_noise))
     positive = lambda v: is_number(v) or are_numbers(v)  # noqa: E731
     place(
         "GaussianMixtureVelocity",
-        models.GaussianMixtureVelocity,
+        closed_form.GaussianMixtureVelocity,
         **dict(means=(lambda: rand(2, D), is_noise), stds=(0.5, positive), weights=(None, or_none(positive))),
     )
-    mixture = models.GaussianMixtureVelocity(rand(2, D), 0.5)
+    mixture = closed_form.GaussianMixtureVelocity(rand(2, D), 0.5)
     is_generator = or_none(lambda v: isinstance(v, torch.Generator))
     place("GaussianMixtureVelocity.sample", mixture.sample, n=(3, is_int(0)), generator=(None, is_generator))
-    small = models.ResidualMLP(D, 8, 1, 8)
-    models.save_network(small, "net.safetensors")
+    small = networks.ResidualMLP(D, 8, 1, 8)
+    bundled.save_network(small, "net.safetensors")
     of_path = ("net.safetensors", is_path)
     place(
         "save_network",
-        models.save_network,
+        bundled.save_network,
         (OSError,),
         net=(lambda: small, nothing_else),
         path=("new.safetensors", is_path),
     )
-    place("load_network", models.load_network, (OSError,), path=of_path)
-    place("network_notes", models.network_notes, (OSError,), path=of_path)
+    place("load_network", bundled.load_network, (OSError,), path=of_path)
+    place("network_notes", bundled.network_notes, (OSError,), path=of_path)
     with contextlib.suppress(ImportError):
         importlib.import_module("diffusers")
         from flowkernels.integrations.diffusers import solver_scheduler
@@ -976,7 +978,7 @@ def settings() -> tuple:
     os.umask(mask := os.umask(0))
     return (
         *(torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), os.getcwd(), mask),
-        *(backends._requested.get(), _ranges.asked, torch.is_inference_mode_enabled()),
+        *(backends._requested.get(), ranges.asked, torch.is_inference_mode_enabled()),
         *(torch.random.get_rng_state().sum().item(), sorted(os.listdir()), signal.getsignal(signal.SIGINT)),
     )
 

@@ -30,8 +30,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import flowkernels as fk
-from flowkernels import _tuned, _weights, calls, cli, models
 from flowkernels._files import SUM, sealed
+from flowkernels.cli import inputs
+from flowkernels.models import bundled, networks, weights
+from flowkernels.ops import _calls, _tuned
 
 MEMORY = 200 << 20
 GPU = "Some GPU"
@@ -82,22 +84,22 @@ def write_old_calibration(path):
 
 def write_network(path):
     torch.manual_seed(0)
-    models.save_network(models.ResidualMLP(6, 8, 2, 8), path, iterations=3)
+    bundled.save_network(networks.ResidualMLP(6, 8, 2, 8), path, iterations=3)
 
 
 def read_network(path):
-    net = models.load_network(path)
-    return _plain([net.config, net.state_dict(), models.network_notes(path)])
+    net = bundled.load_network(path)
+    return _plain([net.config, net.state_dict(), bundled.network_notes(path)])
 
 
 def read_checkpoint(path):
     net = field()
-    notes = cli._load_checkpoint(net, path)
+    notes = inputs._load_checkpoint(net, path)
     return _plain([net.state_dict(), notes])
 
 
 def write_weights(path):
-    _weights.write(path, field().state_dict(), notes={"straightened_from": "0", "times": [0.0, 1.0]})
+    weights.write(path, field().state_dict(), notes={"straightened_from": "0", "times": [0.0, 1.0]})
 
 
 def write_calls(path):
@@ -108,7 +110,7 @@ def write_calls(path):
 
 
 def read_calls(path):
-    found = calls.open_calls(path)
+    found = _calls.open_calls(path)
     arguments = [call.arguments() for call in found.calls]
     for given, call in zip(arguments, found.calls, strict=True):
         for name in call.written:
@@ -302,7 +304,7 @@ def edit_metadata(r, data, others):
         edit(r, value)
     texts[key] = dumps(value).decode() if r.random() < 0.95 else "[" * 100_000
     if key == "flowkernels":
-        texts["sha256"] = calls._digest(texts[key])
+        texts["sha256"] = _calls._digest(texts[key])
     elif r.random() < 0.5:
         texts.pop(SUM, None)
     text = dumps(header)
@@ -387,7 +389,7 @@ def outcome(path: Path, read, expected, forged: bool, unchecked: bool) -> str:
         told = unchecked or foreign or any("has no sha256" in str(w.message) for w in warned)
         if result == "other" and not (forged or told):
             result = "WRONG: another object"
-    except (ValueError, OSError, cli.InputError) as e:
+    except (ValueError, OSError, inputs.InputError) as e:
         result = "refused" if path.name in str(e) else f"WRONG: does not name the file: {type(e).__name__}: {e}"
     except Exception:
         result = f"WRONG: {traceback.format_exc()}"

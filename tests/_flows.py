@@ -6,7 +6,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from flowkernels.models import EmpiricalVelocity
+from flowkernels.models.closed_form import EmpiricalVelocity
 from flowkernels.ops._samples import generator
 
 

@@ -13,9 +13,10 @@ from _contract import identical, op_args
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flowkernels import bench, ops
-from flowkernels.backends import backend
+from flowkernels import ops
 from flowkernels.ops._samples import Sample
+from flowkernels.runtime import environment
+from flowkernels.runtime.backends import backend
 
 
 def samples(op: str) -> list[Sample]:
@@ -321,6 +322,6 @@ def table(results: list[tuple[str, str]]) -> str:
 def machine() -> str:
     """The GPU, its driver and the versions; and the date."""
     device = torch.device("cuda", torch.cuda.current_device())
-    found = bench.provenance(device)
+    found = environment.provenance(device)
     keys = ("device", "driver", "cuda", "torch", "flowkernels", "commit", "date")
     return " | ".join(f"{k} {found[k]}" for k in keys if found.get(k))

@@ -7,7 +7,7 @@ from _flows import normal
 from torch import nn
 
 import flowkernels as fk
-from flowkernels.models import BUNDLED
+from flowkernels.models.bundled import BUNDLED
 
 
 def close(got, expected, tolerance=1e-4):

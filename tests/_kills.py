@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 
 import flowkernels as fk
-from flowkernels import _weights, models
 from flowkernels._files import whole_folder
-from flowkernels._training import read_checkpoint, write_checkpoint
+from flowkernels.models import bundled
+from flowkernels.models import networks as networks_module
+from flowkernels.models import weights as weights_module
+from flowkernels.training.checkpoint import read_checkpoint, write_checkpoint
 
 
 def velocity(x, t):
@@ -31,14 +33,14 @@ def calibrations():
 
 
 def networks():
-    nets = [models.ResidualMLP(16, width, 2, 16) for width in (64, 128)]
-    saves = [lambda path, net=net: models.save_network(net, path) for net in nets]
-    return saves, lambda path: models.load_network(path).config["width"]
+    nets = [networks_module.ResidualMLP(16, width, 2, 16) for width in (64, 128)]
+    saves = [lambda path, net=net: bundled.save_network(net, path) for net in nets]
+    return saves, lambda path: bundled.load_network(path).config["width"]
 
 
 def weights():
-    saves = [lambda path, n=n: _weights.write(path, {"a": torch.full((n,), float(n))}) for n in (70_000, 90_000)]
-    return saves, lambda path: len(_weights.read(path, "path", "weights")[0]["a"])
+    saves = [lambda path, n=n: weights_module.write(path, {"a": torch.full((n,), float(n))}) for n in (70_000, 90_000)]
+    return saves, lambda path: len(weights_module.read(path, "path", "weights")[0]["a"])
 
 
 KEYS = ("setting", "iteration", "history", "student", "optimizer", "average", "bank_rng", "rng", "global_rng")

@@ -29,8 +29,8 @@ import triton  # noqa: E402
 from _contract import op_args  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from flowkernels import backends  # noqa: E402
 from flowkernels.ops import OPS, _triton  # noqa: E402
+from flowkernels.runtime import backends  # noqa: E402
 
 TARGETS = {"80": ("cuda", 80, 32), "90": ("cuda", 90, 32), "100": ("cuda", 100, 32), "120": ("cuda", 120, 32)}
 TARGETS["gfx942"] = ("hip", "gfx942", 64)

@@ -134,7 +134,8 @@ def run_op(op: str) -> Iterator[dict]:
     """Every sample input of an op, twice: threads forward and copies late, and backward and at once."""
     from _contract import identical
 
-    from flowkernels import backends, ops
+    from flowkernels import ops
+    from flowkernels.runtime import backends
 
     samples = importlib.import_module(f"flowkernels.ops.{op}.samples")
 

@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-from flowkernels import backends
+from flowkernels.runtime import backends
 
 # the same examples every time, but where scripts/test_seeds asks for others
 fixed = not os.environ.get("FLOWKERNELS_TEST_SEED")

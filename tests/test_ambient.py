@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import flowkernels as fk
-from flowkernels import calls, integrations, ops
-from flowkernels.models import BUNDLED, GaussianMixtureVelocity, ResidualMLP
+from flowkernels import integrations, ops
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.closed_form import GaussianMixtureVelocity
+from flowkernels.models.networks import ResidualMLP
+from flowkernels.ops import _calls
 
 QUIET = dict(progress=False)
 GRID, N = 8, 2
@@ -223,7 +226,7 @@ def recorded_calls(w, tmp_path):
     path = tmp_path / f"{threading.get_ident()}.safetensors"
     with fk.record_calls("euler_step", path, calls=1):
         x = fk.sample(w["net"], w["noise"], 2)
-    return [x, len(calls.open_calls(path).calls)]
+    return [x, len(_calls.open_calls(path).calls)]
 
 
 @stage

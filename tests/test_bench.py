@@ -10,9 +10,11 @@ import types
 import pytest
 import torch
 
-from flowkernels import _timers, backends, bench, cli
+from flowkernels import _timers, bench
 from flowkernels._timers import CudaEvents, WallClock
 from flowkernels.bench import Measured, Work, measure, rows
+from flowkernels.cli import main
+from flowkernels.runtime import backends, environment
 
 CPU = torch.device("cpu")
 
@@ -123,7 +125,7 @@ def test_entries_name_their_cases_before_any_work():
 
 @pytest.mark.parametrize("entry", ["bellman", "overhead"])
 def test_command(entry, tmp_path, capsys):
-    assert cli.main(["bench", entry, "--quick", "--seconds", "0.1", "--threads", "1", "--out", str(tmp_path)]) == 0
+    assert main.main(["bench", entry, "--quick", "--seconds", "0.1", "--threads", "1", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     with open(tmp_path / f"{entry}.csv", newline="") as f:
         found = list(csv.DictReader(f))
@@ -139,7 +141,7 @@ def test_command(entry, tmp_path, capsys):
 
 
 def test_list_runs_nothing(capsys):
-    assert cli.main(["bench", "velocity_gram", "--list"]) == 0
+    assert main.main(["bench", "velocity_gram", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"velocity_gram: {case.name}" for case in bench.cases("velocity_gram", CPU)]
 
@@ -157,7 +159,7 @@ def test_list_runs_nothing(capsys):
     ],
 )
 def test_bad_input(options, message, capsys):
-    assert cli.main(["bench", *options]) == 2
+    assert main.main(["bench", *options]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -169,7 +171,7 @@ def test_a_failing_case_and_a_red_gate_are_failures(monkeypatch, capsys):
     green = Work({"flowkernels cpu": lambda: torch.ones(1), "torch eager": wait(0)}, lambda got: (0.0, 0.5))
     for make, code in ((fails, 1), (lambda: red, 1), (lambda: green, 0)):
         monkeypatch.setattr(bench, "cases", lambda entry, device, make=make: [bench.Case("c", 1, make, quick=True)])
-        assert cli.main(["bench", "bellman", "--quick"]) == code
+        assert main.main(["bench", "bellman", "--quick"]) == code
     assert "RuntimeError: no inputs" in capsys.readouterr().out
 
 
@@ -278,11 +280,11 @@ def test_both_timers_measure_the_same_work(gpu):
 def bench_on_the_stand_in(gpu, monkeypatch):
     """`flowkernels bench` takes the CPU for a GPU."""
     monkeypatch.setattr(bench, "timer", CudaEvents)
-    monkeypatch.setattr(bench, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(environment, "is_gpu", lambda device: True)
 
 
 def test_command_on_a_gpu(bench_on_the_stand_in, tmp_path, capsys):
-    assert cli.main(["bench", "bellman", "--match", "K=16", "--out", str(tmp_path)]) == 0
+    assert main.main(["bench", "bellman", "--match", "K=16", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "% copy" in out
     assert "in a loop" in out
@@ -300,7 +302,7 @@ def test_command_on_a_gpu(bench_on_the_stand_in, tmp_path, capsys):
 
 
 def test_what_there_is_no_time_for_is_named(bench_on_the_stand_in, capsys):
-    assert cli.main(["bench", "bellman", "--minutes", "1e-9"]) == 0
+    assert main.main(["bench", "bellman", "--minutes", "1e-9"]) == 0
     out = capsys.readouterr().out
     left = next(line for line in out.splitlines() if line.startswith("left out, 1e-09 minutes being over"))
     assert all(f"bellman: {case.name}" in left for case in bench.cases("bellman", CPU))
@@ -325,8 +327,8 @@ def test_time_is_shared_out_by_cases(monkeypatch):
 def test_what_nvidia_smi_says(gpu, monkeypatch):
     asked = []
     answer = "580.1, 1200 MHz, 1980 MHz, 2619 MHz, 700.00 W\n"
-    monkeypatch.setattr(bench.subprocess, "check_output", lambda c, **_: asked.append(c) or answer)
-    found = bench._of_the_gpu(torch.device("cuda", 1))
+    monkeypatch.setattr(environment.subprocess, "check_output", lambda c, **_: asked.append(c) or answer)
+    found = environment._of_the_gpu(torch.device("cuda", 1))
     assert found["driver"] == "580.1"
     assert found["clocks"] == "SM 1200 MHz of 1980 MHz, memory 2619 MHz, power limit 700.00 W"
     assert "--id=GPU-0-1" in asked[0]
@@ -334,5 +336,5 @@ def test_what_nvidia_smi_says(gpu, monkeypatch):
     def missing(*args, **kwargs):
         raise FileNotFoundError("nvidia-smi")
 
-    monkeypatch.setattr(bench.subprocess, "check_output", missing)
-    assert bench._of_the_gpu(torch.device("cuda", 1)) == {**found, "driver": "", "clocks": ""}
+    monkeypatch.setattr(environment.subprocess, "check_output", missing)
+    assert environment._of_the_gpu(torch.device("cuda", 1)) == {**found, "driver": "", "clocks": ""}

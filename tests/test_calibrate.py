@@ -28,7 +28,7 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels._files import sealed, whole_file
-from flowkernels.models import BUNDLED
+from flowkernels.models.bundled import BUNDLED
 
 
 def same(a, b):

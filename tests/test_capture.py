@@ -17,9 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import flowkernels as fk
-from flowkernels import capture
-from flowkernels.models import BUNDLED, DiT, ResidualMLP, UNet
-from flowkernels.velocity_field import HasTimeEmbedding, VelocityField, has_time_embedding
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.networks import DiT, ResidualMLP, UNet
+from flowkernels.sampling import capture
+from flowkernels.velocity.evaluate import has_time_embedding
+from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 aten = torch.ops.aten
 SYNCS = (aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.nonzero, aten.equal)

@@ -19,15 +19,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import flowkernels as fk
-from flowkernels import _tuned, backends, cli, demo, ops, report
+from flowkernels import ops
 from flowkernels._files import whole_folder
-from flowkernels.cli import main
-from flowkernels.models import BUNDLED, load_network
+from flowkernels.cli import demo, inputs, report
+from flowkernels.cli.main import main
+from flowkernels.models.bundled import BUNDLED, load_network
+from flowkernels.ops import _tuned
+from flowkernels.runtime import backends
 
 MODULE = """
 import torch
 import flowkernels as fk
-from flowkernels.models import ResidualMLP
+from flowkernels.models.networks import ResidualMLP
 
 def network():
     torch.manual_seed(0)
@@ -259,7 +262,7 @@ def test_bad_input_is_one_line_before_any_work(fails, folder, monkeypatch, line,
 
     monkeypatch.setattr(fk, "calibrate", work)
     monkeypatch.setattr(fk, "sample", work)
-    monkeypatch.setattr(sys.modules["flowkernels.straighten"], "knots", work)
+    monkeypatch.setattr("flowkernels.training.straighten.knots", work)
     assert told in fails(line)
     assert sorted(p for p in folder.iterdir() if p.name != "__pycache__") == before
 
@@ -316,8 +319,8 @@ GIVEN = {
     ],
 )
 def test_an_option_is_refused_as_it_is_parsed(fails, monkeypatch, line):
-    monkeypatch.setattr(cli, "_build_model", lambda spec: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(cli, "_load_calibration", lambda args: pytest.fail("the calibration was loaded"))
+    monkeypatch.setattr(inputs, "_build_model", lambda spec: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(inputs, "_load_calibration", lambda args: pytest.fail("the calibration was loaded"))
     option, value = line.split()[-2:]
     assert re.match(
         rf"flowkernels: error: {option}: (expected .*got|invalid choice:) '{re.escape(value)}'", fails(line)
@@ -352,7 +355,7 @@ def test_a_failing_model_is_told_with_its_place(fails, folder, monkeypatch, what
         monkeypatch.delitem(sys.modules, "failing", raising=False)
         monkeypatch.setenv("FLOWKERNELS_DEBUG", debug)
         if debug == "1":
-            with pytest.raises(cli.InputError, match=re.escape(told)) as caught:
+            with pytest.raises(inputs.InputError, match=re.escape(told)) as caught:
                 main(command.split())
             assert caught.value.__cause__ is not None
             continue
@@ -397,7 +400,7 @@ def test_ctrl_c_while_it_imports(tmp_path, how):
     script = tmp_path / "bin" / name
     script.parent.mkdir(exist_ok=True)
     if name:
-        script.write_text("import sys\nfrom flowkernels.cli import main\nsys.exit(main())")
+        script.write_text("import sys\nfrom flowkernels.cli.main import main\nsys.exit(main())")
     done = of_process(
         [sys.executable, *(["-m", "flowkernels"] if how == "module" else [str(script)]), "info"], tmp_path
     )
@@ -410,7 +413,7 @@ def test_ctrl_c_while_it_imports(tmp_path, how):
 @pytest.mark.parametrize("arguments", ["info", "--help"])
 def test_a_closed_pipe_is_no_error(tmp_path, arguments):
     """What is printed is buffered, so that it is written when the command ends."""
-    code = f"import sys; from flowkernels.cli import main; sys.exit(main({arguments.split()!r}))"
+    code = f"import sys; from flowkernels.cli.main import main; sys.exit(main({arguments.split()!r}))"
     reading, writing = os.pipe()
     os.close(reading)
     env = os.environ | dict(PYTHONPATH=str(Path(fk.__file__).parents[1]), PYTHONUNBUFFERED="")
@@ -460,7 +463,9 @@ def test_info_without_the_compiled_module_and_without_triton(run, monkeypatch):
 
 
 def test_module_runs_and_imports_stay_light():
-    heavy = "import sys, flowkernels, flowkernels.cli; sys.exit(any(m in sys.modules for m in ('matplotlib', 'PIL')))"
+    heavy = (
+        "import sys, flowkernels, flowkernels.cli.main; sys.exit(any(m in sys.modules for m in ('matplotlib', 'PIL')))"
+    )
     assert subprocess.run([sys.executable, "-c", heavy]).returncode == 0
     done = subprocess.run([sys.executable, "-m", "flowkernels", "--version"], capture_output=True, text=True)
     assert done.stdout == f"flowkernels {fk.__version__}\n"

@@ -10,9 +10,10 @@ import torch
 from _flows import Counted, ElementwiseField, even_grid, linear_field, normal, relative_error, uneven_grid
 
 import flowkernels as fk
-from flowkernels import costs
-from flowkernels.costs import SampleCosts, pair_costs
-from flowkernels.models import BUNDLED
+from flowkernels.calibration import sample_costs
+from flowkernels.calibration.objectives import pair_costs
+from flowkernels.calibration.sample_costs import SampleCosts
+from flowkernels.models.bundled import BUNDLED
 
 QUIET = dict(progress=False)
 
@@ -477,7 +478,7 @@ def test_regret_by_hand():
     assert max(samples.regrets(schedules).values()) <= 1e-12  # all samples agree
     cal = fk.calibrate(Scattered(), normal(60, 3, dtype=torch.float64), 12, [2, 4], **QUIET)
     samples = cal.sample_costs
-    weights = samples.resampled(costs.FEW_RESAMPLES)
+    weights = samples.resampled(sample_costs.FEW_RESAMPLES)
     for steps, regret in samples.regrets(dict(cal)).items():
         found = []
         for w in weights:
@@ -554,7 +555,7 @@ def test_fitted_solvers_are_verified(monkeypatch, tmp_path):
         given.append((velocity, len(cal.kept.x), chunk))
         return wrong if steps == 2 else fk.Solver.adams_bashforth(cal[steps])
 
-    monkeypatch.setitem(sys.modules, "flowkernels.fit", types.SimpleNamespace(fit_solver=fit_solver))
+    monkeypatch.setitem(sys.modules, "flowkernels.calibration.fit", types.SimpleNamespace(fit_solver=fit_solver))
     velocity, noise = Turning(), normal(40, 3, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"^verify: .*the fitted solver has a larger error .* for N = 2; use cal.best"):
         cal = fk.calibrate(velocity, noise, 20, [2, 8], verify=noise + 0.1, fit=True, chunk=16, **QUIET)

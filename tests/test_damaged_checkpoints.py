@@ -17,8 +17,8 @@ from test_straighten import Stopped, small_net, stop_after, trained
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from flowkernels._identity import tensors_hash
-from flowkernels._training import SINCE_2
+from flowkernels.training.checkpoint import SINCE_2
+from flowkernels.velocity.hashes import tensors_hash
 
 SETTINGS = dict(checkpoint_every=5, refresh=7, u="uniform")
 LIKE = {  # another value of each type

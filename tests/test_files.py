@@ -17,8 +17,10 @@ import torch
 from _flows import linear_field, normal
 
 import flowkernels as fk
-from flowkernels import _files, _weights, bench, cli, models, tune
+from flowkernels import _files, bench, tune
 from flowkernels._files import whole_file, whole_folder
+from flowkernels.cli import inputs, main
+from flowkernels.models import bundled, networks, weights
 
 
 def save_calibration(path):
@@ -26,7 +28,7 @@ def save_calibration(path):
 
 
 def save_network(path):
-    models.save_network(models.ResidualMLP(4, 8, 1, 8), path)
+    bundled.save_network(networks.ResidualMLP(4, 8, 1, 8), path)
 
 
 def save_text(path):
@@ -48,13 +50,13 @@ def straighten(path):
 WRITERS = {
     "calibration": save_calibration,
     "network": save_network,
-    "weights": lambda path: _weights.write(path, {"a": torch.ones(3)}, notes={}),
+    "weights": lambda path: weights.write(path, {"a": torch.ones(3)}, notes={}),
     "text": save_text,
     "calls": record,
     "checkpoint": straighten,
     "tuned": lambda path: tune._write(Path(path), {"format": 1}),
     "csv": lambda path: bench.write_csv(Path(path), []),
-    **{f"samples{suffix}": lambda path, suffix=suffix: save_samples(path, suffix) for suffix in cli.SAMPLE_FORMATS},
+    **{f"samples{suffix}": lambda path, suffix=suffix: save_samples(path, suffix) for suffix in main.SAMPLE_FORMATS},
 }
 every_writer = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
@@ -67,7 +69,7 @@ def save_samples(path, suffix):
 
     named = Named(path)
     named.suffix = suffix
-    cli._save_samples(named, torch.zeros(2, 1, 2, 2))
+    main._save_samples(named, torch.zeros(2, 1, 2, 2))
 
 
 @every_writer
@@ -347,9 +349,9 @@ def test_a_file_is_written_where_there_are_no_locks(tmp_path, monkeypatch):
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FLOWKERNELS_DEBUG", raising=False)
-    net = models.BUNDLED["digits"].load()
+    net = bundled.BUNDLED["digits"].load()
     fk.calibrate(net, torch.randn(4, 1, 8, 8), 5, (2, 3), progress=False).save("s.json")
-    models.save_network(net, "w.safetensors")
+    bundled.save_network(net, "w.safetensors")
     return tmp_path
 
 
@@ -387,7 +389,7 @@ def test_an_input_is_not_overwritten(name, line, option, how, folder, capsys):
     elif how == "hard link":
         os.link(name, out)
     before = {p: p.read_bytes() for p in folder.iterdir() if p.exists()}
-    assert cli.main(line.replace("OUT", out).split()) == 2
+    assert main.main(line.replace("OUT", out).split()) == 2
     assert f": expected another file than {option}, got {out}" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in folder.iterdir() if p.exists()} == before
 
@@ -404,10 +406,10 @@ LINES = {
 READERS = {
     "calibrate": lambda path: fk.load(path)[2].steps,
     "sample.npy": lambda path: len(np.load(path)),
-    "sample.safetensors": lambda path: len(_weights.read(path, "path", "samples")[0]["samples"]),
+    "sample.safetensors": lambda path: len(weights.read(path, "path", "samples")[0]["samples"]),
     "sample.pt": lambda path: len(torch.load(path)),
     "sample.png": lambda path: 2 * path.read_bytes().startswith(b"\x89PNG"),
-    "straighten": lambda path: 2 * isinstance(models.load_network(path), models.ResidualMLP),
+    "straighten": lambda path: 2 * isinstance(bundled.load_network(path), networks.ResidualMLP),
 }
 
 
@@ -423,7 +425,7 @@ def test_a_full_disk_after_the_work_loses_nothing(command, folder, monkeypatch, 
 
     monkeypatch.setattr(os, "fsync", full)
     before = sorted(folder.iterdir())
-    assert cli.main(LINES[command].split()) == 2
+    assert main.main(LINES[command].split()) == 2
     err = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("flowkernels")]
     found = re.fullmatch(r".*: --out: .*/x\.\w+ could not be written \(.*No space.*\); it is kept as (\S+).*", err[-1])
     assert found, err
@@ -460,7 +462,7 @@ def test_a_full_disk_everywhere_is_still_no_traceback(folder, monkeypatch, capsy
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert cli.main(LINES["calibrate"].split()) == 2
+    assert main.main(LINES["calibrate"].split()) == 2
     assert (
         "x.json could not be written, nor kept anywhere else ([Errno 28] No space left on device)"
         in capsys.readouterr().err
@@ -470,13 +472,13 @@ def test_a_full_disk_everywhere_is_still_no_traceback(folder, monkeypatch, capsy
 @pytest.mark.parametrize("command", LINES)
 @pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device"])
 def test_the_commands_refuse_what_is_no_file_before_any_work(command, kind, folder, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_load_model", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr(inputs, "_load_model", lambda *_: pytest.fail("work has started"))
     line = LINES[command].split()
     with special(kind, Path(line[-1])):
-        assert cli.main(line) == 2
+        assert main.main(line) == 2
     assert re.search(rf"error: --out: expected .*, got the {kind} ", capsys.readouterr().err)
 
 
 def test_a_name_that_ends_in_a_slash(folder, capsys):
-    assert cli.main([*LINES["sample.npy"].split()[:-1], "x.npy/"]) == 2
+    assert main.main([*LINES["sample.npy"].split()[:-1], "x.npy/"]) == 2
     assert "--out: expected a file, got the folder 'x.npy/'" in capsys.readouterr().err

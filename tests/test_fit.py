@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels import fit
-from flowkernels.models import GaussianMixtureVelocity
+from flowkernels.calibration import fit, polish
+from flowkernels.models.closed_form import GaussianMixtureVelocity
 from flowkernels.solver import Solver, polynomial_weights
 
 F64 = torch.float64
@@ -348,14 +348,14 @@ def test_derivatives_of_the_endpoint():
     data = fit._Teacher.of(velocity, cal, None, None, 0.25)
     begin, end = data.state(0), data.state(-1)
     v, x = data.run(solver, begin)
-    gram = fit._jacobian_gram(data, solver, begin, end, v, slice(0, 8), 0.95)
-    places = fit._places(3)
+    gram = polish._jacobian_gram(data, solver, begin, end, v, slice(0, 8), 0.95)
+    places = polish._places(3)
     columns = []
     for row in range(len(places)):
         by = torch.zeros(len(places), dtype=F64)
-        by[row] = fit.DIFFERENCE
-        moved = fit._moved(solver, by, 0.95)
-        columns.append((fk.sample(velocity, begin, moved) - x) / fit.DIFFERENCE)
+        by[row] = polish.DIFFERENCE
+        moved = polish._moved(solver, by, 0.95)
+        columns.append((fk.sample(velocity, begin, moved) - x) / polish.DIFFERENCE)
     jacobian = torch.stack([*columns, end - x]).flatten(1)
     torch.testing.assert_close(gram, jacobian @ jacobian.T, rtol=1e-6, atol=1e-9)
 

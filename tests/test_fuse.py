@@ -3,7 +3,6 @@
 import gc
 import itertools
 import math
-import sys
 import threading
 import weakref
 
@@ -13,13 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import flowkernels as fk
-from flowkernels._lowering import Lowering
-from flowkernels.backends import backend
-from flowkernels.models import BUNDLED, ResidualMLP, TimeEmbedding
+from flowkernels.fusion import recorded as recorded_module
+from flowkernels.fusion import sampler as sampler_module
+from flowkernels.fusion.lowering import Lowering
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.networks import ResidualMLP, TimeEmbedding
 from flowkernels.ops._samples import Sample, generator
 from flowkernels.ops.mlp_sample.samples import error_and_bound
+from flowkernels.runtime.backends import backend
 
-fuse = sys.modules["flowkernels.fuse"]  # the module; the package has the function of that name
 ACTIVATIONS = {
     "relu": nn.ReLU,
     "relu in place": lambda: nn.ReLU(inplace=True),
@@ -286,9 +287,9 @@ def test_many_samples_with_tables_of_their_own_run_in_parts(monkeypatch):
     field = fk.VelocityField(net, conditioning={"label": label}, guidance=2.0, unconditional={"label": none})
     sampler = fk.fuse(field, 3)
     whole = sampler.run(x, {"label": label.flip(0)}, states=True, velocities=True)
-    monkeypatch.setattr(fuse, "MOST_BYTES", 8 * 3 * 2 * (2 * 3 * 33) * 7)  # 7 samples
+    monkeypatch.setattr(sampler_module, "MOST_BYTES", 8 * 3 * 2 * (2 * 3 * 33) * 7)  # 7 samples
     recorded = []
-    monkeypatch.setattr(fuse, "Lowering", lambda *args: recorded.append(1) or Lowering(*args))
+    monkeypatch.setattr(recorded_module, "Lowering", lambda *args: recorded.append(1) or Lowering(*args))
     parts = sampler.run(x, {"label": label.flip(0)}, states=True, velocities=True)
     assert len(recorded) == 3
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)  # torch multiplies tables of other heights otherwise

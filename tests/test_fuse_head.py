@@ -1,7 +1,6 @@
 import copy
 import itertools
 import pickle
-import sys
 
 import pytest
 import torch
@@ -10,11 +9,12 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transfor
 from torch import nn
 
 import flowkernels as fk
-from flowkernels.models import BUNDLED, UNet
+from flowkernels.fusion import head as head_module
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.networks import UNet
 from flowkernels.ops.linear_euler import reference
 
 BF16, F64 = torch.bfloat16, torch.float64
-MODULE = sys.modules["flowkernels.fuse_head"]  # the package's attribute is the function
 
 
 def randomised(net, seed=0):
@@ -115,13 +115,13 @@ class Counting:
     """How often `linear_euler` runs, and what it is given."""
 
     def __init__(self, monkeypatch):
-        self.calls, op = [], MODULE.linear_euler
+        self.calls, op = [], head_module.linear_euler
 
         def counted(*args, **kwargs):
             self.calls.append(kwargs)
             return op(*args, **kwargs)
 
-        monkeypatch.setattr(MODULE, "linear_euler", counted)
+        monkeypatch.setattr(head_module, "linear_euler", counted)
 
 
 @pytest.fixture
@@ -429,7 +429,7 @@ def test_nothing_stays_hooked_after_an_exception(name, where, monkeypatch):
         if where == "trunk":
             broken.setattr(blocks[0], "forward", fail)
         else:
-            broken.setattr(MODULE, "linear_euler", fail)
+            broken.setattr(head_module, "linear_euler", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             fk.sample(fused, noise, 2)
     assert not hooks(field.net)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import prune  # noqa: F401
 
 import flowkernels as fk
-from flowkernels import _watch
+from flowkernels.fusion import watch as watch_module
 
 DIM, OBS, WIDTH, N = 5, 3, 11, 2
 SCALE, TABLE, ARRAY = 1.0, {"gain": 1.0, "list": [1.0, [2.0]]}, np.ones(WIDTH, np.float32)
@@ -450,7 +450,7 @@ def env(monkeypatch, tmp_path):
 def watches_agree(e):
     """Whether the extension says what its reference does."""
     watch = e.sampler._network.recorded.watch
-    return watch._find(watch._entries) == _watch.changed_reference(watch._entries)
+    return watch._find(watch._entries) == watch_module.changed_reference(watch._entries)
 
 
 def test_nothing_has_changed(env):
@@ -548,7 +548,7 @@ def test_a_network_that_another_thread_changes_meanwhile():
         thread.start()
         for _ in range(200):
             try:
-                _watch.Watch(net)
+                watch_module.Watch(net)
             except RuntimeError as e:
                 errors.append(e)
     finally:
@@ -556,7 +556,7 @@ def test_a_network_that_another_thread_changes_meanwhile():
         done.set()
         thread.join()
     assert not errors
-    watch = _watch.Watch(net)
+    watch = watch_module.Watch(net)
     assert watch.changed() is None
     net.settings["new"] = 1
     assert "settings" in watch.changed()

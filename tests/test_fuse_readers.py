@@ -23,7 +23,7 @@ from test_fuse_mutations import Callable, Config, N, Slotted, closure, tools
 from torch import nn
 
 import flowkernels as fk
-from flowkernels import _watch
+from flowkernels.fusion import watch as watch_module
 
 KEPT = []
 
@@ -297,7 +297,7 @@ def test_reader(name, monkeypatch):
         with torch.no_grad():
             run(change, e=changes, s=net, setitem=monkeypatch.setitem, setattr_=monkeypatch.setattr)
         watch = sampler._network.recorded.watch
-        assert watch._find(watch._entries) == _watch.changed_reference(watch._entries)
+        assert watch._find(watch._entries) == watch_module.changed_reference(watch._entries)
         expected = fk.sample(net, x, N)
         assert not torch.equal(before, expected)
         torch.testing.assert_close(sampler(x), expected, rtol=1e-4, atol=1e-4, check_dtype=False)

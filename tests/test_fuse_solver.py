@@ -1,18 +1,17 @@
 """Fused samplers of solvers: on every backend what the loop gives that is written down in float64."""
 
 import math
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 import flowkernels as fk
-from flowkernels.backends import BACKENDS, backend
+from flowkernels.fusion import sampler as sampler_module
 from flowkernels.ops._samples import Sample, generator
 from flowkernels.ops.mlp_sample.samples import error_and_bound
+from flowkernels.runtime.backends import BACKENDS, backend
 
-fuse = sys.modules["flowkernels.fuse"]  # the module; the package has the function of that name
 F64 = torch.float64
 
 
@@ -159,7 +158,9 @@ def test_many_samples_run_in_parts(monkeypatch, guidance):
     whole = sampler.run(x, {"c": other}, states=True, velocities=True)
     width = sampler._network.recorded.width_of_both
     assert width > 0
-    monkeypatch.setattr(fuse, "MOST_BYTES", 8 * solver.evaluations * (2 if guidance else 1) * width * 7)  # 7 samples
+    monkeypatch.setattr(
+        sampler_module, "MOST_BYTES", 8 * solver.evaluations * (2 if guidance else 1) * width * 7
+    )  # 7 samples
     calls = []
     run = fk.FusedSampler.run
     monkeypatch.setattr(fk.FusedSampler, "run", lambda self, *a, **k: calls.append(len(a[0])) or run(self, *a, **k))

@@ -17,9 +17,9 @@ from _contract import tensors
 from test_capture import HostGraph, Recording
 from torch.utils._pytree import tree_map_only
 
-from flowkernels import bench
-from flowkernels.backends import CUDA_OPS, backend
 from flowkernels.ops import OPS, _triton
+from flowkernels.runtime import environment
+from flowkernels.runtime.backends import CUDA_OPS, backend
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent
@@ -246,16 +246,16 @@ def test_the_table():
 def test_the_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     known = dict(device="A GPU", driver="580.1", cuda="13.0", torch="2", flowkernels="1", commit="c", date="2026-01-02")
-    monkeypatch.setattr(bench, "provenance", lambda device: known)
+    monkeypatch.setattr(environment, "provenance", lambda device: known)
     assert checks.machine() == (
         "device A GPU | driver 580.1 | cuda 13.0 | torch 2 | flowkernels 1 | commit c | date 2026-01-02"
     )
 
 
 def run_pytest(folder, *options, path=""):
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{path}"}
+    variables = os.environ | {"PYTHONPATH": f"{HERE.parent}:{path}"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, env=variables)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

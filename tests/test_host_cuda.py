@@ -12,10 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flowkernels import backends, ops
-from flowkernels.backends import CUDA_OPS, backend
+from flowkernels import ops
 from flowkernels.ops._library import DTYPE_CODES
 from flowkernels.ops._samples import generator
+from flowkernels.runtime import backends
+from flowkernels.runtime.backends import CUDA_OPS, backend
 
 ROOT = Path(__file__).parents[1]
 OPS = [op for op in ops.OPS if op in CUDA_OPS]

@@ -10,7 +10,7 @@ from _flows import linear_field, normal
 from torch import nn
 
 import flowkernels as fk
-from flowkernels.velocity_field import identity, parameter_hash
+from flowkernels.velocity.identity import identity, parameter_hash
 
 QUIET = dict(progress=False)
 NOISE = normal(16, 4)

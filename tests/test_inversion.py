@@ -12,7 +12,7 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels import Schedule, Solver
-from flowkernels.models import BUNDLED
+from flowkernels.models.bundled import BUNDLED
 
 F64 = torch.float64
 

@@ -8,19 +8,11 @@ from _flows import digits, normal
 from safetensors.torch import save_file
 
 import flowkernels as fk
-from flowkernels import _weights, cli
-from flowkernels.models import (
-    BUNDLED,
-    Bundled,
-    DiT,
-    EmpiricalVelocity,
-    GaussianMixtureVelocity,
-    ResidualMLP,
-    UNet,
-    load_network,
-    save_network,
-    sinusoidal_embedding,
-)
+from flowkernels.cli import inputs
+from flowkernels.models import weights as weights_module
+from flowkernels.models.bundled import BUNDLED, Bundled, load_network, save_network
+from flowkernels.models.closed_form import EmpiricalVelocity, GaussianMixtureVelocity
+from flowkernels.models.networks import DiT, ResidualMLP, UNet, sinusoidal_embedding
 
 
 def scrambled(net):
@@ -270,14 +262,14 @@ def from_file(loader, state, path):
     """What a loader makes of weights in a file, and the weights that it had before."""
     net = ResidualMLP(4, 8, 1, 8)
     if loader == "load_network":
-        _weights.write(path, state, architecture="ResidualMLP", config=net.config, notes={})
+        weights_module.write(path, state, architecture="ResidualMLP", config=net.config, notes={})
         return load_network(path)
     path = path.with_suffix(loader)
     if loader == ".pt":
         torch.save(state, path)
     else:
         save_file(state, path)
-    cli._load_checkpoint(net, path)
+    inputs._load_checkpoint(net, path)
     return net
 
 
@@ -290,7 +282,7 @@ def test_weights_of_other_numbers_are_not_cast(loader, numbers, tmp_path):
     state = ResidualMLP(4, 8, 1, 8).state_dict()
     state["input.weight"] = OTHER_NUMBERS[numbers](state["input.weight"])
     with pytest.raises(
-        (ValueError, cli.InputError), match=r"1 of other numbers \(input.weight torch\..* for torch.float32"
+        (ValueError, inputs.InputError), match=r"1 of other numbers \(input.weight torch\..* for torch.float32"
     ):
         from_file(loader, state, tmp_path / "a")
 
@@ -319,14 +311,14 @@ def test_floating_point_weights_are_rounded(loader, dtype, tmp_path):
 def test_weights_that_do_not_fit_are_named(loader, change, message, tmp_path):
     state = ResidualMLP(4, 8, 1, 8).state_dict()
     change(state)
-    with pytest.raises((ValueError, cli.InputError), match=message):
+    with pytest.raises((ValueError, inputs.InputError), match=message):
         from_file(loader, state, tmp_path / "a")
 
 
 def test_a_configuration_of_another_network_is_refused_before_it_is_made(tmp_path):
     net = ResidualMLP(4, 8, 1, 8)
     for config in ({"blocks": 10**9}, {"width": 10**9}, {"width": 2**62}, {"blocks": -1}, {"depth": 2}, {"width": "8"}):
-        _weights.write(
+        weights_module.write(
             tmp_path / "a", net.state_dict(), architecture="ResidualMLP", config=net.config | config, notes={}
         )
         with pytest.raises(ValueError, match=r"^path: expected a whole checkpoint of ResidualMLP, .* does not fit it"):
@@ -368,5 +360,5 @@ def test_what_torch_saved_without_checksums_is_read(tmp_path):
 )
 def test_a_torch_file_of_something_else_is_named(content, tmp_path):
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(cli.InputError, match=r"^--checkpoint: expected names and tensors.*a\.pt"):
-        cli._load_checkpoint(ResidualMLP(4, 8, 1, 8), tmp_path / "a.pt")
+    with pytest.raises(inputs.InputError, match=r"^--checkpoint: expected names and tensors.*a\.pt"):
+        inputs._load_checkpoint(ResidualMLP(4, 8, 1, 8), tmp_path / "a.pt")

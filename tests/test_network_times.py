@@ -10,7 +10,8 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels import VelocityField
-from flowkernels.velocity_field import HasTimeEmbedding, time_for
+from flowkernels.velocity.field import time_for
+from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 STEPS = 1000
 TABLE = normal(STEPS + 1, 3, seed=1)

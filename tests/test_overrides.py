@@ -10,8 +10,10 @@ from test_capture import aot_eager, host_cuda, no_loops  # noqa: F401
 from torch import nn
 
 import flowkernels as fk
-from flowkernels import VelocityField, capture
-from flowkernels.velocity_field import HasTimeEmbedding, has_time_embedding
+from flowkernels import VelocityField
+from flowkernels.sampling import capture
+from flowkernels.velocity.evaluate import has_time_embedding
+from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 NOISE, LABELS = normal(12, 3), normal(12, 3, seed=1)
 QUIET = dict(progress=False)

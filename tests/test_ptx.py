@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from flowkernels import backends, ops
+from flowkernels import ops
+from flowkernels.runtime import backends
 
 OPS = [op for op in ops.OPS if op in backends.CUDA_OPS]
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}

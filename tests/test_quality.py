@@ -9,7 +9,8 @@ import torch
 from _flows import normal
 
 import flowkernels as fk
-from flowkernels import bench, cli
+from flowkernels import bench
+from flowkernels.cli import main
 
 suite = bench.suite().__name__
 metrics = importlib.import_module(f"{suite}.metrics")
@@ -90,7 +91,7 @@ def test_velocities_in_batches_of_one_size():
 
 def test_a_red_gate_shows_no_figures(monkeypatch, capsys):
     monkeypatch.setattr(quality, "GATE", 0)
-    assert cli.main(["bench", "quality", "--quick", "--threads", "1", "--rows", "uniform"]) == 1
+    assert main.main(["bench", "quality", "--quick", "--threads", "1", "--rows", "uniform"]) == 1
     out = capsys.readouterr().out
     assert "gate: RED, no figures: float32 teacher to float64" in out
     assert "\n  uniform" not in out
@@ -122,7 +123,7 @@ def measured(tmp_path_factory):
     """A folder with the results of a quick run."""
     folder = tmp_path_factory.mktemp("quality")
     options = ["--quick", "--threads", "1", "--seeds", "2", "--rows", KNOWN + OURS, "--out", str(folder)]
-    assert cli.main(["bench", "quality", *options]) == 0
+    assert main.main(["bench", "quality", *options]) == 0
     return folder
 
 
@@ -182,7 +183,7 @@ def test_what_is_there_is_not_computed_again(measured, tmp_path, capsys, monkeyp
         new = quality.Row(old.title, make, calibrated=old.calibrated)
         monkeypatch.setitem(quality.ROWS, name, new)
     options = ["--quick", "--threads", "1", "--seeds", "2", "--rows", "uniform,ab2", "--out", str(tmp_path)]
-    assert cli.main(["bench", "quality", *options]) == 0
+    assert main.main(["bench", "quality", *options]) == 0
     assert made == [("ab2", 1)]
     assert "mixture2, seed 0: all there" in capsys.readouterr().out
     again = rows_of(tmp_path)
@@ -193,7 +194,7 @@ def test_what_is_there_is_not_computed_again(measured, tmp_path, capsys, monkeyp
     # other settings are other figures
     changed = (tmp_path / "quality.csv").read_text().replace("held out 128", "held out 64")
     (tmp_path / "quality.csv").write_text(changed)
-    assert cli.main(["bench", "quality", *options, "--seeds", "1"]) == 0
+    assert main.main(["bench", "quality", *options, "--seeds", "1"]) == 0
     assert made[1:] == [("uniform", 0), ("ab2", 0)]
 
 
@@ -202,7 +203,7 @@ def test_a_row_that_fails_does_not_stop_the_others(monkeypatch, capsys):
         raise RuntimeError("no solver")
 
     monkeypatch.setitem(quality.ROWS, "ab2", quality.Row("", fails))
-    assert cli.main(["bench", "quality", "--quick", "--threads", "1", "--rows", "ab2,ab3"]) == 1
+    assert main.main(["bench", "quality", "--quick", "--threads", "1", "--rows", "ab2,ab3"]) == 1
     out = capsys.readouterr().out
     assert "mixture2, seed 0: ab2 failed" in out
     assert "RuntimeError: no solver" in out
@@ -218,7 +219,7 @@ def test_missing_data_is_said(monkeypatch, tmp_path):
 
 
 def test_list(capsys):
-    assert cli.main(["bench", "quality", "--list", "--data", "digits", "--rows", "boss,heun"]) == 0
+    assert main.main(["bench", "quality", "--list", "--data", "digits", "--rows", "boss,heun"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "quality: digits: boss (BOSS's schedule, Euler)",
@@ -237,7 +238,7 @@ def test_list(capsys):
     ],
 )
 def test_bad_input(options, message, capsys):
-    assert cli.main(["bench", *options]) == 2
+    assert main.main(["bench", *options]) == 2
     assert message in capsys.readouterr().err
 
 

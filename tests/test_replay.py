@@ -15,14 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import flowkernels as fk
-from flowkernels import _ranges, bench, calls, ops, replay
+from flowkernels import ops, replay
 from flowkernels._timers import WallClock
-from flowkernels.calls import open_calls
-from flowkernels.cli import main
-from flowkernels.models import ResidualMLP
-from flowkernels.ops import OPS
+from flowkernels.cli.main import main
+from flowkernels.models.networks import ResidualMLP
+from flowkernels.ops import OPS, _calls
+from flowkernels.ops._calls import open_calls
 from flowkernels.ops._samples import Sample
 from flowkernels.ops.mlp_sample import Layer, Source
+from flowkernels.runtime import environment, ranges
 
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ ROOT = Path(fk.__file__).parents[1]
 def unasked(monkeypatch):
     """Nobody asks git and the system what they are, nor for the peak of memory: it takes longer than the calls."""
     monkeypatch.setattr(WallClock, "extra_memory", lambda *_: 0.0)
-    monkeypatch.setattr(bench, "provenance", lambda device: {"torch": torch.__version__})
+    monkeypatch.setattr(environment, "provenance", lambda device: {"torch": torch.__version__})
 
 
 def call(op, sample):
@@ -75,7 +76,7 @@ def assert_same(found, given):
             continue
         assert identical(a, b)
         assert a.stride() == b.stride()
-        assert a.numel() == 0 or (a.data_ptr() - b.data_ptr()) % calls.PAGE == 0
+        assert a.numel() == 0 or (a.data_ptr() - b.data_ptr()) % _calls.PAGE == 0
     assert places(found) == places(given)
 
 
@@ -129,7 +130,7 @@ def test_the_forms_that_write_to_a_tensor(op, run, only_written, writes_what_it_
         given.append((name, dict(zip(names, args, strict=True)), copies))
 
     x, v = torch.randn(7, 24), torch.randn(7, 24)
-    with _ranges.recorded(see):
+    with ranges.recorded(see):
         (found,) = recorded(op, lambda: run(x, v), tmp_path / "a")
     (name, args, copies), stored = given[0], found.arguments()
     assert found.op == name == f"{op}_out"
@@ -241,7 +242,7 @@ def test_an_error_leaves_what_was_seen(tmp_path):
     with pytest.raises(ZeroDivisionError):
         recorded("euler_step", lambda: (euler(3), 1 / 0), tmp_path / "a")
     assert len(open_calls(tmp_path / "a").calls) == 1
-    assert not _ranges.asked
+    assert not ranges.asked
 
 
 def test_a_full_disk_does_not_stop_the_program(tmp_path, monkeypatch):
@@ -252,7 +253,7 @@ def test_a_full_disk_does_not_stop_the_program(tmp_path, monkeypatch):
 
     def run():
         results.append(euler(3))
-        monkeypatch.setattr(calls.Recording, "_store", full)
+        monkeypatch.setattr(_calls.Recording, "_store", full)
         results.extend([euler(4), euler(5)])
 
     with pytest.raises(OSError, match="No space left"):
@@ -287,7 +288,7 @@ def test_calls_of_every_kind_are_seen(tmp_path, unasked):
     assert seen(lambda: fk.rollout(lambda x, t: -x, torch.ones(3, 4), 7)) == 7
     torch._dynamo.reset()
     assert seen(lambda: torch.compile(fk.euler_step, fullgraph=True, backend="aot_eager")(x, v, 0.5)) == 1
-    assert not _ranges.asked
+    assert not ranges.asked
 
 
 @pytest.mark.parametrize("trajectory", [False, True])
@@ -333,7 +334,7 @@ def test_calls_in_a_graph_are_refused_and_later_ones_are_not(tmp_path, monkeypat
             return getattr(torch.ones(3), name)
 
     x = torch.ones(3)
-    monkeypatch.setattr(calls, "_signature", lambda op, args: op)
+    monkeypatch.setattr(_calls, "_signature", lambda op, args: op)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with fk.record_calls("euler_step", tmp_path / "a") as recording:
         for _ in range(2):
@@ -512,7 +513,7 @@ def rewritten(path, change):
         about, tensors = json.loads(f.metadata()["flowkernels"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     change(about)
     text = json.dumps(about)
-    save_file(tensors, path, {"flowkernels": text, "sha256": calls._digest(text)})
+    save_file(tensors, path, {"flowkernels": text, "sha256": _calls._digest(text)})
 
 
 def flip(path):
@@ -679,7 +680,7 @@ def captured(line, capsys):
     before = sys.argv, list(sys.path)
     code = main(["capture", *line.split()])
     assert (sys.argv, list(sys.path)) == before
-    assert not _ranges.asked
+    assert not ranges.asked
     return code, *capsys.readouterr()
 
 

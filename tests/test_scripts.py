@@ -13,9 +13,9 @@ import ninja
 import pytest
 import torch
 
-from flowkernels import backends
 from flowkernels.ops import OPS
 from flowkernels.ops._samples import generator
+from flowkernels.runtime import backends
 
 ROOT = Path(__file__).parents[1]
 PROFILE = ROOT / "scripts/profile_kernel.sh"

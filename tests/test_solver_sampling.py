@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import sys
 import weakref
 
 import pytest
@@ -14,12 +13,13 @@ from test_fuse_head import Late as HeadLate
 from torch import nn
 
 import flowkernels as fk
-from flowkernels import Schedule, Solver, VelocityField, capture
-from flowkernels.models import BUNDLED, ResidualMLP
-from flowkernels.velocity_field import HasTimeEmbedding
+from flowkernels import Schedule, Solver, VelocityField
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.networks import ResidualMLP
+from flowkernels.sampling import capture, loop
+from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 BF16, F64 = torch.bfloat16, torch.float64
-ROLLOUT = sys.modules["flowkernels.rollout"]  # the package's attribute is the function
 
 
 def dense(M=5, seed=0):
@@ -160,13 +160,13 @@ def test_times_and_embeddings_are_those_of_the_model():
 @pytest.fixture
 def updates(monkeypatch):
     """(velocities, whether it writes in place) of every call of `linear_update`."""
-    calls, op = [], ROLLOUT.linear_update
+    calls, op = [], loop.linear_update
 
     def counted(x, v, b, **kwargs):
         calls.append(([t.dtype for t in v], "out" in kwargs))
         return op(x, v, b, **kwargs)
 
-    monkeypatch.setattr(ROLLOUT, "linear_update", counted)
+    monkeypatch.setattr(loop, "linear_update", counted)
     return calls
 
 
@@ -341,7 +341,7 @@ def test_velocities_of_a_fused_head_are_handed_on():
     net, noise = scrambled(Perceptron()), normal(7, 3, 4)
     field = VelocityField(net, sign=-1)
     with torch.no_grad():
-        flows = [ROLLOUT.solve(v, noise, SOLVERS["ab2"], keep=True) for v in (fk.fuse_head(field), field)]
+        flows = [loop.solve(v, noise, SOLVERS["ab2"], keep=True) for v in (fk.fuse_head(field), field)]
         for (x, v, *_), (expected_x, expected_v, *_) in zip(*flows, strict=True):
             torch.testing.assert_close(x, expected_x, **CLOSE)
             torch.testing.assert_close(v, expected_v, **CLOSE)

@@ -21,7 +21,7 @@ from _flows import (
 )
 
 import flowkernels as fk
-from flowkernels.schedule import StepCost
+from flowkernels.calibration.step_cost import StepCost
 
 TOLERANCE = 1e-5  # of every single pair
 

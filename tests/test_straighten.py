@@ -27,7 +27,8 @@ from _flows import (
 from torch import nn
 
 import flowkernels as fk
-from flowkernels.models import BUNDLED, ResidualMLP
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.networks import ResidualMLP
 from flowkernels.schedule import Schedule
 
 QUIET = dict(progress=False)

@@ -6,9 +6,12 @@ from _flows import digits_teacher, normal
 from torch import nn
 
 import flowkernels as fk
-from flowkernels import velocity_field
-from flowkernels.models import BUNDLED, DiT, ResidualMLP, UNet
-from flowkernels.velocity_field import HasTimeEmbedding, VelocityField, has_time_embedding
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.networks import DiT, ResidualMLP, UNet
+from flowkernels.velocity import time_embedding as time_embedding_module
+from flowkernels.velocity.evaluate import has_time_embedding
+from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 NETWORKS = {
     "mlp": (lambda: ResidualMLP(12, width=16, blocks=2, time_width=8), (3, 4)),
@@ -277,7 +280,7 @@ def test_a_network_may_write_to_its_times(n):
 def test_times_are_expanded_to_the_samples_in_parts(monkeypatch, rows):
     net, noise = trained("mlp")
     expected = fk.rollout(net, noise, 7).x
-    monkeypatch.setattr(velocity_field, "ROWS", rows)
+    monkeypatch.setattr(time_embedding_module, "ROWS", rows)
     assert torch.equal(fk.rollout(net, noise, 7).x, expected)
 
 

@@ -14,13 +14,15 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from flowkernels import _tuned, bench, cli, tune
+from flowkernels import bench, tune
 from flowkernels._files import sealed
-from flowkernels.backends import backend
 from flowkernels.bench import Work
-from flowkernels.ops import OPS, _triton, bellman
+from flowkernels.cli import main
+from flowkernels.ops import OPS, _triton, _tuned, bellman
 from flowkernels.ops.bellman.samples import Sample, error_and_bound
 from flowkernels.ops.bellman.triton_kernel import CONFIGS, SEARCH
+from flowkernels.runtime import environment
+from flowkernels.runtime.backends import backend
 from flowkernels.tune import Tuner, candidates
 
 CPU = torch.device("cpu")
@@ -308,7 +310,7 @@ def gpu(monkeypatch, tmp_path):
         **dict(is_initialized=lambda: True, device=lambda device: contextlib.nullcontext(), synchronize=lambda: None),
     ).items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(bench, "provenance", lambda device: source)
+    monkeypatch.setattr(environment, "provenance", lambda device: source)
     for cached in (_tuned.asked, _tuned.of_device):
         cached.cache_clear()
     yield tmp_path / "cache/flowkernels/triton-some-gpu-80gb.json"
@@ -473,7 +475,7 @@ def command(gpu, cases, monkeypatch):
 
 
 def test_the_command_writes_a_table_that_is_used(command, capsys):
-    assert cli.main(["tune", "bellman"]) == 0
+    assert main.main(["tune", "bellman"]) == 0
     out, err = capsys.readouterr()
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert lines["bellman_step"].split()[1:] == ["10", "5", *tune._words(FAST).split()]
@@ -496,19 +498,19 @@ def test_what_is_not_tuned_now_is_kept(command, capsys):
     written(
         command, table(configs=kept | {"bellman_check": CHECK | {"BLOCK": 64}}, times={"euler_step": {"best_us": 1}})
     )
-    assert cli.main(["tune", "bellman"]) == 0
+    assert main.main(["tune", "bellman"]) == 0
     told = json.loads(command.read_text())
     assert told["configs"] == kept | {"bellman_check": CHECK, "bellman_step": FAST}
     assert told["times"].keys() == {"euler_step", "bellman_check", "bellman_step"}
     written(command, table(device="Another GPU", configs=kept))
-    assert cli.main(["tune", "bellman"]) == 0
+    assert main.main(["tune", "bellman"]) == 0
     assert "flowkernels: warning: what is replaced is kept in no part" in capsys.readouterr().err
     assert json.loads(command.read_text())["configs"].keys() == {"bellman_check", "bellman_step"}
 
 
 def test_another_file(command, tmp_path, capsys, monkeypatch):
     path = tmp_path / "mine.json"
-    assert cli.main(["tune", "bellman", "--out", str(path)]) == 0
+    assert main.main(["tune", "bellman", "--out", str(path)]) == 0
     assert capsys.readouterr().out.endswith(f"; FLOWKERNELS_TRITON_CONFIGS={path} makes use of it\n")
     assert not command.exists()
     monkeypatch.setenv(_tuned.VARIABLE, str(path))
@@ -519,7 +521,7 @@ def test_another_file(command, tmp_path, capsys, monkeypatch):
 
 def test_a_wrong_result_fails_the_command(command, launched, capsys):
     launched(FAST, lambda args: args[2].add_(1.0))
-    assert cli.main(["tune", "bellman"]) == 1
+    assert main.main(["tune", "bellman"]) == 1
     out, err = capsys.readouterr()
     assert re.search(r"^bellman_step: 1 WRONG: \d > 0, K=3$", out, re.MULTILINE)
     assert "WRONG: bellman_step with BLOCK_J=16" in err
@@ -534,7 +536,7 @@ def test_ctrl_c_writes_nothing(command, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Tuner, "search", interrupted)
-    assert cli.main(["tune", "bellman"]) == 130
+    assert main.main(["tune", "bellman"]) == 130
     assert command.read_text() == before
     assert list(command.parent.iterdir()) == [command]
     assert _triton._configs is None
@@ -543,12 +545,12 @@ def test_ctrl_c_writes_nothing(command, monkeypatch, capsys):
 def test_time_that_is_over_is_said(command, monkeypatch, capsys):
     now = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
-    assert cli.main(["tune", "bellman", "--minutes", str(8 / 60)]) == 0
+    assert main.main(["tune", "bellman", "--minutes", str(8 / 60)]) == 0
     out = capsys.readouterr().out
     assert "bellman_step: 3 of 4 configurations not tried, 0.133333 minutes being over\n" in out
     assert command.exists()
     command.unlink()
-    assert cli.main(["tune", "bellman", "--minutes", "0.0001"]) == 1
+    assert main.main(["tune", "bellman", "--minutes", "0.0001"]) == 1
     out = capsys.readouterr().out
     assert "bellman_step: stays as it is, the time was over\n" in out
     assert out.endswith("not written, nothing was tuned\n")
@@ -568,7 +570,7 @@ REFUSED = {
 def test_refused_before_any_work(line, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(bench, "cases", None)
-    assert cli.main(line.split()) == 2
+    assert main.main(line.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
     with pytest.raises(ValueError, match=f"^flowkernels: error: {REFUSED[line]}"):
@@ -579,9 +581,9 @@ def test_refused_before_any_work(line, monkeypatch, capsys, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_refused_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert cli.main(["tune"]) == 2
+    assert main.main(["tune"]) == 2
     assert "got 'cuda:0': torch sees no GPU" in capsys.readouterr().err
-    assert cli.main(["tune", "--device", "cpu"]) == 2
+    assert main.main(["tune", "--device", "cpu"]) == 2
     assert "got 'cpu': it is none" in capsys.readouterr().err
 
 

@@ -9,7 +9,8 @@ from _flows import LinearField, linear_field, normal
 from torch import nn
 
 import flowkernels as fk
-from flowkernels.velocity_field import VelocityField, parameter_hash
+from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.identity import parameter_hash
 
 
 def velocity(x, t):

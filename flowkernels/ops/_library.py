@@ -14,7 +14,7 @@ from torch._C._functorch import peek_interpreter_stack as _transforms
 from torch.autograd import _profiler_enabled as _profiling
 from torch.autograd import forward_ad
 
-from flowkernels import _ranges, backends
+from flowkernels.runtime import backends, ranges
 
 with contextlib.suppress(ImportError):
     importlib.import_module("flowkernels._C")  # now, not at the first call: it has to know of forks before they happen
@@ -61,9 +61,9 @@ def register(schema: str, kernel, reference, fake, cuda=None) -> None:
 
     def run(*args):
         choice = backends.choose(name, args[0].device)
-        if not _ranges.asked:
+        if not ranges.asked:
             return on(choice, args)
-        with _ranges.around(name, choice, args):
+        with ranges.around(name, choice, args):
             return on(choice, args)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -189,7 +189,7 @@ def direct_gpu(op: str, t: Tensor):
 def _watched() -> bool:
     if torch.compiler.is_compiling() or _tracing() or _modes() or _profiling() or _is_transformed():
         return True
-    return _ranges.asked
+    return ranges.asked
 
 
 def is_plain(t: Tensor) -> bool:

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkernels import _tuned
-from flowkernels.backends import triton_interpreted
+from flowkernels.ops import _tuned
+from flowkernels.runtime.backends import triton_interpreted
 
 INTERPRETED = triton_interpreted()
 

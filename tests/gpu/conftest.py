@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from flowkernels import backends
+from flowkernels.runtime import backends
 
 
 def pytest_addoption(parser):

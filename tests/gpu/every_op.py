@@ -15,8 +15,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import _gpu_checks  # noqa: E402
 import torch  # noqa: E402
 
-from flowkernels import backends  # noqa: E402
 from flowkernels.ops import OPS  # noqa: E402
+from flowkernels.runtime import backends  # noqa: E402
 
 
 def main() -> None:

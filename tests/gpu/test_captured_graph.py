@@ -10,10 +10,11 @@ from _flows import linear_field, normal
 from torch import nn
 
 import flowkernels as fk
-from flowkernels import capture
-from flowkernels.models import BUNDLED, DiT, UNet
-from flowkernels.rollout import euler, initial_state
-from flowkernels.velocity_field import VelocityField
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.networks import DiT, UNet
+from flowkernels.sampling import capture
+from flowkernels.sampling.loop import euler, initial_state
+from flowkernels.velocity.field import VelocityField
 
 
 def scrambled(net):

@@ -5,15 +5,16 @@ import json
 import pytest
 import torch
 
-from flowkernels import _tuned, backends, cli
-from flowkernels.ops import _triton, euler_step
+from flowkernels.cli import main
+from flowkernels.ops import _triton, _tuned, euler_step
 from flowkernels.ops.euler_step.triton_kernel import CONFIGS, SEARCH
+from flowkernels.runtime import backends
 
 
 @pytest.mark.parametrize("on", ["triton"])
 def test_a_few_seconds(on, gpu, tmp_path, monkeypatch, capsys):
     path = tmp_path / "table.json"
-    assert cli.main(["tune", "euler_step", "--minutes", "0.25", "--out", str(path)]) == 0, capsys.readouterr().err
+    assert main.main(["tune", "euler_step", "--minutes", "0.25", "--out", str(path)]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "WRONG" not in out
     table = json.loads(path.read_text())

@@ -11,8 +11,6 @@ import threading
 import pytest
 import torch
 
-from flowkernels import backends
-from flowkernels.backends import BACKENDS, BackendError, backend, choose, explain, why_not
 from flowkernels.ops import (
     OPS,
     bellman,
@@ -27,6 +25,8 @@ from flowkernels.ops import (
     velocity_gram,
 )
 from flowkernels.ops.mlp_sample import Layer, Source
+from flowkernels.runtime import backends
+from flowkernels.runtime.backends import BACKENDS, BackendError, backend, choose, explain, why_not
 
 CACHES = (backends.extension, backends._load, backends._decide, backends._from_environment, backends.triton_error)
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowkernels.backends import BACKENDS, backend, cuda_module
 from flowkernels.ops import bellman, bellman_pairs
 from flowkernels.ops._samples import generator
+from flowkernels.runtime.backends import BACKENDS, backend, cuda_module
 
 F64 = torch.float64
 EVERY = pytest.mark.parametrize("name", BACKENDS)

@@ -7,12 +7,13 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels._checks import _uniform
-from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import OPS, euler_step, linear_euler, linear_update, segment_points, straighten_loss
 from flowkernels.ops._library import NUMBERS
 from flowkernels.ops._samples import generator
+from flowkernels.runtime.backends import BACKENDS, backend
 from flowkernels.schedule import Schedule
-from flowkernels.velocity_field import HasTimeEmbedding, VelocityField
+from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 from test_contract import CASES, DIFFERENTIABLE, with_gradient  # isort: skip
 

@@ -11,9 +11,9 @@ import torch
 from _contract import identical, op_args, tensors
 
 from flowkernels import ops
-from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import OPS
 from flowkernels.ops._samples import arrange, closeness
+from flowkernels.runtime.backends import BACKENDS, backend
 
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
 FUNCTIONS = {op: getattr(ops, op) for op in OPS}

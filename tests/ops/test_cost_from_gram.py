@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import cost_from_gram, velocity_gram
 from flowkernels.ops._samples import generator
 from flowkernels.ops.cost_from_gram.samples import weights
+from flowkernels.runtime.backends import BACKENDS, backend
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -10,7 +10,6 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import (
     OPS,
     bellman,
@@ -25,6 +24,7 @@ from flowkernels.ops import (
 )
 from flowkernels.ops._samples import generator
 from flowkernels.ops.mlp_sample import Layer, Source
+from flowkernels.runtime.backends import BACKENDS, backend
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 

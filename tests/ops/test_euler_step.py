@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import euler_step
 from flowkernels.ops._samples import generator
 from flowkernels.ops.euler_step.samples import arrange, error_and_bound, sample_inputs
 from flowkernels.ops.velocity_gram.samples import Sample
+from flowkernels.runtime.backends import BACKENDS, backend
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (F64, F64)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flowkernels
-from flowkernels import backends, ops
+from flowkernels import ops
 from flowkernels.ops import (
     bellman,
     bellman_pairs,
@@ -25,6 +25,7 @@ from flowkernels.ops import (
     velocity_gram,
 )
 from flowkernels.ops.mlp_sample import Layer, Source
+from flowkernels.runtime import backends
 
 NAMES = ("baseline", "avx2", "avx512", "amx")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

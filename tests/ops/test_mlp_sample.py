@@ -8,8 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowkernels import backends
-from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import mlp_sample
 from flowkernels.ops._samples import Sample, generator
 from flowkernels.ops.mlp_sample import (
@@ -28,6 +26,8 @@ from flowkernels.ops.mlp_sample import (
     reference,
 )
 from flowkernels.ops.mlp_sample.samples import Network, dense, error_and_bound, last_few, sample_inputs, scattered
+from flowkernels.runtime import backends
+from flowkernels.runtime.backends import BACKENDS, backend
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 NAN, INF = math.nan, math.inf

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import segment_points
 from flowkernels.ops._samples import Sample, arrange, generator
 from flowkernels.ops.segment_points.samples import error_and_bound, places
+from flowkernels.runtime.backends import BACKENDS, backend
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SHAPES = st.tuples(st.integers(2, 5), st.integers(1, 4), st.integers(0, 70))

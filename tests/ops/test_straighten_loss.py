@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import segment_points, straighten_loss
 from flowkernels.ops._samples import Sample, arrange, generator
 from flowkernels.ops.segment_points.samples import places
 from flowkernels.ops.straighten_loss import StraightenLoss, reference
 from flowkernels.ops.straighten_loss.samples import error_and_bound, gradient_error_and_bound, sample_inputs
+from flowkernels.runtime.backends import BACKENDS, backend
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SHAPES = st.tuples(st.integers(2, 5), st.integers(1, 4), st.sampled_from([1, 2, 16, 64, 128]))

@@ -10,9 +10,9 @@ import torch
 from _contract import identical, tensors
 
 from flowkernels import ops
-from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import OPS
 from flowkernels.ops._samples import generator
+from flowkernels.runtime.backends import BACKENDS, backend
 
 F64 = torch.float64
 EVERY = pytest.mark.parametrize("op", OPS)

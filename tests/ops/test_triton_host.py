@@ -8,8 +8,8 @@ from _contract import op_args
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from flowkernels import backends
 from flowkernels.ops import OPS, _triton
+from flowkernels.runtime import backends
 
 aten = torch.ops.aten
 WAITING = {"bellman", "bellman_pairs"}  # for their flag, as their docstrings say

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.backends import BACKENDS, backend
 from flowkernels.ops import cost_from_gram, velocity_gram
 from flowkernels.ops._samples import generator
 from flowkernels.ops.velocity_gram import triton_kernel
 from flowkernels.ops.velocity_gram.samples import Sample, arrange, error_and_bound, sample_inputs, truth_and_allowed
+from flowkernels.runtime.backends import BACKENDS, backend
 
 SHAPES = st.tuples(st.integers(1, 14), st.integers(1, 5), st.integers(1, 40))
 SEEDS = st.integers(0, 2**32 - 1)

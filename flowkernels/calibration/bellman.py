@@ -1,0 +1,57 @@
+"""`bellman`: the schedules of least cost, by dynamic programming."""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from flowkernels import ops
+from flowkernels._checks import FLOATS, expect, expect_real, expect_times, expect_values
+from flowkernels.schedule import Schedule, expect_steps, uniform_indices
+
+
+def bellman(
+    cost: Tensor,
+    times: int | Sequence[float] | Tensor,
+    steps: int | Iterable[int] = range(1, 11),
+    *,
+    gamma: float = 1.0,
+) -> dict[int, Schedule]:
+    """The schedule of least total cost for each number of steps N, all from one table.
+
+    Args:
+        cost: float64 `[K+1, K+1]` from `step_cost`; Inf above the diagonal forbids a step. The tables are made on its
+            device, and what the schedules need of them is copied to the CPU.
+        times: the K+1 knots.
+        steps: the numbers of steps wanted, each 1..K.
+        gamma: what every step weighs more than the one before it: the cost of a schedule is the sum of
+            `gamma^i c_i` over its steps i = 0..N-1 (GITS, arXiv 2405.11326).
+
+    Returns:
+        {N: Schedule}. Ties go to the smaller knot. No schedule costs more than the uniform one on the same grid.
+
+    Raises:
+        ValueError: also if no path of N allowed steps exists.
+    """
+    t = expect_times(times, "times")
+    expect_values(cost, "cost", FLOATS)
+    expect(tuple(cost.shape) == (len(t), len(t)), "cost", f"shape [{len(t)}, {len(t)}], one row a knot", cost)
+    wanted = expect_steps(steps, len(t) - 1)
+    gamma = expect_real(gamma, "gamma", "a positive, finite number", lambda a: a > 0 and 1 / a < math.inf)
+    value, parent = (table.cpu() for table in ops.bellman(cost.double(), max(wanted), 1 / gamma))
+    even = {n: uniform_indices(t, n) for n in wanted}
+    j, k = zip(*(step for n in wanted for step in itertools.pairwise(even[n])), strict=True)
+    uniform_costs = iter(cost[list(j), list(k)].tolist())  # one copy for all of them
+    schedules = {}
+    for n in wanted:
+        expect(bool(value[n, -1] < torch.inf), "cost", f"a path of {n} steps of finite cost", "none")
+        path = [len(t) - 1]
+        for s in range(n, 0, -1):
+            path.append(int(parent[s, path[-1]]))
+        indices = tuple(reversed(path))
+        uniform_cost = sum(gamma**i * c for i, c in enumerate(itertools.islice(uniform_costs, n)))
+        least = value[n, -1].item() * gamma ** (n - 1)  # the recursion's last step weighs 1
+        schedules[n] = Schedule(t[list(indices)], t, indices, least, uniform_cost)
+    return schedules

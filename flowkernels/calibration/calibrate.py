@@ -1,0 +1,298 @@
+"""Calibrate: roll out, step costs and schedules in one streamed call, and the file that keeps them."""
+
+import contextlib
+import numbers
+import platform
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flowkernels._casts import no_grad
+from flowkernels._checks import (
+    expect,
+    expect_bool,
+    expect_finite_flow,
+    expect_noise,
+    expect_positive_int,
+    expect_real,
+    expect_room,
+    expect_seed,
+    expect_times,
+)
+from flowkernels._files import plain
+from flowkernels._guidance import guided
+from flowkernels._version import __version__
+from flowkernels._warnings import held_warnings, warn
+from flowkernels.calibration.bellman import bellman
+from flowkernels.calibration.calibration import Calibration, _hashes_of_plans
+from flowkernels.calibration.sample_costs import GROUPS, SampleCosts
+from flowkernels.calibration.step_cost import StepCost
+from flowkernels.fusion.sampler import FusedSampler
+from flowkernels.ops._library import fresh
+from flowkernels.sampling.loop import euler, initial_state
+from flowkernels.sampling.rollout import Trajectory
+from flowkernels.sampling.sample import sample
+from flowkernels.schedule import expect_steps
+from flowkernels.velocity.evaluate import TRAINING, expect_velocity, velocity_rows, warn_if_training
+from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.identity import attributes_of, hash_of, identity
+
+CHUNK_BYTES = 256 << 20  # velocities of one chunk of samples
+KEEP_BYTES = 512 << 20  # states and velocities that stay
+
+
+@no_grad
+def calibrate(
+    velocity,
+    noise: Tensor,
+    grid: int | Sequence[float] | Tensor = 100,
+    steps: int | Iterable[int] = range(1, 11),
+    *,
+    until: float | None = None,
+    verify: Tensor | None = None,
+    fit: bool = False,
+    keep: int = KEEP_BYTES,
+    chunk: int | None = None,
+    progress: bool = True,
+    seed: int | None = None,
+) -> Calibration:
+    """The schedule of least cost for each number of steps: roll out, step costs and Bellman, streamed in chunks.
+
+    Args:
+        velocity: callable `velocity(x, t)` with x `[n, *shape]`, t `[n]`, a `VelocityField` or a `FusedSampler`; the
+            teacher.
+        noise: `[n, *shape]`, as many samples as wanted; a few hundred settle most schedules.
+        grid: K for K uniform fine steps, or K+1 increasing times from 0 to 1. Costs K evaluations a sample.
+        steps: the numbers of steps N wanted, each 1..K.
+        until: a share, such as 0.02: stop as soon as no chosen schedule costs more than that above the least cost in
+            95 % of bootstrap resamples of the samples so far, looked at from 32 samples on whenever they are half as
+            many again; `noise` is then the most that is used. None uses all of it, which a fit may want: schedules
+            settle first.
+        verify: other noise, `[m, *shape]`: the endpoint errors to the teacher on it are `verified`, and a warning names
+            the numbers of steps for which something is worse than uniform steps. K evaluations of each of its samples,
+            and 2N for every N, 3N with `fit`. Conditioning with one row a sample gives it the first m rows.
+        fit: fit a solver for each N (`fit_solver`), which needs kept samples; they are `solvers`.
+        keep: bytes of the teacher's trajectory, states and velocities of the first samples, that stay in memory as
+            `kept`, for objectives and fits that need them; 0 keeps none.
+        chunk: samples rolled out at once; None chooses so that their velocities take at most 256 MiB.
+        progress: show a progress bar.
+        seed: the seed that `noise` was made with, for the provenance.
+
+    Returns:
+        Calibration. No schedule costs more than the uniform one on the same grid; `best(N)` is what to use.
+
+    Raises:
+        TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
+    """
+    expect_velocity(velocity)
+    times = expect_times(grid, "grid")
+    expect_noise(noise)
+    K, n = len(times) - 1, len(noise)
+    wanted = expect_steps(steps, K)
+    if chunk is None:
+        chunk = max(1, min(n, CHUNK_BYTES // (K * noise[0].numel() * 4)))
+    expect_positive_int(chunk, "chunk")
+    expect_room(32 * K**2, "grid", "step costs", f"{K} steps")
+    integer = isinstance(keep, numbers.Integral) and not isinstance(keep, bool)
+    expect(integer, "keep", "a number of bytes", keep, TypeError)
+    expect(keep >= 0, "keep", "at least 0", keep)
+    if until is not None:
+        until = expect_real(until, "until", "a positive share, such as 0.02", lambda a: a > 0)
+    fit, progress = expect_bool(fit, "fit"), expect_bool(progress, "progress")
+    seed = None if seed is None else expect_seed(seed)
+    if verify is not None:
+        _expect_other_noise(verify, noise)
+    given, fused = velocity, velocity.on(times) if isinstance(velocity, FusedSampler) else None
+    velocity = velocity if fused is None else fused.velocity
+    warn_if_training(velocity)
+
+    provenance = _provenance(velocity, noise, K, seed)
+    teacher = _Teacher(velocity, fused, noise, times, keep)
+    enough = teacher.most > 1 or not fit
+    expect(enough, "keep" if n > 1 else "noise", "two samples whose trajectories are kept, with fit", f"{teacher.most}")
+    costs = StepCost(times, device=noise.device)
+    samples = SampleCosts(times, max(1, 2 * n // GROUPS) if until is None else 1)
+    looks = [] if until is None else _looks(n)
+    parts = list(_parts(n, chunk, [teacher.most, *looks]))
+    with tqdm(total=len(parts) * K, desc="calibrate", disable=not progress, leave=False, unit="eval") as bar:
+        for start, stop in parts:
+            v = teacher.velocities(start, stop, bar)
+            costs.update(v)
+            samples.update(v)
+            if stop in looks:
+                stable = max(samples.regrets(bellman(costs.cost(), times, wanted)).values()) <= until
+                if stable:
+                    break
+    cost = costs.cost()
+    provenance |= {"velocity_dtype": str(v.dtype)}
+    if attributes_of(velocity)[0] != provenance["attributes_sha256"]:
+        provenance["attributes_sha256"] = None  # it counts its calls, say, or keeps what it has computed
+    if fused is not None:
+        provenance["sampler_weights"] = str(fused.weights)
+    if until is not None:
+        reason = "schedules stable" if stable else "all samples used"
+        provenance |= {"n": stop, "n_given": n, "until": until, "stopped": reason}
+    cal = Calibration(
+        *(times, cost.cpu(), samples.with_intervals(bellman(cost, times, wanted))),
+        *(provenance, (costs.gram / costs.count).cpu()),
+        **dict(kept=teacher.kept(stop), sample_costs=samples),
+    )
+    if fit:
+        from flowkernels.calibration.fit import fit_solver
+
+        cal._found["made_with"] = velocity  # for certain, whether it has a hash or not
+        with _warnings_once():
+            cal.solvers.update({N: fit_solver(given, cal, N, chunk=chunk) for N in wanted})
+        del cal._found["made_with"]
+    if verify is not None:
+        with _warnings_once():
+            _verify(cal, given, verify, wanted, chunk, n)
+    return cal
+
+
+def _looks(n: int) -> list[int]:
+    """Numbers of samples after which to look whether the schedules are stable: 32, half as many again, .., all n."""
+    found = [32]
+    while found[-1] < n:
+        found.append(found[-1] * 3 // 2)
+    return [*found[:-1], n]
+
+
+def _expect_other_noise(verify: Tensor, noise: Tensor) -> None:
+    expect_noise(verify, "verify")
+    same = verify.shape[1:] == noise.shape[1:] and verify.device == noise.device
+    expect(same, "verify", f"noise of shape [m, {', '.join(map(str, noise.shape[1:]))}] on {noise.device}", verify)
+    m = min(len(verify), len(noise))
+    other = not torch.equal(verify[:m].to(noise.dtype), noise[:m])
+    expect(other, "verify", "other noise than the calibration's", "the same values")
+
+
+def _verify(cal: Calibration, velocity, noise: Tensor, steps: list[int], chunk: int, n: int) -> None:
+    """Endpoint errors on other noise than the calibration's, and a warning where one is worse than uniform steps'."""
+    total = {N: {} for N in steps}
+    for start in range(0, len(noise), chunk):
+        rows = slice(start, min(start + chunk, len(noise)))
+        part = velocity.rows(rows, n) if isinstance(velocity, FusedSampler) else velocity_rows(velocity, rows, n)
+        x1 = sample(part, noise[rows], cal.times)
+        for N in steps:
+            tried = {"uniform": N, "bellman": cal[N]} | ({"fitted": cal.solvers[N]} if N in cal.solvers else {})
+            for name, schedule in tried.items():
+                error = (sample(part, noise[rows], schedule) - x1).double().square().sum().item()
+                total[N][name] = total[N].get(name, 0.0) + error / len(noise)
+    cal.verified.update(total)
+    cal.verified_as.update({N: _hashes_of_plans(cal[N], cal.solvers.get(N)) for N in steps})
+    rounding = 1e-12 * noise.double().square().flatten(1).sum(1).mean().item()
+
+    def worse_than_uniform(name):
+        return [N for N in steps if total[N].get(name, 0) > total[N]["uniform"] + rounding]
+
+    worse = {name: worse_than_uniform(name) for name in ("bellman", "fitted")}
+    said = [
+        f"the {what} has a larger error than uniform steps for N = {', '.join(map(str, worse[name]))}"
+        for name, what in (("bellman", "Bellman schedule"), ("fitted", "fitted solver"))
+        if worse[name]
+    ]
+    if said:
+        text = f"verify: on this noise {' and '.join(said)}; use cal.best(N), which is the best of them for every N"
+        warn(text, stacklevel=2)
+
+
+@contextlib.contextmanager
+def _warnings_once() -> Iterator[None]:
+    """Warnings of a block of `calibrate` once each, as its caller's; of the network's training mode
+    not again."""
+    with held_warnings() as held:
+        yield
+    for text in held:
+        if not text.startswith(TRAINING):
+            warnings.warn(text, UserWarning, stacklevel=5)
+
+
+def _parts(n: int, chunk: int, cuts: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the parts of n samples, of `chunk` at most, none across a cut."""
+    start = 0
+    while start < n:
+        stop = min(start + chunk, n, *(cut for cut in cuts if cut > start))
+        yield start, stop
+        start = stop
+
+
+class _Teacher:
+    """Rolls a teacher out on its grid, some samples at a time, and keeps the trajectories of the first `most`."""
+
+    def __init__(self, velocity, fused: FusedSampler | None, noise: Tensor, times: Tensor, keep: int):
+        self.velocity, self.fused, self.noise, self.times = velocity, fused, noise, times
+        state = initial_state(noise[:1])
+        self.most = min(len(noise), keep // (state.nbytes * (2 * len(times) - 1)))
+        self.x = self._new(len(times), self.most, state) if self.most else None
+        self.v = self.scratch = None
+
+    def velocities(self, start: int, stop: int, bar) -> Tensor:
+        """Those of the samples from start to stop, all kept or none: `[K, stop - start, *shape]`, good until the next
+        call."""
+        rows, n, K = slice(start, stop), len(self.noise), len(self.times) - 1
+        keep = stop <= self.most
+        if self.fused is not None:
+            x, states, v = self.fused.rows(rows, n).run(self.noise[rows], states=keep, velocities=True, first=start)
+            expect_finite_flow(x, v, self.times, first=start)  # not looked at by the kernel on a GPU
+            bar.update(K)
+            if keep and stop - start == self.most:
+                self.x, self.v = states, v
+            elif keep:
+                self.x[:, rows] = states
+                self._kept(rows, v[0]).copy_(v)
+            return v
+        out = self.x[:, rows] if keep else None
+        flow = euler(velocity_rows(self.velocity, rows, n), initial_state(self.noise[rows]), self.times, out)
+        for i, (x, v, v_uncond, w) in enumerate(flow):
+            v = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
+            if i == 0:
+                found = self._kept(rows, v) if keep else self._scratch(v)
+            found[i] = v
+            bar.update()
+        expect_finite_flow(x, found, self.times, first=start)
+        return found
+
+    def kept(self, n: int) -> Trajectory | None:
+        """Of the first n samples, those that have been rolled out."""
+        if n < self.most:  # without the memory of the others
+            self.x, self.v = self.x[:, :n].clone(), self.v[:, :n].clone()
+        return Trajectory(self.times, self.x, self.v) if self.most else None
+
+    def _new(self, length: int, n: int, like: Tensor) -> Tensor:
+        return fresh(torch.empty(length, n, *like.shape[1:], dtype=like.dtype, device=like.device))
+
+    def _kept(self, rows: slice, like: Tensor) -> Tensor:
+        if self.v is None:
+            self.v = self._new(len(self.times) - 1, self.most, like)
+        return self.v[:, rows]
+
+    def _scratch(self, like: Tensor) -> Tensor:
+        if self.scratch is None or self.scratch.shape[1] < len(like):
+            self.scratch = self._new(len(self.times) - 1, len(like), like)
+        return self.scratch[:, : len(like)]
+
+
+def _provenance(velocity, noise: Tensor, K: int, seed: int | None) -> dict:
+    """What is known before the first evaluation, ready for JSON."""
+    known = identity(velocity).provenance()
+    of_noise = hash_of(noise, "noise", unknown := known.pop("unknown", {}))
+    return plain(
+        {
+            "K": K,
+            "n": len(noise),
+            "seed": None if seed is None else expect_seed(seed),
+            "shape": list(noise.shape[1:]),
+            "state_dtype": str(initial_state(noise[:0]).dtype),
+            "device": noise.device.type,
+            "guidance": velocity.guidance if isinstance(velocity, VelocityField) else 1.0,
+            "convention": velocity.convention() if isinstance(velocity, VelocityField) else None,
+            **known,
+            "noise_sha256": of_noise,
+            **({"unknown": unknown} if unknown else {}),
+            "versions": {"flowkernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+    )

@@ -1,0 +1,296 @@
+"""Solvers fitted to a teacher: in closed form from one pass of evaluations, and polished on the endpoint error."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flowkernels import ops
+from flowkernels._casts import no_grad
+from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_positive_int, expect_real
+from flowkernels._guidance import guided
+from flowkernels._warnings import warn
+from flowkernels.calibration.bellman import bellman
+from flowkernels.calibration.calibration import Calibration
+from flowkernels.fusion.sampler import FusedSampler
+from flowkernels.sampling.rollout import rollout
+from flowkernels.schedule import Schedule
+from flowkernels.solver import Solver, polynomial_weights
+from flowkernels.velocity.evaluate import evaluate, expect_velocity, velocity_rows, warn_if_training
+from flowkernels.velocity.field import float64_device
+from flowkernels.velocity.identity import warn_if_another
+
+RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums of the Gram matrix are good for
+EULER, ADAMS, FITTED = "euler", "adams-bashforth 2", "fitted"
+
+
+@no_grad
+def fit_solver(
+    velocity,
+    calibration: Calibration,
+    steps: int,
+    *,
+    schedule: Schedule | Sequence[Schedule] | None = None,
+    noise: Tensor | None = None,
+    held_out: float = 0.25,
+    order: int | None = None,
+    ridge: float | None = None,
+    inverse: bool = False,
+    chunk: int | None = None,
+) -> Solver:
+    """The multistep solver whose states are, by least squares, the teacher's at the knots. No training.
+
+    One pass of N evaluations: at every step the student's own velocities so far are fitted to the teacher's state at
+    the next knot, and with these coefficients the samples go on. A part of them is held out. At each step it decides
+    how many past velocities take part and how far the coefficients may leave those of Adams-Bashforth (the ridge); in
+    the end it decides between the fit, Adams-Bashforth 2 and Euler on the same knots.
+
+    Args:
+        velocity: the teacher that the calibration was made with.
+        calibration: from `calibrate`, with the teacher's trajectories that it keeps.
+        steps: N.
+        schedule: the knots, a Schedule on the calibration's grid; None takes the calibration's own for N. Of several,
+            such as `[cal.plan(N, o, velocity=velocity)[N] for o in ("squared", "norm", "endpoint")]`, a fit is made on
+            each, and the one with the least error on the held-out samples is returned.
+        noise: `[n, *shape]`, to roll the teacher out anew, which takes K more evaluations: for a calibration from a
+            file, which keeps no trajectories.
+        held_out: the part of the samples that decides and is not fitted.
+        order: the most past velocities of a step; None tries up to all of them.
+        ridge: how the departure from Adams-Bashforth is weighed, relative to the velocities' own size; None tries
+            1e-7 to 1 and Adams-Bashforth itself.
+        inverse: a solver from data to noise, fitted to the teacher's states in turn.
+        chunk: samples evaluated at once; None evaluates all.
+
+    Returns:
+        Solver, of the best of the three methods on the held-out samples. Its notes: "held_out", the endpoint error of
+        each (mean squared L2 distance to the teacher's endpoint), "samples" fitted and held out, "orders" and "ridges"
+        of the steps, and "evaluations", how many were made for each sample on average.
+
+    Raises:
+        TypeError, ValueError: naming the argument. A UserWarning says where the fit is not the best and what is
+        returned instead.
+
+    Cost: N - 1 evaluations a sample, and 2 (N - 1) of each held-out sample; at an inverse solver N and 2 N. As many for
+    each schedule. The first velocities are the calibration's where weights, attributes and conditioning are for certain
+    those that it was made with (their hashes take about as long as reading them); else, as for a plain function, they
+    are evaluated, once. Memory: N + 2 states of all samples.
+
+    Source: docs/mathematics.md. The Gram matrix of velocity increments gives the normal equations of every step.
+    """
+    several = isinstance(schedule, Sequence) and not isinstance(schedule, (str, bytes))
+    expect(not several or len(schedule) > 0, "schedule", "at least one schedule", schedule)
+    plans = [_knots(calibration, steps, s) for s in (schedule if several else [schedule])]
+    held_out = expect_real(held_out, "held_out", "a part between 0 and 1", lambda a: 0 < a < 1)
+    order = steps if order is None else min(expect_positive_int(order, "order"), steps)
+    if ridge is not None:
+        ridge = expect_real(ridge, "ridge", "a finite number of at least 0", lambda a: a >= 0)
+    ridges = (*RIDGES, math.inf) if ridge is None else (max(ridge, RIDGES[0]),)
+    inverse = expect_bool(inverse, "inverse")
+    data = _Teacher.of(velocity, calibration, noise, chunk, held_out)
+    found = [_fit(data, plan, order, ridges, inverse) for plan in plans]
+    solver = min(found, key=lambda s: s.notes["held_out"][s.name])
+    errors = solver.notes["held_out"]
+    if solver.name != FITTED:
+        warn(
+            f"fit_solver: the fit for N = {steps} is not better than {solver.name} on the {data.n - data.fitted} "
+            f"held-out samples (endpoint error {errors[FITTED]:.4g}, {errors[solver.name]:.4g}); returning "
+            f"{solver.name}",
+            stacklevel=3,
+        )
+    samples = [data.fitted, data.n - data.fitted]
+    return replace(solver, notes=solver.notes | {"samples": samples, "evaluations": data.evaluations / data.n})
+
+
+def _fit(data: "_Teacher", plan: Schedule, order: int, ridges: tuple[float, ...], inverse: bool) -> Solver:
+    """The best of the three methods on these knots."""
+    n, fitted = data.n, data.fitted
+    indices, knots = plan.indices, plan.times
+    if inverse:
+        indices, knots = indices[::-1], knots.flip(0)
+    goals = [data.state(i) for i in indices]
+    x, N, h = goals[0], plan.steps, knots.diff().tolist()
+    # increments of these rows: the first velocity, what velocities change by, and what Euler leaves to be explained
+    rows = x.new_zeros(N + 2, *x.shape)
+    coefficients, chosen = torch.zeros(N, N, dtype=torch.float64, device="cpu"), []
+    for k in range(N):
+        known = k == 0 and not inverse  # the teacher begins with it
+        rows[k + 1] = data.velocity_at_start() if known else data.velocity(x, knots[k].item())
+        expect_finite_flow(rows[k + 1], [rows[k + 1]], knots[k:])
+        torch.sub(goals[k + 1], x, out=rows[k + 2]).div_(h[k])
+        grams = [ops.velocity_gram(rows[: k + 3, part]).cpu() for part in (slice(fitted), slice(fitted, n))]
+        tried = [(*_step(grams, knots[: k + 2], p, r), p, r) for p in range(1, min(order, k + 1) + 1) for r in ridges]
+        _, weights, p, r = min(tried, key=lambda found: found[0])
+        chosen.append((p, None if r == math.inf else r))
+        coefficients[k] = coefficients[k - 1] if k else 0
+        coefficients[k, k - p + 1 : k + 1] += h[k] * weights
+        x = ops.linear_update(goals[0], list(rows[1 : k + 2]), coefficients[k, : k + 1].tolist())
+
+    solvers = {
+        EULER: Solver.euler(plan, inverse=inverse),
+        ADAMS: Solver.adams_bashforth(plan, 2, inverse=inverse),
+        FITTED: Solver(knots, knots[:-1], coefficients, FITTED),
+    }
+    errors, past = {FITTED: _distance(x[fitted:], goals[-1][fitted:])}, () if inverse else (data.first[fitted:],)
+    for name in (EULER, ADAMS):
+        _, ends = data.run(solvers[name], goals[0][fitted:], past, fitted)
+        errors[name] = _distance(ends, goals[-1][fitted:])
+    rounding = 1e-12 * _distance(goals[-1], 0)
+    best = min((FITTED, ADAMS, EULER), key=lambda name: errors[name] + (name != FITTED) * rounding)
+    orders, found_ridges = zip(*chosen, strict=True)
+    notes = {"held_out": errors, "orders": list(orders), "ridges": list(found_ridges)}
+    return replace(solvers[best], notes=notes)
+
+
+def _step(grams: list[Tensor], knots: Tensor, p: int, ridge: float) -> tuple[float, Tensor]:
+    """(held-out squared error, weights [p] of the last p velocities) of the step to the last of the knots.
+
+    grams: of the increments v_0, v_1 - v_0, ..., v_k - v_{k-1}, r - v_k, with r the velocity that would reach the
+    teacher's state; of the samples that are fitted and of those held out.
+
+    The unknowns are the departures from Adams-Bashforth of order min(p, 3) of the factors of v_k, v_k - v_{k-1}, ...:
+    differences keep what velocities that nearly agree would cancel, and the ridge is relative to the size of each.
+    """
+    k = len(knots) - 2
+    q = min(p, 3)
+    adams = torch.zeros(p, dtype=torch.float64, device="cpu")
+    adams[p - q :] = polynomial_weights(knots[k - q + 1 : k + 1], knots[k], knots[k + 1]) / (knots[k + 1] - knots[k])
+    # rows of `basis` in increments: v_k, then v_m - v_{m-1} for m = k-p+2..k, then what Adams-Bashforth leaves
+    basis = torch.zeros(p + 1, k + 2, dtype=torch.float64, device="cpu")
+    basis[0, : k + 1] = 1
+    basis[1:p, k - p + 2 : k + 1] = torch.eye(p - 1, dtype=torch.float64, device="cpu")
+    basis[p, k + 1] = 1
+    basis[p, k - p + 2 : k + 1] = adams[:-1].cumsum(0)
+    (S, s, _), (held_S, held_s, rest) = ((t[:p, :p], t[:p, p], t[p, p]) for t in (basis @ g @ basis.T for g in grams))
+    change = torch.zeros(p, dtype=torch.float64, device="cpu")
+    if ridge < math.inf:
+        size = S.diagonal().sqrt()
+        size = torch.where(size > 0, size, 1.0)  # no velocity, nothing to fit: it stays Adams-Bashforth
+        S, eye = S / size / size[:, None], torch.eye(p, dtype=torch.float64, device="cpu")
+        change = torch.linalg.solve(S + ridge * eye, s / size) / size
+    error = rest - 2 * change @ held_s + change @ held_S @ change
+    weights = adams.clone()
+    weights[-1] += change[0]
+    weights[1:] += change[1:]
+    weights[:-1] -= change[1:]
+    return error.item(), weights
+
+
+def _distance(x: Tensor, goal: Tensor) -> float:
+    """The mean over samples of the squared L2 distance."""
+    return (x - goal).double().square().flatten(1).sum(1).mean().item()
+
+
+def _knots(calibration: Calibration, steps: int, schedule: Schedule | None) -> Schedule:
+    """The knots that are asked for, on the calibration's grid."""
+    expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
+    K = len(calibration.times) - 1
+    expect_positive_int(steps, "steps")
+    expect(steps <= K, "steps", f"at most K = {K}, the steps of the grid", steps)
+    if schedule is None:
+        known = steps in calibration
+        return calibration[steps] if known else bellman(calibration.cost, calibration.times, steps)[steps]
+    expect(isinstance(schedule, Schedule), "schedule", "a Schedule", schedule, TypeError)
+    expect(schedule.steps == steps, "schedule", f"a schedule of {steps} steps", schedule)
+    indices = tuple(int((calibration.times - t).abs().argmin()) for t in schedule.times)
+    times = calibration.times[list(indices)]
+    on_grid = torch.allclose(times, schedule.times, rtol=0, atol=1e-9) and len(set(indices)) == len(indices)
+    expect(on_grid, "schedule", "knots on the calibration's grid", schedule)
+    return Schedule(times, calibration.times, indices)
+
+
+@dataclass
+class _Teacher:
+    """The teacher's states and velocity, the samples that are held out last, and a count of evaluations.
+
+    x: its states, `[K+1, ., *shape]`. order: the places of the n samples in them; one in every so many is held out, of
+    the first samples as of all, so that a polish holds out what a fit did. fitted: how many are not. first: the
+    velocities at the first states, once they are known. total: the samples that per-sample conditioning is of.
+    """
+
+    network: object
+    x: Tensor
+    order: Tensor
+    fitted: int
+    first: Tensor | None
+    chunk: int | None
+    total: int
+    evaluations: int = 0
+
+    @classmethod
+    def of(cls, velocity, calibration, noise, chunk: int | None, held_out: float, most: int | None = None):
+        expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
+        velocity = velocity.velocity if isinstance(velocity, FusedSampler) else velocity
+        expect_velocity(velocity)
+        if chunk is not None:
+            expect_positive_int(chunk, "chunk")
+        warn_if_training(velocity, stacklevel=5)
+        known, kept, evaluations = calibration.provenance, calibration.kept, 0
+        if noise is None:
+            wanted = "one that keeps trajectories (noise= rolls the teacher out anew)"
+            expect(kept is not None, "calibration", wanted, "one that keeps none")
+            n, total = kept.x.shape[1], known.get("n_given", known.get("n", kept.x.shape[1]))
+        else:
+            shape = known.get("shape", list(expect_noise(noise).shape[1:]))
+            expect(list(noise.shape[1:]) == shape, "noise", f"samples of the calibration's shape {shape}", noise)
+            n = total = len(noise)
+        n = min(n, most or n)
+        expect(n >= 2, "calibration" if noise is None else "noise", "2 samples or more", f"{n}")
+        proven = calibration._found.get("made_with") is velocity  # while `calibrate` itself runs
+        proven = proven or warn_if_another(velocity, known, stacklevel=5)
+        proven = noise is not None or (proven and known.get("sampler_weights") in (None, "torch.float32"))
+        if noise is not None:
+            kept = rollout(velocity_rows(velocity, slice(n), total), noise[:n], calibration.times)
+            evaluations = n * (len(calibration.times) - 1)
+        held = [int((i + 1) * held_out) > int(i * held_out) for i in range(n)]
+        held[-1] |= not any(held)
+        held[0] &= not all(held)
+        order = torch.tensor(sorted(range(n), key=held.__getitem__), device="cpu")
+        found = cls(velocity, kept.x, order, n - sum(held), None, chunk, total, evaluations)
+        if proven:
+            found.first = found._rows(kept.v[0]).to(kept.x.dtype)
+        return found
+
+    def velocity_at_start(self) -> Tensor:
+        """At the first states of the n samples: the teacher's, or, where it may be another velocity's, its own."""
+        if self.first is None:
+            self.first = self.velocity(self.state(0), 0.0)
+        return self.first
+
+    @property
+    def n(self) -> int:
+        return len(self.order)
+
+    def _rows(self, t: Tensor) -> Tensor:
+        return t.index_select(0, self.order.to(t.device))
+
+    def state(self, i: int) -> Tensor:
+        """`[n, *shape]` at knot i of the grid."""
+        return self._rows(self.x[i])
+
+    def chunks(self, n: int) -> Iterator[slice]:
+        step = self.chunk or n
+        return (slice(begin, min(begin + step, n)) for begin in range(0, n, step))
+
+    def velocity(self, x: Tensor, t: float, first: int = 0) -> Tensor:
+        """Of the samples from `first` on, guidance applied, in the state's dtype and in memory of its own."""
+        out = torch.empty_like(x)
+        for part in self.chunks(len(x)):
+            rows = self.order[first + part.start : first + part.stop]
+            now = torch.full((part.stop - part.start,), t, dtype=torch.float64, device=float64_device(x.device))
+            v, v_uncond, w = evaluate(velocity_rows(self.network, rows, self.total), x[part], now)
+            out[part] = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
+        self.evaluations += len(x)
+        return out
+
+    def run(self, solver: Solver, start: Tensor, past: Sequence[Tensor] = (), first: int = 0) -> tuple[list, Tensor]:
+        """(velocities of all evaluations, last state) from the state `start` of the samples from `first` on.
+
+        past: the velocities of the first evaluations, where they are known.
+        """
+        v, b = list(past), solver.coefficients.tolist()
+        for i in range(len(v), solver.evaluations):
+            x = ops.linear_update(start, v, b[i - 1][:i]) if i else start
+            v.append(self.velocity(x, solver.model_times[i].item(), first))
+        return v, ops.linear_update(start, v, b[-1])

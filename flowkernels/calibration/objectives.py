@@ -1,0 +1,261 @@
+"""Step costs beyond the mean of squares, and what the scatter of samples says about a schedule's cost."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flowkernels import ops
+from flowkernels._checks import expect, expect_float64, expect_positive_int, expect_shown
+from flowkernels._guidance import guided
+from flowkernels.calibration.bellman import bellman
+from flowkernels.calibration.step_cost import StepCost
+from flowkernels.fusion.sampler import FusedSampler
+from flowkernels.schedule import Schedule, uniform_indices
+from flowkernels.solver import Solver
+from flowkernels.velocity.evaluate import evaluate, expect_velocity, velocity_rows
+from flowkernels.velocity.field import float64_device
+from flowkernels.velocity.identity import warn_if_another
+
+PAIRS_BYTES = 2 << 30  # of the costs of all pairs of steps
+CANDIDATES = (0.0, 1 / 64, 1 / 32, 3 / 64, 3 / 32, 3 / 16)  # model times, in parts of what is left to t = 1
+
+
+def norm(cal, steps: list[int]) -> dict[int, Schedule]:
+    """Least sum of E|e|."""
+    return _of_norms(cal, steps, "norm", 1.0)
+
+
+def gits(cal, steps: list[int], *, gamma: float = 1.15) -> dict[int, Schedule]:
+    """Least sum of `gamma^i E|e_i|`."""
+    return _of_norms(cal, steps, "gits", gamma)
+
+
+def _of_norms(cal, steps: list[int], name: str, gamma: float) -> dict[int, Schedule]:
+    expect(cal.norm_cost is not None, "objective", f"a calibration that keeps samples, for {name!r}", "one of none")
+    plans = bellman(cal.norm_cost, cal.times, steps, gamma=gamma)
+    if gamma == 1 and (singles := cal._singles()) is not None:
+        plans = singles.with_intervals(plans, norm=True)
+    return _noted(plans, name, 0, **({} if name == "norm" else {"gamma": gamma}))
+
+
+def _noted(plans: dict[int, Schedule], objective: str, evaluations: int, **notes) -> dict[int, Schedule]:
+    """With where they come from; evaluations: further ones, of each sample that they are made on."""
+    notes = {"objective": objective, "evaluations": evaluations, **notes}
+    return {n: replace(schedule, notes=notes) for n, schedule in plans.items()}
+
+
+class _Samples:
+    """The first samples that a calibration keeps, `[K+1, n, *shape]`, and a velocity to evaluate on them."""
+
+    def __init__(self, cal, velocity, objective: str, samples: int, chunk: int | None):
+        expect(velocity is not None, "velocity", f"the teacher, for objective {objective!r}", "None")
+        expect_velocity(velocity)
+        expect(cal.kept is not None, "objective", f"a calibration that keeps samples, for {objective!r}", "one of none")
+        velocity = velocity.velocity if isinstance(velocity, FusedSampler) else velocity
+        warn_if_another(velocity, cal.provenance, stacklevel=6)
+        self.n = min(expect_positive_int(samples, "samples"), cal.kept.x.shape[1])
+        self.x, self.v = cal.kept.x[:, : self.n], cal.kept.v[:, : self.n]
+        chunk = self.n if chunk is None else expect_positive_int(chunk, "chunk")
+        parts = [slice(i, min(i + chunk, self.n)) for i in range(0, self.n, chunk)]
+        n = cal.provenance.get("n_given", cal.provenance["n"])
+        self.parts = [(rows, velocity_rows(velocity, rows, n)) for rows in parts]
+
+    def velocity(self, field, x: Tensor, t: float) -> Tensor:
+        """That of some samples at one time, guidance applied."""
+        now = torch.full((len(x),), t, dtype=torch.float64, device=float64_device(x.device))
+        v, v_uncond, w = evaluate(field, x, now)
+        return v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """The velocity of all samples at one time."""
+        return torch.cat([self.velocity(field, x[rows], t) for rows, field in self.parts])
+
+    @torch.inference_mode(False)  # which enables gradients too
+    def pulled(self, x: Tensor, t: float, y: Tensor, h: float) -> Tensor:
+        """`(1 + h dv/dx)^T y` at x for each of the cotangents y `[probes, n, *shape]`."""
+        found = y.clone()
+        for rows, field in self.parts:
+            here = x[rows].detach().clone().requires_grad_()
+            try:
+                v = self.velocity(field, here, t)
+                grads = v.requires_grad and v.grad_fn is not None
+            except RuntimeError as e:
+                raise ValueError(f"velocity: expected one with gradients, for objective 'endpoint', got {e}") from e
+            expect(grads, "velocity", "one with gradients, for objective 'endpoint'", "one without (torch.no_grad?)")
+            for i, cotangent in enumerate(y[:, rows]):
+                more = i + 1 < len(y)
+                cotangent = cotangent.to(v.dtype)
+                (grad,) = torch.autograd.grad(v, here, cotangent, retain_graph=more, allow_unused=True)
+                if grad is not None:
+                    found[i, rows] += h * grad
+        return found
+
+
+def endpoint(
+    cal, steps: list[int], *, velocity, samples: int = 64, chunk: int | None = None, probes: int = 2
+) -> dict[int, Schedule]:
+    """Least sum of squared errors carried to the endpoint, `E|(d x_K / d x_k) e|^2`."""
+    expect_positive_int(probes, "probes")
+    some, K = _Samples(cal, velocity, "endpoint", samples, chunk), len(cal.times) - 1
+    x, h, t = some.x, cal.times.diff().tolist(), cal.times[:-1].tolist()
+    draw = torch.Generator("cpu").manual_seed(0)
+    y = torch.randint(2, (probes, *x[0].shape), generator=draw, device="cpu").to(x) * 2 - 1
+    a = some.v.to(x.dtype).diff(dim=0)
+    inner = torch.zeros(K + 1, K + 1, probes, some.n, dtype=torch.float64, device=x.device)  # a_m . y_k at [m, k]
+    for k in range(K, 0, -1):
+        if k < K:
+            y = some.pulled(x[k], t[k], y, h[k])
+        for p in range(probes):
+            inner[1:k, k, p] = (a[: k - 1] * y[p]).flatten(2).sum(-1, dtype=torch.float64)
+    times = cal.times.to(x.device)
+    cost = torch.full((K + 1, K + 1), torch.inf, dtype=torch.float64, device=x.device)
+    for k in range(1, K + 1):  # the error of the step j -> k is the sum over j < m < k of (t_k - t_m) a_m
+        terms = (times[k] - times[:k])[:, None, None] * inner[:k, k]
+        along = terms.flip(0).cumsum(0).flip(0)  # from m on
+        cost[: k - 1, k] = along[1:].square().mean((1, 2))
+        cost[k - 1, k] = 0
+    plans = bellman(cost.cpu(), cal.times, steps)
+    return _noted(plans, "endpoint", (1 + 2 * probes) * (K - 1), samples=some.n, probes=probes)
+
+
+def pair_costs(gram: Tensor, times: Tensor) -> Tensor:
+    """The error of a variable-step Adams-Bashforth 2 step from knot j to knot k after one from knot i to knot j.
+
+    `c(i, j, k) = mean |x_k - x_j - h v_j - h^2 / (2 (t_j - t_i)) (v_j - v_i)|^2` with `h = t_k - t_j`.
+
+    Args:
+        gram: the mean Gram matrix of increments, float64 `[K-1, K-1]`. times: float64 `[K+1]`.
+
+    Returns:
+        float64 `[K+1, K+1, K+1]` on the CPU, of which entries i < j < k count.
+    """
+    K = len(times) - 1
+    needed = 8 * (K + 1) ** 3
+    expect(needed <= PAIRS_BYTES, "grid", "costs of pairs of at most 2 GiB (K = 644)", f"K = {K}: {needed / 2**30:.1f}")
+    A = torch.zeros(K + 1, K + 1, dtype=torch.float64, device="cpu")
+    A[1:K, 1:K] = gram
+    # S(j, k) = x_k - x_j - h v_j = sum of (t_k - t_m) a_m over j < m < k, B(i, j) = v_j - v_i = sum of a_m over
+    # i < m <= j. First <a_i, S(j, k)> at [i, j, k], then <B(i, j), S(j, k)>: sums of what comes later
+    c = A[:, :, None] * (times[None, :] - times[:, None]).clamp_min(0)
+    later = torch.zeros_like(c[:, 0])
+    for j in range(K, -1, -1):
+        here = c[:, j].clone()
+        c[:, j] = later
+        later += here
+    later.zero_()
+    for i in range(K, -1, -1):
+        c[i, :i] = 0  # j < i
+        here = c[i].clone()
+        c[i] = later
+        later += here
+    inside = torch.ones_like(A).triu(1)
+    before = (A * inside).flip(0).cumsum(0).flip(0)  # sum of A[m, j] over i <= m < j
+    before = torch.cat([before[1:], torch.zeros_like(before[:1])])
+    BB = ((2 * before + A.diagonal()) * inside).cumsum(1)
+    SS = ops.cost_from_gram(gram, times)
+    h = times[None, :] - times[:, None]
+    for i in range(K + 1):
+        f = h[i + 1 :].square() / (2 * h[i, i + 1 :, None])
+        c[i, : i + 1] = torch.inf
+        c[i, i + 1 :] = (SS[i + 1 :] - 2 * f * c[i, i + 1 :] + f.square() * BB[i, i + 1 :, None]).clamp_min_(0)
+    return c
+
+
+def pairs(cal, steps: list[int]) -> dict[int, Solver]:
+    """Least sum of E|e|^2 of Adams-Bashforth 2, whose steps depend on the knot before them too."""
+    expect(cal.gram is not None, "objective", "a calibration with its Gram matrix, for 'pairs'", "one of before that")
+    times, K = cal.times, len(cal.times) - 1
+    first, cost = cal.cost[0].contiguous(), pair_costs(cal.gram, times)
+    value, parent = ops.bellman_pairs(first, cost, max(steps))
+    found = {}
+    for n in steps:
+        path = [K] if n > 1 else [K, 0]
+        if n > 1:
+            path.append(int(value[n, :, K].argmin()))
+        for s in range(n, 1, -1):
+            path.append(int(parent[s, path[-1], path[-2]]))
+        path.reverse()
+
+        def along(path: Sequence[int]) -> float:
+            return first[path[1]].item() + sum(cost[path[i : i + 3]].item() for i in range(len(path) - 2))
+
+        notes = dict(
+            **dict(objective="pairs", evaluations=0, indices=path),
+            **dict(cost=value[n, path[-2], K].item(), uniform_cost=along(uniform_indices(times, n))),
+        )
+        found[n] = replace(Solver.adams_bashforth(Schedule(times[path], times, tuple(path))), notes=notes)
+    return found
+
+
+def student(cal, steps: list[int], *, velocity, samples: int = 64, chunk: int | None = None) -> dict[int, Schedule]:
+    """Least mean squared distance to the teacher's states of the student's own, knot by knot."""
+    some, K = _Samples(cal, velocity, "student", samples, chunk), len(cal.times) - 1
+    x, t = some.x, cal.times[:-1].tolist()
+    most = max(steps)
+    z, error = torch.empty_like(x), torch.zeros(most + 1, K + 1, dtype=torch.float64, device="cpu")
+    z[0], parent, evaluations = x[0], torch.zeros(most + 1, K + 1, dtype=torch.int64, device="cpu"), 0
+    v, ahead = torch.empty_like(x[:-1]), torch.empty_like(x)
+    for s in range(1, most + 1):
+        starts = [0] if s == 1 else range(s - 1, K)
+        for j in starts:
+            v[j] = some(z[j], t[j])
+        evaluations += len(starts)
+        for k in [K] if s == most and len(steps) == 1 else range(s, K + 1):
+            j = slice(starts[0], min(k, starts[-1] + 1))
+            h = (cal.times[k] - cal.times[j]).to(x).view(-1, *[1] * (x.dim() - 1))
+            reached = z[j] + h * v[j]
+            errors = (reached - x[k]).square_().flatten(2).sum(-1, dtype=torch.float64).mean(1)
+            best = int(errors.argmin())
+            error[s, k], parent[s, k], ahead[k] = errors[best], best + starts[0], reached[best]
+        z, ahead = ahead, z
+    plans = {}
+    for n in steps:
+        path = [K]
+        for s in range(n, 0, -1):
+            path.append(int(parent[s, path[-1]]))
+        path.reverse()
+        plans[n] = Schedule(cal.times[path], cal.times, tuple(path), error[n, K].item())
+    return _noted(plans, "student", evaluations, samples=some.n)
+
+
+def free(
+    cal,
+    steps: list[int],
+    *,
+    velocity,
+    samples: int = 64,
+    chunk: int | None = None,
+    candidates: Sequence[float] = CANDIDATES,
+) -> dict[int, Solver]:
+    """Least sum of E|e|^2 where each step's velocity may be that of the step's state at a later time."""
+    some, K, expected = (
+        _Samples(cal, velocity, "free", samples, chunk),
+        len(cal.times) - 1,
+        "some fractions, 0 <= f < 1",
+    )
+    fractions = expect_float64(candidates, "candidates", expected)
+    given = fractions.tolist() if fractions.dim() == 1 else []
+    expect_shown(len(given) > 0 and all(0 <= c < 1 for c in given), "candidates", expected, candidates)
+    tables, evaluations = [], 0
+    for part in given:
+        v = some.v
+        if part > 0:
+            v = torch.stack([some(some.x[j], t + part * (1 - t)) for j, t in enumerate(cal.times[:-1].tolist())])
+            evaluations += K
+        tables.append(StepCost(cal.times, states=True, device=v.device).update(v, some.x).cost().cpu())
+    cost, which = torch.stack(tables).min(0)
+    plans, found = bellman(cost, cal.times, steps), {}
+    for n, schedule in plans.items():
+        j, k = (list(side) for side in zip(*itertools.pairwise(schedule.indices), strict=True))
+        part = torch.tensor(given, dtype=torch.float64, device="cpu")[which[j, k]]
+        at = schedule.times[:-1] + part * (1 - schedule.times[:-1])
+        notes = dict(objective="free", evaluations=evaluations, samples=some.n, indices=list(schedule.indices))
+        notes |= dict(cost=schedule.cost, uniform_cost=schedule.uniform_cost, candidates=given)
+        found[n] = replace(Solver.euler(schedule, model_times=at), name="euler, free times", notes=notes)
+    return found
+
+
+OBJECTIVES = {f.__name__: f for f in (norm, gits, endpoint, pairs, student, free)}

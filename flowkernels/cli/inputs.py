@@ -1,0 +1,154 @@
+"""What the command line reads: the user's model, checkpoints, calibrations and noise."""
+
+import contextlib
+import importlib
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import flowkernels as fk
+from flowkernels._checks import expect, expect_numbers, expect_room
+from flowkernels._files import damaged, expect_target
+from flowkernels.models import weights
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.velocity.field import VelocityField
+
+
+class InputError(Exception):
+    """What the user gave cannot be worked with; the message names the option."""
+
+
+def _at(e: BaseException) -> str:
+    """The place in the user's own code that an error came through, if any."""
+    ours = [Path(module.__file__).parent for module in (fk, torch, np, importlib)]
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith("<")]
+    own = [f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in ours)]
+    own = [f for f in own if Path(f.filename).parent != Path(os.__file__).parent]
+    return f" at {own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
+
+
+# What is checked before any work starts
+
+
+def _expect(ok: bool, message: str) -> None:
+    if not ok:
+        raise InputError(message)
+
+
+def _check_paths(args, *suffixes: str) -> None:
+    """The input files exist, and the output files can be written and are none of them: args.targets, whatever folder
+    the user's model goes to."""
+    args.targets = {}
+    inputs = [(f"--{option}", getattr(args, option, None)) for option in ("checkpoint", "schedule")]
+    for option, path in inputs:
+        _expect(path is None or path.is_file(), f"{option}: expected a file, got {path}, which is not one")
+    for option in ("state", "out"):
+        path = getattr(args, option, None)
+        if path is not None:
+            try:
+                args.targets[option] = expect_target(path, f"--{option}", inputs)
+            except (OSError, ValueError) as e:
+                raise InputError(str(e)) from e
+            inputs.append((f"--{option}", path))
+    known = not suffixes or args.out.suffix in suffixes
+    _expect(known, f"--out: expected a file name ending in {' or '.join(suffixes)}, got {args.out}")
+
+
+def _load_calibration(args) -> fk.Calibration:
+    try:
+        calibration = fk.load(args.schedule)
+    except ValueError as e:
+        raise InputError(str(e).replace("path:", "--schedule:", 1)) from e
+    there = args.steps in calibration
+    _expect(there, f"--steps: expected one of {sorted(calibration)}, those of {args.schedule}, got {args.steps}")
+    return calibration
+
+
+def _load_model(args, calibration: fk.Calibration | None = None):
+    """(velocity, shape of one sample, notes of its checkpoint), tried on one sample."""
+    model = _build_model(args.model)
+    notes = _load_checkpoint(_network(model), args.checkpoint) if args.checkpoint else {}
+    if isinstance(model, nn.Module):
+        with _of_model(f"{args.model} cannot be put on {args.device}"):
+            model = model.to(args.device).eval()
+    shape = args.shape or (BUNDLED[args.model].shape if args.model in BUNDLED else None)
+    shape = shape or tuple(calibration.provenance.get("shape") or () if calibration else ())
+    _expect(len(shape) > 0, f"--shape: expected the shape of one sample, for the model {args.model}")
+    for option, samples in (("-n", getattr(args, "n", 1)), ("--bank", getattr(args, "bank", 1))):
+        expect_room(4 * math.prod(shape) * samples, option, "noise", f"{samples} samples of shape {list(shape)}")
+    with _of_model(f"{args.model} failed on one sample of shape {list(shape)}"):
+        fk.rollout(model, _noise(1, shape, 0).to(args.device), 1)
+    return model, shape, notes
+
+
+def _build_model(spec: str):
+    """The bundled network of this name, or what `module:function` returns."""
+    if spec in BUNDLED:
+        return BUNDLED[spec].load()
+    module, _, function = spec.partition(":")
+    names = " or ".join(sorted(BUNDLED))
+    _expect(bool(module and function), f"--model: expected {names} or module:function, got {spec!r}")
+    if os.getcwd() not in sys.path:  # an installed command does not look in the current folder
+        sys.path.insert(0, os.getcwd())
+    with _of_model(f"cannot import {spec!r}"):
+        build = getattr(importlib.import_module(module), function)
+    with _of_model(f"{spec} failed when it was called"):
+        model = build()
+    _expect(callable(model), f"--model: expected {spec} to return a callable, got {type(model).__name__}")
+    return model
+
+
+@contextlib.contextmanager
+def _of_model(failed: str) -> Iterator[None]:
+    """Whatever the user's own code raises, as an error of --model with the place in it."""
+    try:
+        yield
+    except (Exception, SystemExit) as e:
+        raise InputError(f"--model: {failed}: {type(e).__name__}: {e}{_at(e)}") from e
+
+
+def _network(model) -> nn.Module | None:
+    """The module whose weights a checkpoint holds."""
+    net = model.net if isinstance(model, VelocityField) else model
+    return net if isinstance(net, nn.Module) else None
+
+
+def _load_checkpoint(net: nn.Module | None, path: Path) -> dict:
+    """Put the file's weights into the network. Returns the notes that a straightened student carries, else {}."""
+    _expect(net is not None, f"--checkpoint: expected a model that is a torch.nn.Module for the weights of {path}")
+    notes, wanted = {}, "a safetensors or torch file of tensors"
+    try:
+        if path.suffix == ".safetensors":
+            state, metadata = weights.read(path, "--checkpoint", wanted)
+            with damaged("--checkpoint", wanted, path):
+                notes = _notes(metadata)
+        else:
+            state = weights.read_torch(path, "--checkpoint", wanted)
+        expect(isinstance(state, dict), "--checkpoint", "names and tensors", f"something else in {path}")
+        weights.expect_fits(state, net.state_dict(), "--checkpoint", f"{type(net).__name__}, in {path}")
+    except ValueError as e:
+        raise InputError(str(e)) from e
+    net.load_state_dict(state)
+    return notes
+
+
+def _notes(metadata: dict[str, str]) -> dict:
+    """What `straighten` wrote about its student."""
+    notes = weights.parsed(metadata, "notes")
+    teacher = notes.get("straightened_from")
+    expect(teacher is None or isinstance(teacher, str), "straightened_from", "a text", teacher)
+    expect_numbers(notes.get("times", []), "times")
+    return notes
+
+
+def _noise(n: int, shape: tuple[int, ...], seed: int | torch.Generator) -> Tensor:
+    """Standard normal noise, made on the CPU so that a seed means the same on every device."""
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    return torch.randn(n, *shape, generator=generator, dtype=torch.float32, device="cpu")

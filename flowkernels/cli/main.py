@@ -1,0 +1,398 @@
+"""The `flowkernels` command: demo, calibrate, straighten, sample, bench, tune, capture, replay and info."""
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import flowkernels as fk
+from flowkernels import _entry, _options, bench, ops, replay, tune
+from flowkernels._files import whole_file, write_or_keep
+from flowkernels.cli import demo
+from flowkernels.cli.inputs import (
+    InputError,
+    _at,
+    _check_paths,
+    _expect,
+    _load_calibration,
+    _load_model,
+    _network,
+    _noise,
+)
+from flowkernels.models import weights
+from flowkernels.models.bundled import BUNDLED, save_network
+from flowkernels.ops import _tuned
+from flowkernels.runtime import backends
+from flowkernels.runtime import environment as environment_module
+from flowkernels.velocity.identity import parameter_hash
+
+SAMPLE_FORMATS = (".safetensors", ".npy", ".pt", ".png")
+METHODS = ("euler", "ab2", "ab3", "heun", "best")
+ANEW = "another --state, without --resume, starts anew"
+VERIFY = 1  # the seed of the noises that are verified on, after that of the others
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message.removeprefix('argument '):.600} ({self.prog} --help)")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: sys.argv) and return its exit code.
+
+    0; 1 if a benchmark failed or a kernel's result was wrong; 2 on bad input; 130 on Ctrl-C; 141 where nobody reads
+    what it prints any more.
+    """
+    _entry.imported()
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        shown = set()
+        warnings.showwarning = lambda message, *_: _warn(str(message), shown)
+        try:
+            try:
+                return _run(sys.argv[1:] if argv is None else argv)
+            finally:
+                sys.stdout.flush()  # here, where a closed pipe is no error
+        except KeyboardInterrupt:
+            print("flowkernels: interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+            return 141
+        except Exception as e:
+            if os.environ.get("FLOWKERNELS_DEBUG") == "1":
+                raise
+            plain = isinstance(e, (InputError, ValueError, TypeError, OSError, RuntimeError)) and str(e).strip()
+            text = str(e) if plain else f"{type(e).__name__}: {e}"
+            if not isinstance(e, InputError):
+                text += f"{_at(e)} (FLOWKERNELS_DEBUG=1 shows all)"
+            print(f"flowkernels: error: {' '.join(text.split()):.1000}", file=sys.stderr)
+            return 2
+
+
+def _run(argv: list[str]) -> int:
+    of_script = argv.index("--") if argv[:1] == ["capture"] and "--" in argv else len(argv)
+    args = _parser().parse_args(argv[:of_script])
+    args.script_args = argv[of_script + 1 :]
+    return args.command(args) or 0
+
+
+def _warn(text: str, shown: set[str]) -> None:
+    if text not in shown:  # a file may be read twice
+        print(f"flowkernels: warning: {text}", file=sys.stderr)
+    shown.add(text)
+
+
+# What the commands take
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="flowkernels", description="Few-step sampling of flow-matching models (BOSS).")
+    parser.add_argument("--version", action="version", version=f"flowkernels {fk.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, text: str) -> Callable:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=_Help)
+        sub.set_defaults(command=run)
+        return sub.add_argument
+
+    def takes_model(add: Callable) -> None:
+        names = " or ".join(sorted(BUNDLED))
+        builds = "module:function that builds a network, a VelocityField or any callable velocity(x, t)"
+        add("--model", required=True, help=f"{names}, or {builds}")
+        add("--checkpoint", type=_options.path, help="weights for it: .safetensors, or a torch file of tensors")
+        add("--shape", type=_shape, help="of one sample, such as 3,32,32; needed unless a model or schedule says it")
+        add("--seed", type=_options.seed, default=0, help="seed of the noise")
+        add("--device", type=_device, default=torch.device("cpu"), help="torch device")
+
+    add = command("demo", _demo, "Calibrate, straighten and sample a bundled model, and write a report folder.")
+    add("--data", choices=sorted(BUNDLED), default="digits", help="bundled model")
+    add("--out", type=_options.path, default=Path("flowkernels-report"), help="report folder")
+    add("--seed", type=_options.seed, default=0, help="seed of all noise")
+
+    add = command("calibrate", _calibrate, "Find the schedule of least cost for each number of steps.")
+    takes_model(add)
+    add("-n", type=_options.positive, default=1024, help="noises rolled out")
+    add("--grid", type=_options.steps, default=100, help="K, uniform fine steps of the teacher")
+    add("--steps", type=_steps, default=_steps("1-10"), help="numbers of steps, such as 1-10 or 2,4,8")
+    add(
+        "--until",
+        type=_options.above_0,
+        help="stop once no schedule costs this share more than needed, such as 0.02",
+    )
+    add("--fit", action="store_true", help="fit a solver for each number of steps as well")
+    add("--verify", type=_options.positive, help="other noises to measure endpoint errors on; none if not given")
+    add("--chunk", type=_options.positive, help="noises rolled out at once; by memory if not given")
+    add("--out", type=_file, required=True, help="calibration file to write (.boss.json)")
+
+    add = command("straighten", _straighten, "Fine-tune a student so that every step of a schedule is straight.")
+    takes_model(add)
+    add("--schedule", type=_options.path, required=True, help="calibration file")
+    add("--steps", type=_options.steps, required=True, help="number of steps N, of the calibration")
+    add("--iterations", type=_options.positive, default=2000, help="optimiser steps")
+    add("--batch", type=_options.positive, default=128, help="samples an iteration")
+    add("--bank", type=_options.positive, default=1024, help="trajectories kept in memory")
+    add("--refresh", type=_options.positive, help="iterations after which the bank is made anew; never if not given")
+    add("--lr", type=_options.above_0, default=2e-4, help="peak learning rate")
+    add("--warmup", type=_options.integer(0), default=100, help="iterations of warm-up")
+    add("--decay", choices=["cosine", "none"], default="cosine", help="of the learning rate")
+    add("--u", choices=["start", "uniform"], default="start", help="where on an interval to train")
+    add("--loss", choices=["l2", "huber"], default="l2", help="squared error or pseudo-Huber")
+    add(
+        "--ema",
+        type=_options.from_0_below_1,
+        default=0.999,
+        help="decay of the averaged weights; 0 turns it off",
+    )
+    add(
+        "--clip",
+        type=_options.from_0,
+        default=1.0,
+        help="largest gradient norm; 0 turns it off",
+    )
+    add("--state", type=_file, help="training checkpoint, written as the training goes on")
+    add("--resume", action="store_true", help="go on from --state")
+    add("--out", type=_file, required=True, help="weights of the student to write (.safetensors)")
+
+    add = command("sample", _sample, "Draw samples on a schedule of a calibration, or on uniform steps.")
+    takes_model(add)
+    add("-n", type=_options.positive, default=16, help="samples")
+    add("--schedule", type=_options.path, help="calibration file; uniform steps if not given")
+    add("--steps", type=_options.steps, required=True, help="number of steps N")
+    methods = "Euler steps; Adams-Bashforth 2 or 3 or Heun on the same knots; or what the calibration found best"
+    add("--method", choices=METHODS, default="euler", help=methods)
+    add("--chunk", type=_options.positive, help="samples drawn at once; all if not given")
+    add("--out", type=_file, required=True, help=f"file to write: {', '.join(SAMPLE_FORMATS)}")
+
+    bench.add_arguments(command("bench", bench.run, "Time the kernels and their peers, side by side."))
+    tune.add_arguments(command("tune", _tune, "Find the fastest configurations of the Triton kernels on this GPU."))
+
+    text = "Run a script and store the real inputs of an op's calls, for replay."
+    replay.add_capture_arguments(command("capture", replay.capture, text))
+    replay.add_replay_arguments(command("replay", replay.replay, "Check and time each backend on stored calls."))
+
+    add = command("info", _info, "Versions, hardware, and which op has which backend or why not.")
+    add("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    shape = tuple(_options.positive(part.strip()) for part in text.split(","))
+    if math.prod(shape) > _options.MOST:
+        raise argparse.ArgumentTypeError(f"expected at most {_options.MOST:,} entries, got {_options.shown(text)}")
+    return shape
+
+
+def _steps(text: str) -> list[int]:
+    """'1-10', '2,4,8' or both, as sorted numbers."""
+    ranges = [[_options.steps(end.strip()) for end in part.split("-", 1)] for part in text.split(",")]
+    if any(ends[0] > ends[-1] for ends in ranges):
+        raise argparse.ArgumentTypeError(f"expected numbers of steps such as 1-10 or 2,4,8, got {text!r}")
+    steps = {n for ends in ranges for n in range(ends[0], ends[-1] + 1)}
+    return sorted(steps)
+
+
+def _file(text: str) -> Path:
+    """To be written. A path forgets that a name ends in a slash."""
+    if text.endswith(os.sep):
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}")
+    return Path(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.zeros(1, device=text).device
+    except Exception as e:  # an unknown name, or a build without it
+        got = f"{_options.shown(text)} ({str(e).splitlines()[0]:.200})"
+        raise argparse.ArgumentTypeError(f"expected a device of this torch build, got {got}") from e
+
+
+@contextlib.contextmanager
+def _in_its_words(words: dict[str, str]) -> Iterator[None]:
+    """Errors of the library with the command line's words for its own."""
+    try:
+        yield
+    except ValueError as e:
+        text = str(e)
+        for word, of_command in words.items():
+            text = text.replace(word, of_command)
+        if text == str(e):
+            raise
+        raise InputError(text) from e
+
+
+# The commands
+
+
+def _demo(args) -> None:
+    demo.run(args.data, args.out, seed=args.seed)
+
+
+def _calibrate(args) -> None:
+    _check_paths(args)
+    _expect(args.steps[-1] <= args.grid, f"--steps: expected at most --grid {args.grid}, got {args.steps[-1]}")
+    velocity, shape, _ = _load_model(args)
+    noise = _noise(args.n, shape, args.seed).to(args.device)
+    held_out = _noise(args.verify, shape, args.seed + VERIFY).to(args.device) if args.verify else None
+    options = dict(until=args.until, fit=args.fit, verify=held_out, chunk=args.chunk, seed=args.seed)
+    calibration = fk.calibrate(velocity, noise, args.grid, args.steps, **options)
+    write_or_keep(args.targets["out"], "--out", calibration.save)
+    print(calibration)
+    for N, errors in calibration.verified.items():
+        print(f"N = {N}: endpoint error " + ", ".join(f"{name} {e:.4g}" for name, e in errors.items()))
+    found = f"{len(calibration)} schedules" + (f" and {len(calibration.solvers)} solvers" if args.fit else "")
+    print(f"{args.out}: {found} from {calibration.provenance['n']} noises and {args.grid} fine steps")
+
+
+def _straighten(args) -> None:
+    _check_paths(args, ".safetensors")
+    there = args.state is not None and args.state.exists()
+    _expect(args.resume or not there, f"--state: {args.state} exists; --resume goes on from it")
+    _expect(there or not args.resume, f"--resume: expected --state FILE of an earlier run, got {args.state}")
+    calibration = _load_calibration(args)
+    velocity, shape, _ = _load_model(args, calibration)
+    _expect(_network(velocity) is not None, f"--model: expected a torch.nn.Module to train, got {args.model}")
+    weights.expect_storable(_network(velocity).state_dict(), "--model")
+    fk.load(args.schedule, velocity)  # warns if it was made for another model
+    options = ("iterations", "batch", "bank", "refresh", "u", "loss", "lr", "warmup", "decay", "seed")
+    with _in_its_words({"checkpoint: ": "--state: ", "resume=False starts anew": ANEW}):
+        result = fk.straighten(
+            None,
+            velocity,
+            calibration[args.steps],
+            noise=lambda n, generator: _noise(n, shape, generator).to(args.device),
+            **{k: getattr(args, k) for k in options},
+            **dict(clip=args.clip or None, ema=args.ema or None, checkpoint=args.targets.get("state")),
+        )
+    notes = {"straightened_from": parameter_hash(velocity), "times": calibration[args.steps].times.tolist()}
+    student = _network(result.student).cpu()
+
+    def save(path: Path) -> None:
+        if args.model in BUNDLED:  # with its architecture, so that models.load_network rebuilds it from the file alone
+            save_network(student, path, **notes)
+        else:
+            weights.write(path, student.state_dict(), notes=notes)
+
+    write_or_keep(args.targets["out"], "--out", save)
+    loss = result.history["loss"]
+    print(f"{args.out}: straightened for {args.steps} steps, loss {loss[0]:.4g} -> {loss[-1]:.4g}")
+
+
+def _sample(args) -> None:
+    _check_paths(args, *SAMPLE_FORMATS)
+    calibration = _load_calibration(args) if args.schedule else None
+    velocity, shape, notes = _load_model(args, calibration)
+    image = len(shape) == 3 and shape[0] in (1, 3)
+    _expect(image or args.out.suffix != ".png", f"--out: expected shape [1 or 3, H, W] for a .png, got {list(shape)}")
+    schedule = calibration[args.steps] if calibration else fk.Schedule.uniform(args.steps)
+    teacher = notes.get("straightened_from")
+    if calibration and (teacher is None or teacher != calibration.provenance.get("parameters_sha256")):
+        fk.load(args.schedule, velocity)  # warns if it was made for another model
+    if teacher and notes.get("times") != schedule.times.tolist():
+        knots = " ".join(f"{t:.3g}" for t in notes.get("times", []))
+        warnings.warn(f"--checkpoint: {args.checkpoint} was straightened for the knots {knots}", stacklevel=1)
+    plan = _method(args.method, schedule, calibration)
+    trained = teacher is not None and args.method != "euler"
+    _expect(not trained, f"--method: expected euler, which {args.checkpoint} was straightened for, got {args.method}")
+    parts = _noise(args.n, shape, args.seed).to(args.device).split(args.chunk or args.n)
+    samples = torch.cat([fk.sample(velocity, part, plan, progress=True).cpu() for part in parts])
+    write_or_keep(args.targets["out"], "--out", lambda path: _save_samples(path, samples))
+    solver = fk.Solver.of(plan)
+    print(
+        f"{args.out}: {args.n} samples of shape {list(shape)}, {args.steps} steps, "
+        f"{solver.evaluations} evaluations ({solver.name})"
+    )
+
+
+def _method(name: str, schedule: fk.Schedule, calibration: fk.Calibration | None) -> fk.Schedule | fk.Solver:
+    if name == "best":
+        _expect(calibration is not None, "--method: expected --schedule FILE with best")
+        return calibration.best(schedule.steps)
+    if name == "heun":
+        return fk.Solver.heun(schedule)
+    return schedule if name == "euler" else fk.Solver.adams_bashforth(schedule, int(name[-1]))
+
+
+def _tune(args) -> int:
+    _check_paths(args)
+    return tune.run(args)
+
+
+def _save_samples(path: Path, samples: Tensor) -> None:
+    if path.suffix == ".safetensors":
+        return weights.write(path, {"samples": samples})
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        if path.suffix == ".npy":
+            np.save(file, samples.numpy())
+        elif path.suffix == ".pt":
+            torch.save(samples, file)
+        else:
+            _image_grid(samples).save(file, "png")
+
+
+def _image_grid(samples: Tensor):
+    """A nearly square grid of images `[n, 1 or 3, H, W]` with values in [-1, 1], small ones enlarged."""
+    from PIL import Image  # comes with matplotlib
+
+    scale, gap = max(1, 64 // max(samples.shape[2:])), 2
+    images = ((samples.clamp(-1, 1) + 1) * 127.5).round().byte()
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    images = nn.functional.pad(images, (0, gap, 0, gap), value=255)
+    n, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(n))
+    blank = images.new_full((-n % columns, channels, height, width), 255)
+    rows = torch.cat([images, blank]).unflatten(0, (-1, columns))
+    canvas = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:-gap, :-gap]
+    return Image.fromarray(canvas.expand(-1, -1, 3).contiguous().numpy())
+
+
+def _info(args) -> None:
+    device = dict(cuda="cuda", triton="cpu" if backends.triton_interpreted() else "cuda", cpu="cpu", reference="cpu")
+    table = {op: {b: backends.why_not(b, device[b], op) for b in backends.BACKENDS} for op in ops.OPS}
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    chosen = {d: _chosen(d) for d in devices}
+    triton = None if backends.triton_error() else importlib.import_module("triton").__version__
+    environment = environment_module.environment() | {"triton": triton}
+    if args.json:
+        told = {"environment": environment, "ops": table, "has_run": backends.HAS_RUN, "chosen": chosen}
+        told["triton_configurations"] = _tuned.in_words()
+        print(json.dumps(told, indent=1))
+        return
+    for key, value in environment.items():
+        print(f"{key.replace('_', ' '):<18} {'-' if value is None else value}")
+    reasons = list(dict.fromkeys(why for cells in table.values() for why in cells.values() if why))
+    print("\n" + "".join(f"{c:<18}" for c in ["op", *backends.BACKENDS]).rstrip())
+    for op, cells in table.items():
+        marks = ("yes" if cells[b] is None else f"no ({reasons.index(cells[b]) + 1})" for b in backends.BACKENDS)
+        print("".join(f"{c:<18}" for c in [op, *marks]).rstrip())
+    for i, reason in enumerate(reasons):
+        print(f"({i + 1}) {reason}")
+    print("\nwhere the kernels have run:")
+    for name, where in backends.HAS_RUN.items():
+        print(f"  {name:<16}{where}")
+    print("\nwhat a call takes, such as:")
+    for line in chosen.values():
+        print(f"  {line}")
+    print(f"\nconfigurations of Triton kernels: {_tuned.in_words()}")
+
+
+def _chosen(device: str) -> str:
+    try:
+        return backends.explain("euler_step", device)
+    except backends.BackendError as e:  # asked for by FLOWKERNELS_BACKEND
+        return f"an error: {e}"

@@ -1,0 +1,86 @@
+"""Versions and hardware, as a report and every row of a benchmark state them."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from flowkernels._version import __version__
+from flowkernels.runtime import backends
+
+
+def environment() -> dict:
+    """Versions and hardware, as a report states them."""
+    extension = backends.extension()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "flowkernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: importlib.metadata.version(name) for name in ("numpy", "safetensors", "matplotlib")},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "instruction_set": extension.isa() if extension else None,
+        "thread_runtime": Path(extension.thread_runtime()).name if extension else None,
+        "compiled_module": "available" if extension else backends.extension_error(),
+    }
+
+
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def provenance(device: torch.device) -> dict:
+    """What every row says of where it comes from."""
+    e = environment()
+    return {
+        "device": torch.cuda.get_device_name(device) if is_gpu(device) else f"{e['cpu']}, {e['cores']} cores",
+        **dict(isa=e["instruction_set"], cpu=e["cpu"], torch=e["torch"], python=e["python"], flowkernels=__version__),
+        **dict(commit=_commit(), date=datetime.now(timezone.utc).date().isoformat()),
+        **(_of_the_gpu(device) if is_gpu(device) else {}),
+    }
+
+
+def _of_the_gpu(device: torch.device) -> dict:
+    """Driver, CUDA runtime and clocks; what only nvidia-smi knows is empty where that is missing."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # CUDA_VISIBLE_DEVICES renumbers
+    which = str(device.index or 0) if uuid is None else f"GPU-{uuid}".replace("GPU-GPU-", "GPU-")
+    keys = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    try:
+        query = ["nvidia-smi", f"--id={which}", f"--query-gpu={keys}", "--format=csv,noheader"]
+        answer = subprocess.check_output(query, text=True, timeout=30).strip().split(", ")
+        driver, sm, most, memory, power = answer
+        clocks = f"SM {sm} of {most}, memory {memory}, power limit {power}"
+    except (OSError, subprocess.SubprocessError, ValueError):
+        driver = clocks = ""
+    return {"driver": driver, "cuda": torch.version.cuda or "", "clocks": clocks}
+
+
+def _commit() -> str:
+    """Of the checkout that this file is in; "+" for changes on top; "" for an installed package."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno", "--", "csrc", "flowkernels"])
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head + ("+" if changed else "")
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        for line in f:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,126 @@
+"""Sample on a schedule, by the Euler loop of the rollout, keeping only the state; or by the steps of a solver."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
+from tqdm import tqdm
+
+from flowkernels._casts import no_grad
+from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_times
+from flowkernels.fusion.head import FusedHead
+from flowkernels.fusion.sampler import FusedSampler
+from flowkernels.ops import euler_step, linear_update
+from flowkernels.sampling import capture as capture_module
+from flowkernels.sampling.loop import flow, initial_state, plan_of, replay, updates_of
+from flowkernels.schedule import Schedule
+from flowkernels.solver import Solver
+from flowkernels.velocity.evaluate import evaluate, expect_velocity, has_time_embedding, model_times, warn_if_training
+from flowkernels.velocity.field import embed_time
+
+
+@no_grad
+def sample(
+    velocity,
+    noise: Tensor,
+    schedule: Schedule | Solver | int | Sequence[float] | Tensor,
+    *,
+    capture: str | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Samples at t = 1: one Euler step from each knot of the schedule to the next, or the steps of a solver.
+
+    Args:
+        velocity: callable `velocity(x, t)`, as for `rollout`; guidance of a `VelocityField` is fused into the step. A
+            `FusedSampler` makes all steps in one call.
+        noise: `[n, *shape]`.
+        schedule: a Schedule, N for N uniform steps, or N+1 increasing times from 0 to 1; or a Solver from noise to
+            data, whose updates are `linear_update` of as few velocities as it needs.
+        capture: how the N steps run.
+            None: a Python loop.
+            "graph": one CUDA graph of the whole loop, on a GPU. It is recorded at the first call and replayed after;
+            recorded anew when times, solver, shape, dtype or device change, and when tensors of the velocity
+            (parameters, buffers, conditioning) move to other memory or its settings change. Values written into that
+            memory are picked up.
+            "compile": the unrolled loop through `torch.compile(fullgraph=True)`. Every number of steps, schedule,
+            shape and dtype compiles anew, which takes seconds to minutes and grows with N.
+            "auto": "graph" on a GPU; None on a CPU, where there is nothing to record and a compilation has to pay off.
+            The last 16 recorded loops are kept, none longer than its velocity. A velocity that looks at values on
+            the host can be neither recorded nor compiled. What a graph does not see: changes inside objects that are
+            no tensors, modules, functions or short containers.
+        progress: show a progress bar; a captured loop, which is one call, has none.
+
+    Inside `torch.compile(fullgraph=True, dynamic=True)` the loop is one graph whatever the number of steps, the
+    schedule (a Schedule, an integer or a tensor; a list of numbers is compiled anew for each) and the guidance weight.
+    A solver's loop is unrolled: compiled anew for each solver, but for those of the same form (as many evaluations, the
+    same velocities in each update) with dynamic=True. Its direction is not looked at.
+    Values are not looked at there: NaN and Inf show in the result, and times are taken to increase from 0 to 1.
+    Neither a captured loop nor a `FusedSampler` or fused head, which are compiled already, goes in there.
+
+    Returns:
+        `[n, *shape]`, float32 (float64 for float64 noise). On all knots of a rollout's grid this is its last state,
+        bit for bit; captured, to rounding. A solver that is nothing but Euler steps on its knots gives what its
+        schedule gives, bit for bit.
+
+    Raises:
+        TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step (for a solver with several
+            evaluations a step, the evaluation).
+        RuntimeError: for a velocity that cannot be captured, what stopped it.
+    """
+    if torch.compiler.is_compiling():
+        return _traced(velocity, noise, schedule, capture)
+    backward = isinstance(schedule, Solver) and schedule.is_inverse
+    expect(not backward, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
+    return run(velocity, noise, plan_of(schedule), capture, progress)
+
+
+def run(velocity, noise: Tensor, plan: Tensor | Solver, capture: str | None, progress: bool, *names: str) -> Tensor:
+    """The last state of the plan's steps; names: of the argument and of the progress bar."""
+    name, bar = names or ("noise", "sample")
+    expect_velocity(velocity), expect_bool(progress, "progress")
+    if isinstance(velocity, FusedSampler):
+        backward = isinstance(plan, Tensor) and bool(plan[0] > plan[-1])
+        return velocity.on(Solver.euler(plan.flip(0), inverse=True) if backward else plan)(noise)
+    x0 = initial_state(expect_noise(noise, name))
+    mode = capture_module.choose(capture, x0.device)
+    warn_if_training(velocity, stacklevel=5)
+    solver = plan if isinstance(plan, Solver) else None
+    times = plan[:-1] if solver is None else solver.model_times
+    if mode is not None:
+        x1 = capture_module.run(mode, velocity, x0, plan)
+    else:
+        steps = flow(velocity, x0, plan)
+        for step in tqdm(steps, bar, len(times), disable=not progress, leave=False):
+            x1 = step[0]
+    what = "step" if solver is None or solver.evaluations == solver.steps else "evaluation"
+    expect_finite_flow(x1, replay(velocity, x0, plan), times, what=what)
+    return x1
+
+
+def _traced(velocity, noise: Tensor, schedule, capture: str | None) -> Tensor:
+    """The loop as torch.compile takes it: a loop of its graph. A Python loop, which a solver's is, would be unrolled,
+    for each N anew."""
+    fused = isinstance(velocity, (FusedSampler, FusedHead))
+    expect(not fused, "velocity", "a network inside torch.compile, which fuses on its own", type(velocity).__name__)
+    expect(capture in (None, "auto"), "capture", "None or 'auto' inside torch.compile", capture)
+    warn_if_training(velocity)
+    x = initial_state(expect_noise(noise)).contiguous()
+    embedded = has_time_embedding(velocity)
+    if isinstance(schedule, Solver):
+        loop = capture_module.unrolled_solver(updates_of(schedule), linear_update, embedded)
+        return loop(velocity, x, model_times(velocity, schedule.model_times, x))
+    times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
+    t, h = model_times(velocity, times[:-1], x), times.diff()
+
+    def more(i, x):
+        return (i < len(h)).all()
+
+    def step(i, x):  # numbers of the velocity's are for it alone: the loop cannot take in one that was looked at before
+        now = t.index_select(0, i.to(t.device, non_blocking=True))
+        embedding = embed_time(velocity, now, x) if embedded else None
+        v, v_uncond, w = evaluate(velocity, x, now.expand(len(x)).clone(), embedding)
+        return i + 1, euler_step(x, v, h.index_select(0, i).reshape(()), v_uncond=v_uncond, guidance=w)
+
+    i = torch.zeros(1, dtype=torch.int64, device="cpu")  # on the CPU: a GPU would be waited for before every step
+    return while_loop(more, step, (i, x))[1]

@@ -1,0 +1,340 @@
+"""Adapts a network's own convention to the library's: `velocity(x, t)`, t = 0 noise, t = 1 data, v = dx/dt."""
+
+import copy
+import functools
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from flowkernels._checks import (
+    FLOATS,
+    expect,
+    expect_bool,
+    expect_callable,
+    expect_dtype,
+    expect_int,
+    expect_mapping,
+    expect_positive_int,
+    expect_real,
+    expect_shown,
+    expect_tensor,
+    expect_text,
+)
+from flowkernels._guidance import guided
+from flowkernels.velocity.hashes import unwrapped
+from flowkernels.velocity.time_embedding import Embedding, expand_embedding
+
+
+class VelocityField(nn.Module):
+    """A network seen as a velocity field `v(x, t)`; call it with x `[n, *shape]` and t `[n]`.
+
+    What the network is called with is `time_scale * t`, or `time_scale * (1 - t)` with `reverse_time`.
+    Diffusers' SD3 transformer, which takes sigma = 1 - t in thousandths and predicts noise - data:
+    `VelocityField(net, reverse_time=True, time_scale=1000, x_name="hidden_states", time_name="timestep", ...)`;
+    its Flux transformer takes sigma itself: the same without `time_scale`.
+
+    Args:
+        net: any callable `net(x, t, **conditioning)`; an `nn.Module` becomes a submodule. Returns a tensor, a tuple
+            whose first entry is one, or an object with `.sample`.
+        reverse_time: the network's time runs from data to noise.
+        time_scale: factor on the time, such as 1000.
+        sign: +1 if the network predicts dx/dt, -1 if it predicts -dx/dt. None: -1 with `reverse_time`, else +1.
+        x_name, time_name: keyword names of the two inputs; None passes them by position.
+        conditioning: further keyword arguments. A tensor whose first dimension is the number of samples is one row a
+            sample, and follows them when samples are chunked or shuffled (`rows`); one of first dimension 1 is shared
+            by all samples and expanded; anything else is passed on as it is. A container of tensors with one row a
+            sample is refused where the rows of some samples are taken.
+        guidance: classifier-free guidance weight w, `v = v_uncond + w (v_cond - v_uncond)`; 1 means no guidance.
+        unconditional: the keyword arguments of the unconditional call that replace those of `conditioning`; needed
+            with guidance.
+        packed: the two velocities of guidance come from one call on a doubled batch (conditional half first), else from
+            two calls.
+        dtype: what x is cast to before the call (bfloat16 for a bfloat16 network); None passes the state as it is.
+        time_column: the network has one input, x `[n, D]` with the time as a further column, such as torchcfm's
+            `MLP(time_varying=True)`.
+
+    The network's time is formed in float64 and rounded once, to float32, or float64 for a float64 state; the stages do
+    so from the knots themselves.
+
+    A network that exposes its time embedding (`HasTimeEmbedding`) does so through the field as well.
+
+    Subclasses may override `_call`, the network's call; `pair`, the two velocities of guidance; `forward`, the velocity
+    as a whole; and `time_embedding`, `rows`. The stages call what is overridden, with t as any callable gets it.
+    """
+
+    def __init__(
+        self,
+        net: Any,
+        *,
+        reverse_time: bool = False,
+        time_scale: float = 1.0,
+        sign: int | None = None,
+        x_name: str | None = None,
+        time_name: str | None = None,
+        conditioning: Mapping[str, Any] | None = None,
+        guidance: float = 1.0,
+        unconditional: Mapping[str, Any] | None = None,
+        packed: bool = True,
+        dtype: torch.dtype | None = None,
+        time_column: bool = False,
+    ):
+        super().__init__()
+        expect_callable(net, "net", "a callable net(x, t)")
+        sign = None if sign is None else expect_int(sign, "sign", "1, -1 or None", -1, 1)
+        expect(sign != 0, "sign", "1, -1 or None", 0)
+        time_scale = expect_real(time_scale, "time_scale", "a positive number", lambda a: a > 0)
+        guidance = expect_real(guidance, "guidance", "a finite weight")
+        for name, given in (("x_name", x_name), ("time_name", time_name)):
+            if given is not None:
+                expect_text(given, name, "the name of an argument, or None")
+        for name, given in (("conditioning", conditioning), ("unconditional", unconditional)):
+            if given is not None:
+                expect_mapping(given, name, "a dict of keyword arguments")
+        expect(x_name is None or time_name is not None, "time_name", "a name as well, with x_name", time_name)
+        expect(time_name is None or x_name != time_name, "time_name", "another name than x_name", time_name)
+        expect(guidance == 1.0 or unconditional is not None, "unconditional", "a mapping with guidance", unconditional)
+        unknown = set(unconditional or {}) - set(conditioning or {})
+        expect(not unknown, "unconditional", f"keys of conditioning {sorted(conditioning or {})}", f"{sorted(unknown)}")
+        taken = {x_name, time_name} & set(conditioning or {})
+        expect(not taken, "conditioning", "other names than those of x and the time", f"{sorted(taken)}")
+        if dtype is not None:
+            expect_dtype(dtype, "dtype", FLOATS)
+        reverse_time, packed = expect_bool(reverse_time, "reverse_time"), expect_bool(packed, "packed")
+        time_column = expect_bool(time_column, "time_column")
+        self.net = net
+        self.reverse_time, self.time_scale = reverse_time, time_scale
+        self.sign = sign if sign is not None else (-1 if reverse_time else 1)
+        self.x_name, self.time_name = x_name, time_name
+        self.conditioning, self.unconditional = dict(conditioning or {}), dict(unconditional or {})
+        self.guidance, self.packed, self.dtype = guidance, packed, dtype
+        expect(not time_column or time_name is None, "time_name", "None with time_column", time_name)
+        self.time_column = time_column
+
+    def _apply(self, fn, recurse: bool = True) -> "VelocityField":
+        """`.to(device)` and the like move the conditioning along with the network."""
+        for kwargs in (self.conditioning, self.unconditional):
+            kwargs.update({k: fn(v) for k, v in kwargs.items() if isinstance(v, Tensor)})
+        return super()._apply(fn, recurse)
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance != 1.0
+
+    def convention(self) -> dict:
+        """What identifies this adapter beside the network's weights, for a calibration's provenance."""
+        return dict(
+            reverse_time=self.reverse_time,
+            time_scale=self.time_scale,
+            sign=self.sign,
+            guidance=self.guidance,
+            dtype=None if self.dtype is None else str(self.dtype),
+        )
+
+    def settings(self) -> dict:
+        """The keyword arguments that make it again."""
+        return dict(
+            **dict(reverse_time=self.reverse_time, time_scale=self.time_scale, sign=self.sign),
+            **dict(x_name=self.x_name, time_name=self.time_name, packed=self.packed, dtype=self.dtype),
+            time_column=self.time_column,
+            **dict(conditioning=self.conditioning, unconditional=self.unconditional, guidance=self.guidance),
+        )
+
+    def _replace(self, **changes) -> "VelocityField":
+        """The same field but for some settings: of the same class, with all it holds, its network shared."""
+        field = copy.copy(self)
+        field.__dict__.pop("_compiled_call_impl", None)  # which calls this one
+        for name, value in vars(field).items():
+            if name in REGISTRIES:
+                field.__dict__[name] = copy.copy(value)
+            elif isinstance(value, types.MethodType) and value.__self__ is self:
+                field.__dict__[name] = types.MethodType(value.__func__, field)
+            elif isinstance(value, functools.partial) and any(arg is self for arg in value.args):
+                args = (field if arg is self else arg for arg in value.args)
+                field.__dict__[name] = functools.partial(value.func, *args, **value.keywords)
+        for name in ("conditioning", "unconditional"):
+            setattr(field, name, dict(changes.pop(name, getattr(self, name))))
+        for name, value in changes.items():
+            setattr(field, name, value)
+        return field
+
+    def rows(self, index: Tensor | slice, n: int) -> "VelocityField":
+        """The same field for the samples `index` of n: conditioning that has one row a sample is indexed."""
+
+        expect_positive_int(n, "n")
+        expect_shown(isinstance(index, (Tensor, slice)), "index", "a tensor of places or a slice", index, TypeError)
+        if isinstance(index, Tensor):
+            expect_tensor(index, "index", (torch.int64, torch.int32, torch.bool))
+
+        whole = isinstance(index, slice) and index.indices(n) == (0, n, 1)
+
+        def pick(kwargs, name):
+            for k, v in kwargs.items() if not whole else ():
+                nested = not isinstance(v, Tensor) and any(_per_sample(leaf, n) for leaf in tree_flatten(v)[0])
+                expected = "a tensor of one row a sample by itself, so that the rows of some samples can be taken"
+                expect_shown(not nested, f"{name}[{k!r}]", expected, v)
+            return {k: v[index] if _per_sample(v, n) else v for k, v in kwargs.items()}
+
+        changes = {name: pick(getattr(self, name), name) for name in ("conditioning", "unconditional")}
+        inside = self.net
+        if isinstance(inside, VelocityField) and inside.conditioning:
+            changes["net"] = inside.rows(index, n)
+        return self._replace(**changes)
+
+    def without_guidance(self) -> "VelocityField":
+        """The conditional field alone: what a student is that has guidance distilled into it."""
+        return self._replace(guidance=1.0, unconditional={})
+
+    def _network_time(self, t: Tensor) -> Tensor:
+        """In float64."""
+        t = exact_time(t).to(float64_device(t.device), torch.float64, copy=True)
+        t = self.time_scale * t  # before the difference: of k / 1000 and a scale of 1000, k
+        return self.time_scale - t if self.reverse_time else t
+
+    def time_embedding(self, t: Tensor) -> Embedding:
+        """The network's, at times of the library's convention; for networks that have one (`has_time_embedding`)."""
+        return embed_time(self.net, self._network_time(t), t)
+
+    def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], embedding: Embedding | None = None) -> Tensor:
+        n = len(x)
+        time = self._network_time(t)
+        t = time_for(self.net, time, x)
+        x = x if self.dtype is None else x.to(self.dtype)
+        expanded = {
+            k: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v
+            for k, v in kwargs.items()
+        }
+        if embedding is not None:
+            expanded["embedding"] = expand_embedding(embedding, n)
+        if self.time_column:
+            x = torch.cat([x, time[:, None].to(x)], 1)
+        args = () if self.time_name or self.time_column else (t,)
+        if self.time_name:
+            expanded[self.time_name] = t
+        if self.x_name:
+            expanded[self.x_name] = x
+        else:
+            args = (x, *args)
+        v = self.net(*args, **expanded)
+        if not isinstance(v, Tensor):
+            v = getattr(v, "sample", v)
+            v = v[0] if isinstance(v, tuple) else v
+            expect(isinstance(v, Tensor), "net", "a tensor, a tuple of tensors or an object with .sample", v, TypeError)
+        return v if self.sign == 1 else -v
+
+    def pair(self, x: Tensor, t: Tensor, embedding: Embedding | None = None) -> tuple[Tensor, Tensor | None]:
+        """(conditional velocity, unconditional velocity), the second None without guidance.
+
+        embedding: of the time, with one row for all samples or a row for each; None leaves it to the network.
+        """
+        embedding = () if embedding is None else (embedding,)  # which an override may not take
+        if not self.is_guided:
+            return self._call(x, t, self.conditioning, *embedding), None
+        other = {**self.conditioning, **self.unconditional}  # not |, which the compiler of torch 2.6 does not know
+        if not self.packed:
+            return self._call(x, t, self.conditioning, *embedding), self._call(x, t, other, *embedding)
+        n, both = len(x), {}
+        for k, cond in self.conditioning.items():
+            uncond = other[k]
+            if all(isinstance(c, Tensor) and c.dim() and len(c) in (1, n) for c in (cond, uncond)):
+                both[k] = torch.cat([c.expand(n, *c.shape[1:]) for c in (cond, uncond)])
+            else:
+                expected = f"rows for 1 or {n} samples, or the same for both, in a packed call (or packed=False)"
+                expect(_same(cond, uncond), f"unconditional[{k!r}]", expected, uncond)
+                both[k] = cond
+        exact = exact_time(t)
+        t = torch.cat([t, t]) if exact is t else _rounded(torch.cat([exact, exact]), t.device, t.dtype)
+        v = self._call(torch.cat([x, x]), t, both, *embedding)
+        return v[:n], v[n:]
+
+    def forward(self, x: Tensor, t: Tensor, embedding: Embedding | None = None) -> Tensor:
+        expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
+        v, v_uncond = self.pair(x, t, *(() if embedding is None else (embedding,)))
+        return v if v_uncond is None else guided(v, v_uncond, self.guidance, x.dtype)
+
+
+REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+OWN = {name: getattr(VelocityField, name) for name in ("forward", "pair", "_call", "__call__")}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def overridden(field: VelocityField) -> dict[str, Any]:
+    """The methods of a field's evaluation that are not a VelocityField's own: of a subclass, or of this object."""
+    found = {name: getattr(type(field), name) for name, own in OWN.items() if getattr(type(field), name) is not own}
+    return found | {name: getattr(field, name) for name in OWN if name in vars(field)}
+
+
+def is_called_whole(field: VelocityField) -> bool:
+    """Whether its velocity is what a call of it gives: `pair` would miss an override, or a hook."""
+    changed = overridden(field)
+    return "forward" in changed or "__call__" in changed or any(getattr(field, name) for name in HOOKS)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal, tensors in containers included; those that cannot be compared are not."""
+    if a is b:
+        return True
+    (of_a, form), (of_b, other) = tree_flatten(a), tree_flatten(b)
+    return form == other and all(map(_same_leaf, of_a, of_b))
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    if a is b or isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
+    try:
+        return bool(a == b)
+    except Exception:  # whatever an object makes of `==`, an array's many answers among it
+        return False
+
+
+def _per_sample(value: Any, n: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == n and n > 1
+
+
+# ---- times ----
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for one without float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def time_for(velocity, t: Tensor, x: Tensor) -> Tensor:
+    """The times t in float64, where float64 is, as a velocity takes them beside x: a VelocityField as they are, since
+    it forms its network's time of them; any other callable rounded to float32, or float64 for a float64 state. A
+    subclass that overrides the field's evaluation gets them rounded as well, and what it hands on is still exact (but
+    in compiled loops, which know no more of a tensor than its values: there it gets them in float64)."""
+    compiled = torch.compiler.is_compiling()
+    field = velocity if compiled or isinstance(velocity, VelocityField) else unwrapped(velocity)
+    form = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not isinstance(field, VelocityField):
+        return t.to(*form)
+    return _rounded(t, *form) if overridden(field) and not compiled else t
+
+
+def _rounded(exact: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Rounded times that remember what they were."""
+    with torch.inference_mode(False):  # whose tensors count no writes
+        t = exact.to(device, dtype, copy=True)
+        t._exact_time = exact, t._version
+    return t
+
+
+def exact_time(t: Tensor) -> Tensor:
+    """What times were before they were rounded, unless they were written to since."""
+    known = None if torch.compiler.is_compiling() else getattr(t, "_exact_time", None)
+    return t if known is None or known[1] != t._version else known[0]
+
+
+def embed_time(velocity, t: Tensor, like: Tensor) -> Embedding:
+    """The time embedding at times t `[N]`; like: the state, whose dtype says what they are rounded to."""
+    own = isinstance(velocity, VelocityField) and "time_embedding" not in vars(velocity)
+    if own and type(velocity).time_embedding is EMBED:
+        return embed_time(velocity.net, velocity._network_time(t), like)
+    return velocity.time_embedding(time_for(velocity, t, like))
+
+
+EMBED = VelocityField.time_embedding
