@@ -36,7 +36,7 @@ def cases(device) -> Iterator[Case]:
                 a = raw[1:, 1:] - raw[1:, :-1] - raw[:-1, 1:] + raw[:-1, :-1]
                 return cost_from_gram(a / n, on_device)
 
-            calls = ours(lambda: fk.step_cost(v, times), device)
+            calls = ours(lambda: fk.step_costs(v, times), device)
             calls |= {"torch eager": by_torch, "torch raw product": by_raw_product}
             if loop:
                 x = torch.cat([v.new_zeros(1, n, D, dtype=torch.float32), v.float()])

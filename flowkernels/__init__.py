@@ -7,12 +7,12 @@ result = fk.straighten(None, velocity, cal[4], noise=(3, 32, 32), iterations=200
 
 from flowkernels import _entry, ops  # noqa: F401, _entry first: it sees to Ctrl-C
 from flowkernels._version import __version__
-from flowkernels.calibration.bellman import bellman
+from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibrate import calibrate
 from flowkernels.calibration.calibration import Calibration, load
 from flowkernels.calibration.fit import fit_solver
 from flowkernels.calibration.polish import polish
-from flowkernels.calibration.step_cost import StepCost, step_cost
+from flowkernels.calibration.step_cost import StepCost, step_costs
 from flowkernels.fusion.head import FusedHead, fuse_head
 from flowkernels.fusion.sampler import FusedSampler, NotFusable, fuse
 from flowkernels.ops import (
@@ -51,7 +51,6 @@ __all__ = [
     "VelocityField",
     "__version__",
     "backend",
-    "bellman",
     "calibrate",
     "euler_step",
     "explain",
@@ -59,6 +58,7 @@ __all__ = [
     "fuse",
     "fuse_head",
     "invert",
+    "least_cost_schedules",
     "linear_euler",
     "linear_update",
     "load",
@@ -70,7 +70,7 @@ __all__ = [
     "rollout",
     "sample",
     "segment_points",
-    "step_cost",
+    "step_costs",
     "straighten",
     "straighten_loss",
     "velocity_gram",

@@ -560,10 +560,15 @@ def _schedules() -> None:
     v, x = (lambda: rand(3, N, D), is_noise), (lambda: rand(4, N, D), is_noise)
     place("StepCost.update", lambda v, x: fk.StepCost(3, states=True).update(v, x), v=v, x=x)
     place("StepCost.merge", lambda other: fk.StepCost(2).merge(other), other=(lambda: fk.StepCost(2), anything))
-    place("step_cost", fk.step_cost, v=v, times=(3, is_times), x=(x[0], or_none(is_noise)))
+    place("step_cost", fk.step_costs, v=v, times=(3, is_times), x=(x[0], or_none(is_noise)))
     cost = (lambda: torch.ones(K + 1, K + 1, dtype=F64), is_dense(*FLOATS))
     place(
-        "bellman", fk.bellman, cost=cost, times=(K, is_times, "cost"), steps=((1, 2), is_steps), gamma=(1.0, within(0))
+        "bellman",
+        fk.least_cost_schedules,
+        cost=cost,
+        times=(K, is_times, "cost"),
+        steps=((1, 2), is_steps),
+        gamma=(1.0, within(0)),
     )
 
 

@@ -43,11 +43,11 @@ def schedule(device):
     v, x = normal(20, 8, 64), normal(21, 8, 64, seed=1)
     for states in (None, x):
         there = None if states is None else states.to(device)
-        expected, got = fk.step_cost(v, 20, states), fk.step_cost(v.to(device), 20, there)
+        expected, got = fk.step_costs(v, 20, states), fk.step_costs(v.to(device), 20, there)
         j, k = torch.triu_indices(21, 21, 1)
         found, truth = got.cpu()[j, k], expected[j, k]
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6 * truth.max().item())
-        same_costs(fk.bellman(got, 20, (2, 4)), fk.bellman(expected, 20, (2, 4)))
+        same_costs(fk.least_cost_schedules(got, 20, (2, 4)), fk.least_cost_schedules(expected, 20, (2, 4)))
 
 
 def rollout(device):

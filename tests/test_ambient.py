@@ -194,10 +194,10 @@ def step_cost(w, tmp_path):
     v = w["cal"].kept.v
     costs = fk.StepCost(GRID).update(v[:, :3]).merge(fk.StepCost(GRID).update(v[:, 3:]))
     return [
-        fk.step_cost(v, GRID),
-        fk.step_cost(v, GRID, w["cal"].kept.x),
+        fk.step_costs(v, GRID),
+        fk.step_costs(v, GRID, w["cal"].kept.x),
         costs.cost(),
-        fk.bellman(costs.cost(), GRID, 3),
+        fk.least_cost_schedules(costs.cost(), GRID, 3),
     ]
 
 

@@ -52,10 +52,10 @@ def test_the_three_stages_in_one_call(make, grid):
     velocity, noise = make(), normal(9, 1, 8, 8)
     cal = fk.calibrate(velocity, noise, grid, range(1, 8), progress=False)
     traj = fk.rollout(velocity, noise, grid)
-    cost = fk.step_cost(traj.v, traj.times)
+    cost = fk.step_costs(traj.v, traj.times)
     assert torch.equal(cal.cost, cost)
     assert torch.equal(cal.times, grid)
-    assert dict(cal) == fk.bellman(cost, traj.times, range(1, 8))
+    assert dict(cal) == fk.least_cost_schedules(cost, traj.times, range(1, 8))
 
 
 def test_defaults():

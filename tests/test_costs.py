@@ -102,7 +102,7 @@ def samples_of(scales, K=6):
     v = (ElementwiseField()(normal(1, 3, dtype=torch.float64), even_grid(K)[:-1, None]))[:, None] * scales[:, None]
     samples = SampleCosts(even_grid(K))
     samples.update(v)
-    return samples, fk.bellman(fk.step_cost(v, K), K, [2, 3])
+    return samples, fk.least_cost_schedules(fk.step_costs(v, K), K, [2, 3])
 
 
 def test_bootstrap_covers_a_known_mean():
@@ -134,7 +134,7 @@ def test_bootstrap_is_the_same_again():
 def test_intervals_of_norms():
     scales = normal(40, dtype=torch.float64).abs()
     samples, _ = samples_of(scales)
-    plans = samples.with_intervals(fk.bellman(samples.norm_cost(), 6, [2]), norm=True)
+    plans = samples.with_intervals(fk.least_cost_schedules(samples.norm_cost(), 6, [2]), norm=True)
     unit = samples_of(torch.ones(1, dtype=torch.float64))[0].norm_cost()
     one = sum(unit[j, k].item() for j, k in itertools.pairwise(plans[2].indices))
     assert plans[2].cost == pytest.approx(one * scales.mean().item(), rel=1e-9)
@@ -483,7 +483,7 @@ def test_regret_by_hand():
         found = []
         for w in weights:
             cost = samples.matrix(w @ samples.sums)
-            best = fk.bellman(cost, cal.times, steps)[steps].cost
+            best = fk.least_cost_schedules(cost, cal.times, steps)[steps].cost
             found.append(sum(cost[j, k].item() for j, k in itertools.pairwise(cal[steps].indices)) / best - 1)
         assert regret == pytest.approx(torch.tensor(found).quantile(0.95).item(), rel=1e-6)
         assert regret > 0.1

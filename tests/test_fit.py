@@ -285,7 +285,7 @@ def test_a_calibration_from_a_file_needs_noise(tmp_path):
 def test_other_numbers_of_steps_are_planned():
     velocity = mixture()
     cal = calibrated(velocity)
-    assert torch.equal(fk.fit_solver(velocity, cal, 5).times, fk.bellman(cal.cost, cal.times, 5)[5].times)
+    assert torch.equal(fk.fit_solver(velocity, cal, 5).times, fk.least_cost_schedules(cal.cost, cal.times, 5)[5].times)
     assert 5 not in cal  # nothing is added to what is given
 
 

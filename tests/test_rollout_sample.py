@@ -89,7 +89,7 @@ def test_sampling_on_all_knots_is_the_teacher(flow, grid):
     assert traj.x.dtype == (torch.float64 if noise.dtype == torch.float64 else torch.float32)
     assert torch.equal(traj.x[0], noise.to(traj.x.dtype))
     assert torch.equal(traj.times, grid)
-    whole = fk.bellman(fk.step_cost(traj.v, traj.times), traj.times, K)[K]
+    whole = fk.least_cost_schedules(fk.step_costs(traj.v, traj.times), traj.times, K)[K]
     for schedule in (whole, grid, grid.tolist(), Schedule(grid)):
         assert torch.equal(fk.sample(velocity, noise, schedule), traj.x[-1])
     assert torch.equal(noise, kept)

@@ -41,7 +41,7 @@ def problems(draw):
 @pytest.mark.parametrize("K", range(1, 9))
 def test_exhaustive_search(K):
     cost, times = random_cost(K, seed=K), uneven_grid(K)
-    plans = fk.bellman(cost, times, range(1, K + 1))
+    plans = fk.least_cost_schedules(cost, times, range(1, K + 1))
     assert sorted(plans) == list(range(1, K + 1))
     for steps, schedule in plans.items():
         paths = [(0, *inner, K) for inner in itertools.combinations(range(1, K), steps - 1)]
@@ -58,7 +58,7 @@ def test_plain_dynamic_programme(ties):
     cost = random_cost(K)
     if ties:
         cost = cost.mul(3).floor()
-    plans = fk.bellman(cost, K, [1, 2, 3, 4, 7, 10, 50, 99, 100])
+    plans = fk.least_cost_schedules(cost, K, [1, 2, 3, 4, 7, 10, 50, 99, 100])
     rows = cost.tolist()
     for steps, schedule in plans.items():
         path, least = plain_bellman(rows, steps)
@@ -68,8 +68,8 @@ def test_plain_dynamic_programme(ties):
 
 def test_plain_dynamic_programme_on_a_flow():
     traj = fk.rollout(digits_teacher(), normal(16, 1, 8, 8), 100)
-    cost = fk.step_cost(traj.v, traj.times)
-    for steps, schedule in fk.bellman(cost, traj.times).items():
+    cost = fk.step_costs(traj.v, traj.times)
+    for steps, schedule in fk.least_cost_schedules(cost, traj.times).items():
         path, least = plain_bellman(cost.tolist(), steps)
         assert list(schedule.indices) == path
         assert schedule.cost == least
@@ -79,7 +79,7 @@ def test_plain_dynamic_programme_on_a_flow():
 @pytest.mark.parametrize("backend", ["cuda", "cpu", "reference"])
 def test_ties_go_to_the_smaller_knot(backend):
     with fk.backend(backend):
-        plans = fk.bellman(torch.zeros(10, 10, dtype=torch.float64), 9, range(1, 10))
+        plans = fk.least_cost_schedules(torch.zeros(10, 10, dtype=torch.float64), 9, range(1, 10))
     for steps, schedule in plans.items():
         assert schedule.indices == (*range(steps), 9)
         assert schedule.ratio == 1
@@ -88,7 +88,7 @@ def test_ties_go_to_the_smaller_knot(backend):
 @given(problems())
 def test_never_worse_than_uniform_and_equal_to_the_programme(problem):
     times, cost, steps = problem
-    schedule = fk.bellman(cost, times, steps)[steps]
+    schedule = fk.least_cost_schedules(cost, times, steps)[steps]
     path, least = plain_bellman(cost.tolist(), steps)
     assert (list(schedule.indices), schedule.cost) == (path, least)
     even = uniform_indices(times, steps)
@@ -122,23 +122,23 @@ def test_forbidden_steps():
     cost = random_cost(6)
     cost[0, 2:] = torch.inf
     cost[1, 3:] = torch.inf
-    plans = fk.bellman(cost, 6, [3, 4])
+    plans = fk.least_cost_schedules(cost, 6, [3, 4])
     assert all(schedule.indices[:3] == (0, 1, 2) for schedule in plans.values())
     with pytest.raises(ValueError, match="cost: expected a path of 2 steps of finite cost, got none"):
-        fk.bellman(cost, 6, 2)
+        fk.least_cost_schedules(cost, 6, 2)
 
 
 def test_only_entries_above_the_diagonal_are_read():
     cost = random_cost(7)
     upper = torch.ones_like(cost, dtype=torch.bool).triu(1)
-    clean = fk.bellman(torch.where(upper, cost, torch.inf), 7, range(1, 8))
-    assert fk.bellman(torch.where(upper, cost, torch.nan), 7, range(1, 8)) == clean
-    assert fk.bellman(torch.where(upper, cost, -1.0), 7, range(1, 8)) == clean
+    clean = fk.least_cost_schedules(torch.where(upper, cost, torch.inf), 7, range(1, 8))
+    assert fk.least_cost_schedules(torch.where(upper, cost, torch.nan), 7, range(1, 8)) == clean
+    assert fk.least_cost_schedules(torch.where(upper, cost, -1.0), 7, range(1, 8)) == clean
 
 
 def test_views():
     times = uneven_grid(20)
-    schedule = fk.bellman(random_cost(20), times, 5)[5]
+    schedule = fk.least_cost_schedules(random_cost(20), times, 5)[5]
     assert schedule.steps == 5
     assert schedule.times.dtype == schedule.sigmas.dtype == schedule.step_sizes.dtype == torch.float64
     assert torch.equal(schedule.times, times[list(schedule.indices)])
@@ -162,12 +162,12 @@ def test_uniform_schedule():
 
 def test_equality_and_hash():
     cost = random_cost(8)
-    first, second = fk.bellman(cost, 8, 3)[3], fk.bellman(cost.clone(), even_grid(8), 3)[3]
+    first, second = fk.least_cost_schedules(cost, 8, 3)[3], fk.least_cost_schedules(cost.clone(), even_grid(8), 3)[3]
     assert first == second
     assert hash(first) == hash(second)
     assert len({first, second}) == 1
-    assert first != fk.bellman(cost, 8, 4)[4]
-    assert first != fk.bellman(2 * cost, 8, 3)[3]
+    assert first != fk.least_cost_schedules(cost, 8, 4)[4]
+    assert first != fk.least_cost_schedules(2 * cost, 8, 3)[3]
     assert first != Schedule(first.times)
     assert Schedule(first.times) == Schedule(first.times.clone())
     assert first != first.times.tolist()
@@ -232,4 +232,4 @@ GOOD = torch.ones(5, 5, dtype=torch.float64)
 )
 def test_bad_input(cost, times, steps, error, message):
     with pytest.raises(error, match=message):
-        fk.bellman(cost, times, steps)
+        fk.least_cost_schedules(cost, times, steps)

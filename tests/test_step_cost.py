@@ -27,7 +27,7 @@ TOLERANCE = 1e-5  # of every single pair
 
 
 def euler_costs_agree(v, times, tolerance=TOLERANCE):
-    cost = fk.step_cost(v, times)
+    cost = fk.step_costs(v, times)
     expected = direct_cost(v, times)
     K = len(times) - 1
     j = torch.arange(K)
@@ -91,7 +91,7 @@ def test_where_a_gram_matrix_of_raw_velocities_fails(make, times):
 
 def test_straight_flow_costs_nothing():
     v = normal(6, 4).expand(20, 6, 4)
-    cost = fk.step_cost(v, 20)
+    cost = fk.step_costs(v, 20)
     assert bool((cost.triu(1)[torch.isfinite(cost)] == 0).all())
 
 
@@ -103,7 +103,7 @@ def test_heun_teacher(dtype, offset, times):
     teacher = digits_teacher() if dtype == torch.float32 else ElementwiseField()
     x, v = heun(teacher, normal(16, 1, 8, 8, dtype=dtype), times)
     x = x + offset
-    cost = fk.step_cost(v, times, x=x)
+    cost = fk.step_costs(v, times, x=x)
     assert relative_error(cost, direct_cost(v, times, x)) <= TOLERANCE
     assert bool((cost.diagonal(1) > 0).all())  # Heun's step is not Euler's
 
@@ -112,7 +112,7 @@ def test_heun_teacher(dtype, offset, times):
 def test_recorded_states_on_short_grids(K):
     times = uneven_grid(K)
     x, v = normal(K + 1, 5, 3, seed=1), normal(K, 5, 3, seed=2)  # not steps of any method
-    assert relative_error(fk.step_cost(v, times, x=x), direct_cost(v, times, x)) <= TOLERANCE
+    assert relative_error(fk.step_costs(v, times, x=x), direct_cost(v, times, x)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -120,14 +120,14 @@ def test_narrow_velocities_with_recorded_states(dtype):
     times = uneven_grid(30)
     x, v = heun(linear_field(), normal(10, 4), times)
     v = v.to(dtype)
-    assert relative_error(fk.step_cost(v, times, x=x), direct_cost(v, times, x)) <= TOLERANCE
+    assert relative_error(fk.step_costs(v, times, x=x), direct_cost(v, times, x)) <= TOLERANCE
 
 
 def test_recorded_euler_states_cost_what_euler_costs():
     traj = fk.rollout(linear_field(), normal(10, 4, dtype=torch.float64), 30)
-    with_states = fk.step_cost(traj.v, traj.times, x=traj.x)
+    with_states = fk.step_costs(traj.v, traj.times, x=traj.x)
     upper = torch.ones(31, 31, dtype=torch.bool).triu(1)
-    assert torch.allclose(with_states[upper], fk.step_cost(traj.v, traj.times)[upper], rtol=1e-9, atol=1e-24)
+    assert torch.allclose(with_states[upper], fk.step_costs(traj.v, traj.times)[upper], rtol=1e-9, atol=1e-24)
 
 
 def test_layouts_give_the_same_costs():
@@ -142,7 +142,7 @@ def test_layouts_give_the_same_costs():
         wide,
     ):
         assert not layout.is_contiguous()
-        assert relative_error(fk.step_cost(layout, times), expected) <= TOLERANCE
+        assert relative_error(fk.step_costs(layout, times), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("states", [False, True], ids=["euler", "recorded"])
@@ -233,11 +233,11 @@ def test_bad_states_are_named():
     x, v = normal(4, 5, 2), normal(3, 5, 2)
     x[3, 1, 0] = torch.nan
     with pytest.raises(ValueError, match=r"^x: .*sample 1 at step 3"):
-        fk.step_cost(v, 3, x=x)
+        fk.step_costs(v, 3, x=x)
     single = normal(1, 3, 2)
     single[0, 2] = torch.inf
     with pytest.raises(ValueError, match=r"^v: .*sample 2 at step 0"):  # K = 1 has no increments to show it
-        fk.step_cost(single, 1)
+        fk.step_costs(single, 1)
 
 
 def test_overflow_of_finite_velocities_is_named():
@@ -246,22 +246,22 @@ def test_overflow_of_finite_velocities_is_named():
     with pytest.raises(
         ValueError, match=r"^v: expected velocities whose squared increments are finite, got an overflow"
     ):
-        fk.step_cost(v, 3)
+        fk.step_costs(v, 3)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: fk.step_cost([[1.0]], 1), TypeError, r"^v: expected a torch.Tensor, got list"),
-        (lambda: fk.step_cost(torch.ones(3, 4), 3), ValueError, r"^v: .*\[K, n, \*shape\], got .*\[3, 4\]"),
-        (lambda: fk.step_cost(torch.ones(3, 4, 2), 4), ValueError, r"^v: expected K = 4 velocities.*\[3, 4, 2\]"),
-        (lambda: fk.step_cost(torch.ones(3, 0, 2), 3), ValueError, r"^v: .*at least one sample.*\[3, 0, 2\]"),
-        (lambda: fk.step_cost(torch.ones(3, 4, 0), 3), ValueError, r"^v: .*one feature.*\[3, 4, 0\]"),
-        (lambda: fk.step_cost(torch.ones(3, 4, 2, dtype=torch.int64), 3), TypeError, r"^v: .*got a torch.int64"),
-        (lambda: fk.step_cost(torch.ones(3, 4, 2, device="meta"), 3), ValueError, r"^v: .*data.*meta"),
-        (lambda: fk.step_cost(torch.ones(3, 4, 2), [0, 0.5, 0.4, 1]), ValueError, r"^times: .*increasing.*0.5"),
-        (lambda: fk.step_cost(torch.ones(3, 4, 2), 3, x=torch.ones(3, 4, 2)), ValueError, r"^x: .*\[4, 4, 2\]"),
-        (lambda: fk.step_cost(torch.ones(3, 4, 2), 3, x=[0.0]), TypeError, r"^x: expected a torch.Tensor"),
+        (lambda: fk.step_costs([[1.0]], 1), TypeError, r"^v: expected a torch.Tensor, got list"),
+        (lambda: fk.step_costs(torch.ones(3, 4), 3), ValueError, r"^v: .*\[K, n, \*shape\], got .*\[3, 4\]"),
+        (lambda: fk.step_costs(torch.ones(3, 4, 2), 4), ValueError, r"^v: expected K = 4 velocities.*\[3, 4, 2\]"),
+        (lambda: fk.step_costs(torch.ones(3, 0, 2), 3), ValueError, r"^v: .*at least one sample.*\[3, 0, 2\]"),
+        (lambda: fk.step_costs(torch.ones(3, 4, 0), 3), ValueError, r"^v: .*one feature.*\[3, 4, 0\]"),
+        (lambda: fk.step_costs(torch.ones(3, 4, 2, dtype=torch.int64), 3), TypeError, r"^v: .*got a torch.int64"),
+        (lambda: fk.step_costs(torch.ones(3, 4, 2, device="meta"), 3), ValueError, r"^v: .*data.*meta"),
+        (lambda: fk.step_costs(torch.ones(3, 4, 2), [0, 0.5, 0.4, 1]), ValueError, r"^times: .*increasing.*0.5"),
+        (lambda: fk.step_costs(torch.ones(3, 4, 2), 3, x=torch.ones(3, 4, 2)), ValueError, r"^x: .*\[4, 4, 2\]"),
+        (lambda: fk.step_costs(torch.ones(3, 4, 2), 3, x=[0.0]), TypeError, r"^x: expected a torch.Tensor"),
         (lambda: StepCost(3).update(torch.ones(3, 4, 2), torch.ones(4, 4, 2)), ValueError, r"^x: expected None"),
         (lambda: StepCost(3, states=True).update(torch.ones(3, 4, 2)), ValueError, r"^x: expected states, got None"),
         (lambda: StepCost(3).merge(StepCost(4)), ValueError, r"^other: .*same times"),

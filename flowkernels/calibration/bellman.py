@@ -1,4 +1,4 @@
-"""`bellman`: the schedules of least cost, by dynamic programming."""
+"""`least_cost_schedules`: the schedules of least cost, by dynamic programming."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from flowkernels._checks import FLOATS, expect, expect_real, expect_times, expec
 from flowkernels.schedule import Schedule, expect_steps, uniform_indices
 
 
-def bellman(
+def least_cost_schedules(
     cost: Tensor,
     times: int | Sequence[float] | Tensor,
     steps: int | Iterable[int] = range(1, 11),
@@ -22,7 +22,7 @@ def bellman(
     """The schedule of least total cost for each number of steps N, all from one table.
 
     Args:
-        cost: float64 `[K+1, K+1]` from `step_cost`; Inf above the diagonal forbids a step. The tables are made on its
+        cost: float64 `[K+1, K+1]` from `step_costs`; Inf above the diagonal forbids a step. The tables are made on its
             device, and what the schedules need of them is copied to the CPU.
         times: the K+1 knots.
         steps: the numbers of steps wanted, each 1..K.

@@ -26,7 +26,7 @@ from flowkernels._files import plain
 from flowkernels._guidance import guided
 from flowkernels._version import __version__
 from flowkernels._warnings import held_warnings, warn
-from flowkernels.calibration.bellman import bellman
+from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import Calibration, _hashes_of_plans
 from flowkernels.calibration.sample_costs import GROUPS, SampleCosts
 from flowkernels.calibration.step_cost import StepCost
@@ -123,7 +123,7 @@ def calibrate(
             costs.update(v)
             samples.update(v)
             if stop in looks:
-                stable = max(samples.regrets(bellman(costs.cost(), times, wanted)).values()) <= until
+                stable = max(samples.regrets(least_cost_schedules(costs.cost(), times, wanted)).values()) <= until
                 if stable:
                     break
     cost = costs.cost()
@@ -136,7 +136,7 @@ def calibrate(
         reason = "schedules stable" if stable else "all samples used"
         provenance |= {"n": stop, "n_given": n, "until": until, "stopped": reason}
     cal = Calibration(
-        *(times, cost.cpu(), samples.with_intervals(bellman(cost, times, wanted))),
+        *(times, cost.cpu(), samples.with_intervals(least_cost_schedules(cost, times, wanted))),
         *(provenance, (costs.gram / costs.count).cpu()),
         **dict(kept=teacher.kept(stop), sample_costs=samples),
     )

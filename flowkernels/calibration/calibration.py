@@ -41,7 +41,7 @@ from flowkernels._files import (
     warn_of_no_sum,
     whole_file,
 )
-from flowkernels.calibration.bellman import bellman
+from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.calibration.sample_costs import SINGLES, SampleCosts
 from flowkernels.sampling.rollout import Trajectory
@@ -197,7 +197,7 @@ class Calibration(Mapping):
             expect(not unknown, "options", f"of {allowed} for {objective!r}", f"{unknown}", TypeError)
             return make(self, wanted, **({"velocity": velocity} if "velocity" in allowed else {}), **options)
         expect(not options, "options", "none for 'squared'", f"{sorted(options)}", TypeError)
-        plans = bellman(self.cost, self.times, wanted)
+        plans = least_cost_schedules(self.cost, self.times, wanted)
         if self.sample_costs is not None:
             plans = self.sample_costs.with_intervals(plans)
         self.schedules.update(plans)

@@ -12,7 +12,7 @@ from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_positive_int, expect_real
 from flowkernels._guidance import guided
 from flowkernels._warnings import warn
-from flowkernels.calibration.bellman import bellman
+from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.fusion.sampler import FusedSampler
 from flowkernels.sampling.rollout import rollout
@@ -190,7 +190,7 @@ def _knots(calibration: Calibration, steps: int, schedule: Schedule | None) -> S
     expect(steps <= K, "steps", f"at most K = {K}, the steps of the grid", steps)
     if schedule is None:
         known = steps in calibration
-        return calibration[steps] if known else bellman(calibration.cost, calibration.times, steps)[steps]
+        return calibration[steps] if known else least_cost_schedules(calibration.cost, calibration.times, steps)[steps]
     expect(isinstance(schedule, Schedule), "schedule", "a Schedule", schedule, TypeError)
     expect(schedule.steps == steps, "schedule", f"a schedule of {steps} steps", schedule)
     indices = tuple(int((calibration.times - t).abs().argmin()) for t in schedule.times)

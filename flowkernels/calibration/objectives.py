@@ -10,7 +10,7 @@ from torch import Tensor
 from flowkernels import ops
 from flowkernels._checks import expect, expect_float64, expect_positive_int, expect_shown
 from flowkernels._guidance import guided
-from flowkernels.calibration.bellman import bellman
+from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.step_cost import StepCost
 from flowkernels.fusion.sampler import FusedSampler
 from flowkernels.schedule import Schedule, uniform_indices
@@ -35,7 +35,7 @@ def gits(cal, steps: list[int], *, gamma: float = 1.15) -> dict[int, Schedule]:
 
 def _of_norms(cal, steps: list[int], name: str, gamma: float) -> dict[int, Schedule]:
     expect(cal.norm_cost is not None, "objective", f"a calibration that keeps samples, for {name!r}", "one of none")
-    plans = bellman(cal.norm_cost, cal.times, steps, gamma=gamma)
+    plans = least_cost_schedules(cal.norm_cost, cal.times, steps, gamma=gamma)
     if gamma == 1 and (singles := cal._singles()) is not None:
         plans = singles.with_intervals(plans, norm=True)
     return _noted(plans, name, 0, **({} if name == "norm" else {"gamma": gamma}))
@@ -117,7 +117,7 @@ def endpoint(
         along = terms.flip(0).cumsum(0).flip(0)  # from m on
         cost[: k - 1, k] = along[1:].square().mean((1, 2))
         cost[k - 1, k] = 0
-    plans = bellman(cost.cpu(), cal.times, steps)
+    plans = least_cost_schedules(cost.cpu(), cal.times, steps)
     return _noted(plans, "endpoint", (1 + 2 * probes) * (K - 1), samples=some.n, probes=probes)
 
 
@@ -247,7 +247,7 @@ def free(
             evaluations += K
         tables.append(StepCost(cal.times, states=True, device=v.device).update(v, some.x).cost().cpu())
     cost, which = torch.stack(tables).min(0)
-    plans, found = bellman(cost, cal.times, steps), {}
+    plans, found = least_cost_schedules(cost, cal.times, steps), {}
     for n, schedule in plans.items():
         j, k = (list(side) for side in zip(*itertools.pairwise(schedule.indices), strict=True))
         part = torch.tensor(given, dtype=torch.float64, device="cpu")[which[j, k]]

@@ -1,4 +1,4 @@
-"""`step_cost` and StepCost: the costs of all steps, from one Gram matrix of velocity increments."""
+"""`step_costs` and StepCost: the costs of all steps, from one Gram matrix of velocity increments."""
 
 from collections.abc import Sequence
 
@@ -87,7 +87,7 @@ class StepCost:
         return ops.cost_from_gram(self.gram / count, self.times, states=self.states)
 
 
-def step_cost(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | None = None) -> Tensor:
+def step_costs(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | None = None) -> Tensor:
     """Cost of every possible step, the mean squared error of one jump `t_j -> t_k`.
 
     `c(j, k) = mean over samples |x_k - x_j - (t_k - t_j) v_j|^2`, the norm over all features.
