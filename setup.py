@@ -1,4 +1,4 @@
-"""Builds flowkernels._C with CMake and Ninja; the rest of the metadata is in pyproject.toml."""
+"""The packages, and flowkernels._C, which CMake and Ninja build; the rest of the metadata is in pyproject.toml."""
 
 import ast
 import importlib
@@ -10,13 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
-BENCH = (ROOT / "flowkernels/bench.py").read_text()
-ENTRIES = ast.literal_eval(re.search(r"^ENTRIES = (\(.*?\))$", BENCH, re.DOTALL | re.MULTILINE)[1])
 # what pyproject.toml says a build needs; without build isolation nobody else looks
 REQUIRES = re.search(r"^requires = (\[.*?\])$", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)[1]
 MINIMUM = dict(requirement.split(">=") for requirement in ast.literal_eval(REQUIRES))
@@ -84,22 +81,14 @@ class CMakeBuild(build_ext):
         subprocess.check_call([cmake, "--install", str(tmp)])
 
 
-class BuildPy(build_py):
-    """Adds what lives in benchmarks/: the fashion checkpoints, beside the script that trains them, and the suite."""
-
-    def run(self):
-        super().run()
-        if not self.editable_mode:
-            target = Path(self.build_lib, "flowkernels", "data")
-            self.mkpath(str(target))
-            for name in ("fashion", "classifier"):
-                file = f"{name}.safetensors"
-                self.copy_file(str(ROOT / "benchmarks/fashion" / file), str(target / file))
-            suite = Path(self.build_lib, "flowkernels", "_benchmarks")
-            self.mkpath(str(suite))
-            for name in ("__init__", *ENTRIES, "quality", "datasets", "metrics"):
-                self.copy_file(str(ROOT / f"benchmarks/{name}.py"), str(suite / f"{name}.py"))
-
-
 package("setuptools")
-setup(ext_modules=[Extension("flowkernels._C", [])], cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy})
+setup(
+    # the benchmarks are a folder of the checkout, and in a wheel a package of ours
+    package_dir={"flowkernels._benchmarks": "benchmarks"},
+    packages=[
+        *find_packages(include=["flowkernels", "flowkernels.*"]),
+        *("flowkernels._benchmarks", "flowkernels._benchmarks.quality"),
+    ],
+    ext_modules=[Extension("flowkernels._C", [])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,4 +1,5 @@
-"""The benchmark suite: a module for each op, and for whole stages. `flowkernels bench` runs it (flowkernels/bench.py).
+"""The benchmark suite, which `flowkernels bench` runs (flowkernels/bench/).
 
-Each has `cases(device)`, which names the pieces of work; a case makes its inputs when it is its turn.
+A module here is an entry, of the op that it is named for or of what spans several. It has `cases(device)`, which names
+the pieces of work; a case makes its inputs when it is its turn. The folder quality/ is `flowkernels bench quality`.
 """

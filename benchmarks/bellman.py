@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from flowkernels.bench import Case, Work, ours
+from flowkernels.bench.case import Case, Work, ours
 from flowkernels.ops import bellman
 from flowkernels.ops.bellman import reference
 from flowkernels.ops.bellman.samples import Sample, error_and_bound

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from flowkernels.bench import Case, Work, ours
+from flowkernels.bench.case import Case, Work, ours
 from flowkernels.ops import bellman_pairs
 from flowkernels.ops.bellman_pairs import reference
 from flowkernels.ops.bellman_pairs.samples import Sample, error_and_bound, make

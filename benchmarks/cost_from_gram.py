@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flowkernels.bench import Case, Work, ours
+from flowkernels.bench.case import Case, Work, ours
 from flowkernels.ops import cost_from_gram
 from flowkernels.ops.cost_from_gram import reference
 from flowkernels.ops.cost_from_gram.samples import Sample, error_and_bound

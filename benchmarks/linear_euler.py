@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from flowkernels.bench import Case, Work, ours
+from flowkernels.bench.case import Case, Work, ours
 from flowkernels.ops import linear_euler
 from flowkernels.ops.linear_euler.samples import Sample, error_and_bound
 

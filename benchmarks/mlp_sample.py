@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import flowkernels as fk
-from flowkernels.bench import Case, Work, ours
+from flowkernels.bench.case import Case, Work, ours
 from flowkernels.models.bundled import BUNDLED
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkernels as fk
 from flowkernels import ops
-from flowkernels.bench import Case, Work, ours
+from flowkernels.bench.case import Case, Work, ours
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.mlp_sample import samples as mlp_samples

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flowkernels.bench import Case, Work, ours
+from flowkernels.bench.case import Case, Work, ours
 from flowkernels.ops import segment_points
 from flowkernels.ops.segment_points.samples import Sample, error_and_bound, places
 

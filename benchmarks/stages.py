@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 import flowkernels as fk
-from flowkernels.bench import Case, Work, ours
+from flowkernels.bench.case import Case, Work, ours
 from flowkernels.models.bundled import BUNDLED
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 import flowkernels as fk
-from flowkernels.bench import Case, Work, ours
+from flowkernels.bench.case import Case, Work, ours
 from flowkernels.ops.cost_from_gram.reference import cost_from_gram
 
 from .velocity_gram import gram, velocities

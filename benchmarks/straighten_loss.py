@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flowkernels.bench import Case, Work, ours
+from flowkernels.bench.case import Case, Work, ours
 from flowkernels.ops import straighten_loss
 from flowkernels.ops.segment_points.samples import places
 from flowkernels.ops.straighten_loss.samples import Sample, gradient_error_and_bound

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flowkernels.bench import Case, Work, ours
+from flowkernels.bench.case import Case, Work, ours
 from flowkernels.ops import velocity_gram
 from flowkernels.ops.velocity_gram.samples import Sample, error_and_bound
 

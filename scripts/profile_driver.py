@@ -9,22 +9,22 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-import _gpu_checks  # noqa: E402
 import torch  # noqa: E402
 
-from flowkernels import bench  # noqa: E402
-from flowkernels.ops import OPS  # noqa: E402
+from flowkernels import ops  # noqa: E402
+from flowkernels.bench import suite  # noqa: E402
+from flowkernels.ops._samples import moved, samples_of  # noqa: E402
 
 
 def find(op: str, which: str, device: torch.device):
     """(what it is, the call)."""
-    samples = {s.id: s for s in _gpu_checks.samples(op)}
+    samples = {s.id: s for s in samples_of(op).sample_inputs()}
     if which in samples:
-        there = _gpu_checks.moved(samples[which], device)
-        return f"sample {which}", lambda: _gpu_checks.call(op, there)
-    cases = bench.cases(op, device)
+        there = moved(samples[which], device)
+        return f"sample {which}", lambda: getattr(ops, op)(*there.args, **there.kwargs)
+    cases = suite.cases(op, device)
     if which.isdecimal():
         case = min((c for c in cases if c.size), key=lambda c: abs(math.log(c.size / max(1, int(which)))))
     else:
@@ -38,7 +38,7 @@ def find(op: str, which: str, device: torch.device):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", choices=OPS)
+    parser.add_argument("op", choices=ops.OPS)
     parser.add_argument("which", nargs="?", default="", help="part of a case's name, a size, or a sample's id")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--calls", type=int, default=8)

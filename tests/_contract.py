@@ -1,14 +1,6 @@
 """What every op's tests share, on the CPU and on a GPU."""
 
-import importlib
-
 import torch
-
-
-def op_args(op, sample):
-    """The sample's arguments as the registered op takes them; `straighten_loss` with its gradient."""
-    args = importlib.import_module(f"flowkernels.ops.{op}.samples").to_op(sample)
-    return (*args[:-1], True) if op == "straighten_loss" else args
 
 
 def tensors(result):

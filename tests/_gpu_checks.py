@@ -3,60 +3,21 @@ tests/test_gpu_checks.py runs them on the CPU, on kernels compiled for the host.
 """
 
 import contextlib
-import dataclasses
-import importlib
 import warnings
-from typing import NamedTuple
 
 import torch
-from _contract import identical, op_args
+from _contract import identical
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flowkernels import ops
-from flowkernels.ops._samples import Sample
+from flowkernels.ops._samples import Sample, moved, op_args, samples_of
 from flowkernels.runtime import environment
 from flowkernels.runtime.backends import backend
 
 
 def samples(op: str) -> list[Sample]:
-    return list(importlib.import_module(f"flowkernels.ops.{op}.samples").sample_inputs())
-
-
-def bounds_of(op: str):
-    return importlib.import_module(f"flowkernels.ops.{op}.samples").error_and_bound
-
-
-class Memories(NamedTuple):
-    """What has been moved."""
-
-    tensors: dict  # by the identity of the old one
-    storages: dict  # by the old address
-
-
-def moved(value, device, memories: Memories | None = None):
-    """`value` with every tensor in it on the device, in memory laid out as it is here: offset, strides, what lies in
-    between, and which tensors share it or are one. The memory is new, on the same device too."""
-    memories = Memories({}, {}) if memories is None else memories
-    if isinstance(value, Tensor):
-        if id(value) not in memories.tensors:
-            storage = value.untyped_storage()
-            if storage.data_ptr() not in memories.storages or not storage.nbytes():
-                flat = value.as_strided((storage.nbytes() // value.element_size(),), (1,), 0)
-                memories.storages[storage.data_ptr()] = torch.empty_like(flat, device=device).copy_(flat)
-            memory = memories.storages[storage.data_ptr()].view(value.dtype)
-            memories.tensors[id(value)] = memory.as_strided(value.shape, value.stride(), value.storage_offset())
-        return memories.tensors[id(value)]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(v, device, memories) for v in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(moved(v, device, memories) for v in value)
-    if isinstance(value, dict):
-        return {k: moved(v, device, memories) for k, v in value.items()}
-    if dataclasses.is_dataclass(value):
-        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{k: moved(v, device, memories) for k, v in parts.items()})
-    return value
+    return list(samples_of(op).sample_inputs())
 
 
 def call(op: str, sample: Sample, on: str = "cuda"):
@@ -106,7 +67,7 @@ def float64(op: str, device, on: str = "cuda") -> list[str]:
     """All samples, with their layouts, within the bounds of the CPU's tests."""
     wrong = []
     for sample in samples(op):
-        error, bound = bounds_of(op)(sample, on_cpu(call(op, moved(sample, device), on)))
+        error, bound = samples_of(op).error_and_bound(sample, on_cpu(call(op, moved(sample, device), on)))
         if not error <= bound:
             wrong.append(f"{sample.id}: {error:.3g} > {bound:.3g}")
         if op == "straighten_loss":

@@ -10,9 +10,11 @@ import types
 import pytest
 import torch
 
-from flowkernels import _timers, bench
-from flowkernels._timers import CudaEvents, WallClock
-from flowkernels.bench import Measured, Work, measure, rows
+from flowkernels.bench import command, harness, suite, timers
+from flowkernels.bench.case import Case, Work, ours
+from flowkernels.bench.harness import Measured, Shares, measure, rows
+from flowkernels.bench.tables import FIELDS, print_case
+from flowkernels.bench.timers import CudaEvents, WallClock
 from flowkernels.cli import main
 from flowkernels.runtime import backends, environment
 
@@ -29,7 +31,7 @@ def clock():
 
 
 def table(work, clock):
-    found = rows("entry", bench.Case("case", 1, lambda: work), work, *measure(work, clock, 1, 0.1))
+    found = rows("entry", Case("case", 1, lambda: work), work, *measure(work, clock, 1, 0.1))
     return {row["provider"]: row for row in found}
 
 
@@ -43,7 +45,7 @@ def test_a_red_gate_prints_no_speed(clock, capsys):
     assert all(green[k] > 0 for k in figures)
     for row in found.values():
         row["threads"] = 1
-    bench.print_case(list(found.values()))
+    print_case(list(found.values()))
     line = next(line for line in capsys.readouterr().out.splitlines() if "flowkernels cpu" in line)
     assert line.endswith("RED 1 > 0.5")
 
@@ -63,7 +65,7 @@ def test_ratios_are_to_the_best_torch_provider_round_by_round():
     }
     work = Work({}, lambda got: (0, 1), moved=1e9, flops=2e9)
     stream, fma = [2e9, 2e9, 1e9], [4e9, 4e9, 4e9]
-    found = {r["provider"]: r for r in rows("e", bench.Case("c", 1, lambda: work), work, measured, stream, fma)}
+    found = {r["provider"]: r for r in rows("e", Case("c", 1, lambda: work), work, measured, stream, fma)}
     mine = found["flowkernels cpu"]
     assert mine["best_torch"] == "torch compile"
     assert mine["ratio"] == 4  # the median of 3, 4 and 5
@@ -106,21 +108,30 @@ def test_extra_memory(clock):
 
 def test_every_backend_of_ours_is_a_provider():
     seen = []
-    calls = bench.ours(lambda: seen.append(backends.choose("bellman", "cpu")), CPU)
+    calls = ours(lambda: seen.append(backends.choose("bellman", "cpu")), CPU)
     for call in calls.values():
         call()
     assert list(calls) == [f"flowkernels {name}" for name in seen] == ["flowkernels cpu", "flowkernels reference"]
 
 
 def test_entries_name_their_cases_before_any_work():
-    for entry in bench.ENTRIES:
-        found = bench.cases(entry, CPU)
+    for entry in suite.entries():
+        found = suite.cases(entry, CPU)
         names = [case.name for case in found]
         assert len(set(names)) == len(names) > 0
         assert any(case.quick for case in found)
     assert {"velocity_gram", "bellman", "euler_step", "linear_update", "segment_points", "straighten_loss"} < {
-        *bench.ENTRIES
+        *suite.entries()
     }
+
+
+def test_entries_are_the_files_that_are_there(tmp_path, monkeypatch):
+    for name in ("whole_stage", "euler_step", "another_stage", "bellman"):
+        (tmp_path / f"{name}.py").touch()
+    (tmp_path / "quality").mkdir()
+    (tmp_path / "quality/__init__.py").touch()
+    monkeypatch.setattr(suite, "BENCHMARKS", tmp_path)
+    assert suite.entries() == ("bellman", "euler_step", "another_stage", "whole_stage")
 
 
 @pytest.mark.parametrize("entry", ["bellman", "overhead"])
@@ -129,8 +140,8 @@ def test_command(entry, tmp_path, capsys):
     out = capsys.readouterr().out
     with open(tmp_path / f"{entry}.csv", newline="") as f:
         found = list(csv.DictReader(f))
-    assert tuple(found[0]) == bench.FIELDS
-    assert {row["case"] for row in found} == {case.name for case in bench.cases(entry, CPU) if case.quick}
+    assert tuple(found[0]) == FIELDS
+    assert {row["case"] for row in found} == {case.name for case in suite.cases(entry, CPU) if case.quick}
     for row in found:
         assert row["gate"] == "ok"
         assert float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
@@ -143,7 +154,7 @@ def test_command(entry, tmp_path, capsys):
 def test_list_runs_nothing(capsys):
     assert main.main(["bench", "velocity_gram", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"velocity_gram: {case.name}" for case in bench.cases("velocity_gram", CPU)]
+    assert lines == [f"velocity_gram: {case.name}" for case in suite.cases("velocity_gram", CPU)]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +181,7 @@ def test_a_failing_case_and_a_red_gate_are_failures(monkeypatch, capsys):
     red = Work({"flowkernels cpu": lambda: torch.ones(1)}, lambda got: (1.0, 0.5))
     green = Work({"flowkernels cpu": lambda: torch.ones(1), "torch eager": wait(0)}, lambda got: (0.0, 0.5))
     for make, code in ((fails, 1), (lambda: red, 1), (lambda: green, 0)):
-        monkeypatch.setattr(bench, "cases", lambda entry, device, make=make: [bench.Case("c", 1, make, quick=True)])
+        monkeypatch.setattr(suite, "cases", lambda entry, device, make=make: [Case("c", 1, make, quick=True)])
         assert main.main(["bench", "bellman", "--quick"]) == code
     assert "RuntimeError: no inputs" in capsys.readouterr().out
 
@@ -207,8 +218,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(CudaEvents, "COPIED", 1 << 16)
     monkeypatch.setattr(CudaEvents, "OVERWRITTEN", 1 << 16)
-    small = {unit: (dtype, 16, precision) for unit, (dtype, _, precision) in _timers.UNITS.items()}
-    monkeypatch.setattr(_timers, "UNITS", small)
+    small = {unit: (dtype, 16, precision) for unit, (dtype, _, precision) in timers.UNITS.items()}
+    monkeypatch.setattr(timers, "UNITS", small)
     return waited
 
 
@@ -256,7 +267,7 @@ def test_matrix_products_have_the_precision_of_their_unit(gpu, unit, monkeypatch
     assert torch.get_float32_matmul_precision() == before
     dtype = torch.float32 if unit == "tf32" else getattr(torch, unit)
     assert set(seen) == {(dtype, "high" if unit == "tf32" else "highest")}
-    assert set(_timers.UNITS) == {"float32", "tf32", "bfloat16", "float16"}
+    assert set(timers.UNITS) == {"float32", "tf32", "bfloat16", "float16"}
 
 
 def test_both_timers_measure_the_same_work(gpu):
@@ -279,7 +290,7 @@ def test_both_timers_measure_the_same_work(gpu):
 @pytest.fixture
 def bench_on_the_stand_in(gpu, monkeypatch):
     """`flowkernels bench` takes the CPU for a GPU."""
-    monkeypatch.setattr(bench, "timer", CudaEvents)
+    monkeypatch.setattr(command, "timer", CudaEvents)
     monkeypatch.setattr(environment, "is_gpu", lambda device: True)
 
 
@@ -305,13 +316,13 @@ def test_what_there_is_no_time_for_is_named(bench_on_the_stand_in, capsys):
     assert main.main(["bench", "bellman", "--minutes", "1e-9"]) == 0
     out = capsys.readouterr().out
     left = next(line for line in out.splitlines() if line.startswith("left out, 1e-09 minutes being over"))
-    assert all(f"bellman: {case.name}" in left for case in bench.cases("bellman", CPU))
+    assert all(f"bellman: {case.name}" in left for case in suite.cases("bellman", CPU))
 
 
 def test_time_is_shared_out_by_cases(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
-    shares = bench.Shares(1, {"a": 1, "b": 2, "c": 3})
+    monkeypatch.setattr(harness.time, "monotonic", lambda: now[0])
+    shares = Shares(1, {"a": 1, "b": 2, "c": 3})
     shares.begin("a")
     assert shares.entry_end == 10
     now[0] = 30

@@ -1,20 +1,17 @@
-"""The machine code of the built kernels keeps the rules of _kernel_rules.py; and the checks find what they are for."""
+"""The machine code of the built kernels keeps the rules of cuda_rules.py; and the checks find what they are for."""
 
 import dataclasses
 import itertools
 import re
 import subprocess
-import sys
 from importlib.metadata import version
 
-import _binaries
 import _host_cuda
-import pytest
-from _binaries import Rule
-from _kernel_rules import RULES
-
-sys.path.insert(0, str(_host_cuda.ROOT / "benchmarks"))
 import gpu_model
+import pytest
+from machine_code import binaries
+from machine_code.binaries import Rule
+from machine_code.cuda_rules import RULES
 
 ARCHITECTURES = {"80", "90a", "100", "120"}
 
@@ -25,11 +22,11 @@ def cuda_ops() -> list[str]:
 
 
 def kernels():
-    return _binaries.read(_binaries.built())
+    return binaries.read(binaries.built())
 
 
 def test_every_kernel_keeps_its_rule():
-    found = _binaries.problems(kernels(), RULES)
+    found = binaries.problems(kernels(), RULES)
     assert not found, "\n".join(found)
 
 
@@ -79,8 +76,8 @@ ANY = dict(registers=255, occupancy=0.0)
 def bad(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "bad.cu").write_text(BAD)
-    _binaries.run(_host_cuda.nvcc(), "-arch=sm_80", "-cubin", "-o", folder / "bad.cubin", folder / "bad.cu")
-    return {k.name: k for k in _binaries.read(str(folder / "bad.cubin"))}
+    binaries.run(_host_cuda.nvcc(), "-arch=sm_80", "-cubin", "-o", folder / "bad.cubin", folder / "bad.cu")
+    return {k.name: k for k in binaries.read(str(folder / "bad.cubin"))}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +102,7 @@ def bad(tmp_path_factory):
     ],
 )
 def test_checks(bad, rule, problem):
-    found = _binaries.problems([bad[rule.name]], [rule])
+    found = binaries.problems([bad[rule.name]], [rule])
     assert len(found) == (problem is not None), found
     assert not found or re.search(f"^sm_80 {re.escape(rule.name)}: {problem}", found[0])
 
@@ -113,9 +110,9 @@ def test_checks(bad, rule, problem):
 def test_checks_of_rules_and_counts(bad):
     fine = bad["fine_kernel"]
     rule = Rule("fine_kernel", **ANY)
-    assert _binaries.problems([fine], []) == ["sm_80 fine_kernel: 0 rules"]
-    assert _binaries.problems([fine], [rule, rule]) == ["sm_80 fine_kernel: 2 rules"]
-    assert _binaries.problems([fine], [rule, Rule("other", **ANY)]) == ["rule other: no such kernel"]
+    assert binaries.problems([fine], []) == ["sm_80 fine_kernel: 0 rules"]
+    assert binaries.problems([fine], [rule, rule]) == ["sm_80 fine_kernel: 2 rules"]
+    assert binaries.problems([fine], [rule, Rule("other", **ANY)]) == ["rule other: no such kernel"]
     invented = dataclasses.replace(
         fine, instructions=["HMMA.16816.F32.BF16", "LDSM.16.M88.4", "F2F.F32.F64", "MUFU.RCP64H"]
     )
@@ -129,7 +126,7 @@ def test_names():
     unnamed = "_ZN2fk4cuda39_GLOBAL__N__03d58b6f_7_cuda_cu_d0e51c6a17mlp_sample_kernelINS1_3MmaILi1EEELb1EEEvNS1_3RunE"
     named = "_ZN2fk4cuda17euler_step_kernelIf6__halffLb0ELi8EEEvPKT_PKT0_S8_PS3_PT1_liS3_S3_"
     expected = ["mlp_sample_kernel<Mma<1>, true>", "euler_step_kernel<float, __half, float, false, 8>", "plain"]
-    assert _binaries.demangle([unnamed, named, "plain"]) == expected
+    assert binaries.demangle([unnamed, named, "plain"]) == expected
 
 
 def test_hot_loop():
@@ -146,7 +143,7 @@ def test_hot_loop():
         /*0060*/   BRA `(.L_x_2) ;
         /*0070*/   NOP ;
 """
-    found, loops = _binaries.instructions(listing)
+    found, loops = binaries.instructions(listing)
     assert found == ["MOV", "LDG.E.128", "FFMA", "BRA", "BRA", "EXIT", "BRA"]
     assert loops == [range(1, 4)]
 
@@ -176,20 +173,18 @@ int main() {
 
 def test_occupancy_is_what_nvidia_reckons(tmp_path):
     (tmp_path / "occupancy.cpp").write_text(OCCUPANCY)
-    _binaries.run(_host_cuda.nvcc(), "-w", "-o", tmp_path / "occupancy", tmp_path / "occupancy.cpp")
+    binaries.run(_host_cuda.nvcc(), "-w", "-o", tmp_path / "occupancy", tmp_path / "occupancy.cpp")
     cases = list(
-        itertools.product(
-            _binaries.MULTIPROCESSORS, (16, 40, 41, 128, 168, 255), (0, 1000, 32768, 90000), (32, 96, 256)
-        )
+        itertools.product(binaries.MULTIPROCESSORS, (16, 40, 41, 128, 168, 255), (0, 1000, 32768, 90000), (32, 96, 256))
     )
     lines = []
     for sm, registers, shared, threads in cases:
-        warps, _, memory = _binaries.MULTIPROCESSORS[sm]
+        warps, _, memory = binaries.MULTIPROCESSORS[sm]
         lines.append(f"{sm} {registers} {shared} {threads} {memory} {warps}")
     expected = subprocess.run(
         tmp_path / "occupancy", input="\n".join(lines), capture_output=True, text=True, check=True
     )
-    got = [_binaries.occupancy(*case)[0] for case in cases]
+    got = [binaries.occupancy(*case)[0] for case in cases]
     assert got == list(map(int, expected.stdout.split()))
 
 
@@ -206,9 +201,9 @@ def skeleton(text: str) -> list[str]:
 
 
 def test_document_is_up_to_date():
-    """Written by `python benchmarks/gpu_model.py --write docs/gpu.md`."""
+    """Written by `python scripts/gpu_model.py --write docs/gpu.md`."""
     written, now = (_host_cuda.ROOT / "docs/gpu.md").read_text(), gpu_model.document()
-    compilers = f"nvcc {_binaries.compiler(_binaries.built())}.", f"Triton {version('triton')},"
+    compilers = f"nvcc {binaries.compiler(binaries.built())}.", f"Triton {version('triton')},"
     for compiler, old, new in zip(compilers, written.split(TRITON), now.split(TRITON), strict=True):
         line = f"\nCompiled by {compiler}"
         assert line in new

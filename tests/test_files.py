@@ -17,8 +17,9 @@ import torch
 from _flows import linear_field, normal
 
 import flowkernels as fk
-from flowkernels import _files, bench, tune
+from flowkernels import _files
 from flowkernels._files import whole_file, whole_folder
+from flowkernels.bench import tables, tune
 from flowkernels.cli import inputs, main
 from flowkernels.models import bundled, networks, weights
 
@@ -55,7 +56,7 @@ WRITERS = {
     "calls": record,
     "checkpoint": straighten,
     "tuned": lambda path: tune._write(Path(path), {"format": 1}),
-    "csv": lambda path: bench.write_csv(Path(path), []),
+    "csv": lambda path: tables.write_csv(Path(path), []),
     **{f"samples{suffix}": lambda path, suffix=suffix: save_samples(path, suffix) for suffix in main.SAMPLE_FORMATS},
 }
 every_writer = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)

@@ -1,6 +1,7 @@
 """The networks that ship with the package, and the closed-form velocities."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def test_bundled_digits():
 
 def test_missing_checkpoint_is_named():
     with pytest.raises(FileNotFoundError, match=r"model 'none': no checkpoint at .*none\.safetensors"):
-        Bundled("none", "none.safetensors", "nowhere", (1,)).load()
+        Bundled("none", Path("nowhere/none.safetensors"), (1,)).load()
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,18 @@
 """The benchmark of samples: its distances, what it counts and writes, and the page that is made of it."""
 
 import csv
-import importlib
 import math
 
 import pytest
+import quality_report
 import torch
 from _flows import normal
 
 import flowkernels as fk
-from flowkernels import bench
+from flowkernels.bench import suite
 from flowkernels.cli import main
 
-suite = bench.suite().__name__
-metrics = importlib.import_module(f"{suite}.metrics")
-quality = importlib.import_module(f"{suite}.quality")
+metrics, quality = suite.module("quality.metrics"), suite.module("quality.command")
 KNOWN = "uniform,shifted,cosine,boss,ab2,ab3,boss_ab2,boss_ab3,heun"
 OURS = ",gits,oss,norm,endpoint,free,pairs,fitted,fitted3,polished,straightened"
 
@@ -247,8 +245,8 @@ def test_bad_input(options, message, capsys):
 
 def test_report(measured, tmp_path):
     page = tmp_path / "quality.md"
-    page.write_text("# Quality\n\nBy hand.\n\n<!-- below this line: benchmarks/quality_report.py -->\nold\n")
-    importlib.import_module(f"{suite}.quality_report").write(measured / "quality.csv", page)
+    page.write_text("# Quality\n\nBy hand.\n\n<!-- below this line: scripts/quality_report.py -->\nold\n")
+    quality_report.write(measured / "quality.csv", page)
     text = page.read_text()
     assert text.startswith("# Quality\n\nBy hand.\n\n<!-- below this line")
     assert "old" not in text

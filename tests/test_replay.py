@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import flowkernels as fk
-from flowkernels import ops, replay
-from flowkernels._timers import WallClock
+from flowkernels import ops
+from flowkernels.bench import replay
+from flowkernels.bench.timers import WallClock
 from flowkernels.cli.main import main
 from flowkernels.models.networks import ResidualMLP
 from flowkernels.ops import OPS, _calls

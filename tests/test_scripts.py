@@ -1,5 +1,7 @@
 """The scripts, those for a GPU as far as they go without one; and what a build needs."""
 
+import ast
+import json
 import os
 import re
 import shlex
@@ -13,6 +15,7 @@ import ninja
 import pytest
 import torch
 
+from flowkernels.bench import suite
 from flowkernels.ops import OPS
 from flowkernels.ops._samples import generator
 from flowkernels.runtime import backends
@@ -98,7 +101,6 @@ def test_without_a_gpu(tmp_path):
 
 DRIVER = """
 import runpy, sys
-from flowkernels import ops
 driver = runpy.run_path("scripts/profile_driver.py")
 for sys.argv in (
     ["driver", "bellman", "K=100", "--device", "cpu", "--calls", "2"],
@@ -107,7 +109,6 @@ for sys.argv in (
     ["driver", "euler_step", "33-float32-w3.5-low_bfloat16", "--device", "cpu"],
     ["driver", "bellman", "K=7", "--device", "cpu"],
 ):
-    driver["_gpu_checks"].call = lambda op, sample: getattr(ops, op)(*sample.args, **sample.kwargs)
     driver["main"]()
 """
 
@@ -138,7 +139,49 @@ def test_other_seeds(monkeypatch):
     assert not torch.equal(torch.rand(3, generator=generator(5)), same)
 
 
-# ---- what a build needs ----
+def imported(path):
+    """The first names of what a file imports, relative imports aside."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def test_benchmarks_and_scripts_take_nothing_from_the_tests():
+    files = [p for p in [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("scripts/**/*")] if p.is_file()]
+    files = [p for p in files if p.suffix == ".py" or p.read_bytes().startswith(b"#!/usr/bin/env python")]
+    tests = {p.stem for p in ROOT.glob("tests/**/*.py")} | {"tests"}
+    assert {"bellman.py", "gpu_model.py", "test_versions"} < {p.name for p in files}
+    assert [(p.name, name) for p in files for name in imported(p) if name in tests] == []
+
+
+# ---- what a build needs, and makes ----
+
+LISTED = """
+import json
+from distutils.core import run_setup
+command = run_setup("setup.py", stop_after="config").get_command_obj("build_py")
+command.ensure_finalized()
+command.build_lib = "wheel"
+print(json.dumps(command.get_outputs(include_bytecode=False)))
+"""
+
+
+def test_what_a_wheel_carries():
+    """Beside the compiled module: the package, and the suite of benchmarks with its checkpoints; nothing that trains,
+    tests or makes pages."""
+    command = [sys.executable, "-c", f"import setuptools\n{LISTED}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = {str(Path(path).relative_to("wheel")) for path in json.loads(done.stdout.splitlines()[-1])}
+    files = {path for folder in ("flowkernels", "benchmarks") for path in (ROOT / folder).rglob("*") if path.is_file()}
+    files = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".pyc", ".so", ".csv")}
+    assert found == {re.sub("^benchmarks/", "flowkernels/_benchmarks/", path) for path in files}
+    entries = {f"flowkernels/_benchmarks/{entry}.py" for entry in suite.entries()}
+    assert len(entries) > len(OPS)
+    assert entries < found
+    assert {f"flowkernels/_benchmarks/fashion/{name}.safetensors" for name in ("fashion", "classifier")} < found
 
 
 def configured(tmp_path, flags):
@@ -205,7 +248,6 @@ def test_build_tools_that_are_too_old_are_named(tmp_path, name, old, oldest):
         "pyproject.toml",
         "README.md",
         "LICENSE",
-        "flowkernels/bench.py",
         "flowkernels/_version.py",
     ):
         shutil.copy(ROOT / file, checkout / file)

@@ -1,4 +1,4 @@
-"""Every op's Triton kernels compile for every target, and their machine code keeps the rules of _triton_rules.py."""
+"""Every op's Triton kernels compile for every target, and their machine code keeps the rules of triton_rules.py."""
 
 import dataclasses
 import os
@@ -6,11 +6,10 @@ import re
 import subprocess
 import sys
 
-import _binaries
-import _triton_binaries
 import pytest
-from _triton_compile import FORMS, TARGETS
-from _triton_rules import RULES
+from machine_code import binaries, triton_binaries
+from machine_code.triton_compile import FORMS, TARGETS
+from machine_code.triton_rules import RULES
 
 from flowkernels.ops import OPS
 
@@ -23,22 +22,22 @@ def atomics(kernels) -> list[str]:
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_kernel_keeps_its_rule(op):
-    kernels, _ = _triton_binaries.read(op)
+    kernels, _ = triton_binaries.read(op)
     owner = {r.name: max((o for o in OPS if r.name.startswith(f"{o}_")), key=len) for r in RULES}
     rules = [r for r in RULES if owner[r.name] == op]
     assert rules
     aligned = [k for k in kernels if k.name.endswith(">")]
-    found = _binaries.problems(aligned, rules) + atomics(kernels)
+    found = binaries.problems(aligned, rules) + atomics(kernels)
     for k in kernels:
         if k not in aligned:  # sizes and memory that fit no vectors: no more than that nothing is spilled
             own = [r for r in rules if re.fullmatch(r.name, k.name)]
             plain = [dataclasses.replace(r, registers=255, occupancy=0.0, has="") for r in own]
-            found += _binaries.problems([k], plain)
+            found += binaries.problems([k], plain)
     assert not found, "\n".join(found)
 
 
 def test_odd_sizes_are_compiled_too():
-    kernels, _ = _triton_binaries.read("euler_step")
+    kernels, _ = triton_binaries.read("euler_step")
     forms = {(k.arch, k.name.rpartition(">")[2]) for k in kernels}
     assert forms == {("80", form) for form in FORMS} | {(t, "") for t in NVIDIA}
 
@@ -46,7 +45,7 @@ def test_odd_sizes_are_compiled_too():
 @pytest.mark.parametrize("op", OPS)
 def test_every_target_has_every_kernel(op):
     """AMD's GPUs among them; by name, since what a launch passes may depend on the target."""
-    _, variants = _triton_binaries.read(op)
+    _, variants = triton_binaries.read(op)
     names = {t: {v["label"].split("<")[0] for v in variants if v["target"] == t} for t in TARGETS}
     assert names["80"]
     assert all(of == names["80"] for of in names.values())
@@ -79,8 +78,9 @@ def fine_kernel(p):
 """
 COMPILE = """
 import sys
-import _triton_compile, bad, torch, triton
-triton.runtime.driver.set_active(_triton_compile.Driver("80"))
+import bad, torch, triton
+from machine_code import triton_compile
+triton.runtime.driver.set_active(triton_compile.Driver("80"))
 for name in "atomic", "double", "spilling", "fine":
     compiled = getattr(bad, name + "_kernel").warmup(torch.empty(32), grid=(1,), num_warps=1)
     with open(name + ".cubin", "wb") as file:
@@ -92,11 +92,11 @@ for name in "atomic", "double", "spilling", "fine":
 def bad(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "bad.py").write_text(BAD)
-    environment = dict(PYTHONPATH=f"{_triton_binaries.ROOT / 'tests'}:{folder}", TRITON_INTERPRET="0",
+    environment = dict(PYTHONPATH=f"{triton_binaries.ROOT / 'scripts'}:{folder}", TRITON_INTERPRET="0",
                        TRITON_CACHE_DIR=str(folder / "cache"))  # fmt: skip
     command = [sys.executable, "-c", COMPILE]
     subprocess.run(command, check=True, cwd=folder, env=os.environ | environment)
-    read = _binaries.read_cubins(sorted(folder.glob("*.cubin")), "80")
+    read = binaries.read_cubins(sorted(folder.glob("*.cubin")), "80")
     return {k.name: k for (k,) in read}
 
 
@@ -110,12 +110,12 @@ def bad(tmp_path_factory):
     ],
 )
 def test_checks(bad, name, problem):
-    found = _binaries.problems([bad[name]], [_binaries.Rule(name, 255, 0.0)]) + atomics([bad[name]])
+    found = binaries.problems([bad[name]], [binaries.Rule(name, 255, 0.0)]) + atomics([bad[name]])
     assert len(found) == (problem is not None), found
     assert not found or re.search(f"^sm_80 {name}: {problem}", found[0])
 
 
 def test_cubins_are_read_together_as_one_by_one(bad, tmp_path_factory):
     for path in tmp_path_factory.getbasetemp().glob("bad*/*.cubin"):
-        (alone,) = _binaries.read_cubin(path)
+        (alone,) = binaries.read_cubin(path)
         assert alone == bad[alone.name]

@@ -14,16 +14,16 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from flowkernels import bench, tune
 from flowkernels._files import sealed
-from flowkernels.bench import Work
+from flowkernels.bench import suite, tune
+from flowkernels.bench.case import Case, Work, ours
+from flowkernels.bench.tune import Tuner, candidates
 from flowkernels.cli import main
 from flowkernels.ops import OPS, _triton, _tuned, bellman
 from flowkernels.ops.bellman.samples import Sample, error_and_bound
 from flowkernels.ops.bellman.triton_kernel import CONFIGS, SEARCH
 from flowkernels.runtime import environment
 from flowkernels.runtime.backends import backend
-from flowkernels.tune import Tuner, candidates
 
 CPU = torch.device("cpu")
 STEP, CHECK = CONFIGS["bellman_step"], CONFIGS["bellman_check"]
@@ -56,8 +56,8 @@ def small(K):
     """A case as the benchmark has them."""
     cost = torch.rand(K + 1, K + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sample = Sample("", (cost, 2), {})
-    work = Work(bench.ours(lambda: bellman(*sample.args), CPU), lambda got: error_and_bound(sample, got))
-    return bench.Case(f"K={K}", K, lambda: work)
+    work = Work(ours(lambda: bellman(*sample.args), CPU), lambda got: error_and_bound(sample, got))
+    return Case(f"K={K}", K, lambda: work)
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_a_case_that_does_not_fit_is_left_out(cases):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     said = []
-    too_large = bench.Case("large", 1, make)
+    too_large = Case("large", 1, make)
     found = Tuner(None, said.append).cases_of([too_large, cases[0]], {})
     assert found == {"bellman_check": [cases[0]], "bellman_step": [cases[0]]}
     assert said == ["large: left out, it does not fit into the GPU's memory"]
@@ -250,7 +250,7 @@ def test_a_case_that_does_not_fit_is_left_out(cases):
 def test_the_benchmark_launches_them(op):
     """Through the provider of its cases that tuning takes. The smallest, since they are interpreted."""
     configs, said = _tuned.kernels(op)[0], []
-    smallest = min(bench.cases(op, CPU), key=lambda case: case.size)
+    smallest = min(suite.cases(op, CPU), key=lambda case: case.size)
     found = Tuner(None, said.append).cases_of([smallest], {})
     assert found
     assert found.keys() <= configs.keys()
@@ -259,7 +259,7 @@ def test_the_benchmark_launches_them(op):
 
 def test_a_few_cases_of_many():
     def case(name, size, quick=False):
-        return bench.Case(name, size, None, quick=quick)
+        return Case(name, size, None, quick=quick)
 
     many = [case("a", 1), case("b", 5, True), case("c", 3), case("d", 9), case("e", 7), case("f", 2)]
     assert [c.name for c in tune._few(many)] == ["b", "d", "c"]
@@ -470,7 +470,7 @@ def command(gpu, cases, monkeypatch):
     """`flowkernels tune bellman` on the interpreter, FAST being twice as fast."""
     monkeypatch.setattr(tune, "_gpu", lambda name: CPU)
     monkeypatch.setattr(tune, "timer", lambda device: Clock(at("bellman_step", [(FAST, 5e-6)], 1e-5)))
-    monkeypatch.setattr(bench, "cases", lambda op, device: cases[:1])
+    monkeypatch.setattr(suite, "cases", lambda op, device: cases[:1])
     return gpu
 
 
@@ -569,7 +569,7 @@ REFUSED = {
 @pytest.mark.parametrize("line", REFUSED)
 def test_refused_before_any_work(line, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(bench, "cases", None)
+    monkeypatch.setattr(suite, "cases", None)
     assert main.main(line.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels import _entry, _options, bench, ops, replay, tune
+from flowkernels import _entry, _options, ops
 from flowkernels._files import whole_file, write_or_keep
+from flowkernels.bench import command as bench
+from flowkernels.bench import replay, tune
 from flowkernels.cli import demo
 from flowkernels.cli.inputs import (
     InputError,

@@ -14,33 +14,29 @@ from flowkernels.models.networks import DiT, ResidualMLP, UNet, _Parts
 _ARCHITECTURES = {"ResidualMLP": ResidualMLP, "UNet": UNet, "DiT": DiT}
 
 
+PACKAGE = Path(__file__).resolve().parents[1]
+# the suite of benchmarks, which a wheel carries inside the package
+BENCHMARKS = PACKAGE / "_benchmarks" if (PACKAGE / "_benchmarks").is_dir() else PACKAGE.parent / "benchmarks"
+
+
 @dataclass(frozen=True)
 class Bundled:
-    """A shipped model: where its checkpoint is and the shape of one sample."""
+    """A shipped model: its checkpoint and the shape of one sample."""
 
     name: str
-    file: str
-    source: str
+    path: Path
     shape: tuple[int, ...]
-
-    @property
-    def path(self) -> Path:
-        """The checkpoint inside the installed package, or in the source tree's benchmarks/ folder."""
-        here = Path(__file__).resolve().parents[1]
-        candidates = [here / "data" / self.file, here.parent / self.source / self.file]
-        for path in candidates:
-            if path.is_file():
-                return path
-        raise FileNotFoundError(f"model {self.name!r}: no checkpoint at {' or '.join(map(str, candidates))}")
 
     def load(self) -> nn.Module:
         """The network with its trained weights, in eval mode."""
+        if not self.path.is_file():
+            raise FileNotFoundError(f"model {self.name!r}: no checkpoint at {self.path}")
         return load_network(self.path)
 
 
 BUNDLED = {
-    "digits": Bundled("digits", "digits.safetensors", "flowkernels/data", (1, 8, 8)),
-    "fashion": Bundled("fashion", "fashion.safetensors", "benchmarks/fashion", (1, 28, 28)),
+    "digits": Bundled("digits", PACKAGE / "data/digits.safetensors", (1, 8, 8)),
+    "fashion": Bundled("fashion", BENCHMARKS / "fashion/fashion.safetensors", (1, 28, 28)),
 }
 
 

@@ -18,10 +18,13 @@ reference in the op's own dtype, on whichever BLAS, is one more implementation t
 Random inputs are those of FLOWKERNELS_TEST_SEED, 0 where it is not set: scripts/test_seeds tries others.
 """
 
+import dataclasses
+import importlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +43,49 @@ class Sample(NamedTuple):
     id: str
     args: tuple
     kwargs: dict
+
+
+def samples_of(op: str) -> ModuleType:
+    """The op's samples.py."""
+    return importlib.import_module(f"flowkernels.ops.{op}.samples")
+
+
+def op_args(op: str, sample: Sample) -> tuple:
+    """The sample's arguments as the registered op takes them; `straighten_loss` with its gradient."""
+    args = samples_of(op).to_op(sample)
+    return (*args[:-1], True) if op == "straighten_loss" else args
+
+
+class Memories(NamedTuple):
+    """What `moved` has moved."""
+
+    tensors: dict[int, Tensor]  # by the identity of the old one
+    storages: dict[int, Tensor]  # by the old address
+
+
+def moved(value: Any, device: torch.device | str, memories: Memories | None = None) -> Any:
+    """`value` with every tensor in it on the device, in memory laid out as it is here: offset, strides, what lies in
+    between, and which tensors share it or are one. The memory is new, on the same device too."""
+    memories = Memories({}, {}) if memories is None else memories
+    if isinstance(value, Tensor):
+        if id(value) not in memories.tensors:
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in memories.storages or not storage.nbytes():
+                flat = value.as_strided((storage.nbytes() // value.element_size(),), (1,), 0)
+                memories.storages[storage.data_ptr()] = torch.empty_like(flat, device=device).copy_(flat)
+            memory = memories.storages[storage.data_ptr()].view(value.dtype)
+            memories.tensors[id(value)] = memory.as_strided(value.shape, value.stride(), value.storage_offset())
+        return memories.tensors[id(value)]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(v, device, memories) for v in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(v, device, memories) for v in value)
+    if isinstance(value, dict):
+        return {k: moved(v, device, memories) for k, v in value.items()}
+    if dataclasses.is_dataclass(value):
+        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{k: moved(v, device, memories) for k, v in parts.items()})
+    return value
 
 
 def not_none(**kwargs) -> dict:

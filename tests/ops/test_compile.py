@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from _contract import identical, op_args
+from _contract import identical
 from torch import nn
 
 import flowkernels as fk
 from flowkernels._checks import _uniform
 from flowkernels.ops import OPS, euler_step, linear_euler, linear_update, segment_points, straighten_loss
 from flowkernels.ops._library import NUMBERS
-from flowkernels.ops._samples import generator
+from flowkernels.ops._samples import generator, op_args
 from flowkernels.runtime.backends import BACKENDS, backend
 from flowkernels.schedule import Schedule
 from flowkernels.velocity.field import VelocityField

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from _contract import identical, op_args, tensors
+from _contract import identical, tensors
 
 from flowkernels import ops
 from flowkernels.ops import OPS
-from flowkernels.ops._samples import arrange, closeness
+from flowkernels.ops._samples import arrange, closeness, op_args
 from flowkernels.runtime.backends import BACKENDS, backend
 
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}

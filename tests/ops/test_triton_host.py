@@ -4,11 +4,11 @@ import importlib
 
 import pytest
 import torch
-from _contract import op_args
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from flowkernels.ops import OPS, _triton
+from flowkernels.ops._samples import op_args
 from flowkernels.runtime import backends
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ others, the ceilings and the occupancy that follows from them are not asked; tha
 import dataclasses
 from importlib.metadata import version
 
-from _binaries import Rule
+from machine_code.binaries import Rule
 
 LOW = "(float16|bfloat16)"
 

@@ -1,8 +1,8 @@
 """Train the bundled flow models and the feature classifier, from the raw data.
 
-    python benchmarks/train_models.py digits  [--minutes 4]
-    python benchmarks/train_models.py fashion [--minutes 30] [--data-dir FOLDER]
-    python benchmarks/train_models.py classifier [--minutes 3]
+    python scripts/train_models.py digits  [--minutes 4]
+    python scripts/train_models.py fashion [--minutes 30] [--data-dir FOLDER]
+    python scripts/train_models.py classifier [--minutes 3]
 
 Conditional flow matching: x_t = (1-t) x_0 + t x_1, loss |v(x_t, t) - (x_1 - x_0)|^2, AdamW, cosine decay, EMA.
 Training stops at the time given; the learning rate follows the clock, so it always ends at zero.
@@ -11,18 +11,17 @@ Training stops at the time given; the learning rate follows the clock, so it alw
 import argparse
 import math
 import time
-from pathlib import Path
 
 import torch
-from datasets import digits, fashion
-from metrics import Classifier
 from torch import nn
 from tqdm import tqdm
 
+from flowkernels.bench import suite
 from flowkernels.models.bundled import BUNDLED, load_network, network_notes, save_network
 from flowkernels.models.networks import ResidualMLP, UNet
 
-ROOT = Path(__file__).resolve().parent.parent
+digits, fashion = (getattr(suite.module("quality.datasets"), name) for name in ("digits", "fashion"))
+Classifier = suite.module("quality.metrics").Classifier
 
 
 def on_the_clock(minutes: float, optimizer, lr: float, warmup: int = 200):
@@ -99,25 +98,15 @@ def main():
     parser.add_argument("--go-on", action="store_true", help="start from the checkpoint's weights (digits, fashion)")
     parser.add_argument("--data-dir", help="folder of the original Fashion-MNIST idx files, gzipped or not")
     args = parser.parse_args()
-    out = ROOT / (BUNDLED[args.model].source if args.model in BUNDLED else "benchmarks/fashion")
     if args.model == "digits":
-        train_flow(
-            ResidualMLP(),
-            digits()[0],
-            args.minutes or 4,
-            256,
-            2e-3,
-            out / "digits.safetensors",
-            False,
-            False,
-            args.go_on,
-        )
+        out, minutes = BUNDLED["digits"].path, args.minutes or 4
+        train_flow(ResidualMLP(), digits()[0], minutes, 256, 2e-3, out, False, False, args.go_on)
     elif args.model == "fashion":
         images, _ = fashion("train", args.data_dir)
-        net = UNet()
-        train_flow(net, images, args.minutes or 30, 64, 1e-3, out / "fashion.safetensors", True, True, args.go_on)
+        out, minutes = BUNDLED["fashion"].path, args.minutes or 30
+        train_flow(UNet(), images, minutes, 64, 1e-3, out, True, True, args.go_on)
     else:
-        train_classifier(args.minutes or 3, args.data_dir, out / "classifier.safetensors")
+        train_classifier(args.minutes or 3, args.data_dir, BUNDLED["fashion"].path.with_name("classifier.safetensors"))
 
 
 if __name__ == "__main__":

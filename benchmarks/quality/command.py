@@ -1,6 +1,6 @@
 """`flowkernels bench quality`: how good samples of few steps are, by schedule and solver.
 
-    flowkernels bench quality --out benchmarks/results && python benchmarks/quality_report.py
+    flowkernels bench quality --out benchmarks/results && python scripts/quality_report.py
 
 For each data set, seed, row and N: the endpoint error to the teacher (Euler on the fine grid, from equal noise), the
 distances of the samples to the teacher's and to data, and what the row's calibration cost. All on held-out noise, which

@@ -228,7 +228,7 @@ def read(path: str) -> list[Kernel]:
     if path.endswith(".cubin"):
         return read_cubin(Path(path))
     digest = hashlib.sha256(Path(path).read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
-    kept = Path(__file__).parents[1] / "build/binaries" / f"{digest}.pickle"
+    kept = Path(__file__).parents[2] / "build/binaries" / f"{digest}.pickle"
     if kept.exists():
         return pickle.loads(kept.read_bytes())
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:

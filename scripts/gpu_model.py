@@ -1,8 +1,8 @@
 """Writes docs/gpu.md: what the GPU kernels are as compiled, and the time that no kernel can beat.
 
-    python benchmarks/gpu_model.py --write docs/gpu.md
+    python scripts/gpu_model.py --write docs/gpu.md
 
-It reads the built extension with tests/_binaries.py, compiles the Triton kernels, and measures nothing.
+It reads the built extension with machine_code/binaries.py, compiles the Triton kernels, and measures nothing.
 """
 
 import argparse
@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import _binaries  # noqa: E402
-import _triton_binaries  # noqa: E402
-import _triton_rules  # noqa: E402
-from _kernel_rules import RULES  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from machine_code import binaries, triton_binaries, triton_rules  # noqa: E402
+from machine_code.cuda_rules import RULES  # noqa: E402
 
 from flowkernels._files import whole_file  # noqa: E402
 from flowkernels.ops import OPS  # noqa: E402
@@ -173,7 +171,7 @@ because each step needs all of the one before, `cost_from_gram` on K / 32, a til
 layer: these have only that part of a GPU's rates, whereas the floors are those of a whole one. `bellman_pairs` reads
 its costs once a step from the third on and once to check them, the floor once.
 
-`python benchmarks/gpu_model.py --write docs/gpu.md` writes this page from the built extension; a test compares them.
+`python scripts/gpu_model.py --write docs/gpu.md` writes this page from the built extension; a test compares them.
 Compiled by nvcc {compiler}.
 """
 COMPILED = """
@@ -190,8 +188,8 @@ ALL = """
 ## All kernels
 
 Over sm_80, sm_90a, sm_100 and sm_120. The tests hold the kernels to these ceilings, occupancies and instructions
-(tests/_kernel_rules.py, which says what cases the shared memory is of). None has a stack frame or local memory, and
-none whose types are float32 or narrower has instructions in double precision, unless said.
+(scripts/machine_code/cuda_rules.py, which says what cases the shared memory is of). None has a stack frame or local
+memory, and none whose types are float32 or narrower has instructions in double precision, unless said.
 """
 TRITON = """
 ## The Triton kernels, compiled ahead of time
@@ -200,10 +198,10 @@ Compiled by Triton {version}, with the shipped configurations, in every choice o
 sizes that are multiples of 16 and aligned memory: {variants} variants of {kernels} kernels. Every kernel compiles for
 {amd} too, with each type of its first argument. For each target: registers of a thread; bytes of shared memory of a
 block; the part of a multiprocessor's warps that its blocks are. The tests hold the kernels to the ceiling of registers
-and to the instructions (tests/_triton_rules.py); tensor_cores are HMMA, on sm_90 HGMMA for tiles of 64, on sm_100
-UTCHMMA. None has a stack frame or local memory, for sm_80 also where sizes are odd or 1 and memory is not aligned; none
-has atomic operations on memory; and none whose types are float32 or narrower has instructions in double precision,
-unless said.
+and to the instructions (scripts/machine_code/triton_rules.py); tensor_cores are HMMA, on sm_90 HGMMA for tiles of 64,
+on sm_100 UTCHMMA. None has a stack frame or local memory, for sm_80 also where sizes are odd or 1 and memory is not
+aligned; none has atomic operations on memory; and none whose types are float32 or narrower has instructions in double
+precision, unless said.
 """
 SHOWN = (
     "LDG.128",
@@ -315,7 +313,7 @@ def triton_kernels(kernels, variants) -> list[str]:
     kernels = [k for k in kernels if k.name.endswith(">")]  # not those of odd sizes
     targets = sorted({k.sm for k in kernels})
     rows = []
-    for r in _triton_rules.RULES:
+    for r in triton_rules.RULES:
         of = [k for k in kernels if re.fullmatch(r.name, k.name)]
         cells = []
         for sm in targets:
@@ -329,7 +327,7 @@ def triton_kernels(kernels, variants) -> list[str]:
     head = ["kernels", "variants", *(f"sm_{sm}" for sm in targets), "registers at most", "has"]
     names = {k.name for k in kernels}
     text = TRITON.format(
-        version=_triton_binaries.version("triton"),
+        version=triton_binaries.version("triton"),
         variants=len(names),
         kernels=len({name.split("<")[0] for name in names}),
         amd=", ".join(sorted({v["target"] for v in variants} - {str(sm) for sm in targets})),
@@ -338,13 +336,13 @@ def triton_kernels(kernels, variants) -> list[str]:
 
 
 def document() -> str:
-    path = _binaries.built()
-    kernels = _binaries.read(path)
+    path = binaries.built()
+    kernels = binaries.read(path)
     missing = [f.kernel for f in FLOORS if not any(k.name == f.kernel for k in kernels)]
     if missing:
         raise RuntimeError(f"no such kernel: {missing}")
-    lines = [HEAD.format(compiler=_binaries.compiler(path)), *floors(), "", *compiled(kernels), *all_kernels(kernels)]
-    of_ops = [_triton_binaries.read(op) for op in OPS]
+    lines = [HEAD.format(compiler=binaries.compiler(path)), *floors(), "", *compiled(kernels), *all_kernels(kernels)]
+    of_ops = [triton_binaries.read(op) for op in OPS]
     lines += triton_kernels([k for found, _ in of_ops for k in found], [v for _, of in of_ops for v in of])
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 

@@ -5,7 +5,7 @@ registers are what nvcc 13.0 needs, up to the next multiple of 8. Dynamic shared
 the cases of benchmarks/, or in those named.
 """
 
-from _binaries import Rule
+from machine_code.binaries import Rule
 
 LOW = "(__half|__nv_bfloat16)"
 

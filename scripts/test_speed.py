@@ -1,15 +1,15 @@
 """pytest-benchmark entries for regression runs: every quick case, gate first, then our default call.
 
-`pytest benchmarks --benchmark-save=NAME`, and later `pytest benchmarks --benchmark-compare`.
+`pytest scripts/test_speed.py --benchmark-save=NAME`, and later the same with `--benchmark-compare`.
 """
 
 import pytest
 import torch
 
-from flowkernels.bench import ENTRIES, cases
+from flowkernels.bench.suite import cases, entries
 
 CPU = torch.device("cpu")
-CASES = [(entry, case) for entry in ENTRIES for case in cases(entry, CPU) if case.quick]
+CASES = [(entry, case) for entry in entries() for case in cases(entry, CPU) if case.quick]
 
 
 @pytest.mark.parametrize(("entry", "case"), [pytest.param(e, c, id=f"{e}: {c.name}") for e, c in CASES])

@@ -25,7 +25,7 @@ class Classifier(nn.Sequential):
         """With its trained weights, from beside the fashion model's."""
         path = BUNDLED["fashion"].path.with_name("classifier.safetensors")
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found; `python benchmarks/train_models.py classifier` makes it")
+            raise FileNotFoundError(f"{path}: not found; `python scripts/train_models.py classifier` makes it")
         net = cls()
         state, _ = weights.read(path, "path", "the classifier's weights")
         net.load_state_dict(state)

@@ -1,7 +1,6 @@
 """`flowkernels capture` and `flowkernels replay`: the calls that a program makes, stored, and each backend on them."""
 
 import argparse
-import importlib
 import json
 import math
 import os
@@ -14,13 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowkernels import _options, bench, ops
+from flowkernels import _options, ops
 from flowkernels._checks import expect
 from flowkernels._files import expect_target
-from flowkernels._timers import timer
-from flowkernels.bench import Measured, Work
+from flowkernels.bench.case import Case, Work
+from flowkernels.bench.harness import Measured, measure, pinned, rows
+from flowkernels.bench.tables import cell
+from flowkernels.bench.timers import timer
 from flowkernels.ops._calls import Call, open_calls, record_calls
-from flowkernels.ops._samples import nearest
+from flowkernels.ops._samples import nearest, samples_of
 from flowkernels.runtime import backends, environment
 
 
@@ -97,15 +98,15 @@ def replay(args: argparse.Namespace) -> int:
         made = " | ".join(f"{k} {v}" for k, v in found.made.items() if v)
         print(f"{args.file}: {len(found.calls)} calls of {found.op}, made with {made}")
         print("replayed with " + " | ".join(f"{k} {v}" for k, v in source.items() if v))
-    with bench._pinned(args.threads):
+    with pinned(args.threads):
         for i, call in enumerate(found.calls):
-            rows = _rows(f"call {i}: {_describe(call)}", call, run, device, clock, args)
-            everything += [row | source | {"threads": args.threads} for row in rows]
+            results = _rows(f"call {i}: {_describe(call)}", call, run, device, clock, args)
+            everything += [row | source | {"threads": args.threads} for row in results]
             if not args.json:
-                _print_call(everything[-len(rows) :])
+                _print_call(everything[-len(results) :])
     if args.json:
-        results = {"made": found.made, "rows": [_plain(row) for row in everything], "not_run": not_run}
-        print(json.dumps(results, indent=1))
+        report = {"made": found.made, "rows": [_plain(row) for row in everything], "not_run": not_run}
+        print(json.dumps(report, indent=1))
     else:
         for name, reason in not_run.items():
             print(f"\n{name}: not run, {reason}")
@@ -174,13 +175,13 @@ def _rows(title: str, call: Call, run: dict, device: torch.device, clock, args: 
 
     right = [name for name, m in measured.items() if m.ok and run[name] is None]
     work = Work({name: on(name) for name in right}, lambda _: (0.0, 0.0))
-    times, *_ = bench.measure(work, clock, args.threads, args.seconds, limits=False)
+    times, *_ = measure(work, clock, args.threads, args.seconds, limits=False)
     for name, m in times.items():
         measured[name].seconds, measured[name].looped, measured[name].extra_mb = m.seconds, m.looped, m.extra_mb
-    case = bench.Case(title, sample.args[0].numel(), lambda: work)
-    rows = bench.rows(call.op, case, work, measured, [], [])
+    case = Case(title, sample.args[0].numel(), lambda: work)
+    found = rows(call.op, case, work, measured, [], [])
     notes = {name: "; ".join(n for n in (run[name], judged[name][2]) if n) for name in run}
-    return [{"count": call.count, "note": notes[row["provider"]], **row} for row in rows]
+    return [{"count": call.count, "note": notes[row["provider"]], **row} for row in found]
 
 
 def _call(name: str, call: Call, sample, outs: dict[str, Tensor]):
@@ -210,7 +211,7 @@ def _inputs(call: Call, device: torch.device):
     of_function = [*args.values()]
     if call.written:  # the functional form has a dtype where this one has a tensor
         of_function.append(None if outs["low"] is None else outs["low"].dtype)
-    samples = importlib.import_module(f"flowkernels.ops.{call.op.removesuffix('_out')}.samples")
+    samples = samples_of(call.op.removesuffix("_out"))
     return samples.from_op(tuple(of_function)), {name: t for name, t in outs.items() if t is not None}
 
 
@@ -219,7 +220,7 @@ def check(op: str, sample, got, outs: dict[str, Tensor]) -> tuple[float, float, 
 
     Large inputs are compared in parts (flowkernels/ops/_samples.py), so that float64 takes little memory beyond them.
     """
-    samples = importlib.import_module(f"flowkernels.ops.{op}.samples")
+    samples = samples_of(op)
     v = sample.args[0]
     gradient = torch.autograd.grad(got.loss, v)[0] if v.requires_grad else None
     pairs, seen = [], 0
@@ -271,19 +272,19 @@ def _describe(call: Call) -> str:
     return f"{call.op}({named})" + (" in place" if call.in_place else "")
 
 
-def _print_call(rows: list[dict]) -> None:
-    first = rows[0]
+def _print_call(results: list[dict]) -> None:
+    first = results[0]
     times = "once" if first["count"] == 1 else f"{first['count']} times"
     print(f"\n{first['case']}, {times} ({first['threads']} threads)")
     columns = {"p50 us": "p50_us", "p20": "p20_us", "p80": "p80_us", "rounds": "rounds", "extra MB": "extra_mb"}
-    if any(row["looped_us"] != "" for row in rows):
+    if any(row["looped_us"] != "" for row in results):
         columns["in a loop"] = "looped_us"
     print(f"  {'':<12}" + "".join(f"{c:>11}" for c in columns) + "  gate")
-    for row in rows:
+    for row in results:
         gate = "ok" if row["gate"] == "ok" else f"RED {row['error']:.2g} > {row['bound']:.2g}"
         gate += f" ({row['note']})" if row["note"] else ""
         known = row["p50_us"] != ""
-        cells = (bench._cell(row[c] if known else "") for c in columns.values())
+        cells = (cell(row[c] if known else "") for c in columns.values())
         print(f"  {row['provider']:<12}" + "".join(f"{c:>11}" for c in cells) + f"  {gate}", flush=True)
 
 

@@ -1,13 +1,12 @@
 """Writes docs/quality.md and its plots from benchmarks/results/quality.csv.
 
-    flowkernels bench quality --out benchmarks/results && python benchmarks/quality_report.py
+    flowkernels bench quality --out benchmarks/results && python scripts/quality_report.py
 
 What stands above the mark in docs/quality.md is written by hand and stays.
 """
 
 import argparse
 import csv
-import importlib
 import statistics
 import sys
 from collections.abc import Iterator
@@ -23,10 +22,9 @@ sys.path.insert(0, str(ROOT))
 from flowkernels._files import whole_file  # noqa: E402
 from flowkernels.bench import suite  # noqa: E402
 
-quality = importlib.import_module(f"{suite().__name__}.quality")
-ROWS = quality.ROWS
+ROWS = suite.module("quality.command").ROWS
 
-MARK = "<!-- below this line: benchmarks/quality_report.py -->"
+MARK = "<!-- below this line: scripts/quality_report.py -->"
 
 
 class Results:

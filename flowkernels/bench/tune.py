@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flowkernels import _options, bench
+from flowkernels import _options
 from flowkernels._checks import expect
 from flowkernels._files import expect_target, plain, sealed, whole_file, write_or_keep
-from flowkernels._timers import timer
-from flowkernels.bench import Case, Shares, Work
+from flowkernels.bench import suite
+from flowkernels.bench.case import Case, Work
+from flowkernels.bench.harness import Shares
+from flowkernels.bench.timers import timer
 from flowkernels.ops import OPS, _tuned
 from flowkernels.runtime import backends, environment
 
@@ -57,7 +59,7 @@ class Tuned:
 
 
 class Tuner:
-    """clock: measures, see _timers.py. say: takes a line of progress. wait: raises what a launch has left behind."""
+    """clock: measures, see timers.py. say: takes a line of progress. wait: raises what a launch has left behind."""
 
     def __init__(self, clock, say: Callable[[str], Any] = lambda line: None, wait: Callable[[], Any] = lambda: None):
         self.clock, self.say, self.wait = clock, say, wait
@@ -227,7 +229,7 @@ def run(args: argparse.Namespace) -> int:
     expect_target(path, "--out")
     with torch.cuda.device(device):
         tuner = Tuner(timer(device), lambda line: tqdm.write(line, file=sys.stderr), torch.cuda.synchronize)
-        cases = {op: bench.cases(op, device) for op in args.ops or OPS}
+        cases = {op: suite.cases(op, device) for op in args.ops or OPS}
         found, left = tune(cases, tuner, before.get("configs", {}), math.inf if args.minutes is None else args.minutes)
     print_table(found, left, args.minutes)
     if not any(t.runs for t in found):

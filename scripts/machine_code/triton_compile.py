@@ -1,13 +1,12 @@
 """Compiles the Triton kernels of an op ahead of time, as the op launches them on its sample inputs; no GPU is needed.
 
-    python tests/_triton_compile.py OP [OP ...] --out DIR [--targets 80,90,100,120,gfx942]
+    python scripts/machine_code/triton_compile.py OP [OP ...] --out DIR [--targets 80,90,100,120,gfx942]
 
 Writes DIR/<variant>.<target>.cubin (.hsaco) and what it read in them, DIR/kernels.pickle, and prints a line or two for
 each. A process of its own: Triton decides between its interpreter and its compiler when it is imported.
 """
 
 import argparse
-import importlib
 import os
 import pickle
 import sys
@@ -20,17 +19,17 @@ from unittest.mock import patch
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"  # whatever those who start it have set
     os.environ["FLOWKERNELS_TRITON_CONFIGS"] = ""  # the shipped ones, on a machine with a GPU too
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-import _binaries  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
-from _contract import op_args  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from flowkernels.ops import OPS, _triton  # noqa: E402
+from flowkernels.ops._samples import op_args, samples_of  # noqa: E402
 from flowkernels.runtime import backends  # noqa: E402
+from machine_code.binaries import Kernel, read_cubins  # noqa: E402
 
 TARGETS = {"80": ("cuda", 80, 32), "90": ("cuda", 90, 32), "100": ("cuda", 100, 32), "120": ("cuda", 120, 32)}
 TARGETS["gfx942"] = ("hip", "gfx942", 64)
@@ -116,7 +115,7 @@ def special(arg):
 
 
 def inputs_of(op: str) -> list[tuple]:
-    samples = importlib.import_module(f"flowkernels.ops.{op}.samples")
+    samples = samples_of(op)
     inputs = getattr(samples, "compiled_inputs", samples.sample_inputs)  # where all of them take minutes
     return [op_args(op, s) for s in inputs()]
 
@@ -152,16 +151,16 @@ def compile_for(target: str, op: str, inputs: list[tuple], out: Path) -> list[di
     return found
 
 
-def read(variants: list[dict], out: Path) -> list[_binaries.Kernel]:
+def read(variants: list[dict], out: Path) -> list[Kernel]:
     """The kernels of one target."""
     target = variants[0]["target"]
     arch = target if target == "80" else f"{target}a"
-    found = _binaries.read_cubins([out / v["file"] for v in variants], arch)
+    found = read_cubins([out / v["file"] for v in variants], arch)
     named = zip(variants, found, strict=True)
     return [replace(k, name=v["label"], arch=target, shared=v["shared"]) for v, (k,) in named]
 
 
-def told(k: _binaries.Kernel) -> str:
+def told(k: Kernel) -> str:
     names = ("LDG", "LDG.128", "STG", "STG.128", "tensor_cores", "LDGSTS", "FP64", "SHFL", "BAR", "atomics")
     counts = " ".join(f"{n}:{k.count(n)}" for n in names if k.count(n))
     return f"\n{'':>14}{k.registers} registers, stack {k.stack}, local {k.local}, shared {k.shared}, {counts}"

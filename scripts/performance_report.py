@@ -1,6 +1,6 @@
 """Writes docs/performance.md and its plots from benchmarks/results/*.csv.
 
-    flowkernels bench --out benchmarks/results && python benchmarks/report.py
+    flowkernels bench --out benchmarks/results && python scripts/performance_report.py
 
 What stands above the mark in docs/performance.md is written by hand and stays.
 """
@@ -18,10 +18,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from flowkernels._files import whole_file  # noqa: E402
-from flowkernels.bench import ENTRIES, cases  # noqa: E402
+from flowkernels.bench.suite import cases, entries  # noqa: E402
 from flowkernels.ops import OPS  # noqa: E402
 
-MARK = "<!-- below this line: benchmarks/report.py -->"
+MARK = "<!-- below this line: scripts/performance_report.py -->"
 OURS, EAGER, COMPILED = "flowkernels cpu", "torch eager", "torch compile"
 HEAD = "1,024 tokens of 1,152 -> 4 channels of 2x2, guided, float32"
 GRAM, GUIDED = "K=100, n=100, D=3072", "Ki elements, guided, bfloat16 velocities and copy, given"
@@ -29,7 +29,7 @@ GRAM, GUIDED = "K=100, n=100, D=3072", "Ki elements, guided, bfloat16 velocities
 
 def read() -> list[dict]:
     rows = []
-    for entry in ENTRIES:
+    for entry in entries():
         path = ROOT / f"benchmarks/results/{entry}.csv"
         if path.exists():
             with open(path, newline="") as f:

@@ -1,0 +1,68 @@
+"""What the benchmark prints and writes: tables of results, and CSV files."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+from flowkernels._files import whole_file
+from flowkernels.bench.timers import WallClock
+
+FIELDS = (
+    *("entry", "case", "size", "provider", "gate", "error", "bound", "p20_us", "p50_us", "p80_us", "rounds"),
+    *("ratio", "best_torch", "gb_s", "gflop_s", "stream_percent", "fma_percent", "extra_mb"),
+    *("device", "threads", "isa", "cpu", "torch", "python", "flowkernels", "commit", "date"),
+    *("looped_us", "driver", "cuda", "clocks"),  # of a GPU
+)
+
+
+def cell(value: Any) -> str:
+    if value == "" or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}"
+
+
+def print_case(results: list[dict], titles: tuple[str, str] = WallClock.titles) -> None:
+    """titles: what the bandwidth and the operations are percentages of."""
+    first = results[0]
+    print(f"\n{first['entry']}: {first['case']} ({first['threads']} threads)")
+    columns = {"p50 us": "p50_us", "p20": "p20_us", "p80": "p80_us"}
+    if any(row["looped_us"] != "" for row in results):
+        columns["in a loop"] = "looped_us"
+    columns |= {"x best torch": "ratio", "GB/s": "gb_s", titles[0]: "stream_percent", "GFLOP/s": "gflop_s"}
+    columns |= {titles[1]: "fma_percent", "extra MB": "extra_mb"}
+    print(f"  {'':<24}" + "".join(f"{t:>13}" for t in columns) + "  gate")
+    for row in results:
+        gate = "ok" if row["gate"] == "ok" else f"RED {row['error']:.2g} > {row['bound']:.2g}"
+        cells = "".join(f"{cell(row[k]):>13}" for k in columns.values())
+        print(f"  {row['provider']:<24}{cells}  {gate}", flush=True)
+
+
+PEERS = {"x eager": "torch eager", "x compile": "torch compile", "x loop": "published loop"}
+
+
+def print_summary(results: list[dict], titles: tuple[str, str]) -> None:
+    """One line a case: our default call, how many times as long its peers take, and how near it is to the limits."""
+    if not results:
+        return
+    name = 2 + max(len(f"{row['entry']}: {row['case']}") for row in results)
+    columns = ("ours us", "in a loop", *PEERS, *titles)
+    print(f"\n{'':<{name}}" + "".join(f"{c:>11}" for c in columns) + "  gate")
+    for key in dict.fromkeys((row["entry"], row["case"]) for row in results):
+        of = {row["provider"]: row for row in results if (row["entry"], row["case"]) == key}
+        ours_of = [row for name, row in of.items() if name.startswith("flowkernels")]
+        mine = ours_of[0]
+        times = [of.get(peer, {}).get("p50_us", "") for peer in PEERS.values()]
+        known = mine["p50_us"] != ""
+        ratios = [t / mine["p50_us"] if known and t != "" else "" for t in times]
+        cells = [mine["p50_us"], mine["looped_us"], *ratios, mine["stream_percent"], mine["fma_percent"]]
+        gates = "ok" if all(row["gate"] == "ok" for row in ours_of) else "RED"
+        print(f"{': '.join(key):<{name}}" + "".join(f"{cell(c):>11}" for c in cells) + f"  {gates}", flush=True)
+
+
+def write_csv(path: Path, results: list[dict]) -> None:
+    with whole_file(path) as partial, open(partial, "w", newline="") as f:
+        writer = csv.DictWriter(f, FIELDS)
+        writer.writeheader()
+        for row in results:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
