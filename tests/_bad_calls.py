@@ -963,7 +963,7 @@ def _commands() -> None:
     command(
         "replay", "calls.st --seconds 0.01", threads=is_text(int, 1, 4096), seconds=number, backends=none, device=none
     )
-    command("capture", "euler_step --from counted_models.py", ("euler_step",), calls=none, max_gb=none, out=none)
+    command("record", "euler_step --from counted_models.py", ("euler_step",), calls=none, max_gb=none, out=none)
     command("demo", "--data digits --out none/none", ("out",), seed=seed, data=none)
 
 

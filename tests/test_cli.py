@@ -297,7 +297,7 @@ REFUSED = {
     "--seed 1208925819614629174706176 --bank 10000000000 --refresh 0 --iterations 99999999999999999999999 --decay fast",
     "sample": "--steps 0 --seed x --chunk -1 --method rk4 --device nowhere -n 0 --shape 0",
     "bench": "--threads 0 --seconds nan --minutes -1 --seeds 0",
-    "capture": "--calls 0 --max-gb inf",
+    "record": "--calls 0 --max-gb inf",
     "replay": "--threads 99999 --seconds 0",
     "tune": "--minutes 0",
 }
@@ -305,7 +305,7 @@ GIVEN = {
     "calibrate": "--model digits --out x.json",
     "straighten": "--model digits --schedule a.json --steps 2 --out x.safetensors",
     "sample": "--model digits --steps 2 --out x.npy",
-    "capture": "euler_step --from some_models.py",
+    "record": "euler_step --from some_models.py",
     "replay": "x.safetensors",
 }
 

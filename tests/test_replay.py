@@ -525,8 +525,8 @@ def flip(path):
 
 DAMAGE = {
     "a bit of a tensor": (flip, "expected the bytes that were written, got others in 0.v: the file is damaged"),
-    "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-7]), "expected a file of `flowkernels capture`, got"),
-    "other text": (lambda p: p.write_text("no tensors"), "expected a file of `flowkernels capture`, got"),
+    "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-7]), "expected a file of `flowkernels record`, got"),
+    "other text": (lambda p: p.write_text("no tensors"), "expected a file of `flowkernels record`, got"),
     "other tensors": (lambda p: save_file({"a": torch.ones(2)}, p), "got a safetensors file of something else"),
     "metadata": (
         lambda p: p.write_bytes(p.read_bytes().replace(b"0.25", b"0.75")),
@@ -534,7 +534,7 @@ DAMAGE = {
     ),
     "another format": (
         lambda p: rewritten(p, lambda a: a.update(format=2)),
-        "expected a file of `flowkernels capture` in format 1, got format 2",
+        "expected a file of `flowkernels record` in format 1, got format 2",
     ),
     "another op": (lambda p: rewritten(p, lambda a: a.update(op="eular")), "expected calls of one of velocity_gram"),
     "another schema": (
@@ -645,7 +645,7 @@ def test_interpreted_kernels_have_no_speed(monkeypatch):
     assert [replay._why_no_speed(*where) for where in (("cuda", gpu), ("cpu", CPU), ("reference", CPU))] == [None] * 3
 
 
-# capture
+# record
 
 
 SCRIPT = """
@@ -677,16 +677,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def captured(line, capsys):
+def recorded_by(line, capsys):
     before = sys.argv, list(sys.path)
-    code = main(["capture", *line.split()])
+    code = main(["record", *line.split()])
     assert (sys.argv, list(sys.path)) == before
     assert not ranges.asked
     return code, *capsys.readouterr()
 
 
-def test_capture(folder, capsys, unasked):
-    code, out, err = captured("euler_step --from scripts/script.py -- --calls 0", capsys)
+def test_record(folder, capsys, unasked):
+    code, out, err = recorded_by("euler_step --from scripts/script.py -- --calls 0", capsys)
     assert (code, err) == (0, "")
     assert "script ['scripts/script.py', '--calls', '0']" in out
     assert "euler_step.safetensors: 2 of 6 calls of euler_step" in out
@@ -704,7 +704,7 @@ def test_capture(folder, capsys, unasked):
     ],
 )
 def test_how_a_script_ends(args, code, message, kept, folder, capsys, unasked):
-    got, out, err = captured(f"euler_step --from scripts/script.py --out a -- {args}", capsys)
+    got, out, err = recorded_by(f"euler_step --from scripts/script.py --out a -- {args}", capsys)
     assert got == code
     assert err.endswith(message)
     assert "runpy" not in err
@@ -715,7 +715,7 @@ def test_how_a_script_ends(args, code, message, kept, folder, capsys, unasked):
 def test_ctrl_c_keeps_what_was_seen(folder, capsys, unasked):
     script = folder / "scripts" / "script.py"
     script.write_text(SCRIPT.replace('KeyError("half way")', "KeyboardInterrupt"))
-    code, out, err = captured("euler_step --from scripts/script.py --out a -- raise", capsys)
+    code, out, err = recorded_by("euler_step --from scripts/script.py --out a -- raise", capsys)
     assert (code, err) == (130, "flowkernels: interrupted\n")
     assert "a: 1 of 5 calls of euler_step" in out
     assert len(open_calls("a").calls) == 1
@@ -734,8 +734,8 @@ def test_ctrl_c_keeps_what_was_seen(folder, capsys, unasked):
         ),
     ],
 )
-def test_what_capture_refuses(line, message, folder, capsys, unasked):
-    code, _, err = captured(line, capsys)
+def test_what_record_refuses(line, message, folder, capsys, unasked):
+    code, _, err = recorded_by(line, capsys)
     assert code == 2
     assert message in err
     assert not list(folder.glob("*.safetensors"))
@@ -746,7 +746,7 @@ def test_the_commands_as_they_are_installed(folder):
         command, env = [sys.executable, "-m", "flowkernels", *line], {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
-    done = run("capture", "euler_step", "--from", "scripts/script.py", "--calls", "1", "--", "x", "7")
+    done = run("record", "euler_step", "--from", "scripts/script.py", "--calls", "1", "--", "x", "7")
     assert done.returncode == 7, done.stderr
     assert "1 of 6 calls" in done.stdout
     done = run("replay", "euler_step.safetensors", "--seconds", "0.02", "--threads", "1")

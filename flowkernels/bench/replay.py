@@ -1,82 +1,26 @@
-"""`flowkernels capture` and `flowkernels replay`: the calls that a program makes, stored, and each backend on them."""
+"""`flowkernels replay`: the calls that a program has made, stored by `flowkernels record`, and each backend on them."""
 
 import argparse
 import json
 import math
-import os
-import runpy
-import sys
-import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flowkernels import _options, ops
 from flowkernels._checks import expect
-from flowkernels._files import expect_target
 from flowkernels.bench.case import Case, Work
 from flowkernels.bench.harness import Measured, measure, pinned, rows
 from flowkernels.bench.tables import cell
 from flowkernels.bench.timers import timer
-from flowkernels.ops._calls import Call, open_calls, record_calls
+from flowkernels.ops._calls import Call, open_calls
 from flowkernels.ops._samples import nearest, samples_of
 from flowkernels.runtime import backends, environment
 
 
-def add_capture_arguments(add: Callable) -> None:
-    add("op", metavar="OP", help=f"which of {', '.join(ops.OPS)}")
-    about = "Python script to run; its arguments come last, after --"
-    add("--from", dest="script", metavar="SCRIPT", type=_options.path, required=True, help=about)
-    add("--out", type=_options.path, help="file to write; OP.safetensors if not given")
-    add("--calls", type=_options.positive, default=8, help="calls to store at most, the first of each signature")
-    add("--max-gb", type=_options.above_0, default=4.0, help="largest size of the file in GB")
-
-
-def capture(args: argparse.Namespace) -> int:
-    """Run the script and store its calls; returns the script's exit code, 1 for an exception."""
-    expect(args.script.is_file(), "--from", "a Python script", f"{args.script}, which is no file")
-    path = args.out or Path(f"{args.op}.safetensors")
-    expect_target(path, "--out", [("--from", args.script)])
-    recording = None
-    try:
-        with record_calls(args.op, path, calls=args.calls, max_gb=args.max_gb) as recording:
-            return _run_script(str(args.script), args.script_args)
-    finally:  # after Ctrl-C too
-        if recording is not None and recording.calls:
-            print(recording)
-
-
-def _run_script(script: str, args: list[str]) -> int:
-    """As `python script args` would run it: the exit code, after the traceback of an exception."""
-    argv, path = sys.argv, sys.path
-    sys.argv, sys.path = [script, *args], [os.path.dirname(os.path.abspath(script)), *path]
-    try:
-        runpy.run_path(script, run_name="__main__")
-        return 0
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else int(e.code is not None)
-        if code:
-            said = "" if isinstance(e.code, int) else f": {e.code}"
-            print(f"flowkernels: {script} exited with code {code}{said}", file=sys.stderr)
-        return code
-    except Exception as e:
-        tb = e.__traceback__  # from the script's own frames on
-        while tb is not None and tb.tb_frame.f_code.co_filename != script:
-            tb = tb.tb_next
-        traceback.print_exception(type(e), e, tb)
-        print(f"flowkernels: {script} raised {type(e).__name__}", file=sys.stderr)
-        return 1
-    finally:
-        sys.argv, sys.path = argv, path
-
-
-# Replay
-
-
-def add_replay_arguments(add: Callable) -> None:
-    add("file", type=_options.path, metavar="FILE", help="of `flowkernels capture` or fk.record_calls")
+def add_arguments(add: Callable) -> None:
+    add("file", type=_options.path, metavar="FILE", help="of `flowkernels record` or fk.record_calls")
     names = ", ".join(backends.BACKENDS)
     add("--backends", help=f"such as cpu,reference, of {names}; those that run there if not given")
     add("--device", help="torch device; the one that the calls were made on if not given")
@@ -85,14 +29,14 @@ def add_replay_arguments(add: Callable) -> None:
     add("--json", action="store_true", help="as JSON")
 
 
-def replay(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Check and time each backend on the calls of the file; 1 if one's result is wrong or it raises."""
-    expect(args.file.is_file(), "FILE", "a file of `flowkernels capture`", f"{args.file}, which is no file")
+    expect(args.file.is_file(), "FILE", "a file of `flowkernels record`", f"{args.file}, which is no file")
     expect(args.threads >= 1, "--threads", "at least 1", args.threads)
     expect(args.seconds > 0, "--seconds", "more than 0", args.seconds)
     found = open_calls(args.file)
     device = _device(args.device, found.calls[0].device)
-    run, not_run = _backends(args.backends, found.calls, device)
+    chosen, not_run = _backends(args.backends, found.calls, device)
     source, clock, everything = environment.provenance(device), timer(device), []
     if not args.json:
         made = " | ".join(f"{k} {v}" for k, v in found.made.items() if v)
@@ -100,7 +44,7 @@ def replay(args: argparse.Namespace) -> int:
         print("replayed with " + " | ".join(f"{k} {v}" for k, v in source.items() if v))
     with pinned(args.threads):
         for i, call in enumerate(found.calls):
-            results = _rows(f"call {i}: {_describe(call)}", call, run, device, clock, args)
+            results = _rows(f"call {i}: {_describe(call)}", call, chosen, device, clock, args)
             everything += [row | source | {"threads": args.threads} for row in results]
             if not args.json:
                 _print_call(everything[-len(results) :])

@@ -1,4 +1,4 @@
-"""The `flowkernels` command: demo, calibrate, straighten, sample, bench, tune, capture, replay and info."""
+"""The `flowkernels` command: demo, calibrate, straighten, sample, bench, tune, record, replay and info."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ import flowkernels as fk
 from flowkernels import _entry, _options, ops
 from flowkernels._files import whole_file, write_or_keep
 from flowkernels.bench import command as bench
-from flowkernels.bench import replay, tune
+from flowkernels.bench import record, replay, tune
 from flowkernels.cli import demo
 from flowkernels.cli.inputs import (
     InputError,
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    of_script = argv.index("--") if argv[:1] == ["capture"] and "--" in argv else len(argv)
+    of_script = argv.index("--") if argv[:1] == ["record"] and "--" in argv else len(argv)
     args = _parser().parse_args(argv[:of_script])
     args.script_args = argv[of_script + 1 :]
     return args.command(args) or 0
@@ -185,8 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_arguments(command("tune", _tune, "Find the fastest configurations of the Triton kernels on this GPU."))
 
     text = "Run a script and store the real inputs of an op's calls, for replay."
-    replay.add_capture_arguments(command("capture", replay.capture, text))
-    replay.add_replay_arguments(command("replay", replay.replay, "Check and time each backend on stored calls."))
+    record.add_arguments(command("record", record.run, text))
+    replay.add_arguments(command("replay", replay.run, "Check and time each backend on stored calls."))
 
     add = command("info", _info, "Versions, hardware, and which op has which backend or why not.")
     add("--json", action="store_true", help="as JSON")

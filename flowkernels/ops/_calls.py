@@ -1,5 +1,5 @@
-"""Calls of an op with their real inputs, in a file: `record_calls` and `flowkernels capture` write it, `open_calls` and
-`flowkernels replay` read it. Not the loop that `sample(capture=...)` captures (flowkernels/capture.py).
+"""Calls of an op with their real inputs, in a file: `record_calls` and `flowkernels record` write it, `open_calls` and
+`flowkernels replay` read it.
 
 The file is safetensors. A tensor in it is a region of memory, with all that lies between the elements of the views into
 it: views that overlap share one, in the calls' tensors too, and regions of equal bytes are stored once. What is only
@@ -376,7 +376,7 @@ def open_calls(path: str | Path) -> Calls:
     Raises:
         ValueError: if it is no such file, is damaged, or was made for another version of the op.
     """
-    wanted = "a file of `flowkernels capture`"
+    wanted = "a file of `flowkernels record`"
     try:
         expect_header(expect_file(path))
         file = safe_open(path, "pt")
@@ -393,7 +393,7 @@ def open_calls(path: str | Path) -> Calls:
         forms, given = (about["op"], f"{about['op']}_out"), about["calls"]
         for c in given:
             installed = str(_schema(c["op"])) if c["op"] in forms else "no such op"
-            now = f"{c['schema']}, and {c['op']} is {installed} now; capture it again"
+            now = f"{c['schema']}, and {c['op']} is {installed} now; record it again"
             expect(c["schema"] == installed, str(path), "calls of the op as this flowkernels has it", now)
         made, sizes = about["made"], _check_bytes(file, about["sha256"], path)
     except ValueError as e:
