@@ -16,6 +16,7 @@ import flowkernels as fk
 from flowkernels import ops
 from flowkernels.bench.case import Case, Work, ours
 from flowkernels.models.bundled import BUNDLED
+from flowkernels.ops._library import KERNELS
 from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.mlp_sample import samples as mlp_samples
 from flowkernels.ops.straighten_loss import samples as loss_samples
@@ -85,9 +86,9 @@ def layers(op: str, public):
     calls = {"flowkernels by the dispatcher": dispatched}
     if op == "mlp_sample":
         return calls
-    module, spy, kept = sys.modules[f"flowkernels.ops.{op}"], _Spy(backends.extension()), _Kept()
+    spy, kept = _Spy(backends.extension()), _Kept()
     with kept:
-        kept.tensors.append(module._kernel(spy, *args))
+        kept.tensors.append(KERNELS[op](spy, *args))
     binding, addresses = spy.call
 
     def bare():
@@ -100,8 +101,8 @@ def layers(op: str, public):
 
 def kernel(op: str, *args):
     """The op's kernel past the checks and the dispatcher."""
-    module, C = sys.modules[f"flowkernels.ops.{op}"], backends.extension()
-    return lambda: module._kernel(C, *args)
+    C = backends.extension()
+    return lambda: KERNELS[op](C, *args)
 
 
 def cases(device) -> Iterator[Case]:
@@ -214,7 +215,7 @@ def cases(device) -> Iterator[Case]:
         truth = loss_samples.reference.straighten_loss(*args)[0].item()
         return (
             lambda: ops.straighten_loss(*args).loss,
-            lambda: module._launch(C, *args, None, 0.0, False)[0][0],
+            lambda: module._directly(C, *args, None, 0.0, False)[0][0],
             lambda: straighten_loss.by_autograd(v.flatten(1), states.flatten(2), h.float(), interval, sample, 0.0),
             lambda got: (abs(got.item() / truth - 1), 1e-5),
         )

@@ -404,8 +404,11 @@ def tampered(op, monkeypatch):
         run = module.Prepared.run
         monkeypatch.setattr(module.Prepared, "run", lambda self, x, out, *kept: (run(self, x, out, *kept), off(out))[0])
         return
-    name = "_launch" if op in ("euler_step", "linear_update", "linear_euler", "straighten_loss") else "_kernel"
-    right = getattr(module, name)
+    if hasattr(module, "OP"):
+        holder, name = module.OP, "kernel"
+    else:
+        holder, name = module, "_directly" if op == "straighten_loss" else "_kernel"
+    right = getattr(holder, name)
 
     def wrong(C, *args):
         result = right(C, *args)
@@ -418,7 +421,7 @@ def tampered(op, monkeypatch):
         off(args[-2] if op == "linear_euler" and args[-2] is not None else args[-3 if op == "linear_euler" else -2])
         return result
 
-    monkeypatch.setattr(module, name, wrong)
+    monkeypatch.setattr(holder, name, wrong)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -440,7 +443,7 @@ def test_a_wrong_kernel_is_red_and_has_no_speed(op, tmp_path, capsys, monkeypatc
 def test_a_wrong_output_of_the_form_that_writes(name, tmp_path, capsys, monkeypatch, unasked):
     """One of the three; in the second call onto what it reads, from where no other backend's result is left."""
     module = importlib.import_module("flowkernels.ops.linear_euler")
-    right = module._launch
+    right = module.OP.kernel
 
     def wrong(C, *args):
         right(C, *args)
@@ -454,7 +457,7 @@ def test_a_wrong_output_of_the_form_that_writes(name, tmp_path, capsys, monkeypa
 
     recorded("linear_euler", run, tmp_path / "a")
     assert replayed([tmp_path / "a"], capsys)[0] == 0
-    monkeypatch.setattr(module, "_launch", wrong)
+    monkeypatch.setattr(module.OP, "kernel", wrong)
     code, out, _ = replayed([tmp_path / "a", "--backends", "reference,cpu"], capsys)
     gates = [line.split("  ")[-1] for line in out.splitlines() if line.startswith(("  cpu ", "  reference "))]
     assert code == 1

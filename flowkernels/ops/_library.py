@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,20 +41,24 @@ LIBRARY = torch.library.Library("flowkernels", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
 
 
-def register(schema: str, kernel, reference, fake, cuda=None) -> None:
-    """Define an op: `kernel(C, *args)` runs on the compiled module, `cuda(module, *args)` on that of CUDA kernels, the
-    function of its name in <op>/triton_kernel.py on Triton, `reference(*args)` on torch. An op that takes numbers gets
-    a second overload, `tensor`: see `_register_open`."""
+KERNELS: dict[str, Callable] = {}  # of the registered ops, what `register` was given
+
+
+def register(schema: str, kernel, reference, fake, *, cuda: bool = True) -> None:
+    """Define an op: `kernel(C, *args)` runs on the compiled module, `kernel(module, *args, device, stream)` on that of
+    CUDA kernels, unless it has none (`cuda`), the function of its name in <op>/triton_kernel.py on Triton,
+    `reference(*args)` on torch. An op that takes numbers gets a second overload, `tensor`: see `_register_open`."""
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    if cuda is not None:
+    KERNELS[name] = kernel
+    if cuda:
         backends.CUDA_OPS.add(name)
 
     def on(choice, args):
         if choice == "cpu":
             return kernel(backends.extension(), *args)
         if choice == "cuda":
-            return cuda(backends.cuda_module(), *args)
+            return kernel(backends.cuda_module(), *args, *stream_of(args[0]))
         if choice == "triton":
             return backends.triton_op(name)(*args)
         with no_autocast(args[0]):
@@ -170,7 +175,11 @@ def direct(op: str, *tensors: Tensor | None, gradient: bool = False):
         return None
     grad = not gradient and torch.is_grad_enabled()
     for t in tensors:
-        if t is not None and (not is_plain(t) or (grad and t.requires_grad)):
+        if t is None:
+            continue
+        if type(t) is not Tensor or not t.is_cpu or t.is_neg() or t._is_zerotensor():  # is_plain, which takes a call
+            return None
+        if grad and t.requires_grad:
             return None
     return backends.extension() if backends.choose(op, "cpu") == "cpu" else None
 
@@ -184,6 +193,20 @@ def direct_gpu(op: str, t: Tensor):
     if choice == "triton":
         return sys.modules[backends.triton_op(op).__module__]
     return backends.cuda_module() if choice == "cuda" else None
+
+
+def threads_or(where: tuple) -> tuple:
+    """What a kernel takes last: a number of threads, or on a GPU the device and the stream."""
+    return where or (torch.get_num_threads(),)
+
+
+def refused_place(launch, arguments: tuple, bad: Tensor | None, where: tuple) -> int:
+    """What a kernel returns that looks for values which it refuses: the place of the first, or -1. A kernel on a GPU
+    leaves it in `bad`, for which the call waits, except while a CUDA graph is captured."""
+    if bad is None:
+        return launch(*arguments)
+    launch(*arguments, bad.data_ptr(), *where)
+    return -1 if bad.is_cuda and torch.cuda.is_current_stream_capturing() else int(bad.item())
 
 
 def _watched() -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_number, expect_positive_int, expect_tensor
-from flowkernels.ops._library import direct, dispatch, register, stream_of
+from flowkernels.ops._library import direct, dispatch, refused_place, register
 from flowkernels.ops.bellman import reference
 
 
@@ -48,25 +48,13 @@ def _expect_carry(carry: float) -> None:
     expect(0 < carry < math.inf, "carry", "a positive, finite number", carry)
 
 
-def _kernel(C, cost: Tensor, steps: int, carry: float) -> tuple[Tensor, Tensor]:
-    _expect_carry(carry)
-    cost, n = cost.contiguous(), cost.shape[0]
-    value = torch.empty(steps + 1, n, dtype=torch.float64, device="cpu")
-    parent = torch.empty(steps + 1, n, dtype=torch.int64, device="cpu")
-    bad = C.bellman(cost.data_ptr(), n, steps, carry, value.data_ptr(), parent.data_ptr())
-    if bad >= 0:
-        _refuse(cost, *divmod(bad, n))
-    return value, parent
-
-
-def _cuda(module, cost: Tensor, steps: int, carry: float) -> tuple[Tensor, Tensor]:
+def _kernel(C, cost: Tensor, steps: int, carry: float, *where) -> tuple[Tensor, Tensor]:
     _expect_carry(carry)
     cost, n = cost.contiguous(), cost.shape[0]
     value, parent = _fake(cost, steps, carry)
-    bad = cost.new_empty((), dtype=torch.int64)
-    pointers = cost.data_ptr(), n, steps, carry, value.data_ptr(), parent.data_ptr(), bad.data_ptr()
-    module.bellman(*pointers, *stream_of(cost))
-    if not (cost.is_cuda and torch.cuda.is_current_stream_capturing()) and (place := bad.item()) >= 0:
+    arguments = cost.data_ptr(), n, steps, carry, value.data_ptr(), parent.data_ptr()
+    bad = cost.new_empty((), dtype=torch.int64) if where else None
+    if (place := refused_place(C.bellman, arguments, bad, where)) >= 0:
         _refuse(cost, *divmod(place, n))
     return value, parent
 
@@ -81,7 +69,7 @@ def _reference(cost: Tensor, steps: int, carry: float) -> tuple[Tensor, Tensor]:
 
 def _fake(cost: Tensor, steps: int, carry: float) -> tuple[Tensor, Tensor]:
     shape = (steps + 1, cost.shape[0])
-    return cost.new_empty(shape), cost.new_empty(shape, dtype=torch.int64)
+    return cost.new_empty(*shape), cost.new_empty(*shape, dtype=torch.int64)
 
 
-register("bellman(Tensor cost, int steps, float carry) -> (Tensor, Tensor)", _kernel, _reference, _fake, _cuda)
+register("bellman(Tensor cost, int steps, float carry) -> (Tensor, Tensor)", _kernel, _reference, _fake)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_positive_int, expect_tensor
-from flowkernels.ops._library import direct, fresh, register, stream_of
+from flowkernels.ops._library import direct, fresh, refused_place, register
 from flowkernels.ops.bellman_pairs import reference
 
 
@@ -56,23 +56,12 @@ def _refuse(first: Tensor, cost: Tensor, place: int) -> None:
     expect(False, "cost", "no NaN or -Inf where i < j < k", f"cost[{i}, {j}, {k}] = {cost[i, j, k].item()}")
 
 
-def _kernel(C, first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    first, cost, n = first.contiguous(), cost.contiguous(), len(first)
-    value = fresh(torch.empty(steps + 1, n, n, dtype=torch.float64, device="cpu"))
-    parent = fresh(torch.empty(steps + 1, n, n, dtype=torch.int64, device="cpu"))
-    bad = C.bellman_pairs(first.data_ptr(), cost.data_ptr(), n, steps, value.data_ptr(), parent.data_ptr())
-    if bad >= 0:
-        _refuse(first, cost, bad)
-    return value, parent
-
-
-def _cuda(module, first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    first, cost, n = first.contiguous(), cost.contiguous(), len(first)
-    value, parent = _fake(first, cost, steps)
-    bad = cost.new_full((), -1, dtype=torch.int64)
-    pointers = value.data_ptr(), parent.data_ptr(), bad.data_ptr()
-    module.bellman_pairs(first.data_ptr(), cost.data_ptr(), n, steps, *pointers, *stream_of(cost))
-    if not (cost.is_cuda and torch.cuda.is_current_stream_capturing()) and (place := bad.item()) >= 0:
+def _kernel(C, first: Tensor, cost: Tensor, steps: int, *where) -> tuple[Tensor, Tensor]:
+    first, cost, n = first.contiguous(), cost.contiguous(), first.shape[0]
+    value, parent = map(fresh, _fake(first, cost, steps))
+    arguments = first.data_ptr(), cost.data_ptr(), n, steps, value.data_ptr(), parent.data_ptr()
+    bad = cost.new_full((), -1, dtype=torch.int64) if where else None
+    if (place := refused_place(C.bellman_pairs, arguments, bad, where)) >= 0:
         _refuse(first, cost, place)
     return value, parent
 
@@ -88,7 +77,7 @@ def _reference(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]
 
 def _fake(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     shape = (steps + 1, *cost.shape[:2])
-    return cost.new_empty(shape), cost.new_empty(shape, dtype=torch.int64)
+    return cost.new_empty(*shape), cost.new_empty(*shape, dtype=torch.int64)
 
 
-register("bellman_pairs(Tensor first, Tensor cost, int steps) -> (Tensor, Tensor)", _kernel, _reference, _fake, _cuda)
+register("bellman_pairs(Tensor first, Tensor cost, int steps) -> (Tensor, Tensor)", _kernel, _reference, _fake)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_bool, expect_tensor, expect_times
-from flowkernels.ops._library import direct, register, stream_of
+from flowkernels.ops._library import direct, register
 from flowkernels.ops.cost_from_gram import reference
 
 
@@ -39,18 +39,11 @@ def cost_from_gram(gram: Tensor, times: Tensor, *, states: bool = False) -> Tens
     return torch.ops.flowkernels.cost_from_gram(gram, t, states)
 
 
-def _kernel(C, gram: Tensor, times: Tensor, states: bool) -> Tensor:
+def _kernel(C, gram: Tensor, times: Tensor, states: bool, *where) -> Tensor:
+    times = times.to(gram.device) if where else times
     gram, times = gram.contiguous(), times.contiguous()
-    cost = torch.empty(len(times), len(times), dtype=torch.float64, device="cpu")
-    C.cost_from_gram(gram.data_ptr(), times.data_ptr(), len(times) - 1, states, cost.data_ptr())
-    return cost
-
-
-def _cuda(module, gram: Tensor, times: Tensor, states: bool) -> Tensor:
-    gram, times = gram.contiguous(), times.to(gram.device).contiguous()
     cost = _fake(gram, times, states)
-    pointers = gram.data_ptr(), times.data_ptr(), len(times) - 1, states, cost.data_ptr()
-    module.cost_from_gram(*pointers, *stream_of(gram))
+    C.cost_from_gram(gram.data_ptr(), times.data_ptr(), len(times) - 1, states, cost.data_ptr(), *where)
     return cost
 
 
@@ -58,5 +51,4 @@ def _fake(gram: Tensor, times: Tensor, states: bool) -> Tensor:
     return gram.new_empty(times.shape[0], times.shape[0])
 
 
-register("cost_from_gram(Tensor gram, Tensor times, bool states) -> Tensor",
-         _kernel, reference.cost_from_gram, _fake, _cuda)  # fmt: skip
+register("cost_from_gram(Tensor gram, Tensor times, bool states) -> Tensor", _kernel, reference.cost_from_gram, _fake)

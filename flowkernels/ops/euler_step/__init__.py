@@ -5,18 +5,9 @@ import functools
 import torch
 from torch import Tensor
 
-from flowkernels._checks import LOW, expect, expect_like, expect_low, expect_number, expect_out, expect_tensor
-from flowkernels.ops._library import (
-    DTYPE_CODES,
-    direct,
-    dispatch,
-    fresh,
-    is_plain,
-    is_transformed,
-    register,
-    register_autograd,
-    stream_of,
-)
+from flowkernels._checks import expect, expect_like, expect_low, expect_number, expect_tensor
+from flowkernels.ops._library import DTYPE_CODES, direct, dispatch, fresh, is_plain, register_autograd, threads_or
+from flowkernels.ops._state_op import StateOp, gradient_of_state, velocity_dtypes
 from flowkernels.ops.euler_step import reference
 
 
@@ -54,47 +45,20 @@ def euler_step(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     expect_tensor(x, "x", (torch.float32, torch.float64))
-    allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *LOW)
-    expect_tensor(v, "v", allowed)
+    expect_tensor(v, "v", velocity_dtypes(x))
     expect_like(v, "v", x)
-    h, guidance = expect_number(h, "h"), expect_number(guidance, "guidance")
+    if type(h) is not float:
+        h = expect_number(h, "h")
+    if type(guidance) is not float:
+        guidance = expect_number(guidance, "guidance")
     if v_uncond is not None:
         expect_tensor(v_uncond, "v_uncond", (v.dtype,))
         expect_like(v_uncond, "v_uncond", x)
     elif guidance != 1.0:
         expect(False, "guidance", "1 without v_uncond", guidance)
-    wants_low = low is not None
-    if wants_low:
+    if low is not None:
         expect_low(low, x)
-
-    functional = out is None and not isinstance(low, Tensor)
-    if functional and (C := direct("euler_step", x, v, v_uncond)) is not None:
-        new = fresh(torch.empty_like(x))
-        copy = fresh(torch.empty_like(x, dtype=low)) if wants_low else None
-        _launch(C, x, v, h, v_uncond, guidance, new, copy)
-        return (new, copy) if wants_low else new
-    if is_transformed():  # jvp, vmap and grad of torch.func go through torch's own rules
-        written = out is not None or isinstance(low, Tensor)
-        expect(not written, "out", "None, and low a dtype, inside torch.func's transforms", "a tensor to write to")
-        new = reference.euler_step(x, v, h, v_uncond, guidance)
-        return (new, new.to(low)) if wants_low else new
-    if functional:
-        new, copy = dispatch("euler_step", x, v, h, v_uncond, guidance, low)
-        return (new, copy) if wants_low else new
-
-    if out is None:
-        out = torch.empty_like(x)
-    expect_out(out, "out", x, (x.dtype,))
-    if wants_low and not isinstance(low, Tensor):
-        low = torch.empty_like(x, dtype=low)
-    if torch.is_grad_enabled():
-        for name, t in (("x", x), ("v", v), ("v_uncond", v_uncond), ("out", out), ("low", low)):
-            expect(t is None or not t.requires_grad, name, "no gradient with out= or a tensor low=", "requires_grad")
-    if (C := direct("euler_step_out", x, v, v_uncond, out, low)) is not None:
-        _kernel_out(C, x, v, h, v_uncond, guidance, out, low)
-    else:
-        dispatch("euler_step_out", x, v, h, v_uncond, guidance, out, low)
-    return (out, low) if wants_low else out
+    return OP.call((x, v, h, v_uncond, guidance), (x, v, v_uncond), out, low)
 
 
 def stepper(x: Tensor):
@@ -106,7 +70,8 @@ def stepper(x: Tensor):
 
     def step(x, v, h, v_uncond, guidance, out) -> Tensor:
         if C is not None and is_plain(v) and (v_uncond is None or is_plain(v_uncond)):
-            _kernel_out(C, x, v, h, v_uncond, guidance, out, None)
+            _launch(C, x, v, h, v_uncond, guidance, out, None)
+            torch.autograd.graph.increment_version(out)
         else:
             dispatch("euler_step_out", x, v, h, v_uncond, guidance, out, None)
         return out
@@ -114,11 +79,10 @@ def stepper(x: Tensor):
     return step
 
 
-def _contiguous(*tensors: Tensor | None) -> bool:
-    for t in tensors:  # noqa: SIM110, a generator takes half a microsecond more
-        if t is not None and not t.is_contiguous():
-            return False
-    return True
+def contiguous(x: Tensor, v: Tensor, v_uncond: Tensor | None, out: Tensor, low: Tensor | None) -> bool:
+    if not (x.is_contiguous() and v.is_contiguous() and out.is_contiguous()):
+        return False
+    return (v_uncond is None or v_uncond.is_contiguous()) and (low is None or low.is_contiguous())
 
 
 def dense_alike(x: Tensor, *others: Tensor | None) -> bool:
@@ -138,67 +102,31 @@ def on_copies(launch, x, v, h, v_uncond, guidance, out, low, *where) -> None:
 
 
 def _launch(C, x, v, h, v_uncond, guidance, out, low, *where) -> None:
-    """Elementwise on memory in storage order, where all tensors share one dense layout; on contiguous copies else.
-    `where`: device and stream of CUDA kernels, none for those of the CPU."""
-    if not _contiguous(x, v, v_uncond, out, low) and not dense_alike(x, v, v_uncond, out, low):
+    """Elementwise on memory in storage order, where all tensors share one dense layout; on contiguous copies else."""
+    if not contiguous(x, v, v_uncond, out, low) and not dense_alike(x, v, v_uncond, out, low):
         return on_copies(functools.partial(_launch, C), x, v, h, v_uncond, guidance, out, low, *where)
     u_ptr = 0 if v_uncond is None else v_uncond.data_ptr()
     low_ptr, low_code = (0, 0) if low is None else (low.data_ptr(), DTYPE_CODES[low.dtype])
     pointers = x.data_ptr(), v.data_ptr(), u_ptr, out.data_ptr(), low_ptr
     codes = DTYPE_CODES[x.dtype], DTYPE_CODES[v.dtype], low_code
-    C.euler_step(*pointers, *codes, x.numel(), h, guidance, *(where or (torch.get_num_threads(),)))
+    C.euler_step(*pointers, *codes, x.numel(), h, guidance, *threads_or(where))
 
 
-def _kernel_out(C, x, v, h, v_uncond, guidance, out, low, *where) -> None:
-    _launch(C, x, v, h, v_uncond, guidance, out, low, *where)
-    # autograd must see that these were written, as it does for torch's own operations
-    torch.autograd.graph.increment_version(out if low is None else [out, low])
+def _reference(*args) -> tuple[Tensor, None]:
+    return reference.euler_step(*args), None
 
 
-def _cuda(module, x, *args) -> tuple[Tensor, Tensor]:
-    return _kernel(module, x, *args, *stream_of(x))
+def _empty(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return fresh(torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype))
 
 
-def _cuda_out(module, x, *args) -> None:
-    _kernel_out(module, x, *args, *stream_of(x))
-
-
-def _reference_out(x, v, h, v_uncond, guidance, out, low) -> None:
-    new = reference.euler_step(x, v, h, v_uncond, guidance)
-    out.copy_(new)
-    if low is not None:
-        low.copy_(new)
-
-
-def _empty(x: Tensor, low: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(0) if low is None else torch.empty_like(x, dtype=low)
-
-
-def _kernel(C, x, v, h, v_uncond, guidance, low, *where) -> tuple[Tensor, Tensor]:
-    new, copy = _empty(x, low)
-    _launch(C, x, v, h, v_uncond, guidance, new, None if low is None else copy, *where)
-    return new, copy
-
-
-def _reference(x, v, h, v_uncond, guidance, low) -> tuple[Tensor, Tensor]:
-    new = reference.euler_step(x, v, h, v_uncond, guidance)
-    out, copy = _empty(x, low)
-    out.copy_(new)
-    return out, copy if low is None else copy.copy_(new)
-
-
-def _fake(x, v, h, v_uncond, guidance, low) -> tuple[Tensor, Tensor]:
-    return _empty(x, low)
-
-
-def _fake_out(x, v, h, v_uncond, guidance, out, low) -> None:
-    return None
-
-
-_ARGS = "Tensor x, Tensor v, float h, Tensor? v_uncond, float guidance"
-register(f"euler_step({_ARGS}, ScalarType? low) -> (Tensor, Tensor)", _kernel, _reference, _fake, _cuda)
-register(
-    f"euler_step_out({_ARGS}, Tensor(a!) out, Tensor(b!)? low) -> ()", _kernel_out, _reference_out, _fake_out, _cuda_out
+OP = StateOp(
+    "euler_step",
+    "Tensor x, Tensor v, float h, Tensor? v_uncond, float guidance",
+    tensors=("x", "v", "v_uncond"),
+    kernel=_launch,
+    reference=_reference,
+    empty=_empty,
 )
 
 
@@ -209,9 +137,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, grad_low):
-    if grad_low is not None and grad_low.numel():
-        low = grad_low.to(grad.dtype if grad is not None else torch.float32)
-        grad = low if grad is None else grad + low
+    grad = gradient_of_state(grad, grad_low)
     if grad is None:
         return (None,) * 6
     weight = ctx.guidance if ctx.guided else 1.0

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowkernels.ops import _triton
 from flowkernels.ops._triton import convert, scalar
-from flowkernels.ops.euler_step import _contiguous, _empty, dense_alike, on_copies
+from flowkernels.ops.euler_step import OP, contiguous, dense_alike, on_copies
 
 # four elements a thread: 16 bytes of a float32 state, and no exchange between threads next to 16-bit velocities
 CONFIGS = {"euler_step": {"BLOCK": 512, "num_warps": 4}}
@@ -54,13 +54,13 @@ def euler_step_out(x, v, h, v_uncond, guidance, out, low) -> None:
 
 
 def euler_step(x, v, h, v_uncond, guidance, low) -> tuple[Tensor, Tensor]:
-    new, copy = _empty(x, low)
+    new, copy = OP.fake(x, low)
     _launch(x, v, h, v_uncond, guidance, new, None if low is None else copy)
     return new, copy
 
 
 def _launch(x, v, h, v_uncond, guidance, out, low) -> None:
-    if not _contiguous(x, v, v_uncond, out, low) and not dense_alike(x, v, v_uncond, out, low):
+    if not contiguous(x, v, v_uncond, out, low) and not dense_alike(x, v, v_uncond, out, low):
         return on_copies(_launch, x, v, h, v_uncond, guidance, out, low)
     if (n := x.numel()) == 0:
         return

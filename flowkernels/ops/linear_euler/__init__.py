@@ -7,31 +7,22 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import (
-    LOW,
     expect,
     expect_like,
     expect_list,
     expect_low,
     expect_number,
-    expect_out,
     expect_positive_int,
     expect_shown,
     expect_tensor,
 )
-from flowkernels.ops._library import (
-    DTYPE_CODES,
-    direct,
-    dispatch,
-    fresh,
-    is_transformed,
-    no_autocast,
-    register,
-    stream_of,
-)
+from flowkernels.ops._library import DTYPE_CODES, fresh, threads_or
+from flowkernels.ops._state_op import StateOp, velocity_dtypes
 from flowkernels.ops.linear_euler import reference
 
 ORDERS = ("pqc", "cpq")
 ONE_OF_ORDERS = " or ".join(map(repr, ORDERS))
+NAMES = ("bias", "norm_weight", "norm_bias", "scale", "shift")
 TERMS = "a sequence, one entry for each term"
 
 
@@ -102,15 +93,13 @@ def linear_euler(
     """
     expect_tensor(x, "x", (torch.float32, torch.float64))
     expect(x.dim() >= 1, "x", "shape [n, *shape]", x)
-    wide = x.dtype == torch.float64
-    expect_tensor(z, "z", (torch.float64,) if wide else (torch.float32, *LOW))
+    expect_tensor(z, "z", velocity_dtypes(x))
     guidance = None if guidance is None else expect_number(guidance, "guidance")
     expect_shown(isinstance(order, str) and order in ORDERS, "order", ONE_OF_ORDERS, order)
     _expect_shapes(x, z, weight, patch, guidance)
     m, d = len(z), z.shape[-1]
-    names = ("bias", "norm_weight", "norm_bias", "scale", "shift")
     parameters = (bias, norm_weight, norm_bias, scale, shift)
-    for name, t in zip(names, parameters, strict=True):
+    for name, t in zip(NAMES, parameters, strict=True):
         if t is not None:
             rows = (m, d) if name in ("scale", "shift") else ()
             _expect_parameter(t, name, rows or (len(weight) if name == "bias" else d,), x, z)
@@ -121,44 +110,9 @@ def linear_euler(
     else:
         norm = expect_number(norm, "norm")
     history, b = _expect_history(history, b, x)
-    wants_low = low is not None
     expect_low(low, x)
-    if torch.is_grad_enabled():
-        tensors = (x, z, weight, *parameters, out, low, velocity_out, *history)
-        for i, t in enumerate(tensors):
-            if isinstance(t, Tensor) and t.requires_grad:
-                named = ("x", "z", "weight", *names, "out", "low", "velocity_out")
-                name = named[i] if i < len(named) else f"history[{i - len(named)}]"
-                expect(False, name, "no gradient: linear_euler has none; use torch.no_grad()", "requires_grad")
-
     head = (x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b)
-    tensors = (x, z, weight, *parameters, *history)
-    functional = out is None and velocity_out is None and not isinstance(low, Tensor)
-    if functional and (C := direct("linear_euler", *tensors)) is not None:
-        new, copy = _empty(x), _empty(x, low) if wants_low else None
-        _launch(C, *head, new, copy, None)
-        return (new, copy) if wants_low else new
-    if is_transformed():
-        expected = "None, and low a dtype, inside torch.func's transforms"
-        expect(functional, "out" if velocity_out is None else "velocity_out", expected, "a tensor to write to")
-        with no_autocast(x):
-            new = reference.linear_euler(x, reference.head_velocity(*head[:12]), h, history, b)
-        return (new, new.to(low)) if wants_low else new
-    if functional:
-        new, copy = dispatch("linear_euler", *head, low)
-        return (new, copy) if wants_low else new
-
-    out = _empty(x) if out is None else out
-    expect_out(out, "out", x, (x.dtype,))
-    if velocity_out is not None:
-        expect_out(velocity_out, "velocity_out", x, (torch.float64,) if wide else (torch.float32, *LOW))
-    if wants_low and not isinstance(low, Tensor):
-        low = _empty(x, low)
-    if (C := direct("linear_euler_out", *tensors, out, low, velocity_out)) is not None:
-        _kernel_out(C, *head, out, low, velocity_out)
-    else:
-        dispatch("linear_euler_out", *head, out, low, velocity_out)
-    return (out, low) if wants_low else out
+    return OP.call(head, (x, z, weight, *parameters, *history), out, low, (velocity_out,))
 
 
 def _expect_parameter(t, name: str, shape: tuple[int, ...], x: Tensor, z: Tensor) -> None:
@@ -202,7 +156,7 @@ def _expect_history(history, b, x) -> tuple[list[Tensor], list[float]]:
     if type(history) is tuple is type(b) and not history and not b:
         return [], []
     history, b = expect_list(history, "history", TERMS), expect_list(b, "b", TERMS)
-    allowed = (torch.float64,) if x.dtype == torch.float64 else (torch.float32, *LOW)
+    allowed = velocity_dtypes(x)
     if len(history) != len(b):
         if history:
             expect_like(expect_tensor(history[0], "history[0]", allowed), "history[0]", x)
@@ -255,7 +209,6 @@ def _for_cuda(operands: list[Tensor | None], state: torch.dtype) -> list[Tensor 
 
 def _launch(C, x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b,
             out, low, velocity_out, *where) -> None:  # fmt: skip
-    """`where`: device and stream of CUDA kernels, none for those of the CPU."""
     if scale is not None and shift is not None and scale.dtype != shift.dtype:
         scale, shift = scale.to(x.dtype), shift.to(x.dtype)
     # tensors whose addresses are taken have names here, and so live until the call is over
@@ -273,63 +226,30 @@ def _launch(C, x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, p
         *(x.data_ptr(), (z.data_ptr(), DTYPE_CODES[z.dtype], z.stride(0)), token, *map(_rows, operands)),
         *([t.data_ptr() for t in history], b, *pointers, *codes),
         *((len(x), T, z.shape[-1], len(weight)), (0, 0, 0, 0) if patch is None else (patch, *x.shape[1:])),
-        *(order == "cpq", norm, h, guidance, *(where or (torch.get_num_threads(),))),
+        *(order == "cpq", norm, h, guidance, *threads_or(where)),
     )
     for t, written in zip(given, to, strict=True):
         if t is not written:
             t.copy_(written)
 
 
-def _kernel_out(C, *args, where=()) -> None:
-    _launch(C, *args, *where)
-    torch.autograd.graph.increment_version([t for t in args[-3:] if t is not None])
-
-
-def _kernel(C, *args, where=()) -> tuple[Tensor, Tensor]:
-    *head, low = args
-    new, copy = _fake(*args)
-    _launch(C, *head, new, None if low is None else copy, None, *where)
-    return new, copy
-
-
-def _cuda(module, *args) -> tuple[Tensor, Tensor]:
-    return _kernel(module, *args, where=stream_of(args[0]))
-
-
-def _cuda_out(module, *args) -> None:
-    _kernel_out(module, *args, where=stream_of(args[0]))
-
-
 def _reference(*args) -> tuple[Tensor, Tensor]:
-    x, low = args[0], args[-1]
-    new, copy = _fake(*args)
-    new.copy_(reference.linear_euler(x, reference.head_velocity(*args[:12]), *args[12:15]))
-    return new, copy if low is None else copy.copy_(new)
-
-
-def _reference_out(*args) -> None:
-    x, (out, low, velocity_out) = args[0], args[-3:]
     velocity = reference.head_velocity(*args[:12])
-    out.copy_(reference.linear_euler(x, velocity, *args[12:15]))
-    if low is not None:
-        low.copy_(out)
-    if velocity_out is not None:
-        velocity_out.copy_(velocity)
-
-
-def _fake(x, *args) -> tuple[Tensor, Tensor]:
-    low = args[-1]
-    return _empty(x), x.new_empty(0) if low is None else _empty(x, low)
-
-
-def _fake_out(*args) -> None:
-    return None
+    return reference.linear_euler(args[0], velocity, *args[12:]), velocity
 
 
 _HEAD = (
     "Tensor x, Tensor z, Tensor weight, Tensor? bias, float? norm, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? scale, Tensor? shift, int? patch, str order, float? guidance, float h, Tensor[] history, float[] b"
 )
-register(f"linear_euler({_HEAD}, ScalarType? low) -> (Tensor, Tensor)", _kernel, _reference, _fake, _cuda)
-register(f"linear_euler_out({_HEAD}, Tensor(a!) out, Tensor(b!)? low, Tensor(c!)? velocity_out) -> ()",
-         _kernel_out, _reference_out, _fake_out, _cuda_out)  # fmt: skip
+OP = StateOp(
+    "linear_euler",
+    _HEAD,
+    tensors=("x", "z", "weight", *NAMES, "history"),
+    many=True,
+    kernel=_launch,
+    reference=_reference,
+    empty=_empty,
+    also="velocity_out",
+    differentiable=False,
+)

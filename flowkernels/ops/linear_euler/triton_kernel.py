@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowkernels.ops import _triton
 from flowkernels.ops._triton import convert, product, scalar
-from flowkernels.ops.linear_euler import _dense, _empty, _fake
+from flowkernels.ops.linear_euler import OP, _dense, _empty
 
 # ROWS of tokens, with guidance half of them unconditional, and BLOCK_D features at a time: each warp multiplies its own
 # of them. Few rows: there are to be programs for every multiprocessor. One configuration for each size of weights.
@@ -214,7 +214,7 @@ def linear_euler_out(*args) -> None:
 
 def linear_euler(*args) -> tuple[Tensor, Tensor]:
     *head, low = args
-    new, copy = _fake(*args)
+    new, copy = OP.fake(*args)
     _launch(*head, new, None if low is None else copy, None)
     return new, copy
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowkernels.ops import _triton
 from flowkernels.ops._triton import convert, scalar
-from flowkernels.ops.linear_update import _empty, _fake
+from flowkernels.ops.linear_update import OP, _empty
 
 TERMS = 8  # of a launch; more go through memory again
 # four elements a thread: 16 bytes of a float32 state, and no exchange between threads next to 16-bit velocities
@@ -49,7 +49,7 @@ def linear_update_out(x, v, b, out, low) -> None:
 
 
 def linear_update(x, v, b, low) -> tuple[Tensor, Tensor]:
-    new, copy = _fake(x, v, b, low)
+    new, copy = OP.fake(x, v, b, low)
     _launch(x, v, b, new, None if low is None else copy)
     return new, copy
 

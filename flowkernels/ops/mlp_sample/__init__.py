@@ -501,7 +501,7 @@ def _empty(x: Tensor, steps: int, trajectory: bool) -> tuple[Tensor, Tensor, Ten
     return x.new_empty(x.shape), states, x.new_empty(kept, *x.shape) if trajectory else x.new_empty(0)
 
 
-def _kernel(C, x, step_sizes, updates, tensors, code, numbers, guided, guidance, low, trajectory):
+def _kernel(C, x, step_sizes, updates, tensors, code, numbers, guided, guidance, low, trajectory, *where):
     layers, unconditional = _layers(tensors, code, numbers, guided)
     plan = plan_for(C, x.shape[1], layers, low)
     steps = _steps(step_sizes, updates)
@@ -530,5 +530,4 @@ register(
     _kernel,
     _reference,
     _fake,
-    _kernel,
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, direct, fresh, register, stream_of
+from flowkernels.ops._library import DTYPE_CODES, direct, fresh, register, threads_or
 from flowkernels.ops.segment_points import reference
 
 
@@ -67,30 +67,19 @@ def refuse_place(place: int, bank: Tensor, interval: Tensor, sample: Tensor) -> 
     expect(False, name, f"indices from 0 to {most - 1}", f"{got} at {name}[{place}]")
 
 
-def _kernel(C, bank, interval, sample, u, dtype) -> Tensor:
+def _kernel(C, bank, interval, sample, u, dtype, *where) -> Tensor:
     bank, interval, sample = bank.contiguous(), interval.contiguous(), sample.contiguous()
-    u = None if u is None else u.double().contiguous()
-    out = fresh(torch.empty(len(interval), *bank.shape[2:], dtype=dtype, device="cpu"))
+    if u is not None:
+        u = (u.to(bank.dtype) if where else u.double()).contiguous()
+    out = fresh(_fake(bank, interval, sample, u, dtype))
     knots, n = bank.shape[:2]
     bad = C.segment_points(
         *(bank.data_ptr(), interval.data_ptr(), sample.data_ptr(), 0 if u is None else u.data_ptr(), out.data_ptr()),
         *(DTYPE_CODES[bank.dtype], DTYPE_CODES[dtype], knots, n, len(interval), math.prod(bank.shape[2:])),
-        torch.get_num_threads(),
+        *threads_or(where),
     )
-    refuse_place(bad, bank, interval, sample)
-    return out
-
-
-def _cuda(module, bank, interval, sample, u, dtype) -> Tensor:
-    bank, interval, sample = bank.contiguous(), interval.contiguous(), sample.contiguous()
-    u = None if u is None else u.to(bank.dtype).contiguous()
-    out = _fake(bank, interval, sample, u, dtype)
-    knots, n = bank.shape[:2]
-    module.segment_points(
-        *(bank.data_ptr(), interval.data_ptr(), sample.data_ptr(), 0 if u is None else u.data_ptr(), out.data_ptr()),
-        *(DTYPE_CODES[bank.dtype], DTYPE_CODES[dtype], knots, n, len(interval), math.prod(bank.shape[2:])),
-        *stream_of(bank),
-    )
+    if not where:
+        refuse_place(bad, bank, interval, sample)
     return out
 
 
@@ -105,4 +94,4 @@ def _fake(bank, interval, sample, u, dtype) -> Tensor:
 
 
 register("segment_points(Tensor bank, Tensor interval, Tensor sample, Tensor? u, ScalarType dtype) -> Tensor",
-         _kernel, _reference, _fake, _cuda)  # fmt: skip
+         _kernel, _reference, _fake)  # fmt: skip

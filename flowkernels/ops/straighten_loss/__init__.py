@@ -16,7 +16,7 @@ from flowkernels.ops._library import (
     is_transformed,
     register,
     register_autograd,
-    stream_of,
+    threads_or,
 )
 from flowkernels.ops.segment_points import expect_bank, refuse_place
 from flowkernels.ops.segment_points.reference import expect_places
@@ -94,7 +94,7 @@ def straighten_loss(
     args = (v, bank, step_sizes, interval, sample, weight, c)
     gradient = torch.is_grad_enabled() and v.requires_grad
     if (C := direct("straighten_loss", *args[:-1], gradient=True)) is not None:
-        results = _Direct.apply(C, *args) if gradient else _launch(C, *args, False)[0]
+        results = _Direct.apply(C, *args) if gradient else _directly(C, *args, False)[0]
         return StraightenLoss(results[0], *results.detach()[1:].split([len(v), len(bank) - 1]))
     return StraightenLoss(*dispatch("straighten_loss", *args, gradient)[:3])
 
@@ -105,50 +105,48 @@ def _expect_vector(t, name: str, length: int, v: Tensor) -> None:
         expect(False, name, f"shape [{length}] on {v.device}", t)
 
 
-def _launch(C, v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, Tensor | None]:
-    """(loss, losses of the B samples, losses of the N intervals) in one float64 tensor, and the gradient if wanted."""
+def _launch(C, v, bank, step_sizes, interval, sample, weight, huber_c, losses, grad, *where) -> None:
+    """losses: the addresses of the loss, of those of the B samples and of those of the N intervals, float64 on the CPU
+    and of the bank's dtype on a GPU; grad: a tensor, or None."""
     v, bank, interval, sample = v.contiguous(), bank.contiguous(), interval.contiguous(), sample.contiguous()
-    step_sizes = step_sizes.double().contiguous()
-    weight = None if weight is None else weight.double().contiguous()
-    (knots, n), B, D = bank.shape[:2], len(v), math.prod(v.shape[1:])
-    results = torch.empty(B + knots, dtype=torch.float64, device="cpu")
-    grad = fresh(torch.empty_like(v)) if gradient else None
-    at = results.data_ptr()
+    if where:
+        step_sizes, weight = step_sizes.to(bank.dtype), None if weight is None else weight.to(bank.dtype)
+    else:
+        step_sizes, weight = step_sizes.double(), None if weight is None else weight.double()
+    step_sizes, weight = step_sizes.contiguous(), None if weight is None else weight.contiguous()
+    (knots, n), B, D = bank.shape[:2], v.shape[0], math.prod(v.shape[1:])
+    partial = bank.new_empty(C.straighten_loss_partials(B, D)) if where else None
     bad = C.straighten_loss(
         *(v.data_ptr(), bank.data_ptr(), step_sizes.data_ptr(), interval.data_ptr(), sample.data_ptr()),
         *(0 if weight is None else weight.data_ptr(), huber_c, DTYPE_CODES[v.dtype], DTYPE_CODES[bank.dtype]),
-        *(knots, n, B, D, at, at + 8, at + 8 * (B + 1), grad.data_ptr() if gradient else 0),
-        *(0, torch.get_num_threads()),
+        *(knots, n, B, D, *losses, 0 if grad is None else grad.data_ptr()),
+        *(0 if partial is None else partial.data_ptr(), *threads_or(where)),
     )
-    refuse_place(bad, bank, interval, sample)
+    if not where:
+        refuse_place(bad, bank, interval, sample)
+
+
+def _kernel(C, v, bank, step_sizes, interval, sample, weight, huber_c, gradient, *where) -> tuple[Tensor, ...]:
+    args = v, bank, step_sizes, interval, sample, weight, huber_c
+    if where:
+        *losses, grad = _fake(*args, gradient)
+        _launch(C, *args, [t.data_ptr() for t in losses], grad if gradient else None, *where)
+        return *losses, grad
+    (results, grad), B = _directly(C, *args, gradient), v.shape[0]
+    grad = v.new_empty(0) if grad is None else grad
+    # each apart: outputs of an op may not share memory
+    return results[0].clone(), results[1 : B + 1].clone(), results[B + 1 :].clone(), grad
+
+
+def _directly(C, v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, Tensor | None]:
+    """The three losses in one tensor, and the gradient if wanted: fewer results are less to do for autograd."""
+    v, B = v.contiguous(), v.shape[0]
+    results = torch.empty(B + bank.shape[0], dtype=torch.float64, device="cpu")
+    at = results.data_ptr()
+    losses = at, at + 8, at + 8 * (B + 1)
+    grad = fresh(torch.empty_like(v)) if gradient else None
+    _launch(C, v, bank, step_sizes, interval, sample, weight, huber_c, losses, grad)
     return results.to(bank.dtype), grad
-
-
-def _kernel(C, v, *args) -> tuple[Tensor, ...]:
-    results, grad = _launch(C, v, *args)
-    B = len(v)  # each result apart: outputs of an op may not share memory
-    return (
-        results[0].clone(),
-        results[1 : B + 1].clone(),
-        results[B + 1 :].clone(),
-        v.new_empty(0) if grad is None else grad,
-    )
-
-
-def _cuda(module, v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
-    v, bank, interval, sample = v.contiguous(), bank.contiguous(), interval.contiguous(), sample.contiguous()
-    step_sizes = step_sizes.to(bank.dtype).contiguous()
-    weight = None if weight is None else weight.to(bank.dtype).contiguous()
-    (knots, n), B, D = bank.shape[:2], len(v), math.prod(v.shape[1:])
-    loss, each, means, grad = _fake(v, bank, step_sizes, interval, sample, weight, huber_c, gradient)
-    partial = bank.new_empty(module.straighten_loss_partials(B, D))
-    module.straighten_loss(
-        *(v.data_ptr(), bank.data_ptr(), step_sizes.data_ptr(), interval.data_ptr(), sample.data_ptr()),
-        *(0 if weight is None else weight.data_ptr(), huber_c, DTYPE_CODES[v.dtype], DTYPE_CODES[bank.dtype]),
-        *(knots, n, B, D, loss.data_ptr(), each.data_ptr(), means.data_ptr(), grad.data_ptr() if gradient else 0),
-        *(partial.data_ptr(), *stream_of(v)),
-    )
-    return loss, each, means, grad
 
 
 def _reference(v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
@@ -169,7 +167,6 @@ register(
     _kernel,
     _reference,
     _fake,
-    _cuda,
 )
 
 
@@ -184,7 +181,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, C, *args):
-        results, gradient = _launch(C, *args, True)
+        results, gradient = _directly(C, *args, True)
         ctx.save_for_backward(gradient)
         return results
 

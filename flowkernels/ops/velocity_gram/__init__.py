@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import FLOATS, expect, expect_tensor, expect_times
-from flowkernels.ops._library import DTYPE_CODES, direct, register, stream_of
+from flowkernels.ops._library import DTYPE_CODES, direct, register
 from flowkernels.ops.velocity_gram import reference
 
 
@@ -78,30 +78,18 @@ def _as_rows(v: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None, int, i
     return v, states, K, M, v_stride, x_stride
 
 
-def _kernel(C, v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
-    v, states, K, M, v_stride, x_stride = _as_rows(v, x)
-    size = K - 1 if x is None else 2 * K - 1
-    gram = torch.zeros(size, size, dtype=torch.float64, device="cpu")
-    if size == 0 or M == 0:
-        return gram
-    C.velocity_gram(
-        *(v.data_ptr(), DTYPE_CODES[v.dtype], K, M, v_stride),
-        *((0, 0, 0) if x is None else (states.data_ptr(), x_stride, times.data_ptr())),
-        *(gram.data_ptr(), torch.get_num_threads()),
-    )
-    return gram
-
-
-def _cuda(module, v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
+def _kernel(C, v: Tensor, x: Tensor | None, times: Tensor | None, *where) -> Tensor:
     v, states, K, M, v_stride, x_stride = _as_rows(v, x)
     gram = _fake(v, x, times)
     if gram.numel() == 0 or M == 0:
         return gram.zero_()
-    where = stream_of(v)
-    read = (v.data_ptr(), DTYPE_CODES[v.dtype], K, M, v_stride)
+    read = v.data_ptr(), DTYPE_CODES[v.dtype], K, M, v_stride
     read += (0, 0, 0) if x is None else (states.data_ptr(), x_stride, times.data_ptr())
-    workspace = v.new_empty(module.velocity_gram_workspace(read, where[0]), dtype=torch.uint8)
-    module.velocity_gram(read, gram.data_ptr(), workspace.data_ptr(), *where)
+    if not where:
+        C.velocity_gram(*read, gram.data_ptr(), torch.get_num_threads())
+        return gram
+    workspace = v.new_empty(C.velocity_gram_workspace(read, where[0]), dtype=torch.uint8)
+    C.velocity_gram(read, gram.data_ptr(), workspace.data_ptr(), *where)
     return gram
 
 
@@ -110,10 +98,4 @@ def _fake(v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
     return v.new_empty(size, size, dtype=torch.float64)
 
 
-register(
-    "velocity_gram(Tensor v, Tensor? x, Tensor? times) -> Tensor",
-    _kernel,
-    reference.velocity_gram,
-    _fake,
-    _cuda,
-)
+register("velocity_gram(Tensor v, Tensor? x, Tensor? times) -> Tensor", _kernel, reference.velocity_gram, _fake)
