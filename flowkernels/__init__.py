@@ -9,7 +9,7 @@ from flowkernels import _entry, ops  # noqa: F401, _entry first: it sees to Ctrl
 from flowkernels._version import __version__
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibrate import calibrate
-from flowkernels.calibration.calibration import Calibration, load
+from flowkernels.calibration.calibration import Calibration
 from flowkernels.calibration.fit import fit_solver
 from flowkernels.calibration.polish import polish
 from flowkernels.calibration.step_cost import StepCost, step_costs
@@ -61,7 +61,6 @@ __all__ = [
     "least_cost_schedules",
     "linear_euler",
     "linear_update",
-    "load",
     "mlp_sample",
     "ops",
     "polish",

@@ -28,11 +28,11 @@ class Schedule:
     grid: float64 `[K+1]`, the fine grid they were chosen from; None for times that come from no grid.
     indices: the knots' places in the grid; None without a grid.
     cost: sum of the step costs along the schedule; uniform_cost: of the uniform schedule on the same grid.
-    interval: bootstrap interval of 95 % of its cost over samples. enough: the number of samples with which the
-        interval's half-width would be 2 % of the cost. Both None where unknown.
+    cost_interval: bootstrap interval of 95 % of its cost over samples. samples_needed: the number of samples with which
+        the interval's half-width would be 2 % of the cost. Both None where unknown.
     notes: where it comes from, such as the objective and the evaluations it took.
 
-    Schedules are equal whatever their interval, enough and notes.
+    Schedules are equal whatever their cost_interval, samples_needed and notes.
     """
 
     times: Tensor
@@ -40,8 +40,8 @@ class Schedule:
     indices: tuple[int, ...] | None = None
     cost: float | None = None
     uniform_cost: float | None = None
-    interval: tuple[float, float] | None = None
-    enough: int | None = None
+    cost_interval: tuple[float, float] | None = None
+    samples_needed: int | None = None
     notes: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -58,10 +58,12 @@ class Schedule:
             checked["uniform_cost"] = expect_real(
                 self.uniform_cost, "uniform_cost", known, lambda c: c > -math.inf, False
             )
-        if self.interval is not None:
-            checked["interval"] = _expect_interval(self.interval)
-        if self.enough is not None:
-            checked["enough"] = expect_int(self.enough, "enough", "a number of samples, at least 1", 1)
+        if self.cost_interval is not None:
+            checked["cost_interval"] = _expect_interval(self.cost_interval)
+        if self.samples_needed is not None:
+            checked["samples_needed"] = expect_int(
+                self.samples_needed, "samples_needed", "a number of samples, at least 1", 1
+            )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -112,8 +114,9 @@ class Schedule:
         knots = ", ".join(f"{t:.3g}" for t in self.times)
         costs = {"cost": self.cost, "uniform_cost": self.uniform_cost}
         known = "".join(f", {name}={c:.4g}" for name, c in costs.items() if c is not None)
-        if self.interval is not None:
-            known += f", interval=[{self.interval[0]:.4g}, {self.interval[1]:.4g}], enough={self.enough}"
+        if self.cost_interval is not None:
+            low, high = self.cost_interval
+            known += f", cost_interval=[{low:.4g}, {high:.4g}], samples_needed={self.samples_needed}"
         return f"Schedule(steps={self.steps}, times=[{knots}]{known})"
 
 
@@ -130,9 +133,9 @@ def _expect_places(indices, times: Tensor, grid: Tensor) -> tuple[int, ...]:
 def _expect_interval(ends) -> tuple[float, float]:
     expected = "two finite numbers, the lower one first"
     two = isinstance(ends, Sequence) and not isinstance(ends, str) and len(ends) == 2
-    expect_shown(two, "interval", expected, ends, TypeError)
-    low, high = (expect_real(end, "interval", expected) for end in ends)
-    expect_shown(low <= high, "interval", expected, ends)
+    expect_shown(two, "cost_interval", expected, ends, TypeError)
+    low, high = (expect_real(end, "cost_interval", expected) for end in ends)
+    expect_shown(low <= high, "cost_interval", expected, ends)
     return low, high
 
 

@@ -533,7 +533,7 @@ def _schedules() -> None:
             cost=(1.0, or_none(within(-math.inf))),
             uniform_cost=(2.0, or_none(lambda v: is_number(v) and v > -math.inf)),
         ),
-        **dict(interval=interval, enough=(3, or_none(is_int(1))), notes=(lambda: {"a": 1}, is_dict)),
+        **dict(cost_interval=interval, samples_needed=(3, or_none(is_int(1))), notes=(lambda: {"a": 1}, is_dict)),
     )
     place("Schedule.uniform", fk.Schedule.uniform, steps=(3, is_int(1, 10**6)))
     place(
@@ -627,10 +627,16 @@ def _stages(cal) -> None:
         "calibrate",
         fk.calibrate,
         **dict(
-            velocity=field, noise=noise, grid=(K, is_times), steps=((1, 2), is_steps), until=(0.5, or_none(within(0)))
+            velocity=field,
+            noise=noise,
+            grid=(K, is_times),
+            steps=((1, 2), is_steps),
+            max_regret=(0.5, or_none(within(0))),
         ),
         **dict(
-            verify=(lambda: rand(N, D) + 1, or_none(is_noise)), fit=(False, is_flag), keep=(10**6, is_int(0, 10**5000))
+            verify_noise=(lambda: rand(N, D) + 1, or_none(is_noise)),
+            fit=(False, is_flag),
+            keep_bytes=(10**6, is_int(0, 10**5000)),
         ),
         **dict(chunk=(None, or_none(is_int(1))), progress=bar, seed=(3, or_none(is_int(-(2**63), 2**64 - 1)))),
     )
@@ -658,10 +664,16 @@ def _stages(cal) -> None:
         steps = dict(
             steps=((1, 2), is_steps), objective=(objective, is_one_of(*options, "norm", "pairs"), "velocity", "options")
         )
-        place(f"cal.plan {objective}", cal.plan, **steps, **args)
+        place(f"cal.find {objective}", cal.find, **steps, **args)
     place("cal.save", cal.save, (OSError,), path=("c.json", is_path))
     cal.save("calibration.json")
-    place("load", fk.load, (OSError,), path=("calibration.json", is_path), velocity=(None, or_none(is_function)))
+    place(
+        "Calibration.load",
+        fk.Calibration.load,
+        (OSError,),
+        path=("calibration.json", is_path),
+        velocity=(None, or_none(is_function)),
+    )
     of_cal = dict(velocity=field, calibration=(lambda: cal, nothing_else))
     part = (0.25, within(0, 1))
     place(
@@ -676,7 +688,7 @@ def _stages(cal) -> None:
         "polish",
         fk.polish,
         **of_cal,
-        **dict(plan=(fk.Solver.heun(2), lambda v: isinstance(v, (fk.Solver, fk.Schedule))), samples=(4, is_int(2))),
+        **dict(start=(fk.Solver.heun(2), lambda v: isinstance(v, (fk.Solver, fk.Schedule))), samples=(4, is_int(2))),
         **dict(
             iterations=(1, is_int(1)), held_out=part, noise=(None, or_none(is_noise)), chunk=(None, or_none(is_int(1)))
         ),
@@ -934,9 +946,14 @@ def _commands() -> None:
         "calibrate",
         f"{model} --out cli.json -n 4 --grid 4 --steps 2",
         **dict(
-            n=positive, grid=is_text(int, 2, 10_000), steps=lambda t: all(c in "0123456789-, " for c in t), until=number
+            n=positive,
+            grid=is_text(int, 2, 10_000),
+            steps=lambda t: all(c in "0123456789-, " for c in t),
+            max_regret=number,
         ),
-        **dict(verify=positive, chunk=positive, out=lambda t: len(t) < 200, model=none, checkpoint=none, **shared),
+        **dict(
+            verify_noise=positive, chunk=positive, out=lambda t: len(t) < 200, model=none, checkpoint=none, **shared
+        ),
     )
     command(
         "straighten",
@@ -1029,7 +1046,7 @@ def attempt(place: Place, bad: dict[str, Any]) -> Outcome:
         if not isinstance(e, place.errors) and not names(str(e), wanted):
             return Outcome("unnamed", said)
         evaluated = {"velocity", "net", "student", "noise", "optimizer"} & set(bad)  # what they do shows when they run
-        if Count.evaluations and not evaluated and place.name != "cal.plan endpoint":
+        if Count.evaluations and not evaluated and place.name != "cal.find endpoint":
             return Outcome("late", said)
         if settings() != before:
             return Outcome("state", said)

@@ -65,13 +65,15 @@ def _plain(value):
 
 
 def write_calibration(path):
-    cal = fk.calibrate(field(), torch.randn(8, 6), 6, [1, 2, 3], fit=True, verify=torch.randn(4, 6), progress=False)
+    noise, other = torch.randn(8, 6), torch.randn(4, 6)
+    cal = fk.calibrate(field(), noise, 6, [1, 2, 3], fit=True, verify_noise=other, progress=False)
     cal.save(path)
 
 
 def read_calibration(path):
-    cal = fk.load(path)
-    schedules = {n: [s.indices, s.cost, s.uniform_cost, s.interval, s.enough, s.notes] for n, s in cal.items()}
+    cal = fk.Calibration.load(path)
+    numbers = ("indices", "cost", "uniform_cost", "cost_interval", "samples_needed", "notes")
+    schedules = {n: [getattr(s, name) for name in numbers] for n, s in cal.items()}
     solvers = {n: s.to_dict() for n, s in cal.solvers.items()}
     return _plain(
         [cal.times, cal.cost, cal.gram, cal.norm_cost, schedules, solvers, cal.verified, json.dumps(cal.provenance)]

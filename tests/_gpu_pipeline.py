@@ -122,7 +122,7 @@ def fits(device):
     cals = [fk.calibrate(*w, grid=12, steps=(2, 3), progress=False) for w in where]
     for objective in ("norm", "endpoint", "pairs", "student", "free"):
         for (net, _), cal in zip(where, cals, strict=True):
-            assert cal.plan(3, objective, velocity=net)[3].steps == 3
+            assert cal.find(3, objective=objective, velocity=net)[3].steps == 3
     for inverse in (False, True):
         errors = []
         for (net, _), cal in zip(where, cals, strict=True):

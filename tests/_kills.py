@@ -29,7 +29,7 @@ def velocity(x, t):
 
 def calibrations():
     cals = [fk.calibrate(velocity, torch.randn(8, 4), K, [1, 2], seed=K, progress=False) for K in (60, 90)]
-    return [cal.save for cal in cals], lambda path: fk.load(path).provenance["seed"]
+    return [cal.save for cal in cals], lambda path: fk.Calibration.load(path).provenance["seed"]
 
 
 def networks():

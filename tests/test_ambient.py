@@ -115,14 +115,14 @@ def invert(w, tmp_path):
 
 @stage
 def calibrate(w, tmp_path):
-    cal = fk.calibrate(w["net"], w["noise"], GRID, [N], verify=w["other"], fit=True, until=0.5, **QUIET)
+    cal = fk.calibrate(w["net"], w["noise"], GRID, [N], verify_noise=w["other"], fit=True, max_regret=0.5, **QUIET)
     return [cal, fk.calibrate(w["guided"], w["noise"], GRID, [N], chunk=4, **QUIET)]
 
 
 def planned(objective):
     def make(w, tmp_path):
         field = {} if objective in ("squared", "norm", "gits", "pairs") else dict(velocity=w["net"], samples=4)
-        return w["cal"].plan([N, 3], objective, **field)
+        return w["cal"].find([N, 3], objective=objective, **field)
 
     STAGES[f"plan {objective}"] = make
 
@@ -206,7 +206,7 @@ def files(w, tmp_path):
     path = tmp_path / f"{threading.get_ident()}.boss.json"
     cal = fk.calibrate(w["net"], w["noise"], GRID, [N], fit=True, **QUIET)
     cal.save(path)
-    return [fk.load(path, w["net"]), BUNDLED["digits"].load()]
+    return [fk.Calibration.load(path, w["net"]), BUNDLED["digits"].load()]
 
 
 @stage

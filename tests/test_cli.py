@@ -114,7 +114,7 @@ def calibrated(run):
 
 def test_calibrate_writes_the_calibration(calibrated):
     out, err = calibrated
-    calibration = fk.load("a.boss.json", BUNDLED["digits"].load())
+    calibration = fk.Calibration.load("a.boss.json", BUNDLED["digits"].load())
     assert list(calibration) == [1, 2, 3, 5]
     assert str(calibration) in out
     assert not err
@@ -128,7 +128,7 @@ def test_calibrate_writes_the_calibration(calibrated):
 def test_sample_formats(run, calibrated, suffix):
     run(f"sample --model digits --schedule a.boss.json --steps 3 -n 5 --seed 7 --chunk 2 --out x{suffix}")
     noise = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(7))
-    expected = fk.sample(BUNDLED["digits"].load(), noise, fk.load("a.boss.json")[3])
+    expected = fk.sample(BUNDLED["digits"].load(), noise, fk.Calibration.load("a.boss.json")[3])
     if suffix == ".png":
         image = Image.open("x.png")
         assert image.size == (3 * 64 + 2 * 2, 2 * 64 + 2)
@@ -153,8 +153,8 @@ def test_sample_uniform_and_colour(run):
 
 
 def test_calibrate_fits_and_verifies(run, fails):
-    out, _ = run("calibrate --model digits --grid 12 --steps 2,4 -n 48 --fit --verify 24 --out fitted.boss.json")
-    cal = fk.load("fitted.boss.json")
+    out, _ = run("calibrate --model digits --grid 12 --steps 2,4 -n 48 --fit --verify-noise 24 --out fitted.boss.json")
+    cal = fk.Calibration.load("fitted.boss.json")
     assert sorted(cal.solvers) == [2, 4]
     assert cal.verified[4]["fitted"] < cal.verified[4]["uniform"]
     assert f"N = 4: endpoint error uniform {cal.verified[4]['uniform']:.4g}" in out
@@ -292,7 +292,8 @@ def test_interrupt(folder, monkeypatch, capsys):
 
 
 REFUSED = {
-    "calibrate": "--grid 99999999999 --grid 0 --until nan --until inf --until 0 --seed 2e3 --chunk 0 -n 1e3",
+    "calibrate": "--grid 99999999999 --grid 0 --max-regret nan --max-regret inf --max-regret 0 --seed 2e3 --chunk 0 "
+    "-n 1e3",
     "straighten": "--lr nan --lr 0 --lr inf --ema 1.5 --ema nan --clip -1 --clip inf --warmup -5 --batch 0 --steps 0 "
     "--seed 1208925819614629174706176 --bank 10000000000 --refresh 0 --iterations 99999999999999999999999 --decay fast",
     "sample": "--steps 0 --seed x --chunk -1 --method rk4 --device nowhere -n 0 --shape 0",
@@ -497,7 +498,7 @@ def test_report_folder_is_complete(reported):
     out, _ = reported
     assert {p.name for p in out.iterdir()} == report.FILES
     assert [p.name for p in out.parent.iterdir()] == ["report"]
-    student, calibration = load_network(out / "student.safetensors"), fk.load(out / "schedule.boss.json")
+    student, calibration = load_network(out / "student.safetensors"), fk.Calibration.load(out / "schedule.boss.json")
     x = fk.sample(student, torch.randn(2, 1, 8, 8), calibration[4])
     assert torch.isfinite(x).all()
 
@@ -533,7 +534,7 @@ def test_the_demo_samples_as_the_loop_does(reported, tmp_path, monkeypatch):
 
 def test_endpoint_errors_are_those_of_the_samples(reported):
     out, results = reported
-    velocity, calibration = BUNDLED["digits"].load(), fk.load(out / "schedule.boss.json")
+    velocity, calibration = BUNDLED["digits"].load(), fk.Calibration.load(out / "schedule.boss.json")
     noise = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     student = load_network(out / "student.safetensors")
     teacher = fk.rollout(velocity, noise, 20).x[-1]

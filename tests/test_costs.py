@@ -58,9 +58,9 @@ def test_what_a_calibration_holds():
     assert relative_error(cal.norm_cost, expected.where(expected > 1e-10, 0)) <= 1e-8
     a = trajectory.v.diff(dim=0).flatten(1)
     assert torch.allclose(cal.gram, a @ a.T / 7, rtol=1e-12)
-    none = fk.calibrate(velocity, noise, trajectory.times, [2, 3], keep=0, **QUIET)
+    none = fk.calibrate(velocity, noise, trajectory.times, [2, 3], keep_bytes=0, **QUIET)
     assert (none.kept, none.norm_cost) == (None, None)
-    few = fk.calibrate(velocity, noise, trajectory.times, [2, 3], keep=8 * 5 * 19 * 2, **QUIET)
+    few = fk.calibrate(velocity, noise, trajectory.times, [2, 3], keep_bytes=8 * 5 * 19 * 2, **QUIET)
     expected = errors(trajectory)[..., :2].mean(-1)
     assert relative_error(few.norm_cost, expected.where(expected > 1e-10, 0)) <= 1e-8
 
@@ -72,7 +72,7 @@ def test_what_a_calibration_holds():
 def test_kept_trajectories(make, kept, chunk):
     velocity, noise = make(), normal(9, 1, 8, 8)
     sample = 64 * 4 * (11 + 10)
-    cal = fk.calibrate(velocity, noise, 10, 3, keep=kept * sample + sample // 2, chunk=chunk, **QUIET)
+    cal = fk.calibrate(velocity, noise, 10, 3, keep_bytes=kept * sample + sample // 2, chunk=chunk, **QUIET)
     whole = fk.calibrate(velocity, noise, 10, 3, **QUIET)
     assert torch.allclose(cal.cost[:, 2:], whole.cost[:, 2:], rtol=1e-4)
     if kept == 0:
@@ -91,10 +91,10 @@ def test_kept_by_default_and_in_the_dtypes_of_a_rollout():
     kept = fk.calibrate(velocity, noise, trajectory.times, 2, **QUIET).kept
     assert torch.equal(kept.x, trajectory.x)
     assert torch.equal(kept.v, trajectory.v)
-    with pytest.raises(TypeError, match=r"^keep: expected a number of bytes, got all"):
-        fk.calibrate(velocity, noise, 4, 2, keep="all", **QUIET)
-    with pytest.raises(ValueError, match=r"^keep: expected at least 0, got -1"):
-        fk.calibrate(velocity, noise, 4, 2, keep=-1, **QUIET)
+    with pytest.raises(TypeError, match=r"^keep_bytes: expected a number of bytes, got all"):
+        fk.calibrate(velocity, noise, 4, 2, keep_bytes="all", **QUIET)
+    with pytest.raises(ValueError, match=r"^keep_bytes: expected at least 0, got -1"):
+        fk.calibrate(velocity, noise, 4, 2, keep_bytes=-1, **QUIET)
 
 
 def samples_of(scales, K=6):
@@ -114,9 +114,9 @@ def test_bootstrap_covers_a_known_mean():
         squares = torch.randn(60, 4, generator=generator, dtype=torch.float64).square().mean(1)
         samples, schedules = samples_of(squares.sqrt())
         schedule = samples.with_intervals(schedules)[2]
-        assert schedule.interval[0] < schedule.cost < schedule.interval[1]
-        held += schedule.interval[0] <= unit <= schedule.interval[1]
-        enough.append(schedule.enough)
+        assert schedule.cost_interval[0] < schedule.cost < schedule.cost_interval[1]
+        held += schedule.cost_interval[0] <= unit <= schedule.cost_interval[1]
+        enough.append(schedule.samples_needed)
     # 95 % less what 60 skewed samples take away, within 3 standard deviations of a binomial
     assert 0.93 - 3 * (0.95 * 0.05 / trials) ** 0.5 <= held / trials < 1
     # the variance of the mean of 4 squared normals is 1/2: half-width 1.96 (1/2 / n)^(1/2), 2 % at n = 4802
@@ -126,9 +126,9 @@ def test_bootstrap_covers_a_known_mean():
 def test_bootstrap_is_the_same_again():
     scales = normal(30, dtype=torch.float64)
     first, second = (s.with_intervals(plans)[3] for s, plans in (samples_of(scales), samples_of(scales)))
-    assert first.interval == second.interval
+    assert first.cost_interval == second.cost_interval
     assert first == samples_of(scales)[1][3]  # whose interval is not known
-    assert f"interval=[{first.interval[0]:.4g}" in repr(first)
+    assert f"cost_interval=[{first.cost_interval[0]:.4g}" in repr(first)
 
 
 def test_intervals_of_norms():
@@ -138,21 +138,21 @@ def test_intervals_of_norms():
     unit = samples_of(torch.ones(1, dtype=torch.float64))[0].norm_cost()
     one = sum(unit[j, k].item() for j, k in itertools.pairwise(plans[2].indices))
     assert plans[2].cost == pytest.approx(one * scales.mean().item(), rel=1e-9)
-    low, high = plans[2].interval
+    low, high = plans[2].cost_interval
     spread = 2 * 1.96 * one * scales.std(correction=0).item() / 40**0.5
     assert (high - low) == pytest.approx(spread, rel=0.1)
 
 
 def test_samples_that_agree_need_no_more():
     samples, plans = samples_of(torch.ones(5, dtype=torch.float64))
-    assert samples.with_intervals(plans)[2].enough == 1
+    assert samples.with_intervals(plans)[2].samples_needed == 1
     straight = fk.calibrate(lambda x, t: torch.ones_like(x), normal(5, 3), 6, 2, **QUIET)[2]
-    assert (straight.cost, straight.interval, straight.enough) == (0, (0, 0), 1)
+    assert (straight.cost, straight.cost_interval, straight.samples_needed) == (0, (0, 0), 1)
 
 
 def test_one_sample_has_no_interval():
     cal = fk.calibrate(linear_field(), normal(1, 4), 6, 2, **QUIET)
-    assert (cal[2].interval, cal[2].enough) == (None, None)
+    assert (cal[2].cost_interval, cal[2].samples_needed) == (None, None)
 
 
 def paths(K, steps):
@@ -193,23 +193,23 @@ def test_sums_of_norms_against_all_paths(objective, gamma):
     def cost(path):
         return sum(gamma**i * e[j, k].item() for i, (j, k) in enumerate(itertools.pairwise(path)))
 
-    plans = cal.plan(range(1, 8), objective, **options)
+    plans = cal.find(range(1, 8), objective=objective, **options)
     for steps, schedule in plans.items():
         best, expected = least(7, steps, cost)
         assert schedule.indices == best
         assert schedule.cost == pytest.approx(expected, rel=1e-9)
         assert schedule.uniform_cost == pytest.approx(cost(fk.schedule.uniform_indices(cal.times, steps)), rel=1e-9)
         assert schedule.notes == {"objective": objective, "evaluations": 0, **options}
-        assert (schedule.interval is None) == (objective == "gits")
+        assert (schedule.cost_interval is None) == (objective == "gits")
     assert sorted(cal) == [2]  # only BOSS's are the calibration's own
 
 
 def test_gits_weighs_by_default():
     cal, _ = calibrated(Turning())
-    assert cal.plan(3, "gits")[3].notes["gamma"] == 1.15
-    assert cal.plan(3, "gits")[3].cost == cal.plan(3, "gits", gamma=1.15)[3].cost
+    assert cal.find(3, objective="gits")[3].notes["gamma"] == 1.15
+    assert cal.find(3, objective="gits")[3].cost == cal.find(3, objective="gits", gamma=1.15)[3].cost
     with pytest.raises(ValueError, match=r"^gamma: expected a positive, finite number, got 0"):
-        cal.plan(3, "gits", gamma=0)
+        cal.find(3, objective="gits", gamma=0)
 
 
 def carried(velocity, trajectory):
@@ -237,7 +237,7 @@ def test_errors_carried_to_the_endpoint_against_all_paths():
     cal, trajectory = calibrated(velocity, dim=1)
     cost = carried(velocity, trajectory)
     assert not torch.allclose(cost, errors(trajectory).square().mean(-1), rtol=0.1)
-    for steps, schedule in cal.plan(range(1, 8), "endpoint", velocity=velocity).items():
+    for steps, schedule in cal.find(range(1, 8), objective="endpoint", velocity=velocity).items():
         best, expected = least(7, steps, lambda path: sum(cost[j, k].item() for j, k in itertools.pairwise(path)))
         assert schedule.indices == best
         assert schedule.cost == pytest.approx(expected, rel=1e-9, abs=1e-20)
@@ -249,10 +249,10 @@ def test_errors_of_features_that_mix():
     velocity = Turning()
     cal, trajectory = calibrated(velocity, n=20)
     cost = carried(velocity, trajectory)
-    indices = cal.plan(2, "endpoint", velocity=velocity, probes=400)[2].indices
+    indices = cal.find(2, objective="endpoint", velocity=velocity, probes=400)[2].indices
     best, expected = least(7, 2, lambda path: sum(cost[j, k].item() for j, k in itertools.pairwise(path)))
     assert indices == best
-    found = cal.plan(2, "endpoint", velocity=velocity, probes=400)[2].cost
+    found = cal.find(2, objective="endpoint", velocity=velocity, probes=400)[2].cost
     assert found == pytest.approx(expected, rel=4 * (2 / 400 / 20) ** 0.5)  # 2 is the variance of a squared normal
     assert velocity.matrix.grad is None
 
@@ -270,7 +270,7 @@ def test_the_endpoint_needs_gradients():
 
     for velocity in (without, in_inference):
         with pytest.raises(ValueError, match=r"^velocity: expected one with gradients, for objective 'endpoint'"):
-            cal.plan(2, "endpoint", velocity=velocity)
+            cal.find(2, objective="endpoint", velocity=velocity)
 
 
 def test_a_fused_sampler_is_asked_for_its_velocity():
@@ -278,7 +278,7 @@ def test_a_fused_sampler_is_asked_for_its_velocity():
     cal, plain = (fk.calibrate(v, noise, 6, 2, **QUIET) for v in (fk.fuse(net, 4, shape=(1, 8, 8)), net))
     fused = fk.fuse(net, 4, shape=(1, 8, 8))
     for objective in ("endpoint", "student", "free"):
-        got, expected = (c.plan([2, 3], objective, velocity=v) for c, v in ((cal, fused), (plain, net)))
+        got, expected = (c.find([2, 3], objective=objective, velocity=v) for c, v in ((cal, fused), (plain, net)))
         assert all(torch.equal(got[n].times, expected[n].times) for n in (2, 3))
 
 
@@ -299,7 +299,7 @@ def test_pairs_against_all_paths(K):
             total = total + e.square().sum(-1).mean()
         return total.item()
 
-    for steps, solver in cal.plan(range(1, K + 1), "pairs").items():
+    for steps, solver in cal.find(range(1, K + 1), objective="pairs").items():
         best, expected = least(K, steps, cost)
         assert solver.notes["indices"] == list(best)
         assert solver.notes["cost"] == pytest.approx(expected, rel=1e-9, abs=1e-20)
@@ -345,7 +345,7 @@ def test_the_students_own_states():
             j = min(reached, key=lambda j: (reached[j] - x[k]).square().sum(-1).mean().item())
             states[s, k] = reached[j].detach(), j
     counted = Counted(velocity)
-    plans = cal.plan(range(1, 8), "student", velocity=counted)
+    plans = cal.find(range(1, 8), objective="student", velocity=counted)
     assert counted.calls == plans[3].notes["evaluations"] == 1 + 6 + 5 + 4 + 3 + 2 + 1
     for steps, schedule in plans.items():
         path = [7]
@@ -359,7 +359,9 @@ def test_the_students_own_states():
             7, steps, lambda p: (fk.sample(velocity, x[0], t[list(p)]) - x[-1]).square().sum().item()
         )
         assert plans[steps].indices == best
-        assert cal.plan(steps, "student", velocity=velocity)[steps].cost == pytest.approx(expected / 6, rel=1e-9)
+        assert cal.find(steps, objective="student", velocity=velocity)[steps].cost == pytest.approx(
+            expected / 6, rel=1e-9
+        )
 
 
 def test_free_times_against_all_paths_and_times():
@@ -371,7 +373,7 @@ def test_free_times_against_all_paths_and_times():
         for f in candidates:
             v = velocity(x[j], (t[j] + f * (1 - t[j])).expand(6))
             cost[j, k, f] = (x[k] - x[j] - (t[k] - t[j]) * v).square().sum(-1).mean().item()
-    plans = cal.plan(range(1, 8), "free", velocity=velocity, candidates=candidates)
+    plans = cal.find(range(1, 8), objective="free", velocity=velocity, candidates=candidates)
     for steps, solver in plans.items():
         tried = {
             (path, given): sum(cost[j, k, f] for (j, k), f in zip(itertools.pairwise(path), given, strict=True))
@@ -401,9 +403,9 @@ def test_conditioning_of_the_samples(objective):
     some = fk.VelocityField(
         Pushed(), conditioning={"push": push[:4]}, unconditional={"push": push.flip(0)[:4]}, guidance=1.5
     )
-    whole = fk.calibrate(field, noise, 8, 2, until=1e-9, **QUIET)
-    expected = fk.calibrate(some, noise[:4], 8, 2, **QUIET).plan([2, 3], objective, velocity=some)
-    got = whole.plan([2, 3], objective, velocity=field, samples=4, chunk=3)
+    whole = fk.calibrate(field, noise, 8, 2, max_regret=1e-9, **QUIET)
+    expected = fk.calibrate(some, noise[:4], 8, 2, **QUIET).find([2, 3], objective=objective, velocity=some)
+    got = whole.find([2, 3], objective=objective, velocity=field, samples=4, chunk=3)
     for n in (2, 3):
         assert torch.equal(got[n].times, expected[n].times)
         told = [{k: v for k, v in plans[n].notes.items() if "cost" not in k} for plans in (got, expected)]
@@ -413,33 +415,33 @@ def test_conditioning_of_the_samples(objective):
 def test_bad_objectives(tmp_path):
     cal, _ = calibrated(Turning())
     with pytest.raises(ValueError, match=r"^objective: expected one of \['squared', 'norm', .*'free'\], got best"):
-        cal.plan(2, "best")
+        cal.find(2, objective="best")
     with pytest.raises(TypeError, match=r"^options: expected of \['gamma'\] for 'gits', got \['probes'\]"):
-        cal.plan(2, "gits", probes=2)
+        cal.find(2, objective="gits", probes=2)
     with pytest.raises(TypeError, match=r"^options: expected none for 'squared', got \['gamma'\]"):
-        cal.plan(2, gamma=2)
+        cal.find(2, gamma=2)
     with pytest.raises(ValueError, match=r"^steps: expected at most K = 7"):
-        cal.plan(8, "norm")
+        cal.find(8, objective="norm")
     for objective in ("endpoint", "student", "free"):
         with pytest.raises(
             ValueError, match=rf"^velocity: expected the teacher, for objective '{objective}', got None"
         ):
-            cal.plan(2, objective)
+            cal.find(2, objective=objective)
         with pytest.raises(ValueError, match=r"^samples: expected at least 1, got 0"):
-            cal.plan(2, objective, velocity=Turning(), samples=0)
+            cal.find(2, objective=objective, velocity=Turning(), samples=0)
         with pytest.raises(ValueError, match=r"^chunk: expected at least 1, got 0"):
-            cal.plan(2, objective, velocity=Turning(), chunk=0)
+            cal.find(2, objective=objective, velocity=Turning(), chunk=0)
     for candidates in ((), (1.0,), (-0.1, 0.0)):
         with pytest.raises(ValueError, match=r"^candidates: expected some fractions, 0 <= f < 1"):
-            cal.plan(2, "free", velocity=Turning(), candidates=candidates)
+            cal.find(2, objective="free", velocity=Turning(), candidates=candidates)
     cal.save(tmp_path / "a.json")
-    again, none = fk.load(tmp_path / "a.json"), calibrated(Turning(), keep=0)[0]
-    assert again.plan(3, "norm")[3] == cal.plan(3, "norm")[3]  # in the file
-    assert again.plan(3, "pairs")[3].notes == cal.plan(3, "pairs")[3].notes
+    again, none = fk.Calibration.load(tmp_path / "a.json"), calibrated(Turning(), keep_bytes=0)[0]
+    assert again.find(3, objective="norm")[3] == cal.find(3, objective="norm")[3]  # in the file
+    assert again.find(3, objective="pairs")[3].notes == cal.find(3, objective="pairs")[3].notes
     for lost, objectives in ((again, ("endpoint", "student", "free")), (none, ("norm", "gits", "student"))):
         for objective in objectives:
             with pytest.raises(ValueError, match=r"^objective: expected a calibration that keeps samples, for"):
-                lost.plan(2, objective, **({} if objective in ("norm", "gits") else {"velocity": Turning()}))
+                lost.find(2, objective=objective, **({} if objective in ("norm", "gits") else {"velocity": Turning()}))
 
 
 class Scattered(torch.nn.Module):
@@ -456,21 +458,21 @@ def easy(x, t):
 
 def test_until_the_schedules_are_stable():
     noise = normal(300, 3, dtype=torch.float64)
-    cal = fk.calibrate(easy, noise, 12, [2, 4], until=0.02, **QUIET)
-    told = {k: cal.provenance[k] for k in ("n", "n_given", "until", "stopped")}
-    assert told == {"n": 32, "n_given": 300, "until": 0.02, "stopped": "schedules stable"}
+    cal = fk.calibrate(easy, noise, 12, [2, 4], max_regret=0.02, **QUIET)
+    told = {k: cal.provenance[k] for k in ("n", "n_given", "max_regret", "stopped")}
+    assert told == {"n": 32, "n_given": 300, "max_regret": 0.02, "stopped": "schedules stable"}
     assert cal.kept.x.shape[1] == cal.sample_costs.count == 32
     first = fk.calibrate(easy, noise[:32], 12, [2, 4], **QUIET)
     assert torch.allclose(cal.cost[:, 2:], first.cost[:, 2:], rtol=1e-10)
-    hard = fk.calibrate(Scattered(), noise, 12, [2, 4], until=0.02, **QUIET)
+    hard = fk.calibrate(Scattered(), noise, 12, [2, 4], max_regret=0.02, **QUIET)
     assert hard.provenance["n"] == 300
     assert hard.provenance["stopped"] == "all samples used"
     # with a wider margin it stops between
-    between = fk.calibrate(Turning(), noise, 12, [2, 4], until=1e-3, **QUIET)
+    between = fk.calibrate(Turning(), noise, 12, [2, 4], max_regret=1e-3, **QUIET)
     assert 32 < between.provenance["n"] < 300
     for bad, error in ((0, ValueError), (-1.0, ValueError), (float("nan"), ValueError), ("soon", TypeError)):
-        with pytest.raises(error, match=r"^until: expected a"):
-            fk.calibrate(easy, noise, 12, 2, until=bad, **QUIET)
+        with pytest.raises(error, match=r"^max_regret: expected a"):
+            fk.calibrate(easy, noise, 12, 2, max_regret=bad, **QUIET)
 
 
 def test_regret_by_hand():
@@ -502,9 +504,11 @@ def test_verified_on_other_noise(tmp_path):
     velocity = Sided()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        good = fk.calibrate(velocity, noise, 30, [1, 3, 5], verify=noise[:7] + 1, chunk=3, **QUIET)
-    with pytest.warns(UserWarning, match=r"^verify: .*the Bellman schedule has a larger .* for N = 3, 5; use") as seen:
-        bad = fk.calibrate(velocity, noise, 30, [1, 3, 5], verify=-3 - noise, **QUIET)
+        good = fk.calibrate(velocity, noise, 30, [1, 3, 5], verify_noise=noise[:7] + 1, chunk=3, **QUIET)
+    with pytest.warns(
+        UserWarning, match=r"^verify_noise: .*the Bellman schedule has a larger .* for N = 3, 5; use"
+    ) as seen:
+        bad = fk.calibrate(velocity, noise, 30, [1, 3, 5], verify_noise=-3 - noise, **QUIET)
     assert seen[0].filename == __file__
     assert [good.best(n) == good[n] for n in (1, 3, 5)] == [True] * 3
     assert [bad.best(n) == bad[n] for n in (1, 3, 5)] == [True, False, False]
@@ -519,14 +523,14 @@ def test_verified_on_other_noise(tmp_path):
             assert cal.verified[n] == pytest.approx({name: error[name] for name in tried}, rel=1e-9)
             assert error["best"] <= error["uniform"]
     bad.save(tmp_path / "a.json")
-    again = fk.load(tmp_path / "a.json")
+    again = fk.Calibration.load(tmp_path / "a.json")
     assert again.verified == bad.verified
     assert again.best(3) == bad.best(3) == fk.Schedule.uniform(3)
 
 
 def test_a_fused_sampler_is_verified():
     net, noise, other = BUNDLED["digits"].load(), normal(40, 1, 8, 8), normal(5, 1, 8, 8, seed=1)
-    settings = dict(grid=10, steps=[2, 3], until=0.5, verify=other, chunk=16) | QUIET
+    settings = dict(grid=10, steps=[2, 3], max_regret=0.5, verify_noise=other, chunk=16) | QUIET
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fused, plain = (fk.calibrate(v, noise, **settings) for v in (fk.fuse(net, 4, shape=(1, 8, 8)), net))
@@ -539,12 +543,14 @@ def test_a_fused_sampler_is_verified():
 
 def test_noise_to_verify_on():
     noise = normal(6, 2)
-    with pytest.raises(ValueError, match=r"^verify: expected other noise than the calibration's, got the same values"):
-        fk.calibrate(Sided(), noise, 5, 2, verify=noise[:3].clone(), **QUIET)
-    with pytest.raises(ValueError, match=r"^verify: expected noise of shape \[m, 2\] on cpu"):
-        fk.calibrate(Sided(), noise, 5, 2, verify=normal(6, 3), **QUIET)
-    with pytest.raises(TypeError, match=r"^verify: expected a torch.Tensor"):
-        fk.calibrate(Sided(), noise, 5, 2, verify=7, **QUIET)
+    with pytest.raises(
+        ValueError, match=r"^verify_noise: expected other noise than the calibration's, got the same values"
+    ):
+        fk.calibrate(Sided(), noise, 5, 2, verify_noise=noise[:3].clone(), **QUIET)
+    with pytest.raises(ValueError, match=r"^verify_noise: expected noise of shape \[m, 2\] on cpu"):
+        fk.calibrate(Sided(), noise, 5, 2, verify_noise=normal(6, 3), **QUIET)
+    with pytest.raises(TypeError, match=r"^verify_noise: expected a torch.Tensor"):
+        fk.calibrate(Sided(), noise, 5, 2, verify_noise=7, **QUIET)
 
 
 def test_fitted_solvers_are_verified(monkeypatch, tmp_path):
@@ -557,22 +563,26 @@ def test_fitted_solvers_are_verified(monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "flowkernels.calibration.fit", types.SimpleNamespace(fit_solver=fit_solver))
     velocity, noise = Turning(), normal(40, 3, dtype=torch.float64)
-    with pytest.warns(UserWarning, match=r"^verify: .*the fitted solver has a larger error .* for N = 2; use cal.best"):
-        cal = fk.calibrate(velocity, noise, 20, [2, 8], verify=noise + 0.1, fit=True, chunk=16, **QUIET)
+    with pytest.warns(
+        UserWarning, match=r"^verify_noise: .*the fitted solver has a larger error .* for N = 2; use cal.best"
+    ):
+        cal = fk.calibrate(velocity, noise, 20, [2, 8], verify_noise=noise + 0.1, fit=True, chunk=16, **QUIET)
     assert given == [(velocity, 21, 16)] * 2
     assert sorted(cal.solvers) == [2, 8]
     assert all(sorted(cal.verified[n]) == ["bellman", "fitted", "uniform"] for n in (2, 8))
     assert cal.best(8) is cal.solvers[8]
     assert cal.best(2) is not wrong
     cal.save(tmp_path / "a.json")
-    assert fk.load(tmp_path / "a.json").best(8).to_dict() == cal.solvers[8].to_dict()
+    assert fk.Calibration.load(tmp_path / "a.json").best(8).to_dict() == cal.solvers[8].to_dict()
     cal.verified.clear()
     assert cal.best(2) is wrong  # what is not verified is the user's word
     cal.solvers.clear()
     assert cal.best(2) is cal[2]
-    with pytest.raises(ValueError, match=r"^keep: expected two samples whose trajectories are kept, with fit, got 0"):
-        fk.calibrate(velocity, noise, 20, 2, fit=True, keep=0, **QUIET)
-    with pytest.raises(KeyError, match="plan"):
+    with pytest.raises(
+        ValueError, match=r"^keep_bytes: expected two samples whose trajectories are kept, with fit, got 0"
+    ):
+        fk.calibrate(velocity, noise, 20, 2, fit=True, keep_bytes=0, **QUIET)
+    with pytest.raises(KeyError, match="find"):
         cal.best(5)
     cal.solvers[5] = wrong
     assert cal.best(5) is wrong
@@ -594,7 +604,7 @@ def test_verified_with_conditioning_of_each_sample(chunk):
     velocity = fk.VelocityField(lambda x, t, c: -x * c, conditioning=dict(c=torch.linspace(1, 2, 20)[:, None]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Bellman's schedule is no better here
-        cal = fk.calibrate(velocity, normal(20, 2), 10, 2, verify=normal(8, 2, seed=1), chunk=chunk, **QUIET)
+        cal = fk.calibrate(velocity, normal(20, 2), 10, 2, verify_noise=normal(8, 2, seed=1), chunk=chunk, **QUIET)
     first = fk.VelocityField(lambda x, t, c: -x * c, conditioning=dict(c=torch.linspace(1, 2, 20)[:8, None]))
     noise = normal(8, 2, seed=1)
     expected = (fk.sample(first, noise, 2) - fk.sample(first, noise, 10)).square().sum(1).mean().item()
@@ -603,10 +613,10 @@ def test_verified_with_conditioning_of_each_sample(chunk):
 
 def test_schedules_without_costs_are_saved_and_shown(tmp_path):
     cal = fk.calibrate(Turning(), normal(6, 3, dtype=torch.float64), 7, 2, **QUIET)
-    cal.schedules.update(cal.plan(2, "student", velocity=Turning()))
+    cal.schedules.update(cal.find(2, objective="student", velocity=Turning()))
     assert "nan" in str(cal)
     cal.save(tmp_path / "a.json")
-    assert fk.load(tmp_path / "a.json")[2] == cal[2]
+    assert fk.Calibration.load(tmp_path / "a.json")[2] == cal[2]
 
 
 def test_warnings_of_a_calibration_point_at_its_caller():
@@ -616,6 +626,8 @@ def test_warnings_of_a_calibration_point_at_its_caller():
         warnings.simplefilter("always")
         fk.calibrate(lambda x, t: torch.ones_like(x), normal(8, 2), 6, (2, 3), fit=True, **QUIET)
         assert not caught  # Euler is exact, and so is the fit
-        fk.calibrate(fk.VelocityField(net), normal(8, 2), 6, (2, 3), fit=True, verify=normal(8, 2, seed=1), **QUIET)
+        fk.calibrate(
+            fk.VelocityField(net), normal(8, 2), 6, (2, 3), fit=True, verify_noise=normal(8, 2, seed=1), **QUIET
+        )
     assert {w.filename for w in caught} == {__file__}
     assert sum("eval mode" in str(w.message) for w in caught) == 1

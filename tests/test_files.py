@@ -405,7 +405,7 @@ LINES = {
     "--out x.safetensors",
 }
 READERS = {
-    "calibrate": lambda path: fk.load(path)[2].steps,
+    "calibrate": lambda path: fk.Calibration.load(path)[2].steps,
     "sample.npy": lambda path: len(np.load(path)),
     "sample.safetensors": lambda path: len(weights.read(path, "path", "samples")[0]["samples"]),
     "sample.pt": lambda path: len(torch.load(path)),

@@ -122,7 +122,7 @@ def test_better_than_euler_and_adams_bashforth():
 def test_the_best_of_several_schedules():
     velocity = Counted(mixture())
     cal = calibrated(velocity)
-    plans = [fk.Schedule(cal.times[[0, 1, 2, 40]]), cal[3], cal.plan(3, "norm")[3]]
+    plans = [fk.Schedule(cal.times[[0, 1, 2, 40]]), cal[3], cal.find(3, objective="norm")[3]]
     velocity.count = 0
     best = fk.fit_solver(velocity, cal, 3, schedule=plans)
     assert velocity.count == best.notes["evaluations"] * 192 == 192 + 3 * (2 * 192 + 2 * 2 * 48)
@@ -273,7 +273,7 @@ def test_a_calibration_from_a_file_needs_noise(tmp_path):
     velocity = mixture()
     cal = calibrated(velocity)
     cal.save(tmp_path / "cal.json")
-    loaded = fk.load(tmp_path / "cal.json")
+    loaded = fk.Calibration.load(tmp_path / "cal.json")
     with pytest.raises(ValueError, match=r"^calibration: expected one that keeps trajectories \(noise= rolls"):
         fk.fit_solver(velocity, loaded, 4)
     counted = Counted(velocity)
@@ -400,8 +400,8 @@ def fitting(steps=2, velocity=VELOCITY, cal=CAL, **options):
     return lambda: fk.fit_solver(velocity, cal, steps, **options)
 
 
-def polishing(plan=CAL[2], **options):
-    return lambda: fk.polish(VELOCITY, CAL, plan, **options)
+def polishing(start=CAL[2], **options):
+    return lambda: fk.polish(VELOCITY, CAL, start, **options)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def polishing(plan=CAL[2], **options):
         (ValueError, r"^calibration: expected 2 samples or more, got 1", fitting(cal=LONE)),
         (ValueError, r"^noise: expected 2 samples or more, got 1", fitting(noise=noise(1, 2))),
         (ValueError, r"^velocity: expected finite velocities", fitting(velocity=lambda x, t: x / 0)),
-        (TypeError, r"^plan: expected a Solver or a Schedule", polishing(3)),
+        (TypeError, r"^start: expected a Solver or a Schedule", polishing(3)),
         (ValueError, r"^samples: expected at least 2", polishing(samples=1)),
         (ValueError, r"^iterations: expected at least 1", polishing(iterations=0)),
         (ValueError, r"^held_out: ", polishing(held_out=0.0)),

@@ -93,8 +93,8 @@ def test_another_velocity_is_told_apart(what, tmp_path):
     assert (same.parameters, same.attributes) != (other.parameters, other.attributes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cal = fk.load(tmp_path / "a.json", net())
-    for compare in (lambda: fk.load(tmp_path / "a.json", OTHERS[what]), lambda: fits(OTHERS[what], cal)):
+        cal = fk.Calibration.load(tmp_path / "a.json", net())
+    for compare in (lambda: fk.Calibration.load(tmp_path / "a.json", OTHERS[what]), lambda: fits(OTHERS[what], cal)):
         with pytest.warns(UserWarning, match=r"^velocity: expected the model .*(parameters|attributes)"):
             compare()
 
@@ -119,9 +119,9 @@ def test_conditioning_and_guidance_are_compared(settings, message, tmp_path):
     cal.save(tmp_path / "a.json")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fk.load(tmp_path / "a.json", field())
+        fk.Calibration.load(tmp_path / "a.json", field())
     with pytest.warns(UserWarning, match=message):
-        fk.load(tmp_path / "a.json", field(**settings))
+        fk.Calibration.load(tmp_path / "a.json", field(**settings))
 
 
 def wrapped_inside():
@@ -228,7 +228,7 @@ def test_a_calibration_of_weights_that_cannot_be_read(tmp_path):
     assert "elsewhere" in cal.provenance["unknown"]["parameters"]
     cal.save(tmp_path / "a.json")
     with pytest.warns(UserWarning, match="parameters unknown: the state dict could not be read"):
-        fk.load(tmp_path / "a.json", NoState())
+        fk.Calibration.load(tmp_path / "a.json", NoState())
 
 
 def test_hashes_of_before():
@@ -259,7 +259,7 @@ def test_what_counts_its_calls_has_no_attributes_to_compare():
 def test_provenance_is_json_before_any_evaluation(tmp_path):
     cal = calibrated(net(), seed=np.int64(3))
     cal.save(tmp_path / "a.json")
-    assert fk.load(tmp_path / "a.json").provenance["seed"] == 3
+    assert fk.Calibration.load(tmp_path / "a.json").provenance["seed"] == 3
 
     def velocity(x, t):
         raise AssertionError("called")
@@ -284,18 +284,18 @@ def test_the_first_velocity_is_the_students_own():
         assert solver.notes["held_out"][solver.name] == pytest.approx(rest[3::4].mean().item(), rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:verify", "ignore:fit_solver")
+@pytest.mark.filterwarnings("ignore:verify_noise", "ignore:fit_solver")
 @pytest.mark.parametrize("where", ["solvers", "schedules", "both"])
 @pytest.mark.parametrize("saved", [False, True])
 def test_best_is_what_was_verified(where, saved, tmp_path):
-    cal = calibrated(net(), fit=True, verify=normal(16, 4, seed=1))
+    cal = calibrated(net(), fit=True, verify_noise=normal(16, 4, seed=1))
     if where != "schedules":
         cal.solvers[2] = fk.Solver.euler(2, model_times=[0.9, 0.1])
     if where != "solvers":
         cal.schedules[2] = fk.Schedule(cal.times[[0, 7, 8]], cal.times, (0, 7, 8))
     if saved:
         cal.save(tmp_path / "a.json")
-        cal = fk.load(tmp_path / "a.json")
+        cal = fk.Calibration.load(tmp_path / "a.json")
     plans = {"uniform": fk.Schedule.uniform(2)}
     plans |= {"bellman": cal[2]} if where == "solvers" else {}
     plans |= {"fitted": cal.solvers[2]} if where == "schedules" else {}

@@ -123,13 +123,13 @@ STAGES = {
     "calibrate": lambda v: calibrated(v).kept.x,
     "calibrate, verified": lambda v: torch.tensor(
         [
-            *fk.calibrate(v, NOISE, KNOTS, [3], verify=NOISE + 1, fit=True, progress=False).verified[3].values(),
+            *fk.calibrate(v, NOISE, KNOTS, [3], verify_noise=NOISE + 1, fit=True, progress=False).verified[3].values(),
         ]
     ),
     "fit": lambda v: fk.fit_solver(v, calibrated(v), 3).coefficients,
     "polish": lambda v: fk.polish(v, calibrated(v), fk.Solver.euler(calibrated(v)[3]), iterations=1).coefficients,
     **{
-        objective: lambda v, objective=objective: calibrated(v).plan(3, objective, velocity=v)[3].times
+        objective: lambda v, objective=objective: calibrated(v).find(3, objective=objective, velocity=v)[3].times
         for objective in ("student", "endpoint", "free")
     },
     "straighten": straightened,
@@ -139,7 +139,7 @@ STAGES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:fit_solver", "ignore:verify")
+@pytest.mark.filterwarnings("ignore:fit_solver", "ignore:verify_noise")
 @pytest.mark.parametrize(
     ("stage", "name"),
     [

@@ -97,7 +97,9 @@ STAGES = {
     "rows of rows": lambda v: fk.sample(v.rows(slice(0, 8), 12).rows(slice(2, 5), 8), NOISE[2:5], 3),
     "calibrate": lambda v: fk.calibrate(v, NOISE, 6, 2, chunk=5, **QUIET).cost.triu(1)[:, 1:].nan_to_num(posinf=0),
     "fit": lambda v: fk.fit_solver(v, fk.calibrate(v, NOISE, 6, 2, **QUIET), 2, chunk=5).coefficients,
-    "student": lambda v: fk.calibrate(v, NOISE, 6, 2, **QUIET).plan(2, "student", velocity=v, chunk=5)[2].times,
+    "student": lambda v: (
+        fk.calibrate(v, NOISE, 6, 2, **QUIET).find(2, objective="student", velocity=v, chunk=5)[2].times
+    ),
     "graph": lambda v: fk.sample(v, NOISE, 2, capture="graph"),
     "compile": lambda v: fk.sample(v, NOISE, 2, capture="compile"),
     "straighten": lambda v: torch.tensor(

@@ -286,7 +286,11 @@ def multistep(name: str, title: str, order: int, calibrated: bool) -> None:
 
 def planned(name: str, title: str, objective: str, **settings) -> None:
     """A row of the Bellman recursion with another objective."""
-    ROWS[name] = Row(title, lambda run: run.cal.plan(run.sizes.steps, objective, velocity=run.velocity), **settings)
+
+    def plans(run) -> dict:
+        return run.cal.find(run.sizes.steps, objective=objective, velocity=run.velocity)
+
+    ROWS[name] = Row(title, plans, **settings)
 
 
 warped("uniform", "uniform, Euler", lambda u: u)
@@ -328,7 +332,7 @@ def fitted(run: Run) -> dict:
 def _(run: Run) -> dict:
     """BOSS's, E|e|'s and those of errors carried to the endpoint; the held-out samples choose for each N."""
     steps = run.sizes.steps
-    plans = [run.cal.plan(steps, o, velocity=run.velocity) for o in ("squared", "norm", "endpoint")]
+    plans = [run.cal.find(steps, objective=o, velocity=run.velocity) for o in ("squared", "norm", "endpoint")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # where Adams-Bashforth or Euler is better, it is that
         return {N: fk.fit_solver(run.velocity, run.cal, N, schedule=[p[N] for p in plans]) for N in steps}

@@ -51,10 +51,10 @@ def calibrate(
     grid: int | Sequence[float] | Tensor = 100,
     steps: int | Iterable[int] = range(1, 11),
     *,
-    until: float | None = None,
-    verify: Tensor | None = None,
+    max_regret: float | None = None,
+    verify_noise: Tensor | None = None,
     fit: bool = False,
-    keep: int = KEEP_BYTES,
+    keep_bytes: int = KEEP_BYTES,
     chunk: int | None = None,
     progress: bool = True,
     seed: int | None = None,
@@ -67,15 +67,15 @@ def calibrate(
         noise: `[n, *shape]`, as many samples as wanted; a few hundred settle most schedules.
         grid: K for K uniform fine steps, or K+1 increasing times from 0 to 1. Costs K evaluations a sample.
         steps: the numbers of steps N wanted, each 1..K.
-        until: a share, such as 0.02: stop as soon as no chosen schedule costs more than that above the least cost in
-            95 % of bootstrap resamples of the samples so far, looked at from 32 samples on whenever they are half as
-            many again; `noise` is then the most that is used. None uses all of it, which a fit may want: schedules
+        max_regret: a share, such as 0.02: stop as soon as no chosen schedule costs more than that above the least cost
+            in 95 % of bootstrap resamples of the samples so far, looked at from 32 samples on whenever they are half
+            as many again; `noise` is then the most that is used. None uses all of it, which a fit may want: schedules
             settle first.
-        verify: other noise, `[m, *shape]`: the endpoint errors to the teacher on it are `verified`, and a warning names
-            the numbers of steps for which something is worse than uniform steps. K evaluations of each of its samples,
-            and 2N for every N, 3N with `fit`. Conditioning with one row a sample gives it the first m rows.
+        verify_noise: other noise, `[m, *shape]`: the endpoint errors to the teacher on it are `verified`, and a warning
+            names the numbers of steps for which something is worse than uniform steps. K evaluations of each of its
+            samples, and 2N for every N, 3N with `fit`. Conditioning with one row a sample gives it the first m rows.
         fit: fit a solver for each N (`fit_solver`), which needs kept samples; they are `solvers`.
-        keep: bytes of the teacher's trajectory, states and velocities of the first samples, that stay in memory as
+        keep_bytes: of the teacher's trajectory, states and velocities of the first samples, that stay in memory as
             `kept`, for objectives and fits that need them; 0 keeps none.
         chunk: samples rolled out at once; None chooses so that their velocities take at most 256 MiB.
         progress: show a progress bar.
@@ -96,26 +96,26 @@ def calibrate(
         chunk = max(1, min(n, CHUNK_BYTES // (K * noise[0].numel() * 4)))
     expect_positive_int(chunk, "chunk")
     expect_room(32 * K**2, "grid", "step costs", f"{K} steps")
-    integer = isinstance(keep, numbers.Integral) and not isinstance(keep, bool)
-    expect(integer, "keep", "a number of bytes", keep, TypeError)
-    expect(keep >= 0, "keep", "at least 0", keep)
-    if until is not None:
-        until = expect_real(until, "until", "a positive share, such as 0.02", lambda a: a > 0)
+    integer = isinstance(keep_bytes, numbers.Integral) and not isinstance(keep_bytes, bool)
+    expect(integer, "keep_bytes", "a number of bytes", keep_bytes, TypeError)
+    expect(keep_bytes >= 0, "keep_bytes", "at least 0", keep_bytes)
+    if max_regret is not None:
+        max_regret = expect_real(max_regret, "max_regret", "a positive share, such as 0.02", lambda a: a > 0)
     fit, progress = expect_bool(fit, "fit"), expect_bool(progress, "progress")
     seed = None if seed is None else expect_seed(seed)
-    if verify is not None:
-        _expect_other_noise(verify, noise)
+    if verify_noise is not None:
+        _expect_other_noise(verify_noise, noise)
     given, fused = velocity, velocity.on(times) if isinstance(velocity, FusedSampler) else None
     velocity = velocity if fused is None else fused.velocity
     warn_if_training(velocity)
 
     provenance = _provenance(velocity, noise, K, seed)
-    teacher = _Teacher(velocity, fused, noise, times, keep)
-    enough = teacher.most > 1 or not fit
-    expect(enough, "keep" if n > 1 else "noise", "two samples whose trajectories are kept, with fit", f"{teacher.most}")
+    teacher = _Teacher(velocity, fused, noise, times, keep_bytes)
+    too_few, wanted_kept = "keep_bytes" if n > 1 else "noise", "two samples whose trajectories are kept, with fit"
+    expect(teacher.most > 1 or not fit, too_few, wanted_kept, f"{teacher.most}")
     costs = StepCost(times, device=noise.device)
-    samples = SampleCosts(times, max(1, 2 * n // GROUPS) if until is None else 1)
-    looks = [] if until is None else _looks(n)
+    samples = SampleCosts(times, max(1, 2 * n // GROUPS) if max_regret is None else 1)
+    looks = [] if max_regret is None else _looks(n)
     parts = list(_parts(n, chunk, [teacher.most, *looks]))
     with tqdm(total=len(parts) * K, desc="calibrate", disable=not progress, leave=False, unit="eval") as bar:
         for start, stop in parts:
@@ -123,7 +123,7 @@ def calibrate(
             costs.update(v)
             samples.update(v)
             if stop in looks:
-                stable = max(samples.regrets(least_cost_schedules(costs.cost(), times, wanted)).values()) <= until
+                stable = max(samples.regrets(least_cost_schedules(costs.cost(), times, wanted)).values()) <= max_regret
                 if stable:
                     break
     cost = costs.cost()
@@ -132,9 +132,9 @@ def calibrate(
         provenance["attributes_sha256"] = None  # it counts its calls, say, or keeps what it has computed
     if fused is not None:
         provenance["sampler_weights"] = str(fused.weights)
-    if until is not None:
+    if max_regret is not None:
         reason = "schedules stable" if stable else "all samples used"
-        provenance |= {"n": stop, "n_given": n, "until": until, "stopped": reason}
+        provenance |= {"n": stop, "n_given": n, "max_regret": max_regret, "stopped": reason}
     cal = Calibration(
         *(times, cost.cpu(), samples.with_intervals(least_cost_schedules(cost, times, wanted))),
         *(provenance, (costs.gram / costs.count).cpu()),
@@ -147,9 +147,9 @@ def calibrate(
         with _warnings_once():
             cal.solvers.update({N: fit_solver(given, cal, N, chunk=chunk) for N in wanted})
         del cal._found["made_with"]
-    if verify is not None:
+    if verify_noise is not None:
         with _warnings_once():
-            _verify(cal, given, verify, wanted, chunk, n)
+            _verify(cal, given, verify_noise, wanted, chunk, n)
     return cal
 
 
@@ -161,13 +161,14 @@ def _looks(n: int) -> list[int]:
     return [*found[:-1], n]
 
 
-def _expect_other_noise(verify: Tensor, noise: Tensor) -> None:
-    expect_noise(verify, "verify")
-    same = verify.shape[1:] == noise.shape[1:] and verify.device == noise.device
-    expect(same, "verify", f"noise of shape [m, {', '.join(map(str, noise.shape[1:]))}] on {noise.device}", verify)
-    m = min(len(verify), len(noise))
-    other = not torch.equal(verify[:m].to(noise.dtype), noise[:m])
-    expect(other, "verify", "other noise than the calibration's", "the same values")
+def _expect_other_noise(verify_noise: Tensor, noise: Tensor) -> None:
+    expect_noise(verify_noise, "verify_noise")
+    same = verify_noise.shape[1:] == noise.shape[1:] and verify_noise.device == noise.device
+    expected = f"noise of shape [m, {', '.join(map(str, noise.shape[1:]))}] on {noise.device}"
+    expect(same, "verify_noise", expected, verify_noise)
+    m = min(len(verify_noise), len(noise))
+    other = not torch.equal(verify_noise[:m].to(noise.dtype), noise[:m])
+    expect(other, "verify_noise", "other noise than the calibration's", "the same values")
 
 
 def _verify(cal: Calibration, velocity, noise: Tensor, steps: list[int], chunk: int, n: int) -> None:
@@ -196,8 +197,8 @@ def _verify(cal: Calibration, velocity, noise: Tensor, steps: list[int], chunk: 
         if worse[name]
     ]
     if said:
-        text = f"verify: on this noise {' and '.join(said)}; use cal.best(N), which is the best of them for every N"
-        warn(text, stacklevel=2)
+        best = "use cal.best(N), which is the best of them for every N"
+        warn(f"verify_noise: on this noise {' and '.join(said)}; {best}", stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -223,10 +224,10 @@ def _parts(n: int, chunk: int, cuts: Iterable[int]) -> Iterator[tuple[int, int]]
 class _Teacher:
     """Rolls a teacher out on its grid, some samples at a time, and keeps the trajectories of the first `most`."""
 
-    def __init__(self, velocity, fused: FusedSampler | None, noise: Tensor, times: Tensor, keep: int):
+    def __init__(self, velocity, fused: FusedSampler | None, noise: Tensor, times: Tensor, keep_bytes: int):
         self.velocity, self.fused, self.noise, self.times = velocity, fused, noise, times
         state = initial_state(noise[:1])
-        self.most = min(len(noise), keep // (state.nbytes * (2 * len(times) - 1)))
+        self.most = min(len(noise), keep_bytes // (state.nbytes * (2 * len(times) - 1)))
         self.x = self._new(len(times), self.most, state) if self.most else None
         self.v = self.scratch = None
 

@@ -110,7 +110,7 @@ class Calibration(Mapping):
         known = isinstance(steps, numbers.Integral) and not isinstance(steps, bool) and steps in self.schedules
         if not known:  # KeyError for all of them, which a Mapping's `in` takes for an answer
             got = describe(steps)
-            raise KeyError(f"steps: expected one of {sorted(self.schedules)}, got {got}; plan({got}) adds it")
+            raise KeyError(f"steps: expected one of {sorted(self.schedules)}, got {got}; find({got}) adds it")
         return self.schedules[steps]
 
     def __iter__(self) -> Iterator[int]:
@@ -149,8 +149,8 @@ class Calibration(Mapping):
         return found[2]
 
     @no_grad
-    def plan(
-        self, steps: int | Iterable[int], objective: str = "squared", *, velocity=None, **options
+    def find(
+        self, steps: int | Iterable[int], *, objective: str = "squared", velocity=None, **options
     ) -> dict[int, Schedule] | dict[int, Solver]:
         """Schedules or solvers for numbers of steps, by an objective of choice; all of one call from one table.
 
@@ -220,14 +220,14 @@ class Calibration(Mapping):
         return known[min(known, key=lambda name: errors.get(name, math.inf))]
 
     def __str__(self) -> str:
-        lines = [f"{'N':>3} {'cost':>11} {'95 % interval':>19} {'enough':>7} {'uniform':>11} {'ratio':>6}  knots"]
+        lines = [f"{'N':>3} {'cost':>11} {'95 % interval':>19} {'needed':>6} {'uniform':>11} {'ratio':>6}  knots"]
         for n, s in sorted(self.schedules.items()):
             knots = " ".join(f"{t:.3g}" for t in s.times)
-            interval = "-" if s.interval is None else f"{s.interval[0]:.3g}..{s.interval[1]:.3g}"
+            interval = "-" if s.cost_interval is None else f"{s.cost_interval[0]:.3g}..{s.cost_interval[1]:.3g}"
             figures = [math.nan if c is None else c for c in (s.cost, s.uniform_cost, s.ratio)]
-            enough = "-" if s.enough is None else s.enough
+            needed = "-" if s.samples_needed is None else s.samples_needed
             lines.append(
-                f"{n:>3} {figures[0]:>11.4g} {interval:>19} {enough:>7} {figures[1]:>11.4g} {figures[2]:>6.3f}  {knots}"
+                f"{n:>3} {figures[0]:>11.4g} {interval:>19} {needed:>6} {figures[1]:>11.4g} {figures[2]:>6.3f}  {knots}"
             )
         return "\n".join(lines)
 
@@ -260,40 +260,41 @@ class Calibration(Mapping):
         with whole_file(path) as partial:
             partial.write_text(text)
 
+    @classmethod
+    def load(cls, path: str | Path, velocity=None) -> "Calibration":
+        """Read a calibration written by `Calibration.save`.
 
-def load(path: str | Path, velocity=None) -> Calibration:
-    """Read a calibration written by `Calibration.save`.
+        Args:
+            path: the file. One without a checksum, as earlier versions wrote them, is read with a warning.
+            velocity: the model it is to be used with; a warning says so if it was made for another one.
 
-    Args:
-        path: the file. One without a checksum, as earlier versions wrote them, is read with a warning.
-        velocity: the model it is to be used with; a warning says so if it was made for another one.
-
-    Raises:
-        FileNotFoundError; ValueError if the file is truncated, was changed since it was written, or is something else.
-    """
-    path, wanted = expect_path(path, "path"), "a whole calibration file"
-    if velocity is not None:
-        expect_velocity(velocity)
-    data = read_json(path, "path", wanted)
-    kind = data.get("format") if isinstance(data, dict) else type(data).__name__
-    expect(kind == FORMAT, "path", f"a file of format {FORMAT!r}", f"{path} of format {kind!r}")
-    version = data.get("version")
-    expect(type(version) is int and version == 1, "path", "version 1", f"{path} of version {version!r}")
-    with damaged("path", wanted, path):
-        found = digest(data)
-        if SUM in data:
-            expect_unchanged(data[SUM], found)
-        cal = _from_dict(data)
-    if SUM not in data:
-        warn_of_no_sum(path)
-    if velocity is not None and (differs := identity(velocity).differences(cal.provenance)):
-        warnings.warn(
-            f"velocity: expected the model that {path} was made for, got another one ({', '.join(differs)}); its "
-            "schedules may not be the best for it",
-            UserWarning,
-            stacklevel=2,
-        )
-    return cal
+        Raises:
+            FileNotFoundError; ValueError if the file is truncated, was changed since it was written, or is something
+            else.
+        """
+        path, wanted = expect_path(path, "path"), "a whole calibration file"
+        if velocity is not None:
+            expect_velocity(velocity)
+        data = read_json(path, "path", wanted)
+        kind = data.get("format") if isinstance(data, dict) else type(data).__name__
+        expect(kind == FORMAT, "path", f"a file of format {FORMAT!r}", f"{path} of format {kind!r}")
+        version = data.get("version")
+        expect(type(version) is int and version == 1, "path", "version 1", f"{path} of version {version!r}")
+        with damaged("path", wanted, path):
+            found = digest(data)
+            if SUM in data:
+                expect_unchanged(data[SUM], found)
+            cal = _from_dict(data)
+        if SUM not in data:
+            warn_of_no_sum(path)
+        if velocity is not None and (differs := identity(velocity).differences(cal.provenance)):
+            warnings.warn(
+                f"velocity: expected the model that {path} was made for, got another one ({', '.join(differs)}); its "
+                "schedules may not be the best for it",
+                UserWarning,
+                stacklevel=2,
+            )
+        return cal
 
 
 def _from_dict(data: dict) -> Calibration:
@@ -362,13 +363,16 @@ def _schedule(data, name: str, N: int, times: Tensor) -> Schedule:
     whole = whole and all(a < b for a, b in itertools.pairwise(indices))
     expect(whole, f"{name}.indices", f"{N + 1} rising indices from 0 to {K}", indices)
     costs = (None if data[c] is None else _least(data[c], f"{name}.{c}") for c in ("cost", "uniform_cost"))
-    interval = enough = None
-    if "interval" in data:
-        low, high = (_least(end, f"{name}.interval") for end in data["interval"])
-        expect(low <= high, f"{name}.interval", "[low, high]", data["interval"])
-        interval, enough = (low, high), expect_int(data["enough"], f"{name}.enough", "a number of samples", 1)
+    interval = needed = None
+    if "cost_interval" in data:
+        low, high = (_least(end, f"{name}.cost_interval") for end in data["cost_interval"])
+        expect(low <= high, f"{name}.cost_interval", "[low, high]", data["cost_interval"])
+        interval = (low, high)
+        needed = expect_int(data["samples_needed"], f"{name}.samples_needed", "a number of samples", 1)
     notes = _object(data.get("notes", {}), f"{name}.notes")
-    return Schedule(times[indices], times, tuple(indices), *costs, interval=interval, enough=enough, notes=notes)
+    return Schedule(
+        times[indices], times, tuple(indices), *costs, cost_interval=interval, samples_needed=needed, notes=notes
+    )
 
 
 def _least(value, name: str) -> float:
@@ -392,8 +396,8 @@ def _schedule_to_dict(s: Schedule, times: Tensor) -> dict:
     on_it = s.grid is not None and torch.equal(s.grid, times)
     expect(on_it, "schedules", "schedules on the grid of the calibration", s)
     data = {"indices": list(s.indices), "cost": s.cost, "uniform_cost": s.uniform_cost}
-    if s.interval is not None:
-        data |= {"interval": list(s.interval), "enough": s.enough}
+    if s.cost_interval is not None:
+        data |= {"cost_interval": list(s.cost_interval), "samples_needed": s.samples_needed}
     return plain(data | ({"notes": s.notes} if s.notes else {}))
 
 

@@ -52,8 +52,8 @@ def fit_solver(
         calibration: from `calibrate`, with the teacher's trajectories that it keeps.
         steps: N.
         schedule: the knots, a Schedule on the calibration's grid; None takes the calibration's own for N. Of several,
-            such as `[cal.plan(N, o, velocity=velocity)[N] for o in ("squared", "norm", "endpoint")]`, a fit is made on
-            each, and the one with the least error on the held-out samples is returned.
+            such as `[cal.find(N, objective=o, velocity=velocity)[N] for o in ("squared", "norm", "endpoint")]`, a fit
+            is made on each, and the one with the least error on the held-out samples is returned.
         noise: `[n, *shape]`, to roll the teacher out anew, which takes K more evaluations: for a calibration from a
             file, which keeps no trajectories.
         held_out: the part of the samples that decides and is not fitted.

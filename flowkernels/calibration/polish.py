@@ -20,7 +20,7 @@ from flowkernels.solver import Solver
 def polish(
     velocity,
     calibration: Calibration,
-    plan: Solver | Schedule,
+    start: Solver | Schedule,
     *,
     samples: int = 512,
     iterations: int = 6,
@@ -38,7 +38,7 @@ def polish(
     Args:
         velocity: the teacher that the calibration was made with.
         calibration: from `calibrate`, with the teacher's trajectories that it keeps.
-        plan: a Solver, of noise to data or back, or a Schedule on the calibration's grid.
+        start: a Solver, of noise to data or back, or a Schedule on the calibration's grid.
         samples: at most as many of those that the calibration keeps, held-out ones among them.
         iterations: at most as many.
         held_out: the part of the samples that decides.
@@ -57,19 +57,19 @@ def polish(
     Source: arXiv 2403.01329 (Bespoke solvers) for the free coefficients and times; More, The Levenberg-Marquardt
     algorithm (1978), for the scaled damping.
     """
-    expect(isinstance(plan, (Solver, Schedule)), "plan", "a Solver or a Schedule", plan, TypeError)
+    expect(isinstance(start, (Solver, Schedule)), "start", "a Solver or a Schedule", start, TypeError)
     expect_positive_int(samples, "samples")
     expect(samples >= 2, "samples", "at least 2, one to hold out", samples)
     expect_positive_int(iterations, "iterations")
     held_out = expect_real(held_out, "held_out", "a part between 0 and 1", lambda a: 0 < a < 1)
     expect_bool(progress, "progress")
-    if isinstance(plan, Schedule):
-        _knots(calibration, plan.steps, plan)
+    if isinstance(start, Schedule):
+        _knots(calibration, start.steps, start)
     data = _Teacher.of(velocity, calibration, noise, chunk, held_out, samples)
     with tqdm(total=iterations, desc="polish", disable=not progress, leave=False) as bar:
-        if isinstance(plan, Schedule):
-            return _descend(data, calibration, plan, iterations, bar)
-        return _least_squares(data, calibration, plan, iterations, bar)
+        if isinstance(start, Schedule):
+            return _descend(data, calibration, start, iterations, bar)
+        return _least_squares(data, calibration, start, iterations, bar)
 
 
 DIFFERENCE = 0.02  # of coefficients and times, for derivatives: beyond the rounding of a network in bfloat16

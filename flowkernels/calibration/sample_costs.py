@@ -18,7 +18,7 @@ GROUP_BYTES = 64 << 20  # of the costs of all groups: larger grids have fewer
 PIECE_BYTES = 8 << 20  # of the Gram matrices that are copied from a GPU at once
 RESAMPLES = 1000  # of a bootstrap interval
 FEW_RESAMPLES = 100  # for what needs a Bellman table of each
-WANTED_HALF_WIDTH = 0.02  # of the cost, for `Schedule.enough`
+WANTED_HALF_WIDTH = 0.02  # of the cost, for `Schedule.samples_needed`
 
 
 class SampleCosts:
@@ -152,6 +152,6 @@ class SampleCosts:
         found = {}
         for (n, schedule), (low, high) in zip(schedules.items(), means.quantile(ends, 0).T.tolist(), strict=True):
             share = (high - low) / 2 / (WANTED_HALF_WIDTH * schedule.cost) if schedule.cost > 0 else 0.0
-            enough = max(1, math.ceil(self.count * share**2))
-            found[n] = replace(schedule, interval=(low, high), enough=enough)
+            needed = max(1, math.ceil(self.count * share**2))
+            found[n] = replace(schedule, cost_interval=(low, high), samples_needed=needed)
         return found

@@ -63,7 +63,7 @@ def _check_paths(args, *suffixes: str) -> None:
 
 def _load_calibration(args) -> fk.Calibration:
     try:
-        calibration = fk.load(args.schedule)
+        calibration = fk.Calibration.load(args.schedule)
     except ValueError as e:
         raise InputError(str(e).replace("path:", "--schedule:", 1)) from e
     there = args.steps in calibration

@@ -133,12 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--grid", type=_options.steps, default=100, help="K, uniform fine steps of the teacher")
     add("--steps", type=_steps, default=_steps("1-10"), help="numbers of steps, such as 1-10 or 2,4,8")
     add(
-        "--until",
+        "--max-regret",
         type=_options.above_0,
         help="stop once no schedule costs this share more than needed, such as 0.02",
     )
     add("--fit", action="store_true", help="fit a solver for each number of steps as well")
-    add("--verify", type=_options.positive, help="other noises to measure endpoint errors on; none if not given")
+    add("--verify-noise", type=_options.positive, help="other noises to measure endpoint errors on; none if not given")
     add("--chunk", type=_options.positive, help="noises rolled out at once; by memory if not given")
     add("--out", type=_file, required=True, help="calibration file to write (.boss.json)")
 
@@ -250,8 +250,8 @@ def _calibrate(args) -> None:
     _expect(args.steps[-1] <= args.grid, f"--steps: expected at most --grid {args.grid}, got {args.steps[-1]}")
     velocity, shape, _ = _load_model(args)
     noise = _noise(args.n, shape, args.seed).to(args.device)
-    held_out = _noise(args.verify, shape, args.seed + VERIFY).to(args.device) if args.verify else None
-    options = dict(until=args.until, fit=args.fit, verify=held_out, chunk=args.chunk, seed=args.seed)
+    held_out = _noise(args.verify_noise, shape, args.seed + VERIFY).to(args.device) if args.verify_noise else None
+    options = dict(max_regret=args.max_regret, fit=args.fit, verify_noise=held_out, chunk=args.chunk, seed=args.seed)
     calibration = fk.calibrate(velocity, noise, args.grid, args.steps, **options)
     write_or_keep(args.targets["out"], "--out", calibration.save)
     print(calibration)
@@ -270,7 +270,7 @@ def _straighten(args) -> None:
     velocity, shape, _ = _load_model(args, calibration)
     _expect(_network(velocity) is not None, f"--model: expected a torch.nn.Module to train, got {args.model}")
     weights.expect_storable(_network(velocity).state_dict(), "--model")
-    fk.load(args.schedule, velocity)  # warns if it was made for another model
+    fk.Calibration.load(args.schedule, velocity)  # warns if it was made for another model
     options = ("iterations", "batch", "bank", "refresh", "u", "loss", "lr", "warmup", "decay", "seed")
     with _in_its_words({"checkpoint: ": "--state: ", "resume=False starts anew": ANEW}):
         result = fk.straighten(
@@ -304,7 +304,7 @@ def _sample(args) -> None:
     schedule = calibration[args.steps] if calibration else fk.Schedule.uniform(args.steps)
     teacher = notes.get("straightened_from")
     if calibration and (teacher is None or teacher != calibration.provenance.get("parameters_sha256")):
-        fk.load(args.schedule, velocity)  # warns if it was made for another model
+        fk.Calibration.load(args.schedule, velocity)  # warns if it was made for another model
     if teacher and notes.get("times") != schedule.times.tolist():
         knots = " ".join(f"{t:.3g}" for t in notes.get("times", []))
         warnings.warn(f"--checkpoint: {args.checkpoint} was straightened for the knots {knots}", stacklevel=1)
