@@ -1,5 +1,6 @@
 """The CUDA kernels compiled for the host (csrc/host_cuda), built once into build/host_cuda."""
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -12,6 +13,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
+
+import torch
+
+from flowkernels.runtime import backends
 
 ROOT = Path(__file__).parents[1]
 BUILD = Path(os.environ.get("FLOWKERNELS_HOST_CUDA_BUILD") or ROOT / "build/host_cuda")
@@ -48,6 +54,23 @@ def module(name: str = "host_cuda"):
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+BUILT = backends.choose, backends.cuda_module
+
+
+@contextlib.contextmanager
+def in_place(kernels):
+    """Inside the `with` block backend "cuda", where it is asked for, is this module of kernels compiled for the host,
+    and takes CPU tensors; with None it is again what the build has. "auto" leaves it alone."""
+
+    def choose(op, device):
+        on_host = backends.requested() == "cuda" and torch.device(device).type == "cpu"
+        return "cuda" if on_host else BUILT[0](op, device)
+
+    chosen, module = BUILT if kernels is None else (choose, lambda: kernels)
+    with mock.patch.object(backends, "choose", chosen), mock.patch.object(backends, "cuda_module", module):
+        yield
 
 
 @functools.cache

@@ -12,8 +12,6 @@ import hypothesis
 import pytest
 import torch
 
-from flowkernels.runtime import backends
-
 # the same examples every time, but where scripts/test_seeds asks for others
 fixed = not os.environ.get("FLOWKERNELS_TEST_SEED")
 hypothesis.settings.register_profile("flowkernels", deadline=None, max_examples=40, derandomize=fixed)
@@ -27,7 +25,7 @@ def cuda_on_the_host():
     if os.environ.get("FLOWKERNELS_HOST_CUDA") == "0":
         yield
         return
-    with backends.host_cuda(_host_cuda.module()):
+    with _host_cuda.in_place(_host_cuda.module()):
         yield
 
 

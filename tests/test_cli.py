@@ -12,6 +12,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import _host_cuda
 import numpy as np
 import pytest
 import torch
@@ -446,7 +447,7 @@ def test_info(run):
 
 def test_info_where_what_is_asked_for_cannot_run(run):
     """It says why, which is what it is for."""
-    with backends.host_cuda(None), backends.backend("cuda"):
+    with _host_cuda.in_place(None), backends.backend("cuda"):
         out, _ = run("info")
     error = "euler_step: backend 'cuda' was asked for, but the tensors are on cpu; move them to a CUDA GPU"
     assert f"\nwhat a call takes, such as:\n  an error: {error}\n" in out

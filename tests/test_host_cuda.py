@@ -119,7 +119,7 @@ def checked(checked_module, monkeypatch):
             missing[storage.data_ptr()] = gaps - t.numel()
         return result, sum(max(0, module.unwritten(p) - gaps) for p, gaps in missing.items())
 
-    with backends.host_cuda(module):
+    with _host_cuda.in_place(module):
         yield module, run
     module.async_lazy(True)
     module.clear()

@@ -23,7 +23,7 @@ CASES = [pytest.param(op, s, id=f"{op}-{s.id}") for op in OPS for s in SAMPLES[o
 @pytest.fixture(scope="module")
 def ptx():
     module = _host_cuda.module("host_cuda_ptx")
-    with backends.host_cuda(module):
+    with _host_cuda.in_place(module):
         yield module
 
 

@@ -91,27 +91,9 @@ def not_built() -> str | None:
     return f"flowkernels._C, the compiled module, is missing: on the CPU ops take the slow reference. {_way_out()}"
 
 
-@functools.cache
 def cuda_module():
     """The module of CUDA kernels, or None where this build has none."""
-    return _host_cuda or getattr(extension(), "cuda", None)
-
-
-_host_cuda = None
-
-
-@contextlib.contextmanager
-def host_cuda(module):
-    """For tests: inside the `with` block backend "cuda" is this module, whose kernels are compiled for the host (see
-    csrc/host_cuda) and take CPU tensors. "auto" leaves it alone."""
-    global _host_cuda
-    before, _host_cuda = _host_cuda, module
-    cuda_module.cache_clear(), _decide.cache_clear()
-    try:
-        yield
-    finally:
-        _host_cuda = before
-        cuda_module.cache_clear(), _decide.cache_clear()
+    return getattr(extension(), "cuda", None)
 
 
 def _why_not_cuda(device: torch.device, op: str | None) -> str | None:
@@ -237,16 +219,20 @@ def explain(op: str, device: torch.device | str) -> str:
         device = torch.device(device)
     except Exception as e:  # RuntimeError or TypeError
         expect(False, "device", "a torch device, or its name", f"{describe(device)} ({str(e).splitlines()[0]:.120})")
-    requested = _requested.get() or _from_environment()
-    if requested != "auto":
-        return f"{op} on {device}: {_decide(op, device, requested)}, as asked"
+    if asked():
+        return f"{op} on {device}: {choose(op, device)}, as asked"
     choice, reasons = _first(op, torch.device(device))
     return f"{op} on {device}: {choice}{_because(reasons)}"
 
 
+def requested() -> str:
+    """What `backend` or FLOWKERNELS_BACKEND asks for: the name of a backend, or "auto"."""
+    return _requested.get() or _from_environment()
+
+
 def asked() -> bool:
-    """Whether a backend was asked for, by `backend` or by FLOWKERNELS_BACKEND."""
-    return (_requested.get() or _from_environment()) != "auto"
+    """Whether a backend was asked for."""
+    return requested() != "auto"
 
 
 @functools.cache
@@ -259,8 +245,7 @@ def _from_environment() -> str:
 def _decide(op: str, device: torch.device | str, requested: str) -> str:
     where = torch.device(device)
     if requested != "auto":
-        on_host = requested == "cuda" and where.type == "cpu" and _host_cuda is not None
-        if not on_host and (reason := why_not(requested, where, op)):
+        if reason := why_not(requested, where, op):
             raise BackendError(f"{op}: backend {requested!r} was asked for, but {reason}")
         log.debug("%s on %s: %s, as asked", op, device, requested)
         return requested

@@ -3,6 +3,7 @@ parameter `on` needs that backend instead."""
 
 import time
 
+import _host_cuda
 import pytest
 import torch
 
@@ -33,7 +34,7 @@ def gpu(request):
     on = "cuda" if on is None else on.params.get("on", "cuda")
     if on == "triton" and backends.triton_interpreted():
         pytest.skip("Triton's kernels are interpreted here; scripts/test_gpu has them compiled (TRITON_INTERPRET=0)")
-    with backends.host_cuda(None):  # which tests before these may have set
+    with _host_cuda.in_place(None):  # which tests before these may have set
         if reason := backends.why_not(on, "cuda"):
             pytest.fail(f"there is a GPU, but {reason}")
         yield torch.device("cuda", torch.cuda.current_device())

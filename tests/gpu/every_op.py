@@ -16,7 +16,6 @@ import _gpu_checks  # noqa: E402
 import torch  # noqa: E402
 
 from flowkernels.ops import OPS  # noqa: E402
-from flowkernels.runtime import backends  # noqa: E402
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
     if args.device == "cpu":
         import _host_cuda
 
-        with backends.host_cuda(_host_cuda.module()):
+        with _host_cuda.in_place(_host_cuda.module()):
             run(args.ops, args.device)
     else:
         run(args.ops, args.device)

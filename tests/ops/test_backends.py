@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import _host_cuda
 import pytest
 import torch
 
@@ -206,7 +207,7 @@ def test_explain_says_what_is_chosen_and_why(monkeypatch):
     with backend("reference"):
         assert explain("euler_step", "cpu") == "euler_step on cpu: reference, as asked"
     for device in ("mps", "cuda"):
-        with backends.host_cuda(None):
+        with _host_cuda.in_place(None):
             choice, told = choose("euler_step", device), explain("euler_step", device)
         assert told.startswith(f"euler_step on {device}: {choice} (not cuda: ")
     assert "; not triton: the tensors are on mps; move them to a GPU" in explain("euler_step", "mps")
@@ -229,7 +230,7 @@ class Gpu:
 
 def test_triton_is_taken_where_the_cuda_kernels_cannot_run(monkeypatch):
     Gpu(monkeypatch, (9, 0), (7, 5))
-    with backends.host_cuda(None):
+    with _host_cuda.in_place(None):
         for op in OPS:
             assert choose(op, "cuda:0") == choose(op, torch.device("cuda", 0)) == choose(op, "cuda") == "triton"
             assert choose(op, "cuda:1") == "reference"
@@ -244,7 +245,7 @@ def test_triton_is_taken_where_the_cuda_kernels_cannot_run(monkeypatch):
 def test_each_gpu_is_judged_by_itself(monkeypatch):
     """One that the binaries are not for does not turn the CUDA kernels off for the others."""
     Gpu(monkeypatch, (9, 0), (7, 5))
-    with backends.host_cuda(None):
+    with _host_cuda.in_place(None):
         monkeypatch.setattr(backends.cuda_module(), "device_problem", lambda: "")
         assert [choose("bellman", f"cuda:{i}") for i in (0, 1)] == ["cuda", "reference"]
 
@@ -320,7 +321,7 @@ NO_DRIVER = r"CUDA: .* \(cudaError(InsufficientDriver|NoDevice)\)"
 @pytest.fixture
 def built():
     """The module of CUDA kernels as nvcc built it, in place of the one for the host."""
-    with backends.host_cuda(None):
+    with _host_cuda.in_place(None):
         yield backends.cuda_module()
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from flowkernels.ops import bellman
 from flowkernels.ops._samples import generator
-from flowkernels.runtime.backends import BACKENDS, backend, cuda_module
+from flowkernels.runtime import backends
+from flowkernels.runtime.backends import BACKENDS, backend
 
 F64 = torch.float64
 
@@ -227,7 +228,7 @@ def test_on_a_gpu_bad_costs_are_in_the_tables(n):
     value, parent = torch.zeros(3, n, dtype=F64), torch.zeros(3, n, dtype=torch.int64)
     place = torch.zeros((), dtype=torch.int64)
     tables = value.data_ptr(), parent.data_ptr(), place.data_ptr()
-    cuda_module().bellman(cost.data_ptr(), n, 2, 1.0, *tables, 0, 0)
+    backends.cuda_module().bellman(cost.data_ptr(), n, 2, 1.0, *tables, 0, 0)
     assert place == n + 2
     assert value.isnan().all()
     assert parent.eq(-1).all()

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from flowkernels.ops import bellman, bellman_pairs
 from flowkernels.ops._samples import generator
-from flowkernels.runtime.backends import BACKENDS, backend, cuda_module
+from flowkernels.runtime import backends
+from flowkernels.runtime.backends import BACKENDS, backend
 
 F64 = torch.float64
 EVERY = pytest.mark.parametrize("name", BACKENDS)
@@ -195,7 +196,7 @@ def test_on_a_gpu_bad_costs_are_in_the_tables(where):
     value, parent = torch.zeros(4, n, n, dtype=F64), torch.zeros(4, n, n, dtype=torch.int64)
     place = torch.tensor(-1)
     addresses = [t.data_ptr() for t in (value, parent, place)]
-    cuda_module().bellman_pairs(first.data_ptr(), cost.data_ptr(), n, 3, *addresses, 0, 0)
+    backends.cuda_module().bellman_pairs(first.data_ptr(), cost.data_ptr(), n, 3, *addresses, 0, 0)
     assert place == (9 if where == "first" else n + (1 * n + 2) * n + 39)
     assert value.isnan().all()
     assert parent.eq(-1).all()
