@@ -14,8 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from machine_code import binaries, triton_binaries, triton_rules  # noqa: E402
-from machine_code.cuda_rules import RULES  # noqa: E402
+from machine_code import binaries, rules, triton_binaries  # noqa: E402
 
 from flowkernels._files import whole_file  # noqa: E402
 from flowkernels.ops import OPS  # noqa: E402
@@ -29,6 +28,11 @@ class Gpu:
     source: str
     rates: dict[str, float]  # Tflop/s, from data sheets, without sparsity; 16-bit: bfloat16 or float16, on tensor cores
 
+    def seconds(self, floor: rules.Floor) -> tuple[float, str]:
+        """What it takes at least, and what for."""
+        memory, compute = floor.bytes() / self.bandwidth / 1e12, floor.operations() / self.rates[floor.unit] / 1e12
+        return (memory, "memory") if memory >= compute else (compute, floor.unit)
+
 
 HOPPER = {"fp32": 67, "16-bit": 989, "fp64": 34}
 GPUS = [
@@ -39,124 +43,7 @@ GPUS = [
 ]
 
 
-@dataclass(frozen=True)
-class Floor:
-    """A piece of work: bytes that must move and operations that must happen, and the kernel that does it."""
-
-    op: str
-    case: str
-    sizes: dict[str, int]
-    moves: str  # bytes, in terms of the sizes
-    computes: str  # operations; a multiply-add is two
-    unit: str  # what computes them: a key of Gpu.rates
-    kernel: str  # its whole name
-    # Elements that a thread takes in one pass through the kernel, which has no loop; or FP32 instructions for each in
-    # the hot loop, which nvcc may unroll; neither where it does not do the same for each.
-    elements: int = 0
-    fp32: int = 0
-
-    def bytes(self) -> int:
-        return eval(self.moves, {}, self.sizes)
-
-    def operations(self) -> int:
-        return eval(self.computes, {}, self.sizes)
-
-    def seconds(self, gpu: Gpu) -> tuple[float, str]:
-        memory, compute = self.bytes() / gpu.bandwidth / 1e12, self.operations() / gpu.rates[self.unit] / 1e12
-        return (memory, "memory") if memory >= compute else (compute, self.unit)
-
-
-MI = 1 << 20
-FLOORS = [
-    Floor(
-        *("velocity_gram", "float32, three products of halves", dict(K=100, M=307200)),
-        *("K * M * 4", "3 * K * (K - 1) * M", "16-bit"),  # each pair of increments once
-        "velocity_gram_increments_kernel<float, false>",
-    ),
-    Floor(
-        *(
-            "velocity_gram",
-            "bfloat16, three products of halves",
-            dict(K=100, M=307200),
-            "K * M * 2",
-            "3 * K * (K - 1) * M",
-            "16-bit",
-        ),
-        "velocity_gram_increments_kernel<__nv_bfloat16, false>",
-    ),
-    Floor(  # half of a symmetric matrix in, all costs out; two sums of products and three recursions for each pair
-        *("cost_from_gram", "float64", dict(K=256)),
-        *("K * (K - 1) // 2 * 8 + (K + 1) ** 2 * 8", "13 * K * (K + 1) // 2", "fp64", "cost_from_gram_kernel<false>"),
-    ),
-    Floor(  # a sum and a comparison for each pair and step
-        *("bellman", "float64", dict(K=1000, N=20)),
-        *("K * (K + 1) // 2 * 8 + (N + 1) * (K + 1) * 16", "N * K * (K + 1)", "fp64", "bellman_kernel"),
-    ),
-    Floor(  # what is read of the costs is a sixth of them
-        *("bellman_pairs", "float64", dict(K=400, N=10)),
-        "(K + 1) * K * (K - 1) // 6 * 8 + (N + 1) * (K + 1) ** 2 * 16",
-        *("2 * (N - 2) * (K + 1) * K * (K - 1) // 6", "fp64", "bellman_pairs_step_kernel"),
-    ),
-    Floor(
-        *("euler_step", "guided, bfloat16 velocities and copy", dict(n=64 * MI)),
-        *("n * (4 + 2 + 2 + 4 + 2)", "n * 5", "fp32"),
-        *("euler_step_kernel<float, __nv_bfloat16, __nv_bfloat16, true, 4>", 8),
-    ),
-    Floor(
-        *("euler_step", "float32", dict(n=16 * MI), "n * (4 + 4 + 4)", "n * 2", "fp32"),
-        *("euler_step_kernel<float, float, float, false, 4>", 4),
-    ),
-    Floor(
-        *("linear_update", "float32", dict(n=4 * MI, terms=16), "n * (4 + 4 * terms + 4)", "n * 2 * terms", "fp32"),
-        *("linear_update_kernel<float, float, float, 4>", 0, 1),
-    ),
-    Floor(
-        *("linear_update", "bfloat16 velocities", dict(n=4 * MI, terms=16)),
-        *(
-            "n * (4 + 2 * terms + 4)",
-            "n * 2 * terms",
-            "fp32",
-            "linear_update_kernel<float, __nv_bfloat16, float, 8>",
-            0,
-            1,
-        ),
-    ),
-    Floor(
-        *("linear_euler", "bfloat16, normed, three products of parts", dict(T=4096, d=3072, o=64)),
-        *("T * d * 2 + o * d * 2 + T * o * (4 + 4)", "3 * 2 * T * d * o", "16-bit"),
-        "linear_euler_kernel<__nv_bfloat16, __nv_bfloat16, false, 1, 8>",
-    ),
-    Floor(
-        *("linear_euler", "float32, normed and guided, six products of parts", dict(T=1024, d=1152, o=16)),
-        *("2 * T * d * 4 + o * d * 4 + T * o * (4 + 4)", "6 * 2 * 2 * T * d * o", "16-bit"),
-        "linear_euler_kernel<float, float, false, 1, 4>",
-    ),
-    Floor(  # two rows of the bank, velocities, their gradient
-        *("straighten_loss", "float32, with gradient, places all different", dict(B=256, D=65536)),
-        *("B * D * (4 + 4 + 4 + 4)", "B * D * 6", "fp32", "straighten_loss_kernel<float, float, 4>"),
-    ),
-    Floor(
-        *(
-            "segment_points",
-            "float32, places all different",
-            dict(B=256, D=65536),
-            "B * D * (4 + 4 + 4)",
-            "B * D * 3",
-            "fp32",
-        ),
-        *("segment_points_kernel<float, float, true, 4>", 0, 2),
-    ),
-    Floor(
-        *("mlp_sample", "D -> w x 3 -> D, float32", dict(n=4096, D=64, w=256, N=8)),
-        *("n * D * 8 + 4 * (2 * D * w + 2 * w * w)", "2 * n * N * (2 * D * w + 2 * w * w)", "fp32"),
-        "mlp_sample_kernel<Fma<8, 4>, false>",
-    ),
-    Floor(
-        *("mlp_sample", "D -> w x 3 -> D, bfloat16 weights (A100: Mma<2>)", dict(n=1024, D=64, w=256, N=8)),
-        *("n * D * 8 + 2 * (2 * D * w + 2 * w * w)", "2 * n * N * (2 * D * w + 2 * w * w)", "16-bit"),
-        "mlp_sample_kernel<Mma<1>, false>",
-    ),
-]
+FLOORS = rules.floors()
 
 HEAD = """\
 # The GPU kernels: a model, not a measurement
@@ -188,8 +75,8 @@ ALL = """
 ## All kernels
 
 Over sm_80, sm_90a, sm_100 and sm_120. The tests hold the kernels to these ceilings, occupancies and instructions
-(scripts/machine_code/cuda_rules.py, which says what cases the shared memory is of). None has a stack frame or local
-memory, and none whose types are float32 or narrower has instructions in double precision, unless said.
+(csrc/<op>/rules.py, which says what cases the shared memory is of). None has a stack frame or local memory, and none
+whose types are float32 or narrower has instructions in double precision, unless said.
 """
 TRITON = """
 ## The Triton kernels, compiled ahead of time
@@ -198,10 +85,10 @@ Compiled by Triton {version}, with the shipped configurations, in every choice o
 sizes that are multiples of 16 and aligned memory: {variants} variants of {kernels} kernels. Every kernel compiles for
 {amd} too, with each type of its first argument. For each target: registers of a thread; bytes of shared memory of a
 block; the part of a multiprocessor's warps that its blocks are. The tests hold the kernels to the ceiling of registers
-and to the instructions (scripts/machine_code/triton_rules.py); tensor_cores are HMMA, on sm_90 HGMMA for tiles of 64,
-on sm_100 UTCHMMA. None has a stack frame or local memory, for sm_80 also where sizes are odd or 1 and memory is not
-aligned; none has atomic operations on memory; and none whose types are float32 or narrower has instructions in double
-precision, unless said.
+and to the instructions (csrc/<op>/rules.py); tensor_cores are HMMA, on sm_90 HGMMA for tiles of 64, on sm_100 UTCHMMA.
+None has a stack frame or local memory, for sm_80 also where sizes are odd or 1 and memory is not aligned; none has
+atomic operations on memory; and none whose types are float32 or narrower has instructions in double precision, unless
+said.
 """
 SHOWN = (
     "LDG.128",
@@ -247,13 +134,13 @@ def floors() -> list[str]:
         (1, 3, 4, 5),
     )[1:]
     rows = []
-    for f in FLOORS:
+    for op, f in ((op, f) for op, of_op in FLOORS.items() for f in of_op):
         sizes = ", ".join(f"{k} = {v:,}" for k, v in f.sizes.items())
         moved = f"`{f.moves}` = {si(f.bytes(), 'B')}"
         computed = f"`{f.computes}` = {si(f.operations(), 'op')}, {f.unit}"
-        times = [f.seconds(g) for g in GPUS]
+        times = [g.seconds(f) for g in GPUS]
         limit = ", ".join(dict.fromkeys(by for _, by in times))
-        rows.append([f.op, f"{f.case}: {sizes}", moved, computed, *(microseconds(t) for t, _ in times), limit])
+        rows.append([op, f"{f.case}: {sizes}", moved, computed, *(microseconds(t) for t, _ in times), limit])
     head = ["op", "case", "bytes that must move", "operations that must happen"]
     head += [*(f"{g.name}, us" for g in GPUS), "limit"]
     return lines + table(head, rows, range(4, 4 + len(GPUS)))[1:]
@@ -269,11 +156,10 @@ def counts(kernel, among) -> str:
 
 def compiled(kernels) -> list[str]:
     lines = [COMPILED]
-    firsts = {f.op: f for f in reversed(FLOORS)}
-    for f in (f for f in FLOORS if f is firsts[f.op]):
+    for f, *_ in FLOORS.values():
         rows = []
         for k in sorted((k for k in kernels if k.name == f.kernel), key=lambda k: k.sm):
-            (rule,) = (r for r in RULES if re.fullmatch(r.name, k.name))
+            (rule,) = (r for r in rules.cuda() if re.fullmatch(r.name, k.name))
             blocks, part, limit = rule.occupied(k)
             loop = k.hot_loop
             size = len(k.instructions) if loop is None else len(loop)
@@ -298,7 +184,7 @@ def span(values: Iterable, form: Callable = str) -> str:
 
 def all_kernels(kernels) -> list[str]:
     rows = []
-    for r in RULES:
+    for r in rules.cuda():
         of = [k for k in kernels if re.fullmatch(r.name, k.name)]
         name = r.name.replace("|", "\\|")
         registers, shared = span([k.registers for k in of]), span([r.shared(k) for k in of], "{:,}".format)
@@ -313,7 +199,7 @@ def triton_kernels(kernels, variants) -> list[str]:
     kernels = [k for k in kernels if k.name.endswith(">")]  # not those of odd sizes
     targets = sorted({k.sm for k in kernels})
     rows = []
-    for r in triton_rules.RULES:
+    for r in (r for op in OPS for r in rules.triton(op)):
         of = [k for k in kernels if re.fullmatch(r.name, k.name)]
         cells = []
         for sm in targets:
@@ -338,7 +224,8 @@ def triton_kernels(kernels, variants) -> list[str]:
 def document() -> str:
     path = binaries.built()
     kernels = binaries.read(path)
-    missing = [f.kernel for f in FLOORS if not any(k.name == f.kernel for k in kernels)]
+    wanted = [f.kernel for of_op in FLOORS.values() for f in of_op]
+    missing = [name for name in wanted if not any(k.name == name for k in kernels)]
     if missing:
         raise RuntimeError(f"no such kernel: {missing}")
     lines = [HEAD.format(compiler=binaries.compiler(path)), *floors(), "", *compiled(kernels), *all_kernels(kernels)]

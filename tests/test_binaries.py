@@ -1,4 +1,4 @@
-"""The machine code of the built kernels keeps the rules of cuda_rules.py; and the checks find what they are for."""
+"""The machine code of the built kernels keeps the rules of csrc/<op>/rules.py; and the checks find what they should."""
 
 import dataclasses
 import itertools
@@ -9,9 +9,8 @@ from importlib.metadata import version
 import _host_cuda
 import gpu_model
 import pytest
-from machine_code import binaries
-from machine_code.binaries import Rule
-from machine_code.cuda_rules import RULES
+from machine_code import binaries, rules
+from machine_code.rules import Rule
 
 ARCHITECTURES = {"80", "90a", "100", "120"}
 
@@ -26,7 +25,7 @@ def kernels():
 
 
 def test_every_kernel_keeps_its_rule():
-    found = binaries.problems(kernels(), RULES)
+    found = rules.problems(kernels(), rules.cuda())
     assert not found, "\n".join(found)
 
 
@@ -102,7 +101,7 @@ def bad(tmp_path_factory):
     ],
 )
 def test_checks(bad, rule, problem):
-    found = binaries.problems([bad[rule.name]], [rule])
+    found = rules.problems([bad[rule.name]], [rule])
     assert len(found) == (problem is not None), found
     assert not found or re.search(f"^sm_80 {re.escape(rule.name)}: {problem}", found[0])
 
@@ -110,9 +109,9 @@ def test_checks(bad, rule, problem):
 def test_checks_of_rules_and_counts(bad):
     fine = bad["fine_kernel"]
     rule = Rule("fine_kernel", **ANY)
-    assert binaries.problems([fine], []) == ["sm_80 fine_kernel: 0 rules"]
-    assert binaries.problems([fine], [rule, rule]) == ["sm_80 fine_kernel: 2 rules"]
-    assert binaries.problems([fine], [rule, Rule("other", **ANY)]) == ["rule other: no such kernel"]
+    assert rules.problems([fine], []) == ["sm_80 fine_kernel: 0 rules"]
+    assert rules.problems([fine], [rule, rule]) == ["sm_80 fine_kernel: 2 rules"]
+    assert rules.problems([fine], [rule, Rule("other", **ANY)]) == ["rule other: no such kernel"]
     invented = dataclasses.replace(
         fine, instructions=["HMMA.16816.F32.BF16", "LDSM.16.M88.4", "F2F.F32.F64", "MUFU.RCP64H"]
     )
@@ -211,15 +210,16 @@ def test_document_is_up_to_date():
 
 
 def test_every_op_has_a_floor(monkeypatch):
-    assert {f.op for f in gpu_model.FLOORS} == set(cuda_ops())
-    unknown = dataclasses.replace(gpu_model.FLOORS[0], kernel="other_kernel")
-    monkeypatch.setattr(gpu_model, "FLOORS", [unknown])
+    assert set(gpu_model.FLOORS) == set(cuda_ops())
+    assert all(gpu_model.FLOORS.values())
+    unknown = dataclasses.replace(gpu_model.FLOORS["euler_step"][0], kernel="other_kernel")
+    monkeypatch.setattr(gpu_model, "FLOORS", {"euler_step": [unknown]})
     with pytest.raises(RuntimeError, match=r"no such kernel: \['other_kernel'\]"):
         gpu_model.document()
 
 
 def test_floors():
     (a100,) = (g for g in gpu_model.GPUS if g.name.startswith("A100"))
-    floor = gpu_model.Floor("", "", dict(n=10**9, k=3), "n * 2 * k", "n * 5", "fp32", "")
-    assert floor.seconds(a100) == (pytest.approx(6 / 2040), "memory")
-    assert dataclasses.replace(floor, computes="n * 195").seconds(a100) == (pytest.approx(0.01), "fp32")
+    floor = rules.Floor("", dict(n=10**9, k=3), "n * 2 * k", "n * 5", "fp32", "")
+    assert a100.seconds(floor) == (pytest.approx(6 / 2040), "memory")
+    assert a100.seconds(dataclasses.replace(floor, computes="n * 195")) == (pytest.approx(0.01), "fp32")

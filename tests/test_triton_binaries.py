@@ -1,4 +1,4 @@
-"""Every op's Triton kernels compile for every target, and their machine code keeps the rules of triton_rules.py."""
+"""Every op's Triton kernels compile for every target, and their machine code keeps the rules of csrc/<op>/rules.py."""
 
 import dataclasses
 import os
@@ -7,9 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from machine_code import binaries, triton_binaries
+from machine_code import binaries, rules, triton_binaries
 from machine_code.triton_compile import FORMS, TARGETS
-from machine_code.triton_rules import RULES
 
 from flowkernels.ops import OPS
 
@@ -23,16 +22,15 @@ def atomics(kernels) -> list[str]:
 @pytest.mark.parametrize("op", OPS)
 def test_every_kernel_keeps_its_rule(op):
     kernels, _ = triton_binaries.read(op)
-    owner = {r.name: max((o for o in OPS if r.name.startswith(f"{o}_")), key=len) for r in RULES}
-    rules = [r for r in RULES if owner[r.name] == op]
-    assert rules
+    of_op = rules.triton(op)
+    assert of_op
     aligned = [k for k in kernels if k.name.endswith(">")]
-    found = binaries.problems(aligned, rules) + atomics(kernels)
+    found = rules.problems(aligned, of_op) + atomics(kernels)
     for k in kernels:
         if k not in aligned:  # sizes and memory that fit no vectors: no more than that nothing is spilled
-            own = [r for r in rules if re.fullmatch(r.name, k.name)]
+            own = [r for r in of_op if re.fullmatch(r.name, k.name)]
             plain = [dataclasses.replace(r, registers=255, occupancy=0.0, has="") for r in own]
-            found += binaries.problems([k], plain)
+            found += rules.problems([k], plain)
     assert not found, "\n".join(found)
 
 
@@ -110,7 +108,7 @@ def bad(tmp_path_factory):
     ],
 )
 def test_checks(bad, name, problem):
-    found = binaries.problems([bad[name]], [binaries.Rule(name, 255, 0.0)]) + atomics([bad[name]])
+    found = rules.problems([bad[name]], [rules.Rule(name, 255, 0.0)]) + atomics([bad[name]])
     assert len(found) == (problem is not None), found
     assert not found or re.search(f"^sm_80 {name}: {problem}", found[0])
 

@@ -1,0 +1,24 @@
+"""What the machine code of the kernels of bellman is like, and what they have to move and compute at least."""
+
+from machine_code.rules import Floor, Rule
+
+CUDA = [
+    Rule(r"bellman_kernel", 64, 0.5, double=True, has="DMUL DFMA<=0"),  # a product is rounded, then the sum
+]
+
+TRITON = [
+    Rule(r"bellman_check_kernel.*", 32, 1.0),
+    Rule(r"bellman_step_kernel.*", 80, 0.37, double=True),
+]
+
+FLOORS = [
+    # a sum and a comparison for each pair and step
+    Floor(
+        case="float64",
+        sizes=dict(K=1000, N=20),
+        moves="K * (K + 1) // 2 * 8 + (N + 1) * (K + 1) * 16",
+        computes="N * K * (K + 1)",
+        unit="fp64",
+        kernel="bellman_kernel",
+    ),
+]

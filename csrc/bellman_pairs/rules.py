@@ -1,0 +1,24 @@
+"""What the machine code of the kernels of bellman_pairs is like, and what they have to move and compute at least."""
+
+from machine_code.rules import Floor, Rule
+
+CUDA = [
+    Rule(r"bellman_pairs_(check|start|step)_kernel", 48, 0.62, double=True),
+]
+
+TRITON = [
+    Rule(r"bellman_pairs_check_kernel.*", 72, 0.43),
+    Rule(r"bellman_pairs_step_kernel.*", 72, 0.43, double=True),
+]
+
+FLOORS = [
+    # what is read of the costs is a sixth of them
+    Floor(
+        case="float64",
+        sizes=dict(K=400, N=10),
+        moves="(K + 1) * K * (K - 1) // 6 * 8 + (N + 1) * (K + 1) ** 2 * 16",
+        computes="2 * (N - 2) * (K + 1) * K * (K - 1) // 6",
+        unit="fp64",
+        kernel="bellman_pairs_step_kernel",
+    ),
+]

@@ -1,0 +1,23 @@
+"""What the machine code of the kernels of cost_from_gram is like, and what they have to move and compute at least."""
+
+from machine_code.rules import Floor, Rule
+
+CUDA = [
+    Rule(r"cost_from_gram_kernel<.*>", 64, 0.5, double=True),
+]
+
+TRITON = [
+    Rule(r"cost_from_gram_kernel.*", 96, 0.31),
+]
+
+FLOORS = [
+    # half of a symmetric matrix in, all costs out; two sums of products and three recursions for each pair
+    Floor(
+        case="float64",
+        sizes=dict(K=256),
+        moves="K * (K - 1) // 2 * 8 + (K + 1) ** 2 * 8",
+        computes="13 * K * (K + 1) // 2",
+        unit="fp64",
+        kernel="cost_from_gram_kernel<false>",
+    ),
+]

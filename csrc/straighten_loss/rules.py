@@ -1,0 +1,54 @@
+"""What the machine code of the kernels of straighten_loss is like, and what they have to move and compute at least."""
+
+from machine_code.rules import LOW, Floor, Rule
+
+CUDA = [
+    # the accesses of segment_points, with velocities and their gradient in place of the points; narrow: the weight, the
+    # sums
+    Rule(
+        r"straighten_loss_kernel<(float, float, 4|double, double, 2)>",
+        64,
+        0.5,
+        has="LDG.128>=9 LDG.narrow<=4 STG.128>=4 STG.narrow<=2",
+    ),
+    Rule(rf"straighten_loss_kernel<float, {LOW}, 4>", 48, 0.62, has="LDG.128>=6 LDG.narrow<=4 STG>=6 STG.narrow<=2"),
+    Rule(r"straighten_loss_kernel<float, .*, 2>", 40, 0.75),
+    Rule(r"straighten_loss_kernel<float, .*, 1>", 48, 0.62),
+    Rule(r"straighten_loss_kernel<double, double, 1>", 64, 0.5),
+    Rule(
+        r"straighten_loss_held_kernel<float, float, 4>",
+        64,
+        0.5,
+        has="LDG.128>=12 LDG.narrow<=2 STG.128>=4 STG.narrow<=1",
+    ),
+    Rule(
+        rf"straighten_loss_held_kernel<float, {LOW}, 4>", 56, 0.5, has="LDG.128>=8 LDG.narrow<=2 STG>=4 STG.narrow<=1"
+    ),
+    Rule(r"straighten_loss_held_kernel<float, .*, [12]>", 48, 0.62),
+    Rule(r"straighten_loss_held_kernel<double, double, 2>", 80, 0.375, has="LDG.128>=12 STG.128>=4"),
+    Rule(r"straighten_loss_held_kernel<double, double, 1>", 56, 0.5),
+    Rule(r"straighten_loss_join_kernel<.*>", 32, 1.0),
+    Rule(r"straighten_loss_mean_kernel<.*>", 40, 0.66),
+]
+
+TRITON = [
+    Rule(r"straighten_loss_held_kernel<v=(float32|float64).*", 56, 0.56, has="LDG.128 STG.128"),
+    Rule(r"straighten_loss_held_kernel<v=b?float16.*", 40, 1.0, has="LDG.128"),
+    Rule(r"straighten_loss_part_kernel<.*", 56, 0.56, has="LDG.128"),
+    Rule(r"straighten_loss_gradient_kernel<.*", 40, 0.75, has="LDG.128 STG.128"),
+    Rule(r"straighten_loss_join_kernel<.*", 24, 1.0, has="LDG.128"),
+    Rule(r"straighten_loss_mean_kernel<per_sample=float32.*", 48, 0.62, has="LDG.128"),
+    Rule(r"straighten_loss_mean_kernel<per_sample=float64.*", 80, 0.37, has="LDG.128"),
+]
+
+FLOORS = [
+    # two rows of the bank, velocities, their gradient
+    Floor(
+        case="float32, with gradient, places all different",
+        sizes=dict(B=256, D=65536),
+        moves="B * D * (4 + 4 + 4 + 4)",
+        computes="B * D * 6",
+        unit="fp32",
+        kernel="straighten_loss_kernel<float, float, 4>",
+    ),
+]
