@@ -35,6 +35,7 @@ from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.straighten import Straightened, straighten
 from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.protocol import Velocity, VelocityBase
 
 __all__ = [
     "BackendError",
@@ -48,6 +49,8 @@ __all__ = [
     "StepCost",
     "Straightened",
     "Trajectory",
+    "Velocity",
+    "VelocityBase",
     "VelocityField",
     "__version__",
     "backend",

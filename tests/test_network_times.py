@@ -10,7 +10,7 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels import VelocityField
-from flowkernels.velocity.field import time_for
+from flowkernels.velocity.protocol import resolve
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 STEPS = 1000
@@ -134,7 +134,7 @@ STAGES = {
     },
     "straighten": straightened,
     "called": lambda v: torch.stack(
-        [v(NOISE, time_for(v, torch.full((4,), t, dtype=torch.float64), NOISE)) for t in KNOTS.tolist()]
+        [v(NOISE, resolve(v).time_for(torch.full((4,), t, dtype=torch.float64), NOISE)) for t in KNOTS.tolist()]
     ),
 }
 

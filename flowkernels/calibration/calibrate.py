@@ -38,7 +38,9 @@ from flowkernels.sampling.sample import sample
 from flowkernels.schedule import expect_steps
 from flowkernels.velocity.evaluate import TRAINING, expect_velocity, velocity_rows, warn_if_training
 from flowkernels.velocity.field import VelocityField
-from flowkernels.velocity.identity import attributes_of, hash_of, identity
+from flowkernels.velocity.identity import identity
+from flowkernels.velocity.protocol import resolve
+from flowkernels.velocity.provenance import hash_of
 
 CHUNK_BYTES = 256 << 20  # velocities of one chunk of samples
 KEEP_BYTES = 512 << 20  # states and velocities that stay
@@ -128,7 +130,7 @@ def calibrate(
                     break
     cost = costs.cost()
     provenance |= {"velocity_dtype": str(v.dtype)}
-    if attributes_of(velocity)[0] != provenance["attributes_sha256"]:
+    if resolve(velocity).identify(weights=False).attributes != provenance["attributes_sha256"]:
         provenance["attributes_sha256"] = None  # it counts its calls, say, or keeps what it has computed
     if fused is not None:
         provenance["sampler_weights"] = str(fused.weights)

@@ -67,7 +67,7 @@ def fuse_head(velocity, head: str | None = None, *, patch: int | None = None, or
     patch = None if patch is None else expect_positive_int(patch, "patch")
     expect(isinstance(order, str) and order in ORDERS, "order", ONE_OF_ORDERS, order)
     expect_shown(head is None or isinstance(head, str), "head", "the path of a module, or None", head, TypeError)
-    field = velocity if isinstance(velocity, VelocityField) else VelocityField(velocity)
+    field = VelocityField.of(velocity)
     _expect_own_evaluation(field)
     net = field.net
     expect(isinstance(net, nn.Module), "velocity", "an nn.Module or a VelocityField of one", net, TypeError)
@@ -234,6 +234,8 @@ class Proven:
 class FusedHead(VelocityField):
     """A velocity whose last layer `linear_euler` runs together with the step; made by `fuse_head`."""
 
+    is_fused = True
+
     def __init__(self, field: VelocityField, proven: Proven):
         super().__init__(field.net, **field.settings())
         self.training = field.training
@@ -249,9 +251,9 @@ class FusedHead(VelocityField):
         """What `rollout.euler` yields, for it to hand on; v has guidance applied, and is None without `keep`."""
         h = [end - begin for begin, end in itertools.pairwise(times)]
         updates = [(False, (i,), (size,), False, (i,)) for i, size in enumerate(h)]
-        yield from self.steps(x, times[:-1], updates, out, keep)
+        yield from self.fused_steps(x, times[:-1], updates, out, keep)
 
-    def steps(
+    def fused_steps(
         self, x: Tensor, times: Sequence[float], updates: Sequence[tuple], out: Tensor | None = None, keep: bool = True
     ) -> Iterator[tuple[Tensor, Tensor | None, None, float]]:
         """An evaluation at each of the times, and its update, a `rollout.Update`; yields what `euler_steps` does."""

@@ -27,6 +27,8 @@ from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import expect_velocity, warn_if_training
 from flowkernels.velocity.field import VelocityField, float64_device
+from flowkernels.velocity.protocol import VelocityBase, resolve
+from flowkernels.velocity.provenance import Identity
 
 MOST_BYTES = 256 << 20  # of tables with a row for every step of every sample; more samples run in parts
 MOST_SCHEDULES = 8  # that a sampler keeps tables for, beside its own
@@ -71,7 +73,7 @@ def fuse(
     shape = None if shape is None else expect_shape(shape, "shape", "the sizes of one sample, each at least 1")
     solver, times = _solver_and_times(schedule)
     warn_if_training(velocity)
-    field = velocity if isinstance(velocity, VelocityField) else VelocityField(velocity)
+    field = VelocityField.of(velocity)
     shape = _shape_of_sample(field) if shape is None else shape
     sampler = FusedSampler(_Network(velocity, field, shape, weights), times, solver)
     sampler.verify()
@@ -126,7 +128,7 @@ def _samples_of(field: VelocityField) -> int:
     return lengths[0] if lengths else 3
 
 
-class FusedSampler:
+class FusedSampler(VelocityBase):
     """Velocity evaluation and all steps in one call; made by `fuse`.
 
         sampler = fk.fuse(net, schedule)
@@ -146,6 +148,8 @@ class FusedSampler:
     velocity: what it was made from; a VelocityField for a network with one input. times: the knots, float64 `[N+1]`.
     shape: of one sample.
     """
+
+    is_fused = True
 
     def __init__(self, network: "_Network", times: Tensor, solver: Solver | None = None):
         """solver: None for Euler steps on `times`."""
@@ -199,6 +203,15 @@ class FusedSampler:
         if not field.conditioning:
             return self
         return FusedSampler(_Network(field, field, self.shape, self._network.weights), self.times, self._solver)
+
+    def fused_run(self, plan: Schedule | Solver | Tensor) -> "FusedSampler":
+        return self.on(plan)
+
+    def unfused(self) -> VelocityBase:
+        return resolve(self.velocity)
+
+    def identify(self, weights: bool = True) -> Identity:
+        return self.unfused().identify(weights)
 
     def __getstate__(self) -> dict:
         """Without what is made at the first call: copies record their own network anew."""

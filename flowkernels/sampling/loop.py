@@ -117,7 +117,7 @@ def solve(
     """The evaluations of a solver, as `euler` yields its steps; the state is a buffer of the loop's own."""
     updates = updates_of(solver)
     if isinstance(velocity, FusedHead):
-        yield from velocity.steps(x, solver.model_times.tolist(), updates, keep=keep)
+        yield from velocity.fused_steps(x, solver.model_times.tolist(), updates, keep=keep)
         return
     t = model_times(velocity, solver.model_times, x)
     embeddings = time_embeddings(velocity, t, x) if has_time_embedding(velocity) else [None] * len(t)

@@ -17,7 +17,7 @@ from flowkernels.sampling.loop import flow, initial_state, plan_of, replay, upda
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import evaluate, expect_velocity, has_time_embedding, model_times, warn_if_training
-from flowkernels.velocity.field import embed_time
+from flowkernels.velocity.protocol import resolve
 
 
 @no_grad
@@ -118,7 +118,7 @@ def _traced(velocity, noise: Tensor, schedule, capture: str | None) -> Tensor:
 
     def step(i, x):  # numbers of the velocity's are for it alone: the loop cannot take in one that was looked at before
         now = t.index_select(0, i.to(t.device, non_blocking=True))
-        embedding = embed_time(velocity, now, x) if embedded else None
+        embedding = resolve(velocity).embed_time(now, x) if embedded else None
         v, v_uncond, w = evaluate(velocity, x, now.expand(len(x)).clone(), embedding)
         return i + 1, euler_step(x, v, h.index_select(0, i).reshape(()), v_uncond=v_uncond, guidance=w)
 

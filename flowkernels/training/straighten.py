@@ -50,10 +50,12 @@ from flowkernels.training.checkpoint import (
     unwrapped,
     write_checkpoint,
 )
-from flowkernels.velocity.evaluate import expect_velocity, velocity_rows, warn_if_training
-from flowkernels.velocity.field import VelocityField, time_for
+from flowkernels.velocity.evaluate import expect_velocity, warn_if_training
+from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.hashes import tensors_hash
-from flowkernels.velocity.identity import Identity, hash_of, identity
+from flowkernels.velocity.identity import identity
+from flowkernels.velocity.protocol import resolve
+from flowkernels.velocity.provenance import Identity, hash_of
 
 OPTIMIZER = "a function of parameters that returns an optimiser, or None"
 
@@ -268,8 +270,8 @@ def straighten(
 
     def velocities(net: nn.Module, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         torch.clear_autocast_cache()  # of weights as they were before a step, or without a graph
-        learner = velocity_rows(net, s, size)
-        v = learner(x, time_for(learner, t, x.float()))
+        learner = resolve(net).rows(s, size)
+        v = learner(x, learner.time_for(t, x.float()))
         if not isinstance(v, Tensor) or v.shape != x.shape:
             expect(False, "student", f"a velocity of x's shape {list(x.shape)}", v)
         return v.to(x.dtype) if torch.float64 in (v.dtype, x.dtype) else v

@@ -26,10 +26,12 @@ from flowkernels._checks import (
 )
 from flowkernels._guidance import guided
 from flowkernels.velocity.hashes import unwrapped
-from flowkernels.velocity.time_embedding import Embedding, expand_embedding
+from flowkernels.velocity.protocol import VelocityBase, is_per_sample, resolve
+from flowkernels.velocity.provenance import Identity, network_identity
+from flowkernels.velocity.time_embedding import Embedding, expand_embedding, takes_embedding
 
 
-class VelocityField(nn.Module):
+class VelocityField(nn.Module, VelocityBase):
     """A network seen as a velocity field `v(x, t)`; call it with x `[n, *shape]` and t `[n]`.
 
     What the network is called with is `time_scale * t`, or `time_scale * (1 - t)` with `reverse_time`.
@@ -124,6 +126,11 @@ class VelocityField(nn.Module):
     def is_guided(self) -> bool:
         return self.guidance != 1.0
 
+    @classmethod
+    def of(cls, velocity: Any) -> "VelocityField":
+        """A field as it is; of any other network one in the library's convention."""
+        return velocity if isinstance(velocity, VelocityField) else cls(velocity)
+
     def convention(self) -> dict:
         """What identifies this adapter beside the network's weights, for a calibration's provenance."""
         return dict(
@@ -173,15 +180,14 @@ class VelocityField(nn.Module):
 
         def pick(kwargs, name):
             for k, v in kwargs.items() if not whole else ():
-                nested = not isinstance(v, Tensor) and any(_per_sample(leaf, n) for leaf in tree_flatten(v)[0])
+                nested = not isinstance(v, Tensor) and any(is_per_sample(leaf, n) for leaf in tree_flatten(v)[0])
                 expected = "a tensor of one row a sample by itself, so that the rows of some samples can be taken"
                 expect_shown(not nested, f"{name}[{k!r}]", expected, v)
-            return {k: v[index] if _per_sample(v, n) else v for k, v in kwargs.items()}
+            return {k: v[index] if is_per_sample(v, n) else v for k, v in kwargs.items()}
 
         changes = {name: pick(getattr(self, name), name) for name in ("conditioning", "unconditional")}
-        inside = self.net
-        if isinstance(inside, VelocityField) and inside.conditioning:
-            changes["net"] = inside.rows(index, n)
+        if isinstance(self.net, VelocityBase):
+            changes["net"] = self.net.rows(index, n)
         return self._replace(**changes)
 
     def without_guidance(self) -> "VelocityField":
@@ -196,12 +202,41 @@ class VelocityField(nn.Module):
 
     def time_embedding(self, t: Tensor) -> Embedding:
         """The network's, at times of the library's convention; for networks that have one (`has_time_embedding`)."""
-        return embed_time(self.net, self._network_time(t), t)
+        return resolve(self.net).embed_time(self._network_time(t), t)
+
+    def embed_time(self, t: Tensor, like: Tensor) -> Embedding:
+        if "time_embedding" not in vars(self) and type(self).time_embedding is EMBED:
+            return resolve(self.net).embed_time(self._network_time(t), like)
+        return self.time_embedding(self.time_for(t, like))
+
+    def has_time_embedding(self) -> bool:
+        """Whether the network says so; conditioning of the name, if any, is the network's own."""
+        known = "embedding" not in self.conditioning and resolve(self.net).has_time_embedding()
+        return known and all(takes_embedding(method) for method in overridden(self).values())
+
+    def time_for(self, t: Tensor, x: Tensor) -> Tensor:
+        """Times as they are: the network's are formed of them. A subclass that overrides the evaluation gets them
+        rounded, and what it hands on is still exact (but in compiled loops, which know no more of a tensor than its
+        values: there it gets them in float64)."""
+        if not overridden(self) or torch.compiler.is_compiling():
+            return t
+        return _rounded(t, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+    def model_times(self, times: Tensor, x: Tensor) -> Tensor:
+        return times.to(float64_device(x.device), non_blocking=True)
+
+    def identify(self, weights: bool = True) -> Identity:
+        """With its convention and conditioning; a class that is not the library's counts with what it adds."""
+        further = []
+        if not type(self).__module__.startswith("flowkernels."):
+            further.append(("field.", self, vars(VelocityField(unwrapped(self.net)))))
+        given = dict(conditioning=self.conditioning, unconditional=self.unconditional)
+        return network_identity(unwrapped(self.net), self.convention(), further=further, **given, weights=weights)
 
     def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], embedding: Embedding | None = None) -> Tensor:
         n = len(x)
         time = self._network_time(t)
-        t = time_for(self.net, time, x)
+        t = resolve(self.net).time_for(time, x)
         x = x if self.dtype is None else x.to(self.dtype)
         expanded = {
             k: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v
@@ -250,6 +285,13 @@ class VelocityField(nn.Module):
         v = self._call(torch.cat([x, x]), t, both, *embedding)
         return v[:n], v[n:]
 
+    def velocities(
+        self, x: Tensor, t: Tensor, embedding: Embedding | None = None
+    ) -> tuple[Tensor, Tensor | None, float]:
+        if is_called_whole(self):
+            return super().velocities(x, t, embedding)
+        return *self.pair(x, t, *(() if embedding is None else (embedding,))), self.guidance
+
     def forward(self, x: Tensor, t: Tensor, embedding: Embedding | None = None) -> Tensor:
         expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
         v, v_uncond = self.pair(x, t, *(() if embedding is None else (embedding,)))
@@ -257,8 +299,14 @@ class VelocityField(nn.Module):
 
 
 REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-OWN = {name: getattr(VelocityField, name) for name in ("forward", "pair", "_call", "__call__")}
+OWN = {name: getattr(VelocityField, name) for name in ("forward", "pair", "_call", "__call__", "velocities")}
+EMBED = VelocityField.time_embedding
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def network_of(velocity: Any) -> Any:
+    """What a field calls; of any other velocity itself."""
+    return velocity.net if isinstance(velocity, VelocityField) else velocity
 
 
 def overridden(field: VelocityField) -> dict[str, Any]:
@@ -290,29 +338,12 @@ def _same_leaf(a: Any, b: Any) -> bool:
         return False
 
 
-def _per_sample(value: Any, n: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == n and n > 1
-
-
 # ---- times ----
 
 
 def float64_device(device: torch.device) -> torch.device:
     """The device itself, or the CPU for one without float64."""
     return torch.device("cpu") if device.type == "mps" else device
-
-
-def time_for(velocity, t: Tensor, x: Tensor) -> Tensor:
-    """The times t in float64, where float64 is, as a velocity takes them beside x: a VelocityField as they are, since
-    it forms its network's time of them; any other callable rounded to float32, or float64 for a float64 state. A
-    subclass that overrides the field's evaluation gets them rounded as well, and what it hands on is still exact (but
-    in compiled loops, which know no more of a tensor than its values: there it gets them in float64)."""
-    compiled = torch.compiler.is_compiling()
-    field = velocity if compiled or isinstance(velocity, VelocityField) else unwrapped(velocity)
-    form = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
-    if not isinstance(field, VelocityField):
-        return t.to(*form)
-    return _rounded(t, *form) if overridden(field) and not compiled else t
 
 
 def _rounded(exact: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -327,14 +358,3 @@ def exact_time(t: Tensor) -> Tensor:
     """What times were before they were rounded, unless they were written to since."""
     known = None if torch.compiler.is_compiling() else getattr(t, "_exact_time", None)
     return t if known is None or known[1] != t._version else known[0]
-
-
-def embed_time(velocity, t: Tensor, like: Tensor) -> Embedding:
-    """The time embedding at times t `[N]`; like: the state, whose dtype says what they are rounded to."""
-    own = isinstance(velocity, VelocityField) and "time_embedding" not in vars(velocity)
-    if own and type(velocity).time_embedding is EMBED:
-        return embed_time(velocity.net, velocity._network_time(t), like)
-    return velocity.time_embedding(time_for(velocity, t, like))
-
-
-EMBED = VelocityField.time_embedding

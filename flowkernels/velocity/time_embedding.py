@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowkernels._checks import expect
 
@@ -31,10 +31,25 @@ class HasTimeEmbedding:
     """
 
 
+def exposes_time_embedding(velocity) -> bool:
+    """Whether a network says that it exposes its time embedding: `HasTimeEmbedding`."""
+    method = getattr(velocity, "time_embedding", None) if isinstance(velocity, HasTimeEmbedding) else None
+    if not callable(method) or isinstance(method, nn.Module):
+        return False
+    kind, own = type(velocity), getattr(velocity, "__dict__", ())
+    if not isinstance(velocity, nn.Module):
+        return takes_embedding(kind.__call__)
+    if "forward" in own or "__call__" in own:  # put over the class's
+        return False
+    passes = kind.__call__ is CALL or takes_embedding(kind.__call__)
+    return passes and takes_embedding(kind.forward)
+
+
+CALL = nn.Module.__call__
 _takes = weakref.WeakKeyDictionary()  # function -> whether it takes an embedding
 
 
-def _takes_embedding(function) -> bool:
+def takes_embedding(function) -> bool:
     """Whether it has a parameter `embedding=None`."""
     if torch.compiler.is_compiling():  # which would compile anew when the answer is there already
         return _looks_for_embedding(function)
@@ -54,16 +69,16 @@ def _looks_for_embedding(function) -> bool:
         return False
 
 
-def _rows(embedding: Embedding, N: int) -> list[Embedding]:
+def rows_of_times(embedding: Embedding, N: int) -> list[Embedding]:
     if isinstance(embedding, Tensor):
         ok = embedding.dim() > 0 and len(embedding) == N
         expect(ok, "time_embedding", f"tensors of {N} rows, one for each time", embedding)
         return embedding.split(1)
     if isinstance(embedding, dict):
-        parts = {k: _rows(v, N) for k, v in embedding.items()}
+        parts = {k: rows_of_times(v, N) for k, v in embedding.items()}
         return [{k: rows[i] for k, rows in parts.items()} for i in range(N)]
     expect(isinstance(embedding, (tuple, list)), "time_embedding", "tensors in tuples or dicts", embedding, TypeError)
-    parts = [_rows(v, N) for v in embedding]
+    parts = [rows_of_times(v, N) for v in embedding]
     return [tuple(rows[i] for rows in parts) for i in range(N)]
 
 

@@ -1,0 +1,182 @@
+"""What a velocity is to the stages: something to call, and what it may offer beside."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import expect, expect_callable, expect_takes
+from flowkernels.velocity.hashes import unwrapped
+from flowkernels.velocity.provenance import Identity, network_identity
+from flowkernels.velocity.time_embedding import Embedding, expand_embedding, exposes_time_embedding
+
+CONVENTION = MappingProxyType(
+    dict(reverse_time=False, time_scale=1.0, sign=1, guidance=1.0, dtype=None)
+)  # the library's
+
+
+class VelocityBase:
+    """A velocity that offers the stages more than a call `velocity(x, t)`.
+
+    x `[n, *shape]` is the state, t `[n]` the time from 0, noise, to 1, data; the result is dx/dt, `[n, *shape]`. For
+    that much any callable will do. A class derived from this one says what else there is by the methods that it
+    overrides, all of which have a default; the stages ask a velocity nothing but these. `VelocityField`, `FusedSampler`
+    and `FusedHead` are such classes. One with a time embedding is a `HasTimeEmbedding` as well.
+
+    guidance: weight w of `v_uncond + w (v - v_uncond)`, of what `velocities` returns.
+    conditioning: what it is called with beside x and t, by name.
+    is_fused: it runs a plan, or a step, by kernels of its own (`fused_run`, `fused_steps`).
+    """
+
+    guidance: float = 1.0
+    conditioning: Mapping[str, Any] = MappingProxyType({})
+    is_fused: bool = False
+
+    # ---- evaluation ----
+
+    def velocities(
+        self, x: Tensor, t: Tensor, embedding: Embedding | None = None
+    ) -> tuple[Tensor, Tensor | None, float]:
+        """`(v, v_uncond or None, guidance)` at one time t `[n]`: with v_uncond guidance is left to the caller, who
+        joins it with the step.
+
+        embedding: of that time, of one row; None leaves it to the velocity.
+        """
+        return _called(self, x, t, embedding), None, 1.0
+
+    def rows(self, index: Tensor | slice, n: int) -> "VelocityBase":
+        """The velocity for the samples `index` of n: what it holds with one row a sample is indexed."""
+        return self
+
+    def without_guidance(self) -> "VelocityBase":
+        """The conditional velocity alone."""
+        return self
+
+    # ---- times ----
+
+    def time_for(self, t: Tensor, x: Tensor) -> Tensor:
+        """Times in float64, where float64 is, as it takes them beside x: float32, or float64 for a float64 state."""
+        return t.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+    def model_times(self, times: Tensor, x: Tensor) -> Tensor:
+        """The times of all evaluations `[M]`, float64 on the CPU, as it takes them, for loops; without a sync."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return times.to(x.device, dtype, non_blocking=True)
+
+    def has_time_embedding(self) -> bool:
+        """Whether its embeddings of times can be made ahead: `embed_time`."""
+        return exposes_time_embedding(self)
+
+    def embed_time(self, t: Tensor, like: Tensor) -> Embedding:
+        """The time embedding at times t `[N]`; like: the state, whose dtype says what they are rounded to."""
+        return self.time_embedding(self.time_for(t, like))
+
+    # ---- what it is ----
+
+    def identify(self, weights: bool = True) -> Identity:
+        """In hashes; never an error. weights: False leaves out those that take as long as weights take to be read."""
+        return Identity(unknown={"parameters": f"a {type(self).__qualname__}, which does not say"})
+
+    def convention(self) -> dict[str, Any] | None:
+        """How it calls its network, for a calibration's provenance; None for the library's own convention."""
+        return None
+
+    # ---- kernels of its own ----
+
+    def fused_run(self, plan) -> Any:
+        """What makes all steps of a plan (a Schedule, a Solver or times) in one call, with the methods of a
+        `FusedSampler`; None: nothing does."""
+        return None
+
+    def unfused(self) -> "VelocityBase":
+        """The velocity to evaluate at single times, for one that makes all steps in one call."""
+        return self
+
+    def fused_steps(
+        self, x: Tensor, times: Sequence[float], updates: Sequence[tuple], out: Tensor | None = None, keep: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor | None, None, float]] | None:
+        """The steps of a loop, each with its evaluation, as the loop yields them; None: the loop makes them."""
+        return None
+
+
+Velocity: TypeAlias = VelocityBase | Callable[[Tensor, Tensor], Tensor]  # what every stage takes
+
+
+class Called(VelocityBase):
+    """Any callable as a velocity. A wrapper, such as torch.compile's or DataParallel, takes times as what it wraps
+    does."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.function(x, t)
+
+    def _inside(self) -> VelocityBase | None:
+        inside = self.function if torch.compiler.is_compiling() else unwrapped(self.function)
+        return inside if isinstance(inside, VelocityBase) else None
+
+    def velocities(self, x: Tensor, t: Tensor, embedding: Embedding | None = None):
+        return _called(self.function, x, t, embedding), None, 1.0
+
+    def rows(self, index: Tensor | slice, n: int) -> "Called":
+        inside = self._inside()
+        if inside is not None and len(range(n)[index] if isinstance(index, slice) else index) < n:
+            rows = sorted(k for k, v in inside.conditioning.items() if is_per_sample(v, n))
+            expected = "a VelocityField around the wrapped network, where conditioning has a row for each sample"
+            got = f"a {type(self.function).__name__} around a VelocityField with {rows}"
+            expect(not rows, "velocity", expected, got)
+        return self
+
+    def time_for(self, t: Tensor, x: Tensor) -> Tensor:
+        inside = self._inside()
+        return super().time_for(t, x) if inside is None else inside.time_for(t, x)
+
+    def model_times(self, times: Tensor, x: Tensor) -> Tensor:
+        inside = self._inside()
+        return super().model_times(times, x) if inside is None else inside.model_times(times, x)
+
+    def has_time_embedding(self) -> bool:
+        return exposes_time_embedding(self.function)
+
+    def embed_time(self, t: Tensor, like: Tensor) -> Embedding:
+        return self.function.time_embedding(self.time_for(t, like))
+
+    def identify(self, weights: bool = True) -> Identity:
+        inside = self._inside()
+        if inside is not None:
+            return inside.identify(weights)
+        return network_identity(unwrapped(self.function), CONVENTION, weights=weights)
+
+
+def _called(function, x: Tensor, t: Tensor, embedding: Embedding | None) -> Any:
+    if embedding is not None:
+        return function(x, t, embedding=expand_embedding(embedding, len(x)))
+    try:
+        return function(x, t)
+    except TypeError:  # its own, unless it takes other arguments
+        expect_takes(function, "velocity", "a callable velocity(x, t)", x, t)
+        raise
+
+
+def resolve(velocity: Velocity, name: str = "velocity") -> VelocityBase:
+    """The velocity as stages ask it, once, where it comes in; TypeError for what cannot be called.
+
+    Whether a callable takes x and t is looked at where it does not.
+    """
+    if isinstance(velocity, VelocityBase):
+        return velocity
+    expect_callable(velocity, name, "a callable velocity(x, t)")
+    return Called(velocity)
+
+
+def as_given(velocity: Velocity) -> Velocity:
+    """What a resolved velocity was before."""
+    return velocity.function if type(velocity) is Called else velocity
+
+
+def is_per_sample(value: Any, n: int) -> bool:
+    """Whether it has one row for each of n > 1 samples."""
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == n and n > 1
