@@ -8,8 +8,8 @@
 # SKIP kernels are left out (2), COUNT are profiled (4); PYTHON names an interpreter other than .venv's.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
-ops="velocity_gram cost_from_gram bellman bellman_pairs euler_step linear_euler linear_update segment_points\
- straighten_loss mlp_sample"
+ops="$(cd "$root/flowkernels/ops" && for samples in */samples.py; do printf '%s ' "${samples%/*}"; done)"
+ops="${ops% }"
 usage() {
   sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
   echo "profile_kernel.sh: $1" >&2

@@ -34,8 +34,8 @@ SETTINGS = [
         "FLOWKERNELS_TEST_THREADS": "1",
     },
 ]
-FILES = "bellman bellman_pairs contract cost_from_gram euler_step linear_euler linear_update mlp_sample segment_points"
-NUMBERS = [f"tests/ops/test_{name}.py" for name in (*FILES.split(), "straighten_loss", "velocity_gram")]
+OPS = sorted(path.parent.name for path in ROOT.glob("flowkernels/ops/*/samples.py"))
+NUMBERS = [f"tests/ops/test_{name}.py" for name in (*OPS, "contract")]
 NUMBERS += ["tests/test_fuse.py::test_random_networks", "tests/test_fuse_solver.py", "tests/test_step_cost.py"]
 KINDS = "not (opcheck or compiles or same_bits or threads or forked)"  # what seeds have no part in
 

@@ -58,7 +58,7 @@ def test_launches_are_settings():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected an op, one of velocity_gram"),
+        ([], f"expected an op, one of {' '.join(sorted(OPS))}"),
         (["gram"], "got gram"),
         (["--fast", "bellman"], "unknown option --fast"),
         (["bellman", "K=100,", "N=1..10"], "got 3 arguments"),
