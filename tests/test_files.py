@@ -368,7 +368,7 @@ def inputs_and_outputs():
     yield "s.json", f"{line} --state OUT --out x.safetensors", "--schedule"
     yield "t.pt", f"{line} --state t.pt --resume --out OUT", "--state"
     yield "new.safetensors", f"{line} --state new.safetensors --out OUT", "--state"
-    yield "script.py", "capture euler_step --from script.py --out OUT", "--from"
+    yield "script.py", "record euler_step --from script.py --out OUT", "--from"
 
 
 WAYS = ("itself", "another way", "link", "hard link")

@@ -16,7 +16,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 import flowkernels as fk
 from flowkernels import Solver
-from flowkernels._files import whole_file
+from flowkernels.bench.tables import write_csv
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.closed_form import GaussianMixtureVelocity
 from flowkernels.models.networks import ResidualMLP
@@ -426,14 +425,9 @@ class Results:
     def add(self, rows: Iterable[dict]) -> None:
         self.read()  # another run may have written to it
         for new in rows:
-            text = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in new.items()}
-            self.rows[new["data"], new["seed"], new["row"], new["N"]] = dict.fromkeys(FIELDS, "") | text
-        if self.path is None:
-            return
-        with whole_file(self.path) as partial, open(partial, "w", newline="") as f:
-            writer = csv.DictWriter(f, FIELDS)
-            writer.writeheader()
-            writer.writerows(self.rows.values())
+            self.rows[new["data"], new["seed"], new["row"], new["N"]] = dict.fromkeys(FIELDS, "") | new
+        if self.path is not None:
+            write_csv(self.path, self.rows.values(), FIELDS)
 
 
 @dataclass
@@ -582,7 +576,7 @@ def run(args: argparse.Namespace) -> int:
     where = provenance(torch.device("cpu"))
     versions = ", ".join(f"{k} {where[k]}" for k in ("flowkernels", "torch", "python"))
     source = dict(hardware=f"{where['device']}, {where['isa']}", versions=versions, threads=args.threads)
-    source |= dict(commit=where["commit"], date=datetime.now(timezone.utc).date().isoformat())
+    source |= dict(commit=where["commit"], date=where["date"])
     print(" | ".join(str(v) for v in source.values() if v))
     results = Results(args.out / "quality.csv" if args.out else None)
     results.read()

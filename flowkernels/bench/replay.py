@@ -12,7 +12,7 @@ from flowkernels import _options, ops
 from flowkernels._checks import expect
 from flowkernels.bench.case import Case, Work
 from flowkernels.bench.harness import Measured, measure, pinned, rows
-from flowkernels.bench.tables import cell
+from flowkernels.bench.tables import print_rows
 from flowkernels.bench.timers import timer
 from flowkernels.ops._calls import Call, open_calls
 from flowkernels.ops._samples import nearest, samples_of
@@ -223,13 +223,7 @@ def _print_call(results: list[dict]) -> None:
     columns = {"p50 us": "p50_us", "p20": "p20_us", "p80": "p80_us", "rounds": "rounds", "extra MB": "extra_mb"}
     if any(row["looped_us"] != "" for row in results):
         columns["in a loop"] = "looped_us"
-    print(f"  {'':<12}" + "".join(f"{c:>11}" for c in columns) + "  gate")
-    for row in results:
-        gate = "ok" if row["gate"] == "ok" else f"RED {row['error']:.2g} > {row['bound']:.2g}"
-        gate += f" ({row['note']})" if row["note"] else ""
-        known = row["p50_us"] != ""
-        cells = (cell(row[c] if known else "") for c in columns.values())
-        print(f"  {row['provider']:<12}" + "".join(f"{c:>11}" for c in cells) + f"  {gate}", flush=True)
+    print_rows(results, columns, 12, 11)
 
 
 def _plain(row: dict) -> dict:

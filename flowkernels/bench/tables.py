@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,21 @@ def print_case(results: list[dict], titles: tuple[str, str] = WallClock.titles) 
         columns["in a loop"] = "looped_us"
     columns |= {"x best torch": "ratio", "GB/s": "gb_s", titles[0]: "stream_percent", "GFLOP/s": "gflop_s"}
     columns |= {titles[1]: "fma_percent", "extra MB": "extra_mb"}
-    print(f"  {'':<24}" + "".join(f"{t:>13}" for t in columns) + "  gate")
+    print_rows(results, columns, 24, 13)
+
+
+def print_rows(results: list[dict], columns: Mapping[str, str], name: int, width: int) -> None:
+    """A line for each row: what `columns` name, title -> field, if it has a time; its gate, and its note if it has one.
+
+    name, width: characters of the provider and of each column.
+    """
+    print(f"  {'':<{name}}" + "".join(f"{title:>{width}}" for title in columns) + "  gate")
     for row in results:
         gate = "ok" if row["gate"] == "ok" else f"RED {row['error']:.2g} > {row['bound']:.2g}"
-        cells = "".join(f"{cell(row[k]):>13}" for k in columns.values())
-        print(f"  {row['provider']:<24}{cells}  {gate}", flush=True)
+        gate += f" ({row['note']})" if row.get("note") else ""
+        timed = row["p50_us"] != ""
+        cells = "".join(f"{cell(row[field] if timed else ''):>{width}}" for field in columns.values())
+        print(f"  {row['provider']:<{name}}{cells}  {gate}", flush=True)
 
 
 PEERS = {"x eager": "torch eager", "x compile": "torch compile", "x loop": "published loop"}
@@ -60,9 +71,9 @@ def print_summary(results: list[dict], titles: tuple[str, str]) -> None:
         print(f"{': '.join(key):<{name}}" + "".join(f"{cell(c):>11}" for c in cells) + f"  {gates}", flush=True)
 
 
-def write_csv(path: Path, results: list[dict]) -> None:
+def write_csv(path: Path, results: Iterable[dict], fields: Sequence[str] = FIELDS) -> None:
     with whole_file(path) as partial, open(partial, "w", newline="") as f:
-        writer = csv.DictWriter(f, FIELDS)
+        writer = csv.DictWriter(f, fields)
         writer.writeheader()
         for row in results:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
