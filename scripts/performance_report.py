@@ -17,11 +17,11 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from flowkernels._files import whole_file  # noqa: E402
+import pages  # noqa: E402
+
 from flowkernels.bench.suite import cases, entries  # noqa: E402
 from flowkernels.ops import OPS  # noqa: E402
 
-MARK = "<!-- below this line: scripts/performance_report.py -->"
 OURS, EAGER, COMPILED = "flowkernels cpu", "torch eager", "torch compile"
 HEAD = "1,024 tokens of 1,152 -> 4 channels of 2x2, guided, float32"
 GRAM, GUIDED = "K=100, n=100, D=3072", "Ki elements, guided, bfloat16 velocities and copy, given"
@@ -195,10 +195,7 @@ def plot(entry: str, rows: list[dict], path: Path) -> None:
         panel.legend(fontsize=7)
     if known:
         limits(known, providers, panels[0][-1])
-    fig.tight_layout()
-    with whole_file(path) as partial:
-        fig.savefig(partial, dpi=90, format="png", metadata={"Software": None})
-    plt.close(fig)
+    pages.save(fig, path)
 
 
 def limits(rows: list[dict], providers: list[str], panel) -> None:
@@ -228,10 +225,7 @@ def main() -> None:
     rows = read()
     page = ROOT / "docs/performance.md"
     (ROOT / "docs/performance").mkdir(exist_ok=True)
-    lines = [page.read_text().partition(MARK)[0] + MARK, "", "## Targets", ""]
-    lines += ["| | target | measured | |", "|---|---|---|---|"]
-    lines += [f"| {w} | {t} | {f} | {'met' if met else '**missed**'} |" for w, t, f, met in targets(Results(rows))]
-    lines += ["", "## Where a peer is faster", ""]
+    lines = [*pages.targets(targets(Results(rows))), "", "## Where a peer is faster", ""]
     lines += [
         f"- {r['entry']}, {r['case']}: {r['best_torch']} takes {r['ratio']:.2f} of our time"
         for r in rows
@@ -240,9 +234,8 @@ def main() -> None:
     lines += ["", "## What a call costs, by layer", "", *layers(Results(rows))]
     keys = ("device", "isa", "torch", "python", "flowkernels", "commit", "date")
     sources = dict.fromkeys(", ".join(f"{k} {r[k]}" for k in keys) for r in rows)
-    lines += ["", "## Every case", "", *(f"{s}." for s in sources), *tables(rows), ""]
-    with whole_file(page) as partial:
-        partial.write_text("\n".join(lines))
+    lines += ["", "## Every case", "", *(f"{s}." for s in sources), *tables(rows)]
+    pages.write(page, "performance_report.py", lines)
     for entry in dict.fromkeys(r["entry"] for r in rows):
         plot(entry, rows, ROOT / f"docs/performance/{entry}.png")
     print(f"{page}: {len(rows)} rows")

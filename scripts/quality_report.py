@@ -19,12 +19,11 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from flowkernels._files import whole_file  # noqa: E402
+import pages  # noqa: E402
+
 from flowkernels.bench import suite  # noqa: E402
 
 ROWS = suite.module("quality.command").ROWS
-
-MARK = "<!-- below this line: scripts/quality_report.py -->"
 
 
 class Results:
@@ -209,22 +208,14 @@ def plot(r: Results, data: str, path: Path) -> None:
         xlim=(-1, None), xlabel="calibration evaluations a sample", ylabel="rms", yscale="log", title=f"N = {N}"
     )
     axes[0].legend(fontsize=6)
-    fig.tight_layout()
-    with whole_file(path) as partial:
-        fig.savefig(partial, dpi=90, format="png", metadata={"Software": None})
-    plt.close(fig)
+    pages.save(fig, path)
 
 
 def write(source: Path, page: Path) -> None:
     r = read(source)
     pictures = page.parent / page.stem
     pictures.mkdir(exist_ok=True)
-    above = page.read_text().partition(MARK)[0] if page.exists() else "# Quality\n\n"
-    lines = [above + MARK, "", "## Targets", ""]
-    lines += ["| | target | measured | |", "|---|---|---|---|"]
-    words = {True: "met", False: "**missed**", None: "not measured"}
-    lines += [f"| {what} | {target} | {figure} | {words[met]} |" for what, target, figure, met in targets(r)]
-    lines += ["", "## Losses", ""]
+    lines = [*pages.targets(targets(r)), "", "## Losses", ""]
     lines += [
         "Rows with a larger endpoint error (mean squared, mean of the seeds) than uniform Euler, and how large:",
         "",
@@ -240,9 +231,8 @@ def write(source: Path, page: Path) -> None:
         f"{x['hardware']}, {x['threads']} threads, {x['versions']}, commit {x['commit'] or 'none'}, {x['date']}"
         for x in r.rows
     )
-    lines += ["", "## Where it ran", "", *(f"- {s}" for s in sources), ""]
-    with whole_file(page) as partial:
-        partial.write_text("\n".join(lines))
+    lines += ["", "## Where it ran", "", *(f"- {s}" for s in sources)]
+    pages.write(page, "quality_report.py", lines, new="# Quality\n\n")
     print(f"{page}: {len(r.rows)} rows")
 
 
