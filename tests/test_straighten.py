@@ -30,6 +30,9 @@ import flowkernels as fk
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import ResidualMLP
 from flowkernels.schedule import Schedule
+from flowkernels.training.bank import Bank
+from flowkernels.training.modules import architecture
+from flowkernels.training.targets import StraightLine
 
 QUIET = dict(progress=False)
 
@@ -863,8 +866,10 @@ def test_a_full_disk_does_not_end_the_training(error, tmp_path, monkeypatch):
         whole_save(state, target)
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.warns(UserWarning, match=r"^checkpoint: iteration \d+ could not be written \(.*\); .*run.pt is kept"):
+    told = r"^checkpoint: iteration \d+ could not be written \(.*\); .*run.pt is kept"
+    with pytest.warns(UserWarning, match=told) as seen:
         result = trained(checkpoint=path, checkpoint_every=5)
+    assert {w.filename for w in seen} == {__file__}
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
     assert torch.load(path, weights_only=True)["iteration"] == 10
@@ -940,8 +945,10 @@ def test_a_noise_function_is_told_by_what_it_draws(tmp_path):
 def test_a_teacher_that_cannot_be_read_is_told(tmp_path):
     settings = dict(velocity=lambda x, t: -x)
     part_of_a_run(tmp_path / "run.pt", **settings)
-    with pytest.warns(UserWarning, match=r"^checkpoint: expected the teacher that .*run.pt was made with, .* unknown"):
+    told = r"^checkpoint: expected the teacher that .*run.pt was made with, .* unknown"
+    with pytest.warns(UserWarning, match=told) as seen:
         part_of_a_run(tmp_path / "run.pt", **settings)
+    assert [w.filename for w in seen] == [__file__]
 
 
 @pytest.mark.parametrize("wrap", [lambda net: torch.compile(net, backend="eager"), nn.DataParallel, fk.VelocityField])
@@ -950,6 +957,37 @@ def test_a_wrapped_teacher_is_the_same(wrap, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         part_of_a_run(tmp_path / "run.pt", velocity=wrap(UNCHANGED))
+
+
+def test_classes_of_the_package_keep_their_names_in_files():
+    """A run goes on from a checkpoint of before its student's classes moved to other modules."""
+    assert architecture(fk.VelocityField(ResidualMLP(4, 8, 1, 8))) == "1951b10f58678e93"
+
+
+# ---- its parts ----
+
+
+@pytest.mark.parametrize("u", ["start", "uniform"])
+def test_a_loop_of_ones_own(u):
+    """The bank and the target in a bare loop of torch make the weights that `straighten` makes."""
+    settings = dict(iterations=8, bank=24, batch=8, seed=3, u=u, loss="huber", huber_c=0.1)
+    teacher, schedule = small_net(0).eval(), schedule_on(even_grid(6), 0, 2, 6)
+    result = fk.straighten(
+        *(small_net(1), teacher, schedule),
+        **dict(noise=(4,), init="keep", ema=None, clip=None, warmup=0, decay="none", lr=0.1, **settings, **QUIET),
+        optimizer=torch.optim.SGD,
+    )
+    student, generator = small_net(1).train(), torch.Generator().manual_seed(3)
+    bank = Bank(teacher, schedule.times, schedule.grid, schedule.indices, noise=(4,), size=24, batch=8)
+    target = StraightLine(u=u, loss="huber", huber_c=0.1)
+    bank.roll_out(bank.draw(generator))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    for _ in range(8):
+        optimizer.zero_grad()
+        target.loss_of(student, bank, bank.sample(generator), generator).loss.backward()
+        optimizer.step()
+    there = result.student.state_dict()
+    assert all(torch.equal(value, there[key]) for key, value in student.state_dict().items())
 
 
 # ---- bad input ----

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,85 @@ from flowkernels.sampling.rollout import expect_finite_flow
 from flowkernels.schedule import Schedule
 from flowkernels.velocity.evaluate import velocity_rows
 from flowkernels.velocity.hashes import tensors_hash
+
+Noise = Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor]
+NOISE = "a tensor, a shape or a function (n, generator)"
+
+
+class Places(NamedTuple):
+    """A batch: the intervals i, 0..N-1, and the samples s, 0..n-1, of a bank; int64 `[B]`, on the CPU."""
+
+    interval: Tensor
+    sample: Tensor
+
+
+class Bank:
+    """The teacher's states at the knots of a schedule, for n noises: what batches are drawn from.
+
+    states: `[N+1, n, *shape]`, float32, of float64 noise float64; there once they are rolled out.
+    times: the knots, float64 `[N+1]`; step_sizes `[N]`; steps: N; size: n.
+    rng, drawn: for a checkpoint, with which the same noise is drawn again: the generator's state before it was, and,
+        of a function's, its hash.
+
+        noise = bank.draw(generator)
+        bank.roll_out(noise)
+        interval, sample = bank.sample(generator)
+
+    Args:
+        teacher: a velocity, or a `FusedSampler`.
+        times, grid, indices: the knots, the teacher's fine grid, and their places in it (`knots_on_grid`).
+        noise: a tensor `[n, *shape]`, a shape, or a function `(n, generator) -> [n, *shape]`.
+        size: n, where noise is not a tensor.
+        batch: samples of a batch, and of the teacher's evaluations.
+        device: of the states; a tensor of noise is there already.
+        progress: show a progress bar of the teacher's evaluations.
+
+    Raises TypeError, ValueError naming the argument; for a size that does not fit into memory before it is filled.
+    """
+
+    def __init__(
+        self,
+        teacher,
+        times: Tensor,
+        grid: Tensor,
+        indices: Sequence[int],
+        *,
+        noise: Noise,
+        size: int = 1024,
+        batch: int = 128,
+        device: torch.device | None = None,
+        progress: bool = False,
+    ):
+        self._teacher, self._grid, self._indices, self.batch, self._progress = teacher, grid, indices, batch, progress
+        self.times = times.to(device)
+        self.step_sizes = self.times.diff()
+        self._source, self._is_function = _noise_source(noise, self.times.device), callable(noise)
+        given = isinstance(noise, Tensor)
+        _expect_memory(noise, 0 if given else size, batch, self.steps)
+        self.size = len(noise) if given else size
+        self.noise_identity = _noise_identity(noise)
+        self.rng: Tensor | None = None
+        self.drawn: str | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.step_sizes)
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """Noise `[n, *shape]` of the next trajectories, from a generator on the CPU."""
+        self.rng = generator.get_state()
+        noise = self._source(self.size, generator)
+        self.drawn = tensors_hash({"noise": noise})[:16] if self._is_function else None
+        return noise
+
+    def roll_out(self, noise: Tensor) -> None:
+        """Put the teacher's trajectories of the noise in place of those that are there."""
+        self.states = knots(self._teacher, noise, self._grid, self._indices, self.batch, self._progress)
+
+    def sample(self, generator: torch.Generator) -> Places:
+        """Places drawn uniformly, from a generator on the CPU."""
+        interval = torch.randint(self.steps, (self.batch,), generator=generator, device="cpu")
+        return Places(interval, torch.randint(self.size, (self.batch,), generator=generator, device="cpu"))
 
 
 @no_grad
@@ -43,23 +123,25 @@ def knots(velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: 
     return kept
 
 
-def _teacher_grid(schedule: Schedule, grid) -> tuple[Tensor, list[int]]:
-    """The fine grid, and the places of the schedule's knots in it."""
+def knots_on_grid(schedule: Schedule, grid) -> tuple[Tensor, tuple[int, ...]]:
+    """The teacher's fine grid, the schedule's own where `grid` is None, and the places of the schedule's knots in it;
+    ValueError or TypeError, naming `grid`, where there is none or it misses a knot."""
     if grid is None:
         expect(schedule.grid is not None, "grid", "the teacher's fine grid, for a schedule that has none", "None")
-        return schedule.grid, list(schedule.indices)
+        return schedule.grid, schedule.indices
     fine = expect_times(grid, "grid")
     distance, nearest = (fine[None] - schedule.times[:, None]).abs().min(1)
     expect(bool((distance < 1e-9).all()), "grid", "a grid that contains every time of the schedule", fine)
-    return fine, nearest.tolist()
+    return fine, tuple(nearest.tolist())
 
 
 def _noise_source(noise, device: torch.device) -> Callable[[int, torch.Generator], Tensor]:
+    """The function (n, generator) that draws the noise, on the device."""
     if isinstance(noise, Tensor):
         expect(expect_noise(noise).device == device, "noise", f"a tensor on the student's device {device}", noise)
         return lambda n, generator: noise
     if callable(noise):
-        expect_takes(noise, "noise", "a tensor, a shape or a function (n, generator)", 1, None)
+        expect_takes(noise, "noise", NOISE, 1, None)
 
         def drawn(n: int, generator: torch.Generator) -> Tensor:
             x = expect_noise(noise(n, generator), "noise(n, generator)")
@@ -67,7 +149,7 @@ def _noise_source(noise, device: torch.device) -> Callable[[int, torch.Generator
             return x.to(device)
 
         return drawn
-    shape = expect_shape(noise, "noise", "a tensor, a shape or a function (n, generator)")
+    shape = expect_shape(noise, "noise", NOISE)
 
     def normal(n: int, generator: torch.Generator) -> Tensor:
         return torch.randn(n, *shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
@@ -75,12 +157,11 @@ def _noise_source(noise, device: torch.device) -> Callable[[int, torch.Generator
     return normal
 
 
-def _expect_memory(noise, bank: int, batch: int, steps: int) -> None:
+def _expect_memory(noise, size: int, batch: int, steps: int) -> None:
     """That the bank, of its N + 1 knots, and what an iteration draws fit, as far as that is known beforehand."""
-    given = isinstance(noise, Tensor)
-    features = noise[0].numel() if given else 1 if callable(noise) else math.prod(noise)
+    features = noise[0].numel() if isinstance(noise, Tensor) else 1 if callable(noise) else math.prod(noise)
     expect_room(4 * features, "noise", "one sample", f"{describe(noise)}")
-    expect_room(4 * features * (0 if given else bank) * (steps + 1), "bank", "trajectories", f"{bank}")
+    expect_room(4 * features * size * (steps + 1), "bank", "trajectories", f"{size}")
     expect_room((4 * features + 32) * batch, "batch", "samples", f"{batch}")
 
 

@@ -1,0 +1,72 @@
+"""The loop of a run: places of the bank, the target's loss, a step, the average, the history.
+
+A loop of a caller's own takes the same parts:
+
+    noise = bank.draw(generator)
+    bank.roll_out(noise)
+    for _ in range(iterations):
+        loss = target.loss_of(student, bank, bank.sample(generator), generator).loss
+        loss.backward()
+        ...
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flowkernels._checks import expect
+from flowkernels.training.settings import Settings
+from flowkernels.training.state import State
+from flowkernels.training.students import trained_parameters
+from flowkernels.training.targets import Target
+
+
+def train(state: State, target: Target, settings: Settings) -> None:
+    """The iterations from where the state is to `settings.iterations`, on its bank, which is rolled out."""
+    state.student.train()
+    bank = state.bank
+    parameters = trained_parameters(state.student)
+    bar = tqdm(
+        **dict(total=settings.iterations, initial=state.iteration, desc="straighten", unit="it"),
+        **dict(disable=not settings.progress, leave=False),
+    )
+    with bar:
+        for it in range(state.iteration, settings.iterations):
+            if settings.is_refreshed(it):
+                bank.roll_out(bank.draw(state.generator))
+            rate = settings.rate(it)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            places = bank.sample(state.generator)
+            found = target.loss_of(state.student, bank, places, state.generator)
+            loss, norm = descend(found.loss, state.optimizer, parameters, settings.clip, it)
+            state.update_average()
+            state.count(places.interval, found.per_sample)
+            state.iteration = it + 1
+            if settings.is_logged(it):
+                state.log(iteration=it, loss=loss, lr=rate, grad_norm=norm)
+                bar.set_postfix(loss=f"{loss:.4g}")
+            bar.update()
+            if settings.is_saved(it):
+                state.save(settings.checkpoint, stacklevel=5)
+    torch.clear_autocast_cache()
+
+
+def descend(
+    loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float | None, iteration: int
+) -> tuple[float, float]:
+    """One step down a loss `[]` along its gradient, whose norm is at most `clip`; (loss, norm before).
+
+    ValueError, naming the iteration and before the weights change, for NaN or Inf in either.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip).item()
+    value = loss.item()
+    if not (math.isfinite(value) and math.isfinite(norm)):
+        got = f"loss {value}, gradient norm {norm} at iteration {iteration}"
+        expect(False, "student", "a finite loss and gradient (a smaller lr?)", got)
+    optimizer.step()
+    return value, norm

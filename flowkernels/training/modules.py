@@ -1,0 +1,93 @@
+"""Modules copied, and their state dicts: under names without wrappers, checked before they are loaded."""
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from flowkernels._checks import describe, expect
+from flowkernels.velocity import hashes
+
+unwrapped = functools.partial(hashes.unwrapped, of=hashes.IN_PLACE)  # what torch.compile or DDP wraps
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy without wrappers, in it neither. What a module computed and holds, as weight_norm does, is copied
+    without its graph, and tensors of inference mode become ordinary ones."""
+    memo: dict[int, Any] = {}
+    try:
+        for part in module.modules():
+            for value in vars(part).values():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    memo[id(value)] = value.detach().clone()
+        for part in reversed(list(module.modules())):  # the inner ones first
+            if (inner := unwrapped(part)) is not part:
+                memo[id(part)] = copy.deepcopy(inner, memo)
+        return copy.deepcopy(module, memo)
+    except Exception as e:
+        got = f"{type(module).__name__} ({type(e).__name__}: {e})"
+        raise ValueError(f"student: expected a module that copy.deepcopy copies, got {got}") from e
+
+
+def plain_state(module: nn.Module) -> dict[str, Any]:
+    """The state dict, under names without those of wrappers."""
+    return {_plain(module, key): value for key, value in module.state_dict().items()}
+
+
+def _plain(module: nn.Module | None, key: str) -> str:
+    parts = []
+    for part in key.split("."):
+        child = None if module is None else module._modules.get(part)
+        if module is None or unwrapped(module) is module or child is None:
+            parts.append(part)
+        module = child
+    return ".".join(parts)
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load what `expect_weights` has found to fit."""
+    state = _without_prefix(module, state)
+    module.load_state_dict({key: state[_plain(module, key)] for key in module.state_dict()})
+
+
+def expect_weights(module: nn.Module, state: Mapping[str, Any], name: str, exact: bool = False) -> None:
+    """Raise unless the state dict has the module's names and shapes, and its dtypes, if not `exact` but for the width
+    of floating-point ones."""
+    expect(isinstance(state, Mapping), name, "a state dict", state)
+    own, state = plain_state(module), _without_prefix(module, state)
+    way_out = "; init='keep' starts from the student's own weights" if name == "student" else ""
+    expected = f"weights that fit the student{way_out}"
+    for key in sorted(own.keys() | state.keys(), key=str):
+        have, want = state.get(key), own.get(key)
+        known = key in state and key in own
+        if known and not isinstance(want, Tensor):  # of get_extra_state
+            expect(not isinstance(have, Tensor), name, expected, f"{key!r}, a tensor, for {describe(want)}")
+            continue
+        if not known or not isinstance(have, Tensor) or have.shape != want.shape:
+            got, wanted = ("none" if t is None else str(list(t.shape)) if isinstance(t, Tensor) else describe(t)
+                           for t in (have, want))  # fmt: skip
+            expect(False, name, expected, f"{key!r} of shape {got} for {wanted}")
+        alike = have.dtype == want.dtype or (not exact and have.is_floating_point() and want.is_floating_point())
+        expect(alike, name, expected, f"{key!r} of {have.dtype} for {want.dtype}")
+
+
+def _without_prefix(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict of a wrapped module as that of the module."""
+    own = plain_state(module)
+    for prefix in ("_orig_mod.", "module."):
+        if state and not own.keys() & state.keys() and all(str(key).startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def architecture(module: nn.Module) -> str:
+    """A hash of the modules' classes, torch's with their settings, and of the weights' names, shapes and dtypes."""
+    parts = []
+    for name, part in module.named_modules():
+        if unwrapped(part) is part:
+            kind = hashes.class_name(type(part))
+            parts.append(f"{_plain(module, name)} {kind} {part.extra_repr() if kind.startswith('torch.nn.') else ''}")
+    weights = {k: [str(v.dtype), *v.shape] for k, v in plain_state(module).items() if isinstance(v, Tensor)}
+    return hashes.tensors_hash({"modules": parts, "weights": weights})[:16]

@@ -1,0 +1,39 @@
+"""The optimiser of a run, and what determines its steps."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from flowkernels._checks import describe, expect
+from flowkernels.velocity.hashes import tensors_hash
+
+OPTIMIZER = "a function of parameters that returns an optimiser, or None"
+PLACES = ("lr", "initial_lr", "params")  # of a group of parameters: what is no setting of the optimiser
+
+
+def own_optimizer(make: Callable | None, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """The caller's optimiser of the parameters, or Adam."""
+    if make is None:  # one kernel a step: 4 ms less a step for the digits network on 2 cores
+        return torch.optim.Adam(parameters, lr=lr, fused=parameters[0].device.type in ("cpu", "cuda"))
+    opt = make(parameters)
+    if not (isinstance(opt, torch.optim.Optimizer) and hasattr(opt, "param_groups")):
+        expect(False, "optimizer", OPTIMIZER, f"one that returns {describe(opt)}", TypeError)
+    closure = inspect.signature(opt.step).parameters.get("closure")
+    expect(closure is None or closure.default is None, "optimizer", "one whose step takes no closure", opt, TypeError)
+    expected = "a function that returns a torch.optim.Optimizer of the parameters that it is given"
+    found = {id(p) for group in opt.param_groups for p in group["params"]}
+    others = found - {id(p) for p in parameters}
+    expect(len(found) > 0, "optimizer", expected, "one of no parameters")
+    expect(not others, "optimizer", expected, f"one of {len(others)} other parameters")
+    return opt
+
+
+def optimizer_identity(opt) -> dict:
+    """What determines an optimiser's steps beside the learning rate: its class and the settings of its groups."""
+    groups = [{k: v for k, v in g.items() if k not in PLACES} for g in opt.state_dict()["param_groups"]]
+    return {
+        "kind": f"{type(opt).__module__}.{type(opt).__qualname__}",
+        "groups": tensors_hash({"groups": groups})[:16],
+    }

@@ -1,0 +1,177 @@
+"""The settings of a run of `straighten`: each with its check, in one place."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowkernels._checks import (
+    expect,
+    expect_bool,
+    expect_choice,
+    expect_float64,
+    expect_int,
+    expect_path,
+    expect_positive_int,
+    expect_real,
+    expect_seed,
+    expect_takes,
+)
+from flowkernels._files import expect_target
+from flowkernels.schedule import Schedule
+from flowkernels.training.bank import knots_on_grid
+from flowkernels.training.optimizers import OPTIMIZER
+
+Check = Callable[[Any, str], Any]  # of (value, name), to the value as it is kept
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value, name: None if value is None else check(value, name)
+
+
+def _choice(*names: str) -> Check:
+    return lambda value, name: expect_choice(value, name, names)
+
+
+def _real(expected: str, ok: Callable[[float], bool]) -> Check:
+    """Plain numbers: a checkpoint with numpy's would not load."""
+    return lambda value, name: expect_real(value, name, expected, ok)
+
+
+def _is_squared(c: float) -> bool:
+    """Whether c^2 is a positive number in float32, in which a GPU computes the loss: with Inf nothing is trained."""
+    return c > 0 and 1e-38 < c * c < 3e38
+
+
+def _expect_optimizer(value, name: str):
+    if not (isinstance(value, type) and issubclass(value, torch.optim.Optimizer)):
+        expect_takes(value, name, OPTIMIZER, [])
+    return value
+
+
+def _expect_checkpoint(value, name: str) -> Path:
+    path = expect_path(value, name)
+    expect(path.parent.is_dir(), name, "a path in a folder that exists", str(path))
+    expect_target(path, name)
+    return path
+
+
+def _expect_schedule(value, name: str) -> Schedule:
+    expected = "a Schedule, such as cal[4]: a student learns Euler steps (of a solver: Schedule(solver.times))"
+    expect(isinstance(value, Schedule), name, expected, value, TypeError)
+    return value
+
+
+def _expect_weight(value, steps: int) -> Tensor:
+    expected = f"{steps} finite numbers >= 0, one for each interval"
+    weight = expect_float64(value, "weight", expected).float()
+    ok = weight.shape == (steps,) and bool((weight >= 0).all()) and bool(torch.isfinite(weight).all())
+    expect(ok, "weight", expected, weight)
+    return weight
+
+
+CHECKS: dict[str, Check] = {
+    "schedule": _expect_schedule,
+    "iterations": expect_positive_int,
+    "batch": expect_positive_int,
+    "bank": expect_positive_int,
+    "refresh": _or_none(expect_positive_int),
+    "u": _choice("start", "uniform"),
+    "loss": _choice("l2", "huber"),
+    "huber_c": _real("a positive number", _is_squared),
+    "lr": _real("a positive number", lambda a: a > 0),
+    "optimizer": _or_none(_expect_optimizer),
+    "warmup": lambda value, name: expect_int(value, name, "a number of iterations", 0),
+    "decay": _choice("cosine", "none"),
+    "clip": _or_none(_real("a positive number or None", lambda a: a > 0)),
+    "ema": _or_none(_real("a number in [0, 1) or None", lambda a: 0 <= a < 1)),
+    "seed": expect_seed,
+    "log_every": expect_positive_int,
+    "checkpoint": _or_none(_expect_checkpoint),
+    "checkpoint_every": expect_positive_int,
+    "resume": expect_bool,
+    "progress": expect_bool,
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Settings:
+    """What `straighten` is told: its arguments of the same names, checked as they are set; TypeError or ValueError
+    names the argument.
+
+    grid: kept as the teacher's fine grid, float64 `[K+1]`. indices: the places of the schedule's knots in it.
+    noise: of it only what goes with the others is looked at here; `Bank` checks it.
+    """
+
+    schedule: Schedule
+    grid: Any  # a number of steps, times, or None
+    noise: Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor]
+    iterations: int
+    batch: int
+    bank: int
+    refresh: int | None
+    u: str
+    loss: str
+    huber_c: float
+    weight: Any  # float32 `[N]`, or None
+    lr: float
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
+    warmup: int
+    decay: str
+    clip: float | None
+    ema: float | None
+    seed: int
+    log_every: int
+    checkpoint: Path | None
+    checkpoint_every: int
+    resume: bool
+    progress: bool
+    indices: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self):
+        checked = {name: check(getattr(self, name), name) for name, check in CHECKS.items()}
+        checked["grid"], checked["indices"] = knots_on_grid(self.schedule, self.grid)
+        if self.weight is not None:
+            checked["weight"] = _expect_weight(self.weight, self.schedule.steps)
+        if self.refresh is not None:
+            expect(not isinstance(self.noise, Tensor), "noise", "a shape or a function, with refresh", self.noise)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def rate(self, iteration: int) -> float:
+        """The learning rate of an iteration: linear warm-up, then the decay."""
+        if iteration < self.warmup:
+            return self.lr * ((iteration + 1) / self.warmup)
+        if self.decay == "none":
+            return self.lr
+        angle = math.pi * (iteration - self.warmup) / max(1, self.iterations - self.warmup)
+        return self.lr * (0.5 * (1 + math.cos(angle)))
+
+    def is_logged(self, iteration: int) -> bool:
+        """Whether the history has a row of it."""
+        return iteration % self.log_every == 0 or iteration == self.iterations - 1
+
+    def is_saved(self, iteration: int) -> bool:
+        """Whether a checkpoint is written after it."""
+        due = (iteration + 1) % self.checkpoint_every == 0 or iteration == self.iterations - 1
+        return self.checkpoint is not None and due
+
+    def is_refreshed(self, iteration: int) -> bool:
+        """Whether the bank is made anew before it."""
+        return self.refresh is not None and iteration > 0 and iteration % self.refresh == 0
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the result, in plain values: what a resumed run must share."""
+        found = {"times": self.schedule.times.tolist(), "grid": self.grid.tolist()}
+        found |= {name: getattr(self, name) for name in SHARED}
+        return found | {"weight": None if self.weight is None else self.weight.tolist()}
+
+
+SHARED = (
+    *("iterations", "batch", "bank", "refresh", "u", "loss", "huber_c"),
+    *("lr", "warmup", "decay", "clip", "ema", "seed", "log_every"),
+)

@@ -1,0 +1,138 @@
+"""The state of a run: all that a checkpoint keeps, so that a resumed run is the uninterrupted one, bit for bit."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from flowkernels._checks import expect
+from flowkernels.training.bank import Bank
+from flowkernels.training.checkpoint import HISTORY, checks_of, expect_optimizer_state, write_checkpoint
+from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
+from flowkernels.training.students import trained_parameters
+
+
+class State:
+    """What an iteration changes.
+
+    student, optimizer: what is trained, and how. average: of the student's weights, None without `ema`.
+    generator: on the CPU, of noise, places and what targets draw. bank: of which the state before its noise was drawn
+        is kept, not the trajectories.
+    iteration: iterations done. history: columns of `Straightened.history`. totals, counts: float32 `[N]`, the losses
+        of each interval since the last row, and their number.
+    setting: what a resumed run must share, in plain values.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        bank: Bank,
+        setting: dict[str, Any],
+        *,
+        ema: float | None,
+        seed: int,
+    ):
+        self.student, self.optimizer, self.bank, self.setting = student, optimizer, bank, setting
+        self.average = None if ema is None else _averaged(student, ema)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.iteration, self.history = 0, {name: [] for name in HISTORY}
+        self.totals, self.counts = torch.zeros(2, bank.steps, dtype=torch.float32, device="cpu")
+
+    def update_average(self) -> None:
+        if self.average is not None:
+            self.average.update_parameters(unwrapped(self.student))
+
+    def count(self, interval: Tensor, losses: Tensor) -> None:
+        """Add the losses `[B]` of samples of the intervals `[B]`, the latter on the CPU."""
+        losses = losses.float().cpu()
+        self.totals.index_add_(0, interval, losses)
+        self.counts.index_add_(0, interval, torch.ones_like(losses))
+
+    def log(self, **row: float) -> None:
+        """A row of the history, with the losses of the intervals since the last."""
+        for name, entry in (row | {"interval_loss": (self.totals / self.counts).tolist()}).items():
+            self.history[name].append(entry)
+        self.totals.zero_(), self.counts.zero_()
+
+    def result(self) -> nn.Module:
+        """The student in eval mode, a copy with the averaged weights where there are some."""
+        if self.average is None:
+            return self.student.eval()
+        result = copied(self.student)
+        load_weights(result, self.average.module.state_dict())
+        return result.eval()
+
+    def contents(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            "setting": self.setting,
+            "iteration": self.iteration,
+            "history": self.history,
+            "bank_noise": self.bank.drawn,
+            "student": plain_state(self.student),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "bank_rng": self.bank.rng,
+            "rng": self.generator.get_state(),
+            "global_rng": _global_rng(),
+            "totals": self.totals,
+            "counts": self.counts,
+        }
+
+    def save(self, path: Path, stacklevel: int) -> None:
+        """Write a checkpoint; where that fails, as on a full disk, what is in memory is worth more than an error."""
+        try:
+            write_checkpoint(path, self.contents())
+        except Exception as e:
+            told = f"checkpoint: iteration {self.iteration} could not be written ({type(e).__name__}: {e}); {path}"
+            kept = "is kept" if path.exists() else "was not made"
+            warnings.warn(f"{told} {kept}; the training goes on", UserWarning, stacklevel=stacklevel)
+
+    def load(self, saved: Mapping[str, Any], path: Path) -> None:
+        """Go on from a checkpoint of this run, its generator where the bank's noise is drawn from again; ValueError,
+        naming it, where the optimiser's state or the average is none that a run makes."""
+        with checks_of(path):
+            expect_optimizer_state(saved["optimizer"], self.optimizer, trained_parameters(self.student))
+            if self.average is not None:
+                expect_weights(self.average, saved["average"], "checkpoint", exact=True)
+                done, n = saved["iteration"], int(saved["average"]["n_averaged"])
+                expect(n == done, "checkpoint", f"an average of {done} iterations", f"{n}")
+                self.average.load_state_dict(saved["average"])
+            load_weights(self.student, saved["student"])
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
+        self.iteration, self.history = saved["iteration"], saved["history"]
+        self.totals, self.counts = saved["totals"], saved["counts"]
+        self.generator.set_state(saved["bank_rng"])
+
+    def load_random_states(self, saved: Mapping[str, Any]) -> None:
+        """Those of the checkpoint's last iteration, once the bank is there again."""
+        self.generator.set_state(saved["rng"])
+        _restore_global_rng(saved["global_rng"])
+
+
+def _averaged(student: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average whose decay grows to `decay` as (1+n)/(10+n), so that short runs are not held back."""
+
+    def average(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
+        rate = min(decay, (1 + n.item()) / (10 + n.item()))
+        for a, c in zip(averaged, current, strict=True):
+            a.lerp_(c.to(a.dtype), 1 - rate)
+
+    with torch.device("cpu"):  # of its counter
+        return AveragedModel(copied(student), multi_avg_fn=average)
+
+
+def _global_rng() -> dict[str, Any]:
+    """Random states outside the generator: dropout draws from them."""
+    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+
+
+def _restore_global_rng(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,123 @@
+"""Students: made, given the weights that they start from, evaluated and tried."""
+
+import itertools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from flowkernels._checks import expect
+from flowkernels.ops._library import is_transformed
+from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
+from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.protocol import resolve
+from flowkernels.velocity.provenance import hash_of
+
+
+def expect_trainable_here() -> None:
+    """Raise inside of contexts in which weights or gradients are not those of ordinary training."""
+    cached = getattr(nn.utils.parametrize, "_cache_enabled", 0)  # weights as they were at their first use
+    expect(not cached, "student", "training outside of torch.nn.utils.parametrize.cached()", "a call inside of it")
+    expect(not is_transformed(), "student", "training outside of torch.func and dual_level", "a call inside of them")
+
+
+def own_student(student, velocity) -> nn.Module:
+    """The module to train: the one given, or a copy of the teacher."""
+    teacher_is_module = isinstance(velocity, nn.Module)
+    if student is None:
+        expect(teacher_is_module, "student", "a module, where the teacher is not one to copy", "None")
+        student = velocity.without_guidance() if isinstance(velocity, VelocityField) else velocity
+        student = copied(student)
+        for p in student.parameters():
+            p.requires_grad_(p.is_floating_point())
+        return _trainable(student)
+    expect(isinstance(student, nn.Module), "student", "an nn.Module or None", student, TypeError)
+    expect_no_wrapped_field(student, "student")
+    _trainable(student)
+    if teacher_is_module:
+        shared = set(map(id, student.parameters())) & set(map(id, velocity.parameters()))
+        got = f"{len(shared)} parameters of the teacher's"
+        expect(not shared, "student", "weights of its own (None trains a copy of the teacher)", got)
+    return student
+
+
+def expect_no_wrapped_field(velocity, name: str) -> None:
+    """A wrapper of a field hides its conditioning."""
+    inner = unwrapped(velocity) if isinstance(velocity, nn.Module) else velocity
+    wrapped = inner is not velocity and isinstance(inner, VelocityField)
+    expected = "VelocityField(torch.compile(net), ...), the wrapper inside"
+    expect(not wrapped, name, expected, type(velocity).__name__)
+
+
+def _trainable(student: nn.Module) -> nn.Module:
+    """The student, with weights that can be written to and conditioning that can be saved for a gradient."""
+    for name, t in itertools.chain(student.named_parameters(), student.named_buffers()):
+        expected = "weights made outside of torch.inference_mode, with values"
+        lazy = nn.parameter.is_lazy(t)  # of which nothing can be asked
+        why = "not initialised" if lazy else "on the meta device" if t.is_meta else "made in it" * t.is_inference()
+        expect(not why, "student", expected, f"{name!r}, {why}")
+    if isinstance(student, VelocityField):
+        for k, v in student.conditioning.items():
+            if isinstance(v, Tensor) and v.is_inference():
+                student.conditioning[k] = v.clone()
+    return student
+
+
+def initialise(student: nn.Module, velocity, init) -> None:
+    """Load the weights that training starts from."""
+    net, state, name = _network(student), init, "init"
+    if not isinstance(init, Mapping):
+        known = init is None or (isinstance(init, str) and init in ("teacher", "keep"))
+        expect(known, "init", "'teacher', 'keep', a state dict or None", init)
+        has_weights = isinstance(velocity, nn.Module) and any(True for _ in velocity.parameters())
+        expect(init != "teacher" or has_weights, "init", "a teacher with weights, for 'teacher'", velocity)
+        if not has_weights or init == "keep":
+            return
+        state, name = plain_state(_network(velocity)), "student"
+    expect_weights(net, state, name)
+    load_weights(net, state)
+
+
+def _network(module: nn.Module) -> nn.Module:
+    return module.net if isinstance(module, VelocityField) else module
+
+
+def trained_parameters(student: nn.Module) -> list[nn.Parameter]:
+    """What an optimiser is given."""
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    expect(len(parameters) > 0, "student", "a module with trainable parameters", type(student).__name__)
+    return parameters
+
+
+def field_identity(velocity) -> str | None:
+    """The hash of a field's convention and conditioning; None if they cannot be read."""
+    field = velocity if isinstance(velocity, VelocityField) else VelocityField(nn.Identity())
+    return hash_of({k: v for k, v in field.settings().items() if k != "packed"}, "", {})
+
+
+def student_velocity(student: nn.Module, x: Tensor, t: Tensor, sample: Tensor, n: int) -> Tensor:
+    """The student's velocities `[B, *shape]`, with their graph, at the points x `[B, *shape]` and times t `[B]` of the
+    samples `[B]` of n; what comes back is checked for shape."""
+    torch.clear_autocast_cache()  # of weights as they were before a step, or without a graph
+    learner = resolve(student).rows(sample, n)
+    v = learner(x, learner.time_for(t, x.float()))
+    if not isinstance(v, Tensor) or v.shape != x.shape:
+        expect(False, "student", f"a velocity of x's shape {list(x.shape)}", v)
+    return v.to(x.dtype) if torch.float64 in (v.dtype, x.dtype) else v
+
+
+def try_student(student: nn.Module, noise: Tensor, times: Tensor, batch: int) -> None:
+    """A forward and backward pass of a copy, before the work of a bank; the caller's generators stay as they are."""
+    try:
+        net = copied(student).train()
+    except ValueError:  # not needed without an average
+        return
+    devices = [noise.device] if noise.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        sample = torch.arange(batch, dtype=torch.int64, device=noise.device) % len(noise)
+        v = student_velocity(net, noise[sample], times[:1].expand(batch), sample, len(noise))
+        expect(v.requires_grad, "student", "a velocity with a gradient in its weights", "one without")
+        try:
+            v.float().square().mean().backward()
+        except RuntimeError as e:
+            raise ValueError(f"student: expected a velocity that can be differentiated, got RuntimeError: {e}") from e

@@ -1,0 +1,60 @@
+"""What a student learns: a target turns places in a bank into inputs of the student, and its velocities into a loss.
+
+Another target is a class beside `StraightLine` with its one method:
+
+1. `loss_of(student, bank, places, generator)` draws what it needs from the generator, so that a resumed run draws the
+   same; evaluates the student by `student_velocity`; and returns its loss with a graph, and those of the samples.
+2. A setting of its own is a field of `settings.Settings`, with its check, and a name in `SHARED` there: a checkpoint of
+   a run with another is refused.
+3. `straighten` chooses it, and says what it is, with its source.
+4. tests/test_straighten.py has its formula once more, in float64, and its resuming in `VARIANTS`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flowkernels.ops import segment_points, straighten_loss
+from flowkernels.ops.straighten_loss import StraightenLoss
+from flowkernels.training.bank import Bank, Places
+from flowkernels.training.students import student_velocity
+
+
+class Target(Protocol):
+    """What the loop asks of a target."""
+
+    def loss_of(self, student: nn.Module, bank: Bank, places: Places, generator: torch.Generator) -> StraightenLoss:
+        """The loss of a batch, differentiable in the student's weights; generator: on the CPU."""
+
+
+@dataclass(frozen=True)
+class StraightLine:
+    """The teacher's straight line over an interval `[t_a, t_b]`, from its state x_a to its state x_b: at
+    `x = (1-u) x_a + u x_b` and `t = t_a + u (t_b - t_a)` the velocity `(x_b - x_a) / (t_b - t_a)`.
+
+    u: "start", 0, BOSS as published (arXiv 2312.16414); or "uniform" in [0, 1], piecewise rectified flow, and on the
+        one interval [0, 1] rectified flow (arXiv 2209.03003).
+    loss, huber_c: of `ops.straighten_loss`. weight: float32 `[N]`, of each interval; None weighs all alike.
+    """
+
+    u: str = "start"
+    loss: str = "l2"
+    huber_c: float = 0.03
+    weight: Tensor | None = None
+
+    def loss_of(self, student: nn.Module, bank: Bank, places: Places, generator: torch.Generator) -> StraightenLoss:
+        """The loss of a batch. Neither the target nor the states at the ends of the intervals are materialised."""
+        device = bank.times.device
+        interval, sample = places.interval.to(device), places.sample.to(device)
+        u, t = None, bank.times[interval]
+        if self.u == "uniform":
+            u = torch.rand(len(interval), generator=generator, dtype=torch.float32, device="cpu").to(device)
+            t = t + u * bank.step_sizes[interval]
+        x = segment_points(bank.states, interval, sample, u)
+        v = student_velocity(student, x, t, sample, bank.size)
+        weight = None if self.weight is None else self.weight.to(device)[interval]
+        return straighten_loss(
+            v, bank.states, bank.step_sizes, interval, sample, weight=weight, loss=self.loss, huber_c=self.huber_c
+        )
