@@ -23,7 +23,7 @@ import pages  # noqa: E402
 
 from flowkernels.bench import suite  # noqa: E402
 
-ROWS = suite.module("quality.command").ROWS
+ROWS = suite.module("quality.rows").ROWS
 
 
 class Results:

@@ -20,8 +20,7 @@ from flowkernels.bench import suite
 from flowkernels.models.bundled import BUNDLED, load_network, network_notes, save_network
 from flowkernels.models.networks import ResidualMLP, UNet
 
-digits, fashion = (getattr(suite.module("quality.datasets"), name) for name in ("digits", "fashion"))
-Classifier = suite.module("quality.metrics").Classifier
+datasets, Classifier = suite.module("quality.datasets"), suite.module("quality.metrics").Classifier
 
 
 def on_the_clock(minutes: float, optimizer, lr: float, warmup: int = 200):
@@ -71,8 +70,8 @@ def train_flow(net, images, minutes, batch, lr, out, flip, autocast, go_on):
 
 def train_classifier(minutes, folder, out):
     torch.manual_seed(0)
-    images, labels = fashion("train", folder)
-    test, truth = fashion("t10k", folder)
+    images, labels = datasets.fashion("train", folder)
+    test, truth = datasets.fashion("t10k", folder)
     net = Classifier()
     opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.05)
     for it, bar in on_the_clock(minutes, opt, 3e-3):
@@ -100,9 +99,9 @@ def main():
     args = parser.parse_args()
     if args.model == "digits":
         out, minutes = BUNDLED["digits"].path, args.minutes or 4
-        train_flow(ResidualMLP(), digits()[0], minutes, 256, 2e-3, out, False, False, args.go_on)
+        train_flow(ResidualMLP(), datasets.digits()[0], minutes, 256, 2e-3, out, False, False, args.go_on)
     elif args.model == "fashion":
-        images, _ = fashion("train", args.data_dir)
+        images, _ = datasets.fashion("train", args.data_dir)
         out, minutes = BUNDLED["fashion"].path, args.minutes or 30
         train_flow(UNet(), images, minutes, 64, 1e-3, out, True, True, args.go_on)
     else:

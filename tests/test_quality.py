@@ -12,7 +12,9 @@ import flowkernels as fk
 from flowkernels.bench import suite
 from flowkernels.cli import main
 
-metrics, quality = suite.module("quality.metrics"), suite.module("quality.command")
+metrics, data_sets, quality_rows, quality = (
+    suite.module(f"quality.{name}") for name in ("metrics", "data", "rows", "command")
+)
 KNOWN = "uniform,shifted,cosine,boss,ab2,ab3,boss_ab2,boss_ab3,heun"
 OURS = ",gits,oss,norm,endpoint,free,pairs,fitted,fitted3,polished,straightened"
 
@@ -60,9 +62,9 @@ def test_frechet_distance_of_two_normal_distributions():
 
 
 def test_schedules_in_use_elsewhere():
-    data = quality.load("mixture2", pytest.fail)
-    run = quality.Run(data, quality.SIZES["mixture2"], 0, quality.Counted(data.velocity), None)
-    shifted, cosine = (quality.ROWS[name].make(run) for name in ("shifted", "cosine"))
+    data = data_sets.load("mixture2", pytest.fail)
+    run = quality_rows.Run(data, data_sets.SIZES["mixture2"], 0, quality_rows.Counted(data.velocity), None)
+    shifted, cosine = (quality_rows.ROWS[name].make(run) for name in ("shifted", "cosine"))
     sigma = 1 - torch.linspace(0, 1, 5, dtype=torch.float64)
     assert torch.allclose(1 - shifted[4].times, 3 * sigma / (1 + 2 * sigma))
     angle = torch.linspace(0, 1, 5, dtype=torch.float64) * math.pi / 2
@@ -81,7 +83,7 @@ def test_velocities_in_batches_of_one_size():
         return x * t[:, None]
 
     x, t = normal(10, 3), torch.linspace(0, 1, 10)
-    batches = quality.InBatches(velocity, lambda x, t: x * 2, 4)
+    batches = data_sets.InBatches(velocity, lambda x, t: x * 2, 4)
     assert torch.equal(batches(x, t), x * t[:, None])
     assert sizes == [4, 4, 4]
     assert torch.equal(batches(x.requires_grad_(), t), x * 2)
@@ -96,7 +98,7 @@ def test_a_red_gate_shows_no_figures(monkeypatch, capsys):
 
 
 def test_the_gate_knows_a_wrong_solver(monkeypatch):
-    data = quality.load("mixture2", pytest.fail)
+    data = data_sets.load("mixture2", pytest.fail)
     assert all(off <= quality.GATE for _, off in quality.gate(data, 20))
     right = fk.Solver.adams_bashforth
 
@@ -133,8 +135,8 @@ def rows_of(folder):
 def test_what_is_written(measured):
     found = rows_of(measured)
     steps = ("1", "2", "4")
-    assert {*(KNOWN + OURS).split(",")} == {*quality.ROWS}
-    expected = {(name, N) for name in quality.ROWS for N in steps if name not in ("heun", "straightened")}
+    assert {*(KNOWN + OURS).split(",")} == {*quality_rows.ROWS}
+    expected = {(name, N) for name in quality_rows.ROWS for N in steps if name not in ("heun", "straightened")}
     expected |= {("heun", "1"), ("heun", "3"), ("straightened", "2"), ("teacher", "20")}
     assert set(found) == {("mixture2", seed, *key) for seed in "01" for key in expected}
     for (_, _, name, N), r in found.items():
@@ -157,7 +159,7 @@ def test_what_is_written(measured):
 
 
 def test_figures_are_those_of_the_samples(measured):
-    data = quality.load("mixture2", pytest.fail)
+    data = data_sets.load("mixture2", pytest.fail)
     noise = torch.randn(128, 2, generator=torch.Generator().manual_seed(1001))  # seed 1, held out
     teacher = fk.sample(data.velocity, noise, 20)
     x = fk.sample(data.velocity, noise, fk.Solver.adams_bashforth(4, 2))
@@ -176,10 +178,10 @@ def test_what_is_there_is_not_computed_again(measured, tmp_path, capsys, monkeyp
     (tmp_path / "quality.csv").write_text("\n".join(short) + "\n")
     made = []
     for name in ("uniform", "ab2"):
-        old = quality.ROWS[name]
+        old = quality_rows.ROWS[name]
         make = lambda run, old=old, name=name: made.append((name, run.seed)) or old.make(run)  # noqa: E731
-        new = quality.Row(old.title, make, calibrated=old.calibrated)
-        monkeypatch.setitem(quality.ROWS, name, new)
+        new = quality_rows.Row(old.title, make, calibrated=old.calibrated)
+        monkeypatch.setitem(quality_rows.ROWS, name, new)
     options = ["--quick", "--threads", "1", "--seeds", "2", "--rows", "uniform,ab2", "--out", str(tmp_path)]
     assert main.main(["bench", "quality", *options]) == 0
     assert made == [("ab2", 1)]
@@ -200,7 +202,7 @@ def test_a_row_that_fails_does_not_stop_the_others(monkeypatch, capsys):
     def fails(run):
         raise RuntimeError("no solver")
 
-    monkeypatch.setitem(quality.ROWS, "ab2", quality.Row("", fails))
+    monkeypatch.setitem(quality_rows.ROWS, "ab2", quality_rows.Row("", fails))
     assert main.main(["bench", "quality", "--quick", "--threads", "1", "--rows", "ab2,ab3"]) == 1
     out = capsys.readouterr().out
     assert "mixture2, seed 0: ab2 failed" in out
@@ -211,7 +213,7 @@ def test_a_row_that_fails_does_not_stop_the_others(monkeypatch, capsys):
 def test_missing_data_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("FASHION_MNIST_DIR", str(tmp_path))
     said = []
-    assert quality._there(lambda: quality.fashion("t10k")[0], said.append) is None
+    assert data_sets._there(lambda: data_sets.fashion("t10k")[0], said.append) is None
     assert "no distances to data: " in said[0]
     assert str(tmp_path) in said[0]
 
@@ -258,7 +260,7 @@ def test_report(measured, tmp_path):
         return sum(float(rows["mixture2", seed, name, N][key]) for seed in "01") / 2
 
     lost = {
-        (quality.ROWS[name].title, N)
+        (quality_rows.ROWS[name].title, N)
         for _, _, name, N in rows
         if name != "teacher" and N in "124" and mean(name, N) > (1 + 1e-4) * mean("uniform", N)
     }
@@ -273,8 +275,8 @@ def test_report(measured, tmp_path):
     table = text[text.index("| row | N = 1") :].splitlines()
     cells = next(line for line in table if line.startswith("| uniform, Adams-Bashforth 2 ")).split(" | ")
     assert cells[3].startswith(f"{mean('ab2', '4', 'rms'):.3g} ± ") or cells[3].startswith("**")
-    there = [name for name in quality.ROWS if name not in ("heun", "straightened")]
+    there = [name for name in quality_rows.ROWS if name not in ("heun", "straightened")]
     best = min((mean(name, "4", "rms"), name) for name in there)
-    winner = next(line for line in table if line.startswith(f"| {quality.ROWS[best[1]].title} |"))
+    winner = next(line for line in table if line.startswith(f"| {quality_rows.ROWS[best[1]].title} |"))
     assert f"| **{best[0]:.3g}** ± " in winner
     assert "| fashion, N = 8: Frechet distance, of the teacher's | <= 1.05 |  | not measured |" in text

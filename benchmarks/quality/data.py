@@ -1,0 +1,172 @@
+"""What the quality of samples is measured on: models, their data, and how much work is done on each."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.closed_form import GaussianMixtureVelocity
+from flowkernels.models.networks import ResidualMLP
+
+from .datasets import digits, fashion
+from .metrics import Classifier, Energy, Frechet
+
+STEPS = (1, 2, 3, 4, 6, 8, 10)
+
+
+@dataclass(frozen=True)
+class Straightening:
+    """What `fk.straighten` is given, for each N of `steps` and the first `seeds` seeds."""
+
+    steps: tuple[int, ...]
+    iterations: int
+    batch: int
+    bank: int
+    lr: float
+    ema: float
+    seeds: int = 3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much work a data set is: noises of a calibration, held-out noises, K, how many of the held-out noises the
+    finer teacher is rolled out from, samples and iterations of `fk.polish`, and the largest N that it is worth."""
+
+    calibration: int
+    held_out: int
+    straighten: Straightening
+    grid: int = 100
+    steps: tuple[int, ...] = STEPS
+    finer: int = 256
+    polish: tuple[int, int, int] = (512, 6, 10)
+
+    def quick(self) -> "Sizes":
+        little = replace(self.straighten, steps=(2,), iterations=8, batch=16, bank=32)
+        return Sizes(64, 128, little, grid=20, steps=(1, 2, 4), finer=16, polish=(32, 2, 4))
+
+
+SIZES = {
+    "mixture2": Sizes(1024, 4096, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
+    "mixture64": Sizes(1024, 4096, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
+    "digits": Sizes(1024, 2048, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
+    "fashion": Sizes(256, 384, Straightening((4, 8), 128, 64, 256, 2e-4, 0.95, seeds=1), finer=64, polish=(96, 3, 6)),
+}
+
+
+@dataclass
+class Data:
+    """A data set's model and what its samples are compared with.
+
+    velocity: the model of the benchmark, teacher and students alike. network: the module in float32 behind it.
+    student: makes the module that straightening trains. real: samples of the data, None where there are none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    velocity: Callable
+    network: nn.Module
+    student: Callable[[], nn.Module]
+    distance: Energy | Frechet
+    real: Tensor | None
+    model: str
+
+
+class Corrected(nn.Module):
+    """A closed-form velocity plus a network, zero at first: what straightening trains where there are no weights."""
+
+    def __init__(self, field: nn.Module, dim: int):
+        super().__init__()
+        self.field, self.net = field, ResidualMLP(dim, width=128, blocks=2, time_width=64)
+        nn.init.zeros_(self.net.output.weight), nn.init.zeros_(self.net.output.bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.field(x, t) + self.net(x, t)
+
+
+class Bfloat16(nn.Module):
+    """A convolutional network under bfloat16 autocast, float32 outside."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x.contiguous(memory_format=torch.channels_last), t).float()
+
+
+class InBatches:
+    """A compiled velocity called on batches of one size, the last one padded, so that it is compiled once.
+
+    eager: the same for states that need gradients, which would be compiled anew.
+    """
+
+    def __init__(self, velocity: Callable, eager: Callable, size: int):
+        self.velocity, self.eager, self.size = velocity, eager, size
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        if x.requires_grad:
+            return self.eager(x, t)
+        parts = []
+        for a, b in zip(x.split(self.size), t.split(self.size), strict=True):
+            short = self.size - len(a)
+            a = torch.cat([a, a[:1].expand(short, *a.shape[1:])]) if short else a
+            b = torch.cat([b, b[:1].expand(short)]) if short else b
+            parts.append(self.velocity(a.contiguous(), b.contiguous())[: self.size - short])
+        return torch.cat(parts)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def mixture2() -> GaussianMixtureVelocity:
+    """Eight modes on a ring of radius 2, weighted 1 to 8."""
+    angle = torch.arange(8) * math.pi / 4
+    return GaussianMixtureVelocity(2 * torch.stack([angle.cos(), angle.sin()], 1), 0.15, range(1, 9))
+
+
+def mixture64() -> GaussianMixtureVelocity:
+    """Sixteen random modes in 64 dimensions, some 6 apart, of different widths and weights."""
+    g = generator(0)
+    means = torch.randn(16, 64, generator=g) / 2
+    return GaussianMixtureVelocity(means, 0.1 + 0.4 * torch.rand(16, generator=g), 1 + torch.rand(16, generator=g))
+
+
+def load(name: str, say: Callable[[str], None]) -> Data:
+    """A data set by name; what it lacks on this machine is said."""
+    if name in ("mixture2", "mixture64"):
+        net = mixture2() if name == "mixture2" else mixture64()
+        real = net.sample(SIZES[name].held_out, generator(12345))
+        student = lambda: Corrected(copy.deepcopy(net), net.means.shape[1])  # noqa: E731
+        return Data(name, net.shape, net, net, student, Energy(), real, "closed form, float32")
+    net = BUNDLED[name].load().requires_grad_(False)
+    make = lambda: copy.deepcopy(net).requires_grad_(True)  # noqa: E731
+    if name == "digits":
+        real = _there(lambda: digits()[0], say)
+        return Data(name, BUNDLED[name].shape, net, net, make, Energy(), real, "residual MLP, float32")
+    real = _there(lambda: fashion("t10k")[0], say)
+    distance = Frechet(Classifier.load()[0])
+    shape = BUNDLED[name].shape
+    eager = Bfloat16(copy.deepcopy(net))
+    compiled = InBatches(torch.compile(eager, dynamic=False), eager, 64)
+    try:
+        with torch.no_grad():
+            compiled(torch.zeros(1, *shape), torch.zeros(1))
+    except Exception as e:  # whatever a missing or broken compiler makes torch raise
+        say(f"fashion: not compiled, so in float32 ({str(e).strip().splitlines()[0]})")
+        return Data(name, shape, net, net, make, distance, real, "UNet, float32")
+    model = "UNet, bfloat16 autocast, torch.compile, batches of 64"
+    return Data(name, shape, compiled, net, lambda: Bfloat16(make()), distance, real, model)
+
+
+def _there(read: Callable[[], Tensor], say: Callable[[str], None]) -> Tensor | None:
+    try:
+        return read()
+    except (OSError, ImportError) as e:
+        say(f"no distances to data: {e}")
+        return None

@@ -1,0 +1,187 @@
+"""The rows: schedules and solvers whose samples are compared, each made from a calibration or without one."""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import flowkernels as fk
+from flowkernels import Solver
+
+from .data import Data, Sizes, generator
+
+
+class Counted:
+    """A velocity that counts the samples it is evaluated on; a pass back through it counts as two evaluations."""
+
+    def __init__(self, velocity: Callable):
+        self.velocity, self.count = velocity, 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.seen(self.velocity(x, t))
+
+    def seen(self, v: Tensor) -> Tensor:
+        self.count += len(v)
+        if v.requires_grad:
+            v.register_hook(lambda gradient: self.passed_back(len(gradient)))
+        return v
+
+    def passed_back(self, n: int) -> None:
+        self.count += 2 * n
+
+
+@dataclass
+class Run:
+    """What a row is made from: the model, which counts its evaluations, and its calibration.
+
+    note: what the row has to say of itself.
+    """
+
+    data: Data
+    sizes: Sizes
+    seed: int
+    velocity: Counted
+    cal: fk.Calibration
+    note: str = ""
+
+    def noise(self, n: int, use: int) -> Tensor:
+        """Noise of its own for each seed and use: 0 calibration, 1 held out, 2 straightening."""
+        return torch.randn(n, *self.data.shape, generator=generator(1000 * self.seed + use))
+
+
+@dataclass(frozen=True)
+class Row:
+    """make: run -> {N: Solver or Schedule, or a pair of one and another velocity}.
+
+    calibrated: whether it uses the calibration, whose K evaluations a sample it then answers for.
+    trained: whether weights change. known: published elsewhere, here to compare with.
+    """
+
+    title: str
+    make: Callable[[Run], dict]
+    calibrated: bool = True
+    trained: bool = False
+    known: bool = False
+
+
+ROWS: dict[str, Row] = {}
+
+
+def row(name: str, title: str, **settings):
+    def add(make):
+        ROWS[name] = Row(title, make, **settings)
+        return make
+
+    return add
+
+
+def warped(name: str, title: str, warp: Callable[[Tensor], Tensor]) -> None:
+    """A row of Euler steps on the knots warp(u), u uniform."""
+
+    def make(run: Run) -> dict:
+        u = {N: torch.linspace(0, 1, N + 1, dtype=torch.float64) for N in run.sizes.steps}
+        return {N: Solver.euler(warp(u[N]).clamp(0, 1)) for N in u}
+
+    ROWS[name] = Row(title, make, calibrated=False, known=True)
+
+
+def multistep(name: str, title: str, order: int, calibrated: bool) -> None:
+    def make(run: Run) -> dict:
+        return {N: Solver.adams_bashforth(run.cal[N] if calibrated else N, order) for N in run.sizes.steps}
+
+    ROWS[name] = Row(title, make, calibrated=calibrated, known=not calibrated)
+
+
+def planned(name: str, title: str, objective: str, **settings) -> None:
+    """A row of the Bellman recursion with another objective."""
+
+    def plans(run) -> dict:
+        return run.cal.find(run.sizes.steps, objective=objective, velocity=run.velocity)
+
+    ROWS[name] = Row(title, plans, **settings)
+
+
+warped("uniform", "uniform, Euler", lambda u: u)
+# of sigma = 1 - t: sigma' = 3 sigma / (1 + 2 sigma). Source: Esser et al. (arXiv 2403.03206), section 5.3.2
+warped("shifted", "shifted by 3, Euler", lambda u: u / (3 - 2 * u))
+# the cosine schedule's signal-to-noise ratio on a flow's straight paths. Source: Nichol and Dhariwal
+# (arXiv 2102.09672); as CosMap in Esser et al., section 3.1
+warped("cosine", "cosine, Euler", lambda u: 1 / (1 + 1 / torch.tan(u * math.pi / 2)))
+ROWS["boss"] = Row("BOSS's schedule, Euler", lambda run: {N: run.cal[N] for N in run.sizes.steps}, known=True)
+planned("gits", "GITS's schedule, Euler", "gits", known=True)
+planned("oss", "OSS's schedule, Euler", "student", known=True)
+planned("norm", "E abs(e), Euler", "norm")
+planned("endpoint", "errors at the endpoint, Euler", "endpoint")
+planned("free", "free model times, Euler", "free")
+multistep("ab2", "uniform, Adams-Bashforth 2", 2, calibrated=False)
+multistep("ab3", "uniform, Adams-Bashforth 3", 3, calibrated=False)
+multistep("boss_ab2", "BOSS's schedule, Adams-Bashforth 2", 2, calibrated=True)
+multistep("boss_ab3", "BOSS's schedule, Adams-Bashforth 3", 3, calibrated=True)
+planned("pairs", "pairs of knots, Adams-Bashforth 2", "pairs")
+
+
+@row("heun", "uniform, Heun", calibrated=False, known=True)
+def _(run: Run) -> dict:
+    """By evaluations, of which Heun takes an odd number; all of them, so that there is a curve."""
+    return {2 * N - 1: Solver.heun(N) for N in range(1, max(run.sizes.steps) // 2 + 1)}
+
+
+@row("fitted", "fitted")
+def fitted(run: Run) -> dict:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what the note says
+        found = {N: fk.fit_solver(run.velocity, run.cal, N) for N in run.sizes.steps}
+    back = [f"{solver.name} at N = {N}" for N, solver in found.items() if solver.name != "fitted"]
+    run.note = f"not better on its own held-out samples, so {', '.join(back)}" if back else ""
+    return found
+
+
+@row("fitted3", "fitted, on the best of three knots")
+def _(run: Run) -> dict:
+    """BOSS's, E|e|'s and those of errors carried to the endpoint; the held-out samples choose for each N."""
+    steps = run.sizes.steps
+    plans = [run.cal.find(steps, objective=o, velocity=run.velocity) for o in ("squared", "norm", "endpoint")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # where Adams-Bashforth or Euler is better, it is that
+        return {N: fk.fit_solver(run.velocity, run.cal, N, schedule=[p[N] for p in plans]) for N in steps}
+
+
+@row("polished", "fitted, polished")
+def _(run: Run) -> dict:
+    samples, iterations, most = run.sizes.polish
+    options = dict(samples=samples, iterations=iterations)
+    found = {N: s if most < N else fk.polish(run.velocity, run.cal, s, **options) for N, s in fitted(run).items()}
+    run.note = f"on {samples} samples, at most {iterations} iterations, N up to {most}"
+    return found
+
+
+@row("straightened", "BOSS's schedule, Euler, straightened", trained=True)
+def _(run: Run) -> dict:
+    s = run.sizes.straighten
+    if run.seed >= s.seeds:
+        return {}
+    found = {}
+    for N in s.steps:
+        torch.manual_seed(run.seed)
+        student = run.data.student()
+        student.register_forward_hook(lambda module, inputs, v: run.velocity.seen(v))
+        result = fk.straighten(
+            student,
+            run.velocity,
+            run.cal[N],
+            noise=run.noise(s.bank, 2),
+            init="keep",
+            iterations=s.iterations,
+            batch=s.batch,
+            lr=s.lr,
+            ema=s.ema,
+            warmup=s.iterations // 10,
+            seed=run.seed,
+            progress=False,
+        )
+        found[N] = run.cal[N], result.student.requires_grad_(False)
+    run.note = f"{s.iterations} iterations of {s.batch} on {s.bank} trajectories"
+    return found
