@@ -4,6 +4,8 @@ import contextlib
 import csv
 import math
 import re
+import subprocess
+import sys
 import time
 import types
 
@@ -155,6 +157,14 @@ def test_list_runs_nothing(capsys):
     assert main.main(["bench", "velocity_gram", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"velocity_gram: {case.name}" for case in suite.cases("velocity_gram", CPU)]
+
+
+def test_as_a_module(capsys):
+    command = [sys.executable, "-m", "flowkernels.bench", "bellman", "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert main.main(["bench", *command[3:]]) == 0
+    assert done.stdout == capsys.readouterr().out != ""
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import _gpu_checks  # noqa: E402
 import torch  # noqa: E402
 
 from flowkernels.ops import OPS  # noqa: E402
+from flowkernels.ops._samples import moved  # noqa: E402
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def run(ops: list[str], device: str) -> None:
     for op in ops or OPS:
         samples = [s for s in _gpu_checks.samples(op) if 0 < s.args[0].numel() < 20_000]
         for sample in samples[:: max(1, len(samples) // 6)]:  # a few, from all over
-            _gpu_checks.call(op, _gpu_checks.moved(sample, device))
+            _gpu_checks.call(op, moved(sample, device))
         if device != "cpu":
             torch.cuda.synchronize()
         print(f"{op}: ran", flush=True)
