@@ -16,8 +16,8 @@ import flowkernels as fk
 from flowkernels import ops
 from flowkernels.bench.case import Case, Work, ours
 from flowkernels.models.bundled import BUNDLED
-from flowkernels.ops._library import KERNELS
 from flowkernels.ops.euler_step import stepper
+from flowkernels.ops.library import KERNELS
 from flowkernels.ops.mlp_sample import samples as mlp_samples
 from flowkernels.ops.straighten_loss import samples as loss_samples
 from flowkernels.runtime import backends

@@ -24,7 +24,7 @@ from flowkernels.ops import (
     straighten_loss,
     velocity_gram,
 )
-from flowkernels.ops._calls import record_calls
+from flowkernels.ops.recorded_calls import record_calls
 from flowkernels.runtime import backends
 from flowkernels.runtime.backends import BackendError, backend, explain
 from flowkernels.runtime.ranges import profile_ranges

@@ -15,7 +15,7 @@ import torch  # noqa: E402
 
 from flowkernels import ops  # noqa: E402
 from flowkernels.bench import suite  # noqa: E402
-from flowkernels.ops._samples import moved, samples_of  # noqa: E402
+from flowkernels.ops.samples import moved, samples_of  # noqa: E402
 
 
 def find(op: str, which: str, device: torch.device):

@@ -6,7 +6,7 @@
 
 A line for each run; then for each op how often it was compared and the largest error in units of its bound. What fails
 is repeated by the variables that its line begins with, in front of pytest. Seeds: FLOWKERNELS_TEST_SEED, which
-flowkernels/ops/_samples.py describes, and Hypothesis' own.
+flowkernels/ops/samples.py describes, and Hypothesis' own.
 """
 
 import argparse

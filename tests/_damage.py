@@ -33,7 +33,7 @@ import flowkernels as fk
 from flowkernels._files import SUM, sealed
 from flowkernels.cli import inputs
 from flowkernels.models import bundled, networks, weights
-from flowkernels.ops import _calls, _tuned
+from flowkernels.ops import recorded_calls, tuned
 
 MEMORY = 200 << 20
 GPU = "Some GPU"
@@ -112,7 +112,7 @@ def write_calls(path):
 
 
 def read_calls(path):
-    found = _calls.open_calls(path)
+    found = recorded_calls.open_calls(path)
     arguments = [call.arguments() for call in found.calls]
     for given, call in zip(arguments, found.calls, strict=True):
         for name in call.written:
@@ -121,7 +121,7 @@ def read_calls(path):
 
 
 def write_tuned(path):
-    shipped, _ = _tuned.kernels("bellman")
+    shipped, _ = tuned.kernels("bellman")
     table = {"format": 1, "device": GPU, "date": "2026-01-02", "configs": shipped, "times": {"bellman_step": {"of": 4}}}
     path.write_text(json.dumps(sealed(table), indent=1))
 
@@ -146,7 +146,7 @@ FORMATS = {
     "plain.safetensors": (lambda path: save_file(field().state_dict(), path), read_checkpoint),
     "weights.pt": (lambda path: torch.save(field().state_dict(), path), read_checkpoint),
     "calls.safetensors": (write_calls, read_calls),
-    "tuned.json": (write_tuned, lambda path: _plain(_tuned.read(path, GPU))),
+    "tuned.json": (write_tuned, lambda path: _plain(tuned.read(path, GPU))),
     "training.pt": (lambda path: _straighten(path, resume=False), read_training),
 }
 UNCHECKED = {"old.boss.json", "plain.safetensors"}  # in these, nothing says what was written
@@ -306,7 +306,7 @@ def edit_metadata(r, data, others):
         edit(r, value)
     texts[key] = dumps(value).decode() if r.random() < 0.95 else "[" * 100_000
     if key == "flowkernels":
-        texts["sha256"] = _calls._digest(texts[key])
+        texts["sha256"] = recorded_calls._digest(texts[key])
     elif r.random() < 0.5:
         texts.pop(SUM, None)
     text = dumps(header)

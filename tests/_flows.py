@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels.models.closed_form import EmpiricalVelocity
-from flowkernels.ops._samples import generator
+from flowkernels.ops.samples import generator
 
 
 def normal(*shape: int, seed: int = 0, dtype=torch.float32) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flowkernels import ops
-from flowkernels.ops._samples import Sample, moved, op_args, samples_of
+from flowkernels.ops.samples import Sample, moved, op_args, samples_of
 from flowkernels.runtime import environment
 from flowkernels.runtime.backends import backend
 

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from flowkernels.ops._samples import absolute, generator, lift, of_products, rounding
 from flowkernels.ops._wide import Wide
+from flowkernels.ops.samples import absolute, generator, lift, of_products, rounding
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (f64, f32, bf16, f16)}

@@ -20,7 +20,7 @@ from flowkernels import integrations, ops
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.closed_form import GaussianMixtureVelocity
 from flowkernels.models.networks import ResidualMLP
-from flowkernels.ops import _calls
+from flowkernels.ops import recorded_calls
 
 QUIET = dict(progress=False)
 GRID, N = 8, 2
@@ -222,11 +222,11 @@ def objects(w, tmp_path):
 
 
 @stage
-def recorded_calls(w, tmp_path):
+def stored_calls(w, tmp_path):
     path = tmp_path / f"{threading.get_ident()}.safetensors"
     with fk.record_calls("euler_step", path, calls=1):
         x = fk.sample(w["net"], w["noise"], 2)
-    return [x, len(_calls.open_calls(path).calls)]
+    return [x, len(recorded_calls.open_calls(path).calls)]
 
 
 @stage

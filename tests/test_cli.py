@@ -25,7 +25,7 @@ from flowkernels._files import whole_folder
 from flowkernels.cli import demo, inputs, report
 from flowkernels.cli.main import main
 from flowkernels.models.bundled import BUNDLED, load_network
-from flowkernels.ops import _tuned
+from flowkernels.ops import tuned
 from flowkernels.runtime import backends
 
 MODULE = """
@@ -435,9 +435,9 @@ def test_info(run):
     assert re.search(r"^\(1\) (the driver shows no GPU|this build has no CUDA kernels)", out, re.MULTILINE)
     assert f"  triton          {backends.HAS_RUN['triton']}\n" in out
     assert "  euler_step on cpu: cpu\n" in out
-    assert out.endswith(f"\nconfigurations of Triton kernels: {_tuned.in_words()}\n")
+    assert out.endswith(f"\nconfigurations of Triton kernels: {tuned.in_words()}\n")
     told = json.loads(run("info --json")[0])
-    assert told["triton_configurations"] == _tuned.in_words()
+    assert told["triton_configurations"] == tuned.in_words()
     assert told["environment"]["torch"] == torch.__version__
     assert told["environment"]["triton"] == importlib.metadata.version("triton")
     assert set(told["ops"]["bellman"]) == set(told["has_run"]) == set(backends.BACKENDS)

@@ -17,8 +17,8 @@ from flowkernels.fusion import sampler as sampler_module
 from flowkernels.fusion.lowering import Lowering
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import ResidualMLP, TimeEmbedding
-from flowkernels.ops._samples import Sample, generator
 from flowkernels.ops.mlp_sample.samples import error_and_bound
+from flowkernels.ops.samples import Sample, generator
 from flowkernels.runtime.backends import backend
 
 ACTIVATIONS = {

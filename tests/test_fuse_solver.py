@@ -8,8 +8,8 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels.fusion import sampler as sampler_module
-from flowkernels.ops._samples import Sample, generator
 from flowkernels.ops.mlp_sample.samples import error_and_bound
+from flowkernels.ops.samples import Sample, generator
 from flowkernels.runtime.backends import BACKENDS, backend
 
 F64 = torch.float64

@@ -17,7 +17,7 @@ from _contract import tensors
 from test_capture import HostGraph, Recording
 from torch.utils._pytree import tree_map_only
 
-from flowkernels.ops import OPS, _triton
+from flowkernels.ops import OPS, triton_common
 from flowkernels.runtime import environment
 from flowkernels.runtime.backends import CUDA_OPS, backend
 
@@ -70,13 +70,13 @@ def test_the_kernels_on_the_host_pass(op, check):
 def test_checks_run_the_kernels_in_triton(check, monkeypatch):
     """Those of one op, interpreted: test_contract.py has all."""
     monkeypatch.setattr(Graph, "on", "triton")
-    launch, launched = _triton.launch, []
+    launch, launched = triton_common.launch, []
 
     def record(*args, **options):
         launched.append(1)
         launch(*args, **options)
 
-    monkeypatch.setattr(_triton, "launch", record)
+    monkeypatch.setattr(triton_common, "launch", record)
     assert check("euler_step", CPU, "triton") == []
     assert len(launched) >= KEPT - 2  # all but the empty ones
 

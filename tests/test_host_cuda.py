@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowkernels import ops
-from flowkernels.ops._library import DTYPE_CODES
-from flowkernels.ops._samples import generator
+from flowkernels.ops.library import DTYPE_CODES
+from flowkernels.ops.samples import generator
 from flowkernels.runtime import backends
 from flowkernels.runtime.backends import CUDA_OPS, backend
 

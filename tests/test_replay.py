@@ -20,10 +20,10 @@ from flowkernels.bench import replay
 from flowkernels.bench.timers import WallClock
 from flowkernels.cli.main import main
 from flowkernels.models.networks import ResidualMLP
-from flowkernels.ops import OPS, _calls
-from flowkernels.ops._calls import open_calls
-from flowkernels.ops._samples import Sample
+from flowkernels.ops import OPS, recorded_calls
 from flowkernels.ops.mlp_sample import Layer, Source
+from flowkernels.ops.recorded_calls import open_calls
+from flowkernels.ops.samples import Sample
 from flowkernels.runtime import environment, ranges
 
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
@@ -77,7 +77,7 @@ def assert_same(found, given):
             continue
         assert identical(a, b)
         assert a.stride() == b.stride()
-        assert a.numel() == 0 or (a.data_ptr() - b.data_ptr()) % _calls.PAGE == 0
+        assert a.numel() == 0 or (a.data_ptr() - b.data_ptr()) % recorded_calls.PAGE == 0
     assert places(found) == places(given)
 
 
@@ -254,7 +254,7 @@ def test_a_full_disk_does_not_stop_the_program(tmp_path, monkeypatch):
 
     def run():
         results.append(euler(3))
-        monkeypatch.setattr(_calls.Recording, "_store", full)
+        monkeypatch.setattr(recorded_calls.Recording, "_store", full)
         results.extend([euler(4), euler(5)])
 
     with pytest.raises(OSError, match="No space left"):
@@ -335,7 +335,7 @@ def test_calls_in_a_graph_are_refused_and_later_ones_are_not(tmp_path, monkeypat
             return getattr(torch.ones(3), name)
 
     x = torch.ones(3)
-    monkeypatch.setattr(_calls, "_signature", lambda op, args: op)
+    monkeypatch.setattr(recorded_calls, "_signature", lambda op, args: op)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with fk.record_calls("euler_step", tmp_path / "a") as recording:
         for _ in range(2):
@@ -467,7 +467,7 @@ def test_a_wrong_output_of_the_form_that_writes(name, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize("op", OPS)
 def test_parts_of_a_large_sample(op, monkeypatch):
     """Every part of a right result is right, all of it is looked at, and a wrong element is found in any part."""
-    monkeypatch.setattr("flowkernels.ops._samples.PART", 2000 if op in ("mlp_sample", "velocity_gram") else 64)
+    monkeypatch.setattr("flowkernels.ops.samples.PART", 2000 if op in ("mlp_sample", "velocity_gram") else 64)
     for sample in [*SAMPLES[op].sample_inputs()][:: 4 if op == "mlp_sample" else 1]:  # which takes a second each
         got = call(op, sample)
         error, bound, share = replay.check(op, sample, got, {})
@@ -517,7 +517,7 @@ def rewritten(path, change):
         about, tensors = json.loads(f.metadata()["flowkernels"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     change(about)
     text = json.dumps(about)
-    save_file(tensors, path, {"flowkernels": text, "sha256": _calls._digest(text)})
+    save_file(tensors, path, {"flowkernels": text, "sha256": recorded_calls._digest(text)})
 
 
 def flip(path):

@@ -17,7 +17,7 @@ import torch
 
 from flowkernels.bench import suite
 from flowkernels.ops import OPS
-from flowkernels.ops._samples import generator
+from flowkernels.ops.samples import generator
 from flowkernels.runtime import backends
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from flowkernels.bench import suite, tune
 from flowkernels.bench.case import Case, Work, ours
 from flowkernels.bench.tune import Tuner, candidates
 from flowkernels.cli import main
-from flowkernels.ops import OPS, _triton, _tuned, bellman
+from flowkernels.ops import OPS, bellman, triton_common, tuned
 from flowkernels.ops.bellman.samples import Sample, error_and_bound
 from flowkernels.ops.bellman.triton_kernel import CONFIGS, SEARCH
 from flowkernels.runtime import environment
@@ -42,8 +42,8 @@ class Clock:
 
     def seconds(self, call, loops):
         assert loops == 3
-        self.seen.append(dict(_triton._configs))
-        return next(self.drift) * self.planted(_triton._configs)
+        self.seen.append(dict(triton_common._configs))
+        return next(self.drift) * self.planted(triton_common._configs)
 
 
 def at(kernel, times, otherwise=1.0):
@@ -82,7 +82,7 @@ def search(clock, works, kernel="bellman_step", tried=None, said=None, **options
 @pytest.fixture
 def launched(monkeypatch):
     """`launched(config, then)`: after a launch with the configuration, `then(arguments)`."""
-    launch = _triton.launch
+    launch = triton_common.launch
 
     def plant(config, then):
         def planted(kernel, grid, *args, on, config, **constants):
@@ -91,7 +91,7 @@ def launched(monkeypatch):
                 then(args)
 
         of = config
-        monkeypatch.setattr(_triton, "launch", planted)
+        monkeypatch.setattr(triton_common, "launch", planted)
 
     return plant
 
@@ -249,7 +249,7 @@ def test_a_case_that_does_not_fit_is_left_out(cases):
 @pytest.mark.parametrize("op", OPS)
 def test_the_benchmark_launches_them(op):
     """Through the provider of its cases that tuning takes. The smallest, since they are interpreted."""
-    configs, said = _tuned.kernels(op)[0], []
+    configs, said = tuned.kernels(op)[0], []
     smallest = min(suite.cases(op, CPU), key=lambda case: case.size)
     found = Tuner(None, said.append).cases_of([smallest], {})
     assert found
@@ -286,11 +286,11 @@ def test_minutes(cases, monkeypatch):
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_tables_of_ops(op):
-    configs, tried = _tuned.kernels(op)
+    configs, tried = tuned.kernels(op)
     assert configs.keys() >= tried.keys()
     for kernel, config in configs.items():
         assert kernel.startswith(op)
-        _tuned._expect_config(config, kernel, config, tried.get(kernel, {}))
+        tuned._expect_config(config, kernel, config, tried.get(kernel, {}))
     for spans in tried.values():
         assert all(len(set(values)) == len(values) > 1 for values in spans.values())
 
@@ -302,8 +302,8 @@ def test_the_tables_of_ops(op):
 def gpu(monkeypatch, tmp_path):
     """A machine with one GPU, as far as tables go; the user's cache is in a folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(_tuned.VARIABLE, raising=False)
-    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.setattr(triton_common, "INTERPRETED", False)
     source = dict(device=GPU, driver="580.1", cuda="13.0", torch="2.13", flowkernels="1", commit="c", date="2026-01-02")
     for name, value in dict(
         **dict(device_count=lambda: 1, current_device=lambda: 0, get_device_name=lambda device=None: GPU),
@@ -311,10 +311,10 @@ def gpu(monkeypatch, tmp_path):
     ).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(environment, "provenance", lambda device: source)
-    for cached in (_tuned.asked, _tuned.of_device):
+    for cached in (tuned.asked, tuned.of_device):
         cached.cache_clear()
     yield tmp_path / "cache/flowkernels/triton-some-gpu-80gb.json"
-    for cached in (_tuned.asked, _tuned.of_device):
+    for cached in (tuned.asked, tuned.of_device):
         cached.cache_clear()
 
 
@@ -332,22 +332,22 @@ def test_the_default_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     for cache, folder in [("/c", "/c"), ("", "/home/someone/.cache"), ("relative", "/home/someone/.cache")]:
         monkeypatch.setenv("XDG_CACHE_HOME", cache)
-        path = _tuned.default_path("NVIDIA H100 80GB HBM3")
+        path = tuned.default_path("NVIDIA H100 80GB HBM3")
         assert str(path) == f"{folder}/flowkernels/triton-nvidia-h100-80gb-hbm3.json"
 
 
 def test_the_table_in_the_cache_is_used(gpu):
     written(gpu, table())
-    assert _triton.config_of(CONFIGS, "bellman_step") == FAST
-    assert _triton.config_of(CONFIGS, "bellman_check") == CHECK
+    assert triton_common.config_of(CONFIGS, "bellman_step") == FAST
+    assert triton_common.config_of(CONFIGS, "bellman_check") == CHECK
     gpu.unlink()  # it has been read
-    assert _triton.config_of(CONFIGS, "bellman_step") == FAST
+    assert triton_common.config_of(CONFIGS, "bellman_step") == FAST
 
 
 def test_kernels_are_launched_with_it(gpu, monkeypatch):
     written(gpu, table())
     seen = []
-    monkeypatch.setattr(_triton, "launch", lambda kernel, *args, on, config, **constants: seen.append(config))
+    monkeypatch.setattr(triton_common, "launch", lambda kernel, *args, on, config, **constants: seen.append(config))
     kernels = importlib.import_module("flowkernels.ops.bellman.triton_kernel")
     monkeypatch.setattr(kernels, "_refuse", lambda *args: None)  # nothing has been written
     with backend("triton"):
@@ -356,7 +356,7 @@ def test_kernels_are_launched_with_it(gpu, monkeypatch):
 
 
 def test_no_table_is_no_warning(gpu, caplog):
-    assert _triton.config_of(CONFIGS, "bellman_step") == STEP
+    assert triton_common.config_of(CONFIGS, "bellman_step") == STEP
     assert not caplog.records
 
 
@@ -364,12 +364,12 @@ def test_no_table_is_no_warning(gpu, caplog):
 def test_where_no_table_is_read(gpu, monkeypatch, where):
     written(gpu, table())
     if where == "in the interpreter":
-        monkeypatch.setattr(_triton, "INTERPRETED", True)
+        monkeypatch.setattr(triton_common, "INTERPRETED", True)
     elif where == "turned off":
-        monkeypatch.setenv(_tuned.VARIABLE, "")
+        monkeypatch.setenv(tuned.VARIABLE, "")
     else:
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    assert _triton.config_of(CONFIGS, "bellman_step") == STEP
+    assert triton_common.config_of(CONFIGS, "bellman_step") == STEP
 
 
 BAD = {
@@ -405,7 +405,7 @@ def test_a_bad_table(gpu, bad, monkeypatch, caplog, tmp_path):
     content, message = BAD[bad]
     written(gpu, content)
     with caplog.at_level(logging.WARNING, "flowkernels"):
-        assert [_triton.config_of(CONFIGS, "bellman_step") for _ in range(2)] == [STEP] * 2
+        assert [triton_common.config_of(CONFIGS, "bellman_step") for _ in range(2)] == [STEP] * 2
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith(f"shipped configurations of Triton kernels are used: {gpu}: ")
@@ -413,12 +413,12 @@ def test_a_bad_table(gpu, bad, monkeypatch, caplog, tmp_path):
         raise ValueError(record.getMessage())
 
     path = written(tmp_path / "mine.json", content)
-    monkeypatch.setenv(_tuned.VARIABLE, str(path))
-    for cached in (_tuned.asked, _tuned.of_device):
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    for cached in (tuned.asked, tuned.of_device):
         cached.cache_clear()
     for _ in range(2):
         with pytest.raises(ValueError, match=f"^{path}: {message}"):
-            _triton.config_of(CONFIGS, "bellman_step")
+            triton_common.config_of(CONFIGS, "bellman_step")
 
 
 def test_a_table_that_was_changed(gpu):
@@ -426,38 +426,38 @@ def test_a_table_that_was_changed(gpu):
     content["configs"]["bellman_step"] = STEP
     written(gpu, json.dumps(content))
     with pytest.raises(ValueError, match=f"^{gpu}: expected .* is damaged .its sha256 is that of other contents"):
-        _tuned.read(gpu, GPU)
+        tuned.read(gpu, GPU)
     del content["sha256"]
     written(gpu, json.dumps(content))
     with pytest.warns(UserWarning, match=f"^{gpu} has no sha256"):
-        assert _tuned.read(gpu, GPU) == content
+        assert tuned.read(gpu, GPU) == content
 
 
 def test_a_table_that_was_asked_for(gpu, monkeypatch, tmp_path):
     written(gpu, table())
     path = tmp_path / "mine.json"
-    monkeypatch.setenv(_tuned.VARIABLE, str(path))
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
     with pytest.raises(ValueError, match=rf"^{path}: expected a table .*, got FileNotFoundError"):
-        _triton.config_of(CONFIGS, "bellman_step")
+        triton_common.config_of(CONFIGS, "bellman_step")
     written(path, table(configs={"bellman_check": CHECK | {"BLOCK": 64}}))
-    assert _triton.config_of(CONFIGS, "bellman_check")["BLOCK"] == 64
-    assert _triton.config_of(CONFIGS, "bellman_step") == STEP
+    assert triton_common.config_of(CONFIGS, "bellman_check")["BLOCK"] == 64
+    assert triton_common.config_of(CONFIGS, "bellman_step") == STEP
 
 
 def test_use_comes_before_a_table(gpu):
     written(gpu, table())
-    with _triton.use({"bellman_check": CHECK | {"BLOCK": 64}}):
-        assert _triton.config_of(CONFIGS, "bellman_check")["BLOCK"] == 64
-        assert _triton.config_of(CONFIGS, "bellman_step") == STEP
-    assert _triton.config_of(CONFIGS, "bellman_step") == FAST
+    with triton_common.use({"bellman_check": CHECK | {"BLOCK": 64}}):
+        assert triton_common.config_of(CONFIGS, "bellman_check")["BLOCK"] == 64
+        assert triton_common.config_of(CONFIGS, "bellman_step") == STEP
+    assert triton_common.config_of(CONFIGS, "bellman_step") == FAST
 
 
 def test_watch():
-    with _triton.watch() as outer:
-        with _triton.watch() as inner:
-            _triton.config_of(CONFIGS, "bellman_step")
-        _triton.config_of(CONFIGS, "bellman_check")
-    _triton.config_of(CONFIGS, "bellman_step")
+    with triton_common.watch() as outer:
+        with triton_common.watch() as inner:
+            triton_common.config_of(CONFIGS, "bellman_step")
+        triton_common.config_of(CONFIGS, "bellman_check")
+    triton_common.config_of(CONFIGS, "bellman_step")
     assert inner == {"bellman_step"}
     assert outer == {"bellman_step", "bellman_check"}
 
@@ -489,8 +489,8 @@ def test_the_command_writes_a_table_that_is_used(command, capsys):
     assert told["triton"]
     times = told["times"]["bellman_step"]
     assert (times["shipped_us"], times["best_us"], times["tried"], times["of"]) == (10.0, 5.0, 4, 4)
-    assert _triton.config_of(CONFIGS, "bellman_step") == FAST
-    assert _tuned.in_words() == f"{command}, of 2026-01-02, for 2 kernels"
+    assert triton_common.config_of(CONFIGS, "bellman_step") == FAST
+    assert tuned.in_words() == f"{command}, of 2026-01-02, for 2 kernels"
 
 
 def test_what_is_not_tuned_now_is_kept(command, capsys):
@@ -513,10 +513,10 @@ def test_another_file(command, tmp_path, capsys, monkeypatch):
     assert main.main(["tune", "bellman", "--out", str(path)]) == 0
     assert capsys.readouterr().out.endswith(f"; FLOWKERNELS_TRITON_CONFIGS={path} makes use of it\n")
     assert not command.exists()
-    monkeypatch.setenv(_tuned.VARIABLE, str(path))
-    for cached in (_tuned.asked, _tuned.of_device):
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    for cached in (tuned.asked, tuned.of_device):
         cached.cache_clear()
-    assert _triton.config_of(CONFIGS, "bellman_step") == FAST
+    assert triton_common.config_of(CONFIGS, "bellman_step") == FAST
 
 
 def test_a_wrong_result_fails_the_command(command, launched, capsys):
@@ -539,7 +539,7 @@ def test_ctrl_c_writes_nothing(command, monkeypatch, capsys):
     assert main.main(["tune", "bellman"]) == 130
     assert command.read_text() == before
     assert list(command.parent.iterdir()) == [command]
-    assert _triton._configs is None
+    assert triton_common._configs is None
 
 
 def test_time_that_is_over_is_said(command, monkeypatch, capsys):
@@ -596,13 +596,13 @@ def test_refused_on_a_gpu_that_is_not_there(monkeypatch):
 
 def test_info_says_which_table_is_in_use(gpu, monkeypatch, tmp_path):
     def after(value):
-        _tuned.asked.cache_clear()
-        monkeypatch.setenv(_tuned.VARIABLE, value)
-        return _tuned.in_words()
+        tuned.asked.cache_clear()
+        monkeypatch.setenv(tuned.VARIABLE, value)
+        return tuned.in_words()
 
-    assert _tuned.in_words() == f"shipped (there is no {gpu})"
+    assert tuned.in_words() == f"shipped (there is no {gpu})"
     written(gpu, table(format=3))
-    assert _tuned.in_words() == f"shipped ({gpu}: format: expected 1, got 3)"
+    assert tuned.in_words() == f"shipped ({gpu}: format: expected 1, got 3)"
     assert after("") == "shipped (FLOWKERNELS_TRITON_CONFIGS is empty)"
     path = written(tmp_path / "mine.json", table())
     assert after(str(path)) == f"{path}, of 2026-01-02, for 1 kernels"

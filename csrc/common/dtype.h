@@ -1,4 +1,4 @@
-// Element types, as the Python side names them (flowkernels/ops/_library.py: DTYPE_CODES).
+// Element types, as the Python side names them (flowkernels/ops/library.py: DTYPE_CODES).
 #pragma once
 
 namespace fk {

@@ -11,7 +11,7 @@ from pathlib import Path
 from flowkernels import _options, ops
 from flowkernels._checks import expect
 from flowkernels._files import expect_target
-from flowkernels.ops._calls import record_calls
+from flowkernels.ops.recorded_calls import record_calls
 
 
 def add_arguments(add: Callable) -> None:

@@ -14,8 +14,8 @@ from flowkernels.bench.case import Case, Work
 from flowkernels.bench.harness import Measured, measure, pinned, rows
 from flowkernels.bench.tables import print_rows
 from flowkernels.bench.timers import timer
-from flowkernels.ops._calls import Call, open_calls
-from flowkernels.ops._samples import nearest, samples_of
+from flowkernels.ops.recorded_calls import Call, open_calls
+from flowkernels.ops.samples import nearest, samples_of
 from flowkernels.runtime import backends, environment
 
 
@@ -162,7 +162,7 @@ def _inputs(call: Call, device: torch.device):
 def check(op: str, sample, got, outs: dict[str, Tensor]) -> tuple[float, float, float]:
     """(error, bound) of that part of a result which is nearest to its bound, and the share that was looked at.
 
-    Large inputs are compared in parts (flowkernels/ops/_samples.py), so that float64 takes little memory beyond them.
+    Large inputs are compared in parts (flowkernels/ops/samples.py), so that float64 takes little memory beyond them.
     """
     samples = samples_of(op)
     v = sample.args[0]

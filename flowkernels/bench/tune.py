@@ -28,7 +28,7 @@ from flowkernels.bench import suite
 from flowkernels.bench.case import Case, Work
 from flowkernels.bench.harness import Shares
 from flowkernels.bench.timers import timer
-from flowkernels.ops import OPS, _tuned
+from flowkernels.ops import OPS, tuned
 from flowkernels.runtime import backends, environment
 
 CASES = 3  # of the benchmark, for each kernel
@@ -66,11 +66,11 @@ class Tuner:
 
     def cases_of(self, cases: Sequence[Case], configs: Mapping[str, dict]) -> dict[str, list[Case]]:
         """The kernels that these cases launch, each with a few of the cases that launch it."""
-        from flowkernels.ops import _triton
+        from flowkernels.ops import triton_common
 
         found: dict[str, list[Case]] = {}
         for case in tqdm(cases, "cases", leave=False, file=sys.stderr):
-            with _triton.use(configs), _triton.watch() as kernels:
+            with triton_common.use(configs), triton_common.watch() as kernels:
                 try:
                     _call(case.make())()
                     self.wait()
@@ -95,14 +95,14 @@ class Tuner:
 
         configs: of the other kernels. spent: whether the time is over.
         """
-        from flowkernels.ops import _triton
+        from flowkernels.ops import triton_common
 
         found = Tuned(kernel, list(works), candidates[0], candidates[0], of=len(candidates))
         calls = [_call(work) for work in works.values()]
         loops: list[int] = []
 
         def seconds(i: int) -> list[float]:
-            with _triton.use({**configs, kernel: candidates[i]}):
+            with triton_common.use({**configs, kernel: candidates[i]}):
                 return [self.clock.seconds(call, n) for call, n in zip(calls, loops, strict=True)]
 
         base, ratios = None, {}  # the first that runs, and what others take beside it
@@ -114,7 +114,7 @@ class Tuner:
                 continue
             if base is None:
                 base = i
-                with _triton.use({**configs, kernel: config}):
+                with triton_common.use({**configs, kernel: config}):
                     loops = [self.clock.plan(call)[0] for call in calls]
             else:
                 ratios[i] = _mean(a / b for a, b in zip(seconds(i), seconds(base), strict=True))
@@ -135,11 +135,11 @@ class Tuner:
 
     def _runs(self, found: Tuned, config: dict, works: Mapping[str, Work], calls: list, configs) -> bool:
         """Whether every result is within its bound; notes why not."""
-        from flowkernels.ops import _triton
+        from flowkernels.ops import triton_common
 
         for (case, work), call in zip(works.items(), calls, strict=True):
             try:
-                with _triton.use({**configs, found.kernel: config}):
+                with triton_common.use({**configs, found.kernel: config}):
                     result = call()
                     self.wait()
             except Exception as e:  # Triton's compiler raises of all kinds
@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
     expect(args.minutes is None or args.minutes > 0, "--minutes", "more than 0", args.minutes)
     device = _gpu(args.device)
     gpu = torch.cuda.get_device_name(device)
-    path = args.out or _tuned.default_path(gpu)
+    path = args.out or tuned.default_path(gpu)
     before = _before(path, gpu)
     if args.out is None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     table = as_table(found, before, device)
     write_or_keep(path, "--out", lambda path: _write(path, table))
-    _tuned.of_device.cache_clear()
+    tuned.of_device.cache_clear()
     print(f"{path}: {len(table['configs'])} kernels on {gpu}{_how_to_use(path, gpu)}")
     return int(any(t.wrong for t in found))
 
@@ -273,7 +273,7 @@ def _before(path: Path, gpu: str) -> dict:
     if not path.exists():
         return {}
     try:
-        return _tuned.read(path, gpu)
+        return tuned.read(path, gpu)
     except ValueError as e:
         print(f"flowkernels: warning: what is replaced is kept in no part: {e}", file=sys.stderr)
         return {}
@@ -287,7 +287,7 @@ def tune(
     end = time.monotonic() + 60 * minutes
     found, left, best, tried, of_kernel = [], {}, dict(configs), {}, {}
     for op, of_op in cases.items():
-        shipped, search = _tuned.kernels(op)
+        shipped, search = tuned.kernels(op)
         late = time.monotonic() >= end
         launched = {} if late else tuner.cases_of(of_op, configs)
         for kernel in search:
@@ -303,13 +303,13 @@ def tune(
             continue
         shares.begin(kernel)
         works = {case.name: case.make() for case in of_kernel[kernel]}
-        tuned = tuner.search(kernel, tried[kernel], works, best, shares.spent)
-        tuner.say(_line(tuned))
-        if tuned.runs:
-            best[kernel] = tuned.best
+        result = tuner.search(kernel, tried[kernel], works, best, shares.spent)
+        tuner.say(_line(result))
+        if result.runs:
+            best[kernel] = result.best
         else:
-            left[kernel] = "no configuration runs: " + next(iter((tuned.wrong | tuned.skipped).values()))
-        found.append(tuned)
+            left[kernel] = "no configuration runs: " + next(iter((result.wrong | result.skipped).values()))
+        found.append(result)
         del works
     return found, left
 
@@ -326,7 +326,7 @@ def as_table(found: Sequence[Tuned], before: Mapping[str, Any], device: torch.de
     source = environment.provenance(device)
     ran = [t for t in found if t.runs]
     return {
-        **dict(format=_tuned.FORMAT, device=source["device"], driver=source["driver"], cuda=source["cuda"]),
+        **dict(format=tuned.FORMAT, device=source["device"], driver=source["driver"], cuda=source["cuda"]),
         **dict(hip=torch.version.hip or "", torch=source["torch"], triton=triton.__version__),
         **{key: source[key] for key in ("flowkernels", "commit", "date")},
         "configs": {**before.get("configs", {}), **{t.kernel: t.best for t in ran}},
@@ -365,8 +365,8 @@ def print_table(found: Sequence[Tuned], left: Mapping[str, str], minutes: float 
 
 def _how_to_use(path: Path, gpu: str) -> str:
     """How kernels get the table."""
-    asked = _tuned.asked()
-    in_use = _tuned.default_path(gpu) if asked is None else Path(asked) if asked else None
+    asked = tuned.asked()
+    in_use = tuned.default_path(gpu) if asked is None else Path(asked) if asked else None
     if in_use is not None and in_use.absolute() == path.absolute():
         return ", used from now on"
-    return f"; {_tuned.VARIABLE}={path} makes use of it"
+    return f"; {tuned.VARIABLE}={path} makes use of it"

@@ -31,7 +31,7 @@ from flowkernels.calibration.calibration import Calibration, _hashes_of_plans
 from flowkernels.calibration.sample_costs import GROUPS, SampleCosts
 from flowkernels.calibration.step_cost import StepCost
 from flowkernels.fusion.sampler import FusedSampler
-from flowkernels.ops._library import fresh
+from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import euler, initial_state
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.sampling.sample import sample

@@ -33,7 +33,7 @@ from flowkernels.cli.inputs import (
 )
 from flowkernels.models import weights
 from flowkernels.models.bundled import BUNDLED, save_network
-from flowkernels.ops import _tuned
+from flowkernels.ops import tuned
 from flowkernels.runtime import backends
 from flowkernels.runtime import environment as environment_module
 from flowkernels.velocity.identity import parameter_hash
@@ -372,7 +372,7 @@ def _info(args) -> None:
     environment = environment_module.environment() | {"triton": triton}
     if args.json:
         told = {"environment": environment, "ops": table, "has_run": backends.HAS_RUN, "chosen": chosen}
-        told["triton_configurations"] = _tuned.in_words()
+        told["triton_configurations"] = tuned.in_words()
         print(json.dumps(told, indent=1))
         return
     for key, value in environment.items():
@@ -390,7 +390,7 @@ def _info(args) -> None:
     print("\nwhat a call takes, such as:")
     for line in chosen.values():
         print(f"  {line}")
-    print(f"\nconfigurations of Triton kernels: {_tuned.in_words()}")
+    print(f"\nconfigurations of Triton kernels: {tuned.in_words()}")
 
 
 def _chosen(device: str) -> str:

@@ -21,7 +21,7 @@ from flowkernels._checks import (
 )
 from flowkernels.fusion.record import NotFusable
 from flowkernels.fusion.recorded import WAY_OUT, _Batch, _has_rows, _Network
-from flowkernels.ops._library import direct, direct_gpu, fresh
+from flowkernels.ops.library import direct, direct_gpu, fresh
 from flowkernels.ops.mlp_sample import mlp_sample, one_by_one
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver

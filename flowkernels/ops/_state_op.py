@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import LOW, expect, expect_out
-from flowkernels.ops._library import direct, dispatch, is_transformed, no_autocast, register
+from flowkernels.ops.library import direct, dispatch, is_transformed, no_autocast, register
 
 
 class StateOp:

@@ -11,7 +11,7 @@ from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_room, expect_times
 from flowkernels._guidance import guided
 from flowkernels.fusion.sampler import FusedSampler
-from flowkernels.ops._library import fresh
+from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import euler, initial_state
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import expect_velocity, warn_if_training

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from flowkernels._casts import no_grad
 from flowkernels._checks import describe, expect, expect_noise, expect_room, expect_shape, expect_takes, expect_times
 from flowkernels.fusion.sampler import FusedSampler
-from flowkernels.ops._library import fresh
+from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import euler, initial_state, replay
 from flowkernels.sampling.rollout import expect_finite_flow
 from flowkernels.schedule import Schedule

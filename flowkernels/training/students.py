@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import expect
-from flowkernels.ops._library import is_transformed
+from flowkernels.ops.library import is_transformed
 from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import resolve

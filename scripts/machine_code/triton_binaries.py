@@ -22,7 +22,7 @@ def read(op: str) -> tuple[list[Kernel], list[dict]]:
     """The kernels that an op's sample inputs launch, for NVIDIA's targets, and what was compiled for all targets. Kept
     in build/ for as long as no source changes."""
     ops = ROOT / "flowkernels/ops"
-    sources = [*sorted((ops / op).glob("*.py")), ops / "_triton.py", ops / "_samples.py"]
+    sources = [*sorted((ops / op).glob("*.py")), ops / "triton_common.py", ops / "samples.py"]
     sources += [HERE / f"{name}.py" for name in ("triton_compile", "triton_binaries", "binaries")]
     text = version("triton").encode() + b"".join(path.read_bytes() for path in sources)
     folder = BUILD / f"{op}-{hashlib.sha256(text).hexdigest()[:16]}"

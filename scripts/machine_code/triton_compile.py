@@ -26,8 +26,8 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from flowkernels.ops import OPS, _triton  # noqa: E402
-from flowkernels.ops._samples import op_args, samples_of  # noqa: E402
+from flowkernels.ops import OPS, triton_common  # noqa: E402
+from flowkernels.ops.samples import op_args, samples_of  # noqa: E402
 from flowkernels.runtime import backends  # noqa: E402
 from machine_code.binaries import Kernel, read_cubins  # noqa: E402
 
@@ -83,7 +83,7 @@ def typed(arg) -> str:
 
 
 class Recorder:
-    """In place of `_triton.launch`: each kernel with each choice of types and constants, and all that it was given."""
+    """In place of `triton_common.launch`: each kernel with each choice of types and constants, and all it was given."""
 
     def __init__(self):
         self.launches = {}
@@ -128,7 +128,7 @@ def compile_for(target: str, op: str, inputs: list[tuple], out: Path) -> list[di
     function = backends.triton_op(op)
     # bellman and bellman_pairs see memory that nothing has written
     refusing = patch.dict(function.__globals__, {"_refuse": lambda *_: None} if op.startswith("bellman") else {})
-    with patch.object(_triton, "launch", recorder), refusing:
+    with patch.object(triton_common, "launch", recorder), refusing:
         for args in inputs:
             function(*args)
     full = target == "80"

@@ -16,7 +16,7 @@ import _gpu_checks  # noqa: E402
 import torch  # noqa: E402
 
 from flowkernels.ops import OPS  # noqa: E402
-from flowkernels.ops._samples import moved  # noqa: E402
+from flowkernels.ops.samples import moved  # noqa: E402
 
 
 def main() -> None:

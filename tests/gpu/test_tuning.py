@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowkernels.cli import main
-from flowkernels.ops import _triton, _tuned, euler_step
+from flowkernels.ops import euler_step, triton_common, tuned
 from flowkernels.ops.euler_step.triton_kernel import CONFIGS, SEARCH
 from flowkernels.runtime import backends
 
@@ -27,18 +27,18 @@ def test_a_few_seconds(on, gpu, tmp_path, monkeypatch, capsys):
     # another than the shipped one, to see that it is taken
     table["configs"]["euler_step"] = other = {"BLOCK": 2048, "num_warps": 8}
     path.write_text(json.dumps(table))
-    monkeypatch.setenv(_tuned.VARIABLE, str(path))
-    caches = (_tuned.asked, _tuned.of_device)
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    caches = (tuned.asked, tuned.of_device)
     for cached in caches:
         cached.cache_clear()
     try:
-        launch, seen = _triton.launch, []
+        launch, seen = triton_common.launch, []
 
         def record(*args, config, **options):
             seen.append(config)
             launch(*args, config=config, **options)
 
-        monkeypatch.setattr(_triton, "launch", record)
+        monkeypatch.setattr(triton_common, "launch", record)
         x = torch.randn(5000, device=gpu)
         with backends.backend(on):
             assert torch.equal(euler_step(x, x, 0.5), 1.5 * x)

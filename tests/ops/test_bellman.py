@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkernels.ops import bellman
-from flowkernels.ops._samples import generator
+from flowkernels.ops.samples import generator
 from flowkernels.runtime import backends
 from flowkernels.runtime.backends import BACKENDS, backend
 

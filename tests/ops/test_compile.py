@@ -8,8 +8,8 @@ from torch import nn
 import flowkernels as fk
 from flowkernels._checks import _uniform
 from flowkernels.ops import OPS, euler_step, linear_euler, linear_update, segment_points, straighten_loss
-from flowkernels.ops._library import NUMBERS
-from flowkernels.ops._samples import generator, op_args
+from flowkernels.ops.library import NUMBERS
+from flowkernels.ops.samples import generator, op_args
 from flowkernels.runtime.backends import BACKENDS, backend
 from flowkernels.schedule import Schedule
 from flowkernels.velocity.field import VelocityField

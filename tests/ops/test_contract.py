@@ -12,7 +12,7 @@ from _contract import identical, tensors
 
 from flowkernels import ops
 from flowkernels.ops import OPS
-from flowkernels.ops._samples import arrange, closeness, op_args
+from flowkernels.ops.samples import arrange, closeness, op_args
 from flowkernels.runtime.backends import BACKENDS, backend
 
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}

@@ -1,4 +1,4 @@
-"""`_library.direct`: past torch's dispatcher where it has nothing to do, through it where it has."""
+"""`library.direct`: past torch's dispatcher where it has nothing to do, through it where it has."""
 
 import sys
 from typing import NamedTuple
@@ -11,10 +11,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowkernels.ops import (
-    _library,
     bellman,
     bellman_pairs,
     euler_step,
+    library,
     linear_euler,
     linear_update,
     mlp_sample,
@@ -22,8 +22,8 @@ from flowkernels.ops import (
     straighten_loss,
     velocity_gram,
 )
-from flowkernels.ops._samples import generator
 from flowkernels.ops.mlp_sample import Layer, Source
+from flowkernels.ops.samples import generator
 from flowkernels.runtime.backends import BACKENDS, backend
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -68,7 +68,7 @@ CALLS = {
 }
 EVERY = pytest.mark.parametrize("op", CALLS)
 ASKING = [m for m in sys.modules.values() if m.__name__.startswith("flowkernels.ops.") and hasattr(m, "direct")]
-ASKING.remove(_library)
+ASKING.remove(library)
 DIFFERENTIABLE = ("euler_step", "linear_update", "straighten_loss")
 
 
@@ -97,7 +97,7 @@ def taken(monkeypatch):
     """What `direct` answered: True for the way past the dispatcher."""
     answers = []
 
-    def recorded(*args, direct=_library.direct, **kwargs):
+    def recorded(*args, direct=library.direct, **kwargs):
         answers.append(direct(*args, **kwargs))
         return answers[-1]
 

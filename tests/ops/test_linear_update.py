@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkernels.ops import euler_step, linear_update
-from flowkernels.ops._samples import Sample, arrange, generator
 from flowkernels.ops.linear_update import triton_kernel
 from flowkernels.ops.linear_update.samples import error_and_bound, sample_inputs
+from flowkernels.ops.samples import Sample, arrange, generator
 from flowkernels.runtime.backends import BACKENDS, backend
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

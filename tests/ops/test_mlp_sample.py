@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowkernels.ops import mlp_sample
-from flowkernels.ops._samples import Sample, generator
 from flowkernels.ops.mlp_sample import (
     PLACE,
     Layer,
@@ -26,6 +25,7 @@ from flowkernels.ops.mlp_sample import (
     reference,
 )
 from flowkernels.ops.mlp_sample.samples import Network, dense, error_and_bound, last_few, sample_inputs, scattered
+from flowkernels.ops.samples import Sample, generator
 from flowkernels.runtime import backends
 from flowkernels.runtime.backends import BACKENDS, backend
 

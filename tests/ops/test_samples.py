@@ -6,7 +6,7 @@ from _contract import identical
 from _gpu_checks import tensors_in
 
 from flowkernels.ops import OPS
-from flowkernels.ops._samples import moved, op_args, samples_of
+from flowkernels.ops.samples import moved, op_args, samples_of
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkernels.ops import segment_points
-from flowkernels.ops._samples import Sample, arrange, generator
+from flowkernels.ops.samples import Sample, arrange, generator
 from flowkernels.ops.segment_points.samples import error_and_bound, places
 from flowkernels.runtime.backends import BACKENDS, backend
 

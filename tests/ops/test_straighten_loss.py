@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowkernels.ops import segment_points, straighten_loss
-from flowkernels.ops._samples import Sample, arrange, generator
+from flowkernels.ops.samples import Sample, arrange, generator
 from flowkernels.ops.segment_points.samples import places
 from flowkernels.ops.straighten_loss import StraightenLoss, reference
 from flowkernels.ops.straighten_loss.samples import error_and_bound, gradient_error_and_bound, sample_inputs

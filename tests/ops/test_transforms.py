@@ -11,7 +11,7 @@ from _contract import identical, tensors
 
 from flowkernels import ops
 from flowkernels.ops import OPS
-from flowkernels.ops._samples import generator
+from flowkernels.ops.samples import generator
 from flowkernels.runtime.backends import BACKENDS, backend
 
 F64 = torch.float64

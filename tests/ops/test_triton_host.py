@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from flowkernels.ops import OPS, _triton
-from flowkernels.ops._samples import op_args
+from flowkernels.ops import OPS, triton_common
+from flowkernels.ops.samples import op_args
 from flowkernels.runtime import backends
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ class Calls(TorchDispatchMode):
 @pytest.fixture
 def launches(monkeypatch):
     found = []
-    monkeypatch.setattr(_triton, "launch", lambda kernel, grid, *args, **_: found.append((kernel, grid, args)))
+    monkeypatch.setattr(triton_common, "launch", lambda kernel, grid, *args, **_: found.append((kernel, grid, args)))
     return found
 
 

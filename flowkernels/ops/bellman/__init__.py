@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_number, expect_positive_int, expect_tensor
-from flowkernels.ops._library import direct, dispatch, refused_place, register
 from flowkernels.ops.bellman import reference
+from flowkernels.ops.library import direct, dispatch, refused_place, register
 
 
 def bellman(cost: Tensor, steps: int, carry: float = 1.0) -> tuple[Tensor, Tensor]:

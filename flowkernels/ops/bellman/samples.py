@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, generator
 from flowkernels.ops.bellman import reference
+from flowkernels.ops.samples import Sample, generator
 
 
 def _costs(n: int, g: torch.Generator) -> Tensor:

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkernels.ops import _triton
-from flowkernels.ops._triton import product
+from flowkernels.ops import triton_common
 from flowkernels.ops.bellman import _expect_carry, _fake, _refuse
+from flowkernels.ops.triton_common import product
 
 CONFIGS = {
     "bellman_check": {"BLOCK": 128, "num_warps": 4},
@@ -71,8 +71,8 @@ def bellman(cost: Tensor, steps: int, carry: float) -> tuple[Tensor, Tensor]:
     _expect_carry(carry)
     cost, n = cost.contiguous(), cost.shape[0]
     places = cost.new_empty(n, dtype=torch.int64)
-    config = _triton.config_of(CONFIGS, "bellman_check")
-    _triton.launch(bellman_check_kernel, (n,), cost, places, n, NONE, on=cost, config=config)
+    config = triton_common.config_of(CONFIGS, "bellman_check")
+    triton_common.launch(bellman_check_kernel, (n,), cost, places, n, NONE, on=cost, config=config)
     bad = places.amin()
     captured = cost.is_cuda and torch.cuda.is_current_stream_capturing()
     if not captured and (place := bad.item()) != NONE:
@@ -80,12 +80,12 @@ def bellman(cost: Tensor, steps: int, carry: float) -> tuple[Tensor, Tensor]:
 
     value, parent = (t.fill_(start) for t, start in zip(_fake(cost, steps, carry), (torch.inf, -1), strict=True))
     value[0, 0] = 0
-    config = _triton.config_of(CONFIGS, "bellman_step")
+    config = triton_common.config_of(CONFIGS, "bellman_step")
     grid = (triton.cdiv(n, config["BLOCK_K"]),)
-    factor = _triton.on_device([carry], torch.float64, cost.device)  # which may be no float32
+    factor = triton_common.on_device([carry], torch.float64, cost.device)  # which may be no float32
     for s in range(1, steps + 1):
         rows = value[s - 1], factor, value[s], parent[s]
-        _triton.launch(bellman_step_kernel, grid, cost, *rows, n, s - 1, on=cost, config=config)
+        triton_common.launch(bellman_step_kernel, grid, cost, *rows, n, s - 1, on=cost, config=config)
     if captured:
         value, parent = torch.where(bad == NONE, value, torch.nan), torch.where(bad == NONE, parent, -1)
     return value, parent

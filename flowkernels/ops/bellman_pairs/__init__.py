@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_positive_int, expect_tensor
-from flowkernels.ops._library import direct, fresh, refused_place, register
 from flowkernels.ops.bellman_pairs import reference
+from flowkernels.ops.library import direct, fresh, refused_place, register
 
 
 def bellman_pairs(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange, generator
 from flowkernels.ops.bellman_pairs import reference
+from flowkernels.ops.samples import Sample, arrange, generator
 
 
 def make(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:

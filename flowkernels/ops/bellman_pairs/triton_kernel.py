@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkernels.ops import _triton
+from flowkernels.ops import triton_common
 from flowkernels.ops.bellman_pairs import _fake, _refuse
 
 CONFIGS = {
@@ -75,10 +75,10 @@ def bellman_pairs_step_kernel(
 
 def bellman_pairs(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     first, cost, n = first.contiguous(), cost.contiguous(), len(first)
-    config = _triton.config_of(CONFIGS, "bellman_pairs_check")
+    config = triton_common.config_of(CONFIGS, "bellman_pairs_check")
     grid = (n, triton.cdiv(n, config["BLOCK_I"]))
     places = cost.new_empty(grid, dtype=torch.int64)
-    _triton.launch(bellman_pairs_check_kernel, grid, first, cost, places, n, NONE, on=cost, config=config)
+    triton_common.launch(bellman_pairs_check_kernel, grid, first, cost, places, n, NONE, on=cost, config=config)
     bad = places.amin()
     captured = cost.is_cuda and torch.cuda.is_current_stream_capturing()
     if not captured and (place := bad.item()) != NONE:
@@ -89,13 +89,13 @@ def bellman_pairs(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tens
     parent[:2].fill_(-1)
     value[0, 0, 0] = 0
     value[1, 0, 1:] = first[1:]
-    config = _triton.config_of(CONFIGS, "bellman_pairs_step")
+    config = triton_common.config_of(CONFIGS, "bellman_pairs_step")
     grid = (triton.cdiv(n, config["BLOCK_K"]), n)
     for s in range(2, steps + 1):
         planes = value[s - 1], value[s], parent[s]
         # a pair (0, j) ends one step and no other; knot i > 0 is at most the i-th of a path
         reached = (0, 1) if s == 2 else (s - 2, n)
-        _triton.launch(bellman_pairs_step_kernel, grid, cost, *planes, n, *reached, on=cost, config=config)
+        triton_common.launch(bellman_pairs_step_kernel, grid, cost, *planes, n, *reached, on=cost, config=config)
     if captured:
         value, parent = torch.where(bad == NONE, value, torch.nan), torch.where(bad == NONE, parent, -1)
     return value, parent

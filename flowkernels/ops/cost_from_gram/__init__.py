@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_bool, expect_tensor, expect_times
-from flowkernels.ops._library import direct, register
 from flowkernels.ops.cost_from_gram import reference
+from flowkernels.ops.library import direct, register
 
 
 def cost_from_gram(gram: Tensor, times: Tensor, *, states: bool = False) -> Tensor:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange, compared, generator, nearest, of_sum, rounding, slices
 from flowkernels.ops._wide import Wide
+from flowkernels.ops.samples import Sample, arrange, compared, generator, nearest, of_sum, rounding, slices
 
 
 def weights(times: Wide, states: bool, starts: slice = slice(None)) -> Wide:

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkernels.ops import _triton
-from flowkernels.ops._triton import product
+from flowkernels.ops import triton_common
 from flowkernels.ops.cost_from_gram import _fake
+from flowkernels.ops.triton_common import product
 
 CONFIGS = {"cost_from_gram": {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4}}
 SEARCH = {"cost_from_gram": {"BLOCK_M": (16, 32, 64), "BLOCK_K": (16, 32), "num_warps": (2, 4, 8)}}
@@ -88,8 +88,8 @@ def cost_from_gram_kernel(
 
 
 def cost_from_gram(gram: Tensor, times: Tensor, states: bool) -> Tensor:
-    gram, times = gram.contiguous(), _triton.on_device(times.tolist(), torch.float64, gram.device)
+    gram, times = gram.contiguous(), triton_common.on_device(times.tolist(), torch.float64, gram.device)
     cost, K = _fake(gram, times, states), len(times) - 1
-    config = _triton.config_of(CONFIGS, "cost_from_gram")
-    _triton.launch(cost_from_gram_kernel, (K + 1,), gram, times, cost, K, on=gram, config=config, STATES=states)
+    config = triton_common.config_of(CONFIGS, "cost_from_gram")
+    triton_common.launch(cost_from_gram_kernel, (K + 1,), gram, times, cost, K, on=gram, config=config, STATES=states)
     return cost

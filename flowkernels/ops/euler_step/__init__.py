@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_like, expect_low, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, direct, dispatch, fresh, is_plain, register_autograd, threads_or
 from flowkernels.ops._state_op import StateOp, gradient_of_state, velocity_dtypes
 from flowkernels.ops.euler_step import reference
+from flowkernels.ops.library import DTYPE_CODES, direct, dispatch, fresh, is_plain, register_autograd, threads_or
 
 
 def euler_step(

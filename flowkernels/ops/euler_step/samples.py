@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import (
+from flowkernels.ops.euler_step import reference
+from flowkernels.ops.samples import (
     Sample,
     absolute,
     arrange,
@@ -19,7 +20,6 @@ from flowkernels.ops._samples import (
     rounding,
     step,
 )
-from flowkernels.ops.euler_step import reference
 
 
 def sample_inputs() -> Iterator[Sample]:

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkernels.ops import _triton
-from flowkernels.ops._triton import convert, scalar
+from flowkernels.ops import triton_common
 from flowkernels.ops.euler_step import OP, contiguous, dense_alike, on_copies
+from flowkernels.ops.triton_common import convert, scalar
 
 # four elements a thread: 16 bytes of a float32 state, and no exchange between threads next to 16-bit velocities
 CONFIGS = {"euler_step": {"BLOCK": 512, "num_warps": 4}}
@@ -64,7 +64,7 @@ def _launch(x, v, h, v_uncond, guidance, out, low) -> None:
         return on_copies(_launch, x, v, h, v_uncond, guidance, out, low)
     if (n := x.numel()) == 0:
         return
-    config = _triton.config_of(CONFIGS, "euler_step")
-    numbers = (_triton.parts(h, x.dtype), _triton.parts(guidance, x.dtype))
+    config = triton_common.config_of(CONFIGS, "euler_step")
+    numbers = (triton_common.parts(h, x.dtype), triton_common.parts(guidance, x.dtype))
     grid = (triton.cdiv(n, config["BLOCK"]),)
-    _triton.launch(euler_step_kernel, grid, x, v, v_uncond, *numbers, out, low, n, on=x, config=config)
+    triton_common.launch(euler_step_kernel, grid, x, v, v_uncond, *numbers, out, low, n, on=x, config=config)

@@ -16,8 +16,8 @@ from flowkernels._checks import (
     expect_shown,
     expect_tensor,
 )
-from flowkernels.ops._library import DTYPE_CODES, fresh, threads_or
 from flowkernels.ops._state_op import StateOp, velocity_dtypes
+from flowkernels.ops.library import DTYPE_CODES, fresh, threads_or
 from flowkernels.ops.linear_euler import reference
 
 ORDERS = ("pqc", "cpq")

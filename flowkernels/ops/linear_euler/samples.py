@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import (
+from flowkernels.ops.linear_euler import reference
+from flowkernels.ops.samples import (
     Sample,
     absolute,
     arrange,
@@ -21,7 +22,6 @@ from flowkernels.ops._samples import (
     rounding,
     slices,
 )
-from flowkernels.ops.linear_euler import reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 HEAD = tuple(inspect.signature(reference.head_velocity).parameters)[3:]  # of the arguments, those of the velocity

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkernels.ops import _triton
-from flowkernels.ops._triton import convert, product, scalar
+from flowkernels.ops import triton_common
 from flowkernels.ops.linear_euler import OP, _dense, _empty
+from flowkernels.ops.triton_common import convert, product, scalar
 
 # ROWS of tokens, with guidance half of them unconditional, and BLOCK_D features at a time: each warp multiplies its own
 # of them. Few rows: there are to be programs for every multiprocessor. One configuration for each size of weights.
@@ -235,15 +235,15 @@ def _launch(x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patc
     to = [t if t is None or t.is_contiguous() else _empty(t) for t in given]
 
     def numbers(value):
-        return None if value is None else _triton.parts(value, dtype)
+        return None if value is None else triton_common.parts(value, dtype)
 
-    config = _triton.config_of(CONFIGS, OF_WEIGHTS.get(weight.dtype, "linear_euler"))
+    config = triton_common.config_of(CONFIGS, OF_WEIGHTS.get(weight.dtype, "linear_euler"))
     (n, d), outputs = (len(x), z.shape[-1]), len(weight)
     block = min(MOST_OUTPUTS[weight.element_size()], max(16, triton.next_power_of_2(outputs)))
     index = tl.int32 if 2 * n * T + 64 < 2**31 else tl.int64  # a division of the latter is a call of a function
     halves = 1 if guidance is None else 2
     grid = (triton.cdiv(halves * n * T, config["ROWS"]), triton.cdiv(outputs, block))
-    _triton.launch(
+    triton_common.launch(
         linear_euler_kernel, grid, x, z, z.stride(0), z_token, weight, weight.stride(0), bias, numbers(norm),
         scale, _row(scale), shift, _row(shift), numbers(one), numbers(guidance), numbers(h), history,
         tuple(map(numbers, b[:MOST_TERMS])), *to, n, T, d, outputs, *((0, 0, 0) if patch is None else x.shape[1:]),

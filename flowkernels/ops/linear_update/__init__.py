@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_like, expect_list, expect_low, expect_number, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, fresh, register_autograd, threads_or
 from flowkernels.ops._state_op import StateOp, gradient_of_state, velocity_dtypes
+from flowkernels.ops.library import DTYPE_CODES, fresh, register_autograd, threads_or
 from flowkernels.ops.linear_update import reference
 
 TERMS = "a sequence, one entry for each term"

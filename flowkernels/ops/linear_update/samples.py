@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import (
+from flowkernels.ops.linear_update import reference
+from flowkernels.ops.samples import (
     Sample,
     absolute,
     arrange,
@@ -20,7 +21,6 @@ from flowkernels.ops._samples import (
     rounding,
     step,
 )
-from flowkernels.ops.linear_update import reference
 
 
 def sample_inputs() -> Iterator[Sample]:

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkernels.ops import _triton
-from flowkernels.ops._triton import convert, scalar
+from flowkernels.ops import triton_common
 from flowkernels.ops.linear_update import OP, _empty
+from flowkernels.ops.triton_common import convert, scalar
 
 TERMS = 8  # of a launch; more go through memory again
 # four elements a thread: 16 bytes of a float32 state, and no exchange between threads next to 16-bit velocities
@@ -60,14 +60,14 @@ def _launch(x, v, b, out, low) -> None:
     x, v = x.contiguous(), [t.contiguous() for t in v]
     to = out if out.is_contiguous() else _empty(out)
     copy = low if low is None or low.is_contiguous() else _empty(low)
-    config = _triton.config_of(CONFIGS, "linear_update")
+    config = triton_common.config_of(CONFIGS, "linear_update")
     grid = (triton.cdiv(n, config["BLOCK"]),)
-    numbers = [_triton.parts(factor, x.dtype) for factor in b]
+    numbers = [triton_common.parts(factor, x.dtype) for factor in b]
     for first in range(0, len(v), TERMS):
         terms = slice(first, first + TERMS)
         state, last = to if first else x, copy if first + TERMS >= len(v) else None
         arguments = (state, tuple(v[terms]), tuple(numbers[terms]), to, last, n)
-        _triton.launch(linear_update_kernel, grid, *arguments, on=x, config=config)
+        triton_common.launch(linear_update_kernel, grid, *arguments, on=x, config=config)
     if to is not out:
         out.copy_(to)
     if copy is not low:

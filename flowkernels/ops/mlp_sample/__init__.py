@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_bool, expect_int, expect_list, expect_number, expect_tensor
-from flowkernels.ops._library import (
+from flowkernels.ops.library import (
     DTYPE_CODES,
     direct,
     dispatch,

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowkernels.ops._samples import Sample, arrange, generator, not_none, slices
 from flowkernels.ops.mlp_sample import Layer, Source, Update, _flat, _flat_steps, _layers, _steps, reference
+from flowkernels.ops.samples import Sample, arrange, generator, not_none, slices
 
 TRIALS, MOVED = 3, 60  # evaluations with random errors, and numbers that they move together at least
 CHECKED = 10**10  # multiply-adds, about, that the samples of a large batch that are checked may cost in each of them

@@ -20,8 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flowkernels.ops import _triton
-from flowkernels.ops._triton import scalar
+from flowkernels.ops import triton_common
 from flowkernels.ops.mlp_sample import (
     ACTIVATIONS,
     COMBINES,
@@ -34,6 +33,7 @@ from flowkernels.ops.mlp_sample import (
     _places,
     _round_up,
 )
+from flowkernels.ops.triton_common import scalar
 
 # BLOCK: columns of a tile of outputs, DEEP: inputs that are multiplied at a time, a divisor of DEPTH
 CONFIGS = {"mlp_sample": {"ROWS": 16, "BLOCK": 128, "DEEP": 32, "num_warps": 8, "num_stages": 4}}
@@ -360,7 +360,7 @@ class Plan:
         """These numbers beside x."""
         if what in self.sent and self.sent[what][0] == values:
             return self.sent[what][1]
-        found = _triton.on_device(values, torch.float32 if what in ("h", "numbers") else torch.int64, x.device)
+        found = triton_common.on_device(values, torch.float32 if what in ("h", "numbers") else torch.int64, x.device)
         if not _is_capturing(x):  # a graph writes it at its replays alone
             self.sent[what] = values, found
         return found
@@ -421,16 +421,16 @@ class Prepared:
             given = ((what, getattr(self, what)) for what in names)
             sent = [None if values is None else plan.on_device(what, values, x) for what, values in given]
             self.sent = None if _is_capturing(x) else sent
-        config = _triton.config_of(CONFIGS, "mlp_sample")
+        config = triton_common.config_of(CONFIGS, "mlp_sample")
         programs = min(triton.cdiv(n, config["ROWS"]), RESIDENT * _multiprocessors(x.device))
         inputs = rows = x.new_empty(programs * config["ROWS"], self.pitch)
         if plan.low is not None:
             inputs = x.new_empty(len(rows), plan.input_width, dtype=plan.low)
         none, kept = x.new_empty(0), (states is not None) + 2 * (velocities is not None)
-        _triton.launch(
+        triton_common.launch(
             *(mlp_sample_kernel, (programs,), x, out, *(out if t is None else t for t in (states, velocities))),
             *(*sent, *(none if t is None else t for t in (plan.weights, self.tables)), rows, inputs),
-            *(_triton.parts(self.guidance, x.dtype), n, D, self.steps, len(self.lines) // LINE.value),
+            *(triton_common.parts(self.guidance, x.dtype), n, D, self.steps, len(self.lines) // LINE.value),
             *(plan.velocity, self.uncond, kept, self.past, _round_up(D), self.pitch, inputs.shape[1]),
             **dict(on=x, config=config, PRECISION=_precision(plan.low)),
         )
@@ -442,7 +442,7 @@ def _precision(low: torch.dtype | None) -> str:
     about half a bit. Their sums are cut off instead of rounded, but only within DEEP inputs; those are then added up as
     float32. Emulated so, errors are within what `samples.error_and_bound` allows. AMD's cores take float32.
     """
-    return "tf32x3" if low is None and _triton.target() == "cuda" else "ieee"
+    return "tf32x3" if low is None and triton_common.target() == "cuda" else "ieee"
 
 
 def _is_capturing(x: Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_tensor
-from flowkernels.ops._library import DTYPE_CODES, direct, fresh, register, threads_or
+from flowkernels.ops.library import DTYPE_CODES, direct, fresh, register, threads_or
 from flowkernels.ops.segment_points import reference
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import (
+from flowkernels.ops.samples import (
     Sample,
     absolute,
     arrange,

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkernels.ops import _triton
-from flowkernels.ops._triton import convert
+from flowkernels.ops import triton_common
 from flowkernels.ops.segment_points import _fake
+from flowkernels.ops.triton_common import convert
 
 # rows of few features share a program, four elements a thread; longer ones are cut in chunks
 CONFIGS = {
@@ -67,10 +67,10 @@ def segment_points(bank, interval, sample, u, dtype) -> Tensor:
         return out
     (knots, samples), B = bank.shape[:2], len(interval)
     D = out.numel() // B
-    config = _triton.config_of(CONFIGS, "segment_points_short")
+    config = triton_common.config_of(CONFIGS, "segment_points_short")
     if config["COLS"] < D:
-        config = _triton.config_of(CONFIGS, "segment_points")
+        config = triton_common.config_of(CONFIGS, "segment_points")
     grid = (triton.cdiv(B, config["ROWS"]) * triton.cdiv(D, config["COLS"]),)
     sizes = (knots, samples, B, D)
-    _triton.launch(segment_points_kernel, grid, bank, interval, sample, u, out, *sizes, on=bank, config=config)
+    triton_common.launch(segment_points_kernel, grid, bank, interval, sample, u, out, *sizes, on=bank, config=config)
     return out

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import FLOATS, expect, expect_number, expect_tensor
-from flowkernels.ops._library import (
+from flowkernels.ops.library import (
     DTYPE_CODES,
     direct,
     dispatch,

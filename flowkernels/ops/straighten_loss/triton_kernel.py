@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkernels.ops import _triton
-from flowkernels.ops._triton import product, scalar
+from flowkernels.ops import triton_common
 from flowkernels.ops.segment_points.triton_kernel import place
 from flowkernels.ops.straighten_loss import _fake
+from flowkernels.ops.triton_common import product, scalar
 
 HELD = ("straighten_loss_short", "straighten_loss_medium", "straighten_loss_held")  # by rising COLS, the most features
 MOST_PARTS, SMALLEST_PART = 1024, 2048  # programs enough for the largest devices, with work enough for each
@@ -253,22 +253,22 @@ def straighten_loss(v, bank, step_sizes, interval, sample, weight, huber_c, grad
     weight = None if weight is None else weight.to(bank.dtype).contiguous()
     loss, each, means, grad = _fake(v, bank, step_sizes, interval, sample, weight, huber_c, gradient)
     (knots, samples), B, D = bank.shape[:2], len(v), math.prod(v.shape[1:])
-    c, features, elements = (_triton.parts(float(number), bank.dtype) for number in (huber_c, D, B * D))
+    c, features, elements = (triton_common.parts(float(number), bank.dtype) for number in (huber_c, D, B * D))
     inputs, sizes = (v, bank, step_sizes, interval, sample, weight), (knots, samples, B, D)
 
     def launch(kernel, name, programs, *args):
-        _triton.launch(kernel, (programs,), *args, on=v, config=_triton.config_of(CONFIGS, name))
+        triton_common.launch(kernel, (programs,), *args, on=v, config=triton_common.config_of(CONFIGS, name))
 
-    held = next((name for name in HELD if _triton.config_of(CONFIGS, name)["COLS"] >= D), None)
+    held = next((name for name in HELD if triton_common.config_of(CONFIGS, name)["COLS"] >= D), None)
     if B == 0:
         pass
     elif held:
-        rows = _triton.config_of(CONFIGS, held)["ROWS"]
+        rows = triton_common.config_of(CONFIGS, held)["ROWS"]
         out = (each, grad if gradient else None)
         launch(straighten_loss_held_kernel, held, triton.cdiv(B, rows), *inputs, c, features, elements, *out, *sizes)
     else:
         parts = max(1, min(MOST_PARTS // B, D // SMALLEST_PART))
-        block = _triton.config_of(CONFIGS, "straighten_loss_part")["BLOCK"]
+        block = triton_common.config_of(CONFIGS, "straighten_loss_part")["BLOCK"]
         part = triton.cdiv(triton.cdiv(D, parts), block) * block
         sums = bank.new_empty(B * parts) if parts > 1 else None
         out = (sums, each, grad if gradient and huber_c == 0 else None)
@@ -279,7 +279,7 @@ def straighten_loss(v, bank, step_sizes, interval, sample, weight, huber_c, grad
             launch(straighten_loss_join_kernel, "straighten_loss_join", B, sums, c, features, each, parts)
         if gradient and huber_c > 0:
             name = "straighten_loss_gradient"
-            programs = B * triton.cdiv(D, _triton.config_of(CONFIGS, name)["BLOCK"])
+            programs = B * triton.cdiv(D, triton_common.config_of(CONFIGS, name)["BLOCK"])
             launch(straighten_loss_gradient_kernel, name, programs, *inputs, c, elements, each, grad, *sizes)
     launch(straighten_loss_mean_kernel, "straighten_loss_mean", knots, each, interval, weight, loss, means, knots, B)
     return loss, each, means, grad

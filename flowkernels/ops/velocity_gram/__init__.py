@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import FLOATS, expect, expect_tensor, expect_times
-from flowkernels.ops._library import DTYPE_CODES, direct, register
+from flowkernels.ops.library import DTYPE_CODES, direct, register
 from flowkernels.ops.velocity_gram import reference
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flowkernels.ops._samples import (
+from flowkernels.ops._wide import Wide
+from flowkernels.ops.samples import (
     Sample,
     absolute,
     arrange,
@@ -19,7 +20,6 @@ from flowkernels.ops._samples import (
     slices,
     step,
 )
-from flowkernels.ops._wide import Wide
 from flowkernels.ops.velocity_gram import reference
 
 

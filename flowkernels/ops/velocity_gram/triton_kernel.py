@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkernels.ops import _triton
+from flowkernels.ops import triton_common
 from flowkernels.ops.velocity_gram import _as_rows, _fake
 
 # by the most rows for which a tile is used; its rows are M and N of tl.dot, COLUMNS is K. Twice the columns need all
@@ -166,7 +166,8 @@ def velocity_gram(v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
         return gram.zero_()
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     config, sums = (
-        _triton.config_of(CONFIGS, name) for name in (_kind(rows, v.dtype if x is None else dtype), "velocity_gram_sum")
+        triton_common.config_of(CONFIGS, name)
+        for name in (_kind(rows, v.dtype if x is None else dtype), "velocity_gram_sum")
     )
     tile = config["TILE"]
     tiles = triton.cdiv(rows, tile)
@@ -179,27 +180,27 @@ def velocity_gram(v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
     def add(rows_of, stride, M, first):
         at = first // columns
         args = (rows_of, stride, rows, M, columns, pairs, partial[at:])
-        precision = "tf32x3" if dtype == torch.float32 and _triton.target() == "cuda" else "ieee"
+        precision = "tf32x3" if dtype == torch.float32 and triton_common.target() == "cuda" else "ieee"
         grid = (pairs * triton.cdiv(M, columns),)
         constants = dict(DIFFERENCES=x is None, PRECISION=precision)
-        _triton.launch(velocity_gram_kernel, grid, *args, on=v, config=config, **constants)
+        triton_common.launch(velocity_gram_kernel, grid, *args, on=v, config=config, **constants)
 
     if x is None:
         add(v, stride, M, 0)
     else:
-        knots = _triton.on_device(times.tolist(), torch.float64, v.device)
+        knots = triton_common.on_device(times.tolist(), torch.float64, v.device)
         v, states = v.as_strided((K, M), (stride, 1)), states.as_strided((K + 1, M), (x_stride, 1))
         formed = v.new_empty(rows, chunk, dtype=dtype)
-        block = _triton.config_of(CONFIGS, "velocity_gram_rows")
+        block = triton_common.config_of(CONFIGS, "velocity_gram_rows")
         for first in range(0, M, chunk):
             width = min(chunk, M - first)
             args = (v[:, first:], stride, states[:, first:], x_stride, knots, K, width, formed, chunk)
             grid = (triton.cdiv(width, block["BLOCK"]), rows)
-            _triton.launch(velocity_gram_rows_kernel, grid, *args, on=v, config=block)
+            triton_common.launch(velocity_gram_rows_kernel, grid, *args, on=v, config=block)
             add(formed, chunk, width, first)
 
     grid = (pairs * tile * tile // sums["ENTRIES"],)
-    _triton.launch(velocity_gram_sum_kernel, grid, partial, all_slices, rows, gram, tile, on=v, config=sums)
+    triton_common.launch(velocity_gram_sum_kernel, grid, partial, all_slices, rows, gram, tile, on=v, config=sums)
     return gram
 
 

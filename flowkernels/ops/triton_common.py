@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkernels.ops import _tuned
+from flowkernels.ops import tuned
 from flowkernels.runtime.backends import triton_interpreted
 
 INTERPRETED = triton_interpreted()
@@ -45,7 +45,7 @@ def config_of(configs: dict[str, dict], kernel: str) -> dict:
         return _configs.get(kernel, configs[kernel])
     if INTERPRETED or not torch.cuda.is_initialized():
         return configs[kernel]
-    return _tuned.of_device(torch.cuda.current_device()).get(kernel, configs[kernel])
+    return tuned.of_device(torch.cuda.current_device()).get(kernel, configs[kernel])
 
 
 _configs: dict[str, dict] | None = None  # for every thread: autograd has its own
