@@ -1,5 +1,6 @@
 """Straightening: what it learns, from which inputs, and that no interruption changes the result."""
 
+import functools
 import json
 import math
 import os
@@ -92,10 +93,8 @@ def test_a_few_steps_come_close_to_the_teacher():
     def error(velocity, schedule):
         return (fk.sample(velocity, noise, schedule) - target).square().mean().item()
 
-    result = fk.straighten(
-        *(None, teacher, cal[4]),
-        **dict(noise=(1, 8, 8), bank=512, iterations=150, batch=128, lr=5e-4, warmup=10, ema=0.98, **QUIET),
-    )
+    settings = dict(noise=(1, 8, 8), bank=512, iterations=150, batch=128, lr=5e-4, warmup=10, ema=0.98)
+    result = fk.straighten(None, teacher, cal[4], **settings, **QUIET)
     before, after = error(teacher, cal[4]), error(result.student, cal[4])
     assert after < 0.5 * before
     losses = result.history["loss"]
@@ -107,10 +106,8 @@ def test_one_step_of_a_linear_flow_is_learned_exactly():
     teacher = linear_field()
     grid = even_grid(20)
     noise = normal(64, 4)
-    result = fk.straighten(
-        *(LinearField(torch.zeros(4, 4)), teacher, schedule_on(grid, 0, 20)),
-        **dict(noise=noise, iterations=400, batch=64, lr=0.05, init="keep", clip=None, ema=None, **QUIET),
-    )
+    settings = dict(noise=noise, iterations=400, batch=64, lr=0.05, init="keep", clip=None, ema=None)
+    result = fk.straighten(LinearField(torch.zeros(4, 4)), teacher, schedule_on(grid, 0, 20), **settings, **QUIET)
     x1 = fk.rollout(teacher, noise, 20).x[-1]
     assert torch.allclose(fk.sample(result.student, noise, 1), x1, rtol=1e-3, atol=1e-3)
 
@@ -118,10 +115,8 @@ def test_one_step_of_a_linear_flow_is_learned_exactly():
 def test_a_straight_flow_is_learned_before_it_starts():
     teacher = ConstantField(torch.tensor([0.5, -1.25, 2.0, 0.0]))  # exact in float32, as are the knots and the noise
     noise = (16 * normal(20, 4)).round() / 16
-    result = fk.straighten(
-        *(None, teacher, schedule_on(even_grid(8), 0, 2, 3, 8)),
-        **dict(noise=noise, iterations=5, batch=16, init="teacher", log_every=1, **QUIET),
-    )
+    settings = dict(noise=noise, iterations=5, batch=16, init="teacher", log_every=1)
+    result = fk.straighten(None, teacher, schedule_on(even_grid(8), 0, 2, 3, 8), **settings, **QUIET)
     assert result.history["loss"] == [0.0] * 5
     assert torch.equal(result.student.velocity, teacher.velocity)
 
@@ -225,10 +220,8 @@ def test_the_teacher_of_each_sample_is_its_own():
 
     student = fk.VelocityField(Knowing(), conditioning={"rows": rows})
     noise = (8 * normal(10, 3)).round() / 8
-    result = fk.straighten(
-        *(student, teacher, schedule_on(even_grid(8), 0, 3, 8)),
-        **dict(noise=noise, iterations=3, batch=7, init="keep", log_every=1, **QUIET),  # 10 samples in chunks of 7
-    )
+    settings = dict(noise=noise, iterations=3, batch=7, init="keep", log_every=1)  # 10 samples in chunks of 7
+    result = fk.straighten(student, teacher, schedule_on(even_grid(8), 0, 3, 8), **settings, **QUIET)
     assert result.history["loss"] == [0.0] * 3
 
 
@@ -240,7 +233,7 @@ def test_refresh_draws_new_noise():
         return drawn[-1]
 
     inputs, _ = recorded(
-        *(ElementwiseField(), schedule_on(even_grid(4), 0, 4), noise), iterations=6, bank=20, refresh=2, batch=8
+        ElementwiseField(), schedule_on(even_grid(4), 0, 4), noise, iterations=6, bank=20, refresh=2, batch=8
     )
     assert len(drawn) == 3
     assert not torch.equal(drawn[0], drawn[1])
@@ -281,10 +274,8 @@ def test_a_schedule_without_a_grid_needs_one():
 
 def test_learning_rate_and_history():
     teacher = small_net()
-    result = fk.straighten(
-        *(None, teacher, schedule_on(even_grid(4), 0, 2, 4)),
-        **dict(noise=(4,), iterations=21, warmup=5, lr=1e-2, log_every=4, bank=16, batch=8, **QUIET),
-    )
+    settings = dict(noise=(4,), iterations=21, warmup=5, lr=1e-2, log_every=4, bank=16, batch=8)
+    result = fk.straighten(None, teacher, schedule_on(even_grid(4), 0, 2, 4), **settings, **QUIET)
     history = result.history
     assert history["iteration"] == [0, 4, 8, 12, 16, 20]
     assert all(len(column) == 6 for column in history.values())
@@ -295,21 +286,18 @@ def test_learning_rate_and_history():
     assert history["lr"] == pytest.approx(expected)
     assert all(len(row) == 2 for row in history["interval_loss"])
     assert all(norm > 0 for norm in history["grad_norm"])
-    flat = fk.straighten(
-        *(None, teacher, schedule_on(even_grid(4), 0, 2, 4)),
-        **dict(noise=(4,), iterations=3, warmup=0, decay="none", lr=1e-2, log_every=1, bank=16, batch=8, **QUIET),
-    )
+    settings = dict(noise=(4,), iterations=3, warmup=0, decay="none", lr=1e-2, log_every=1, bank=16, batch=8)
+    flat = fk.straighten(None, teacher, schedule_on(even_grid(4), 0, 2, 4), **settings, **QUIET)
     assert flat.history["lr"] == [1e-2] * 3
 
 
 def test_clipping_bounds_the_step():
     def moved(clip):
         student = ConstantField(torch.zeros(3))
-        fk.straighten(
-            *(student, ConstantField(torch.full((3,), 100.0)), schedule_on(even_grid(4), 0, 4)),
-            **dict(noise=(3,), iterations=1, warmup=0, bank=8, batch=8, clip=clip, ema=None, init="keep", **QUIET),
-            **dict(lr=1.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.0)),
-        )
+        teacher, schedule = ConstantField(torch.full((3,), 100.0)), schedule_on(even_grid(4), 0, 4)
+        settings = dict(noise=(3,), iterations=1, warmup=0, bank=8, batch=8, clip=clip, ema=None, init="keep", lr=1.0)
+        sgd = functools.partial(torch.optim.SGD, lr=0.0)
+        fk.straighten(student, teacher, schedule, optimizer=sgd, **settings, **QUIET)
         return student.velocity.norm().item()
 
     assert moved(0.25) == pytest.approx(0.25, rel=1e-4)
@@ -327,11 +315,10 @@ def test_averaged_weights():
 
     def train(ema):
         student = ConstantField(torch.zeros(3))
-        result = fk.straighten(
-            *(student, ConstantField(torch.ones(3)), schedule_on(even_grid(4), 0, 4)),
-            **dict(noise=(3,), iterations=30, warmup=0, bank=8, batch=8, lr=0.05, init="keep", ema=ema, **QUIET),
-            optimizer=lambda p: Following(p, lr=0.0),
-        )
+        teacher, schedule = ConstantField(torch.ones(3)), schedule_on(even_grid(4), 0, 4)
+        settings = dict(noise=(3,), iterations=30, warmup=0, bank=8, batch=8, lr=0.05, init="keep", ema=ema)
+        following = functools.partial(Following, lr=0.0)
+        result = fk.straighten(student, teacher, schedule, optimizer=following, **settings, **QUIET)
         return student, result.student
 
     student, last = train(None)
@@ -352,10 +339,8 @@ def test_averaged_weights():
 def test_the_teacher_is_never_touched(ema):
     teacher = small_net().eval()
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    result = fk.straighten(
-        *(None, teacher, schedule_on(even_grid(8), 0, 2, 8)),
-        **dict(noise=(4,), iterations=10, bank=16, batch=8, refresh=4, lr=0.01, ema=ema, **QUIET),
-    )
+    settings = dict(noise=(4,), iterations=10, bank=16, batch=8, refresh=4, lr=0.01, ema=ema)
+    result = fk.straighten(None, teacher, schedule_on(even_grid(8), 0, 2, 8), **settings, **QUIET)
     for key, value in teacher.state_dict().items():
         assert torch.equal(value, before[key])
     assert all(p.grad is None for p in teacher.parameters())
@@ -378,7 +363,9 @@ class Labelled(nn.Module):
 def test_guidance_is_distilled_into_an_unguided_student():
     teacher = fk.VelocityField(
         Labelled(),
-        **dict(conditioning={"label": torch.arange(12) % 2}, unconditional={"label": torch.tensor([2])}, guidance=3.0),
+        conditioning={"label": torch.arange(12) % 2},
+        unconditional={"label": torch.tensor([2])},
+        guidance=3.0,
     )
     noise, schedule = normal(12, 4), schedule_on(even_grid(8), 0, 4, 8)
     start = fk.straighten(None, teacher, schedule, noise=noise, iterations=1, lr=1e-30, ema=None, **QUIET)
@@ -387,7 +374,7 @@ def test_guidance_is_distilled_into_an_unguided_student():
     for key, value in teacher.net.state_dict().items():
         assert torch.equal(start.student.net.state_dict()[key], value)
     result = fk.straighten(
-        *(None, teacher, schedule), noise=noise, iterations=200, batch=24, lr=1e-2, warmup=0, ema=None, **QUIET
+        None, teacher, schedule, noise=noise, iterations=200, batch=24, lr=1e-2, warmup=0, ema=None, **QUIET
     )
     target = fk.rollout(teacher, noise, 8).x[-1]
     errors = [(fk.sample(v, noise, schedule) - target).square().mean() for v in (start.student, result.student)]
@@ -813,11 +800,11 @@ FIRST = {
     "inference mode": (dict(student=of_inference_mode()), r"^student: expected weights made outside of torch.inf"),
     "no values": (dict(student=small_net().to("meta")), r"^student: expected weights .*on the meta device"),
     "a wrapped field": (
-        *(dict(student=nn.DataParallel(fk.VelocityField(small_net()))),),
+        dict(student=nn.DataParallel(fk.VelocityField(small_net()))),
         r"^student: expected VelocityField\(torch.compile\(net\), ...\)",
     ),
     "other parameters": (
-        *(dict(optimizer=lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)),),
+        dict(optimizer=lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)),
         r"^optimizer: expected .*got one of 1 other parameters",
     ),
     "not initialised": (dict(student=nn.LazyLinear(4)), r"^student: expected weights .*not initialised"),
@@ -826,7 +813,7 @@ FIRST = {
     "state that is no data": (dict(student=Extra(threading.Lock(), 1)), r"^(checkpoint|student): expected a "),
     "state of an object": (dict(student=Extra(Path("x"), 1)), r"^checkpoint: expected a student and an optimiser"),
     "integers for weights": (
-        *(dict(init={k: v.long() for k, v in small_net().state_dict().items()}),),
+        dict(init={k: v.long() for k, v in small_net().state_dict().items()}),
         r"^init: expected weights that fit .* of torch.int64 for torch.float32",
     ),
 }
@@ -972,11 +959,8 @@ def test_a_loop_of_ones_own(u):
     """The bank and the target in a bare loop of torch make the weights that `straighten` makes."""
     settings = dict(iterations=8, bank=24, batch=8, seed=3, u=u, loss="huber", huber_c=0.1)
     teacher, schedule = small_net(0).eval(), schedule_on(even_grid(6), 0, 2, 6)
-    result = fk.straighten(
-        *(small_net(1), teacher, schedule),
-        **dict(noise=(4,), init="keep", ema=None, clip=None, warmup=0, decay="none", lr=0.1, **settings, **QUIET),
-        optimizer=torch.optim.SGD,
-    )
+    more = dict(noise=(4,), init="keep", ema=None, clip=None, warmup=0, decay="none", lr=0.1, optimizer=torch.optim.SGD)
+    result = fk.straighten(small_net(1), teacher, schedule, **more, **settings, **QUIET)
     student, generator = small_net(1).train(), torch.Generator().manual_seed(3)
     bank = Bank(teacher, schedule.times, schedule.grid, schedule.indices, noise=(4,), size=24, batch=8)
     target = StraightLine(u=u, loss="huber", huber_c=0.1)
@@ -1068,18 +1052,17 @@ BAD = {
     "noise of size zero": (dict(noise=(0, 4)), ValueError, r"^noise: expected a shape .* each >= 1"),
     "noise function": (dict(noise=lambda n, g: torch.ones(n + 1, 4)), ValueError, r"^noise: .*returns n = 24 samples"),
     "noise function of NaN": (
-        *(dict(noise=lambda n, g: torch.full((n, 4), math.nan)), ValueError),
+        dict(noise=lambda n, g: torch.full((n, 4), math.nan)),
+        ValueError,
         r"^noise\(n, generator\): expected finite values",
     ),
     "student": (dict(student=lambda x, t: x), TypeError, r"^student: expected an nn.Module or None"),
     "student without weights": (dict(student=ElementwiseField(), init="keep"), ValueError, r"^student: .*trainable"),
     "student is the teacher": (dict(student=TEACHER), ValueError, r"^student: expected weights of its own"),
     "student inside the teacher": (
-        *(
-            dict(student=TEACHER, velocity=fk.VelocityField(TEACHER)),
-            ValueError,
-            r"^student: expected weights of its own",
-        ),
+        dict(student=TEACHER, velocity=fk.VelocityField(TEACHER)),
+        ValueError,
+        r"^student: expected weights of its own",
     ),
     "nothing to copy": (dict(student=None, velocity=lambda x, t: x), ValueError, r"^student: expected a module"),
     "no weights to start from": (

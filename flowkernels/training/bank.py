@@ -34,8 +34,9 @@ class Bank:
 
     states: `[N+1, n, *shape]`, float32, of float64 noise float64; there once they are rolled out.
     times: the knots, float64 `[N+1]`; step_sizes `[N]`; steps: N; size: n.
-    rng, drawn: for a checkpoint, with which the same noise is drawn again: the generator's state before it was, and,
-        of a function's, its hash.
+    noise_identity: what a resumed run must share of the noise, in a text.
+    rng, drawn: with these a checkpoint's noise is drawn again: the generator's state before it was, and, of what a
+        function draws, the hash.
 
         noise = bank.draw(generator)
         bank.roll_out(noise)
@@ -63,16 +64,16 @@ class Bank:
         noise: Noise,
         size: int = 1024,
         batch: int = 128,
-        device: torch.device | None = None,
+        device: torch.device | str = "cpu",
         progress: bool = False,
     ):
-        self._teacher, self._grid, self._indices, self.batch, self._progress = teacher, grid, indices, batch, progress
+        self._teacher, self._grid, self._indices, self._progress = teacher, grid, indices, progress
         self.times = times.to(device)
         self.step_sizes = self.times.diff()
         self._source, self._is_function = _noise_source(noise, self.times.device), callable(noise)
         given = isinstance(noise, Tensor)
         _expect_memory(noise, 0 if given else size, batch, self.steps)
-        self.size = len(noise) if given else size
+        self.size, self.batch = len(noise) if given else size, batch
         self.noise_identity = _noise_identity(noise)
         self.rng: Tensor | None = None
         self.drawn: str | None = None

@@ -23,10 +23,8 @@ from flowkernels.velocity.provenance import Identity
 
 FORMAT, VERSION = "flowkernels.straighten", 2
 HISTORY = ("iteration", "loss", "lr", "grad_norm", "interval_loss")
-KEYS = {
-    *("setting", "iteration", "history", "student", "optimizer", "average"),
-    *("bank_rng", "rng", "global_rng", "totals", "counts", "bank_noise"),
-}
+KEYS = {"setting", "iteration", "history", "student", "optimizer", "average"}
+KEYS |= {"bank_rng", "rng", "global_rng", "totals", "counts", "bank_noise"}
 SINCE_2 = {"teacher_field", "student_field", "optimizer", "student"}  # settings that version 1 does not have
 
 

@@ -28,12 +28,11 @@ def train(state: State, target: Target, settings: Settings) -> None:
     state.student.train()
     bank = state.bank
     parameters = trained_parameters(state.student)
-    bar = tqdm(
-        **dict(total=settings.iterations, initial=state.iteration, desc="straighten", unit="it"),
-        **dict(disable=not settings.progress, leave=False),
-    )
+    left = range(state.iteration, settings.iterations)
+    quiet = not settings.progress
+    bar = tqdm(left, desc="straighten", disable=quiet, leave=False, initial=left.start, total=left.stop)
     with bar:
-        for it in range(state.iteration, settings.iterations):
+        for it in bar:
             if settings.is_refreshed(it):
                 bank.roll_out(bank.draw(state.generator))
             rate = settings.rate(it)
@@ -48,7 +47,6 @@ def train(state: State, target: Target, settings: Settings) -> None:
             if settings.is_logged(it):
                 state.log(iteration=it, loss=loss, lr=rate, grad_norm=norm)
                 bar.set_postfix(loss=f"{loss:.4g}")
-            bar.update()
             if settings.is_saved(it):
                 state.save(settings.checkpoint, stacklevel=5)
     torch.clear_autocast_cache()

@@ -1,7 +1,7 @@
 """The settings of a run of `straighten`: each with its check, in one place."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from flowkernels._checks import (
 )
 from flowkernels._files import expect_target
 from flowkernels.schedule import Schedule
-from flowkernels.training.bank import knots_on_grid
+from flowkernels.training.bank import Noise, knots_on_grid
 from flowkernels.training.optimizers import OPTIMIZER
 
 Check = Callable[[Any, str], Any]  # of (value, name), to the value as it is kept
@@ -98,6 +98,10 @@ CHECKS: dict[str, Check] = {
 }
 
 
+SHARED = ("iterations", "batch", "bank", "refresh", "u", "loss", "huber_c")  # by a run that is resumed
+SHARED += ("lr", "warmup", "decay", "clip", "ema", "seed", "log_every")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Settings:
     """What `straighten` is told: its arguments of the same names, checked as they are set; TypeError or ValueError
@@ -108,8 +112,8 @@ class Settings:
     """
 
     schedule: Schedule
-    grid: Any  # a number of steps, times, or None
-    noise: Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor]
+    grid: Any  # given as a number of steps, times, or None
+    noise: Noise
     iterations: int
     batch: int
     bank: int
@@ -117,7 +121,7 @@ class Settings:
     u: str
     loss: str
     huber_c: float
-    weight: Any  # float32 `[N]`, or None
+    weight: Any  # kept as float32 `[N]`, or None
     lr: float
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
     warmup: int
@@ -169,9 +173,3 @@ class Settings:
         found = {"times": self.schedule.times.tolist(), "grid": self.grid.tolist()}
         found |= {name: getattr(self, name) for name in SHARED}
         return found | {"weight": None if self.weight is None else self.weight.tolist()}
-
-
-SHARED = (
-    *("iterations", "batch", "bank", "refresh", "u", "loss", "huber_c"),
-    *("lr", "warmup", "decay", "clip", "ema", "seed", "log_every"),
-)
