@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
                 left_out.append(f"{entry}: {case.name}")
                 continue
             torch.set_num_threads(threads)
-            torch._dynamo.reset()
+            torch.compiler.reset()
             try:
                 work = case.make()
                 measured = measure(work, clock, threads, min(1.0, args.seconds) if args.quick else args.seconds)

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as of_all_modules
-from torch.utils._pytree import tree_flatten
 
 from flowkernels._checks import FLOATS, LOW, expect, expect_positive_int, expect_shown
 from flowkernels.fusion.final_layer import FinalLayer, _after_trunk
@@ -19,6 +17,7 @@ from flowkernels.fusion.watch import Unwatchable, Watch, executed
 from flowkernels.ops import linear_euler
 from flowkernels.ops.linear_euler import ONE_OF_ORDERS, ORDERS
 from flowkernels.ops.linear_euler.reference import unpatchify
+from flowkernels.runtime.torch_private import CALL_MODULE, COMPILED_MODULE, FORWARD_HOOKS, of_all_modules, tree_flatten
 from flowkernels.velocity.evaluate import expect_velocity
 from flowkernels.velocity.field import VelocityField, float64_device, is_called_whole
 
@@ -155,7 +154,7 @@ def _expect_not_compiled(net: nn.Module, path: str) -> None:
     names = path.split(".") if path else []
     for i in range(len(names) + 1):
         module = net.get_submodule(".".join(names[:i]))
-        compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        compiled = module._compiled_call_impl is not None or hasattr(module, COMPILED_MODULE)
         which = repr(".".join(names[:i])) if i else type(net).__name__
         expect(not compiled, "velocity", "a network of which at most blocks are compiled", f"{which}, compiled")
 
@@ -173,7 +172,7 @@ def _expect_computed(net: nn.Module, path: str, kind: type[nn.Module], met: bool
         odd = kind_of(module)
     elif own.forward is not kind.forward or "forward" in vars(module):
         odd = f"{kind_of(module)} with another forward"
-    elif own.__call__ is not nn.Module.__call__ or own._call_impl is not nn.Module._call_impl:
+    elif own.__call__ is not nn.Module.__call__ or own._call_impl is not CALL_MODULE:
         odd = f"{kind_of(module)} with another __call__"
     elif _foreign(*hooks):
         odd = "one with hooks, on it or on all modules"
@@ -193,7 +192,8 @@ def _hooks_of_all() -> tuple[dict, dict]:
 
 def _hooked_at(net: nn.Module, layer: FinalLayer) -> list[dict]:
     """Where hooks of the library's come and go, those of other threads among them."""
-    places = (layer.stop, "_forward_pre_hooks"), (layer.linear, "_forward_hooks"), (layer.also, "_forward_hooks")
+    after, before = FORWARD_HOOKS
+    places = (layer.stop, before), (layer.linear, after), (layer.also, after)
     try:
         return [getattr(net.get_submodule(path), hooks) for path, hooks in places if path is not None]
     except AttributeError:  # gone

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from flowkernels.fusion.record import ROWS, STATE, TIME, Call, NotFusable, Record, Ref
 from flowkernels.ops.mlp_sample import Layer, Source
+from flowkernels.runtime.torch_private import tree_flatten
 
 
 @dataclass

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from flowkernels._checks import FLOATS
+from flowkernels.runtime.torch_private import DisableTorchFunction, OpOverload, TorchDispatchMode, tree_leaves
 
 SHAPE_OF = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")  # and new_*
 TORCH, HERE = (os.path.join(folder, "") for folder in (os.path.dirname(torch.__file__), Path(__file__).parents[1]))
@@ -150,7 +148,7 @@ class _HostReads(TorchFunctionMode):
 
 def _storage(t: Tensor) -> int | None:
     try:
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return t.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse, or opaque
         return None

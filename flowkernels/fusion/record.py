@@ -14,8 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+
+from flowkernels.runtime.torch_private import (
+    CALL_MODULE,
+    TYPED_STORAGE,
+    DisableTorchFunction,
+    TorchDispatchMode,
+    tree_flatten,
+    tree_map,
+)
 
 TIME, ROWS, STATE = "time", "conditioning", "state"  # what a value may depend on
 
@@ -75,7 +82,7 @@ class Record(TorchDispatchMode):
     def where(self) -> str:
         """The module that is running, by this thread's stack: a hook would be seen by all threads."""
         frame = sys._getframe(1)
-        while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        while frame is not None and frame.f_code is not CALL_MODULE.__code__:
             frame = frame.f_back
         if frame is None:
             return "the network"
@@ -211,7 +218,7 @@ class Record(TorchDispatchMode):
 
 
 def _memory(t: Tensor) -> int:
-    with torch._C.DisableTorchFunction():  # no reading by the network
+    with DisableTorchFunction():  # no reading by the network
         return t.untyped_storage().data_ptr()
 
 
@@ -231,7 +238,7 @@ class _Reads(TorchFunctionMode):
     READS = frozenset(
         getattr(Tensor, name)
         for name in (
-            *("tolist", "numpy", "data_ptr", "untyped_storage", "storage", "_typed_storage", "apply_", "map_", "map2_"),
+            *("tolist", "numpy", "data_ptr", "untyped_storage", "storage", TYPED_STORAGE, "apply_", "map_", "map2_"),
             *("__array__", "__dlpack__", "__reduce_ex__", "__deepcopy__", "__repr__", "__format__"),
         )
     )

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from flowkernels._checks import LOW, expect, expect_mapping, expect_tensor
 from flowkernels.fusion.lowering import Lowering, Replayed
 from flowkernels.fusion.record import ROWS, STATE, TIME, NotFusable, Numbers, Record, sample_rows
 from flowkernels.fusion.watch import Unwatchable, Watch, executed
 from flowkernels.ops.mlp_sample import Layer, Update, plan_for
+from flowkernels.runtime.torch_private import tree_flatten
 from flowkernels.velocity.field import HOOKS, VelocityField, float64_device, overridden
 
 FEW = 3  # samples of a call that looks for the numbers that a network deals with

@@ -29,21 +29,29 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils._device  # whose CURRENT_DEVICE says it sooner than torch.get_default_device()
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from flowkernels.runtime import backends
+from flowkernels.runtime.torch_private import (
+    COMPILED_CALL,
+    FORWARD_HOOKS,
+    GLOBAL_HOOKS,
+    HELD,
+    NOT_IN_STATE,
+    DisableTorchFunctionSubclass,
+    of_all_modules,
+    of_devices,
+)
 
 DICT, LIST, OBJECT, CELL, FUNCTION, LOOKUP, TENSOR, CLASS, CALL = range(9)
 MOST = 50_000  # entries, beyond which a network counts as none that can be watched
 ARRAY_BYTES = 1 << 16  # of a numpy array, whose values are compared; of larger ones a few
 
 # attributes of every module: those that decide what a call of it does, and those that do not
-MACHINERY = frozenset(("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"))
-ASIDE = frozenset((*vars(nn.Module()), "_compiled_call_impl")) - MACHINERY  # the compiler keeps its own state
-GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+MACHINERY = frozenset((*HELD, *FORWARD_HOOKS))
+ASIDE = frozenset((*vars(nn.Module()), COMPILED_CALL)) - MACHINERY  # the compiler keeps its own state
 NAMESPACES = frozenset(("globals", "eval", "exec", "__globals__"))  # code that reads globals by any name
 IMPORTS = frozenset(("import_module", "__import__", "modules"))
 DYNAMIC = frozenset(("getattr", "vars", "__dict__", "__getattribute__", "attrgetter", "methodcaller", "eval", "exec"))
@@ -77,7 +85,7 @@ class Watch:
         walk = _Walk(roots, codes, but)
         if codes is not None and walk.cached:  # what is behind a cache has not run, but may run next time
             walk = _Walk(roots, {*codes, *walk.cached}, but)
-        walk.lookup(vars(torch.utils._device), "CURRENT_DEVICE", "torch's default device")
+        walk.lookup(vars(of_devices), "CURRENT_DEVICE", "torch's default device")
         walk.add(CALL, torch.get_default_dtype, torch.get_default_dtype(), None, "torch's default dtype")
         self._places = tuple(walk.places)
         self._fused_writes = tuple((t, _WRITES.get(t, 0)) for t in walk.tensors)
@@ -211,11 +219,11 @@ class _Walk:
         self._seen: dict[Any, Any] = {id(thing): thing for thing in but}
         self.cached: set[types.CodeType] = set()
         listed = self.names is not None and "state_dict" in self.names
-        self.aside = ASIDE - {"_non_persistent_buffers_set"} if listed else ASIDE
+        self.aside = ASIDE - {NOT_IN_STATE} if listed else ASIDE
         for root in roots:
             self.visit(root, getattr(root, "__qualname__", type(root).__name__))
         for name in GLOBAL_HOOKS:
-            self.visit(vars(nn.modules.module)[name], f"torch.nn.modules.module.{name}")
+            self.visit(vars(of_all_modules)[name], f"torch.nn.modules.module.{name}")
         self.visit_modules()
 
     def add(self, kind: int, thing, a, b, place: str) -> None:
@@ -479,7 +487,7 @@ def _values(a: np.ndarray) -> tuple:
 
 
 def _version_of_subclass(t: Tensor) -> tuple:
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return t.shape, None if t.is_inference() else t._version
 
 

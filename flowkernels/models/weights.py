@@ -26,6 +26,7 @@ from flowkernels._files import (
     warn_of_no_sum,
     whole_file,
 )
+from flowkernels.runtime.torch_private import REBUILD_PARAMETER, REBUILD_TENSOR
 
 CODES = {  # safetensors' names
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -112,8 +113,8 @@ def _bytes(t: Tensor):
 
 # torch.save
 
-PLAIN = {"collections.OrderedDict", "torch.Size", "torch._utils._rebuild_parameter"}
-REBUILT = {f"torch._utils._rebuild_tensor_v{i}" for i in (2, 3)}
+PLAIN = {"collections.OrderedDict", "torch.Size", REBUILD_PARAMETER}
+REBUILT = set(REBUILD_TENSOR)
 STORAGES = {  # bytes of an element
     **dict.fromkeys(("UntypedStorage", "ByteStorage", "CharStorage", "BoolStorage"), 1),
     **dict.fromkeys(("ShortStorage", "HalfStorage", "BFloat16Storage"), 2),

@@ -9,13 +9,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state as _tracing
-from torch._C import _len_torch_dispatch_stack as _modes
-from torch._C._functorch import peek_interpreter_stack as _transforms
-from torch.autograd import _profiler_enabled as _profiling
 from torch.autograd import forward_ad
 
 from flowkernels.runtime import backends, ranges
+from flowkernels.runtime.torch_private import (
+    functorch,
+    innermost_transform,
+    number_of_modes,
+    profiler_enabled,
+    tracing_state,
+)
 
 with contextlib.suppress(ImportError):
     importlib.import_module("flowkernels._C")  # now, not at the first call: it has to know of forks before they happen
@@ -210,7 +213,7 @@ def refused_place(launch, arguments: tuple, bad: Tensor | None, where: tuple) ->
 
 
 def _watched() -> bool:
-    if torch.compiler.is_compiling() or _tracing() or _modes() or _profiling() or _is_transformed():
+    if torch.compiler.is_compiling() or tracing_state() or number_of_modes() or profiler_enabled() or _is_transformed():
         return True
     return ranges.asked
 
@@ -227,11 +230,10 @@ def is_transformed() -> bool:
 
 def is_batched(t: Tensor) -> bool:
     """Inside vmap, or in the backward of torch.autograd.grad(is_grads_batched=True), which has one of its own."""
-    functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(t) and not functorch.is_batchedtensor(t):
         t = functorch.get_unwrapped(t)
     return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
 
 
 def _is_transformed() -> bool:
-    return forward_ad._current_level >= 0 or _transforms() is not None
+    return forward_ad._current_level >= 0 or innermost_transform() is not None

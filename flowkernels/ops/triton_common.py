@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flowkernels.ops import tuned
 from flowkernels.runtime.backends import triton_interpreted
+from flowkernels.runtime.torch_private import add_each_
 
 INTERPRETED = triton_interpreted()
 
@@ -95,7 +96,7 @@ def on_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
     hold it."""
     found = torch.zeros(len(values), dtype=dtype, device=device)
     if values:
-        torch._foreach_add_(list(found.unbind()), values)
+        add_each_(list(found.unbind()), values)
     return found
 
 

@@ -22,6 +22,7 @@ from flowkernels._checks import expect
 from flowkernels.ops.euler_step import reference
 from flowkernels.ops.linear_update import reference as linear_reference
 from flowkernels.runtime import backends
+from flowkernels.runtime.torch_private import FORWARD_HOOKS, HELD, compiler_errors
 from flowkernels.sampling.loop import Update, Velocities, updates_of
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import evaluate, has_time_embedding, model_times, time_embeddings
@@ -150,7 +151,7 @@ def _compiled(loop: types.FunctionType) -> Callable:
 def _call_compiled(loop: Callable, velocity, x: Tensor, t: Tensor) -> Tensor:
     try:
         return loop(velocity, x.detach().contiguous(), t)
-    except (torch._dynamo.exc.TorchDynamoException, getattr(torch._dynamo.exc, "FailOnRecompileLimitHit", ())) as e:
+    except compiler_errors() as e:
         reason = f"{_first_line(e)}{_at(getattr(e, 'real_stack', ()))}"
         expect(False, "velocity", f"a network that torch.compile takes whole ({WAY_OUT})", reason, RuntimeError)
 
@@ -219,15 +220,14 @@ def _at(frames: Sequence[traceback.FrameSummary]) -> str:
 PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
 CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set))
 LONGEST = 256  # entries of a container that are looked at
-HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
-SEEN = {"training", "_parameters", "_buffers", "_modules", *HOOKS}
+SEEN = {"training", *HELD, *FORWARD_HOOKS}
 MACHINERY = frozenset(vars(nn.Module())) - SEEN
 
 
 def _hooks(velocity) -> tuple:
     """What tells the hooks of all modules apart, which the compiler takes for those that it has seen: their numbers."""
     modules = velocity.modules() if isinstance(velocity, nn.Module) else ()
-    return tuple(number for module in modules for name in HOOKS for number in getattr(module, name))
+    return tuple(number for module in modules for name in FORWARD_HOOKS for number in getattr(module, name))
 
 
 def _state(velocity) -> tuple:

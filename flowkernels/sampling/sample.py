@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.while_loop import while_loop
 from tqdm import tqdm
 
 from flowkernels._casts import no_grad
@@ -12,6 +11,7 @@ from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_
 from flowkernels.fusion.head import FusedHead
 from flowkernels.fusion.sampler import FusedSampler
 from flowkernels.ops import euler_step, linear_update
+from flowkernels.runtime.torch_private import while_loop
 from flowkernels.sampling import capture as capture_module
 from flowkernels.sampling.loop import flow, initial_state, plan_of, replay, updates_of
 from flowkernels.schedule import Schedule

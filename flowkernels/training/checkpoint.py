@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from flowkernels._checks import describe, expect
 from flowkernels._files import SUM, VALUES, damaged, expect_unchanged, warn_of_no_sum, whole_file
 from flowkernels.models.weights import read_torch
+from flowkernels.runtime.torch_private import tree_leaves, tree_map
 from flowkernels.training.modules import expect_weights
 from flowkernels.training.optimizers import PLACES
 from flowkernels.training.settings import Settings

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flowkernels._checks import expect
 from flowkernels.ops.library import is_transformed
+from flowkernels.runtime.torch_private import keeps_parametrized
 from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import resolve
@@ -16,8 +17,8 @@ from flowkernels.velocity.provenance import hash_of
 
 def expect_trainable_here() -> None:
     """Raise inside of contexts in which weights or gradients are not those of ordinary training."""
-    cached = getattr(nn.utils.parametrize, "_cache_enabled", 0)  # weights as they were at their first use
-    expect(not cached, "student", "training outside of torch.nn.utils.parametrize.cached()", "a call inside of it")
+    expected = "training outside of torch.nn.utils.parametrize.cached()"
+    expect(not keeps_parametrized(), "student", expected, "a call inside of it")
     expect(not is_transformed(), "student", "training outside of torch.func and dual_level", "a call inside of them")
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from flowkernels._checks import FLOATS, expect
 from flowkernels._warnings import warn
+from flowkernels.runtime.torch_private import BatchNorm, Dropout
 from flowkernels.velocity.protocol import Velocity, as_given, resolve
 from flowkernels.velocity.time_embedding import Embedding, rows_of_times
 
@@ -69,7 +70,7 @@ def warn_if_training(velocity: Velocity, stacklevel: int = 4) -> None:
     for name, module in velocity.named_modules():
         if not module.training:
             continue
-        random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        if random or isinstance(module, nn.modules.batchnorm._BatchNorm):
+        random = isinstance(module, Dropout) and module.p > 0
+        if random or isinstance(module, BatchNorm):
             text = f"{TRAINING}, got {type(module).__name__} {name!r} in training mode; call .eval() first"
             return warn(text, stacklevel)

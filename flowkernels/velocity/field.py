@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from flowkernels._checks import (
     FLOATS,
@@ -25,6 +24,7 @@ from flowkernels._checks import (
     expect_text,
 )
 from flowkernels._guidance import guided
+from flowkernels.runtime.torch_private import BACKWARD_HOOKS, COMPILED_CALL, FORWARD_HOOKS, tree_flatten
 from flowkernels.velocity.hashes import unwrapped
 from flowkernels.velocity.protocol import VelocityBase, is_per_sample, resolve
 from flowkernels.velocity.provenance import Identity, network_identity
@@ -153,7 +153,7 @@ class VelocityField(nn.Module, VelocityBase):
     def _replace(self, **changes) -> "VelocityField":
         """The same field but for some settings: of the same class, with all it holds, its network shared."""
         field = copy.copy(self)
-        field.__dict__.pop("_compiled_call_impl", None)  # which calls this one
+        field.__dict__.pop(COMPILED_CALL, None)  # which calls this one
         for name, value in vars(field).items():
             if name in REGISTRIES:
                 field.__dict__[name] = copy.copy(value)
@@ -301,7 +301,7 @@ class VelocityField(nn.Module, VelocityBase):
 REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 OWN = {name: getattr(VelocityField, name) for name in ("forward", "pair", "_call", "__call__", "velocities")}
 EMBED = VelocityField.time_embedding
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = (*FORWARD_HOOKS, *BACKWARD_HOOKS)
 
 
 def network_of(velocity: Any) -> Any:

@@ -15,14 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from flowkernels.runtime.torch_private import (
+    COMPILED,
+    COMPILED_MODULE,
+    FORWARD_HOOKS,
+    OF_COMPILER,
+    is_traceable_wrapper_subclass,
+)
 
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), range, slice)
 CONSTANTS += (torch.dtype, torch.device, torch.layout, torch.memory_format)
-MACHINERY = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_torch_compile"}  # hooks and the like
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+MACHINERY = frozenset(vars(nn.Module())) | set(OF_COMPILER)  # hooks and the like
 IN_PLACE = {  # modules that run another one as it is, and add nothing to its state: where it is
-    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    COMPILED: COMPILED_MODULE,
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
 }
@@ -117,7 +123,7 @@ def attributes_hash(modules: Iterable[tuple[str, nn.Module, Collection[str]]]) -
     digest, unread = hashlib.sha256(), []
     for prefix, module, but in modules:
         digest.update(f"{prefix} {class_name(type(module))}".encode())
-        unread += [f"{prefix}{name}" for name in HOOKS if getattr(module, name)]
+        unread += [f"{prefix}{name}" for name in FORWARD_HOOKS if getattr(module, name)]
         for name, value in sorted(vars(module).items()):
             if name in MACHINERY or name in but:
                 continue

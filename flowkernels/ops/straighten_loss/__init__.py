@@ -21,6 +21,7 @@ from flowkernels.ops.library import (
 from flowkernels.ops.segment_points import expect_bank, refuse_place
 from flowkernels.ops.segment_points.reference import expect_places
 from flowkernels.ops.straighten_loss import reference
+from flowkernels.runtime.torch_private import DelayedError
 
 
 class StraightenLoss(NamedTuple):
@@ -200,7 +201,7 @@ def _backward(ctx, grad, *_):
     if torch.is_grad_enabled():  # create_graph: the second derivative is not there, and is not to be taken for zero
         message = "straighten_loss: its gradient is not differentiable; ops.straighten_loss.reference is, twice"
         gradient = gradient if gradient.requires_grad else gradient.detach().requires_grad_()
-        gradient = torch._C._functions.DelayedError(message, 1)(gradient)
+        gradient = DelayedError(message, 1)(gradient)
     return (gradient, *(None,) * 7)
 
 

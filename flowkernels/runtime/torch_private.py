@@ -1,0 +1,84 @@
+# ruff: noqa: F401, others import them from here
+"""Torch's private names, all that the package uses: here they are looked at when a new torch comes out.
+
+Tried on torch 2.6, 2.13 and 2.14 on the CPU; `scripts/test_versions` tries the ends of the range.
+"""
+
+import torch
+from torch import nn
+from torch._C import (
+    DisableTorchFunction,  # in a block no function mode or subclass is asked
+    DisableTorchFunctionSubclass,  # the same, of subclasses alone
+)
+from torch._C import _functorch as functorch  # which tensors live inside a transform of torch.func, and what is in them
+from torch._C import _get_tracing_state as tracing_state  # of torch.jit.trace, None outside
+from torch._C import _len_torch_dispatch_stack as number_of_modes  # of dispatch modes that are on
+from torch._C._functorch import peek_interpreter_stack as innermost_transform  # of torch.func, None outside
+from torch._higher_order_ops.while_loop import while_loop  # a loop that stays one in a compiled graph
+from torch._ops import OpOverload  # what a dispatch mode is called with
+from torch.autograd import _profiler_enabled as profiler_enabled  # by torch.profiler
+from torch.nn.modules import module as of_all_modules  # GLOBAL_HOOKS are in it
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # of any number of dimensions
+from torch.nn.modules.dropout import _DropoutNd as Dropout  # of any number of dimensions
+from torch.utils import _device as of_devices  # CURRENT_DEVICE says it sooner than torch.get_default_device()
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,  # sees every operation
+    is_traceable_wrapper_subclass,  # a tensor made of others, which it names
+)
+from torch.utils._pytree import (
+    tree_flatten,  # nested containers and their leaves
+    tree_leaves,  # the leaves alone
+    tree_map,  # the same containers of other leaves
+)
+
+DelayedError = torch._C._functions.DelayedError  # a function whose backward raises
+add_each_ = torch._foreach_add_  # numbers to the tensors of a list, as arguments of a launch
+CALL_MODULE = nn.Module._call_impl  # what calls a forward with its hooks; a frame of it is a module that runs
+
+# Attributes of a module: what runs before and after its forward, backward, and what it holds
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+HELD = ("_parameters", "_buffers", "_modules")
+NOT_IN_STATE = "_non_persistent_buffers_set"  # names of buffers that no state dict has
+COMPILED_CALL = "_compiled_call_impl"  # of `Module.compile()`, in the place of CALL_MODULE
+OF_COMPILER = (COMPILED_CALL, "_is_torch_compile")  # that the compiler leaves on a module
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")  # of all modules, in `of_all_modules`
+COMPILED = "torch._dynamo.eval_frame.OptimizedModule"  # the class of torch.compile's wrapper
+COMPILED_MODULE = "_orig_mod"  # its attribute with what is compiled
+TYPED_STORAGE = "_typed_storage"  # of a tensor: a method that takes its memory
+
+# Functions that a file of torch.save calls
+REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
+REBUILD_TENSOR = tuple(f"torch._utils._rebuild_tensor_v{i}" for i in (2, 3))
+
+# Attributes that are read where they are needed: by a function each would cost more than it does
+ATTRIBUTES = {
+    "_apply": "overridden in a module, it moves more than parameters with `.to(device)`",
+    "_buffers": "of a module, by name",
+    "_call_impl": "of a class of modules: CALL_MODULE, or another",
+    "_cdata": "where the storage of a tensor is, also of one without memory",
+    "_compiled_call_impl": "COMPILED_CALL, None where a module is not compiled",
+    "_current_level": "of torch.autograd.forward_ad: -1 outside of dual_level",
+    "_forward_hooks": "of a module, by number",
+    "_forward_pre_hooks": "of a module, by number",
+    "_global_forward_hooks": "of `of_all_modules`, by number",
+    "_global_forward_pre_hooks": "of `of_all_modules`, by number",
+    "_indices": "of a sparse tensor, coalesced or not",
+    "_is_zerotensor": "whether a tensor is zeros without memory, as forward-mode differentiation makes them",
+    "_modules": "of a module, by name",
+    "_parameters": "of a module, by name",
+    "_values": "of a sparse tensor, coalesced or not",
+    "_version": "how often the memory of a tensor was written to by operations",
+}
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What torch.compile raises for a function that it does not take whole. Not imported before: it takes a second."""
+    from torch._dynamo import exc
+
+    return exc.TorchDynamoException, *([exc.FailOnRecompileLimitHit] if hasattr(exc, "FailOnRecompileLimitHit") else [])
+
+
+def keeps_parametrized() -> bool:
+    """Inside torch.nn.utils.parametrize.cached(), which keeps weights as they were at their first use."""
+    return bool(getattr(nn.utils.parametrize, "_cache_enabled", 0))
