@@ -16,8 +16,7 @@ ARCHITECTURES = {"80", "90a", "100", "120"}
 
 
 def cuda_ops() -> list[str]:
-    cmake = (_host_cuda.ROOT / "CMakeLists.txt").read_text()
-    return re.search(r"set\(CUDA_OPS ([^)]*)\)", cmake)[1].split()
+    return [path.parent.name for path in (_host_cuda.ROOT / "csrc").glob("*/cuda.cu")]
 
 
 def kernels():

@@ -1,0 +1,64 @@
+#pragma once
+#include "bindings.h"
+#include "linear_euler/linear_euler.h"
+
+using Operand = std::tuple<Address, int, int64_t>;  // of rows: address, type, stride
+inline fk::Rows rows(const Operand& t) {
+  return {at(std::get<0>(t)), fk::Dtype(std::get<1>(t)), std::get<2>(t)};
+}
+
+inline fk::LinearEulerArgs linear_euler_args(Address x, const Operand& z, int64_t z_token, const Operand& weight,
+                                             const Operand& bias, const Operand& norm_weight, const Operand& norm_bias,
+                                             const Operand& scale, const Operand& shift,
+                                             const std::vector<Address>& history, const std::vector<double>& b,
+                                             Address out, Address low, Address velocity, int x_type, int history_type,
+                                             int low_type, int velocity_type, std::array<int64_t, 4> sizes,
+                                             std::array<int64_t, 4> patches, bool channels_first,
+                                             std::optional<double> eps, double h, std::optional<double> guidance) {
+  auto [n, T, d, outputs] = sizes;
+  auto [patch, C, H, W] = patches;
+  return {at(x),
+          rows(z),
+          z_token,
+          rows(weight),
+          rows(bias),
+          rows(norm_weight),
+          rows(norm_bias),
+          rows(scale),
+          rows(shift),
+          pointers(history),
+          b.data(),
+          int64_t(history.size()),
+          at(out),
+          at(low),
+          at(velocity),
+          fk::Dtype(x_type),
+          fk::Dtype(history_type),
+          fk::Dtype(low_type),
+          fk::Dtype(velocity_type),
+          n,
+          T,
+          d,
+          outputs,
+          patch,
+          C,
+          H,
+          W,
+          channels_first,
+          eps.has_value(),
+          guidance.has_value(),
+          eps.value_or(0),
+          h,
+          guidance.value_or(1),
+          0};
+}
+
+template <class Module>
+void bind_linear_euler(Module& m) {
+  m.def("linear_euler", ON_THREADS(linear_euler, LinearEulerArgs), py::call_guard<py::gil_scoped_release>());
+}
+
+template <class Module>
+void bind_linear_euler_cuda(Module& m) {
+  m.def("linear_euler", on_stream(linear_euler_args, fk::cuda::linear_euler));
+}
