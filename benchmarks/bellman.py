@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from flowkernels.bench.case import Case, Work, ours
+from flowkernels.bench.case import Case, Small, Work, kernel, ours
 from flowkernels.ops import bellman
 from flowkernels.ops.bellman import reference
 from flowkernels.ops.bellman.samples import Sample, error_and_bound
@@ -49,3 +49,14 @@ def cases(device) -> Iterator[Case]:
     yield case(100, 10, quick=True)
     yield case(400, 10)
     yield case(1000, 20)
+
+
+def small(device) -> Small:
+    cost = torch.rand(11, 11, dtype=torch.float64, device=device)
+    sample = Sample("", (cost.cpu(), 4), {})
+    return Small(
+        lambda: bellman(cost, 4),
+        kernel("bellman", cost, 4, 1.0),
+        lambda: reference.bellman(cost, 4),
+        lambda got: error_and_bound(sample, [t.cpu() for t in got]),
+    )

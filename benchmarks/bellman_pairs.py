@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from flowkernels.bench.case import Case, Work, ours
+from flowkernels.bench.case import Case, Small, Work, kernel, ours
 from flowkernels.ops import bellman_pairs
 from flowkernels.ops.bellman_pairs import reference
 from flowkernels.ops.bellman_pairs.samples import Sample, error_and_bound, make
@@ -48,3 +48,14 @@ def cases(device) -> Iterator[Case]:
     yield case(50, 10)
     yield case(100, 10, quick=True)
     yield case(200, 10)
+
+
+def small(device) -> Small:
+    args = *(torch.rand(shape, dtype=torch.float64, device=device) for shape in ((11,), (11, 11, 11))), 4
+    sample = Sample("", tuple(t.cpu() for t in args[:2]) + args[2:], {})
+    return Small(
+        lambda: bellman_pairs(*args),
+        kernel("bellman_pairs", *args),
+        lambda: reference.bellman_pairs(*args),
+        lambda got: error_and_bound(sample, [t.cpu() for t in got]),
+    )

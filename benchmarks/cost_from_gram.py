@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flowkernels.bench.case import Case, Work, ours
+from flowkernels.bench.case import Case, Small, Work, kernel, ours
 from flowkernels.ops import cost_from_gram
 from flowkernels.ops.cost_from_gram import reference
 from flowkernels.ops.cost_from_gram.samples import Sample, error_and_bound
@@ -37,3 +37,15 @@ def cases(device) -> Iterator[Case]:
     yield case(50)
     yield case(100, quick=True)
     yield case(256)
+
+
+def small(device) -> Small:
+    matrix, times = inputs(10, device)
+    on_device = times.to(device)
+    sample = Sample("", (matrix.cpu(), times), dict(states=False))
+    return Small(
+        lambda: cost_from_gram(matrix, times),
+        kernel("cost_from_gram", matrix, times, False),
+        lambda: reference.cost_from_gram(matrix, on_device),
+        lambda got: error_and_bound(sample, got.cpu()),
+    )

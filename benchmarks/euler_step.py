@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from flowkernels.bench.case import Case, Work, ours
+from flowkernels.bench.case import SMALL, Case, Small, Work, ours
 from flowkernels.ops import euler_step
+from flowkernels.ops.euler_step import stepper
 from flowkernels.ops.euler_step.samples import Sample, error_and_bound
 
 H, W = 0.05, 4.0
@@ -94,3 +95,14 @@ def cases(device) -> Iterator[Case]:
         yield with_guidance(1 << log)
     for log in (16, 20, 24):
         yield in_float32(1 << log)
+
+
+def small(device) -> Small:
+    x, v, out = (torch.randn(SMALL, device=device) for _ in range(3))
+    sample, inner = Sample("", (x, v, H), {}), stepper(x)
+    return Small(
+        lambda: euler_step(x, v, H),
+        lambda: inner(x, v, H, None, 1.0, out),
+        lambda: plain(x, v),
+        lambda got: error_and_bound(sample, got),
+    )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from flowkernels.bench.case import Case, Work, ours
+from flowkernels.bench.case import Case, Small, Work, kernel, ours
 from flowkernels.ops import linear_euler
 from flowkernels.ops.linear_euler.samples import Sample, error_and_bound
 
@@ -71,3 +71,15 @@ def cases(device) -> Iterator[Case]:
         yield case("4,096 tokens of 3,072 -> 64", (1, 4096, 64), 4096, 3072, 64, dtype)
     for dtype in (torch.float32, torch.bfloat16):
         yield case("Linear 512 -> 64, 256 samples", (256, 64), 1, 512, 64, dtype, modulated=False)
+
+
+def small(device) -> Small:
+    x, z, weight = (torch.randn(size, device=device) for size in ((1, 64), (1, 16), (64, 16)))
+    sample = Sample("", (x, z, weight, H), {})
+    inner = kernel("linear_euler", x, z, weight, *[None] * 7, "pqc", None, H, [], [], None)
+    return Small(
+        lambda: linear_euler(x, z, weight, H),
+        lambda: inner()[0],
+        lambda: head(x, z, weight, *[None] * 5),
+        lambda got: error_and_bound(sample, got),
+    )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flowkernels.bench.case import Case, Work, ours
+from flowkernels.bench.case import SMALL, Case, Small, Work, kernel, ours
 from flowkernels.ops import linear_update
 from flowkernels.ops.linear_update.samples import Sample, error_and_bound
 
@@ -52,3 +52,16 @@ def cases(device) -> Iterator[Case]:
     yield case(1 << 20, 16)
     yield case(1 << 18, 4, quick=True)
     yield case(1 << 16, 8)
+
+
+def small(device) -> Small:
+    x, *v = (torch.randn(SMALL, device=device) for _ in range(5))
+    b = [0.1, -0.2, 0.3, 0.4]
+    sample = Sample("", (x, v, b), {})
+    inner = kernel("linear_update", x, v, b, None)
+    return Small(
+        lambda: linear_update(x, v, b),
+        lambda: inner()[0],
+        lambda: in_place(x, v, b),
+        lambda got: error_and_bound(sample, got),
+    )

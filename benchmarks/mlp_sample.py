@@ -1,13 +1,19 @@
 """Whole samplers of multilayer perceptrons in one call, beside the same loop run and compiled by torch."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import flowkernels as fk
-from flowkernels.bench.case import Case, Work, ours
+from flowkernels.bench.case import Case, Small, Work, ours
 from flowkernels.models.bundled import BUNDLED
+from flowkernels.ops import mlp_sample
+from flowkernels.ops.mlp_sample import Plan, Prepared, Tables
+from flowkernels.ops.mlp_sample.samples import Network, error_and_bound
+from flowkernels.runtime import backends
 
 
 def perceptron(dim: int, width: int, device) -> nn.Sequential:
@@ -183,3 +189,22 @@ def cases(device) -> Iterator[Case]:
     yield case(1, 64, dim=2)
     yield case(4096, 64, dim=2)
     yield case(256, 1024, weights=torch.bfloat16)
+
+
+def small(device) -> Small:
+    net = Network(64, 1, 1).add(64, activation="silu").head().sample("")
+    x, h, layers = net.args
+    x, layers = x.to(device), [replace(a, weight=a.weight.to(device), shift=a.shift.to(device)) for a in layers]
+    first, last = layers
+    C, out, step_sizes = backends.extension(), torch.empty_like(x), torch.tensor(h, dtype=torch.float64)
+    prepared = C and Prepared(Plan(C, 64, layers, None), step_sizes, Tables(layers), None, 1.0)
+
+    def inner():
+        prepared.run(x, out)
+        return out
+
+    def eager():
+        hidden = F.silu(F.linear(x, first.weight, first.shift[0, 0]))
+        return x + h[0] * F.linear(hidden, last.weight, last.shift[0, 0])
+
+    return Small(lambda: mlp_sample(x, h, layers), inner, eager, lambda got: error_and_bound(net, got.cpu()))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flowkernels.bench.case import Case, Work, ours
+from flowkernels.bench.case import SMALL, Case, Small, Work, kernel, ours
 from flowkernels.ops import segment_points
 from flowkernels.ops.segment_points.samples import Sample, error_and_bound, places
 
@@ -37,3 +37,15 @@ def cases(device) -> Iterator[Case]:
     yield case(256, 3072)
     yield case(256, 3072, on_segments=False)
     yield case(256, 65536)
+
+
+def small(device) -> Small:
+    states, place = torch.randn(5, 4, *SMALL[1:], device=device), torch.tensor([2], device=device)
+    args = (states, place, place, torch.tensor([0.3], device=device))
+    sample = Sample("", args, {})
+    return Small(
+        lambda: segment_points(*args),
+        kernel("segment_points", *args, torch.float32),
+        lambda: by_lerp(states.flatten(2), *args[1:]).view(SMALL),
+        lambda got: error_and_bound(sample, got),
+    )

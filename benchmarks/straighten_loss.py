@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 import torch
 
-from flowkernels.bench.case import Case, Work, ours
+from flowkernels.bench.case import SMALL, Case, Small, Work, ours
 from flowkernels.ops import straighten_loss
 from flowkernels.ops.segment_points.samples import places
+from flowkernels.ops.straighten_loss import directly, reference
 from flowkernels.ops.straighten_loss.samples import Sample, gradient_error_and_bound
+from flowkernels.runtime import backends
 
 
 def by_autograd(v, bank, h, interval, sample, c):
@@ -58,3 +60,16 @@ def cases(device) -> Iterator[Case]:
     yield case(256, 65536)
     yield case(256, 65536, "huber")
     yield case(256, 65536, dtype=torch.bfloat16)
+
+
+def small(device) -> Small:
+    states, place = torch.randn(5, 4, *SMALL[1:], device=device), torch.tensor([2], device=device)
+    v, h = torch.randn(SMALL, device=device), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64, device=device)
+    args = (v, states, h, place, place)
+    C, truth = backends.extension(), reference.straighten_loss(*args)[0].item()
+    return Small(
+        lambda: straighten_loss(*args).loss,
+        lambda: directly(C, *args, None, 0.0, False)[0][0],
+        lambda: by_autograd(v.flatten(1), states.flatten(2), h.float(), place, place, 0.0),
+        lambda got: (abs(got.item() / truth - 1), 1e-5),
+    )

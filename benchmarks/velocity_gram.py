@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flowkernels.bench.case import Case, Work, ours
+from flowkernels.bench.case import SMALL, Case, Small, Work, kernel, ours
 from flowkernels.ops import velocity_gram
 from flowkernels.ops.velocity_gram.samples import Sample, error_and_bound
 
@@ -57,3 +57,13 @@ def cases(device) -> Iterator[Case]:
     yield case(50, 256, 64)
     for threads in (1, 2) if device.type == "cpu" else ():
         yield case(100, 25, 3072, threads=threads)
+
+
+def small(device) -> Small:
+    v = torch.randn(10, *SMALL, device=device)
+    return Small(
+        lambda: velocity_gram(v),
+        kernel("velocity_gram", v, None, None),
+        lambda: gram(v),
+        lambda got: error_and_bound(Sample("", (v,), {}), got),
+    )

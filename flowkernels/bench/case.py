@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from flowkernels.ops.library import KERNELS
 from flowkernels.runtime import backends
 
 
@@ -39,6 +40,25 @@ class Case:
     threads: int | None = None
     quick: bool = field(default=False, kw_only=True)  # in the quick selection
     curves: Mapping[str, float] = field(default_factory=dict, kw_only=True)
+
+
+SMALL = 1, 1, 8, 8  # one 8x8 image
+
+
+class Small(NamedTuple):
+    """An op on one such image, for what a call costs beside its work: the public function, what our stages call once
+    they have checked their arguments, the same work in torch, and the check of a result."""
+
+    call: Callable[[], Any]
+    inner: Callable[[], Any]
+    peer: Callable[[], Any]
+    check: Callable[[Any], tuple[float, float]]
+
+
+def kernel(op: str, *args) -> Callable[[], Any]:
+    """The op's kernel past the checks and the dispatcher."""
+    C = backends.extension()
+    return lambda: KERNELS[op](C, *args)
 
 
 def interpreted(backend: str) -> bool:

@@ -95,7 +95,7 @@ def straighten_loss(
     args = (v, bank, step_sizes, interval, sample, weight, c)
     gradient = torch.is_grad_enabled() and v.requires_grad
     if (C := direct("straighten_loss", *args[:-1], gradient=True)) is not None:
-        results = _Direct.apply(C, *args) if gradient else _directly(C, *args, False)[0]
+        results = _Direct.apply(C, *args) if gradient else directly(C, *args, False)[0]
         return StraightenLoss(results[0], *results.detach()[1:].split([len(v), len(bank) - 1]))
     return StraightenLoss(*dispatch("straighten_loss", *args, gradient)[:3])
 
@@ -133,13 +133,13 @@ def _kernel(C, v, bank, step_sizes, interval, sample, weight, huber_c, gradient,
         *losses, grad = _fake(*args, gradient)
         _launch(C, *args, [t.data_ptr() for t in losses], grad if gradient else None, *where)
         return *losses, grad
-    (results, grad), B = _directly(C, *args, gradient), v.shape[0]
+    (results, grad), B = directly(C, *args, gradient), v.shape[0]
     grad = v.new_empty(0) if grad is None else grad
     # each apart: outputs of an op may not share memory
     return results[0].clone(), results[1 : B + 1].clone(), results[B + 1 :].clone(), grad
 
 
-def _directly(C, v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, Tensor | None]:
+def directly(C, v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, Tensor | None]:
     """The three losses in one tensor, and the gradient if wanted: fewer results are less to do for autograd."""
     v, B = v.contiguous(), v.shape[0]
     results = torch.empty(B + bank.shape[0], dtype=torch.float64, device="cpu")
@@ -182,7 +182,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, C, *args):
-        results, gradient = _directly(C, *args, True)
+        results, gradient = directly(C, *args, True)
         ctx.save_for_backward(gradient)
         return results
 
