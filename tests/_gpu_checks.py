@@ -5,6 +5,7 @@ tests/test_gpu_checks.py runs them on the CPU, on kernels compiled for the host.
 import contextlib
 import warnings
 
+import ops_cases
 import torch
 from _contract import identical
 from torch import Tensor
@@ -138,7 +139,9 @@ def graph(op: str, device, on: str = "cuda") -> list[str]:
     return wrong
 
 
-WAITS = dict.fromkeys(("bellman", "bellman_pairs"), "it reads one flag")
+WAITS = {op: why for op in ops.OPS if (why := getattr(ops_cases.of(op), "WAITS", None))}
+# past 2^31 elements
+LARGE = [op for op in ops.OPS if hasattr(ops_cases.of(op), "large")]
 
 
 def no_wait(op: str, device, on: str = "cuda") -> list[str]:
@@ -178,82 +181,6 @@ def other_stream(op: str, device, on: str = "cuda") -> list[str]:
         if not identical(out, eager):
             wrong.append(sample.id)
     return wrong
-
-
-# ---- sizes past 2^31 elements: (device, elements, backend) -> the largest error in ulp of float32; a few are allowed
-
-
-def _apart(got: Tensor, expected: Tensor, scale: Tensor) -> float:
-    worst = ((got.double() - expected.double()).abs() / scale.double()).max().item()
-    return worst / torch.finfo(torch.float32).eps
-
-
-def _pieces(n: int, size: int = 1 << 26):
-    return (slice(i, min(n, i + size)) for i in range(0, n, size))
-
-
-def large_euler_step(device, n: int, on: str = "cuda") -> float:
-    x, v = torch.rand(n, device=device), torch.rand(n, device=device, dtype=torch.bfloat16)
-    with backend(on):
-        out = ops.euler_step(x, v, 0.5)
-    return max(_apart(out[p], x[p].double() + 0.5 * v[p].double(), x[p] + v[p].float() + 1) for p in _pieces(n))
-
-
-def large_linear_update(device, n: int, on: str = "cuda") -> float:
-    x, v = torch.rand(n, device=device), torch.rand(n, device=device, dtype=torch.bfloat16)
-    with backend(on):
-        out = ops.linear_update(x, [v, v], [0.5, -0.25])
-    return max(_apart(out[p], x[p].double() + 0.25 * v[p].double(), x[p] + v[p].float() + 1) for p in _pieces(n))
-
-
-def large_segment_points(device, n: int, on: str = "cuda") -> float:
-    """A bank of n elements or more, read at its end."""
-    D = n // 6 + 1
-    bank = torch.rand(3, 2, D, device=device)
-    last, u = torch.tensor([1], device=device), torch.tensor([0.25], device=device)
-    with backend(on):
-        out = ops.segment_points(bank, last, last, u)[0]
-    a, b = bank[1, 1], bank[2, 1]
-    return max(_apart(out[p], a[p].double() + 0.25 * (b[p].double() - a[p].double()), a[p] + b[p]) for p in _pieces(D))
-
-
-def large_straighten_loss(device, n: int, on: str = "cuda") -> float:
-    D = n // 6 + 1
-    bank, v = torch.rand(3, 2, D, device=device), torch.rand(1, D, device=device).requires_grad_()
-    last, h = torch.tensor([1], device=device), torch.tensor([0.5, 0.5], device=device)
-    with backend(on):
-        ops.straighten_loss(v, bank, h, last, last).loss.backward()
-    a, b, p = bank[1, 1], bank[2, 1], v.detach()[0]
-
-    def piece(s):
-        expected = (p[s].double() - (b[s].double() - a[s].double()) / 0.5) * 2  # the mean over D comes last
-        return _apart(v.grad[0, s].double() * D, expected, p[s] + 2 * (a[s] + b[s]) + 1)
-
-    return max(map(piece, _pieces(D)))
-
-
-def large_velocity_gram(device, n: int, on: str = "cuda") -> float:
-    """Three velocities of n elements together, more in all than 2^31."""
-    D = n // 3 + 1
-    v = torch.rand(3, 1, D, device=device, dtype=torch.bfloat16)
-    with backend(on):
-        got = ops.velocity_gram(v)
-    truth = torch.zeros(2, 2, dtype=torch.float64, device=device)
-    for p in _pieces(D):
-        rows = v[:, 0, p].double().diff(dim=0)
-        truth += rows @ rows.T
-    norms = truth.diagonal().sqrt()
-    # relative to |a_i| |a_j|; allowed are 1e-5, which is 84 ulp, as much as 4 ulp are here
-    return 4 / 84 * _apart(got, truth, norms[:, None] * norms)
-
-
-LARGE = {  # and the bytes that it takes for each of n elements
-    "euler_step": (large_euler_step, 4 + 2 + 4),
-    "linear_update": (large_linear_update, 4 + 2 + 4),
-    "segment_points": (large_segment_points, 4 + 2),
-    "straighten_loss": (large_straighten_loss, 4 + 4),
-    "velocity_gram": (large_velocity_gram, 2 + 2),
-}
 
 
 # ---- what is printed last ----

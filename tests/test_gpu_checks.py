@@ -11,6 +11,7 @@ from pathlib import Path
 
 import _gpu_checks as checks
 import _gpu_pipeline
+import ops_cases
 import pytest
 import torch
 from _contract import tensors
@@ -83,8 +84,7 @@ def test_checks_run_the_kernels_in_triton(check, monkeypatch):
 
 @pytest.mark.parametrize("op", checks.LARGE)
 def test_large_ones_in_triton(op):
-    check, _ = checks.LARGE[op]
-    assert check(CPU, 10_003, "triton") <= 4
+    assert ops_cases.of(op).large(CPU, 10_003, "triton") <= 4
 
 
 def with_kernel(monkeypatch, change):
@@ -148,8 +148,7 @@ def test_a_wait_is_named(monkeypatch):
 
 @pytest.mark.parametrize("op", [op for op in checks.LARGE if op in CUDA_OPS])
 def test_large(op):
-    check, _ = checks.LARGE[op]
-    assert check(CPU, 10_003) <= 4
+    assert ops_cases.of(op).large(CPU, 10_003, "cuda") <= 4
 
 
 @pytest.mark.parametrize("op", [op for op in checks.LARGE if op in CUDA_OPS])
@@ -157,8 +156,7 @@ def test_large_ones_that_are_wrong_are_found(op, monkeypatch):
     kernel = getattr(checks.ops, op)
     wrong = functools.partial(tree_map_only, torch.Tensor, lambda t: t * 1.001)
     monkeypatch.setattr(checks.ops, op, lambda *args: wrong(kernel(*args)))
-    check, _ = checks.LARGE[op]
-    assert check(CPU, 10_003) > 4
+    assert ops_cases.of(op).large(CPU, 10_003, "cuda") > 4
 
 
 @pytest.mark.parametrize("stage", _gpu_pipeline.STAGES)

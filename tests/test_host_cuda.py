@@ -2,11 +2,10 @@
 
 import importlib
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import _host_cuda
+import ops_cases
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,134 +169,16 @@ def test_same_bits_in_any_order(op, sample, plain):
 # ---- sectors and banks ----
 
 
-class Accesses(NamedTuple):
-    """A call on aligned tensors, whose loads and stores take the fewest sectors and passes that they can. Exceptions,
-    each with its reason: source lines with this text may take so many times the fewest."""
-
-    function: Callable
-    args: tuple
-    kwargs: dict
-    exceptions: dict[str, float]
-
-
-def _euler_step():
-    x, v, u = torch.randn(3, 4096)
-    yield Accesses(ops.euler_step, (x, v, 0.1), {}, {})
-    yield Accesses(ops.euler_step, (x.double(), v.double(), 0.1), dict(v_uncond=u.double(), guidance=2.0), {})
-    yield Accesses(ops.euler_step, (x, v.bfloat16(), 0.1), dict(low=torch.bfloat16), {})
-
-
-def _cost_from_gram():
-    gram, times = torch.eye(30, dtype=torch.float64), torch.linspace(0, 1, 32, dtype=torch.float64)
-    # columns begin and end where the triangle does, within a sector
-    yield Accesses(ops.cost_from_gram, (gram, times), {}, {"": 1.25})
-
-
-def _bellman():
-    # as above, and the tables are small
-    yield Accesses(ops.bellman, (torch.rand(32, 32, dtype=torch.float64), 4), {}, {"": 1.25})
-
-
-def _bellman_pairs():
-    first, cost = torch.rand(32, dtype=torch.float64), torch.rand(32, 32, 32, dtype=torch.float64)
-    yield Accesses(ops.bellman_pairs, (first, cost, 4), {}, {"": 1.25})  # as above
-
-
-def _places():
-    bank, u = torch.randn(5, 3, 1024), torch.rand(4, dtype=torch.float64)
-    return bank, torch.arange(4), torch.tensor([0, 1, 2, 0]), u
-
-
-def _segment_points():
-    for dtype in (torch.float32, torch.bfloat16):
-        yield Accesses(ops.segment_points, _places(), dict(dtype=dtype), {})
-
-
-def _straighten_loss():
-    bank, interval, sample, u = _places()
-    yield Accesses(ops.straighten_loss, (torch.randn(4, 1024), bank, u, interval, sample), {}, {})
-
-
-def _velocity_gram():
-    # the lower triangle of the result, once for each call
-    yield Accesses(ops.velocity_gram, (torch.randn(40, 4096),), {}, {"gram[j * R + i] = sum": 4.0})
-
-
-def _linear_update():
-    x, *v = torch.randn(6, 4096)
-    b = [0.1, 0.2, 0.3, 0.4, 0.5]
-    yield Accesses(ops.linear_update, (x, v, b), {}, {})
-    # A thread that takes 16 bytes of bfloat16 takes 32 of float32, in two requests that share every sector. Two groups
-    # of elements a thread, as euler_step has, would be in each of the sums over terms, and the state is one of many.
-    halves = {"load_vector(sum, x + at)": 2.0, "store_vector(out + at, sum)": 2.0}
-    yield Accesses(ops.linear_update, (x, [t.bfloat16() for t in v], b), dict(low=torch.bfloat16), halves)
-
-
-def _linear_euler():
-    make, bf16 = SAMPLES["linear_euler"].make, torch.bfloat16
-    # the sums go to the state in its order, which is not theirs, once an output
-    exceptions = {"total[o * (M + 1)": 2.0}
-    patches = dict(shape=(1, 4, 8, 16), d=256, patch=2)
-    modulated = dict(extra=4, guidance=2.0, options="bias norm scale shift")
-    for sample in (
-        make(**patches, dtype=bf16, options="bias"),
-        make(**patches, dtype=bf16, low=bf16, **modulated),
-        make(**patches, dtype=bf16, parameters=torch.float32, options="norm affine", order="cpq"),
-        make(**patches, **modulated),
-        make((2, 16, 16), 256, (16,), guidance=2.0, options="bias scale shift", terms=1),
-        make((1, 32, 64), 256, (32,), dtype=bf16),
-        make((1, 32, 64), 256, (32,), options="bias norm"),
-    ):
-        yield Accesses(ops.linear_euler, sample.args, sample.kwargs, exceptions)
-
-
-def _mlp_sample():
-    network, bf16 = SAMPLES["mlp_sample"].Network, torch.bfloat16
-    # Neighbouring outputs of a thread are stored one by one, once for all inputs: nvcc splits wider stores, whose
-    # alignment it cannot know.
-    sums = {"pitch + l.out + c + o + i] = sum[r][i]": 4.0}
-    for width, low in ((64, None), (128, None), (64, bf16), (192, bf16)):  # the wider ones are streamed
-        for n in (1, 8, 80):
-            net = network(64, n, 2).add(width, activation="silu").add(width, activation="silu").add(map="layer_norm")
-            sample = net.head().sample("", low=low)
-            yield Accesses(ops.mlp_sample, sample.args, sample.kwargs, sums)
-    # a warp takes several rows of fewer than 32 values, which begin 4 or 20 banks after one another
-    narrow = dict.fromkeys(("row[a.velocity]", "row[0]", "rows[at.r * a.pitch", "row[k.out + to.c]"), 2.0)
-    sample = network(8, 40, 2).add(64).head().sample("")
-    yield Accesses(ops.mlp_sample, sample.args, sample.kwargs, sums | narrow)
-    for n in (8, 80):
-        sample = network(64, n, 3).add(64).head().sample("", solver=SAMPLES["mlp_sample"].dense)
-        yield Accesses(ops.mlp_sample, sample.args, sample.kwargs, sums)
-
-
-ACCESSES = {
-    "euler_step": _euler_step,
-    "cost_from_gram": _cost_from_gram,
-    "bellman": _bellman,
-    "bellman_pairs": _bellman_pairs,
-    "segment_points": _segment_points,
-    "straighten_loss": _straighten_loss,
-    "velocity_gram": _velocity_gram,
-    "linear_update": _linear_update,
-    "linear_euler": _linear_euler,
-    "mlp_sample": _mlp_sample,
-}
-
-
-def test_every_kernel_has_its_accesses_checked():
-    assert set(ACCESSES) == set(OPS)
-
-
 def source(where):
     # gcc counts a few instructions of a cuda.cu as those of the file that includes it
     path, line = re.sub(r"^host_cuda/(\w+)\.cpp:", r"\1/cuda.cu:", where).rsplit(":", 1)
     return (ROOT / "csrc" / path).read_text().splitlines()[int(line) - 1].strip()
 
 
-@pytest.mark.parametrize("op", ACCESSES)
+@pytest.mark.parametrize("op", OPS)
 def test_accesses_are_coalesced_and_without_bank_conflicts(op, checked):
     module, run = checked
-    for function, args, kwargs, exceptions in ACCESSES[op]():
+    for function, args, kwargs, exceptions in ops_cases.of(op).accesses():
         run(function, *args, **kwargs)
         lines = [line for line in module.lines() if line[2] != "atomic"]
         assert lines

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ops_cases
 import pytest
 
-OPS = ["velocity_gram", "cost_from_gram", "bellman", "bellman_pairs", "straighten_loss"]
+from flowkernels import ops
+
+OPS = [op for op in ops.OPS if getattr(ops_cases.of(op), "TRITON_PTX", False)]
 SAMPLES = {op: list(importlib.import_module(f"flowkernels.ops.{op}.samples").sample_inputs()) for op in OPS}
 CASES = [(op, s.id) for op in OPS for s in SAMPLES[op]]
 

@@ -126,8 +126,9 @@ def compile_for(target: str, op: str, inputs: list[tuple], out: Path) -> list[di
     triton.runtime.driver.set_active(Driver(target))
     recorder, found, known = Recorder(), [], set()
     function = backends.triton_op(op)
-    # bellman and bellman_pairs see memory that nothing has written
-    refusing = patch.dict(function.__globals__, {"_refuse": lambda *_: None} if op.startswith("bellman") else {})
+    # what refuses values, as `bellman` does, sees memory that nothing has written
+    refuses = "_refuse" in function.__globals__
+    refusing = patch.dict(function.__globals__, {"_refuse": lambda *_: None} if refuses else {})
     with patch.object(triton_common, "launch", recorder), refusing:
         for args in inputs:
             function(*args)

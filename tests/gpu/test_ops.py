@@ -1,6 +1,7 @@
 """Every op's kernels on a GPU, in CUDA and in Triton; what is checked is in tests/_gpu_checks.py."""
 
 import _gpu_checks as checks
+import ops_cases
 import pytest
 import torch
 
@@ -55,13 +56,12 @@ def test_other_device(op, on, gpu):
 @each(checks.LARGE)
 def test_large(op, on, gpu):
     """More than 2^31 elements."""
-    check, each = checks.LARGE[op]
-    n = (1 << 31) + 3
+    cases, n = ops_cases.of(op), (1 << 31) + 3
     torch.cuda.empty_cache()
-    needed = n * each + (8 << 30)  # and what is compared, in pieces
+    needed = n * cases.LARGE_BYTES + (8 << 30)  # and what is compared, in pieces
     if torch.cuda.mem_get_info(gpu)[0] < needed:
         pytest.skip(f"needs {needed >> 30} GiB of free memory")
     try:
-        assert check(gpu, n, on) <= 4
+        assert cases.large(gpu, n, on) <= 4
     finally:
         torch.cuda.empty_cache()

@@ -1,71 +1,31 @@
 """`library.direct`: past torch's dispatcher where it has nothing to do, through it where it has."""
 
 import sys
-from typing import NamedTuple
 
+import ops_cases
 import pytest
 import torch
+from ops_cases import PLACES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowkernels.ops import (
-    bellman,
-    bellman_pairs,
+    OPS,
     euler_step,
     library,
-    linear_euler,
     linear_update,
-    mlp_sample,
     segment_points,
     straighten_loss,
-    velocity_gram,
 )
-from flowkernels.ops.mlp_sample import Layer, Source
 from flowkernels.ops.samples import generator
 from flowkernels.runtime.backends import BACKENDS, backend
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
-class Call(NamedTuple):
-    run: object  # tensors -> result
-    shapes: tuple  # of its tensors
-    written: tuple = ()  # the ones that it writes to
-
-
-PLACES = torch.tensor([0, 2, 1, 1]), torch.tensor([0, 1, 2, 0])
-CALLS = {
-    "velocity_gram": Call(lambda v, x: velocity_gram(v, x=x, times=4), ((4, 3, 5), (5, 3, 5))),
-    "bellman": Call(lambda cost: bellman(cost.double(), 3), ((5, 5),)),
-    "bellman_pairs": Call(lambda first, cost: bellman_pairs(first.double(), cost.double(), 3), ((5,), (5, 5, 5))),
-    "euler_step": Call(lambda x, v, u: euler_step(x, v, 0.25, v_uncond=u, guidance=2.0, low=BF16), ((3, 5),) * 3),
-    "euler_step_out": Call(lambda x, v, out: euler_step(x, v, 0.25, out=out, low=BF16), ((3, 5),) * 3, (2,)),
-    "linear_euler": Call(
-        lambda x, z, w, b, s, v: linear_euler(
-            x, z, w, 0.25, bias=b, norm=1e-3, scale=s, guidance=2.0, history=[v], b=[0.5], low=BF16
-        ),
-        ((3, 5), (6, 4), (5, 4), (5,), (6, 4), (3, 5)),
-    ),
-    "linear_euler_out": Call(
-        lambda x, z, w, out, v: linear_euler(x, z, w, 0.25, out=out, velocity_out=v, low=BF16),
-        ((3, 5), (3, 4), (5, 4), (3, 5), (3, 5)),
-        (3, 4),
-    ),
-    "linear_update": Call(lambda x, v, w: linear_update(x, [v, w], [0.5, 2.0], low=BF16), ((3, 5),) * 3),
-    "linear_update_out": Call(lambda x, v, out: linear_update(x, [v], [0.5], out=out, low=BF16), ((3, 5),) * 3, (2,)),
-    "segment_points": Call(lambda bank, u: segment_points(bank, *PLACES, u), ((4, 3, 5), (4,))),
-    "mlp_sample": Call(
-        lambda x, weight, shift: mlp_sample(
-            x, [0.25], [Layer("linear", Source(0, 0, 5), 5, weight, shift=shift[None])], trajectory=True
-        ),
-        ((3, 5), (5, 5), (3, 5)),
-    ),
-    "straighten_loss": Call(
-        lambda v, bank, h, w: straighten_loss(v, bank, h, *PLACES, weight=w), ((4, 5), (4, 3, 5), (3,), (4,))
-    ),
-}
+CALLS = {name: call for op in OPS for name, call in ops_cases.of(op).CALLS.items()}
 EVERY = pytest.mark.parametrize("op", CALLS)
 ASKING = [m for m in sys.modules.values() if m.__name__.startswith("flowkernels.ops.") and hasattr(m, "direct")]
 ASKING.remove(library)
@@ -274,8 +234,7 @@ def test_tensors_whose_memory_is_not_their_values(op, kind, way):
             tensors[i] = torch._efficientzerotensor(t.shape)
         assert tensors[i].is_neg() or tensors[i]._is_zerotensor()
         got = call(op, tensors)
-        # these convert some of theirs first, which gives them memory
-        assert way() == "dispatcher" or op in ("velocity_gram", "bellman", "bellman_pairs")
+        assert way() == "dispatcher" or CALLS[op].converts
         torch.testing.assert_close(parts(got), parts(expected), rtol=0, atol=0, equal_nan=True)
 
 

@@ -8,23 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ops_cases
 import pytest
 import torch
 
 import flowkernels
 from flowkernels import ops
 from flowkernels.ops import (
-    bellman,
-    bellman_pairs,
     euler_step,
-    linear_euler,
-    linear_update,
-    mlp_sample,
-    segment_points,
-    straighten_loss,
-    velocity_gram,
 )
-from flowkernels.ops.mlp_sample import Layer, Source
 from flowkernels.runtime import backends
 
 NAMES = ("baseline", "avx2", "avx512", "amx")
@@ -57,7 +49,7 @@ def done():
     """What each process printed, by the name of its set; they run at the same time."""
     # MALLOC_PERTURB_: the C library fills memory that it hands out with 0x7f, about 3e38 in float32
     env = os.environ | {"MALLOC_PERTURB_": str(0x80), "FLOWKERNELS_BACKEND": "cpu"}
-    env["PYTHONPATH"] = str(Path(flowkernels.__file__).parents[1])
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (Path(flowkernels.__file__).parents[1], Path(__file__).parents[1])))
     processes = {
         isa: subprocess.Popen(
             [sys.executable, *script],
@@ -136,56 +128,8 @@ def before_guard_page(t):
 
 def check_bounds():
     """No access past the end of an input or output, for every length of tail."""
-    for x_dtype, v_dtype in ((F32, F32), (F32, BF16), (F32, F16), (F64, F64)):
-        for n in range(1, 36):
-            x, out = (before_guard_page(torch.ones(n, dtype=x_dtype)) for _ in range(2))
-            v, u = (before_guard_page(torch.ones(n, dtype=v_dtype)) for _ in range(2))
-            for low in (BF16, F16):
-                euler_step(
-                    x, v, 0.5, v_uncond=u, guidance=2.0, out=out, low=before_guard_page(torch.ones(n, dtype=low))
-                )
-                assert out.eq(1.5).all()
-                linear_update(
-                    x, [v, u, v], [0.25, 0.5, -0.25], out=out, low=before_guard_page(torch.ones(n, dtype=low))
-                )
-                assert out.eq(1.5).all()
-            for norm in (None, 1.0):
-                z, weight, rows = (before_guard_page(torch.ones(2, n, dtype=v_dtype)) for _ in range(3))
-                state, low, bias = (before_guard_page(torch.ones(s, dtype=x_dtype)) for s in ((1, 2), (1, 2), 2))
-                head = dict(bias=bias, norm=norm, scale=rows, shift=rows, norm_bias=None if norm is None else rows[1])
-                linear_euler(state, z[:1], weight[:, :n], 0.5, bias=bias, out=low)
-                assert low.eq(1 + (n + 1) / 2).all()
-                z[:, 0] += n  # not constant
-                linear_euler(state, z, weight, 0.5, guidance=1.0, out=low, velocity_out=low.clone(), **head)
-                assert low.isfinite().all()
-            bank = before_guard_page(torch.arange(4.0).view(2, 2, 1).expand(2, 2, n).to(x_dtype))
-            place = torch.tensor([0, 0]), torch.tensor([1, 0])
-            for where in (None, torch.tensor([0.0, 0.5])):
-                points = segment_points(bank, *place, where)
-                assert points.eq(torch.tensor([[1.0], [0.0 if where is None else 1.0]])).all()
-            for loss in ("l2", "huber"):
-                rows = before_guard_page(torch.full((2, n), 3.0).to(v_dtype))
-                got = straighten_loss(rows, bank, torch.ones(1), *place, loss=loss, huber_c=1.0)
-                assert got.per_sample.sub(1 if loss == "l2" else 2**0.5 - 1).abs().max() < 1e-6
-            velocities = torch.arange(5).view(5, 1).expand(5, n).to(v_dtype)
-            states = torch.zeros(6, n, dtype=x_dtype)
-            gram = velocity_gram(before_guard_page(velocities))
-            assert gram.eq(n).all()
-            gram = velocity_gram(before_guard_page(velocities), x=before_guard_page(states), times=5)
-            assert gram[4:, 4:].eq(n * torch.arange(5.0) * torch.arange(5.0)[:, None]).all()
-    for n in range(1, 36):
-        for low in (None, BF16):
-            x, weight, scale, shift = (
-                before_guard_page(torch.ones(shape)) for shape in ((n, n), (n, n), (1, 1, n), (2, n, n))
-            )
-            layer = Layer("linear", Source(0, 0, n), n, weight, scale=scale, shift=shift, activation="relu")
-            assert mlp_sample(x, [1.0, 0.5], [layer], low=low).eq(2 + n + 0.5 + n * (2 + n) / 2).all()
-    for K in range(1, 20):
-        value, _ = bellman(before_guard_page(torch.ones(K + 1, K + 1, dtype=F64)), K)
-        assert value.diagonal().eq(torch.arange(K + 1)).all()
-        first, cost = torch.ones(K + 1, dtype=F64), torch.ones(K + 1, K + 1, K + 1, dtype=F64)
-        value, _ = bellman_pairs(before_guard_page(first), before_guard_page(cost), K)
-        assert value[range(1, K + 1), range(K), range(1, K + 1)].eq(torch.arange(1, K + 1)).all()
+    for name in ops.OPS:
+        ops_cases.of(name).guarded(before_guard_page)
 
 
 if __name__ == "__main__":
