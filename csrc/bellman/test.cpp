@@ -1,5 +1,6 @@
-#include "bellman/bellman.h"
 #include "common/test.h"
+
+#include "bellman/bellman.h"
 
 // The same sums and the same choice of a minimum, so no error is allowed
 TEST(bellman) {

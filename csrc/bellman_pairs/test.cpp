@@ -1,5 +1,6 @@
-#include "bellman_pairs/bellman_pairs.h"
 #include "common/test.h"
+
+#include "bellman_pairs/bellman_pairs.h"
 
 TEST(bellman_pairs) {
   for (int64_t n : {2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17, 18, 33})

@@ -1,5 +1,6 @@
-#include "cost_from_gram/cost_from_gram.h"
 #include "common/test.h"
+
+#include "cost_from_gram/cost_from_gram.h"
 
 // Against the quadratic form, of a matrix that need not be one of increments
 TEST(cost_from_gram) {

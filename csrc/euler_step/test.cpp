@@ -1,5 +1,6 @@
-#include "euler_step/euler_step.h"
 #include "common/test.h"
+
+#include "euler_step/euler_step.h"
 
 TEST(euler_step) {
   for (auto [x_type, v_type] : kStates)

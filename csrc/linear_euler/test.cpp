@@ -1,7 +1,8 @@
+#include "common/test.h"
+
 #include <memory>
 
 #include "linear_euler/linear_euler.h"
-#include "common/test.h"
 
 namespace {
 

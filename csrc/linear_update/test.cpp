@@ -1,7 +1,8 @@
+#include "common/test.h"
+
 #include <memory>
 
 #include "linear_update/linear_update.h"
-#include "common/test.h"
 
 TEST(linear_update) {
   for (auto [x_type, v_type] : kStates)

@@ -1,9 +1,10 @@
+#include "common/test.h"
+
 #include <array>
 #include <functional>
 #include <memory>
 
 #include "mlp_sample/mlp_sample.h"
-#include "common/test.h"
 
 namespace {
 

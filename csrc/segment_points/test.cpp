@@ -1,5 +1,6 @@
-#include "segment_points/segment_points.h"
 #include "common/test.h"
+
+#include "segment_points/segment_points.h"
 
 TEST(segment_points) {
   const Dtype types[][2] = {{f32, f32}, {f32, bf16}, {f32, f16}, {f64, f64}, {f64, bf16}, {f64, f16}};

@@ -1,5 +1,6 @@
-#include "straighten_loss/straighten_loss.h"
 #include "common/test.h"
+
+#include "straighten_loss/straighten_loss.h"
 
 TEST(straighten_loss) {
   for (auto [x_type, v_type] : kStates)

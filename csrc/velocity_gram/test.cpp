@@ -1,4 +1,5 @@
 #include "common/test.h"
+
 #include "velocity_gram/velocity_gram.h"
 
 namespace {

@@ -1,8 +1,7 @@
 // Runs the tests of the CPU kernels, for a build with sanitizers (CMakeLists.txt: FLOWKERNELS_SANITIZE).
-#include "common/test.h"
-
 #include <exception>
 
+#include "common/test.h"
 #include "common/threads.h"
 
 // What the sanitizers ask of a program. Fresh memory is NaN, so that a sum that starts from it shows.
