@@ -96,7 +96,7 @@ def read_network(path):
 
 def read_checkpoint(path):
     net = field()
-    notes = inputs._load_checkpoint(net, path)
+    notes = inputs.load_checkpoint(net, path)
     return _plain([net.state_dict(), notes])
 
 

@@ -270,7 +270,7 @@ def from_file(loader, state, path):
         torch.save(state, path)
     else:
         save_file(state, path)
-    inputs._load_checkpoint(net, path)
+    inputs.load_checkpoint(net, path)
     return net
 
 
@@ -362,4 +362,4 @@ def test_what_torch_saved_without_checksums_is_read(tmp_path):
 def test_a_torch_file_of_something_else_is_named(content, tmp_path):
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(inputs.InputError, match=r"^--checkpoint: expected names and tensors.*a\.pt"):
-        inputs._load_checkpoint(ResidualMLP(4, 8, 1, 8), tmp_path / "a.pt")
+        inputs.load_checkpoint(ResidualMLP(4, 8, 1, 8), tmp_path / "a.pt")

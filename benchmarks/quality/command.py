@@ -23,6 +23,7 @@ from torch import Tensor
 import flowkernels as fk
 from flowkernels import Solver
 from flowkernels.bench.tables import write_csv
+from flowkernels.evaluation.endpoint import endpoint_error
 from flowkernels.runtime.environment import provenance
 
 from .data import SIZES, Data, Sizes, generator, load
@@ -174,7 +175,7 @@ class Bench:
 
     def _figures(self, velocity: Counted, noise: Tensor, solver) -> dict:
         x = fk.sample(velocity, noise, solver)
-        error = (x - self.teacher).double().square().flatten(1).sum(1).mean().item()
+        error = endpoint_error(x, self.teacher)
         there = self.data.distance.describe(x)
         return dict(
             evaluations=velocity.count // len(noise),
@@ -202,7 +203,7 @@ class Bench:
         rows = [dict(row="teacher", N=K)] if not found else []
         for name, (velocity, steps, note) in found.items():
             finer = fk.sample(velocity, few, steps)
-            error = (self.teacher[: len(few)] - finer).double().square().flatten(1).sum(1).mean().item()
+            error = endpoint_error(self.teacher[: len(few)], finer)
             rows.append(dict(row=name, N=K, endpoint_error=error, rms=error**0.5, notes=note))
             print(f"  {name:<18} rms {error**0.5:.4g} {note}", flush=True)
         both = dict(evaluations=K, distance_to_data=self.teacher_to_data)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import flowkernels as fk
 from flowkernels._files import whole_folder, write_or_keep
+from flowkernels.evaluation.endpoint import endpoint_errors
 from flowkernels.models.bundled import BUNDLED, save_network
 from flowkernels.runtime.environment import environment
 from flowkernels.velocity.identity import parameter_hash
@@ -46,9 +47,9 @@ SETTINGS = {
 }
 
 
-def _endpoint_error(name: str, x: Tensor, teacher: Tensor) -> dict[str, float]:
-    """Mean over samples of the squared L2 distance between the endpoints, and the standard error of that mean."""
-    each = (x - teacher).double().square().flatten(1).sum(1)
+def _error_cells(name: str, x: Tensor, teacher: Tensor) -> dict[str, float]:
+    """The endpoint error of a row, and the standard error of that mean."""
+    each = endpoint_errors(x, teacher)
     return {f"error_{name}": each.mean().item(), f"error_{name}_se": (each.std() / len(each) ** 0.5).item()}
 
 
@@ -80,7 +81,7 @@ def run(
     Returns:
         What `report.json` holds: table, straightened, history, provenance, seconds, environment, settings.
     """
-    from flowkernels.cli import report  # brings matplotlib along, which nothing else needs
+    from flowkernels.cli import plot, report  # bring matplotlib along, which nothing else needs
 
     bundled, s = BUNDLED[data], settings or SETTINGS[data]
     out = report.expect_report_folder(out)
@@ -122,7 +123,7 @@ def run(
             plans = {"uniform": fk.Schedule.uniform(n), "bellman": best, "fitted": calibration.solvers[n]}
             for name, how in plans.items():
                 ends[name, n] = fk.sample(velocity, held_out, how)
-                row |= _endpoint_error(name, ends[name, n], teacher)
+                row |= _error_cells(name, ends[name, n], teacher)
             rows.append(row)
     with stage("straighten", f"N = {N}, {s.iterations} iterations on {s.bank} trajectories"):
         result = fk.straighten(
@@ -130,14 +131,18 @@ def run(
             velocity,
             plan,
             noise=bundled.shape,
-            **{k: getattr(s, k) for k in ("iterations", "batch", "bank", "lr", "ema")},
+            iterations=s.iterations,
+            batch=s.batch,
+            bank=s.bank,
+            lr=s.lr,
+            ema=s.ema,
             warmup=s.iterations // 10,
             seed=seed + 1,
             progress=progress,
         )
     with stage("sample", f"{s.held_out} samples, {N} steps, straightened"):
         straightened = fk.sample(fused(result.student, plan, bundled.shape), held_out, plan)
-        next(r for r in rows if r["steps"] == N).update(_endpoint_error("straightened", straightened, teacher))
+        next(r for r in rows if r["steps"] == N).update(_error_cells("straightened", straightened, teacher))
 
     shown = {name: ends[name, N] for name in ("uniform", "bellman", "fitted")} | {"straightened": straightened}
     pictures = {name: x[: s.pictured] for name, x in {"teacher": teacher, **shown}.items()}
@@ -161,7 +166,7 @@ def run(
                 calibration.save(folder / "schedule.boss.json")
                 notes = {"straightened_from": parameter_hash(net), "times": plan.times.tolist()}
                 save_network(result.student, folder / "student.safetensors", **notes)
-                images = report.draw(results, calibration, pictures, folder)
+                images = plot.draw(results, calibration, pictures, folder)
             seconds["total"] = sum(s for name, s in seconds.items() if name != "total")
             report.write(results, images, folder)
 

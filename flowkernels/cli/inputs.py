@@ -25,7 +25,7 @@ class InputError(Exception):
     """What the user gave cannot be worked with; the message names the option."""
 
 
-def _at(e: BaseException) -> str:
+def own_line(e: BaseException) -> str:
     """The place in the user's own code that an error came through, if any."""
     ours = [Path(module.__file__).parent for module in (fk, torch, np, importlib)]
     frames = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith("<")]
@@ -37,18 +37,18 @@ def _at(e: BaseException) -> str:
 # What is checked before any work starts
 
 
-def _expect(ok: bool, message: str) -> None:
+def require(ok: bool, message: str) -> None:
     if not ok:
         raise InputError(message)
 
 
-def _check_paths(args, *suffixes: str) -> None:
+def check_paths(args, *suffixes: str) -> None:
     """The input files exist, and the output files can be written and are none of them: args.targets, whatever folder
     the user's model goes to."""
     args.targets = {}
     inputs = [(f"--{option}", getattr(args, option, None)) for option in ("checkpoint", "schedule")]
     for option, path in inputs:
-        _expect(path is None or path.is_file(), f"{option}: expected a file, got {path}, which is not one")
+        require(path is None or path.is_file(), f"{option}: expected a file, got {path}, which is not one")
     for option in ("state", "out"):
         path = getattr(args, option, None)
         if path is not None:
@@ -58,33 +58,33 @@ def _check_paths(args, *suffixes: str) -> None:
                 raise InputError(str(e)) from e
             inputs.append((f"--{option}", path))
     known = not suffixes or args.out.suffix in suffixes
-    _expect(known, f"--out: expected a file name ending in {' or '.join(suffixes)}, got {args.out}")
+    require(known, f"--out: expected a file name ending in {' or '.join(suffixes)}, got {args.out}")
 
 
-def _load_calibration(args) -> fk.Calibration:
+def load_calibration(args) -> fk.Calibration:
     try:
         calibration = fk.Calibration.load(args.schedule)
     except ValueError as e:
         raise InputError(str(e).replace("path:", "--schedule:", 1)) from e
     there = args.steps in calibration
-    _expect(there, f"--steps: expected one of {sorted(calibration)}, those of {args.schedule}, got {args.steps}")
+    require(there, f"--steps: expected one of {sorted(calibration)}, those of {args.schedule}, got {args.steps}")
     return calibration
 
 
-def _load_model(args, calibration: fk.Calibration | None = None):
+def load_model(args, calibration: fk.Calibration | None = None):
     """(velocity, shape of one sample, notes of its checkpoint), tried on one sample."""
     model = _build_model(args.model)
-    notes = _load_checkpoint(_network(model), args.checkpoint) if args.checkpoint else {}
+    notes = load_checkpoint(network_of(model), args.checkpoint) if args.checkpoint else {}
     if isinstance(model, nn.Module):
         with _of_model(f"{args.model} cannot be put on {args.device}"):
             model = model.to(args.device).eval()
     shape = args.shape or (BUNDLED[args.model].shape if args.model in BUNDLED else None)
     shape = shape or tuple(calibration.provenance.get("shape") or () if calibration else ())
-    _expect(len(shape) > 0, f"--shape: expected the shape of one sample, for the model {args.model}")
+    require(len(shape) > 0, f"--shape: expected the shape of one sample, for the model {args.model}")
     for option, samples in (("-n", getattr(args, "n", 1)), ("--bank", getattr(args, "bank", 1))):
         expect_room(4 * math.prod(shape) * samples, option, "noise", f"{samples} samples of shape {list(shape)}")
     with _of_model(f"{args.model} failed on one sample of shape {list(shape)}"):
-        fk.rollout(model, _noise(1, shape, 0).to(args.device), 1)
+        fk.rollout(model, draw_noise(1, shape, 0).to(args.device), 1)
     return model, shape, notes
 
 
@@ -94,14 +94,14 @@ def _build_model(spec: str):
         return BUNDLED[spec].load()
     module, _, function = spec.partition(":")
     names = " or ".join(sorted(BUNDLED))
-    _expect(bool(module and function), f"--model: expected {names} or module:function, got {spec!r}")
+    require(bool(module and function), f"--model: expected {names} or module:function, got {spec!r}")
     if os.getcwd() not in sys.path:  # an installed command does not look in the current folder
         sys.path.insert(0, os.getcwd())
     with _of_model(f"cannot import {spec!r}"):
         build = getattr(importlib.import_module(module), function)
     with _of_model(f"{spec} failed when it was called"):
         model = build()
-    _expect(callable(model), f"--model: expected {spec} to return a callable, got {type(model).__name__}")
+    require(callable(model), f"--model: expected {spec} to return a callable, got {type(model).__name__}")
     return model
 
 
@@ -111,18 +111,18 @@ def _of_model(failed: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as e:
-        raise InputError(f"--model: {failed}: {type(e).__name__}: {e}{_at(e)}") from e
+        raise InputError(f"--model: {failed}: {type(e).__name__}: {e}{own_line(e)}") from e
 
 
-def _network(model) -> nn.Module | None:
+def network_of(model) -> nn.Module | None:
     """The module whose weights a checkpoint holds."""
     net = model.net if isinstance(model, VelocityField) else model
     return net if isinstance(net, nn.Module) else None
 
 
-def _load_checkpoint(net: nn.Module | None, path: Path) -> dict:
+def load_checkpoint(net: nn.Module | None, path: Path) -> dict:
     """Put the file's weights into the network. Returns the notes that a straightened student carries, else {}."""
-    _expect(net is not None, f"--checkpoint: expected a model that is a torch.nn.Module for the weights of {path}")
+    require(net is not None, f"--checkpoint: expected a model that is a torch.nn.Module for the weights of {path}")
     notes, wanted = {}, "a safetensors or torch file of tensors"
     try:
         if path.suffix == ".safetensors":
@@ -148,7 +148,7 @@ def _notes(metadata: dict[str, str]) -> dict:
     return notes
 
 
-def _noise(n: int, shape: tuple[int, ...], seed: int | torch.Generator) -> Tensor:
+def draw_noise(n: int, shape: tuple[int, ...], seed: int | torch.Generator) -> Tensor:
     """Standard normal noise, made on the CPU so that a seed means the same on every device."""
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     return torch.randn(n, *shape, generator=generator, dtype=torch.float32, device="cpu")

@@ -23,19 +23,19 @@ from flowkernels.bench import record, replay, tune
 from flowkernels.cli import demo
 from flowkernels.cli.inputs import (
     InputError,
-    _at,
-    _check_paths,
-    _expect,
-    _load_calibration,
-    _load_model,
-    _network,
-    _noise,
+    check_paths,
+    draw_noise,
+    load_calibration,
+    load_model,
+    network_of,
+    own_line,
+    require,
 )
 from flowkernels.models import weights
 from flowkernels.models.bundled import BUNDLED, save_network
 from flowkernels.ops import tuned
 from flowkernels.runtime import backends
-from flowkernels.runtime import environment as environment_module
+from flowkernels.runtime.environment import environment
 from flowkernels.velocity.identity import parameter_hash
 
 SAMPLE_FORMATS = (".safetensors", ".npy", ".pt", ".png")
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             plain = isinstance(e, (InputError, ValueError, TypeError, OSError, RuntimeError)) and str(e).strip()
             text = str(e) if plain else f"{type(e).__name__}: {e}"
             if not isinstance(e, InputError):
-                text += f"{_at(e)} (FLOWKERNELS_DEBUG=1 shows all)"
+                text += f"{own_line(e)} (FLOWKERNELS_DEBUG=1 shows all)"
             print(f"flowkernels: error: {' '.join(text.split()):.1000}", file=sys.stderr)
             return 2
 
@@ -246,13 +246,22 @@ def _demo(args) -> None:
 
 
 def _calibrate(args) -> None:
-    _check_paths(args)
-    _expect(args.steps[-1] <= args.grid, f"--steps: expected at most --grid {args.grid}, got {args.steps[-1]}")
-    velocity, shape, _ = _load_model(args)
-    noise = _noise(args.n, shape, args.seed).to(args.device)
-    held_out = _noise(args.verify_noise, shape, args.seed + VERIFY).to(args.device) if args.verify_noise else None
-    options = dict(max_regret=args.max_regret, fit=args.fit, verify_noise=held_out, chunk=args.chunk, seed=args.seed)
-    calibration = fk.calibrate(velocity, noise, args.grid, args.steps, **options)
+    check_paths(args)
+    require(args.steps[-1] <= args.grid, f"--steps: expected at most --grid {args.grid}, got {args.steps[-1]}")
+    velocity, shape, _ = load_model(args)
+    noise = draw_noise(args.n, shape, args.seed).to(args.device)
+    held_out = draw_noise(args.verify_noise, shape, args.seed + VERIFY).to(args.device) if args.verify_noise else None
+    calibration = fk.calibrate(
+        velocity,
+        noise,
+        args.grid,
+        args.steps,
+        max_regret=args.max_regret,
+        fit=args.fit,
+        verify_noise=held_out,
+        chunk=args.chunk,
+        seed=args.seed,
+    )
     write_or_keep(args.targets["out"], "--out", calibration.save)
     print(calibration)
     for N, errors in calibration.verified.items():
@@ -262,27 +271,37 @@ def _calibrate(args) -> None:
 
 
 def _straighten(args) -> None:
-    _check_paths(args, ".safetensors")
+    check_paths(args, ".safetensors")
     there = args.state is not None and args.state.exists()
-    _expect(args.resume or not there, f"--state: {args.state} exists; --resume goes on from it")
-    _expect(there or not args.resume, f"--resume: expected --state FILE of an earlier run, got {args.state}")
-    calibration = _load_calibration(args)
-    velocity, shape, _ = _load_model(args, calibration)
-    _expect(_network(velocity) is not None, f"--model: expected a torch.nn.Module to train, got {args.model}")
-    weights.expect_storable(_network(velocity).state_dict(), "--model")
+    require(args.resume or not there, f"--state: {args.state} exists; --resume goes on from it")
+    require(there or not args.resume, f"--resume: expected --state FILE of an earlier run, got {args.state}")
+    calibration = load_calibration(args)
+    velocity, shape, _ = load_model(args, calibration)
+    require(network_of(velocity) is not None, f"--model: expected a torch.nn.Module to train, got {args.model}")
+    weights.expect_storable(network_of(velocity).state_dict(), "--model")
     fk.Calibration.load(args.schedule, velocity)  # warns if it was made for another model
-    options = ("iterations", "batch", "bank", "refresh", "u", "loss", "lr", "warmup", "decay", "seed")
     with _in_its_words({"checkpoint: ": "--state: ", "resume=False starts anew": ANEW}):
         result = fk.straighten(
             None,
             velocity,
             calibration[args.steps],
-            noise=lambda n, generator: _noise(n, shape, generator).to(args.device),
-            **{k: getattr(args, k) for k in options},
-            **dict(clip=args.clip or None, ema=args.ema or None, checkpoint=args.targets.get("state")),
+            noise=lambda n, generator: draw_noise(n, shape, generator).to(args.device),
+            iterations=args.iterations,
+            batch=args.batch,
+            bank=args.bank,
+            refresh=args.refresh,
+            u=args.u,
+            loss=args.loss,
+            lr=args.lr,
+            warmup=args.warmup,
+            decay=args.decay,
+            clip=args.clip or None,
+            ema=args.ema or None,
+            checkpoint=args.targets.get("state"),
+            seed=args.seed,
         )
     notes = {"straightened_from": parameter_hash(velocity), "times": calibration[args.steps].times.tolist()}
-    student = _network(result.student).cpu()
+    student = network_of(result.student).cpu()
 
     def save(path: Path) -> None:
         if args.model in BUNDLED:  # with its architecture, so that models.load_network rebuilds it from the file alone
@@ -296,11 +315,11 @@ def _straighten(args) -> None:
 
 
 def _sample(args) -> None:
-    _check_paths(args, *SAMPLE_FORMATS)
-    calibration = _load_calibration(args) if args.schedule else None
-    velocity, shape, notes = _load_model(args, calibration)
+    check_paths(args, *SAMPLE_FORMATS)
+    calibration = load_calibration(args) if args.schedule else None
+    velocity, shape, notes = load_model(args, calibration)
     image = len(shape) == 3 and shape[0] in (1, 3)
-    _expect(image or args.out.suffix != ".png", f"--out: expected shape [1 or 3, H, W] for a .png, got {list(shape)}")
+    require(image or args.out.suffix != ".png", f"--out: expected shape [1 or 3, H, W] for a .png, got {list(shape)}")
     schedule = calibration[args.steps] if calibration else fk.Schedule.uniform(args.steps)
     teacher = notes.get("straightened_from")
     if calibration and (teacher is None or teacher != calibration.provenance.get("parameters_sha256")):
@@ -310,8 +329,8 @@ def _sample(args) -> None:
         warnings.warn(f"--checkpoint: {args.checkpoint} was straightened for the knots {knots}", stacklevel=1)
     plan = _method(args.method, schedule, calibration)
     trained = teacher is not None and args.method != "euler"
-    _expect(not trained, f"--method: expected euler, which {args.checkpoint} was straightened for, got {args.method}")
-    parts = _noise(args.n, shape, args.seed).to(args.device).split(args.chunk or args.n)
+    require(not trained, f"--method: expected euler, which {args.checkpoint} was straightened for, got {args.method}")
+    parts = draw_noise(args.n, shape, args.seed).to(args.device).split(args.chunk or args.n)
     samples = torch.cat([fk.sample(velocity, part, plan, progress=True).cpu() for part in parts])
     write_or_keep(args.targets["out"], "--out", lambda path: _save_samples(path, samples))
     solver = fk.Solver.of(plan)
@@ -323,7 +342,7 @@ def _sample(args) -> None:
 
 def _method(name: str, schedule: fk.Schedule, calibration: fk.Calibration | None) -> fk.Schedule | fk.Solver:
     if name == "best":
-        _expect(calibration is not None, "--method: expected --schedule FILE with best")
+        require(calibration is not None, "--method: expected --schedule FILE with best")
         return calibration.best(schedule.steps)
     if name == "heun":
         return fk.Solver.heun(schedule)
@@ -331,7 +350,7 @@ def _method(name: str, schedule: fk.Schedule, calibration: fk.Calibration | None
 
 
 def _tune(args) -> int:
-    _check_paths(args)
+    check_paths(args)
     return tune.run(args)
 
 
@@ -369,13 +388,13 @@ def _info(args) -> None:
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     chosen = {d: _chosen(d) for d in devices}
     triton = None if backends.triton_error() else importlib.import_module("triton").__version__
-    environment = environment_module.environment() | {"triton": triton}
+    here = environment() | {"triton": triton}
     if args.json:
-        told = {"environment": environment, "ops": table, "has_run": backends.HAS_RUN, "chosen": chosen}
+        told = {"environment": here, "ops": table, "has_run": backends.HAS_RUN, "chosen": chosen}
         told["triton_configurations"] = tuned.in_words()
         print(json.dumps(told, indent=1))
         return
-    for key, value in environment.items():
+    for key, value in here.items():
         print(f"{key.replace('_', ' '):<18} {'-' if value is None else value}")
     reasons = list(dict.fromkeys(why for cells in table.values() for why in cells.values() if why))
     print("\n" + "".join(f"{c:<18}" for c in ["op", *backends.BACKENDS]).rstrip())

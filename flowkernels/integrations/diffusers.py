@@ -1,5 +1,4 @@
-"""Diffusers' transformers, told by the names of their classes: where the trunk ends and what the final layer is; and
-solvers as a scheduler of its pipelines."""
+"""Solvers as a scheduler of diffusers' pipelines."""
 
 import functools
 import sys
@@ -10,8 +9,6 @@ from flowkernels._checks import expect, expect_positive_int, expect_times
 from flowkernels.ops import linear_update
 from flowkernels.schedule import Schedule
 from flowkernels.solver import NEGLIGIBLE, Solver
-
-# ---- a scheduler ----
 
 
 def solver_scheduler(solver, num_train_timesteps: int = 1000):

@@ -22,7 +22,9 @@ def environment() -> dict:
         "flowkernels": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: importlib.metadata.version(name) for name in ("numpy", "safetensors", "matplotlib")},
+        "numpy": importlib.metadata.version("numpy"),
+        "safetensors": importlib.metadata.version("safetensors"),
+        "matplotlib": importlib.metadata.version("matplotlib"),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": cores,
@@ -43,10 +45,14 @@ def provenance(device: torch.device) -> dict:
     e = environment()
     return {
         "device": torch.cuda.get_device_name(device) if is_gpu(device) else f"{e['cpu']}, {e['cores']} cores",
-        **dict(isa=e["instruction_set"], cpu=e["cpu"], torch=e["torch"], python=e["python"], flowkernels=__version__),
-        **dict(commit=_commit(), date=datetime.now(timezone.utc).date().isoformat()),
-        **(_of_the_gpu(device) if is_gpu(device) else {}),
-    }
+        "isa": e["instruction_set"],
+        "cpu": e["cpu"],
+        "torch": e["torch"],
+        "python": e["python"],
+        "flowkernels": __version__,
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    } | (_of_the_gpu(device) if is_gpu(device) else {})
 
 
 def _of_the_gpu(device: torch.device) -> dict:
