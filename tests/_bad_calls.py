@@ -648,8 +648,8 @@ def _stages(cal) -> None:
             cost=(lambda: cal.cost, is_dense(F64)),
             schedules=(lambda: dict(cal.schedules), is_dict),
         ),
-        **dict(provenance=(lambda: {}, is_dict), gram=(lambda: cal.gram, or_none(is_dense(F64)))),
-        **dict(solvers=(lambda: {}, is_dict), verified=(lambda: {}, is_dict)),
+        **dict(provenance=(lambda: {}, or_none(is_dict)), gram=(lambda: cal.gram, or_none(is_dense(F64)))),
+        **dict(solvers=(lambda: {}, or_none(is_dict)), verified=(lambda: {}, or_none(is_dict))),
     )
     place("cal[]", lambda steps: cal[steps], (KeyError,), steps=(2, is_int(1, K)))
     place("cal.best", cal.best, (KeyError,), steps=(2, is_int(1, K)))

@@ -1,8 +1,6 @@
 """Step costs of single samples, objectives beyond the mean of squares, and what their scatter says."""
 
 import itertools
-import sys
-import types
 import warnings
 
 import pytest
@@ -11,7 +9,7 @@ from _flows import Counted, ElementwiseField, even_grid, linear_field, normal, r
 
 import flowkernels as fk
 from flowkernels.calibration import sample_costs
-from flowkernels.calibration.objectives import pair_costs
+from flowkernels.calibration.objectives import OBJECTIVES, pair_costs
 from flowkernels.calibration.sample_costs import SampleCosts
 from flowkernels.models.bundled import BUNDLED
 
@@ -412,6 +410,12 @@ def test_conditioning_of_the_samples(objective):
         assert told[0] == told[1]
 
 
+def test_every_objective_is_told():
+    for name, make in OBJECTIVES.items():
+        assert f'"{name}"' in fk.Calibration.find.__doc__
+        assert make.__doc__.startswith("Least ")
+
+
 def test_bad_objectives(tmp_path):
     cal, _ = calibrated(Turning())
     with pytest.raises(ValueError, match=r"^objective: expected one of \['squared', 'norm', .*'free'\], got best"):
@@ -553,45 +557,40 @@ def test_noise_to_verify_on():
         fk.calibrate(Sided(), noise, 5, 2, verify_noise=7, **QUIET)
 
 
-def test_fitted_solvers_are_verified(monkeypatch, tmp_path):
-    """With a fit of a kind: one better than the schedule, and one that is worse than anything."""
-    given, wrong = [], fk.Solver.euler(2, model_times=[0.9, 0.1])
-
-    def fit_solver(velocity, cal, steps, chunk):
-        given.append((velocity, len(cal.kept.x), chunk))
-        return wrong if steps == 2 else fk.Solver.adams_bashforth(cal[steps])
-
-    monkeypatch.setitem(sys.modules, "flowkernels.calibration.fit", types.SimpleNamespace(fit_solver=fit_solver))
-    velocity, noise = Turning(), normal(40, 3, dtype=torch.float64)
-    with pytest.warns(
-        UserWarning, match=r"^verify_noise: .*the fitted solver has a larger error .* for N = 2; use cal.best"
-    ):
-        cal = fk.calibrate(velocity, noise, 20, [2, 8], verify_noise=noise + 0.1, fit=True, chunk=16, **QUIET)
-    assert given == [(velocity, 21, 16)] * 2
+def test_fitted_solvers_are_verified(tmp_path):
+    """Fits to samples that curve early, verified on samples that curve late: one helps there, and one does not."""
+    velocity, noise, wrong = Sided(), normal(40, 2, dtype=torch.float64).abs() + 1, fk.Solver.euler(2)
+    with pytest.warns(UserWarning, match=r"^verify_noise: .*the fitted solver has a larger error .* for N = 8; use"):
+        cal = fk.calibrate(velocity, noise, 20, [2, 8], verify_noise=-1 - noise, fit=True, chunk=16, **QUIET)
     assert sorted(cal.solvers) == [2, 8]
-    assert all(sorted(cal.verified[n]) == ["bellman", "fitted", "uniform"] for n in (2, 8))
-    assert cal.best(8) is cal.solvers[8]
-    assert cal.best(2) is not wrong
+    for n, solver in cal.solvers.items():
+        assert solver.to_dict() == fk.fit_solver(velocity, cal, n, chunk=16).to_dict()
+        x1 = fk.sample(velocity, -1 - noise, 20)
+        error = (fk.sample(velocity, -1 - noise, solver) - x1).square().sum(-1).mean().item()
+        assert cal.verified[n]["fitted"] == pytest.approx(error, rel=1e-9)
+        assert sorted(cal.verified[n]) == sorted(cal.verified_as[n]) == ["bellman", "fitted", "uniform"]
+    assert cal.best(2) is cal.solvers[2]
+    assert cal.best(8) == fk.Schedule.uniform(8)
     cal.save(tmp_path / "a.json")
-    assert fk.Calibration.load(tmp_path / "a.json").best(8).to_dict() == cal.solvers[8].to_dict()
+    again = fk.Calibration.load(tmp_path / "a.json")
+    assert again.best(2).to_dict() == cal.solvers[2].to_dict()
+    assert again.best(8) == cal.best(8)
     cal.verified.clear()
-    assert cal.best(2) is wrong  # what is not verified is the user's word
+    assert cal.best(8) is cal.solvers[8]  # what is not verified is the user's word
     cal.solvers.clear()
     assert cal.best(2) is cal[2]
-    with pytest.raises(
-        ValueError, match=r"^keep_bytes: expected two samples whose trajectories are kept, with fit, got 0"
-    ):
-        fk.calibrate(velocity, noise, 20, 2, fit=True, keep_bytes=0, **QUIET)
     with pytest.raises(KeyError, match="find"):
         cal.best(5)
     cal.solvers[5] = wrong
     assert cal.best(5) is wrong
+    with pytest.raises(ValueError, match=r"^keep_bytes: expected two samples whose trajectories are kept, .*, got 0"):
+        fk.calibrate(velocity, noise, 20, 2, fit=True, keep_bytes=0, **QUIET)
 
 
 def test_norms_on_grids_whose_costs_take_much_memory():
     """Groups of one sample are as many as memory allows, and no fewer samples are merged into them."""
     cal = fk.calibrate(Turning(), normal(300, 3, dtype=torch.float64), 300, 2, **QUIET)
-    n = cal._singles().count
+    n = cal.single_costs.count
     assert 32 <= n < 300
     x, v = cal.kept.x[:, :n].double(), cal.kept.v[:, :n].double()
     for j, k in [(0, 300), (0, 50), (120, 299)]:

@@ -1,6 +1,7 @@
 """Fitted and polished solvers: exact where they can be, never worse on what they hold out, and counted."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,15 +164,28 @@ def test_held_out_samples_are_not_fitted():
     assert before.notes["held_out"] != after.notes["held_out"]
 
 
-def test_falls_back_and_says_so(monkeypatch):
-    velocity = mixture()
-    cal = calibrated(velocity)
-    step = fit._step
-    monkeypatch.setattr(fit, "_step", lambda *args: (step(*args)[0], 0.5 * step(*args)[1]))
-    with pytest.warns(UserWarning, match=r"the fit for N = 4 is not better than euler on the 48 held-out"):
-        solver = fk.fit_solver(velocity, cal, 4)
-    assert torch.equal(solver.coefficients, Solver.euler(cal[4]).coefficients)
-    assert solver.notes["held_out"]["euler"] < solver.notes["held_out"]["fitted"]
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("adams-bashforth 2", 2)])
+def test_falls_back_and_says_so(name, order):
+    """The samples that are held out, every fourth, move in another way than the others, in one that Euler or
+    Adams-Bashforth 2 is exact for: on their way velocities jump at the knot, or change linearly."""
+
+    def velocity(x, t):
+        s = t.to(x.dtype)[:, None]
+        other = 1 + (s >= 0.5).to(x.dtype) if order == 1 else 1 + (s - 0.5).clamp_min(0)
+        return torch.where(x[:, 1:] < 0, torch.cat([other, 0 * s], 1), torch.cat([(8 * s).sin(), 0 * s], 1))
+
+    x0 = noise(64, 2, dtype=F64)
+    x0[:, 1] = 1
+    x0[3::4, 1] = -1
+    cal = fk.calibrate(velocity, x0, 20, 2, progress=False)
+    schedule = fk.Schedule(cal.times[[0, 10, 20]])
+    with pytest.warns(UserWarning, match=rf"the fit for N = 2 is not better than {name} on the 16 held-out") as seen:
+        solver = fk.fit_solver(velocity, cal, 2, schedule=schedule, ridge=0.0)
+    assert [w.filename for w in seen] == [__file__]
+    assert solver.name == name
+    assert torch.equal(solver.coefficients, Solver.adams_bashforth(schedule, order).coefficients)
+    errors = solver.notes["held_out"]
+    assert errors[name] == min(errors.values()) < errors["fitted"]
 
 
 @pytest.mark.parametrize("n", [2, 3, 64])
@@ -321,13 +335,14 @@ def test_polish_lowers_the_endpoint_error():
 @pytest.mark.parametrize("held_out", [0.01, 0.25, 0.5, 0.99])
 def test_held_out_samples_are_spread(n, most, held_out):
     """Over all samples, and the same ones for a polish of fewer."""
-    cal = calibrated(mixture(), n=n, K=10)
-    some, whole = (fit._Teacher.of(mixture(), cal, None, None, held_out, m) for m in (most, None))
-    assert sorted(some.order.tolist()) == list(range(min(n, most or n)))
-    assert 1 <= some.fitted < some.n
-    assert abs((some.n - some.fitted) - held_out * some.n) <= 1
-    if held_out * some.n > 1 and (1 - held_out) * some.n > 1:
-        assert set(some.order[some.fitted :].tolist()) <= set(whole.order[whole.fitted :].tolist())
+    some, whole = (fit.held_out_last(m, held_out) for m in (min(n, most or n), n))
+    for order, fitted in (some, whole):
+        assert sorted(order) == list(range(len(order)))
+        assert 1 <= fitted < len(order)
+        assert abs((len(order) - fitted) - held_out * len(order)) <= 1
+    (order, fitted), (of_all, fitted_of_all) = some, whole
+    if held_out * len(order) > 1 and (1 - held_out) * len(order) > 1:
+        assert set(order[fitted:]) <= set(of_all[fitted_of_all:])
 
 
 def test_polish_of_a_velocity_that_is_defined_at_the_knots_alone():
@@ -340,24 +355,38 @@ def test_polish_of_a_velocity_that_is_defined_at_the_knots_alone():
     assert fk.polish(velocity, cal, solver) is solver
 
 
-def test_derivatives_of_the_endpoint():
-    """Of a field that is linear in x and quadratic in t, against differences of the sampler itself."""
+def test_a_step_of_polish_is_that_of_damped_least_squares():
+    """Of a field that is linear in x and quadratic in t, with derivatives by differences of the sampler itself."""
     velocity = lambda x, t: -x * (1 + t.to(x.dtype) ** 2)[:, None]  # noqa: E731
     cal = fk.calibrate(velocity, noise(8, 2, dtype=F64), 20, 3, progress=False)
-    solver = Solver.adams_bashforth(cal[3], 2)
-    data = fit._Teacher.of(velocity, cal, None, None, 0.25)
-    begin, end = data.state(0), data.state(-1)
-    v, x = data.run(solver, begin)
-    gram = polish._jacobian_gram(data, solver, begin, end, v, slice(0, 8), 0.95)
-    places = polish._places(3)
-    columns = []
-    for row in range(len(places)):
-        by = torch.zeros(len(places), dtype=F64)
-        by[row] = polish.DIFFERENCE
-        moved = polish._moved(solver, by, 0.95)
-        columns.append((fk.sample(velocity, begin, moved) - x) / polish.DIFFERENCE)
-    jacobian = torch.stack([*columns, end - x]).flatten(1)
-    torch.testing.assert_close(gram, jacobian @ jacobian.T, rtol=1e-6, atol=1e-9)
+    given = Solver.adams_bashforth(cal[3], 2)
+    last, fitted = cal.times[-2].item(), [i for i in range(8) if i % 4 != 3]
+    begin, end = cal.kept.x[0, fitted], cal.kept.x[-1, fitted]
+
+    def moved(where, by):
+        t, b = given.model_times.clone(), given.coefficients.clone()
+        for (i, column), change in zip(where, by, strict=True):
+            if column is None:
+                t[i] = (t[i] + change).clamp(0, last)
+            else:
+                b[i, column] += change
+        return replace(given, model_times=t, coefficients=b)
+
+    x, places, columns = fk.sample(velocity, begin, given), [], []
+    for i in range(3):
+        places += [(i, None), *((i, column) for column in range(i + 1))]
+    for place in places:
+        late = place[1] is None and given.model_times[place[0]] + polish.DIFFERENCE > last
+        step = -polish.DIFFERENCE if late else polish.DIFFERENCE
+        columns.append((fk.sample(velocity, begin, moved([place], [step])) - x).flatten() / step)
+    J = torch.stack(columns, 1)
+    scaled = J / J.norm(dim=0)
+    damped = scaled.T @ scaled + polish.DAMPING * torch.eye(len(places), dtype=F64)
+    expected = moved(places, torch.linalg.solve(damped, scaled.T @ (end - x).flatten()) / J.norm(dim=0))
+    got = fk.polish(velocity, cal, given, iterations=1)
+    torch.testing.assert_close(got.coefficients, expected.coefficients, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(got.model_times, expected.model_times, rtol=1e-6, atol=1e-9)
+    assert not torch.equal(got.coefficients, given.coefficients)
 
 
 def test_polish_keeps_what_is_best():

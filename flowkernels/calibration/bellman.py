@@ -47,11 +47,23 @@ def least_cost_schedules(
     schedules = {}
     for n in wanted:
         expect(bool(value[n, -1] < torch.inf), "cost", f"a path of {n} steps of finite cost", "none")
-        path = [len(t) - 1]
-        for s in range(n, 0, -1):
-            path.append(int(parent[s, path[-1]]))
-        indices = tuple(reversed(path))
+        indices = path_of(parent, n, (len(t) - 1,))
         uniform_cost = sum(gamma**i * c for i, c in enumerate(itertools.islice(uniform_costs, n)))
         least = value[n, -1].item() * gamma ** (n - 1)  # the recursion's last step weighs 1
         schedules[n] = Schedule(t[list(indices)], t, indices, least, uniform_cost)
     return schedules
+
+
+def path_of(parent: Tensor, steps: int, end: Sequence[int]) -> tuple[int, ...]:
+    """The knots of a path of N steps, N + 1 of them, read back from its end.
+
+    Args:
+        parent: int64 `[N+1, K+1]`: entry [s, k] is the knot before k on the best path of s steps to it. Or
+            `[N+1, K+1, K+1]`: entry [s, j, k] is the one before j on the best path of s steps whose last is j -> k.
+        steps: N.
+        end: as many of its last knots as an entry is of: one, or two.
+    """
+    path = list(end)
+    for s in range(steps, len(end) - 1, -1):
+        path.insert(0, int(parent[(s, *path[: len(end)])]))
+    return tuple(path)

@@ -27,7 +27,8 @@ from flowkernels._guidance import guided
 from flowkernels._version import __version__
 from flowkernels._warnings import held_warnings, warn
 from flowkernels.calibration.bellman import least_cost_schedules
-from flowkernels.calibration.calibration import Calibration, _hashes_of_plans
+from flowkernels.calibration.calibration import Calibration
+from flowkernels.calibration.fit import fit_solvers
 from flowkernels.calibration.sample_costs import GROUPS, SampleCosts
 from flowkernels.calibration.step_cost import StepCost
 from flowkernels.fusion.sampler import FusedSampler
@@ -138,17 +139,17 @@ def calibrate(
         reason = "schedules stable" if stable else "all samples used"
         provenance |= {"n": stop, "n_given": n, "max_regret": max_regret, "stopped": reason}
     cal = Calibration(
-        *(times, cost.cpu(), samples.with_intervals(least_cost_schedules(cost, times, wanted))),
-        *(provenance, (costs.gram / costs.count).cpu()),
-        **dict(kept=teacher.kept(stop), sample_costs=samples),
+        times,
+        cost.cpu(),
+        samples.with_intervals(least_cost_schedules(cost, times, wanted)),
+        provenance,
+        (costs.gram / costs.count).cpu(),
+        kept=teacher.kept(stop),
+        sample_costs=samples,
     )
     if fit:
-        from flowkernels.calibration.fit import fit_solver
-
-        cal._found["made_with"] = velocity  # for certain, whether it has a hash or not
         with _warnings_once():
-            cal.solvers.update({N: fit_solver(given, cal, N, chunk=chunk) for N in wanted})
-        del cal._found["made_with"]
+            cal.solvers.update(fit_solvers(given, cal, wanted, chunk))
     if verify_noise is not None:
         with _warnings_once():
             _verify(cal, given, verify_noise, wanted, chunk, n)
@@ -181,12 +182,10 @@ def _verify(cal: Calibration, velocity, noise: Tensor, steps: list[int], chunk: 
         part = velocity.rows(rows, n) if isinstance(velocity, FusedSampler) else velocity_rows(velocity, rows, n)
         x1 = sample(part, noise[rows], cal.times)
         for N in steps:
-            tried = {"uniform": N, "bellman": cal[N]} | ({"fitted": cal.solvers[N]} if N in cal.solvers else {})
-            for name, schedule in tried.items():
-                error = (sample(part, noise[rows], schedule) - x1).double().square().sum().item()
+            for name, plan in cal.choices(N).items():
+                error = (sample(part, noise[rows], plan) - x1).double().square().sum().item()
                 total[N][name] = total[N].get(name, 0.0) + error / len(noise)
-    cal.verified.update(total)
-    cal.verified_as.update({N: _hashes_of_plans(cal[N], cal.solvers.get(N)) for N in steps})
+    cal.add_verified(total)
     rounding = 1e-12 * noise.double().square().flatten(1).sum(1).mean().item()
 
     def worse_than_uniform(name):

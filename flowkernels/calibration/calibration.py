@@ -8,7 +8,6 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,11 @@ from flowkernels._checks import (
     describe,
     expect,
     expect_int,
-    expect_mapping,
     expect_numbers,
     expect_path,
     expect_real,
     expect_shown,
     expect_times,
-    expect_values,
 )
 from flowkernels._files import (
     SUM,
@@ -41,9 +38,9 @@ from flowkernels._files import (
     warn_of_no_sum,
     whole_file,
 )
-from flowkernels.calibration.bellman import least_cost_schedules
+from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.objectives import OBJECTIVES
-from flowkernels.calibration.sample_costs import SINGLES, SampleCosts
+from flowkernels.calibration.sample_costs import SampleCosts
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.schedule import Schedule, expect_steps
 from flowkernels.solver import Solver
@@ -55,56 +52,50 @@ FORMAT = "flowkernels.calibration"
 VERIFIED = ("uniform", "bellman", "fitted")  # of what there are endpoint errors
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration(Mapping):
+class Calibration(Measured, Mapping):
     """The schedules of a model, by number of steps: `cal[4]`.
 
-    times: the fine grid, float64 `[K+1]`. cost: all step costs, float64 `[K+1, K+1]`, Inf where k <= j.
-    schedules: {N: Schedule}. provenance: where the calibration comes from (K, n, seed, dtype, shape, guidance, the
-    model's parameter hash, library versions).
-    gram: the mean Gram matrix of velocity increments, float64 `[K-1, K-1]` (`velocity_gram` divided by n).
-    solvers: {N: Solver}, such as fits; empty until one is put there.
-    All of the above on the CPU, and in the file; gram is None from a file of before there was one.
+    What was measured is in `Measured`'s attributes, of which the file keeps times, cost, norm_cost, provenance and gram
+    (files of before there was a Gram matrix have none), and `kept` and sample_costs are in memory only. Beside it there
+    are dicts, all of them in the file, into which a caller may put what is to be kept:
+
+    schedules: {N: Schedule}. solvers: {N: Solver}, such as fits; empty until one is put there.
 
     verified: {N: {"uniform": e, "bellman": e, "fitted": e}}, where `calibrate` was given noise to verify on: the mean
     squared distance to the teacher's samples of Euler steps on the uniform and on the Bellman schedule, and of the
-    solver if there is one. In the file.
+    solver if there is one.
 
-    verified_as: {N: {"bellman": h, "fitted": h}}, hashes of the schedule and the solver that were verified; what is
-    there now may be another. In the file.
-
-    kept: the teacher's trajectory of the first samples, where they are. sample_costs: step costs of groups of samples.
-    Both in memory only, None in a calibration from a file.
+    verified_as: {N: {"uniform": h, "bellman": h, "fitted": h}}, hashes of what was verified; what is there now may be
+    another.
     """
 
-    times: Tensor
-    cost: Tensor
-    schedules: dict[int, Schedule]
-    provenance: dict = field(default_factory=dict)
-    gram: Tensor | None = None
-    solvers: dict[int, Solver] = field(default_factory=dict)
-    verified: dict[int, dict[str, float]] = field(default_factory=dict)
-    kept: Trajectory | None = field(default=None, repr=False)
-    sample_costs: SampleCosts | None = field(default=None, repr=False)
-    verified_as: dict[int, dict[str, str]] = field(default_factory=dict, repr=False)
-    _found: dict = field(default_factory=dict, repr=False)  # tables made when they were asked for, and of what
-
-    def __post_init__(self):
-        times = expect_times(self.times, "times")
-        K = len(times) - 1
-        object.__setattr__(self, "times", times)
-        expect_values(self.cost, "cost", (torch.float64,))
-        expect(self.cost.shape == (K + 1, K + 1), "cost", f"shape {[K + 1, K + 1]}, a row for each knot", self.cost)
-        if self.gram is not None:
-            expect_values(self.gram, "gram", (torch.float64,))
-            expect(self.gram.shape == (K - 1, K - 1), "gram", f"shape {[K - 1, K - 1]}", self.gram)
-        for name, of in (("schedules", Schedule), ("solvers", Solver), ("verified", Mapping)):
+    def __init__(
+        self,
+        times: Tensor,
+        cost: Tensor,
+        schedules: dict[int, Schedule],
+        provenance: dict | None = None,
+        gram: Tensor | None = None,
+        solvers: dict[int, Solver] | None = None,
+        verified: dict[int, dict[str, float]] | None = None,
+        verified_as: dict[int, dict[str, str]] | None = None,
+        *,
+        norm_cost: Tensor | None = None,
+        kept: Trajectory | None = None,
+        sample_costs: SampleCosts | None = None,
+    ):
+        provenance = {} if provenance is None else provenance
+        super().__init__(times, cost, provenance, gram, norm_cost=norm_cost, kept=kept, sample_costs=sample_costs)
+        self.schedules = schedules
+        self.solvers = {} if solvers is None else solvers
+        self.verified = {} if verified is None else verified
+        self.verified_as = {} if verified_as is None else verified_as
+        for name, of in (("schedules", Schedule), ("solvers", Solver), ("verified", Mapping), ("verified_as", Mapping)):
             entries, expected = getattr(self, name), f"a dict from numbers of steps to {of.__name__}s"
             known = isinstance(entries, Mapping) and all(isinstance(v, of) for v in entries.values())
             expect_shown(known, name, expected, entries, TypeError)
             for n in entries:
                 expect_int(n, name, expected, 1)
-        expect_mapping(self.provenance, "provenance")
 
     def __getitem__(self, steps: int) -> Schedule:
         known = isinstance(steps, numbers.Integral) and not isinstance(steps, bool) and steps in self.schedules
@@ -119,35 +110,6 @@ class Calibration(Mapping):
     def __len__(self) -> int:
         return len(self.schedules)
 
-    @property
-    def norm_cost(self) -> Tensor | None:
-        """Step costs like `cost` of E|e| in place of E|e|^2, the mean over at most 512 of the samples kept.
-
-        Made at the first use or when the calibration is saved, about 0.2 ms a sample. None without kept samples, and
-        from a file that has none.
-        """
-        if self.kept is None:
-            return self._found.get("norm_cost")  # of the file
-        return self._of_kept("norm_cost", lambda: self._singles().norm_cost())
-
-    def _singles(self) -> SampleCosts | None:
-        """The step costs of single samples, from those that are kept."""
-
-        def singles():
-            found = SampleCosts(self.times, most=SINGLES)
-            return found.update(self.kept.v[:, : found.most])  # no more than groups of one
-
-        return None if self.kept is None else self._of_kept("singles", singles)
-
-    def _of_kept(self, name: str, make):
-        """What `make()` makes of the velocities kept, made anew where they are others or were written to."""
-        v = self.kept.v
-        version = object() if v.is_inference() else v._version  # writes to the former are not counted
-        found = self._found.get(name)
-        if not isinstance(found, tuple) or found[0] is not v or found[1] != version:
-            found = self._found[name] = v, version, make()
-        return found[2]
-
     @no_grad
     def find(
         self, steps: int | Iterable[int], *, objective: str = "squared", velocity=None, **options
@@ -156,52 +118,50 @@ class Calibration(Mapping):
 
         Args:
             steps: the numbers of steps N wanted, each 1..K.
+            objective: what is least along the steps: a function of `flowkernels.calibration.objectives` by its name,
+                "squared" (BOSS), "norm", "gits", "endpoint", "pairs", "student" or "free". Their docstrings say what
+                each is, which options it has and what it costs.
             velocity: the teacher, for objectives that evaluate it (a `FusedSampler`'s own velocity is used).
             options: those of the objective. Of those that evaluate, `samples` (the first ones; 64) and `chunk`, how
                 many are evaluated at once (all).
-            objective: what is least, with e the error of a step from a teacher's knot, and its further evaluations of
-                each of the `samples`, of which there are at most those kept:
-                "squared": the sum of E|e|^2. None. BOSS, arXiv 2312.16414. Adds the schedules to this calibration.
-                "norm": the sum of E|e|. None.
-                "gits": the sum of `gamma^i E|e|`, i counting the steps; gamma = 1.15. None. GITS (On the Trajectory
-                Regularity of ODE-based Diffusion Sampling, arXiv 2405.11326), whose recursion from the data end is
-                `V[j][s] = min_i E|e|_2 + gamma V[i][s-1]`.
-                "endpoint": the sum of `E|(d x_K / d x_k) e|^2`, each error as the teacher's flow carries it to t = 1,
-                to first order: estimated with `probes` random signs, pulled back through the teacher's steps.
-                (1 + 2 probes)(K - 1), a vector-Jacobian product counted as two; probes = 2. The velocity must have
-                gradients.
-                "pairs": the sum of E|e|^2 of Adams-Bashforth 2, exactly: a step's error depends on the knot before it
-                too. None, but K^3 numbers. Returns solvers.
-                "student": the mean squared distance of the student's own state to the teacher's, where the best
-                predecessor of each knot is decided from the start on (a greedy choice: no optimum). About N K for the
-                largest N. OSS, arXiv 2503.21774.
-                "free": the sum of E|e|^2 where the velocity of a step from t may be asked for at later times
-                `t + f (1 - t)`, f being the best of `candidates` = 0, 1/64, 1/32, 3/64, 3/32, 3/16 (the first
-                knot's included). K for each candidate but 0. Returns Euler solvers with such model times.
 
         Returns:
             {N: Schedule} or, of "pairs" and "free", {N: Solver}. Those of other objectives than "squared" say in their
             `notes` the objective, its evaluations of each sample, and of solvers the cost; a Schedule's cost is in
-            terms of its objective.
+            terms of its objective. The schedules of "squared" are added to this calibration's.
 
         Raises:
             TypeError, ValueError: naming the argument.
         """
         wanted = expect_steps(steps, len(self.times) - 1)
-        if not (isinstance(objective, str) and objective == "squared"):
-            known = ["squared", *OBJECTIVES]
-            expect(isinstance(objective, str) and objective in known, "objective", f"one of {known}", objective)
-            make = OBJECTIVES[objective]
-            allowed = list(inspect.signature(make).parameters)[2:]
-            unknown = sorted(set(options) - set(allowed))
-            expect(not unknown, "options", f"of {allowed} for {objective!r}", f"{unknown}", TypeError)
-            return make(self, wanted, **({"velocity": velocity} if "velocity" in allowed else {}), **options)
-        expect(not options, "options", "none for 'squared'", f"{sorted(options)}", TypeError)
-        plans = least_cost_schedules(self.cost, self.times, wanted)
-        if self.sample_costs is not None:
-            plans = self.sample_costs.with_intervals(plans)
-        self.schedules.update(plans)
+        known = isinstance(objective, str) and objective in OBJECTIVES
+        expect(known, "objective", f"one of {list(OBJECTIVES)}", objective)
+        make = OBJECTIVES[objective]
+        allowed = list(inspect.signature(make).parameters)[2:]
+        unknown, expected = sorted(set(options) - set(allowed)), f"of {allowed}" if allowed else "none"
+        expect(not unknown, "options", f"{expected} for {objective!r}", f"{unknown}", TypeError)
+        if "velocity" in allowed:
+            options["velocity"] = velocity
+        plans = make(self, wanted, **options)
+        if objective == "squared":
+            self.schedules.update(plans)
         return plans
+
+    def choices(self, steps: int) -> dict[str, Schedule | Solver]:
+        """What there is for N steps, by its name in `verified`: the uniform schedule, the Bellman schedule and the
+        solver; KeyError where there is no other than the uniform one."""
+        known = {"uniform": Schedule.uniform(steps)}
+        if steps in self.schedules or steps not in self.solvers:
+            known["bellman"] = self[steps]
+        if steps in self.solvers:
+            known["fitted"] = self.solvers[steps]
+        return known
+
+    def add_verified(self, errors: dict[int, dict[str, float]]) -> None:
+        """Put endpoint errors of `choices` into `verified`, and what it is that they are of."""
+        for steps, of in errors.items():
+            self.verified[steps] = of
+            self.verified_as[steps] = _hashes_of(self.choices(steps))
 
     def best(self, steps: int) -> Schedule | Solver:
         """Of the uniform schedule, the Bellman schedule and the solver, what has the least verified error: those that
@@ -209,25 +169,25 @@ class Calibration(Mapping):
 
         Where nothing was verified, the solver if there is one, else the Bellman schedule.
         """
-        known = {"uniform": Schedule.uniform(steps)}
-        if steps in self.schedules or steps not in self.solvers:
-            known = {"bellman": self[steps], **known}
-        if steps in self.solvers:
-            known = {"fitted": self.solvers[steps], **known}
-        errors, of = self.verified.get(steps, {}), self.verified_as.get(steps, {})
-        as_it_was = {name for name in known if name == "uniform" or of.get(name) == _hash_of_plan(known[name])}
-        errors = {name: e for name, e in errors.items() if name in as_it_was and e == e}  # NaN is not
+        known = dict(reversed(self.choices(steps).items()))  # the first of them where errors are equal or unknown
+        now, then = _hashes_of(known), self.verified_as.get(steps, {})
+        as_it_was = {name for name in now if then.get(name) == now[name]}
+        errors = {name: e for name, e in self.verified.get(steps, {}).items() if name in as_it_was and e == e}  # no NaN
         return known[min(known, key=lambda name: errors.get(name, math.inf))]
 
+    def __repr__(self) -> str:
+        K, steps = len(self.times) - 1, ", ".join(map(str, sorted(self.schedules)))
+        return f"Calibration(K={K}, n={self.provenance.get('n')}, schedules of {steps} steps)"
+
     def __str__(self) -> str:
-        lines = [f"{'N':>3} {'cost':>11} {'95 % interval':>19} {'needed':>6} {'uniform':>11} {'ratio':>6}  knots"]
+        lines = [f"{'N':>3} {'cost':>11} {'95 % interval':>19} {'needed':>7} {'uniform':>11} {'ratio':>6}  knots"]
         for n, s in sorted(self.schedules.items()):
             knots = " ".join(f"{t:.3g}" for t in s.times)
             interval = "-" if s.cost_interval is None else f"{s.cost_interval[0]:.3g}..{s.cost_interval[1]:.3g}"
             figures = [math.nan if c is None else c for c in (s.cost, s.uniform_cost, s.ratio)]
             needed = "-" if s.samples_needed is None else s.samples_needed
             lines.append(
-                f"{n:>3} {figures[0]:>11.4g} {interval:>19} {needed:>6} {figures[1]:>11.4g} {figures[2]:>6.3f}  {knots}"
+                f"{n:>3} {figures[0]:>11.4g} {interval:>19} {needed:>7} {figures[1]:>11.4g} {figures[2]:>6.3f}  {knots}"
             )
         return "\n".join(lines)
 
@@ -248,14 +208,14 @@ class Calibration(Mapping):
         }
         if self.gram is not None:
             data["gram"] = _encoded(self.gram, 0)
-        if self.norm_cost is not None:
-            data["norm_cost"] = _encoded(self.norm_cost, 1)
+        if (norm_cost := self.norm_cost) is not None:
+            data["norm_cost"] = _encoded(norm_cost, 1)
         if self.solvers:
             data["solvers"] = {str(n): _solver_to_dict(s) for n, s in sorted(self.solvers.items())}
         if self.verified:
             data["verified"] = {str(n): plain(errors) for n, errors in sorted(self.verified.items())}
             data["verified_as"] = {str(n): plain(hashes) for n, hashes in sorted(self.verified_as.items())}
-        _from_dict(data)
+        _from_dict(type(self), data)
         text = json.dumps(sealed(data), indent=1)
         with whole_file(path) as partial:
             partial.write_text(text)
@@ -284,7 +244,7 @@ class Calibration(Mapping):
             found = digest(data)
             if SUM in data:
                 expect_unchanged(data[SUM], found)
-            cal = _from_dict(data)
+            cal = _from_dict(cls, data)
         if SUM not in data:
             warn_of_no_sum(path)
         if velocity is not None and (differs := identity(velocity).differences(cal.provenance)):
@@ -297,7 +257,7 @@ class Calibration(Mapping):
         return cal
 
 
-def _from_dict(data: dict) -> Calibration:
+def _from_dict(cls: type[Calibration], data: dict) -> Calibration:
     """The calibration in a file, each of its entries checked."""
     expect_numbers(data["times"], "times")
     times = expect_times(data["times"], "times")
@@ -315,12 +275,16 @@ def _from_dict(data: dict) -> Calibration:
     solvers = {n: _solver(s, f"solvers.{n}", n) for n, s in _by_steps(data, "solvers", None)}
     verified = {n: _errors(errors, f"verified.{n}") for n, errors in _by_steps(data, "verified", None)}
     verified_as = {n: _texts(hashes, f"verified_as.{n}") for n, hashes in _by_steps(data, "verified_as", None)}
-    if "verified_as" not in data:  # earlier versions: what is there is what was verified
-        verified_as = {n: _hashes_of_plans(schedules.get(n), solvers.get(n)) for n in verified}
-    return Calibration(
-        *(times, tables["cost"], schedules, provenance, tables.get("gram"), solvers, verified),
-        verified_as=verified_as,
-        _found={"norm_cost": tables.get("norm_cost")},
+    return cls(
+        times,
+        tables["cost"],
+        schedules,
+        provenance,
+        tables.get("gram"),
+        solvers,
+        verified,
+        verified_as,
+        norm_cost=tables.get("norm_cost"),
     )
 
 
@@ -330,15 +294,11 @@ def _texts(data, name: str) -> dict[str, str]:
     return data
 
 
-def _hash_of_plan(plan: Schedule | Solver) -> str:
-    """Of what decides its samples."""
-    names = ("times", "model_times", "coefficients") if isinstance(plan, Solver) else ("times",)
-    return tensors_hash({name: getattr(plan, name) for name in names})
-
-
-def _hashes_of_plans(schedule: Schedule | None, solver: Solver | None) -> dict[str, str]:
-    plans = {"bellman": schedule, "fitted": solver}
-    return {name: _hash_of_plan(plan) for name, plan in plans.items() if plan is not None}
+def _hashes_of(plans: dict[str, Schedule | Solver]) -> dict[str, str]:
+    """Of what decides the samples of each."""
+    solver, schedule = ("times", "model_times", "coefficients"), ("times",)
+    of = {name: solver if isinstance(plan, Solver) else schedule for name, plan in plans.items()}
+    return {name: tensors_hash({part: getattr(plan, part) for part in of[name]}) for name, plan in plans.items()}
 
 
 def _object(value, name: str) -> dict:

@@ -1,7 +1,7 @@
-"""Solvers fitted to a teacher: in closed form from one pass of evaluations, and polished on the endpoint error."""
+"""`fit_solver`: a solver fitted to a teacher in closed form, from one pass of evaluations."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ from flowkernels.velocity.field import float64_device
 from flowkernels.velocity.identity import warn_if_another
 
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums of the Gram matrix are good for
+HELD_OUT = 0.25  # the part of the samples that decides
 EULER, ADAMS, FITTED = "euler", "adams-bashforth 2", "fitted"
 
 
@@ -34,7 +35,7 @@ def fit_solver(
     *,
     schedule: Schedule | Sequence[Schedule] | None = None,
     noise: Tensor | None = None,
-    held_out: float = 0.25,
+    held_out: float = HELD_OUT,
     order: int | None = None,
     ridge: float | None = None,
     inverse: bool = False,
@@ -81,7 +82,7 @@ def fit_solver(
     """
     several = isinstance(schedule, Sequence) and not isinstance(schedule, (str, bytes))
     expect(not several or len(schedule) > 0, "schedule", "at least one schedule", schedule)
-    plans = [_knots(calibration, steps, s) for s in (schedule if several else [schedule])]
+    plans = [schedule_on_grid(calibration, steps, s) for s in (schedule if several else [schedule])]
     held_out = expect_real(held_out, "held_out", "a part between 0 and 1", lambda a: 0 < a < 1)
     order = steps if order is None else min(expect_positive_int(order, "order"), steps)
     if ridge is not None:
@@ -89,15 +90,30 @@ def fit_solver(
     ridges = (*RIDGES, math.inf) if ridge is None else (max(ridge, RIDGES[0]),)
     inverse = expect_bool(inverse, "inverse")
     data = _Teacher.of(velocity, calibration, noise, chunk, held_out)
+    return _best_fit(data, plans, order, ridges, inverse)
+
+
+def fit_solvers(velocity, calibration: Calibration, steps: Iterable[int], chunk: int) -> dict[int, Solver]:
+    """What `fit_solver` finds for numbers of steps, of the very velocity that the calibration was made with just now:
+    its first velocities are the calibration's, whether it has hashes or not."""
+    found = {}
+    for N in steps:
+        data = _Teacher.of(velocity, calibration, None, chunk, HELD_OUT, proven=True)
+        found[N] = _best_fit(data, [schedule_on_grid(calibration, N)], N, (*RIDGES, math.inf), False)
+    return found
+
+
+def _best_fit(data: "_Teacher", plans: list[Schedule], order: int, ridges: tuple[float, ...], inverse: bool) -> Solver:
+    """The best on the held-out samples of the fits on several schedules, and a warning where it is no fit."""
     found = [_fit(data, plan, order, ridges, inverse) for plan in plans]
     solver = min(found, key=lambda s: s.notes["held_out"][s.name])
     errors = solver.notes["held_out"]
     if solver.name != FITTED:
         warn(
-            f"fit_solver: the fit for N = {steps} is not better than {solver.name} on the {data.n - data.fitted} "
-            f"held-out samples (endpoint error {errors[FITTED]:.4g}, {errors[solver.name]:.4g}); returning "
-            f"{solver.name}",
-            stacklevel=3,
+            f"fit_solver: the fit for N = {solver.steps} is not better than {solver.name} on the "
+            f"{data.n - data.fitted} held-out samples (endpoint error {errors[FITTED]:.4g}, "
+            f"{errors[solver.name]:.4g}); returning {solver.name}",
+            stacklevel=4,
         )
     samples = [data.fitted, data.n - data.fitted]
     return replace(solver, notes=solver.notes | {"samples": samples, "evaluations": data.evaluations / data.n})
@@ -182,8 +198,19 @@ def _distance(x: Tensor, goal: Tensor) -> float:
     return (x - goal).double().square().flatten(1).sum(1).mean().item()
 
 
-def _knots(calibration: Calibration, steps: int, schedule: Schedule | None) -> Schedule:
-    """The knots that are asked for, on the calibration's grid."""
+def held_out_last(n: int, part: float) -> tuple[list[int], int]:
+    """The places of n >= 2 samples, those that are held out last, and how many are not.
+
+    One in every so many is held out, of the first samples as of all, so that a polish holds out what a fit did.
+    """
+    held = [int((i + 1) * part) > int(i * part) for i in range(n)]
+    held[-1] |= not any(held)
+    held[0] &= not all(held)
+    return sorted(range(n), key=held.__getitem__), n - sum(held)
+
+
+def schedule_on_grid(calibration: Calibration, steps: int, schedule: Schedule | None = None) -> Schedule:
+    """A schedule of N steps, on the calibration's grid; None takes its own, or else one of least cost."""
     expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
     K = len(calibration.times) - 1
     expect_positive_int(steps, "steps")
@@ -204,9 +231,9 @@ def _knots(calibration: Calibration, steps: int, schedule: Schedule | None) -> S
 class _Teacher:
     """The teacher's states and velocity, the samples that are held out last, and a count of evaluations.
 
-    x: its states, `[K+1, ., *shape]`. order: the places of the n samples in them; one in every so many is held out, of
-    the first samples as of all, so that a polish holds out what a fit did. fitted: how many are not. first: the
-    velocities at the first states, once they are known. total: the samples that per-sample conditioning is of.
+    x: its states, `[K+1, ., *shape]`. order: the places of the n samples in them. fitted: how many are not held out.
+    first: the velocities at the first states, once they are known. total: the samples that per-sample conditioning is
+    of.
     """
 
     network: object
@@ -219,7 +246,16 @@ class _Teacher:
     evaluations: int = 0
 
     @classmethod
-    def of(cls, velocity, calibration, noise, chunk: int | None, held_out: float, most: int | None = None):
+    def of(
+        cls,
+        velocity,
+        calibration,
+        noise,
+        chunk: int | None,
+        held_out: float,
+        most: int | None = None,
+        proven: bool = False,
+    ):
         expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
         velocity = velocity.velocity if isinstance(velocity, FusedSampler) else velocity
         expect_velocity(velocity)
@@ -237,17 +273,14 @@ class _Teacher:
             n = total = len(noise)
         n = min(n, most or n)
         expect(n >= 2, "calibration" if noise is None else "noise", "2 samples or more", f"{n}")
-        proven = calibration._found.get("made_with") is velocity  # while `calibrate` itself runs
         proven = proven or warn_if_another(velocity, known, stacklevel=5)
         proven = noise is not None or (proven and known.get("sampler_weights") in (None, "torch.float32"))
         if noise is not None:
             kept = rollout(velocity_rows(velocity, slice(n), total), noise[:n], calibration.times)
             evaluations = n * (len(calibration.times) - 1)
-        held = [int((i + 1) * held_out) > int(i * held_out) for i in range(n)]
-        held[-1] |= not any(held)
-        held[0] &= not all(held)
-        order = torch.tensor(sorted(range(n), key=held.__getitem__), device="cpu")
-        found = cls(velocity, kept.x, order, n - sum(held), None, chunk, total, evaluations)
+        order, fitted = held_out_last(n, held_out)
+        order = torch.tensor(order, device="cpu")
+        found = cls(velocity, kept.x, order, fitted, None, chunk, total, evaluations)
         if proven:
             found.first = found._rows(kept.v[0]).to(kept.x.dtype)
         return found

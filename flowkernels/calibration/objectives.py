@@ -1,7 +1,23 @@
-"""Step costs beyond the mean of squares, and what the scatter of samples says about a schedule's cost."""
+"""Objectives of `Calibration.find`: what is least along the steps of a schedule or a solver.
+
+To add one, write a function here:
+
+1. `@objective def NAME(cal, steps, *, ...)`; its name is what `find(steps, objective="NAME")` takes. cal: a `Measured`,
+   whose attributes are all there is to make it from. steps: the numbers of steps, rising. After them come the options
+   that `find` hands through, with their defaults; `velocity`, without one, for an objective that evaluates the teacher.
+2. A docstring that says what is least, its options, its evaluations of each sample, and its source.
+3. A table of costs `[K+1, K+1]`, entry [j, k] being that of the step from knot j to knot k, which
+   `least_cost_schedules` makes schedules of; or a recursion of its own, whose paths `path_of` reads.
+4. The result {N: Schedule} or {N: Solver}, with `notes` that say the objective and its evaluations (`_noted`).
+5. Its name in `find`'s docstring, its formula in docs/mathematics.md, and a test in tests/test_costs.py against all
+   paths of a small grid.
+
+In the docstrings e is the error of a step from a teacher's knot, `e_jk = x_k - x_j - (t_k - t_j) v_j`. Evaluations are
+further ones of each of the `samples`, of which there are at most those kept.
+"""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +26,8 @@ from torch import Tensor
 from flowkernels import ops
 from flowkernels._checks import expect, expect_float64, expect_positive_int, expect_shown
 from flowkernels._guidance import guided
-from flowkernels.calibration.bellman import least_cost_schedules
+from flowkernels.calibration.bellman import least_cost_schedules, path_of
+from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.step_cost import StepCost
 from flowkernels.fusion.sampler import FusedSampler
 from flowkernels.schedule import Schedule, uniform_indices
@@ -22,35 +39,56 @@ from flowkernels.velocity.identity import warn_if_another
 PAIRS_BYTES = 2 << 30  # of the costs of all pairs of steps
 CANDIDATES = (0.0, 1 / 64, 1 / 32, 3 / 64, 3 / 32, 3 / 16)  # model times, in parts of what is left to t = 1
 
-
-def norm(cal, steps: list[int]) -> dict[int, Schedule]:
-    """Least sum of E|e|."""
-    return _of_norms(cal, steps, "norm", 1.0)
+OBJECTIVES: dict[str, Callable] = {}
 
 
-def gits(cal, steps: list[int], *, gamma: float = 1.15) -> dict[int, Schedule]:
-    """Least sum of `gamma^i E|e_i|`."""
-    return _of_norms(cal, steps, "gits", gamma)
+def objective(make: Callable) -> Callable:
+    """Let `Calibration.find` know of it."""
+    OBJECTIVES[make.__name__] = make
+    return make
 
 
-def _of_norms(cal, steps: list[int], name: str, gamma: float) -> dict[int, Schedule]:
-    expect(cal.norm_cost is not None, "objective", f"a calibration that keeps samples, for {name!r}", "one of none")
-    plans = least_cost_schedules(cal.norm_cost, cal.times, steps, gamma=gamma)
-    if gamma == 1 and (singles := cal._singles()) is not None:
-        plans = singles.with_intervals(plans, norm=True)
-    return _noted(plans, name, 0, **({} if name == "norm" else {"gamma": gamma}))
+@objective
+def squared(cal: Measured, steps: list[int]) -> dict[int, Schedule]:
+    """Least sum of E|e|^2. No evaluations. BOSS, arXiv 2312.16414."""
+    plans = least_cost_schedules(cal.cost, cal.times, steps)
+    return plans if cal.sample_costs is None else cal.sample_costs.with_intervals(plans)
 
 
-def _noted(plans: dict[int, Schedule], objective: str, evaluations: int, **notes) -> dict[int, Schedule]:
+@objective
+def norm(cal: Measured, steps: list[int]) -> dict[int, Schedule]:
+    """Least sum of E|e|. No evaluations."""
+    return _noted(_of_norms(cal, steps, "norm", 1.0), "norm", 0)
+
+
+@objective
+def gits(cal: Measured, steps: list[int], *, gamma: float = 1.15) -> dict[int, Schedule]:
+    """Least sum of `gamma^i E|e|`, i counting the steps. No evaluations.
+
+    Source: GITS (On the Trajectory Regularity of ODE-based Diffusion Sampling, arXiv 2405.11326), whose recursion from
+    the data end is `V[j][s] = min_i E|e|_2 + gamma V[i][s-1]`.
+    """
+    return _noted(_of_norms(cal, steps, "gits", gamma), "gits", 0, gamma=gamma)
+
+
+def _of_norms(cal: Measured, steps: list[int], name: str, gamma: float) -> dict[int, Schedule]:
+    cost = cal.norm_cost
+    expect(cost is not None, "objective", f"a calibration that keeps samples, for {name!r}", "one of none")
+    plans = least_cost_schedules(cost, cal.times, steps, gamma=gamma)
+    has_intervals = gamma == 1 and cal.single_costs is not None
+    return cal.single_costs.with_intervals(plans, norm=True) if has_intervals else plans
+
+
+def _noted(plans: dict[int, Schedule], name: str, evaluations: int, **notes) -> dict[int, Schedule]:
     """With where they come from; evaluations: further ones, of each sample that they are made on."""
-    notes = {"objective": objective, "evaluations": evaluations, **notes}
+    notes = {"objective": name, "evaluations": evaluations, **notes}
     return {n: replace(schedule, notes=notes) for n, schedule in plans.items()}
 
 
 class _Samples:
     """The first samples that a calibration keeps, `[K+1, n, *shape]`, and a velocity to evaluate on them."""
 
-    def __init__(self, cal, velocity, objective: str, samples: int, chunk: int | None):
+    def __init__(self, cal: Measured, velocity, objective: str, samples: int, chunk: int | None):
         expect(velocity is not None, "velocity", f"the teacher, for objective {objective!r}", "None")
         expect_velocity(velocity)
         expect(cal.kept is not None, "objective", f"a calibration that keeps samples, for {objective!r}", "one of none")
@@ -94,10 +132,15 @@ class _Samples:
         return found
 
 
+@objective
 def endpoint(
-    cal, steps: list[int], *, velocity, samples: int = 64, chunk: int | None = None, probes: int = 2
+    cal: Measured, steps: list[int], *, velocity, samples: int = 64, chunk: int | None = None, probes: int = 2
 ) -> dict[int, Schedule]:
-    """Least sum of squared errors carried to the endpoint, `E|(d x_K / d x_k) e|^2`."""
+    """Least sum of `E|(d x_K / d x_k) e|^2`, each error as the teacher's flow carries it to t = 1, to first order.
+
+    It is estimated with `probes` random signs, pulled back through the teacher's steps: (1 + 2 probes)(K - 1)
+    evaluations, a vector-Jacobian product counted as two. The velocity must have gradients.
+    """
     expect_positive_int(probes, "probes")
     some, K = _Samples(cal, velocity, "endpoint", samples, chunk), len(cal.times) - 1
     x, h, t = some.x, cal.times.diff().tolist(), cal.times[:-1].tolist()
@@ -164,34 +207,44 @@ def pair_costs(gram: Tensor, times: Tensor) -> Tensor:
     return c
 
 
-def pairs(cal, steps: list[int]) -> dict[int, Solver]:
-    """Least sum of E|e|^2 of Adams-Bashforth 2, whose steps depend on the knot before them too."""
+@objective
+def pairs(cal: Measured, steps: list[int]) -> dict[int, Solver]:
+    """Least sum of E|e|^2 of Adams-Bashforth 2, exactly: a step's error depends on the knot before it too.
+
+    No evaluations, but K^3 numbers. Returns solvers.
+    """
     expect(cal.gram is not None, "objective", "a calibration with its Gram matrix, for 'pairs'", "one of before that")
     times, K = cal.times, len(cal.times) - 1
     first, cost = cal.cost[0].contiguous(), pair_costs(cal.gram, times)
     value, parent = ops.bellman_pairs(first, cost, max(steps))
     found = {}
     for n in steps:
-        path = [K] if n > 1 else [K, 0]
-        if n > 1:
-            path.append(int(value[n, :, K].argmin()))
-        for s in range(n, 1, -1):
-            path.append(int(parent[s, path[-1], path[-2]]))
-        path.reverse()
+        before = int(value[n, :, K].argmin()) if n > 1 else 0
+        path = path_of(parent, n, (before, K))
 
         def along(path: Sequence[int]) -> float:
             return first[path[1]].item() + sum(cost[path[i : i + 3]].item() for i in range(len(path) - 2))
 
-        notes = dict(
-            **dict(objective="pairs", evaluations=0, indices=path),
-            **dict(cost=value[n, path[-2], K].item(), uniform_cost=along(uniform_indices(times, n))),
-        )
-        found[n] = replace(Solver.adams_bashforth(Schedule(times[path], times, tuple(path))), notes=notes)
+        notes = {
+            "objective": "pairs",
+            "evaluations": 0,
+            "indices": list(path),
+            "cost": value[n, before, K].item(),
+            "uniform_cost": along(uniform_indices(times, n)),
+        }
+        found[n] = replace(Solver.adams_bashforth(Schedule(times[list(path)], times, path)), notes=notes)
     return found
 
 
-def student(cal, steps: list[int], *, velocity, samples: int = 64, chunk: int | None = None) -> dict[int, Schedule]:
-    """Least mean squared distance to the teacher's states of the student's own, knot by knot."""
+@objective
+def student(
+    cal: Measured, steps: list[int], *, velocity, samples: int = 64, chunk: int | None = None
+) -> dict[int, Schedule]:
+    """Least mean squared distance of the student's own state to the teacher's, knot by knot.
+
+    The best predecessor of each knot is decided from the start on, a greedy choice and no optimum. About N K
+    evaluations for the largest N. Source: OSS, arXiv 2503.21774.
+    """
     some, K = _Samples(cal, velocity, "student", samples, chunk), len(cal.times) - 1
     x, t = some.x, cal.times[:-1].tolist()
     most = max(steps)
@@ -213,16 +266,14 @@ def student(cal, steps: list[int], *, velocity, samples: int = 64, chunk: int | 
         z, ahead = ahead, z
     plans = {}
     for n in steps:
-        path = [K]
-        for s in range(n, 0, -1):
-            path.append(int(parent[s, path[-1]]))
-        path.reverse()
-        plans[n] = Schedule(cal.times[path], cal.times, tuple(path), error[n, K].item())
+        path = path_of(parent, n, (K,))
+        plans[n] = Schedule(cal.times[list(path)], cal.times, path, error[n, K].item())
     return _noted(plans, "student", evaluations, samples=some.n)
 
 
+@objective
 def free(
-    cal,
+    cal: Measured,
     steps: list[int],
     *,
     velocity,
@@ -230,12 +281,14 @@ def free(
     chunk: int | None = None,
     candidates: Sequence[float] = CANDIDATES,
 ) -> dict[int, Solver]:
-    """Least sum of E|e|^2 where each step's velocity may be that of the step's state at a later time."""
-    some, K, expected = (
-        _Samples(cal, velocity, "free", samples, chunk),
-        len(cal.times) - 1,
-        "some fractions, 0 <= f < 1",
-    )
+    """Least sum of E|e|^2 where the velocity of a step from t may be asked for at later times `t + f (1 - t)`, f being
+    the best of the candidates.
+
+    The first knot's time is moved too. K evaluations for each candidate but 0. Returns Euler solvers with such model
+    times.
+    """
+    some, K = _Samples(cal, velocity, "free", samples, chunk), len(cal.times) - 1
+    expected = "some fractions, 0 <= f < 1"
     fractions = expect_float64(candidates, "candidates", expected)
     given = fractions.tolist() if fractions.dim() == 1 else []
     expect_shown(len(given) > 0 and all(0 <= c < 1 for c in given), "candidates", expected, candidates)
@@ -252,10 +305,14 @@ def free(
         j, k = (list(side) for side in zip(*itertools.pairwise(schedule.indices), strict=True))
         part = torch.tensor(given, dtype=torch.float64, device="cpu")[which[j, k]]
         at = schedule.times[:-1] + part * (1 - schedule.times[:-1])
-        notes = dict(objective="free", evaluations=evaluations, samples=some.n, indices=list(schedule.indices))
-        notes |= dict(cost=schedule.cost, uniform_cost=schedule.uniform_cost, candidates=given)
+        notes = {
+            "objective": "free",
+            "evaluations": evaluations,
+            "samples": some.n,
+            "indices": list(schedule.indices),
+            "cost": schedule.cost,
+            "uniform_cost": schedule.uniform_cost,
+            "candidates": given,
+        }
         found[n] = replace(Solver.euler(schedule, model_times=at), name="euler, free times", notes=notes)
     return found
-
-
-OBJECTIVES = {f.__name__: f for f in (norm, gits, endpoint, pairs, student, free)}

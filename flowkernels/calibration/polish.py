@@ -11,7 +11,7 @@ from flowkernels import ops
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_positive_int, expect_real
 from flowkernels.calibration.calibration import Calibration
-from flowkernels.calibration.fit import _distance, _knots, _Teacher
+from flowkernels.calibration.fit import _distance, _Teacher, schedule_on_grid
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 
@@ -64,7 +64,7 @@ def polish(
     held_out = expect_real(held_out, "held_out", "a part between 0 and 1", lambda a: 0 < a < 1)
     expect_bool(progress, "progress")
     if isinstance(start, Schedule):
-        _knots(calibration, start.steps, start)
+        schedule_on_grid(calibration, start.steps, start)
     data = _Teacher.of(velocity, calibration, noise, chunk, held_out, samples)
     with tqdm(total=iterations, desc="polish", disable=not progress, leave=False) as bar:
         if isinstance(start, Schedule):
@@ -72,6 +72,7 @@ def polish(
         return _least_squares(data, calibration, start, iterations, bar)
 
 
+DAMPING = 1e-3  # of the first step, in parts of the size of each unknown
 DIFFERENCE = 0.02  # of coefficients and times, for derivatives: beyond the rounding of a network in bfloat16
 
 
@@ -86,7 +87,7 @@ def _least_squares(data, calibration: Calibration, solver: Solver, iterations: i
 
     v, x = data.run(solver, begin)
     error, held = errors(x)
-    best, before, damping = (held, solver), held, 1e-3
+    best, before, damping = (held, solver), held, DAMPING
     for _ in range(iterations):
         gram = sum(_jacobian_gram(data, solver, begin, end, v, part, last) for part in data.chunks(fitted))
         S, s = gram[:-1, :-1], gram[:-1, -1]
@@ -157,7 +158,7 @@ def _jacobian_gram(data, solver: Solver, begin, end, v: list[Tensor], part: slic
 
 def _descend(data, calibration: Calibration, given: Schedule, iterations: int, bar) -> Schedule:
     begin, end, grid = data.state(0), data.state(-1), calibration.times
-    plan, fit, K = _knots(calibration, given.steps, given), slice(data.fitted), len(grid) - 1
+    plan, fit, K = schedule_on_grid(calibration, given.steps, given), slice(data.fitted), len(grid) - 1
     rounding = 1e-12 * _distance(end, 0)
 
     def at(indices) -> Schedule:
