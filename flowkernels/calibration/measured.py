@@ -1,0 +1,69 @@
+"""What a teacher's rollout has told of it: what objectives, fits and schedules are made from."""
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import expect, expect_mapping, expect_times, expect_values
+from flowkernels.calibration.sample_costs import SINGLES, SampleCosts
+from flowkernels.sampling.rollout import Trajectory
+
+
+class Measured:
+    """What is known of a teacher on a grid of K fine steps.
+
+    times: the grid, float64 `[K+1]`. cost: the step costs E|e|^2, float64 `[K+1, K+1]`, Inf where k <= j.
+    provenance: where all of it comes from (K, n, seed, dtype, shape, guidance, the model's hashes, library versions).
+    gram: the mean Gram matrix of velocity increments, float64 `[K-1, K-1]` (`velocity_gram` divided by n), or None.
+    kept: the teacher's trajectory of the first samples, where they are, or None.
+    sample_costs: step costs of groups of samples, or None.
+
+    Tensors are on the CPU, those of `kept` aside.
+    """
+
+    def __init__(
+        self,
+        times: Tensor,
+        cost: Tensor,
+        provenance: dict,
+        gram: Tensor | None = None,
+        *,
+        norm_cost: Tensor | None = None,
+        kept: Trajectory | None = None,
+        sample_costs: SampleCosts | None = None,
+    ):
+        self.times = times = expect_times(times, "times")
+        K = len(times) - 1
+        expect_values(cost, "cost", (torch.float64,))
+        expect(cost.shape == (K + 1, K + 1), "cost", f"shape {[K + 1, K + 1]}, a row for each knot", cost)
+        if gram is not None:
+            expect_values(gram, "gram", (torch.float64,))
+            expect(gram.shape == (K - 1, K - 1), "gram", f"shape {[K - 1, K - 1]}", gram)
+        expect_mapping(provenance, "provenance")
+        self.cost, self.provenance, self.gram, self.kept, self.sample_costs = cost, provenance, gram, kept, sample_costs
+        self._norm_cost = norm_cost
+        self._of_kept: tuple | None = None  # the velocities and their version, and what was made of them
+
+    @property
+    def single_costs(self) -> SampleCosts | None:
+        """Step costs of single samples, of at most 512 of those kept (`SINGLES`); None without kept samples.
+
+        Made at the first use, about 0.2 ms a sample, and anew where the velocities are others or were written to.
+        """
+        return None if self.kept is None else self._made_of_kept()[0]
+
+    @property
+    def norm_cost(self) -> Tensor | None:
+        """Step costs like `cost` of E|e| in place of E|e|^2, the mean over `single_costs`.
+
+        Without kept samples, what a file has of it, or None.
+        """
+        return self._norm_cost if self.kept is None else self._made_of_kept()[1]
+
+    def _made_of_kept(self) -> tuple[SampleCosts, Tensor]:
+        v = self.kept.v
+        version = object() if v.is_inference() else v._version  # writes to the former are not counted
+        if self._of_kept is None or self._of_kept[0] is not v or self._of_kept[1] != version:
+            singles = SampleCosts(self.times, most=SINGLES)
+            singles.update(v[:, : singles.most])  # no more than groups of one
+            self._of_kept = v, version, singles, singles.norm_cost()
+        return self._of_kept[2:]
