@@ -51,17 +51,11 @@ def run(args: argparse.Namespace) -> int:
     unknown = not quality and sorted(set(args.entries) - set(suite.entries()))
     if unknown:
         raise ValueError(f"ENTRY: expected one of {', '.join(suite.entries())}, got {', '.join(unknown)}")
-    if args.threads < 1:
-        raise ValueError(f"--threads: expected at least 1, got {args.threads}")
     if args.out is not None and not args.out.is_dir():
         raise ValueError(f"--out: expected a folder that exists, got {args.out}")
     if args.out is not None and not args.list:
         for entry in args.entries or suite.entries():
             expect_target(args.out / f"{entry}.csv", "--out")
-    for option in ("seconds", "minutes", "seeds"):
-        value = getattr(args, option)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{option}: expected more than 0, got {value}")
     if quality:
         with pinned(args.threads):
             return suite.module("quality.command").run(args)
@@ -89,6 +83,15 @@ def _chosen(args: argparse.Namespace, device: torch.device) -> dict[str, list[Ca
     return found
 
 
+def _measured(entry: str, case: Case, clock, threads: int, args: argparse.Namespace) -> list[dict]:
+    """The case's rows; its inputs are made here and gone afterwards."""
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+    work = case.make()
+    measured = measure(work, clock, threads, min(1.0, args.seconds) if args.quick else args.seconds)
+    return [row | {"threads": threads} for row in rows(entry, case, work, *measured)]
+
+
 def _run(args: argparse.Namespace, device: torch.device) -> int:
     chosen = _chosen(args, device)
     if args.list:
@@ -110,20 +113,15 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
             if shares.spent():
                 left_out.append(f"{entry}: {case.name}")
                 continue
-            torch.set_num_threads(threads)
-            torch.compiler.reset()
             try:
-                work = case.make()
-                measured = measure(work, clock, threads, min(1.0, args.seconds) if args.quick else args.seconds)
+                of_case = [row | source for row in _measured(entry, case, clock, threads, args)]
             except Exception:
                 print(f"\n{entry}: {case.name} failed\n{traceback.format_exc()}", flush=True)
                 failed = True
                 continue
-            rows_of_case = [row | source | {"threads": threads} for row in rows(entry, case, work, *measured)]
-            failed |= any(row["gate"] != "ok" for row in rows_of_case if row["provider"].startswith("flowkernels"))
-            print_case(rows_of_case, clock.titles)
-            results += rows_of_case
-            del work, measured
+            failed |= any(row["gate"] != "ok" for row in of_case if row["provider"].startswith("flowkernels"))
+            print_case(of_case, clock.titles)
+            results += of_case
         everything += results
         if args.out is not None and results:
             write_or_keep(args.out / f"{entry}.csv", "--out", functools.partial(write_csv, results=results))

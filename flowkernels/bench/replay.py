@@ -32,8 +32,6 @@ def add_arguments(add: Callable) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check and time each backend on the calls of the file; 1 if one's result is wrong or it raises."""
     expect(args.file.is_file(), "FILE", "a file of `flowkernels record`", f"{args.file}, which is no file")
-    expect(args.threads >= 1, "--threads", "at least 1", args.threads)
-    expect(args.seconds > 0, "--seconds", "more than 0", args.seconds)
     found = open_calls(args.file)
     device = _device(args.device, found.calls[0].device)
     chosen, not_run = _backends(args.backends, found.calls, device)
