@@ -322,7 +322,7 @@ GIVEN = {
 )
 def test_an_option_is_refused_as_it_is_parsed(fails, monkeypatch, line):
     monkeypatch.setattr(inputs, "_build_model", lambda spec: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(inputs, "_load_calibration", lambda args: pytest.fail("the calibration was loaded"))
+    monkeypatch.setattr("flowkernels.cli.main.load_calibration", lambda args: pytest.fail("the calibration was loaded"))
     option, value = line.split()[-2:]
     assert re.match(
         rf"flowkernels: error: {option}: (expected .*got|invalid choice:) '{re.escape(value)}'", fails(line)

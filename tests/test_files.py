@@ -20,7 +20,7 @@ import flowkernels as fk
 from flowkernels import _files
 from flowkernels._files import whole_file, whole_folder
 from flowkernels.bench import tables, tune
-from flowkernels.cli import inputs, main
+from flowkernels.cli import main
 from flowkernels.models import bundled, networks, weights
 
 
@@ -473,7 +473,7 @@ def test_a_full_disk_everywhere_is_still_no_traceback(folder, monkeypatch, capsy
 @pytest.mark.parametrize("command", LINES)
 @pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device"])
 def test_the_commands_refuse_what_is_no_file_before_any_work(command, kind, folder, monkeypatch, capsys):
-    monkeypatch.setattr(inputs, "_load_model", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr(main, "load_model", lambda *_: pytest.fail("work has started"))
     line = LINES[command].split()
     with special(kind, Path(line[-1])):
         assert main.main(line) == 2
