@@ -479,7 +479,7 @@ def _ops() -> None:
         "mlp_sample",
         ops.mlp_sample,
         **dict(x=(lambda: rand(N, D), is_dense(F32)), step_sizes=(lambda: [0.5, 0.5], are_numbers)),
-        **dict(layers=(lambda: layers(), of_layers[1]), low=(torch.bfloat16, or_none(is_one_of(torch.bfloat16)))),
+        **dict(layers=(lambda: layers(), of_layers[1]), weights=(torch.bfloat16, or_none(is_one_of(torch.bfloat16)))),
         trajectory=(True, is_flag),
     )
 

@@ -307,7 +307,7 @@ class FusedSampler(VelocityBase):
         """(samples, states, velocities), the latter two for a trajectory, through the public op: any backend, and any
         tracer of torch's."""
         low, w = batch.network.low, self._network.field.guidance
-        options = dict(unconditional=batch.unconditional, guidance=w, low=low, trajectory=trajectory)
+        options = dict(unconditional=batch.unconditional, guidance=w, weights=low, trajectory=trajectory)
         steps = self._steps.tolist() if isinstance(self._steps, Tensor) else self._steps
         found = mlp_sample(x.flatten(1), steps, batch.layers, **options)
         if not trajectory:

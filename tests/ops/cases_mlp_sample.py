@@ -24,7 +24,7 @@ def accesses():
     for width, low in ((64, None), (128, None), (64, bf16), (192, bf16)):  # the wider ones are streamed
         for n in (1, 8, 80):
             net = network(64, n, 2).add(width, activation="silu").add(width, activation="silu").add(map="layer_norm")
-            sample = net.head().sample("", low=low)
+            sample = net.head().sample("", weights=low)
             yield Accesses(ops.mlp_sample, sample.args, sample.kwargs, sums)
     # a warp takes several rows of fewer than 32 values, which begin 4 or 20 banks after one another
     narrow = dict.fromkeys(("row[a.velocity]", "row[0]", "rows[at.r * a.pitch", "row[k.out + to.c]"), 2.0)
@@ -40,4 +40,4 @@ def guarded(page) -> None:
         for low in (None, torch.bfloat16):
             x, weight, scale, shift = (page(torch.ones(shape)) for shape in ((n, n), (n, n), (1, 1, n), (2, n, n)))
             layer = Layer("linear", Source(0, 0, n), n, weight, scale=scale, shift=shift, activation="relu")
-            assert ops.mlp_sample(x, [1.0, 0.5], [layer], low=low).eq(2 + n + 0.5 + n * (2 + n) / 2).all()
+            assert ops.mlp_sample(x, [1.0, 0.5], [layer], weights=low).eq(2 + n + 0.5 + n * (2 + n) / 2).all()

@@ -2,6 +2,7 @@ import contextlib
 import importlib
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def rows_of(layers, rows):
 @settings(max_examples=150)
 @given(networks(), st.sampled_from([None, None, 0.0, 2.5]), st.booleans(), st.sampled_from([None, None, BF16]))
 def test_random_networks_against_float64(net, guidance, trajectory, low):
-    sample = net.sample("", guidance=guidance, trajectory=trajectory, low=low)
+    sample = net.sample("", guidance=guidance, trajectory=trajectory, weights=low)
     error, bound = error_and_bound(sample, call(sample))
     assert error <= bound
 
@@ -92,7 +93,7 @@ def test_random_networks_against_float64(net, guidance, trajectory, low):
 @settings(max_examples=40)
 @given(networks(), st.sampled_from([None, None, 0.0, 2.5]), st.booleans(), st.sampled_from([None, BF16]))
 def test_random_networks_on_cuda_against_float64(net, guidance, trajectory, low):
-    sample = net.sample("", guidance=guidance, trajectory=trajectory, low=low)
+    sample = net.sample("", guidance=guidance, trajectory=trajectory, weights=low)
     with backend("cuda"):
         error, bound = error_and_bound(sample, call(sample))
     assert error <= bound
@@ -102,7 +103,7 @@ def test_random_networks_on_cuda_against_float64(net, guidance, trajectory, low)
 @given(networks(n=(1, 3, 17, 33)), st.sampled_from([None, 2.5]), st.booleans(), st.sampled_from([None, BF16]))
 def test_random_networks_on_triton_against_float64(net, guidance, trajectory, low):
     """Whatever memory held before."""
-    sample = net.sample("", guidance=guidance, trajectory=trajectory, low=low)
+    sample = net.sample("", guidance=guidance, trajectory=trajectory, weights=low)
     with backend("triton"), nan_in_new_memory():
         error, bound = error_and_bound(sample, call(sample))
     assert error <= bound
@@ -182,13 +183,13 @@ def test_batches_threads_and_places(low):
         .head()
     )
     x, h, layers = net.sample("").args
-    whole = mlp_sample(x, h, layers, low=low)
+    whole = mlp_sample(x, h, layers, weights=low)
     for n in (1, 2, 3, 4, 6, 7, 12, 13, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 96):
         for first in (0, 97 - n):
-            assert torch.equal(mlp_sample(x[first : first + n], h, layers, low=low), whole[first : first + n])
+            assert torch.equal(mlp_sample(x[first : first + n], h, layers, weights=low), whole[first : first + n])
     for threads in (1, 2, 3, 7, 100):
         torch.set_num_threads(threads)
-        assert torch.equal(mlp_sample(x, h, layers, low=low), whole)
+        assert torch.equal(mlp_sample(x, h, layers, weights=low), whole)
 
 
 @pytest.mark.parametrize("low", [None, BF16])
@@ -199,13 +200,13 @@ def test_large_weights_that_threads_share(low):
     net.add(600, source=(2, 31, 600), combine="add", other=(3, 0, 600), shift="sample", activation="gelu").head()
     x, h, layers = net.sample("").args
     assert sum(a.weight.nbytes >= 1 << 20 for a in layers) >= 3
-    whole = mlp_sample(x, h, layers, low=low)
+    whole = mlp_sample(x, h, layers, weights=low)
     for n in (1, 2, 5, 6, 7, 16, 17):
         part = x[:n], h, rows_of(layers, slice(n))
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            assert torch.equal(mlp_sample(*part, low=low), whole[:n])
-    error, bound = error_and_bound(Sample("", (x, h, layers), dict(low=low)), whole)
+            assert torch.equal(mlp_sample(*part, weights=low), whole[:n])
+    error, bound = error_and_bound(Sample("", (x, h, layers), dict(weights=low)), whole)
     assert error <= bound
 
 
@@ -213,7 +214,7 @@ def two_layers(n, widths, low, steps=2):
     net = Network(5, n, steps)
     for width in widths:
         net.add(width, activation="silu")
-    return net.head().sample("", low=low, guidance=1.5)
+    return net.head().sample("", weights=low, guidance=1.5)
 
 
 @pytest.mark.parametrize("low", [None, BF16])
@@ -240,11 +241,11 @@ def test_a_sample_does_not_depend_on_the_batch_on_gpus(low, name, sizes):
     net = Network(33, 97, 3).add(260, activation="silu").add(100, activation="mish")
     x, h, layers = net.add(map="layer_norm", shift="both").head().sample("").args
     with backend(name):
-        whole = mlp_sample(x, h, layers, low=low)
+        whole = mlp_sample(x, h, layers, weights=low)
         for n in sizes:
             for first in (0, 97 - n):
                 rows = slice(first, first + n)
-                assert torch.equal(mlp_sample(x[rows], h, rows_of(layers, rows), low=low), whole[rows])
+                assert torch.equal(mlp_sample(x[rows], h, rows_of(layers, rows), weights=low), whole[rows])
 
 
 # ---- updates with velocities of earlier evaluations ----
@@ -279,7 +280,7 @@ def assert_updates_within_the_bound(name, net, guidance, trajectory, low, steps)
     )
     net.layers = [replace(a, **tables) for a, tables in zip(net.layers, of_steps, strict=True)]
     net.steps = steps
-    sample = net.sample("", guidance=guidance, trajectory=trajectory, low=low, solver=scattered)
+    sample = net.sample("", guidance=guidance, trajectory=trajectory, weights=low, solver=scattered)
     with backend(name), nan_in_new_memory():
         error, bound = error_and_bound(sample, call(sample))
     assert error <= bound
@@ -320,10 +321,10 @@ def test_updates_that_are_euler_steps(name, low):
     updates = [Update(i == 0, [i], [size]) for i, size in enumerate(h)]
     assert one_by_one(updates) == h
     with backend(name):
-        expected = mlp_sample(x, h, layers, low=low)
-        assert torch.equal(mlp_sample(x, updates, layers, low=low), expected)
+        expected = mlp_sample(x, h, layers, weights=low)
+        assert torch.equal(mlp_sample(x, updates, layers, weights=low), expected)
         updates[-1] = Update(False, [0, 3], [0.0, h[3]])
-        assert torch.equal(mlp_sample(x, updates, layers, low=low), expected)
+        assert torch.equal(mlp_sample(x, updates, layers, weights=low), expected)
 
 
 @SOLVERS
@@ -350,7 +351,7 @@ def test_updates_of_several_tiles_on_cuda(n, widths, low):
     net = Network(5, n, 3)
     for width in widths:
         net.add(width, activation="silu")
-    sample = net.head().sample("", low=low, guidance=1.5, solver=dense)
+    sample = net.head().sample("", weights=low, guidance=1.5, solver=dense)
     with backend("cuda"), nan_in_new_memory():
         error, bound = error_and_bound(sample, call(sample))
     assert error <= bound
@@ -389,7 +390,7 @@ def test_updates_as_the_registered_op_takes_them(steps, seed):
 def test_updates_that_are_not_finite_or_in_place(low):
     net = Network(17, 49, 3).add(65, activation="silu").head()
     x, updates, layers = net.sample("", solver=dense).args
-    expected, (plan, tables) = mlp_sample(x, updates, layers, low=low), plan_of(x, layers, low)
+    expected, (plan, tables) = mlp_sample(x, updates, layers, weights=low), plan_of(x, layers, low)
     prepared, y, broken = Prepared(plan, updates, tables, None, 1.0), x.clone(), x.clone()
     assert prepared.run(y, y) == -1
     assert torch.equal(y, expected)
@@ -461,7 +462,7 @@ def test_weights_in_every_layout(name):
     layer = Layer("linear", Source(0, 0, 32), 32, weight.T.contiguous().T)  # nothing is padded
     for low in (None, BF16):
         with backend(name):
-            assert torch.equal(mlp_sample(x, [1.0], [layer], low=low), x + x @ weight.T)
+            assert torch.equal(mlp_sample(x, [1.0], [layer], weights=low), x + x @ weight.T)
 
 
 @EACH
@@ -494,7 +495,7 @@ def test_low_is_the_network_of_rounded_weights_and_inputs():
     """No bias: what is left against the same rounding in float64 is rare, small beside the rounding, and of no sign."""
     net = Network(64, 97, 2).add(130, activation="silu").add(130, activation="gelu").head()
     x, h, layers = net.sample("").args
-    got = mlp_sample(x, h, layers, low=BF16).double()
+    got = mlp_sample(x, h, layers, weights=BF16).double()
     rounded = reference.mlp_sample(x.double(), h, layers, None, 1.0, BF16)[0]
     exact = reference.mlp_sample(x.double(), h, layers, None, 1.0, None)[0]
 
@@ -571,7 +572,7 @@ def plan_of(x, layers, low=None):
 def test_the_first_sample_that_is_not_finite(value, where, low):
     net = Network(5, 97, 3).add(33, shift="both", scale="both", activation="silu").head()
     x, h, layers = net.sample("").args
-    steps, good, out = torch.tensor(h, dtype=F64), mlp_sample(x, h, layers, low=low), torch.empty(97, 5)
+    steps, good, out = torch.tensor(h, dtype=F64), mlp_sample(x, h, layers, weights=low), torch.empty(97, 5)
     for bad in ((0,), (96,), (13, 50), (96, 47, 48), (5, 6)):
         y = x.clone()
         tables = dict(shift=layers[0].shift.clone(), scale=layers[0].scale.clone())
@@ -688,7 +689,12 @@ def whole(x=X, h=(0.1, 0.2), layers=(A, B)):
         (ValueError, r"step_sizes\[0\]: expected increasing numbers", whole(h=[(True, [0, 0], [1.0, 1.0])]), {}),
         (ValueError, r"step_sizes\[0\]: expected 1 factors, got \[\]", whole(h=[(True, [0], [])]), {}),
         (TypeError, r"step_sizes\[0\], factor of 0: expected a number, got 'a'", whole(h=[(True, [0], ["a"])]), {}),
-        (TypeError, r"low: expected torch.bfloat16 or None, got torch.float16", whole(), dict(low=torch.float16)),
+        (
+            TypeError,
+            r"weights: expected torch.bfloat16 or None, got torch.float16",
+            whole(),
+            dict(weights=torch.float16),
+        ),
         (TypeError, r"guidance: expected a number, got 'x'", whole(), dict(guidance="x")),
         (ValueError, r"guidance: expected 1 without unconditional, got 2.0", whole(), dict(guidance=2.0)),
         (TypeError, r"layers: expected a sequence of layers, got None", whole(layers=None), {}),
@@ -784,9 +790,7 @@ def test_errors_name_the_argument(error, message, args, kwargs):
 def test_the_kernel_is_as_the_library_says():
     """The order of the names is that of the enumerations in csrc/mlp_sample/mlp_sample.h."""
     module = importlib.import_module("flowkernels.ops.mlp_sample")
-    header = (backends.__file__.rsplit("/", 2)[0]) + "/csrc/mlp_sample/mlp_sample.h"
-    with open(header) as f:
-        text = f.read()
+    text = (Path(__file__).parents[2] / "csrc/mlp_sample/mlp_sample.h").read_text()
     for enum, names in (("MlpMap", module.MAPS), ("MlpCombine", module.COMBINES), ("Activation", ACTIVATIONS)):
         listed = text.split(f"enum class {enum} : int64_t {{")[1].split("}")[0]
         assert [name.strip() for name in listed.split(",")] == list(names)

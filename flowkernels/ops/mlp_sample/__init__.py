@@ -82,7 +82,7 @@ def mlp_sample(
     *,
     unconditional: Sequence[Layer] | None = None,
     guidance: float = 1.0,
-    low: torch.dtype | None = None,
+    weights: torch.dtype | None = None,
     trajectory: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """All Euler steps `x <- x + h_s v(x, t_s)` of a velocity network in one call, or all updates of a `Solver`.
@@ -99,8 +99,8 @@ def mlp_sample(
         layers: the network; the value of the last layer is the velocity, of width D.
         unconditional: the same layers with the tables of the unconditional velocity, for guidance.
         guidance: w in `v_uncond + w (v - v_uncond)`; 1 means no guidance.
-        low: torch.bfloat16 to round the weights and the inputs of linear layers to it, summing in float32: a relative
-            error of 2^-9 a product, and faster where the processor multiplies bfloat16.
+        weights: torch.bfloat16 to round the weights and the inputs of linear layers to it, summing in float32: a
+            relative error of 2^-9 a product, and faster where the processor multiplies bfloat16. None: float32.
         trajectory: return every state and velocity as well.
 
     Returns:
@@ -112,7 +112,7 @@ def mlp_sample(
     """
     expect_tensor(x, "x", (torch.float32,))
     expect(x.dim() == 2 and x.shape[1] > 0, "x", "shape [n, D] with D > 0", x)
-    expect(low is None or low is torch.bfloat16, "low", "torch.bfloat16 or None", low, TypeError)
+    expect(weights is None or weights is torch.bfloat16, "weights", "torch.bfloat16 or None", weights, TypeError)
     guidance, trajectory = expect_number(guidance, "guidance"), expect_bool(trajectory, "trajectory")
     expect(guidance == 1.0 or unconditional is not None, "guidance", "1 without unconditional", guidance)
     h = expect_steps(expect_list(step_sizes, "step_sizes", "a sequence of numbers"))
@@ -126,12 +126,12 @@ def mlp_sample(
         others = _named_tensors(unconditional or (), "unconditional")
         for name, t in [("x", x), *_named_tensors(layers, "layers"), *others]:
             expect(not t.requires_grad, name, "no gradient: mlp_sample has none", "requires_grad")
-    args = (x, *_flat_steps(h), *_flat(layers, unconditional), float(guidance), low, trajectory)
+    args = (x, *_flat_steps(h), *_flat(layers, unconditional), float(guidance), weights, trajectory)
     if (C := direct("mlp_sample", x, *args[3])) is not None:
         state, states, velocities = _kernel(C, *args)
     elif is_transformed():
         with no_autocast(x):
-            state, states, velocities = reference.mlp_sample(x, h, layers, unconditional, float(guidance), low)
+            state, states, velocities = reference.mlp_sample(x, h, layers, unconditional, float(guidance), weights)
     else:
         state, states, velocities = dispatch("mlp_sample", *args)
     return (state, states, velocities) if trajectory else state
@@ -310,9 +310,9 @@ class Plan:
     C: the compiled module, or that of the CUDA kernels.
     """
 
-    def __init__(self, C, dim: int, layers: Sequence[Layer], low: torch.dtype | None):
-        self.C, self.dim, self.low = C, dim, int(low is not None)
-        self.weight_type = DTYPE_CODES[low or torch.float32]
+    def __init__(self, C, dim: int, layers: Sequence[Layer], weights: torch.dtype | None):
+        self.C, self.dim, self.low = C, dim, int(weights is not None)
+        self.weight_type = DTYPE_CODES[weights or torch.float32]
         pack = self._pack_for_cuda if is_cuda(C) else self._pack
         places, self.row = _places(dim, layers)
         self.packed, structs, value, table = [], b"", 0, 0
@@ -364,11 +364,11 @@ class Plan:
         return torch.cat([w.reshape(-1) for w in panels])
 
 
-def plan_for(kernels, dim: int, layers: Sequence[Layer], low: torch.dtype | None):
+def plan_for(kernels, dim: int, layers: Sequence[Layer], weights: torch.dtype | None):
     """The plan for the compiled module, that of the CUDA kernels, or that of the Triton kernels, which has its own."""
     if hasattr(kernels, "Plan"):
-        return kernels.Plan(dim, layers, low)
-    return Plan(kernels, dim, layers, low)
+        return kernels.Plan(dim, layers, weights)
+    return Plan(kernels, dim, layers, weights)
 
 
 def is_cuda(C) -> bool:
@@ -501,9 +501,9 @@ def _empty(x: Tensor, steps: int, trajectory: bool) -> tuple[Tensor, Tensor, Ten
     return x.new_empty(x.shape), states, x.new_empty(kept, *x.shape) if trajectory else x.new_empty(0)
 
 
-def _kernel(C, x, step_sizes, updates, tensors, code, numbers, guided, guidance, low, trajectory, *where):
+def _kernel(C, x, step_sizes, updates, tensors, code, numbers, guided, guidance, weights, trajectory, *where):
     layers, unconditional = _layers(tensors, code, numbers, guided)
-    plan = plan_for(C, x.shape[1], layers, low)
+    plan = plan_for(C, x.shape[1], layers, weights)
     steps = _steps(step_sizes, updates)
     out, states, velocities = map(fresh, _empty(x, len(steps), trajectory))
     given = steps if updates else torch.tensor(steps, dtype=torch.float64, device="cpu")
@@ -512,21 +512,21 @@ def _kernel(C, x, step_sizes, updates, tensors, code, numbers, guided, guidance,
     return out, states, velocities
 
 
-def _reference(x, step_sizes, updates, tensors, code, numbers, guided, guidance, low, trajectory):
+def _reference(x, step_sizes, updates, tensors, code, numbers, guided, guidance, weights, trajectory):
     layers, unconditional = _layers(tensors, code, numbers, guided)
     steps = _steps(step_sizes, updates)
-    out, *kept = reference.mlp_sample(x, steps, layers, unconditional, guidance, low)
+    out, *kept = reference.mlp_sample(x, steps, layers, unconditional, guidance, weights)
     empty = _empty(x, len(steps), trajectory)
     return empty[0].copy_(out), *(kept if trajectory else empty[1:])
 
 
-def _fake(x, step_sizes, updates, tensors, code, numbers, guided, guidance, low, trajectory):
+def _fake(x, step_sizes, updates, tensors, code, numbers, guided, guidance, weights, trajectory):
     return _empty(x, len(_steps(step_sizes, updates)), trajectory)
 
 
 register(
     "mlp_sample(Tensor x, float[] step_sizes, int[] updates, Tensor[] tensors, int[] code, float[] numbers, "
-    "bool guided, float guidance, ScalarType? low, bool trajectory) -> (Tensor, Tensor, Tensor)",
+    "bool guided, float guidance, ScalarType? weights, bool trajectory) -> (Tensor, Tensor, Tensor)",
     _kernel,
     _reference,
     _fake,

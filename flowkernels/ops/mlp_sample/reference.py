@@ -20,9 +20,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def velocity(x: Tensor, layers: Sequence, step: int, low: torch.dtype | None, norm: Callable = F.layer_norm) -> Tensor:
-    """The last value: v `[n, D]` at one step. `low`: what weights and inputs of linear layers are rounded to. `norm`: a
-    LayerNorm with errors, of which bounds are made."""
+def velocity(
+    x: Tensor, layers: Sequence, step: int, weights: torch.dtype | None, norm: Callable = F.layer_norm
+) -> Tensor:
+    """The last value: v `[n, D]` at one step.
+
+    weights: what weights and inputs of linear layers are rounded to. norm: a LayerNorm with errors, of which bounds are
+    made.
+    """
     values = [x]
 
     def read(source) -> Tensor:
@@ -34,8 +39,8 @@ def velocity(x: Tensor, layers: Sequence, step: int, low: torch.dtype | None, no
     for layer in layers:
         y = read(layer.source)
         if layer.map == "linear":
-            weight = layer.weight if low is None else layer.weight.to(low)
-            y = (y if low is None else y.to(low).to(x.dtype)) @ weight.to(x.dtype).T
+            weight = layer.weight if weights is None else layer.weight.to(weights)
+            y = (y if weights is None else y.to(weights).to(x.dtype)) @ weight.to(x.dtype).T
         elif layer.map == "layer_norm":
             y = norm(y, y.shape[1:], eps=layer.eps)
         y = y if layer.scale is None else y * row(layer.scale)
@@ -52,14 +57,14 @@ def velocity(x: Tensor, layers: Sequence, step: int, low: torch.dtype | None, no
     return values[-1]
 
 
-def mlp_sample(x, step_sizes, layers, unconditional, guidance, low, *norm) -> tuple[Tensor, Tensor, Tensor]:
+def mlp_sample(x, step_sizes, layers, unconditional, guidance, weights, *norm) -> tuple[Tensor, Tensor, Tensor]:
     """(the state after all steps, the states `[N+1, n, D]`, the velocities `[N, n, D]`). step_sizes: or updates."""
     states, velocities = [x], []
     start = x
     for step, update in enumerate(step_sizes):
-        v = velocity(x, layers, step, low, *norm)
+        v = velocity(x, layers, step, weights, *norm)
         if unconditional is not None:
-            u = velocity(x, unconditional, step, low, *norm)
+            u = velocity(x, unconditional, step, weights, *norm)
             v = u + guidance * (v - u)
         velocities.append(v)
         if isinstance(update, tuple):

@@ -152,28 +152,34 @@ def sample_inputs() -> Iterator[Sample]:
     yield gates(7, 2, "both").sample("gates guided", guidance=0.5)
     yield Network(2, 3, 10).add(600, activation="silu").add(520, activation="silu").head().sample("large weights")
     for n in (1, 6, 33):
-        yield residual(33, n, 3).sample("residual low", low=bf16, trajectory=n == 6)
-    yield gates(49, 2, "sample").sample("gates low", "sliced", guidance=1.5, low=bf16)
-    yield Network(3, 17, 4).add(100, activation="silu").add(15, activation="silu").head().sample("narrow low", low=bf16)
+        yield residual(33, n, 3).sample("residual low", weights=bf16, trajectory=n == 6)
+    yield gates(49, 2, "sample").sample("gates low", "sliced", guidance=1.5, weights=bf16)
+    yield (
+        Network(3, 17, 4)
+        .add(100, activation="silu")
+        .add(15, activation="silu")
+        .head()
+        .sample("narrow low", weights=bf16)
+    )
     solvers = {"two terms": last_few(2), "three terms": last_few(3), "dense": dense, "scattered": scattered}
     for (name, solver), shape in zip(solvers.items(), ((17, 7, 5), (3, 33, 4), (16, 49, 4), (5, 1, 8)), strict=True):
         net = Network(*shape).add(33, activation="silu").add(20, activation="silu").head()
         yield net.sample(f"solver {name}", solver=solver, trajectory=name == "dense")
     kwargs = dict(solver=scattered, trajectory=True)
     yield residual(33, 5, 7).sample("solver scattered guided", "misaligned", guidance=1.5, **kwargs)
-    yield residual(15, 17, 6).sample("solver scattered low", "sliced", low=bf16, **kwargs)
+    yield residual(15, 17, 6).sample("solver scattered low", "sliced", weights=bf16, **kwargs)
 
 
 def to_op(sample: Sample) -> tuple:
     (x, h, layers), k = sample.args, sample.kwargs
-    options = k.get("guidance", 1.0), k.get("low"), k.get("trajectory", False)
+    options = k.get("guidance", 1.0), k.get("weights"), k.get("trajectory", False)
     return (x, *_flat_steps(h), *_flat(layers, k.get("unconditional")), *options)
 
 
 def from_op(args: tuple) -> Sample:
-    x, step_sizes, updates, tensors, code, numbers, guided, guidance, low, trajectory = args
+    x, step_sizes, updates, tensors, code, numbers, guided, guidance, weights, trajectory = args
     layers, unconditional = _layers(tensors, code, numbers, guided)
-    kwargs = not_none(unconditional=unconditional, guidance=guidance, low=low, trajectory=trajectory)
+    kwargs = not_none(unconditional=unconditional, guidance=guidance, weights=weights, trajectory=trajectory)
     return Sample("from_op", (x, _steps(step_sizes, updates), layers), kwargs)
 
 
@@ -210,10 +216,10 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
     state that it starts from, and for factors, which are rounded themselves, that are off by some sqrt(k) half-ulps
     more.
 
-    With `low` the truth is that of the network that is not rounded, and the reference rounds as the kernel does: twice
-    its error, the rounding that is asked for, is allowed beside. Their values differ where an input lies so near the
-    middle of two numbers that an error of the kind above, d, takes it to the other one: with a probability of d / eps
-    of low, by eps. Its mean square is d * eps.
+    With `weights` the truth is that of the network that is not rounded, and the reference rounds as the kernel does:
+    twice its error, the rounding that is asked for, is allowed beside. Their values differ where an input lies so near
+    the middle of two numbers that an error of the kind above, d, takes it to the other one: with a probability of d /
+    eps of `weights`, by eps. Its mean square is d * eps.
     """
     x, h, layers = sample.args
     k = sample.kwargs
@@ -222,8 +228,8 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
         return 0.0, 0.0
     given = layers, k.get("unconditional"), k.get("guidance", 1.0)
 
-    def evaluate(x, h, layers, others, guidance, low=None, *norm):
-        return reference.mlp_sample(x, h, layers, others, guidance, low, *norm)[: 3 if trajectory else 1]
+    def evaluate(x, h, layers, others, guidance, weights=None, *norm):
+        return reference.mlp_sample(x, h, layers, others, guidance, weights, *norm)[: 3 if trajectory else 1]
 
     truth = evaluate(x.double(), h, *given)
 
@@ -245,8 +251,8 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
             if t is None:
                 return None
             amount *= half_ulp
-            if rounded and k.get("low"):
-                amount += (amount * torch.finfo(k["low"]).eps) ** 0.5
+            if rounded and k.get("weights"):
+                amount += (amount * torch.finfo(k["weights"]).eps) ** 0.5
             return t.double() * (1 + amount * torch.randn(t.shape, generator=g, dtype=torch.float64))
 
         def moved(layers, off=off):
@@ -272,5 +278,5 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
         other = off(x, most**0.5), steps, moved(layers), moved(given[1]), given[2]
         floor = max(floor, error(evaluate(*other, None, norm)))
     found = got if trajectory else (got,)
-    rounded = error(evaluate(x, h, *given, k["low"])) if k.get("low") else 0.0
+    rounded = error(evaluate(x, h, *given, k["weights"])) if k.get("weights") else 0.0
     return error(found), 2 * rounded + 2 * floor

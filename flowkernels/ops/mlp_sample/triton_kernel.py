@@ -325,8 +325,8 @@ def mlp_sample_kernel(
 class Plan:
     """A network as the kernel reads it: packed weights, and lines that lack their tables."""
 
-    def __init__(self, dim: int, layers: Sequence[Layer], low: torch.dtype | None):
-        self.dim, self.low = dim, low
+    def __init__(self, dim: int, layers: Sequence[Layer], weights: torch.dtype | None):
+        self.dim, self.low = dim, weights
         places, self.row = _places(dim, layers)
         self.lines, self.numbers, self.input_width = [], [], 0
         packed, begin, value = [], 0, 0
@@ -336,9 +336,9 @@ class Plan:
             other = 0 if a.other is None else places[a.other.value] + a.other.first
             copied = False
             if a.map == "linear":
-                copied = low is not None or source % 8 != 0 or a.source.width % DEPTH.value != 0
+                copied = weights is not None or source % 8 != 0 or a.source.width % DEPTH.value != 0
                 room = (0, -a.width % PLACE, 0, -a.source.width % DEPTH.value)
-                packed.append(pad(a.weight.t(), room).to(low or torch.float32).reshape(-1))
+                packed.append(pad(a.weight.t(), room).to(weights or torch.float32).reshape(-1))
             if copied:
                 self.input_width = max(self.input_width, a.source.width + -a.source.width % DEPTH.value)
             self.lines.append([
@@ -437,12 +437,12 @@ class Prepared:
         return -1
 
 
-def _precision(low: torch.dtype | None) -> str:
+def _precision(weights: torch.dtype | None) -> str:
     """Of float32 on NVIDIA's tensor cores: three products of parts of 11 bits, each less exact than one in float32 by
     about half a bit. Their sums are cut off instead of rounded, but only within DEEP inputs; those are then added up as
     float32. Emulated so, errors are within what `samples.error_and_bound` allows. AMD's cores take float32.
     """
-    return "tf32x3" if low is None and triton_common.target() == "cuda" else "ieee"
+    return "tf32x3" if weights is None and triton_common.target() == "cuda" else "ieee"
 
 
 def _is_capturing(x: Tensor) -> bool:
