@@ -1,5 +1,6 @@
 """Whole stages on the bundled digits model: on our kernels, on their plain torch references, and written by hand."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -56,6 +57,32 @@ def cases(device) -> Iterator[Case]:
 
         return Case(f"calibrate, n={n}, K={K}", n * K, make)
 
+    def bookkeeping(features):
+        """What `calibrate` costs beside the network: the velocity is there already, and costs nothing."""
+        n = K = 100
+
+        def make():
+            x0 = torch.randn(n, features, generator=torch.Generator().manual_seed(0)).to(device)
+            velocities = itertools.cycle([torch.sin(x0 + 3 * i / K) for i in range(K)])
+
+            def velocity(x, t):
+                return next(velocities)
+
+            def three_stages():
+                teacher = fk.rollout(velocity, x0, K)
+                return fk.least_cost_schedules(fk.step_costs(teacher.v, teacher.times), teacher.times)
+
+            truth = fk.least_cost_schedules(
+                fk.step_costs(torch.stack(list(itertools.islice(velocities, K))).double(), K), K
+            )
+            calls = {
+                "flowkernels calibrate": lambda: fk.calibrate(velocity, x0, K, progress=False),
+                "flowkernels three stages": three_stages,
+            }
+            return Work(calls, lambda got: (max(abs(got[N].cost / truth[N].cost - 1) for N in truth), 1e-4))
+
+        return Case(f"calibrate beside the network, n={n}, K={K}, D={features}", n * K * features, make)
+
     def straightening(batch, iterations):
         def make():
             net, x0 = model(), noise(256)
@@ -79,5 +106,7 @@ def cases(device) -> Iterator[Case]:
     yield sampling(1, 8)
     yield sampling(256, 8)
     yield calibration(256, 100)
+    for features in (64, 784, 3072):
+        yield bookkeeping(features)
     yield straightening(64, 20)
     yield straightening(256, 20)
