@@ -52,7 +52,9 @@ def test_the_three_stages_in_one_call(make, grid):
     velocity, noise = make(), normal(9, 1, 8, 8)
     cal = fk.calibrate(velocity, noise, grid, range(1, 8), progress=False)
     traj = fk.rollout(velocity, noise, grid)
-    cost = fk.step_costs(traj.v, traj.times)
+    gram = torch.stack([fk.ops.velocity_gram(v) for v in traj.v.split(1, 1)]).sum(0) / 9  # groups of one sample
+    cost = fk.ops.cost_from_gram(gram, traj.times)
+    assert torch.equal(cal.gram, gram)
     assert torch.equal(cal.cost, cost)
     assert torch.equal(cal.times, grid)
     assert dict(cal) == fk.least_cost_schedules(cost, traj.times, range(1, 8))
@@ -64,6 +66,22 @@ def test_defaults():
     assert velocity.calls == 100
     assert list(cal) == list(range(1, 11))
     assert torch.equal(cal.times, even_grid(100))
+
+
+@pytest.mark.parametrize("n", [9, 63, 64, 100, 300])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_one_gram_matrix_of_each_group(n, chunk, monkeypatch):
+    """Every velocity is read once, 32 to 64 groups are no fewer than samples, and their sum keeps float64's digits."""
+    noise, seen, velocity_gram = normal(n, 3), [], fk.ops.velocity_gram
+    monkeypatch.setattr(fk.ops, "velocity_gram", lambda v: seen.append(v.shape[1]) or velocity_gram(v))
+    cal = fk.calibrate(ElementwiseField(), noise, 20, 4, chunk=chunk, progress=False)
+    assert sum(seen) == n
+    groups = cal.sample_costs.groups
+    assert groups == (n if n < 64 else {64: 32, 100: 34, 300: 34}[n])
+    assert len(seen) == groups if chunk is None else len(seen) <= groups + -(-n // chunk)
+    v = torch.cat([fk.rollout(ElementwiseField(), part, 20).v for part in noise.split(chunk or n)], 1).double()
+    a = v.diff(dim=0).flatten(1)
+    assert relative_error(cal.gram, a @ a.T / n) <= 1e-5
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 8, 100])

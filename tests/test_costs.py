@@ -43,10 +43,32 @@ def test_costs_of_groups(size, most, parts):
     assert samples.count == samples.sizes.sum() == 23
     assert samples.groups == len(samples.sizes) <= most
     assert samples.size == {(1, 64): 1, (3, 64): 3, (1, 8): 4, (2, 4): 8}[size, most]
-    for row, length in zip(samples.sums, samples.sizes.int().tolist(), strict=True):
+    for gram, length in zip(samples.grams, samples.sizes.int().tolist(), strict=True):
         expected = found[..., first : first + length].square().sum(-1)
-        assert relative_error(samples.matrix(row), expected.where(expected > 1e-20, 0)) <= 1e-8
+        assert (
+            relative_error(fk.ops.cost_from_gram(gram, trajectory.times), expected.where(expected > 1e-20, 0)) <= 1e-8
+        )
         first += length
+    expected = errors(trajectory).square().mean(-1)
+    assert relative_error(samples.cost(), expected.where(expected > 1e-20, 0)) <= 1e-8
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_costs_along_schedules(norm):
+    _, _, trajectory = flow(n=5)
+    samples = SampleCosts(trajectory.times).update(trajectory.v)
+    schedules = list(fk.least_cost_schedules(samples.cost(), trajectory.times, range(1, 10)).values())
+    found, error = samples.along(schedules, norm), errors(trajectory)
+    assert found.shape == (5, 9)
+    for schedule, cost in zip(schedules, found.T, strict=True):
+        steps = torch.stack([error[step] for step in itertools.pairwise(schedule.indices)])
+        assert torch.allclose(cost, (steps if norm else steps.square()).sum(0), rtol=1e-8, atol=1e-12)
+
+
+def test_velocities_whose_squares_overflow():
+    velocity = lambda x, t: (1e200 * t[:, None]).expand_as(x)  # noqa: E731
+    with pytest.raises(ValueError, match=r"^velocity: expected velocities whose squared .* finite, got an overflow"):
+        fk.calibrate(velocity, normal(3, 2, dtype=torch.float64), 4, 2, **QUIET)
 
 
 def test_what_a_calibration_holds():
@@ -488,7 +510,7 @@ def test_regret_by_hand():
     for steps, regret in samples.regrets(dict(cal)).items():
         found = []
         for w in weights:
-            cost = samples.matrix(w @ samples.sums)
+            cost = fk.ops.cost_from_gram((w[:, None, None] * samples.grams).sum(0), cal.times)
             best = fk.least_cost_schedules(cost, cal.times, steps)[steps].cost
             found.append(sum(cost[j, k].item() for j, k in itertools.pairwise(cal[steps].indices)) / best - 1)
         assert regret == pytest.approx(torch.tensor(found).quantile(0.95).item(), rel=1e-6)

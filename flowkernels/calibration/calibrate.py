@@ -30,7 +30,6 @@ from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.calibration.fit import fit_solvers
 from flowkernels.calibration.sample_costs import GROUPS, SampleCosts
-from flowkernels.calibration.step_cost import StepCost
 from flowkernels.fusion.sampler import FusedSampler
 from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import euler, initial_state
@@ -116,20 +115,18 @@ def calibrate(
     teacher = _Teacher(velocity, fused, noise, times, keep_bytes)
     too_few, wanted_kept = "keep_bytes" if n > 1 else "noise", "two samples whose trajectories are kept, with fit"
     expect(teacher.most > 1 or not fit, too_few, wanted_kept, f"{teacher.most}")
-    costs = StepCost(times, device=noise.device)
-    samples = SampleCosts(times, max(1, 2 * n // GROUPS) if max_regret is None else 1)
+    samples = SampleCosts(times, max(1, 2 * n // GROUPS) if max_regret is None else 1, device=noise.device)
     looks = [] if max_regret is None else _looks(n)
     parts = list(_parts(n, chunk, [teacher.most, *looks]))
     with tqdm(total=len(parts) * K, desc="calibrate", disable=not progress, leave=False, unit="eval") as bar:
         for start, stop in parts:
             v = teacher.velocities(start, stop, bar)
-            costs.update(v)
             samples.update(v)
             if stop in looks:
-                stable = max(samples.regrets(least_cost_schedules(costs.cost(), times, wanted)).values()) <= max_regret
-                if stable:
+                schedules = least_cost_schedules(samples.cost(), times, wanted)
+                if stable := max(samples.regrets(schedules).values()) <= max_regret:
                     break
-    cost = costs.cost()
+    cost = samples.cost()
     provenance |= {"velocity_dtype": str(v.dtype)}
     if resolve(velocity).identify(weights=False).attributes != provenance["attributes_sha256"]:
         provenance["attributes_sha256"] = None  # it counts its calls, say, or keeps what it has computed
@@ -143,7 +140,7 @@ def calibrate(
         cost.cpu(),
         samples.with_intervals(least_cost_schedules(cost, times, wanted)),
         provenance,
-        (costs.gram / costs.count).cpu(),
+        samples.gram.cpu(),
         kept=teacher.kept(stop),
         sample_costs=samples,
     )

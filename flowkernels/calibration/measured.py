@@ -15,9 +15,9 @@ class Measured:
     provenance: where all of it comes from (K, n, seed, dtype, shape, guidance, the model's hashes, library versions).
     gram: the mean Gram matrix of velocity increments, float64 `[K-1, K-1]` (`velocity_gram` divided by n), or None.
     kept: the teacher's trajectory of the first samples, where they are, or None.
-    sample_costs: step costs of groups of samples, or None.
+    sample_costs: Gram matrices of groups of samples, or None.
 
-    Tensors are on the CPU, those of `kept` aside.
+    Tensors are on the CPU, those of `kept` and `sample_costs` aside.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Measured:
         v = self.kept.v
         version = object() if v.is_inference() else v._version  # writes to the former are not counted
         if self._of_kept is None or self._of_kept[0] is not v or self._of_kept[1] != version:
-            singles = SampleCosts(self.times, most=SINGLES)
+            singles = SampleCosts(self.times, most=SINGLES, device=v.device)
             singles.update(v[:, : singles.most])  # no more than groups of one
             self._of_kept = v, version, singles, singles.norm_cost()
         return self._of_kept[2:]
