@@ -116,7 +116,7 @@ def _of_model(failed: str) -> Iterator[None]:
 
 def network_of(model) -> nn.Module | None:
     """The module whose weights a checkpoint holds."""
-    net = model.net if isinstance(model, VelocityField) else model
+    net = VelocityField.of(model).net
     return net if isinstance(net, nn.Module) else None
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import expect, expect_takes
-from flowkernels.fusion.sampler import FusedSampler
 from flowkernels.sampling.loop import initial_state
 from flowkernels.schedule import Schedule
 from flowkernels.training.bank import Bank
@@ -29,9 +28,9 @@ from flowkernels.training.students import (
     try_student,
 )
 from flowkernels.training.targets import StraightLine
-from flowkernels.velocity.evaluate import expect_velocity, warn_if_training
-from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.identity import identity
+from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Straightened:
 @torch.inference_mode(False)  # which enables gradients too: a caller's no_grad and inference_mode do not count
 def straighten(
     student: nn.Module | None,
-    velocity,
+    velocity: Velocity,
     schedule: Schedule,
     *,
     noise: Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor],
@@ -153,13 +152,13 @@ def straighten(
         resume=resume,
         progress=progress,
     )
-    expect_velocity(velocity)
-    teacher, velocity = velocity, velocity.velocity if isinstance(velocity, FusedSampler) else velocity
+    teacher = resolve(velocity)
+    velocity = as_given(teacher.unfused())
     expect_no_wrapped_field(velocity, "velocity")
     expect_trainable_here()
     student = own_student(student, velocity)
     for name, net in (("velocity", velocity), ("student", student)):
-        if isinstance(net, nn.Module) and not isinstance(net, VelocityField):
+        if isinstance(net, nn.Module) and not isinstance(net, VelocityBase):
             expect_takes(net, name, "a network net(x, t)", None, None)
     parameters = trained_parameters(student)
     trajectories = Bank(

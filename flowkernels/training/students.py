@@ -11,7 +11,7 @@ from flowkernels.ops.library import is_transformed
 from flowkernels.runtime.torch_private import keeps_parametrized
 from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
 from flowkernels.velocity.field import VelocityField
-from flowkernels.velocity.protocol import resolve
+from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 from flowkernels.velocity.provenance import hash_of
 
 
@@ -22,13 +22,12 @@ def expect_trainable_here() -> None:
     expect(not is_transformed(), "student", "training outside of torch.func and dual_level", "a call inside of them")
 
 
-def own_student(student, velocity) -> nn.Module:
+def own_student(student: nn.Module | None, velocity: Velocity) -> nn.Module:
     """The module to train: the one given, or a copy of the teacher."""
     teacher_is_module = isinstance(velocity, nn.Module)
     if student is None:
         expect(teacher_is_module, "student", "a module, where the teacher is not one to copy", "None")
-        student = velocity.without_guidance() if isinstance(velocity, VelocityField) else velocity
-        student = copied(student)
+        student = copied(as_given(resolve(velocity).without_guidance()))
         for p in student.parameters():
             p.requires_grad_(p.is_floating_point())
         return _trainable(student)
@@ -42,10 +41,10 @@ def own_student(student, velocity) -> nn.Module:
     return student
 
 
-def expect_no_wrapped_field(velocity, name: str) -> None:
+def expect_no_wrapped_field(velocity: Velocity, name: str) -> None:
     """A wrapper of a field hides its conditioning."""
-    inner = unwrapped(velocity) if isinstance(velocity, nn.Module) else velocity
-    wrapped = inner is not velocity and isinstance(inner, VelocityField)
+    inner = unwrapped(velocity)
+    wrapped = inner is not velocity and isinstance(inner, VelocityBase)
     expected = "VelocityField(torch.compile(net), ...), the wrapper inside"
     expect(not wrapped, name, expected, type(velocity).__name__)
 
@@ -57,16 +56,15 @@ def _trainable(student: nn.Module) -> nn.Module:
         lazy = nn.parameter.is_lazy(t)  # of which nothing can be asked
         why = "not initialised" if lazy else "on the meta device" if t.is_meta else "made in it" * t.is_inference()
         expect(not why, "student", expected, f"{name!r}, {why}")
-    if isinstance(student, VelocityField):
-        for k, v in student.conditioning.items():
-            if isinstance(v, Tensor) and v.is_inference():
-                student.conditioning[k] = v.clone()
+    for k, v in resolve(student).conditioning.items():
+        if isinstance(v, Tensor) and v.is_inference():
+            student.conditioning[k] = v.clone()
     return student
 
 
-def initialise(student: nn.Module, velocity, init) -> None:
+def initialise(student: nn.Module, velocity: Velocity, init) -> None:
     """Load the weights that training starts from."""
-    net, state, name = _network(student), init, "init"
+    net, state, name = VelocityField.of(student).net, init, "init"
     if not isinstance(init, Mapping):
         known = init is None or (isinstance(init, str) and init in ("teacher", "keep"))
         expect(known, "init", "'teacher', 'keep', a state dict or None", init)
@@ -74,13 +72,9 @@ def initialise(student: nn.Module, velocity, init) -> None:
         expect(init != "teacher" or has_weights, "init", "a teacher with weights, for 'teacher'", velocity)
         if not has_weights or init == "keep":
             return
-        state, name = plain_state(_network(velocity)), "student"
+        state, name = plain_state(VelocityField.of(velocity).net), "student"
     expect_weights(net, state, name)
     load_weights(net, state)
-
-
-def _network(module: nn.Module) -> nn.Module:
-    return module.net if isinstance(module, VelocityField) else module
 
 
 def trained_parameters(student: nn.Module) -> list[nn.Parameter]:
@@ -90,10 +84,10 @@ def trained_parameters(student: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
-def field_identity(velocity) -> str | None:
+def field_identity(velocity: Velocity) -> str | None:
     """The hash of a field's convention and conditioning; None if they cannot be read."""
-    field = velocity if isinstance(velocity, VelocityField) else VelocityField(nn.Identity())
-    return hash_of({k: v for k, v in field.settings().items() if k != "packed"}, "", {})
+    settings = VelocityField.of(velocity).settings() | {"conditioning": dict(resolve(velocity).conditioning)}
+    return hash_of({k: v for k, v in settings.items() if k != "packed"}, "", {})
 
 
 def student_velocity(student: nn.Module, x: Tensor, t: Tensor, sample: Tensor, n: int) -> Tensor:

@@ -304,11 +304,6 @@ EMBED = VelocityField.time_embedding
 HOOKS = (*FORWARD_HOOKS, *BACKWARD_HOOKS)
 
 
-def network_of(velocity: Any) -> Any:
-    """What a field calls; of any other velocity itself."""
-    return velocity.net if isinstance(velocity, VelocityField) else velocity
-
-
 def overridden(field: VelocityField) -> dict[str, Any]:
     """The methods of a field's evaluation that are not a VelocityField's own: of a subclass, or of this object."""
     found = {name: getattr(type(field), name) for name, own in OWN.items() if getattr(type(field), name) is not own}
