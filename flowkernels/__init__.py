@@ -27,7 +27,7 @@ from flowkernels.ops import (
 from flowkernels.ops.recorded_calls import record_calls
 from flowkernels.runtime import backends
 from flowkernels.runtime.backends import BackendError, backend, explain
-from flowkernels.runtime.ranges import profile_ranges
+from flowkernels.runtime.observers import profile_ranges
 from flowkernels.sampling.invert import Inversion, invert
 from flowkernels.sampling.rollout import Trajectory, rollout
 from flowkernels.sampling.sample import sample

@@ -44,7 +44,7 @@ from flowkernels import ops
 from flowkernels.cli.main import main as command_line
 from flowkernels.models import bundled, closed_form, networks
 from flowkernels.ops.mlp_sample import Layer, Source
-from flowkernels.runtime import backends, ranges
+from flowkernels.runtime import backends, observers
 
 SECONDS = 2.0
 FAULTS = ("unnamed", "nonsense", "late", "hang", "state", "crash")
@@ -1000,7 +1000,7 @@ def settings() -> tuple:
     os.umask(mask := os.umask(0))
     return (
         *(torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), os.getcwd(), mask),
-        *(backends._requested.get(), ranges.asked, torch.is_inference_mode_enabled()),
+        *(backends._requested.get(), observers.present, torch.is_inference_mode_enabled()),
         *(torch.random.get_rng_state().sum().item(), sorted(os.listdir()), signal.getsignal(signal.SIGINT)),
     )
 

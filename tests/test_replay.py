@@ -24,7 +24,7 @@ from flowkernels.ops import OPS, recorded_calls
 from flowkernels.ops.mlp_sample import Layer, Source
 from flowkernels.ops.recorded_calls import open_calls
 from flowkernels.ops.samples import Sample
-from flowkernels.runtime import environment, ranges
+from flowkernels.runtime import environment, observers
 
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def test_the_forms_that_write_to_a_tensor(op, run, only_written, writes_what_it_
         given.append((name, dict(zip(names, args, strict=True)), copies))
 
     x, v = torch.randn(7, 24), torch.randn(7, 24)
-    with ranges.recorded(see):
+    with observers.recorded(see):
         (found,) = recorded(op, lambda: run(x, v), tmp_path / "a")
     (name, args, copies), stored = given[0], found.arguments()
     assert found.op == name == f"{op}_out"
@@ -243,7 +243,7 @@ def test_an_error_leaves_what_was_seen(tmp_path):
     with pytest.raises(ZeroDivisionError):
         recorded("euler_step", lambda: (euler(3), 1 / 0), tmp_path / "a")
     assert len(open_calls(tmp_path / "a").calls) == 1
-    assert not ranges.asked
+    assert not observers.present
 
 
 def test_a_full_disk_does_not_stop_the_program(tmp_path, monkeypatch):
@@ -289,7 +289,7 @@ def test_calls_of_every_kind_are_seen(tmp_path, unasked):
     assert seen(lambda: fk.rollout(lambda x, t: -x, torch.ones(3, 4), 7)) == 7
     torch._dynamo.reset()
     assert seen(lambda: torch.compile(fk.euler_step, fullgraph=True, backend="aot_eager")(x, v, 0.5)) == 1
-    assert not ranges.asked
+    assert not observers.present
 
 
 @pytest.mark.parametrize("trajectory", [False, True])
@@ -684,7 +684,7 @@ def recorded_by(line, capsys):
     before = sys.argv, list(sys.path)
     code = main(["record", *line.split()])
     assert (sys.argv, list(sys.path)) == before
-    assert not ranges.asked
+    assert not observers.present
     return code, *capsys.readouterr()
 
 

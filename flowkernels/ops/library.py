@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flowkernels.runtime import backends, ranges
+from flowkernels.runtime import backends, observers
 from flowkernels.runtime.torch_private import (
     functorch,
     innermost_transform,
@@ -69,9 +69,9 @@ def register(schema: str, kernel, reference, fake, *, cuda: bool = True) -> None
 
     def run(*args):
         choice = backends.choose(name, args[0].device)
-        if not ranges.asked:
+        if not observers.present:
             return on(choice, args)
-        with ranges.around(name, choice, args):
+        with observers.around(name, choice, args):
             return on(choice, args)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -215,7 +215,7 @@ def refused_place(launch, arguments: tuple, bad: Tensor | None, where: tuple) ->
 def _watched() -> bool:
     if torch.compiler.is_compiling() or tracing_state() or number_of_modes() or profiler_enabled() or _is_transformed():
         return True
-    return ranges.asked
+    return observers.present
 
 
 def is_plain(t: Tensor) -> bool:

@@ -35,7 +35,7 @@ from flowkernels._checks import (
 from flowkernels._files import damaged, expect_file, expect_target, whole_file, write_or_keep
 from flowkernels.models.weights import CODES, expect_header
 from flowkernels.ops import OPS
-from flowkernels.runtime import ranges
+from flowkernels.runtime import observers
 
 FORMAT = 1
 PAGE = 4096  # bytes; a region's place is kept up to a multiple of it
@@ -76,7 +76,7 @@ def record_calls(op: str, path: str | Path, *, calls: int = 8, max_gb: float = 4
     with tempfile.TemporaryFile(dir=target.parent) as spool:
         recording = Recording(op, path, target, calls, max_gb, spool)
         try:
-            with ranges.recorded(recording.see):
+            with observers.recorded(recording.see):
                 yield recording
         except BaseException:
             recording.write()

@@ -10,7 +10,7 @@ import torch
 import flowkernels as fk
 from flowkernels import ops
 from flowkernels.ops import OPS, library
-from flowkernels.runtime import ranges
+from flowkernels.runtime import observers
 from flowkernels.runtime.backends import BACKENDS, backend
 
 
@@ -50,7 +50,7 @@ def test_results_are_the_same():
 def nvtx(monkeypatch):
     """NVTX as it is where there is a GPU."""
     calls = []
-    monkeypatch.setattr(ranges, "_has_nvtx", lambda: True)
+    monkeypatch.setattr(observers, "_has_nvtx", lambda: True)
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: calls.append(f"push {name}"))
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
     return calls
@@ -73,12 +73,12 @@ def test_blocks_nest_and_hold_for_every_thread(nvtx):
     with fk.profile_ranges():
         with fk.profile_ranges():
             pass
-        assert ranges.asked
+        assert observers.present
         thread = threading.Thread(target=call, args=("euler_step",))
         thread.start()
         thread.join()
     assert nvtx == ["push flowkernels::euler_step.cpu", "pop"]
-    assert not ranges.asked
+    assert not observers.present
 
 
 def test_calls_go_past_the_dispatcher_only_without_ranges():
@@ -99,4 +99,4 @@ def test_the_whole_loop_of_a_sampler():
 @pytest.mark.parametrize(("value", "expected"), [("1", True), ("0", False), ("", False)])
 def test_the_environment_asks_for_them(value, expected, monkeypatch):
     monkeypatch.setenv("FLOWKERNELS_PROFILE", value)
-    assert runpy.run_path(ranges.__file__)["asked"] is expected
+    assert runpy.run_path(observers.__file__)["present"] is expected

@@ -1,8 +1,8 @@
-"""Who watches the calls of the ops: profilers, and `record_calls` (flowkernels/calls.py).
+"""Who observes the calls of the ops: profilers, and `record_calls` (ops/recorded_calls.py).
 
 For profilers there are named ranges, "flowkernels::euler_step.cuda" is that op on that backend: in torch.profiler they
 are events, in Nsight's tools NVTX ranges. Asked for by `with flowkernels.profile_ranges():` or FLOWKERNELS_PROFILE=1,
-for the whole process. Where anybody watches, every call goes through torch's dispatcher. A replayed CUDA graph has no
+for the whole process. Where anybody observes, every call goes through torch's dispatcher. A replayed CUDA graph has no
 calls: they happened when it was recorded.
 """
 
@@ -14,37 +14,38 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-asked = os.environ.get("FLOWKERNELS_PROFILE") == "1"  # whether anybody watches; looked at by every call
-_lock, _count = threading.Lock(), int(asked)
+present = os.environ.get("FLOWKERNELS_PROFILE") == "1"  # whether there are any; looked at by every call
+_lock = threading.Lock()
+_profilers = int(present)
 _recorders: tuple[Callable, ...] = ()
 
 
 @contextlib.contextmanager
 def profile_ranges() -> Iterator[None]:
     """Every op called inside the `with` block, from any thread, is a range to torch.profiler and to NVTX."""
-    _add(1)
+    _change(profilers=1)
     try:
         yield
     finally:
-        _add(-1)
+        _change(profilers=-1)
 
 
 @contextlib.contextmanager
 def recorded(see: Callable) -> Iterator[None]:
     """`see(op, args)` ahead of every call inside the `with` block, from any thread."""
-    _add(0, see)
+    _change(come=see)
     try:
         yield
     finally:
-        _add(0, gone=see)
+        _change(gone=see)
 
 
-def _add(n: int, see: Callable | None = None, gone: Callable | None = None) -> None:
-    global asked, _count, _recorders
+def _change(profilers: int = 0, come: Callable | None = None, gone: Callable | None = None) -> None:
+    global present, _profilers, _recorders
     with _lock:
-        _count += n
-        _recorders = tuple(r for r in (*_recorders, see) if r not in (None, gone))
-        asked = _count > 0 or len(_recorders) > 0
+        _profilers += profilers
+        _recorders = tuple(r for r in (*_recorders, come) if r not in (None, gone))
+        present = _profilers > 0 or len(_recorders) > 0
 
 
 @functools.cache
@@ -54,9 +55,10 @@ def _has_nvtx() -> bool:
 
 @contextlib.contextmanager
 def around(op: str, backend: str, args: tuple) -> Iterator[None]:
+    """What observers have around one call."""
     for see in _recorders:
         see(op, args)
-    if _count == 0:
+    if _profilers == 0:
         yield
         return
     name, nvtx = f"flowkernels::{op}.{backend}", _has_nvtx()
