@@ -1,5 +1,6 @@
-// Whether anything that a network's Python reads is not what it was: flowkernels/_watch.py, whose `_changed` this is,
-// entry for entry. A few nanoseconds for an attribute, some fifty for a tensor's address, version, shape or strides.
+// Whether anything that a network's Python reads is not what it was: flowkernels/fusion/watch.py, whose `_changed`
+// this is, entry for entry. A few nanoseconds for an attribute, some fifty for a tensor's address, version, shape or
+// strides.
 #include "watch/watch.h"
 
 #include <Python.h>

@@ -1,4 +1,4 @@
-// flowkernels/_watch.py has what the entries are. Needs the GIL.
+// flowkernels/fusion/watch.py has what the entries are. Needs the GIL.
 #pragma once
 #include <Python.h>
 

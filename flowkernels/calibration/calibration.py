@@ -49,7 +49,7 @@ from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.identity import identity
 
 FORMAT = "flowkernels.calibration"
-VERIFIED = ("uniform", "bellman", "fitted")  # of what there are endpoint errors
+UNIFORM, BELLMAN, FITTED = CHOICES = ("uniform", "bellman", "fitted")  # what there is for N steps, in every table
 
 
 class Calibration(Measured, Mapping):
@@ -150,11 +150,11 @@ class Calibration(Measured, Mapping):
     def choices(self, steps: int) -> dict[str, Schedule | Solver]:
         """What there is for N steps, by its name in `verified`: the uniform schedule, the Bellman schedule and the
         solver; KeyError where there is no other than the uniform one."""
-        known = {"uniform": Schedule.uniform(steps)}
+        known = {UNIFORM: Schedule.uniform(steps)}
         if steps in self.schedules or steps not in self.solvers:
-            known["bellman"] = self[steps]
+            known[BELLMAN] = self[steps]
         if steps in self.solvers:
-            known["fitted"] = self.solvers[steps]
+            known[FITTED] = self.solvers[steps]
         return known
 
     def add_verified(self, errors: dict[int, dict[str, float]]) -> None:
@@ -347,8 +347,8 @@ def _solver(data, name: str, N: int) -> Solver:
 
 
 def _errors(data, name: str) -> dict[str, float]:
-    unknown = sorted(set(_object(data, name)) - set(VERIFIED))
-    expect(not unknown, name, f"errors of {', '.join(VERIFIED)}", f"{unknown}")
+    unknown = sorted(set(_object(data, name)) - set(CHOICES))
+    expect(not unknown, name, f"errors of {', '.join(CHOICES)}", f"{unknown}")
     return {what: _least(error, f"{name}.{what}") for what, error in data.items()}
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import flowkernels as fk
 from flowkernels._files import whole_folder, write_or_keep
+from flowkernels.calibration.calibration import CHOICES
 from flowkernels.evaluation.endpoint import endpoint_errors
 from flowkernels.models.bundled import BUNDLED, save_network
 from flowkernels.runtime.environment import environment
@@ -144,7 +145,7 @@ def run(
         straightened = fk.sample(fused(result.student, plan, bundled.shape), held_out, plan)
         next(r for r in rows if r["steps"] == N).update(_error_cells("straightened", straightened, teacher))
 
-    shown = {name: ends[name, N] for name in ("uniform", "bellman", "fitted")} | {"straightened": straightened}
+    shown = {name: ends[name, N] for name in CHOICES} | {"straightened": straightened}
     pictures = {name: x[: s.pictured] for name, x in {"teacher": teacher, **shown}.items()}
     results = {
         "format": report.FORMAT,

@@ -304,7 +304,7 @@ def _straighten(args) -> None:
     student = network_of(result.student).cpu()
 
     def save(path: Path) -> None:
-        if args.model in BUNDLED:  # with its architecture, so that models.load_network rebuilds it from the file alone
+        if args.model in BUNDLED:  # with its architecture, so that `load_network` rebuilds it from the file alone
             save_network(student, path, **notes)
         else:
             weights.write(path, student.state_dict(), notes=notes)

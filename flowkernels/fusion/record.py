@@ -1,6 +1,6 @@
 """One call of a velocity network, recorded operation by operation, with what each value depends on.
 
-Values that depend on the state x become layers (`flowkernels/_lowering.py`). Others depend on time, on conditioning or
+Values that depend on the state x become layers (`fusion/lowering.py`). Others depend on time, on conditioning or
 on parameters alone; they are computed again for all steps of a schedule and all samples of a batch (`Record.replay`).
 """
 

@@ -1,4 +1,5 @@
-"""Velocities of data whose flow is known in closed form."""
+"""Velocities of data whose flow is known in closed form: deterministic teachers without a network, of a data set and of
+a mixture of Gaussians. They follow the library's convention: t = 0 noise, t = 1 data."""
 
 from collections.abc import Sequence
 
