@@ -30,16 +30,13 @@ from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.calibration.fit import fit_solvers
 from flowkernels.calibration.sample_costs import GROUPS, SampleCosts
-from flowkernels.fusion.sampler import FusedSampler
 from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import euler, initial_state
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.sampling.sample import sample
 from flowkernels.schedule import expect_steps
-from flowkernels.velocity.evaluate import TRAINING, expect_velocity, velocity_rows, warn_if_training
-from flowkernels.velocity.field import VelocityField
-from flowkernels.velocity.identity import identity
-from flowkernels.velocity.protocol import resolve
+from flowkernels.velocity.evaluate import TRAINING, warn_if_training
+from flowkernels.velocity.protocol import FusedRun, Velocity, VelocityBase, resolve
 from flowkernels.velocity.provenance import hash_of
 
 CHUNK_BYTES = 256 << 20  # velocities of one chunk of samples
@@ -48,7 +45,7 @@ KEEP_BYTES = 512 << 20  # states and velocities that stay
 
 @no_grad
 def calibrate(
-    velocity,
+    velocity: Velocity,
     noise: Tensor,
     grid: int | Sequence[float] | Tensor = 100,
     steps: int | Iterable[int] = range(1, 11),
@@ -89,7 +86,7 @@ def calibrate(
     Raises:
         TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
     """
-    expect_velocity(velocity)
+    given = resolve(velocity)
     times = expect_times(grid, "grid")
     expect_noise(noise)
     K, n = len(times) - 1, len(noise)
@@ -107,8 +104,7 @@ def calibrate(
     seed = None if seed is None else expect_seed(seed)
     if verify_noise is not None:
         _expect_other_noise(verify_noise, noise)
-    given, fused = velocity, velocity.on(times) if isinstance(velocity, FusedSampler) else None
-    velocity = velocity if fused is None else fused.velocity
+    fused, velocity = given.fused_run(times), given.unfused()
     warn_if_training(velocity)
 
     provenance = _provenance(velocity, noise, K, seed)
@@ -128,7 +124,7 @@ def calibrate(
                     break
     cost = samples.cost()
     provenance |= {"velocity_dtype": str(v.dtype)}
-    if resolve(velocity).identify(weights=False).attributes != provenance["attributes_sha256"]:
+    if velocity.identify(weights=False).attributes != provenance["attributes_sha256"]:
         provenance["attributes_sha256"] = None  # it counts its calls, say, or keeps what it has computed
     if fused is not None:
         provenance["sampler_weights"] = str(fused.weights)
@@ -171,12 +167,12 @@ def _expect_other_noise(verify_noise: Tensor, noise: Tensor) -> None:
     expect(other, "verify_noise", "other noise than the calibration's", "the same values")
 
 
-def _verify(cal: Calibration, velocity, noise: Tensor, steps: list[int], chunk: int, n: int) -> None:
+def _verify(cal: Calibration, velocity: VelocityBase, noise: Tensor, steps: list[int], chunk: int, n: int) -> None:
     """Endpoint errors on other noise than the calibration's, and a warning where one is worse than uniform steps'."""
     total = {N: {} for N in steps}
     for start in range(0, len(noise), chunk):
         rows = slice(start, min(start + chunk, len(noise)))
-        part = velocity.rows(rows, n) if isinstance(velocity, FusedSampler) else velocity_rows(velocity, rows, n)
+        part = velocity.rows(rows, n)
         x1 = sample(part, noise[rows], cal.times)
         for N in steps:
             for name, plan in cal.choices(N).items():
@@ -222,7 +218,7 @@ def _parts(n: int, chunk: int, cuts: Iterable[int]) -> Iterator[tuple[int, int]]
 class _Teacher:
     """Rolls a teacher out on its grid, some samples at a time, and keeps the trajectories of the first `most`."""
 
-    def __init__(self, velocity, fused: FusedSampler | None, noise: Tensor, times: Tensor, keep_bytes: int):
+    def __init__(self, velocity: VelocityBase, fused: FusedRun | None, noise: Tensor, times: Tensor, keep_bytes: int):
         self.velocity, self.fused, self.noise, self.times = velocity, fused, noise, times
         state = initial_state(noise[:1])
         self.most = min(len(noise), keep_bytes // (state.nbytes * (2 * len(times) - 1)))
@@ -245,7 +241,7 @@ class _Teacher:
                 self._kept(rows, v[0]).copy_(v)
             return v
         out = self.x[:, rows] if keep else None
-        flow = euler(velocity_rows(self.velocity, rows, n), initial_state(self.noise[rows]), self.times, out)
+        flow = euler(self.velocity.rows(rows, n), initial_state(self.noise[rows]), self.times, out)
         for i, (x, v, v_uncond, w) in enumerate(flow):
             v = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
             if i == 0:
@@ -275,9 +271,9 @@ class _Teacher:
         return self.scratch[:, : len(like)]
 
 
-def _provenance(velocity, noise: Tensor, K: int, seed: int | None) -> dict:
+def _provenance(velocity: VelocityBase, noise: Tensor, K: int, seed: int | None) -> dict:
     """What is known before the first evaluation, ready for JSON."""
-    known = identity(velocity).provenance()
+    known = velocity.identify().provenance()
     of_noise = hash_of(noise, "noise", unknown := known.pop("unknown", {}))
     return plain(
         {
@@ -287,8 +283,8 @@ def _provenance(velocity, noise: Tensor, K: int, seed: int | None) -> dict:
             "shape": list(noise.shape[1:]),
             "state_dtype": str(initial_state(noise[:0]).dtype),
             "device": noise.device.type,
-            "guidance": velocity.guidance if isinstance(velocity, VelocityField) else 1.0,
-            "convention": velocity.convention() if isinstance(velocity, VelocityField) else None,
+            "guidance": velocity.guidance,
+            "convention": velocity.convention(),
             **known,
             "noise_sha256": of_noise,
             **({"unknown": unknown} if unknown else {}),

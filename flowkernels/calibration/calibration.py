@@ -44,9 +44,8 @@ from flowkernels.calibration.sample_costs import SampleCosts
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.schedule import Schedule, expect_steps
 from flowkernels.solver import Solver
-from flowkernels.velocity.evaluate import expect_velocity
 from flowkernels.velocity.hashes import tensors_hash
-from flowkernels.velocity.identity import identity
+from flowkernels.velocity.protocol import Velocity, resolve
 
 FORMAT = "flowkernels.calibration"
 UNIFORM, BELLMAN, FITTED = CHOICES = ("uniform", "bellman", "fitted")  # what there is for N steps, in every table
@@ -112,7 +111,7 @@ class Calibration(Measured, Mapping):
 
     @no_grad
     def find(
-        self, steps: int | Iterable[int], *, objective: str = "squared", velocity=None, **options
+        self, steps: int | Iterable[int], *, objective: str = "squared", velocity: Velocity | None = None, **options
     ) -> dict[int, Schedule] | dict[int, Solver]:
         """Schedules or solvers for numbers of steps, by an objective of choice; all of one call from one table.
 
@@ -221,7 +220,7 @@ class Calibration(Measured, Mapping):
             partial.write_text(text)
 
     @classmethod
-    def load(cls, path: str | Path, velocity=None) -> "Calibration":
+    def load(cls, path: str | Path, velocity: Velocity | None = None) -> "Calibration":
         """Read a calibration written by `Calibration.save`.
 
         Args:
@@ -233,8 +232,7 @@ class Calibration(Measured, Mapping):
             else.
         """
         path, wanted = expect_path(path, "path"), "a whole calibration file"
-        if velocity is not None:
-            expect_velocity(velocity)
+        velocity = None if velocity is None else resolve(velocity)
         data = read_json(path, "path", wanted)
         kind = data.get("format") if isinstance(data, dict) else type(data).__name__
         expect(kind == FORMAT, "path", f"a file of format {FORMAT!r}", f"{path} of format {kind!r}")
@@ -247,7 +245,7 @@ class Calibration(Measured, Mapping):
             cal = _from_dict(cls, data)
         if SUM not in data:
             warn_of_no_sum(path)
-        if velocity is not None and (differs := identity(velocity).differences(cal.provenance)):
+        if velocity is not None and (differs := velocity.identify().differences(cal.provenance)):
             warnings.warn(
                 f"velocity: expected the model that {path} was made for, got another one ({', '.join(differs)}); its "
                 "schedules may not be the best for it",

@@ -14,13 +14,13 @@ from flowkernels._guidance import guided
 from flowkernels._warnings import warn
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import Calibration
-from flowkernels.fusion.sampler import FusedSampler
 from flowkernels.sampling.rollout import rollout
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, polynomial_weights
-from flowkernels.velocity.evaluate import evaluate, expect_velocity, velocity_rows, warn_if_training
+from flowkernels.velocity.evaluate import evaluate, warn_if_training
 from flowkernels.velocity.field import float64_device
 from flowkernels.velocity.identity import warn_if_another
+from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
 
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums of the Gram matrix are good for
 HELD_OUT = 0.25  # the part of the samples that decides
@@ -29,7 +29,7 @@ EULER, ADAMS, FITTED = "euler", "adams-bashforth 2", "fitted"
 
 @no_grad
 def fit_solver(
-    velocity,
+    velocity: Velocity,
     calibration: Calibration,
     steps: int,
     *,
@@ -93,7 +93,7 @@ def fit_solver(
     return _best_fit(data, plans, order, ridges, inverse)
 
 
-def fit_solvers(velocity, calibration: Calibration, steps: Iterable[int], chunk: int) -> dict[int, Solver]:
+def fit_solvers(velocity: Velocity, calibration: Calibration, steps: Iterable[int], chunk: int) -> dict[int, Solver]:
     """What `fit_solver` finds for numbers of steps, of the very velocity that the calibration was made with just now:
     its first velocities are the calibration's, whether it has hashes or not."""
     found = {}
@@ -236,7 +236,7 @@ class _Teacher:
     of.
     """
 
-    network: object
+    network: VelocityBase
     x: Tensor
     order: Tensor
     fitted: int
@@ -248,7 +248,7 @@ class _Teacher:
     @classmethod
     def of(
         cls,
-        velocity,
+        velocity: Velocity,
         calibration,
         noise,
         chunk: int | None,
@@ -257,8 +257,7 @@ class _Teacher:
         proven: bool = False,
     ):
         expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
-        velocity = velocity.velocity if isinstance(velocity, FusedSampler) else velocity
-        expect_velocity(velocity)
+        velocity = resolve(velocity).unfused()
         if chunk is not None:
             expect_positive_int(chunk, "chunk")
         warn_if_training(velocity, stacklevel=5)
@@ -276,7 +275,7 @@ class _Teacher:
         proven = proven or warn_if_another(velocity, known, stacklevel=5)
         proven = noise is not None or (proven and known.get("sampler_weights") in (None, "torch.float32"))
         if noise is not None:
-            kept = rollout(velocity_rows(velocity, slice(n), total), noise[:n], calibration.times)
+            kept = rollout(velocity.rows(slice(n), total), noise[:n], calibration.times)
             evaluations = n * (len(calibration.times) - 1)
         order, fitted = held_out_last(n, held_out)
         order = torch.tensor(order, device="cpu")
@@ -312,7 +311,7 @@ class _Teacher:
         for part in self.chunks(len(x)):
             rows = self.order[first + part.start : first + part.stop]
             now = torch.full((part.stop - part.start,), t, dtype=torch.float64, device=float64_device(x.device))
-            v, v_uncond, w = evaluate(velocity_rows(self.network, rows, self.total), x[part], now)
+            v, v_uncond, w = evaluate(self.network.rows(rows, self.total), x[part], now)
             out[part] = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
         self.evaluations += len(x)
         return out

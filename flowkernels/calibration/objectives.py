@@ -29,12 +29,12 @@ from flowkernels._guidance import guided
 from flowkernels.calibration.bellman import least_cost_schedules, path_of
 from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.step_cost import StepCost
-from flowkernels.fusion.sampler import FusedSampler
 from flowkernels.schedule import Schedule, uniform_indices
 from flowkernels.solver import Solver
-from flowkernels.velocity.evaluate import evaluate, expect_velocity, velocity_rows
+from flowkernels.velocity.evaluate import evaluate
 from flowkernels.velocity.field import float64_device
 from flowkernels.velocity.identity import warn_if_another
+from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
 
 PAIRS_BYTES = 2 << 30  # of the costs of all pairs of steps
 CANDIDATES = (0.0, 1 / 64, 1 / 32, 3 / 64, 3 / 32, 3 / 16)  # model times, in parts of what is left to t = 1
@@ -88,20 +88,19 @@ def _noted(plans: dict[int, Schedule], name: str, evaluations: int, **notes) -> 
 class _Samples:
     """The first samples that a calibration keeps, `[K+1, n, *shape]`, and a velocity to evaluate on them."""
 
-    def __init__(self, cal: Measured, velocity, objective: str, samples: int, chunk: int | None):
+    def __init__(self, cal: Measured, velocity: Velocity | None, objective: str, samples: int, chunk: int | None):
         expect(velocity is not None, "velocity", f"the teacher, for objective {objective!r}", "None")
-        expect_velocity(velocity)
+        velocity = resolve(velocity).unfused()
         expect(cal.kept is not None, "objective", f"a calibration that keeps samples, for {objective!r}", "one of none")
-        velocity = velocity.velocity if isinstance(velocity, FusedSampler) else velocity
         warn_if_another(velocity, cal.provenance, stacklevel=6)
         self.n = min(expect_positive_int(samples, "samples"), cal.kept.x.shape[1])
         self.x, self.v = cal.kept.x[:, : self.n], cal.kept.v[:, : self.n]
         chunk = self.n if chunk is None else expect_positive_int(chunk, "chunk")
         parts = [slice(i, min(i + chunk, self.n)) for i in range(0, self.n, chunk)]
         n = cal.provenance.get("n_given", cal.provenance["n"])
-        self.parts = [(rows, velocity_rows(velocity, rows, n)) for rows in parts]
+        self.parts = [(rows, velocity.rows(rows, n)) for rows in parts]
 
-    def velocity(self, field, x: Tensor, t: float) -> Tensor:
+    def velocity(self, field: VelocityBase, x: Tensor, t: float) -> Tensor:
         """That of some samples at one time, guidance applied."""
         now = torch.full((len(x),), t, dtype=torch.float64, device=float64_device(x.device))
         v, v_uncond, w = evaluate(field, x, now)
@@ -134,7 +133,13 @@ class _Samples:
 
 @objective
 def endpoint(
-    cal: Measured, steps: list[int], *, velocity, samples: int = 64, chunk: int | None = None, probes: int = 2
+    cal: Measured,
+    steps: list[int],
+    *,
+    velocity: Velocity | None,
+    samples: int = 64,
+    chunk: int | None = None,
+    probes: int = 2,
 ) -> dict[int, Schedule]:
     """Least sum of `E|(d x_K / d x_k) e|^2`, each error as the teacher's flow carries it to t = 1, to first order.
 
@@ -238,7 +243,7 @@ def pairs(cal: Measured, steps: list[int]) -> dict[int, Solver]:
 
 @objective
 def student(
-    cal: Measured, steps: list[int], *, velocity, samples: int = 64, chunk: int | None = None
+    cal: Measured, steps: list[int], *, velocity: Velocity | None, samples: int = 64, chunk: int | None = None
 ) -> dict[int, Schedule]:
     """Least mean squared distance of the student's own state to the teacher's, knot by knot.
 
@@ -276,7 +281,7 @@ def free(
     cal: Measured,
     steps: list[int],
     *,
-    velocity,
+    velocity: Velocity | None,
     samples: int = 64,
     chunk: int | None = None,
     candidates: Sequence[float] = CANDIDATES,

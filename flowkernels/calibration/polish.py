@@ -14,11 +14,12 @@ from flowkernels.calibration.calibration import Calibration
 from flowkernels.calibration.fit import _distance, _Teacher, schedule_on_grid
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
+from flowkernels.velocity.protocol import Velocity
 
 
 @no_grad
 def polish(
-    velocity,
+    velocity: Velocity,
     calibration: Calibration,
     start: Solver | Schedule,
     *,

@@ -18,13 +18,15 @@ from flowkernels.ops import linear_euler
 from flowkernels.ops.linear_euler import ONE_OF_ORDERS, ORDERS
 from flowkernels.ops.linear_euler.reference import unpatchify
 from flowkernels.runtime.torch_private import CALL_MODULE, COMPILED_MODULE, FORWARD_HOOKS, of_all_modules, tree_flatten
-from flowkernels.velocity.evaluate import expect_velocity
 from flowkernels.velocity.field import VelocityField, float64_device, is_called_whole
+from flowkernels.velocity.protocol import Velocity, resolve
 
 KEPT = 16  # kinds of calls that are remembered as proven
 
 
-def fuse_head(velocity, head: str | None = None, *, patch: int | None = None, order: str = "pqc") -> "FusedHead":
+def fuse_head(
+    velocity: Velocity, head: str | None = None, *, patch: int | None = None, order: str = "pqc"
+) -> "FusedHead":
     """`velocity` with its last layer fused with the step, for `sample`, `rollout` and `calibrate`.
 
     A step then runs the network up to its final layer and one `linear_euler`, which does LayerNorm, modulation, Linear,
@@ -62,7 +64,7 @@ def fuse_head(velocity, head: str | None = None, *, patch: int | None = None, or
     Raises:
         TypeError, ValueError: naming what is in the way; at the first step, what cannot be proven.
     """
-    expect_velocity(velocity)
+    resolve(velocity)
     patch = None if patch is None else expect_positive_int(patch, "patch")
     expect(isinstance(order, str) and order in ORDERS, "order", ONE_OF_ORDERS, order)
     expect_shown(head is None or isinstance(head, str), "head", "the path of a module, or None", head, TypeError)

@@ -25,9 +25,9 @@ from flowkernels.ops.library import direct, direct_gpu, fresh
 from flowkernels.ops.mlp_sample import mlp_sample, one_by_one
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.velocity.evaluate import expect_velocity, warn_if_training
+from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.field import VelocityField, float64_device
-from flowkernels.velocity.protocol import VelocityBase, resolve
+from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
 from flowkernels.velocity.provenance import Identity
 
 MOST_BYTES = 256 << 20  # of tables with a row for every step of every sample; more samples run in parts
@@ -35,7 +35,7 @@ MOST_SCHEDULES = 8  # that a sampler keeps tables for, beside its own
 
 
 def fuse(
-    velocity,
+    velocity: Velocity,
     schedule: Schedule | Solver | int | Sequence[float] | Tensor,
     *,
     shape: Sequence[int] | None = None,
@@ -65,7 +65,7 @@ def fuse(
         NotFusable: naming the module that stopped it.
         TypeError, ValueError: naming the argument.
     """
-    expect_velocity(velocity)
+    resolve(velocity)
     if _takes_one_input(velocity):
         velocity = VelocityField(velocity, time_column=True)
     known = weights is None or weights is torch.float32 or weights is torch.bfloat16

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ from flowkernels.velocity.time_embedding import Embedding, expand_embedding, exp
 CONVENTION = MappingProxyType(
     dict(reverse_time=False, time_scale=1.0, sign=1, guidance=1.0, dtype=None)
 )  # the library's
+
+
+class FusedRun(Protocol):
+    """All steps of a solver in one call, as a `FusedSampler` makes them; weights: what its products are made of."""
+
+    weights: torch.dtype
+
+    def __call__(self, noise: Tensor) -> Tensor: ...
+
+    def rows(self, index: Tensor | slice, n: int) -> "FusedRun": ...
+
+    def run(
+        self, noise: Tensor, *, states: bool = False, velocities: bool = False, first: int = 0
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
 
 
 class VelocityBase:
