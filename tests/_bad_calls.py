@@ -652,6 +652,7 @@ def _stages(cal) -> None:
         **dict(solvers=(lambda: {}, or_none(is_dict)), verified=(lambda: {}, or_none(is_dict))),
     )
     place("cal[]", lambda steps: cal[steps], (KeyError,), steps=(2, is_int(1, K)))
+    place("cal.choices", cal.choices, (KeyError,), steps=(2, is_int(1, K)))
     place("cal.best", cal.best, (KeyError,), steps=(2, is_int(1, K)))
     options = {
         "squared": {},

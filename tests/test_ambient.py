@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import flowkernels as fk
-from flowkernels import integrations, ops
+from flowkernels import ops
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.closed_form import GaussianMixtureVelocity
 from flowkernels.models.networks import ResidualMLP
@@ -232,7 +232,9 @@ def stored_calls(w, tmp_path):
 @stage
 def scheduler(w, tmp_path):
     pytest.importorskip("diffusers")
-    made = integrations.diffusers.solver_scheduler(fk.Solver.adams_bashforth(w["cal"][3]))
+    from flowkernels.integrations.diffusers import solver_scheduler
+
+    made = solver_scheduler(fk.Solver.adams_bashforth(w["cal"][3]))
     made.set_timesteps()
     x = w["noise"]
     for t in made.timesteps:

@@ -164,6 +164,22 @@ def test_mapping_and_table():
     assert columns[6:] == [f"{t:.3g}" for t in cal[4].times]
 
 
+def test_what_there_is_for_a_number_of_steps():
+    cal = small()
+    assert cal.choices(4) == {"uniform": fk.Schedule.uniform(4), "bellman": cal[4]}
+    cal.solvers[4] = cal.solvers[3] = fk.Solver.heun(2)
+    assert list(cal.choices(4)) == ["uniform", "bellman", "fitted"]
+    assert list(cal.choices(3)) == ["uniform", "fitted"]
+    with pytest.raises(KeyError, match=r"expected one of \[2, 4\], got 5"):
+        cal.choices(5)
+    cal.add_verified({4: {"uniform": 2.0, "bellman": 1.0, "fitted": 3.0}, 2: {"uniform": 1.0, "bellman": math.nan}})
+    assert cal.best(4) is cal[4]
+    assert cal.best(2) == fk.Schedule.uniform(2)
+    cal.schedules[4] = fk.Schedule(cal.times[[0, 1, 2, 3, 12]], cal.times, (0, 1, 2, 3, 12))
+    assert cal.best(4) == fk.Schedule.uniform(4)  # of which there is an error, as there is not of the new one
+    assert repr(cal) == "Calibration(K=12, n=6, schedules of 2, 4 steps)"
+
+
 def test_find():
     cal = small()
     assert cal.find([3, 4]) == {n: small(steps=[n])[n] for n in (3, 4)}

@@ -8,7 +8,7 @@ import torch
 from _flows import Counted, ElementwiseField, even_grid, linear_field, normal, relative_error, uneven_grid
 
 import flowkernels as fk
-from flowkernels.calibration import sample_costs
+from flowkernels.calibration import objectives, sample_costs
 from flowkernels.calibration.objectives import OBJECTIVES, pair_costs
 from flowkernels.calibration.sample_costs import SampleCosts
 from flowkernels.models.bundled import BUNDLED
@@ -432,6 +432,25 @@ def test_conditioning_of_the_samples(objective):
         assert told[0] == told[1]
 
 
+def test_an_objective_is_one_function(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "weighted", None)  # so that it goes again
+
+    @objectives.objective
+    def weighted(cal, steps, *, late: float = 1.0):
+        """Least sum of E|e|^2, later steps weighing more."""
+        return fk.least_cost_schedules(cal.cost * (1 + late * cal.times), cal.times, steps)
+
+    cal, trajectory = calibrated(Turning())
+    e = errors(trajectory).square().mean(-1)
+    best, cost = least(7, 3, lambda path: sum(e[j, k] * (1 + 5 * cal.times[k]) for j, k in itertools.pairwise(path)))
+    found = cal.find(3, objective="weighted", velocity=Turning(), late=5.0)[3]
+    assert found.indices == best
+    assert found.cost == pytest.approx(float(cost), rel=1e-9)
+    with pytest.raises(TypeError, match=r"^options: expected of \['late'\] for 'weighted', got \['early'\]"):
+        cal.find(3, objective="weighted", early=2)
+    assert 3 not in cal
+
+
 def test_every_objective_is_told():
     for name, make in OBJECTIVES.items():
         assert f'"{name}"' in fk.Calibration.find.__doc__
@@ -464,8 +483,8 @@ def test_bad_objectives(tmp_path):
     again, none = fk.Calibration.load(tmp_path / "a.json"), calibrated(Turning(), keep_bytes=0)[0]
     assert again.find(3, objective="norm")[3] == cal.find(3, objective="norm")[3]  # in the file
     assert again.find(3, objective="pairs")[3].notes == cal.find(3, objective="pairs")[3].notes
-    for lost, objectives in ((again, ("endpoint", "student", "free")), (none, ("norm", "gits", "student"))):
-        for objective in objectives:
+    for lost, known in ((again, ("endpoint", "student", "free")), (none, ("norm", "gits", "student"))):
+        for objective in known:
             with pytest.raises(ValueError, match=r"^objective: expected a calibration that keeps samples, for"):
                 lost.find(2, objective=objective, **({} if objective in ("norm", "gits") else {"velocity": Turning()}))
 

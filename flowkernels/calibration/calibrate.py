@@ -27,9 +27,10 @@ from flowkernels._guidance import guided
 from flowkernels._version import __version__
 from flowkernels._warnings import held_warnings, warn
 from flowkernels.calibration.bellman import least_cost_schedules
-from flowkernels.calibration.calibration import Calibration
+from flowkernels.calibration.calibration import BELLMAN, FITTED, UNIFORM, Calibration
 from flowkernels.calibration.fit import fit_solvers
 from flowkernels.calibration.sample_costs import GROUPS, SampleCosts
+from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import euler, initial_state
 from flowkernels.sampling.rollout import Trajectory
@@ -176,20 +177,14 @@ def _verify(cal: Calibration, velocity: VelocityBase, noise: Tensor, steps: list
         x1 = sample(part, noise[rows], cal.times)
         for N in steps:
             for name, plan in cal.choices(N).items():
-                error = (sample(part, noise[rows], plan) - x1).double().square().sum().item()
-                total[N][name] = total[N].get(name, 0.0) + error / len(noise)
+                errors = endpoint_errors(sample(part, noise[rows], plan), x1)
+                total[N][name] = total[N].get(name, 0.0) + errors.sum().item() / len(noise)
     cal.add_verified(total)
-    rounding = 1e-12 * noise.double().square().flatten(1).sum(1).mean().item()
-
-    def worse_than_uniform(name):
-        return [N for N in steps if total[N].get(name, 0) > total[N]["uniform"] + rounding]
-
-    worse = {name: worse_than_uniform(name) for name in ("bellman", "fitted")}
-    said = [
-        f"the {what} has a larger error than uniform steps for N = {', '.join(map(str, worse[name]))}"
-        for name, what in (("bellman", "Bellman schedule"), ("fitted", "fitted solver"))
-        if worse[name]
-    ]
+    rounding, said = 1e-12 * endpoint_error(noise, torch.zeros_like(noise)), []
+    for name, what in ((BELLMAN, "Bellman schedule"), (FITTED, "fitted solver")):
+        worse = [str(N) for N in steps if total[N].get(name, 0) > total[N][UNIFORM] + rounding]
+        if worse:
+            said.append(f"the {what} has a larger error than uniform steps for N = {', '.join(worse)}")
     if said:
         best = "use cal.best(N), which is the best of them for every N"
         warn(f"verify_noise: on this noise {' and '.join(said)}; {best}", stacklevel=2)

@@ -14,6 +14,7 @@ from flowkernels._guidance import guided
 from flowkernels._warnings import warn
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import Calibration
+from flowkernels.evaluation.endpoint import endpoint_error
 from flowkernels.sampling.rollout import rollout
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, polynomial_weights
@@ -148,11 +149,11 @@ def _fit(data: "_Teacher", plan: Schedule, order: int, ridges: tuple[float, ...]
         ADAMS: Solver.adams_bashforth(plan, 2, inverse=inverse),
         FITTED: Solver(knots, knots[:-1], coefficients, FITTED),
     }
-    errors, past = {FITTED: _distance(x[fitted:], goals[-1][fitted:])}, () if inverse else (data.first[fitted:],)
+    errors, past = {FITTED: endpoint_error(x[fitted:], goals[-1][fitted:])}, () if inverse else (data.first[fitted:],)
     for name in (EULER, ADAMS):
         _, ends = data.run(solvers[name], goals[0][fitted:], past, fitted)
-        errors[name] = _distance(ends, goals[-1][fitted:])
-    rounding = 1e-12 * _distance(goals[-1], 0)
+        errors[name] = endpoint_error(ends, goals[-1][fitted:])
+    rounding = 1e-12 * endpoint_error(goals[-1], torch.zeros_like(goals[-1]))
     best = min((FITTED, ADAMS, EULER), key=lambda name: errors[name] + (name != FITTED) * rounding)
     orders, found_ridges = zip(*chosen, strict=True)
     notes = {"held_out": errors, "orders": list(orders), "ridges": list(found_ridges)}
@@ -191,11 +192,6 @@ def _step(grams: list[Tensor], knots: Tensor, p: int, ridge: float) -> tuple[flo
     weights[1:] += change[1:]
     weights[:-1] -= change[1:]
     return error.item(), weights
-
-
-def _distance(x: Tensor, goal: Tensor) -> float:
-    """The mean over samples of the squared L2 distance."""
-    return (x - goal).double().square().flatten(1).sum(1).mean().item()
 
 
 def held_out_last(n: int, part: float) -> tuple[list[int], int]:

@@ -11,7 +11,8 @@ from flowkernels import ops
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_positive_int, expect_real
 from flowkernels.calibration.calibration import Calibration
-from flowkernels.calibration.fit import _distance, _Teacher, schedule_on_grid
+from flowkernels.calibration.fit import _Teacher, schedule_on_grid
+from flowkernels.evaluation.endpoint import endpoint_error
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.velocity.protocol import Velocity
@@ -84,7 +85,7 @@ def _least_squares(data, calibration: Calibration, solver: Solver, iterations: i
     fit, rest = slice(fitted), slice(fitted, data.n)
 
     def errors(x):
-        return _distance(x[fit], end[fit]), _distance(x[rest], end[rest])
+        return endpoint_error(x[fit], end[fit]), endpoint_error(x[rest], end[rest])
 
     v, x = data.run(solver, begin)
     error, held = errors(x)
@@ -160,14 +161,14 @@ def _jacobian_gram(data, solver: Solver, begin, end, v: list[Tensor], part: slic
 def _descend(data, calibration: Calibration, given: Schedule, iterations: int, bar) -> Schedule:
     begin, end, grid = data.state(0), data.state(-1), calibration.times
     plan, fit, K = schedule_on_grid(calibration, given.steps, given), slice(data.fitted), len(grid) - 1
-    rounding = 1e-12 * _distance(end, 0)
+    rounding = 1e-12 * endpoint_error(end, torch.zeros_like(end))
 
     def at(indices) -> Schedule:
         return Schedule(grid[list(indices)], grid, tuple(indices))
 
     def tried(indices, part: slice, past=()):
         v, x = data.run(Solver.euler(at(indices)), begin[part], past, part.start or 0)
-        return v, _distance(x, end[part])
+        return v, endpoint_error(x, end[part])
 
     indices = list(plan.indices)
     v, error = tried(indices, fit)

@@ -121,8 +121,7 @@ def run(
         for n in evaluated:
             best = calibration[n]
             row = {"steps": n, "cost_uniform": best.uniform_cost, "cost_bellman": best.cost, "ratio": best.ratio}
-            plans = {"uniform": fk.Schedule.uniform(n), "bellman": best, "fitted": calibration.solvers[n]}
-            for name, how in plans.items():
+            for name, how in calibration.choices(n).items():
                 ends[name, n] = fk.sample(velocity, held_out, how)
                 row |= _error_cells(name, ends[name, n], teacher)
             rows.append(row)
