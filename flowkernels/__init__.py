@@ -25,8 +25,7 @@ from flowkernels.ops import (
     velocity_gram,
 )
 from flowkernels.ops.recorded_calls import record_calls
-from flowkernels.runtime import backends
-from flowkernels.runtime.backends import BackendError, backend, explain
+from flowkernels.runtime.backends import BackendError, backend, explain, not_built
 from flowkernels.runtime.observers import profile_ranges
 from flowkernels.sampling.invert import Inversion, invert
 from flowkernels.sampling.rollout import Trajectory, rollout
@@ -78,7 +77,7 @@ __all__ = [
     "velocity_gram",
 ]
 
-if _problem := backends.not_built():
+if _problem := not_built():
     import warnings
 
     warnings.warn(_problem, RuntimeWarning, stacklevel=2)

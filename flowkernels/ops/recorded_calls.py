@@ -35,7 +35,7 @@ from flowkernels._checks import (
 from flowkernels._files import damaged, expect_file, expect_target, whole_file, write_or_keep
 from flowkernels.models.weights import CODES, expect_header
 from flowkernels.ops import OPS
-from flowkernels.runtime import observers
+from flowkernels.runtime import environment, observers
 
 FORMAT = 1
 PAGE = 4096  # bytes; a region's place is kept up to a multiple of it
@@ -212,8 +212,6 @@ class Recording:
         """The file, if there is anything to be in it."""
         if not self.calls:
             return
-        from flowkernels.runtime.environment import provenance
-
         # larger elements first, so that each begins at a multiple of its size
         stored = sorted(self._stored.items(), key=lambda item: -item[1]["dtype"].itemsize)
         header, end = {}, 0
@@ -221,7 +219,7 @@ class Recording:
             shape = [r["bytes"] // r["dtype"].itemsize]
             header[r["name"]] = dict(dtype=CODES[r["dtype"]], shape=shape, data_offsets=[end, end + r["bytes"]])
             end += r["bytes"]
-        made = provenance(torch.device(self.calls[0]["device"]))
+        made = environment.provenance(torch.device(self.calls[0]["device"]))
         digests = {r["name"]: key for key, r in stored}
         about = json.dumps(dict(format=FORMAT, op=self.op, made=made, calls=self.calls, sha256=digests))
         header["__metadata__"] = dict(flowkernels=about, sha256=_digest(about))

@@ -242,13 +242,13 @@ def _from_environment() -> str:
 
 
 @functools.cache
-def _decide(op: str, device: torch.device | str, requested: str) -> str:
+def _decide(op: str, device: torch.device | str, name: str) -> str:
     where = torch.device(device)
-    if requested != "auto":
-        if reason := why_not(requested, where, op):
-            raise BackendError(f"{op}: backend {requested!r} was asked for, but {reason}")
-        log.debug("%s on %s: %s, as asked", op, device, requested)
-        return requested
+    if name != "auto":
+        if reason := why_not(name, where, op):
+            raise BackendError(f"{op}: backend {name!r} was asked for, but {reason}")
+        log.debug("%s on %s: %s, as asked", op, device, name)
+        return name
     choice, reasons = _first(op, where)
     slow = choice == "reference" and where.type not in _warned
     log.log(logging.WARNING if slow else logging.DEBUG, "%s on %s: %s%s", op, device, choice, _because(reasons))

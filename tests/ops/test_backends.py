@@ -203,6 +203,18 @@ def test_explain_says_what_is_chosen_and_why(monkeypatch):
         explain("eulerstep", "cpu")
 
 
+def test_kernels_for_the_host_run_only_where_backend_cuda_is_asked_for():
+    with _host_cuda.in_place(_host_cuda.module()):
+        assert backends.choose("bellman", "cpu") == "cpu"
+        assert why_not("cuda", "cpu", "bellman") == "the tensors are on cpu; move them to a CUDA GPU"
+        with backend("cuda"):
+            assert backends.choose("bellman", torch.device("cpu")) == "cuda"
+            assert explain("bellman", "cpu") == "bellman on cpu: cuda, as asked"
+            assert backends.cuda_module() is _host_cuda.module()
+        with _host_cuda.in_place(None), backend("cuda"), pytest.raises(BackendError, match="move them to a CUDA GPU"):
+            backends.choose("bellman", "cpu")
+
+
 class Gpu:
     """What torch says of a GPU that is not there."""
 
@@ -282,8 +294,8 @@ def test_the_interpreter_is_mended_however_it_was_asked_for():
 IMPORT = """
 import sys
 sys.modules["flowkernels._C"] = None
-import flowkernels
-from flowkernels import backends, ops
+from flowkernels import ops
+from flowkernels.runtime import backends
 import torch
 x = torch.arange(6.0).view(3, 2)
 assert torch.equal(ops.euler_step(x, x, 0.5), 1.5 * x)
