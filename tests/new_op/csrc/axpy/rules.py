@@ -1,0 +1,17 @@
+"""What the machine code of the kernels of axpy is like, and what they have to move and compute at least."""
+
+from machine_code.rules import Floor, Rule
+
+CUDA = [Rule(r"axpy_kernel", 16, 1.0)]
+TRITON = [Rule(r"axpy_kernel.*", 32, 1.0)]
+FLOORS = [
+    Floor(
+        case="float32",
+        sizes=dict(n=1 << 24),
+        moves="n * (4 + 4 + 4)",
+        computes="n * 2",
+        unit="fp32",
+        kernel="axpy_kernel",
+        elements=1,
+    )
+]

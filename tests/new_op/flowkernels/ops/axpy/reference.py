@@ -1,0 +1,7 @@
+"""`axpy` in plain torch."""
+
+from torch import Tensor
+
+
+def axpy(x: Tensor, y: Tensor, a: float) -> Tensor:
+    return x + a * y
