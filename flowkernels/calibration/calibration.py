@@ -255,7 +255,7 @@ class Calibration(Measured, Mapping):
         return cal
 
 
-def _from_dict(cls: type[Calibration], data: dict) -> Calibration:
+def _from_dict(made: type[Calibration], data: dict) -> Calibration:
     """The calibration in a file, each of its entries checked."""
     expect_numbers(data["times"], "times")
     times = expect_times(data["times"], "times")
@@ -273,7 +273,7 @@ def _from_dict(cls: type[Calibration], data: dict) -> Calibration:
     solvers = {n: _solver(s, f"solvers.{n}", n) for n, s in _by_steps(data, "solvers", None)}
     verified = {n: _errors(errors, f"verified.{n}") for n, errors in _by_steps(data, "verified", None)}
     verified_as = {n: _texts(hashes, f"verified_as.{n}") for n, hashes in _by_steps(data, "verified_as", None)}
-    return cls(
+    return made(
         times,
         tables["cost"],
         schedules,
