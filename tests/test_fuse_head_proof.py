@@ -298,7 +298,7 @@ class Own(fk.VelocityField):
 
 def test_fields_with_an_evaluation_of_their_own():
     field = fk.VelocityField(Perceptron().eval())
-    field.pair = lambda x, t: (2 * field._call(x, t, {}), None)
+    field.pair = lambda x, t: (2 * field.call_network(x, t, {}), None)
     hooked = fk.VelocityField(Perceptron().eval())
     hooked.register_forward_hook(lambda m, a, out: 2 * out)
     for velocity in (Own(Perceptron().eval()), field, hooked):

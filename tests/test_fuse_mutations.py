@@ -356,7 +356,7 @@ conditioning's memory: e.field.conditioning["obs"].set_(e.field.conditioning["ob
 unconditional: e.field.unconditional.update(obs=noise(1, OBS, seed=58)) if e.field.unconditional else n.out.weight.mul_(2)
 unconditional given: (e.field.unconditional.update(obs=noise(1, OBS, seed=58)), setattr(e.field, "guidance", 2.0))
 guidance off: (e.field.unconditional.clear(), setattr(e.field, "guidance", 1.0), n.out.weight.mul_(2))
-_call of the field: e.field._call = lambda x, t, kwargs, *a: x * 2
+call_network of the field: e.field.call_network = lambda x, t, kwargs, *a: x * 2
 forward of the field: e.field.__class__ = Reversed
 hook of the field: e.field.register_forward_hook(lambda m, a, out: out * 2)
 """  # noqa: E501
@@ -364,8 +364,8 @@ hook of the field: e.field.register_forward_hook(lambda m, a, out: out * 2)
 
 
 class Reversed(fk.VelocityField):
-    def _call(self, *args, **kwargs):
-        return -super()._call(*args, **kwargs)
+    def call_network(self, *args, **kwargs):
+        return -super().call_network(*args, **kwargs)
 
 
 @kind

@@ -57,9 +57,9 @@ class Embedded(Table, HasTimeEmbedding):
 
 
 class Overridden(VelocityField):
-    def _call(self, x, t, kwargs):
+    def call_network(self, x, t, kwargs):
         assert torch.compiler.is_compiling() or t.dtype == x.dtype
-        return super()._call(x, t, kwargs)
+        return super().call_network(x, t, kwargs)
 
 
 SCALE = dict(time_scale=STEPS)

@@ -17,6 +17,7 @@ FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != HERE]
 
 OWNERS = (torch, Tensor, nn.Module, torch._C, torch.autograd, forward_ad, torch.cuda, torch.utils, torch.compiler)
 OWNERS += (nn.modules.module, nn.modules.dropout, nn.modules.batchnorm, nn.utils.parametrize, torch.UntypedStorage)
+OWNERS += (torch.ops.aten.add.Tensor,)
 PRIVATE = {name for owner in OWNERS for name in dir(owner)} | set(vars(nn.Module())) | {"_dynamo", "_orig_mod"}
 PRIVATE = {name for name in PRIVATE if name.startswith("_") and not name.startswith("__")}
 

@@ -86,7 +86,7 @@ def _chosen(args: argparse.Namespace, device: torch.device) -> dict[str, list[Ca
 def _measured(entry: str, case: Case, clock, threads: int, args: argparse.Namespace) -> list[dict]:
     """The case's rows; its inputs are made here and gone afterwards."""
     torch.set_num_threads(threads)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     work = case.make()
     measured = measure(work, clock, threads, min(1.0, args.seconds) if args.quick else args.seconds)
     return [row | {"threads": threads} for row in rows(entry, case, work, *measured)]

@@ -292,7 +292,7 @@ class FusedHead(VelocityField):
         """The calls of the network that make up one evaluation, each with all of its samples."""
         if self.is_guided and not self.packed:
             both = (self.conditioning, self.conditioning | self.unconditional)
-            return [lambda kwargs=kwargs: self._call(seen, t, kwargs) for kwargs in both]
+            return [lambda kwargs=kwargs: self.call_network(seen, t, kwargs) for kwargs in both]
         return [lambda: self.pair(seen, t)]
 
     def _head(self, layer: FinalLayer, x: Tensor, seen: Tensor, t: Tensor) -> dict[str, Any]:

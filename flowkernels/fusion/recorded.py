@@ -87,7 +87,7 @@ class _Recorded:
     @_undisturbed
     def __init__(self, network: _Network, n: int, given: Mapping[str, Any]):
         self.field, self.dim, self.device = network.field, network.dim, network.device
-        other = overridden(self.field).keys() - {"_call"} | {h for h in HOOKS[:2] if getattr(self.field, h)}
+        other = overridden(self.field).keys() - {"call_network"} | {h for h in HOOKS[:2] if getattr(self.field, h)}
         if other:  # what the recording does not call
             said = f"got {sorted(other)} overridden"
             raise NotFusable(f"velocity: expected a VelocityField's own evaluation, {said}; {WAY_OUT}")
@@ -110,7 +110,7 @@ class _Recorded:
         }
         try:
             with executed() as codes:
-                out = self.record.run(lambda: self.field._call(x, t, kwargs))
+                out = self.record.run(lambda: self.field.call_network(x, t, kwargs))
         except NotFusable as e:
             raise NotFusable(f"velocity: expected a stack of linear layers, but {e}; {WAY_OUT}") from None
         except Exception as e:
@@ -147,7 +147,7 @@ class _Recorded:
         """The integers and sizes that a call on a few samples deals with."""
         x, t, kwargs = self._inputs(network, given, FEW)
         with contextlib.suppress(Exception), Numbers() as numbers:  # the recording says what is wrong
-            self.field._call(x, t, kwargs)
+            self.field.call_network(x, t, kwargs)
         return numbers.found
 
     def look(self) -> None:

@@ -113,7 +113,8 @@ def _shape_of_sample(field: VelocityField) -> tuple[int, ...]:
     for width in dict.fromkeys(m.out_features for m in reversed(linear)):
         x = torch.zeros(n, width, dtype=torch.float32, device=linear[0].weight.device)
         try:
-            v = field._call(x, torch.zeros(n, dtype=torch.float64, device=float64_device(x.device)), field.conditioning)
+            t = torch.zeros(n, dtype=torch.float64, device=float64_device(x.device))
+            v = field.call_network(x, t, field.conditioning)
             if v.shape == x.shape:
                 return (width,)
         except Exception as e:  # whatever a network makes of a wrong shape

@@ -67,6 +67,7 @@ ATTRIBUTES = {
     "_is_zerotensor": "whether a tensor is zeros without memory, as forward-mode differentiation makes them",
     "_modules": "of a module, by name",
     "_parameters": "of a module, by name",
+    "_schema": "of an operation: its name, its arguments and which of them it writes to",
     "_values": "of a sparse tensor, coalesced or not",
     "_version": "how often the memory of a tensor was written to by operations",
 }

@@ -64,8 +64,9 @@ class VelocityField(nn.Module, VelocityBase):
 
     A network that exposes its time embedding (`HasTimeEmbedding`) does so through the field as well.
 
-    Subclasses may override `_call`, the network's call; `pair`, the two velocities of guidance; `forward`, the velocity
-    as a whole; and `time_embedding`, `rows`. The stages call what is overridden, with t as any callable gets it.
+    Subclasses may override `call_network`, the network's call; `pair`, the two velocities of guidance; `forward`, the
+    velocity as a whole; and `time_embedding`, `rows`. The stages call what is overridden, with t as any callable gets
+    it.
     """
 
     def __init__(
@@ -233,7 +234,11 @@ class VelocityField(nn.Module, VelocityBase):
         given = dict(conditioning=self.conditioning, unconditional=self.unconditional)
         return network_identity(unwrapped(self.net), self.convention(), further=further, **given, weights=weights)
 
-    def _call(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], embedding: Embedding | None = None) -> Tensor:
+    def call_network(
+        self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], embedding: Embedding | None = None
+    ) -> Tensor:
+        """The network's velocities of x `[n, *shape]` at times t `[n]` of the library's convention, kwargs being the
+        conditioning; as the field gives them, but for guidance."""
         n = len(x)
         time = self._network_time(t)
         t = resolve(self.net).time_for(time, x)
@@ -267,10 +272,10 @@ class VelocityField(nn.Module, VelocityBase):
         """
         embedding = () if embedding is None else (embedding,)  # which an override may not take
         if not self.is_guided:
-            return self._call(x, t, self.conditioning, *embedding), None
+            return self.call_network(x, t, self.conditioning, *embedding), None
         other = {**self.conditioning, **self.unconditional}  # not |, which the compiler of torch 2.6 does not know
         if not self.packed:
-            return self._call(x, t, self.conditioning, *embedding), self._call(x, t, other, *embedding)
+            return self.call_network(x, t, self.conditioning, *embedding), self.call_network(x, t, other, *embedding)
         n, both = len(x), {}
         for k, cond in self.conditioning.items():
             uncond = other[k]
@@ -282,7 +287,7 @@ class VelocityField(nn.Module, VelocityBase):
                 both[k] = cond
         exact = exact_time(t)
         t = torch.cat([t, t]) if exact is t else _rounded(torch.cat([exact, exact]), t.device, t.dtype)
-        v = self._call(torch.cat([x, x]), t, both, *embedding)
+        v = self.call_network(torch.cat([x, x]), t, both, *embedding)
         return v[:n], v[n:]
 
     def velocities(
@@ -299,7 +304,7 @@ class VelocityField(nn.Module, VelocityBase):
 
 
 REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-OWN = {name: getattr(VelocityField, name) for name in ("forward", "pair", "_call", "__call__", "velocities")}
+OWN = {name: getattr(VelocityField, name) for name in ("forward", "pair", "call_network", "__call__", "velocities")}
 EMBED = VelocityField.time_embedding
 HOOKS = (*FORWARD_HOOKS, *BACKWARD_HOOKS)
 
