@@ -6,6 +6,7 @@
 
 and, where it applies,
 
+    GRADIENTS             which arguments of the registered op have one
     WAITS                 why a call on a GPU waits for it
     TRITON_PTX            whether the PTX of its Triton kernels is run on the host
     large(device, n, on)  the largest error in ulp of float32, of which a few are allowed, past 2^31 elements;

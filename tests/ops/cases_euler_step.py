@@ -14,6 +14,7 @@ CALLS = {
         lambda x, v, out: ops.euler_step(x, v, 0.25, out=out, low=torch.bfloat16), ((3, 5),) * 3, written=(2,)
     ),
 }
+GRADIENTS = (0, 1, 3)
 LARGE_BYTES = 4 + 2 + 4
 
 

@@ -12,6 +12,7 @@ CALLS = {
         lambda x, v, out: ops.linear_update(x, [v], [0.5], out=out, low=torch.bfloat16), ((3, 5),) * 3, written=(2,)
     ),
 }
+GRADIENTS = (0, 1)
 LARGE_BYTES = 4 + 2 + 4
 
 

@@ -11,6 +11,7 @@ CALLS = {
         lambda v, bank, h, w: ops.straighten_loss(v, bank, h, *PLACES, weight=w), ((4, 5), (4, 3, 5), (3,), (4,))
     ),
 }
+GRADIENTS = (0,)
 TRITON_PTX = True
 LARGE_BYTES = 4 + 4
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import ops_cases
 import pytest
 import torch
 from _contract import identical, tensors
@@ -29,7 +30,7 @@ def call(op, sample):
 
 
 # the arguments that have a gradient
-DIFFERENTIABLE = {"euler_step": (0, 1, 3), "linear_update": (0, 1), "straighten_loss": (0,)}
+DIFFERENTIABLE = {op: which for op in OPS if (which := getattr(ops_cases.of(op), "GRADIENTS", ()))}
 
 
 def with_gradient(arg):

@@ -29,7 +29,7 @@ CALLS = {name: call for op in OPS for name, call in ops_cases.of(op).CALLS.items
 EVERY = pytest.mark.parametrize("op", CALLS)
 ASKING = [m for m in sys.modules.values() if m.__name__.startswith("flowkernels.ops.") and hasattr(m, "direct")]
 ASKING.remove(library)
-DIFFERENTIABLE = ("euler_step", "linear_update", "straighten_loss")
+DIFFERENTIABLE = [op for op in OPS if hasattr(ops_cases.of(op), "GRADIENTS")]
 
 
 def inputs(op):
