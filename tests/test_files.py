@@ -20,7 +20,7 @@ import flowkernels as fk
 from flowkernels import _files
 from flowkernels._files import whole_file, whole_folder
 from flowkernels.bench import tables, tune
-from flowkernels.cli import main
+from flowkernels.cli import main, outputs
 from flowkernels.models import bundled, networks, weights
 
 
@@ -57,7 +57,7 @@ WRITERS = {
     "checkpoint": straighten,
     "tuned": lambda path: tune._write(Path(path), {"format": 1}),
     "csv": lambda path: tables.write_csv(Path(path), []),
-    **{f"samples{suffix}": lambda path, suffix=suffix: save_samples(path, suffix) for suffix in main.SAMPLE_FORMATS},
+    **{f"samples{suffix}": lambda path, suffix=suffix: save_samples(path, suffix) for suffix in outputs.SAMPLE_FORMATS},
 }
 every_writer = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
@@ -70,7 +70,7 @@ def save_samples(path, suffix):
 
     named = Named(path)
     named.suffix = suffix
-    main._save_samples(named, torch.zeros(2, 1, 2, 2))
+    outputs.save_samples(named, torch.zeros(2, 1, 2, 2))
 
 
 @every_writer

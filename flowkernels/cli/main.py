@@ -11,13 +11,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 import flowkernels as fk
 from flowkernels import _entry, _options, ops
-from flowkernels._files import whole_file, write_or_keep
+from flowkernels._files import write_or_keep
 from flowkernels.bench import command as bench
 from flowkernels.bench import record, replay, tune
 from flowkernels.cli import demo
@@ -31,6 +29,7 @@ from flowkernels.cli.inputs import (
     own_line,
     require,
 )
+from flowkernels.cli.outputs import SAMPLE_FORMATS, save_samples
 from flowkernels.models import weights
 from flowkernels.models.bundled import BUNDLED, save_network
 from flowkernels.ops import tuned
@@ -38,7 +37,6 @@ from flowkernels.runtime import backends
 from flowkernels.runtime.environment import environment
 from flowkernels.velocity.identity import parameter_hash
 
-SAMPLE_FORMATS = (".safetensors", ".npy", ".pt", ".png")
 METHODS = ("euler", "ab2", "ab3", "heun", "best")
 ANEW = "another --state, without --resume, starts anew"
 VERIFY = 1  # the seed of the noises that are verified on, after that of the others
@@ -332,7 +330,7 @@ def _sample(args) -> None:
     require(not trained, f"--method: expected euler, which {args.checkpoint} was straightened for, got {args.method}")
     parts = draw_noise(args.n, shape, args.seed).to(args.device).split(args.chunk or args.n)
     samples = torch.cat([fk.sample(velocity, part, plan, progress=True).cpu() for part in parts])
-    write_or_keep(args.targets["out"], "--out", lambda path: _save_samples(path, samples))
+    write_or_keep(args.targets["out"], "--out", lambda path: save_samples(path, samples))
     solver = fk.Solver.of(plan)
     print(
         f"{args.out}: {args.n} samples of shape {list(shape)}, {args.steps} steps, "
@@ -352,34 +350,6 @@ def _method(name: str, schedule: fk.Schedule, calibration: fk.Calibration | None
 def _tune(args) -> int:
     check_paths(args)
     return tune.run(args)
-
-
-def _save_samples(path: Path, samples: Tensor) -> None:
-    if path.suffix == ".safetensors":
-        return weights.write(path, {"samples": samples})
-    with whole_file(path) as partial, open(partial, "wb") as file:
-        if path.suffix == ".npy":
-            np.save(file, samples.numpy())
-        elif path.suffix == ".pt":
-            torch.save(samples, file)
-        else:
-            _image_grid(samples).save(file, "png")
-
-
-def _image_grid(samples: Tensor):
-    """A nearly square grid of images `[n, 1 or 3, H, W]` with values in [-1, 1], small ones enlarged."""
-    from PIL import Image  # comes with matplotlib
-
-    scale, gap = max(1, 64 // max(samples.shape[2:])), 2
-    images = ((samples.clamp(-1, 1) + 1) * 127.5).round().byte()
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    images = nn.functional.pad(images, (0, gap, 0, gap), value=255)
-    n, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(n))
-    blank = images.new_full((-n % columns, channels, height, width), 255)
-    rows = torch.cat([images, blank]).unflatten(0, (-1, columns))
-    canvas = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:-gap, :-gap]
-    return Image.fromarray(canvas.expand(-1, -1, 3).contiguous().numpy())
 
 
 def _info(args) -> None:
