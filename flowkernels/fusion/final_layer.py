@@ -28,5 +28,6 @@ class FinalLayer:
     computed: tuple[tuple[str, type[nn.Module]], ...] = ()
 
 
-def _after_trunk(net: nn.Module, layer: FinalLayer, args: tuple, kwargs: dict, also) -> dict:
+def after_trunk(net: nn.Module, layer: FinalLayer, args: tuple, kwargs: dict, also: Any) -> dict[str, Any]:
+    """The `arguments` of a Linear alone: what it is called with."""
     return dict(z=args[0] if args else kwargs["input"])

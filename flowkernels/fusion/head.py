@@ -1,4 +1,9 @@
-"""Fuse the last layer of a velocity network with the sampler's step."""
+"""Fuse the last layer of a velocity network with the sampler's step.
+
+What is fused is told by a `FinalLayer` (final_layer.py): an nn.Linear, or the final layer of a transformer known by its
+class (transformers.py, where a new family is added). That it gives the velocity is proven by the operations of a call
+(moves.py), and watched from then on (watch.py).
+"""
 
 import contextlib
 import itertools
@@ -11,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import FLOATS, LOW, expect, expect_positive_int, expect_shown
-from flowkernels.fusion.final_layer import FinalLayer, _after_trunk
+from flowkernels.fusion import transformers
+from flowkernels.fusion.final_layer import FinalLayer, after_trunk
 from flowkernels.fusion.moves import Moves, Refused
 from flowkernels.fusion.watch import Unwatchable, Watch, executed
 from flowkernels.ops import linear_euler
@@ -89,20 +95,18 @@ def _expect_own_evaluation(field: VelocityField) -> None:
 
 
 def _final_layer(net: nn.Module, head: str | None, patch: int | None, order: str) -> FinalLayer:
-    from flowkernels.fusion import transformers
-
     if head is None:
         if patch is None and (known := transformers.final_layer(net)) is not None:
             return known
         linears = any(isinstance(m, nn.Linear) for m in net.modules())
         expect(linears, "velocity", "a network with an nn.Linear that gives the velocity", f"a {type(net).__name__}")
-        return FinalLayer(None, None, _after_trunk, patch=patch, order=order)
+        return FinalLayer(None, None, after_trunk, patch=patch, order=order)
     try:
         module = net.get_submodule(head)
     except AttributeError as e:
         expect(False, "head", f"the path of a module in {type(net).__name__}", f"{head!r} ({e})")
     if isinstance(module, nn.Linear):
-        return FinalLayer(head, head, _after_trunk, patch=patch, order=order)
+        return FinalLayer(head, head, after_trunk, patch=patch, order=order)
     layer = transformers.final_layer(module, head)
     expected = "the path of an nn.Linear, or of an SD3, Flux or DiT transformer of diffusers"
     expect(layer is not None, "head", expected, f"{head!r}, {kind_of(module)}")

@@ -1,4 +1,10 @@
-"""From a recorded velocity network to the layers of `mlp_sample`."""
+"""From a recorded velocity network to the layers of `mlp_sample`.
+
+A further operation of torch becomes fusable here: an activation of `mlp_sample` by its name in `ACTIVATIONS`, one that
+leaves values where they are in `SAME`, any other by a method `_lower_NAME` of `Lowering`, which appends a `Draft` or
+changes one. What is looked at are the values that depend on the state; all else is replayed by torch, once a schedule.
+tests/test_fuse.py holds a network of each.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,8 @@
-"""Fuse a velocity network with the steps of a schedule or solver: a whole sampler in one call of `mlp_sample`."""
+"""Fuse a velocity network with the steps of a schedule or solver: a whole sampler in one call of `mlp_sample`.
+
+A call of the network is recorded (record.py), turned into layers (lowering.py, where a new kind of layer is added),
+kept with what tells whether it still holds (recorded.py, watch.py), and run with tables for the steps and the batch.
+"""
 
 import inspect
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,12 @@
-"""The final layers of diffusers' transformers, known by class name and structure; nothing of diffusers is imported."""
+"""The final layers of diffusers' transformers, known by class name and structure.
+
+A further family is an entry of `FAMILIES`: the name of its class, and a function (module, prefix of its path) that says
+by a `FinalLayer` where its trunk ends and which modules come after, and, by that layer's `arguments`, what
+`linear_euler` takes of them. `fuse_head` proves the rest. A test is a small network of random weights, in
+tests/test_fuse_head.py. What touches its pipelines beyond that, such as a scheduler, is in integrations/.
+
+Nothing of diffusers is imported before a network of such a class is met.
+"""
 
 from torch import nn
 
@@ -9,14 +17,14 @@ from flowkernels.fusion.final_layer import FinalLayer
 def _class_of(module: nn.Module) -> type[nn.Module] | None:
     """Which of the transformers known here it is, or is derived from."""
     kinds = (c for c in type(module).__mro__ if c.__module__.startswith("diffusers."))
-    return next((c for c in kinds if c.__name__ in _LAYERS), None)
+    return next((c for c in kinds if c.__name__ in FAMILIES), None)
 
 
 def final_layer(net: nn.Module, path: str = "") -> FinalLayer | None:
     """The final layer of the first transformer in `net` that is known here; None if there is none."""
     for name, module in net.named_modules(prefix=path):
         if (known := _class_of(module)) is not None:
-            layer = _LAYERS[known.__name__](module, f"{name}." if name else "")
+            layer = FAMILIES[known.__name__](module, f"{name}." if name else "")
             own = type(module).forward is known.forward and "forward" not in vars(module)
             expected = f"a {known.__name__} with its class's forward; head={layer.linear!r} fuses the Linear alone"
             expect(own, "velocity", expected, f"{type(module).__name__} with a forward of its own")
@@ -65,4 +73,4 @@ def _after_dit(net: nn.Module, layer: FinalLayer, args: tuple, kwargs: dict, als
     return dict(z=args[0], **_norm(net.get_submodule(layer.stop)), scale=scale, shift=shift)
 
 
-_LAYERS = {"SD3Transformer2DModel": _sd3, "FluxTransformer2DModel": _flux, "DiTTransformer2DModel": _dit}
+FAMILIES = {"SD3Transformer2DModel": _sd3, "FluxTransformer2DModel": _flux, "DiTTransformer2DModel": _dit}

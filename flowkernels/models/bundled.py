@@ -9,7 +9,7 @@ from torch import nn
 from flowkernels._checks import expect, expect_path, expect_shown
 from flowkernels._files import damaged
 from flowkernels.models import weights
-from flowkernels.models.networks import DiT, ResidualMLP, UNet, _Parts
+from flowkernels.models.networks import DiT, PartsLimit, ResidualMLP, UNet
 
 _ARCHITECTURES = {"ResidualMLP": ResidualMLP, "UNet": UNet, "DiT": DiT}
 
@@ -71,7 +71,7 @@ def load_network(path: str | Path) -> nn.Module:
     expect(name in _ARCHITECTURES, "path", f"a checkpoint of {known}", f"{path} with architecture {name!r}")
     with damaged("path", f"a whole checkpoint of {name}", path, "does not fit it"):
         config = weights.parsed(metadata, "config")
-        with torch.device("meta"), _Parts(len(state)):
+        with torch.device("meta"), PartsLimit(len(state)):
             net = _ARCHITECTURES[name](**config)
         weights.expect_fits(state, net.state_dict(), "weights", name)
         state = {k: t.float() if t.is_floating_point() else t for k, t in state.items()}

@@ -233,7 +233,7 @@ class DiT(nn.Module, HasTimeEmbedding):
 MOST = 1 << 24  # of any one of a network's sizes
 
 
-class _Parts(TorchFunctionMode):
+class PartsLimit(TorchFunctionMode):
     """Ends the making of a network that has far more parts than there are weights for it."""
 
     def __init__(self, weights: int):
