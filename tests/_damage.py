@@ -30,9 +30,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import flowkernels as fk
+from flowkernels import _weights
 from flowkernels._files import SUM, sealed
 from flowkernels.cli import inputs
-from flowkernels.models import bundled, networks, weights
+from flowkernels.models import bundled, networks
 from flowkernels.ops import recorded_calls, tuned
 
 MEMORY = 200 << 20
@@ -101,7 +102,7 @@ def read_checkpoint(path):
 
 
 def write_weights(path):
-    weights.write(path, field().state_dict(), notes={"straightened_from": "0", "times": [0.0, 1.0]})
+    _weights.write(path, field().state_dict(), notes={"straightened_from": "0", "times": [0.0, 1.0]})
 
 
 def write_calls(path):

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 import flowkernels as fk
+from flowkernels import _weights
 from flowkernels._files import whole_folder
 from flowkernels.models import bundled
 from flowkernels.models import networks as networks_module
-from flowkernels.models import weights as weights_module
 from flowkernels.training.checkpoint import read_checkpoint, write_checkpoint
 
 
@@ -39,8 +39,8 @@ def networks():
 
 
 def weights():
-    saves = [lambda path, n=n: weights_module.write(path, {"a": torch.full((n,), float(n))}) for n in (70_000, 90_000)]
-    return saves, lambda path: len(weights_module.read(path, "path", "weights")[0]["a"])
+    saves = [lambda path, n=n: _weights.write(path, {"a": torch.full((n,), float(n))}) for n in (70_000, 90_000)]
+    return saves, lambda path: len(_weights.read(path, "path", "weights")[0]["a"])
 
 
 KEYS = ("setting", "iteration", "history", "student", "optimizer", "average", "bank_rng", "rng", "global_rng")

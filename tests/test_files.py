@@ -21,7 +21,8 @@ from flowkernels import _files
 from flowkernels._files import whole_file, whole_folder
 from flowkernels.bench import tables, tune
 from flowkernels.cli import main, outputs
-from flowkernels.models import bundled, networks, weights
+from flowkernels import _weights
+from flowkernels.models import bundled, networks
 
 
 def save_calibration(path):
@@ -51,7 +52,7 @@ def straighten(path):
 WRITERS = {
     "calibration": save_calibration,
     "network": save_network,
-    "weights": lambda path: weights.write(path, {"a": torch.ones(3)}, notes={}),
+    "weights": lambda path: _weights.write(path, {"a": torch.ones(3)}, notes={}),
     "text": save_text,
     "calls": record,
     "checkpoint": straighten,
@@ -407,7 +408,7 @@ LINES = {
 READERS = {
     "calibrate": lambda path: fk.Calibration.load(path)[2].steps,
     "sample.npy": lambda path: len(np.load(path)),
-    "sample.safetensors": lambda path: len(weights.read(path, "path", "samples")[0]["samples"]),
+    "sample.safetensors": lambda path: len(_weights.read(path, "path", "samples")[0]["samples"]),
     "sample.pt": lambda path: len(torch.load(path)),
     "sample.png": lambda path: 2 * path.read_bytes().startswith(b"\x89PNG"),
     "straighten": lambda path: 2 * isinstance(bundled.load_network(path), networks.ResidualMLP),

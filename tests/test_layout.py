@@ -23,7 +23,18 @@ ORDER = (
     *("integrations", "training", "calibration", "evaluation", "sampling", "fusion", "ops"),
     *("solver", "models", "velocity", "runtime"),
 )
-GROUND = ("schedule", "_casts", "_checks", "_entry", "_files", "_guidance", "_options", "_version", "_warnings")
+GROUND = (
+    "schedule",
+    "_casts",
+    "_checks",
+    "_entry",
+    "_files",
+    "_guidance",
+    "_options",
+    "_version",
+    "_warnings",
+    "_weights",
+)
 ARROWS = structure.graph(PACKAGE)
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in structure.modules(PACKAGE).items()}
 

@@ -9,8 +9,8 @@ from _flows import digits, normal
 from safetensors.torch import save_file
 
 import flowkernels as fk
+from flowkernels import _weights
 from flowkernels.cli import inputs
-from flowkernels.models import weights as weights_module
 from flowkernels.models.bundled import BUNDLED, Bundled, load_network, save_network
 from flowkernels.models.closed_form import EmpiricalVelocity, GaussianMixtureVelocity
 from flowkernels.models.networks import DiT, ResidualMLP, UNet, sinusoidal_embedding
@@ -263,7 +263,7 @@ def from_file(loader, state, path):
     """What a loader makes of weights in a file, and the weights that it had before."""
     net = ResidualMLP(4, 8, 1, 8)
     if loader == "load_network":
-        weights_module.write(path, state, architecture="ResidualMLP", config=net.config, notes={})
+        _weights.write(path, state, architecture="ResidualMLP", config=net.config, notes={})
         return load_network(path)
     path = path.with_suffix(loader)
     if loader == ".pt":
@@ -319,7 +319,7 @@ def test_weights_that_do_not_fit_are_named(loader, change, message, tmp_path):
 def test_a_configuration_of_another_network_is_refused_before_it_is_made(tmp_path):
     net = ResidualMLP(4, 8, 1, 8)
     for config in ({"blocks": 10**9}, {"width": 10**9}, {"width": 2**62}, {"blocks": -1}, {"depth": 2}, {"width": "8"}):
-        weights_module.write(
+        _weights.write(
             tmp_path / "a", net.state_dict(), architecture="ResidualMLP", config=net.config | config, notes={}
         )
         with pytest.raises(ValueError, match=r"^path: expected a whole checkpoint of ResidualMLP, .* does not fit it"):

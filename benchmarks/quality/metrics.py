@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from flowkernels.models import weights
+from flowkernels import _weights
 from flowkernels.models.bundled import BUNDLED
 
 
@@ -27,7 +27,7 @@ class Classifier(nn.Sequential):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found; `python scripts/train_models.py classifier` makes it")
         net = cls()
-        state, _ = weights.read(path, "path", "the classifier's weights")
+        state, _ = _weights.read(path, "path", "the classifier's weights")
         net.load_state_dict(state)
         return net.eval()
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
+from flowkernels import _weights
 from flowkernels._checks import expect, expect_numbers, expect_room
 from flowkernels._files import damaged, expect_target
-from flowkernels.models import weights
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.velocity.field import VelocityField
 
@@ -126,13 +126,13 @@ def load_checkpoint(net: nn.Module | None, path: Path) -> dict:
     notes, wanted = {}, "a safetensors or torch file of tensors"
     try:
         if path.suffix == ".safetensors":
-            state, metadata = weights.read(path, "--checkpoint", wanted)
+            state, metadata = _weights.read(path, "--checkpoint", wanted)
             with damaged("--checkpoint", wanted, path):
                 notes = _notes(metadata)
         else:
-            state = weights.read_torch(path, "--checkpoint", wanted)
+            state = _weights.read_torch(path, "--checkpoint", wanted)
         expect(isinstance(state, dict), "--checkpoint", "names and tensors", f"something else in {path}")
-        weights.expect_fits(state, net.state_dict(), "--checkpoint", f"{type(net).__name__}, in {path}")
+        _weights.expect_fits(state, net.state_dict(), "--checkpoint", f"{type(net).__name__}, in {path}")
     except ValueError as e:
         raise InputError(str(e)) from e
     net.load_state_dict(state)
@@ -141,7 +141,7 @@ def load_checkpoint(net: nn.Module | None, path: Path) -> dict:
 
 def _notes(metadata: dict[str, str]) -> dict:
     """What `straighten` wrote about its student."""
-    notes = weights.parsed(metadata, "notes")
+    notes = _weights.parsed(metadata, "notes")
     teacher = notes.get("straightened_from")
     expect(teacher is None or isinstance(teacher, str), "straightened_from", "a text", teacher)
     expect_numbers(notes.get("times", []), "times")

@@ -30,7 +30,7 @@ from flowkernels.cli.inputs import (
     require,
 )
 from flowkernels.cli.outputs import SAMPLE_FORMATS, save_samples
-from flowkernels.models import weights
+from flowkernels import _weights
 from flowkernels.models.bundled import BUNDLED, save_network
 from flowkernels.ops import tuned
 from flowkernels.runtime import backends
@@ -276,7 +276,7 @@ def _straighten(args) -> None:
     calibration = load_calibration(args)
     velocity, shape, _ = load_model(args, calibration)
     require(network_of(velocity) is not None, f"--model: expected a torch.nn.Module to train, got {args.model}")
-    weights.expect_storable(network_of(velocity).state_dict(), "--model")
+    _weights.expect_storable(network_of(velocity).state_dict(), "--model")
     fk.Calibration.load(args.schedule, velocity)  # warns if it was made for another model
     with _in_its_words({"checkpoint: ": "--state: ", "resume=False starts anew": ANEW}):
         result = fk.straighten(
@@ -305,7 +305,7 @@ def _straighten(args) -> None:
         if args.model in BUNDLED:  # with its architecture, so that `load_network` rebuilds it from the file alone
             save_network(student, path, **notes)
         else:
-            weights.write(path, student.state_dict(), notes=notes)
+            _weights.write(path, student.state_dict(), notes=notes)
 
     write_or_keep(args.targets["out"], "--out", save)
     loss = result.history["loss"]

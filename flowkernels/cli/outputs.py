@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._files import whole_file
-from flowkernels.models import weights
+from flowkernels import _weights
 
 SAMPLE_FORMATS = (".safetensors", ".npy", ".pt", ".png")
 
@@ -16,7 +16,7 @@ SAMPLE_FORMATS = (".safetensors", ".npy", ".pt", ".png")
 def save_samples(path: Path, samples: Tensor) -> None:
     """Samples `[n, *shape]` on the CPU, in the format of the suffix; as a .png, of shape `[1 or 3, H, W]`."""
     if path.suffix == ".safetensors":
-        return weights.write(path, {"samples": samples})
+        return _weights.write(path, {"samples": samples})
     with whole_file(path) as partial, open(partial, "wb") as file:
         if path.suffix == ".npy":
             np.save(file, samples.numpy())

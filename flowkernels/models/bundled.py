@@ -8,7 +8,7 @@ from torch import nn
 
 from flowkernels._checks import expect, expect_path, expect_shown
 from flowkernels._files import damaged
-from flowkernels.models import weights
+from flowkernels import _weights
 from flowkernels.models.networks import DiT, PartsLimit, ResidualMLP, UNet
 
 _ARCHITECTURES = {"ResidualMLP": ResidualMLP, "UNet": UNet, "DiT": DiT}
@@ -46,15 +46,15 @@ def save_network(net: nn.Module, path: str | Path, **notes) -> None:
     expect_shown(
         type(net).__name__ in _ARCHITECTURES, "net", f"a network of {' or '.join(_ARCHITECTURES)}", net, TypeError
     )
-    weights.write(path, net.state_dict(), architecture=type(net).__name__, config=net.config, notes=notes)
+    _weights.write(path, net.state_dict(), architecture=type(net).__name__, config=net.config, notes=notes)
 
 
 def network_notes(path: str | Path) -> dict:
     """What `save_network` was told about the training, such as the iterations. ValueError if the file is damaged."""
     path = expect_path(path, "path")
-    _, metadata = weights.read(path, "path", "a safetensors checkpoint")
+    _, metadata = _weights.read(path, "path", "a safetensors checkpoint")
     with damaged("path", "a safetensors checkpoint", path):
-        return weights.parsed(metadata, "notes")
+        return _weights.parsed(metadata, "notes")
 
 
 @torch.inference_mode(False)
@@ -65,15 +65,15 @@ def load_network(path: str | Path) -> nn.Module:
         FileNotFoundError; ValueError if the file is something else, or was changed since it was written.
     """
     path = expect_path(path, "path")
-    state, metadata = weights.read(path, "path", "a safetensors checkpoint", stacklevel=3)
+    state, metadata = _weights.read(path, "path", "a safetensors checkpoint", stacklevel=3)
     known = " or ".join(_ARCHITECTURES)
     name = metadata.get("architecture")
     expect(name in _ARCHITECTURES, "path", f"a checkpoint of {known}", f"{path} with architecture {name!r}")
     with damaged("path", f"a whole checkpoint of {name}", path, "does not fit it"):
-        config = weights.parsed(metadata, "config")
+        config = _weights.parsed(metadata, "config")
         with torch.device("meta"), PartsLimit(len(state)):
             net = _ARCHITECTURES[name](**config)
-        weights.expect_fits(state, net.state_dict(), "weights", name)
+        _weights.expect_fits(state, net.state_dict(), "weights", name)
         state = {k: t.float() if t.is_floating_point() else t for k, t in state.items()}
         net.load_state_dict(state, assign=True)
     return net.eval()

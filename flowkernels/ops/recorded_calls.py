@@ -33,7 +33,7 @@ from flowkernels._checks import (
     expect_shown,
 )
 from flowkernels._files import damaged, expect_file, expect_target, whole_file, write_or_keep
-from flowkernels.models.weights import CODES, expect_header
+from flowkernels._weights import CODES, expect_header
 from flowkernels.ops import OPS
 from flowkernels.runtime import environment, observers
 

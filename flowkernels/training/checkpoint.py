@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowkernels._checks import describe, expect
 from flowkernels._files import SUM, VALUES, damaged, expect_unchanged, warn_of_no_sum, whole_file
-from flowkernels.models.weights import read_torch
+from flowkernels._weights import read_torch
 from flowkernels.runtime.torch_private import tree_leaves, tree_map
 from flowkernels.training.modules import expect_weights
 from flowkernels.training.optimizers import PLACES
