@@ -17,11 +17,10 @@ import torch
 from _flows import linear_field, normal
 
 import flowkernels as fk
-from flowkernels import _files
+from flowkernels import _files, _weights
 from flowkernels._files import whole_file, whole_folder
 from flowkernels.bench import tables, tune
 from flowkernels.cli import main, outputs
-from flowkernels import _weights
 from flowkernels.models import bundled, networks
 
 

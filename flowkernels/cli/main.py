@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import flowkernels as fk
-from flowkernels import _entry, _options, ops
+from flowkernels import _entry, _options, _weights, ops
 from flowkernels._files import write_or_keep
 from flowkernels.bench import command as bench
 from flowkernels.bench import record, replay, tune
@@ -30,7 +30,6 @@ from flowkernels.cli.inputs import (
     require,
 )
 from flowkernels.cli.outputs import SAMPLE_FORMATS, save_samples
-from flowkernels import _weights
 from flowkernels.models.bundled import BUNDLED, save_network
 from flowkernels.ops import tuned
 from flowkernels.runtime import backends

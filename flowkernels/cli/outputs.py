@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowkernels._files import whole_file
 from flowkernels import _weights
+from flowkernels._files import whole_file
 
 SAMPLE_FORMATS = (".safetensors", ".npy", ".pt", ".png")
 
