@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from flowkernels import _weights
 from flowkernels._checks import expect, expect_path, expect_shown
 from flowkernels._files import damaged
-from flowkernels import _weights
 from flowkernels.models.networks import DiT, PartsLimit, ResidualMLP, UNet
 
 _ARCHITECTURES = {"ResidualMLP": ResidualMLP, "UNet": UNet, "DiT": DiT}
