@@ -35,12 +35,14 @@ from flowkernels.solver import Solver
 from flowkernels.training.straighten import Straightened, straighten
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase
+from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 __all__ = [
     "BackendError",
     "Calibration",
     "FusedHead",
     "FusedSampler",
+    "HasTimeEmbedding",
     "Inversion",
     "NotFusable",
     "Schedule",
