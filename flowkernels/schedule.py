@@ -122,10 +122,10 @@ class Schedule:
 
 def _expect_places(indices, times: Tensor, grid: Tensor) -> tuple[int, ...]:
     """The places of the times in the grid, as Python's integers."""
-    fits, knots = isinstance(indices, Sequence) and len(indices) == len(times), len(grid)
-    fits = fits and all(isinstance(i, (int, numbers.Integral)) and 0 <= i < knots for i in indices)
+    fits, knots = isinstance(indices, Sequence) and len(indices) == len(times), grid.tolist()
+    fits = fits and all(isinstance(i, (int, numbers.Integral)) and 0 <= i < len(knots) for i in indices)
     places = tuple(map(int, indices)) if fits else ()
-    fits = fits and torch.equal(grid[list(places)], times)
+    fits = fits and [knots[i] for i in places] == times.tolist()
     expect_shown(fits, "indices", f"the places of the {len(times)} times in the grid", indices)
     return places
 

@@ -120,7 +120,7 @@ def test_kept_by_default_and_in_the_dtypes_of_a_rollout():
 def samples_of(scales, K=6):
     """A calibration's parts for samples that are one flow, scaled: each sample's costs are its scale squared."""
     v = (ElementwiseField()(normal(1, 3, dtype=torch.float64), even_grid(K)[:-1, None]))[:, None] * scales[:, None]
-    samples = SampleCosts(even_grid(K))
+    samples = SampleCosts(even_grid(K), most=64)
     samples.update(v)
     return samples, fk.least_cost_schedules(fk.step_costs(v, K), K, [2, 3])
 
@@ -532,7 +532,7 @@ def test_regret_by_hand():
             cost = fk.ops.cost_from_gram((w[:, None, None] * samples.grams).sum(0), cal.times)
             best = fk.least_cost_schedules(cost, cal.times, steps)[steps].cost
             found.append(sum(cost[j, k].item() for j, k in itertools.pairwise(cal[steps].indices)) / best - 1)
-        assert regret == pytest.approx(torch.tensor(found).quantile(0.95).item(), rel=1e-6)
+        assert regret == pytest.approx(torch.tensor(found, dtype=torch.float64).quantile(0.95).item(), rel=1e-6)
         assert regret > 0.1
 
 
