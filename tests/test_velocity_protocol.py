@@ -106,6 +106,7 @@ STAGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:verify_noise")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stranger_does_what_a_field_does(stage):
     found, expected = STAGES[stage](stranger()), STAGES[stage](field())

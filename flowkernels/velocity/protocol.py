@@ -124,13 +124,14 @@ class Called(VelocityBase):
 
     def __init__(self, function: Callable):
         self.function = function
+        self._wrapped = None if torch.compiler.is_compiling() else unwrapped(function)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.function(x, t)
 
     def _inside(self) -> VelocityBase | None:
-        inside = self.function if torch.compiler.is_compiling() else unwrapped(self.function)
-        return inside if isinstance(inside, VelocityBase) else None
+        """The velocity that it wraps, which compiled loops do not know of."""
+        return self._wrapped if isinstance(self._wrapped, VelocityBase) and not torch.compiler.is_compiling() else None
 
     def velocities(self, x: Tensor, t: Tensor, embedding: Embedding | None = None):
         return _called(self.function, x, t, embedding), None, 1.0
