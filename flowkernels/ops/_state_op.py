@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import LOW, expect, expect_out
-from flowkernels.ops.library import direct, dispatch, is_transformed, no_autocast, register
+from flowkernels.ops.library import LARGE, direct, dispatch, fresh, is_transformed, no_autocast, register
 
 
 class StateOp:
@@ -21,7 +21,7 @@ class StateOp:
             that of a list if `many`.
         kernel: `kernel(C, *arguments, out, low[, also], *where)`; where: as in `register`.
         reference: `reference(*arguments)` in torch: the new state, and what `also` gets, which may be None.
-        empty: `empty(x, dtype)`: memory for a result, of x's dtype if that is None.
+        layout: of the results, where a call does not say where they go.
     """
 
     def __init__(
@@ -32,19 +32,19 @@ class StateOp:
         tensors: Sequence[str],
         kernel: Callable,
         reference: Callable,
-        empty: Callable,
+        layout: torch.memory_format = torch.contiguous_format,
         many: bool = False,
         also: str | None = None,
         differentiable: bool = True,
     ):
         self.name, self.out_name, self.tensors, self.many = name, f"{name}_out", tensors, many
-        self.kernel, self.reference, self.empty = kernel, reference, empty
+        self.kernel, self.reference, self.layout = kernel, reference, layout
         self.also, self.differentiable = also, differentiable
         count, none = arguments.count(", ") + 1, () if also is None else (None,)
 
         def functional(C, *args) -> tuple[Tensor, Tensor]:
             x, low = args[0], args[count]
-            new, copy = empty(x, None), x.new_empty(0) if low is None else empty(x, low)
+            new, copy = self.fake(x, low)
             self.kernel(C, *args[:count], new, None if low is None else copy, *none, *args[count + 1 :])
             return new, copy
 
@@ -73,7 +73,12 @@ class StateOp:
     def fake(self, x: Tensor, *args) -> tuple[Tensor, Tensor]:
         """Memory for what the op of that name returns."""
         low = args[-1]
-        return self.empty(x, None), x.new_empty(0) if low is None else self.empty(x, low)
+        return self.empty(x), x.new_empty(0) if low is None else self.empty(x, low)
+
+    def empty(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        if dtype is None:  # its own is faster not named
+            return fresh(torch.empty_like(x, memory_format=self.layout))
+        return fresh(torch.empty_like(x, dtype=dtype, memory_format=self.layout))
 
     def call(self, args: tuple, tensors: tuple, out: Tensor | None, low, also: tuple = ()):
         """The state, or the pair of it and its copy. args, out, low: of the public function, checked but for `out` and
@@ -81,7 +86,9 @@ class StateOp:
         x, wants_low = args[0], low is not None
         functional = out is None and not isinstance(low, Tensor) and (not also or also[0] is None)
         if functional and (C := direct(self.name, *tensors)) is not None:
-            new, copy = self.empty(x, None), self.empty(x, low) if wants_low else None
+            new = torch.empty_like(x, memory_format=self.layout)
+            new = new if new.nbytes < LARGE else fresh(new)  # a call less
+            copy = self.empty(x, low) if wants_low else None
             self.kernel(C, *args, new, copy, *also)
             return (new, copy) if wants_low else new
         if not self.differentiable:
@@ -97,7 +104,7 @@ class StateOp:
             new, copy = dispatch(self.name, *args, low)
             return (new, copy) if wants_low else new
 
-        out = self.empty(x, None) if out is None else out
+        out = self.empty(x) if out is None else out
         expect_out(out, "out", x, (x.dtype,))
         if also and also[0] is not None:
             expect_out(also[0], self.also, x, velocity_dtypes(x))
@@ -114,7 +121,9 @@ class StateOp:
     def write(self, C, args: tuple, outs: tuple, where: tuple = ()) -> None:
         """The kernel, of whose writing autograd learns as it does of that of torch's own operations."""
         self.kernel(C, *args, *outs, *where)
-        torch.autograd.graph.increment_version([t for t in outs if t is not None])
+        for t in outs:
+            if t is not None:
+                torch.autograd.graph.increment_version(t)
 
     def _refuse_gradients(self, expected: str, tensors, out, low, also) -> None:
         if not torch.is_grad_enabled():

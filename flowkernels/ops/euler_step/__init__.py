@@ -8,7 +8,7 @@ from torch import Tensor
 from flowkernels._checks import expect, expect_like, expect_low, expect_number, expect_tensor
 from flowkernels.ops._state_op import StateOp, gradient_of_state, velocity_dtypes
 from flowkernels.ops.euler_step import reference
-from flowkernels.ops.library import DTYPE_CODES, direct, dispatch, fresh, is_plain, register_autograd, threads_or
+from flowkernels.ops.library import DTYPE_CODES, direct, dispatch, is_plain, register_autograd, threads_or
 
 
 def euler_step(
@@ -116,17 +116,13 @@ def _reference(*args) -> tuple[Tensor, None]:
     return reference.euler_step(*args), None
 
 
-def _empty(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return fresh(torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype))
-
-
 OP = StateOp(
     "euler_step",
     "Tensor x, Tensor v, float h, Tensor? v_uncond, float guidance",
     tensors=("x", "v", "v_uncond"),
     kernel=_launch,
     reference=_reference,
-    empty=_empty,
+    layout=torch.preserve_format,
 )
 
 

@@ -17,7 +17,7 @@ from flowkernels._checks import (
     expect_tensor,
 )
 from flowkernels.ops._state_op import StateOp, velocity_dtypes
-from flowkernels.ops.library import DTYPE_CODES, fresh, threads_or
+from flowkernels.ops.library import DTYPE_CODES, threads_or
 from flowkernels.ops.linear_euler import reference
 
 ORDERS = ("pqc", "cpq")
@@ -169,11 +169,6 @@ def _expect_history(history, b, x) -> tuple[list[Tensor], list[float]]:
     return history, b
 
 
-def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Contiguous, as the kernel writes."""
-    return fresh(torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format))
-
-
 def _rows(t: Tensor | None) -> tuple[int, int, int]:
     """Address, type and the elements between rows, of which a shared one has none."""
     if t is None:
@@ -219,7 +214,7 @@ def _launch(C, x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, p
         operands = _for_cuda(operands, x.dtype)
     x, history = x.contiguous(), [t.contiguous() for t in history]
     given = (out, low, velocity_out)
-    to = [t if t is None or t.is_contiguous() else _empty(t) for t in given]
+    to = [t if t is None or t.is_contiguous() else OP.empty(t) for t in given]
     pointers = (0 if t is None else t.data_ptr() for t in to)
     codes = (0 if t is None else DTYPE_CODES[t.dtype] for t in (x, history[0] if history else None, low, velocity_out))
     C.linear_euler(
@@ -249,7 +244,6 @@ OP = StateOp(
     many=True,
     kernel=_launch,
     reference=_reference,
-    empty=_empty,
     also="velocity_out",
     differentiable=False,
 )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels.ops import triton_common
-from flowkernels.ops.linear_euler import OP, _dense, _empty
+from flowkernels.ops.linear_euler import OP, _dense
 from flowkernels.ops.triton_common import convert, product, scalar
 
 # ROWS of tokens, with guidance half of them unconditional, and BLOCK_D features at a time: each warp multiplies its own
@@ -232,7 +232,7 @@ def _launch(x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patc
     x, dtype = x.contiguous(), x.dtype
     history = tuple(t.contiguous() for t in history[:MOST_TERMS])
     given = (out, low, velocity_out)
-    to = [t if t is None or t.is_contiguous() else _empty(t) for t in given]
+    to = [t if t is None or t.is_contiguous() else OP.empty(t) for t in given]
 
     def numbers(value):
         return None if value is None else triton_common.parts(value, dtype)

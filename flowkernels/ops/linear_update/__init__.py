@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowkernels._checks import expect, expect_like, expect_list, expect_low, expect_number, expect_tensor
 from flowkernels.ops._state_op import StateOp, gradient_of_state, velocity_dtypes
-from flowkernels.ops.library import DTYPE_CODES, fresh, register_autograd, threads_or
+from flowkernels.ops.library import DTYPE_CODES, register_autograd, threads_or
 from flowkernels.ops.linear_update import reference
 
 TERMS = "a sequence, one entry for each term"
@@ -65,15 +65,10 @@ def linear_update(
     return OP.call((x, v, b), (x, *v), out, low)
 
 
-def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Contiguous, as the kernel writes."""
-    return fresh(torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format))
-
-
 def _launch(C, x, v, b, out, low, *where) -> None:
     x, v = x.contiguous(), [t.contiguous() for t in v]
-    to = out if out.is_contiguous() else _empty(out)
-    copy = low if low is None or low.is_contiguous() else _empty(low)
+    to = out if out.is_contiguous() else OP.empty(out)
+    copy = low if low is None or low.is_contiguous() else OP.empty(low)
     copy_ptr, copy_code = (0, 0) if copy is None else (copy.data_ptr(), DTYPE_CODES[copy.dtype])
     codes = DTYPE_CODES[x.dtype], DTYPE_CODES[v[0].dtype], copy_code
     pointers = x.data_ptr(), [t.data_ptr() for t in v], b, to.data_ptr(), copy_ptr
@@ -95,7 +90,6 @@ OP = StateOp(
     many=True,
     kernel=_launch,
     reference=_reference,
-    empty=_empty,
 )
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels.ops import triton_common
-from flowkernels.ops.linear_update import OP, _empty
+from flowkernels.ops.linear_update import OP
 from flowkernels.ops.triton_common import convert, scalar
 
 TERMS = 8  # of a launch; more go through memory again
@@ -58,8 +58,8 @@ def _launch(x, v, b, out, low) -> None:
     if (n := x.numel()) == 0:
         return
     x, v = x.contiguous(), [t.contiguous() for t in v]
-    to = out if out.is_contiguous() else _empty(out)
-    copy = low if low is None or low.is_contiguous() else _empty(low)
+    to = out if out.is_contiguous() else OP.empty(out)
+    copy = low if low is None or low.is_contiguous() else OP.empty(low)
     config = triton_common.config_of(CONFIGS, "linear_update")
     grid = (triton.cdiv(n, config["BLOCK"]),)
     numbers = [triton_common.parts(factor, x.dtype) for factor in b]
