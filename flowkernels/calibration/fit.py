@@ -1,7 +1,7 @@
 """`fit_solver`: a solver fitted to a teacher in closed form, from one pass of evaluations."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,18 +10,17 @@ from torch import Tensor
 from flowkernels import ops
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_positive_int, expect_real
-from flowkernels._guidance import guided
 from flowkernels._warnings import warn
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.evaluation.endpoint import endpoint_error
 from flowkernels.sampling.rollout import rollout
+from flowkernels.sampling.teacher import Teacher
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, polynomial_weights
-from flowkernels.velocity.evaluate import evaluate, warn_if_training
-from flowkernels.velocity.field import float64_device
+from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.identity import warn_if_another
-from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
+from flowkernels.velocity.protocol import Velocity, resolve
 
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums of the Gram matrix are good for
 HELD_OUT = 0.25  # the part of the samples that decides
@@ -90,7 +89,7 @@ def fit_solver(
         ridge = expect_real(ridge, "ridge", "a finite number of at least 0", lambda a: a >= 0)
     ridges = (*RIDGES, math.inf) if ridge is None else (max(ridge, RIDGES[0]),)
     inverse = expect_bool(inverse, "inverse")
-    data = _Teacher.of(velocity, calibration, noise, chunk, held_out)
+    data = SplitSamples.of(velocity, calibration, noise, chunk, held_out)
     return _best_fit(data, plans, order, ridges, inverse)
 
 
@@ -99,12 +98,14 @@ def fit_solvers(velocity: Velocity, calibration: Calibration, steps: Iterable[in
     its first velocities are the calibration's, whether it has hashes or not."""
     found = {}
     for N in steps:
-        data = _Teacher.of(velocity, calibration, None, chunk, HELD_OUT, proven=True)
+        data = SplitSamples.of(velocity, calibration, None, chunk, HELD_OUT, proven=True)
         found[N] = _best_fit(data, [schedule_on_grid(calibration, N)], N, (*RIDGES, math.inf), False)
     return found
 
 
-def _best_fit(data: "_Teacher", plans: list[Schedule], order: int, ridges: tuple[float, ...], inverse: bool) -> Solver:
+def _best_fit(
+    data: "SplitSamples", plans: list[Schedule], order: int, ridges: tuple[float, ...], inverse: bool
+) -> Solver:
     """The best on the held-out samples of the fits on several schedules, and a warning where it is no fit."""
     found = [_fit(data, plan, order, ridges, inverse) for plan in plans]
     solver = min(found, key=lambda s: s.notes["held_out"][s.name])
@@ -117,10 +118,10 @@ def _best_fit(data: "_Teacher", plans: list[Schedule], order: int, ridges: tuple
             stacklevel=4,
         )
     samples = [data.fitted, data.n - data.fitted]
-    return replace(solver, notes=solver.notes | {"samples": samples, "evaluations": data.evaluations / data.n})
+    return replace(solver, notes=solver.notes | {"samples": samples, "evaluations": data.evaluations})
 
 
-def _fit(data: "_Teacher", plan: Schedule, order: int, ridges: tuple[float, ...], inverse: bool) -> Solver:
+def _fit(data: "SplitSamples", plan: Schedule, order: int, ridges: tuple[float, ...], inverse: bool) -> Solver:
     """The best of the three methods on these knots."""
     n, fitted = data.n, data.fitted
     indices, knots = plan.indices, plan.times
@@ -133,7 +134,7 @@ def _fit(data: "_Teacher", plan: Schedule, order: int, ridges: tuple[float, ...]
     coefficients, chosen = torch.zeros(N, N, dtype=torch.float64, device="cpu"), []
     for k in range(N):
         known = k == 0 and not inverse  # the teacher begins with it
-        rows[k + 1] = data.velocity_at_start() if known else data.velocity(x, knots[k].item())
+        rows[k + 1] = data.velocity_at_start() if known else data.teacher.at(x, knots[k].item())
         expect_finite_flow(rows[k + 1], [rows[k + 1]], knots[k:])
         torch.sub(goals[k + 1], x, out=rows[k + 2]).div_(h[k])
         grams = [ops.velocity_gram(rows[: k + 3, part]).cpu() for part in (slice(fitted), slice(fitted, n))]
@@ -151,7 +152,7 @@ def _fit(data: "_Teacher", plan: Schedule, order: int, ridges: tuple[float, ...]
     }
     errors, past = {FITTED: endpoint_error(x[fitted:], goals[-1][fitted:])}, () if inverse else (data.first[fitted:],)
     for name in (EULER, ADAMS):
-        _, ends = data.run(solvers[name], goals[0][fitted:], past, fitted)
+        _, ends = data.teacher.run(solvers[name], goals[0][fitted:], past, fitted)
         errors[name] = endpoint_error(ends, goals[-1][fitted:])
     rounding = 1e-12 * endpoint_error(goals[-1], torch.zeros_like(goals[-1]))
     best = min((FITTED, ADAMS, EULER), key=lambda name: errors[name] + (name != FITTED) * rounding)
@@ -224,22 +225,17 @@ def schedule_on_grid(calibration: Calibration, steps: int, schedule: Schedule | 
 
 
 @dataclass
-class _Teacher:
-    """The teacher's states and velocity, the samples that are held out last, and a count of evaluations.
+class SplitSamples:
+    """The samples that a solver is fitted to, those that are held out last: the teacher's states, and the teacher.
 
-    x: its states, `[K+1, ., *shape]`. order: the places of the n samples in them. fitted: how many are not held out.
-    first: the velocities at the first states, once they are known. total: the samples that per-sample conditioning is
-    of.
+    teacher: evaluates them, in their order. x: the states, `[K+1, ., *shape]`. fitted: how many are not held out.
+    first: the velocities at the first states, once they are known.
     """
 
-    network: VelocityBase
+    teacher: Teacher
     x: Tensor
-    order: Tensor
     fitted: int
-    first: Tensor | None
-    chunk: int | None
-    total: int
-    evaluations: int = 0
+    first: Tensor | None = None
 
     @classmethod
     def of(
@@ -257,7 +253,7 @@ class _Teacher:
         if chunk is not None:
             expect_positive_int(chunk, "chunk")
         warn_if_training(velocity, stacklevel=5)
-        known, kept, evaluations = calibration.provenance, calibration.kept, 0
+        known, kept = calibration.provenance, calibration.kept
         if noise is None:
             wanted = "one that keeps trajectories (noise= rolls the teacher out anew)"
             expect(kept is not None, "calibration", wanted, "one that keeps none")
@@ -270,55 +266,34 @@ class _Teacher:
         expect(n >= 2, "calibration" if noise is None else "noise", "2 samples or more", f"{n}")
         proven = proven or warn_if_another(velocity, known, stacklevel=5)
         proven = noise is not None or (proven and known.get("sampler_weights") in (None, "torch.float32"))
+        order, fitted = held_out_last(n, held_out)
+        teacher = Teacher(velocity, total, order=torch.tensor(order, device="cpu"), chunk=chunk)
         if noise is not None:
             kept = rollout(velocity.rows(slice(n), total), noise[:n], calibration.times)
-            evaluations = n * (len(calibration.times) - 1)
-        order, fitted = held_out_last(n, held_out)
-        order = torch.tensor(order, device="cpu")
-        found = cls(velocity, kept.x, order, fitted, None, chunk, total, evaluations)
+            teacher.evaluations = n * (len(calibration.times) - 1)
+        found = cls(teacher, kept.x, fitted)
         if proven:
             found.first = found._rows(kept.v[0]).to(kept.x.dtype)
         return found
 
+    @property
+    def n(self) -> int:
+        return len(self.teacher.order)
+
+    @property
+    def evaluations(self) -> float:
+        """Made for each sample on average."""
+        return self.teacher.evaluations / self.n
+
     def velocity_at_start(self) -> Tensor:
         """At the first states of the n samples: the teacher's, or, where it may be another velocity's, its own."""
         if self.first is None:
-            self.first = self.velocity(self.state(0), 0.0)
+            self.first = self.teacher.at(self.state(0), 0.0)
         return self.first
-
-    @property
-    def n(self) -> int:
-        return len(self.order)
-
-    def _rows(self, t: Tensor) -> Tensor:
-        return t.index_select(0, self.order.to(t.device))
 
     def state(self, i: int) -> Tensor:
         """`[n, *shape]` at knot i of the grid."""
         return self._rows(self.x[i])
 
-    def chunks(self, n: int) -> Iterator[slice]:
-        step = self.chunk or n
-        return (slice(begin, min(begin + step, n)) for begin in range(0, n, step))
-
-    def velocity(self, x: Tensor, t: float, first: int = 0) -> Tensor:
-        """Of the samples from `first` on, guidance applied, in the state's dtype and in memory of its own."""
-        out = torch.empty_like(x)
-        for part in self.chunks(len(x)):
-            rows = self.order[first + part.start : first + part.stop]
-            now = torch.full((part.stop - part.start,), t, dtype=torch.float64, device=float64_device(x.device))
-            v, v_uncond, w = evaluate(self.network.rows(rows, self.total), x[part], now)
-            out[part] = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
-        self.evaluations += len(x)
-        return out
-
-    def run(self, solver: Solver, start: Tensor, past: Sequence[Tensor] = (), first: int = 0) -> tuple[list, Tensor]:
-        """(velocities of all evaluations, last state) from the state `start` of the samples from `first` on.
-
-        past: the velocities of the first evaluations, where they are known.
-        """
-        v, b = list(past), solver.coefficients.tolist()
-        for i in range(len(v), solver.evaluations):
-            x = ops.linear_update(start, v, b[i - 1][:i]) if i else start
-            v.append(self.velocity(x, solver.model_times[i].item(), first))
-        return v, ops.linear_update(start, v, b[-1])
+    def _rows(self, t: Tensor) -> Tensor:
+        return t.index_select(0, self.teacher.order.to(t.device))

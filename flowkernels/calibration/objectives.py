@@ -25,16 +25,14 @@ from torch import Tensor
 
 from flowkernels import ops
 from flowkernels._checks import expect, expect_float64, expect_positive_int, expect_shown
-from flowkernels._guidance import guided
 from flowkernels.calibration.bellman import least_cost_schedules, path_of
 from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.step_cost import StepCost
+from flowkernels.sampling.teacher import Teacher, velocity_at
 from flowkernels.schedule import Schedule, uniform_indices
 from flowkernels.solver import Solver
-from flowkernels.velocity.evaluate import evaluate
-from flowkernels.velocity.field import float64_device
 from flowkernels.velocity.identity import warn_if_another
-from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
+from flowkernels.velocity.protocol import Velocity, resolve
 
 PAIRS_BYTES = 2 << 30  # of the costs of all pairs of steps
 CANDIDATES = (0.0, 1 / 64, 1 / 32, 3 / 64, 3 / 32, 3 / 16)  # model times, in parts of what is left to t = 1
@@ -85,50 +83,40 @@ def _noted(plans: dict[int, Schedule], name: str, evaluations: int, **notes) -> 
     return {n: replace(schedule, notes=notes) for n, schedule in plans.items()}
 
 
-class _Samples:
-    """The first samples that a calibration keeps, `[K+1, n, *shape]`, and a velocity to evaluate on them."""
+def _samples(
+    cal: Measured, velocity: Velocity | None, objective: str, samples: int, chunk: int | None
+) -> tuple[Tensor, Tensor, Teacher]:
+    """The states and velocities `[K+1, n, *shape]`, `[K, n, *shape]` of the first samples that a calibration keeps, and
+    the teacher to evaluate on them."""
+    expect(velocity is not None, "velocity", f"the teacher, for objective {objective!r}", "None")
+    velocity = resolve(velocity).unfused()
+    expect(cal.kept is not None, "objective", f"a calibration that keeps samples, for {objective!r}", "one of none")
+    warn_if_another(velocity, cal.provenance, stacklevel=6)
+    n = min(expect_positive_int(samples, "samples"), cal.kept.x.shape[1])
+    chunk = None if chunk is None else expect_positive_int(chunk, "chunk")
+    total = cal.provenance.get("n_given", cal.provenance["n"])
+    return cal.kept.x[:, :n], cal.kept.v[:, :n], Teacher(velocity, total, chunk=chunk)
 
-    def __init__(self, cal: Measured, velocity: Velocity | None, objective: str, samples: int, chunk: int | None):
-        expect(velocity is not None, "velocity", f"the teacher, for objective {objective!r}", "None")
-        velocity = resolve(velocity).unfused()
-        expect(cal.kept is not None, "objective", f"a calibration that keeps samples, for {objective!r}", "one of none")
-        warn_if_another(velocity, cal.provenance, stacklevel=6)
-        self.n = min(expect_positive_int(samples, "samples"), cal.kept.x.shape[1])
-        self.x, self.v = cal.kept.x[:, : self.n], cal.kept.v[:, : self.n]
-        chunk = self.n if chunk is None else expect_positive_int(chunk, "chunk")
-        parts = [slice(i, min(i + chunk, self.n)) for i in range(0, self.n, chunk)]
-        n = cal.provenance.get("n_given", cal.provenance["n"])
-        self.parts = [(rows, velocity.rows(rows, n)) for rows in parts]
 
-    def velocity(self, field: VelocityBase, x: Tensor, t: float) -> Tensor:
-        """That of some samples at one time, guidance applied."""
-        now = torch.full((len(x),), t, dtype=torch.float64, device=float64_device(x.device))
-        v, v_uncond, w = evaluate(field, x, now)
-        return v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
-
-    def __call__(self, x: Tensor, t: float) -> Tensor:
-        """The velocity of all samples at one time."""
-        return torch.cat([self.velocity(field, x[rows], t) for rows, field in self.parts])
-
-    @torch.inference_mode(False)  # which enables gradients too
-    def pulled(self, x: Tensor, t: float, y: Tensor, h: float) -> Tensor:
-        """`(1 + h dv/dx)^T y` at x for each of the cotangents y `[probes, n, *shape]`."""
-        found = y.clone()
-        for rows, field in self.parts:
-            here = x[rows].detach().clone().requires_grad_()
-            try:
-                v = self.velocity(field, here, t)
-                grads = v.requires_grad and v.grad_fn is not None
-            except RuntimeError as e:
-                raise ValueError(f"velocity: expected one with gradients, for objective 'endpoint', got {e}") from e
-            expect(grads, "velocity", "one with gradients, for objective 'endpoint'", "one without (torch.no_grad?)")
-            for i, cotangent in enumerate(y[:, rows]):
-                more = i + 1 < len(y)
-                cotangent = cotangent.to(v.dtype)
-                (grad,) = torch.autograd.grad(v, here, cotangent, retain_graph=more, allow_unused=True)
-                if grad is not None:
-                    found[i, rows] += h * grad
-        return found
+@torch.inference_mode(False)  # which enables gradients too
+def _pulled(teacher: Teacher, x: Tensor, t: float, y: Tensor, h: float) -> Tensor:
+    """`(1 + h dv/dx)^T y` at x for each of the cotangents y `[probes, n, *shape]`."""
+    found = y.clone()
+    for rows, field in teacher.parts(len(x)):
+        here = x[rows].detach().clone().requires_grad_()
+        try:
+            v = velocity_at(field, here, t)
+            grads = v.requires_grad and v.grad_fn is not None
+        except RuntimeError as e:
+            raise ValueError(f"velocity: expected one with gradients, for objective 'endpoint', got {e}") from e
+        expect(grads, "velocity", "one with gradients, for objective 'endpoint'", "one without (torch.no_grad?)")
+        for i, cotangent in enumerate(y[:, rows]):
+            more = i + 1 < len(y)
+            cotangent = cotangent.to(v.dtype)
+            (grad,) = torch.autograd.grad(v, here, cotangent, retain_graph=more, allow_unused=True)
+            if grad is not None:
+                found[i, rows] += h * grad
+    return found
 
 
 @objective
@@ -147,15 +135,15 @@ def endpoint(
     evaluations, a vector-Jacobian product counted as two. The velocity must have gradients.
     """
     expect_positive_int(probes, "probes")
-    some, K = _Samples(cal, velocity, "endpoint", samples, chunk), len(cal.times) - 1
-    x, h, t = some.x, cal.times.diff().tolist(), cal.times[:-1].tolist()
+    x, v, teacher = _samples(cal, velocity, "endpoint", samples, chunk)
+    K, n, h, t = len(cal.times) - 1, x.shape[1], cal.times.diff().tolist(), cal.times[:-1].tolist()
     draw = torch.Generator("cpu").manual_seed(0)
     y = torch.randint(2, (probes, *x[0].shape), generator=draw, device="cpu").to(x) * 2 - 1
-    a = some.v.to(x.dtype).diff(dim=0)
-    inner = torch.zeros(K + 1, K + 1, probes, some.n, dtype=torch.float64, device=x.device)  # a_m . y_k at [m, k]
+    a = v.to(x.dtype).diff(dim=0)
+    inner = torch.zeros(K + 1, K + 1, probes, n, dtype=torch.float64, device=x.device)  # a_m . y_k at [m, k]
     for k in range(K, 0, -1):
         if k < K:
-            y = some.pulled(x[k], t[k], y, h[k])
+            y = _pulled(teacher, x[k], t[k], y, h[k])
         for p in range(probes):
             inner[1:k, k, p] = (a[: k - 1] * y[p]).flatten(2).sum(-1, dtype=torch.float64)
     times = cal.times.to(x.device)
@@ -166,7 +154,7 @@ def endpoint(
         cost[: k - 1, k] = along[1:].square().mean((1, 2))
         cost[k - 1, k] = 0
     plans = least_cost_schedules(cost.cpu(), cal.times, steps)
-    return _noted(plans, "endpoint", (1 + 2 * probes) * (K - 1), samples=some.n, probes=probes)
+    return _noted(plans, "endpoint", (1 + 2 * probes) * (K - 1), samples=n, probes=probes)
 
 
 def pair_costs(gram: Tensor, times: Tensor) -> Tensor:
@@ -250,8 +238,8 @@ def student(
     The best predecessor of each knot is decided from the start on, a greedy choice and no optimum. About N K
     evaluations for the largest N. Source: OSS, arXiv 2503.21774.
     """
-    some, K = _Samples(cal, velocity, "student", samples, chunk), len(cal.times) - 1
-    x, t = some.x, cal.times[:-1].tolist()
+    x, _, teacher = _samples(cal, velocity, "student", samples, chunk)
+    K, t = len(cal.times) - 1, cal.times[:-1].tolist()
     most = max(steps)
     z, error = torch.empty_like(x), torch.zeros(most + 1, K + 1, dtype=torch.float64, device="cpu")
     z[0], parent, evaluations = x[0], torch.zeros(most + 1, K + 1, dtype=torch.int64, device="cpu"), 0
@@ -259,7 +247,7 @@ def student(
     for s in range(1, most + 1):
         starts = [0] if s == 1 else range(s - 1, K)
         for j in starts:
-            v[j] = some(z[j], t[j])
+            v[j] = teacher.at(z[j], t[j])
         evaluations += len(starts)
         for k in [K] if s == most and len(steps) == 1 else range(s, K + 1):
             j = slice(starts[0], min(k, starts[-1] + 1))
@@ -273,7 +261,7 @@ def student(
     for n in steps:
         path = path_of(parent, n, (K,))
         plans[n] = Schedule(cal.times[list(path)], cal.times, path, error[n, K].item())
-    return _noted(plans, "student", evaluations, samples=some.n)
+    return _noted(plans, "student", evaluations, samples=x.shape[1])
 
 
 @objective
@@ -292,18 +280,19 @@ def free(
     The first knot's time is moved too. K evaluations for each candidate but 0. Returns Euler solvers with such model
     times.
     """
-    some, K = _Samples(cal, velocity, "free", samples, chunk), len(cal.times) - 1
+    x, kept, teacher = _samples(cal, velocity, "free", samples, chunk)
+    K = len(cal.times) - 1
     expected = "some fractions, 0 <= f < 1"
     fractions = expect_float64(candidates, "candidates", expected)
     given = fractions.tolist() if fractions.dim() == 1 else []
     expect_shown(len(given) > 0 and all(0 <= c < 1 for c in given), "candidates", expected, candidates)
     tables, evaluations = [], 0
     for part in given:
-        v = some.v
+        v = kept
         if part > 0:
-            v = torch.stack([some(some.x[j], t + part * (1 - t)) for j, t in enumerate(cal.times[:-1].tolist())])
+            v = torch.stack([teacher.at(x[j], t + part * (1 - t)) for j, t in enumerate(cal.times[:-1].tolist())])
             evaluations += K
-        tables.append(StepCost(cal.times, states=True, device=v.device).update(v, some.x).cost().cpu())
+        tables.append(StepCost(cal.times, states=True, device=v.device).update(v, x).cost().cpu())
     cost, which = torch.stack(tables).min(0)
     plans, found = least_cost_schedules(cost, cal.times, steps), {}
     for n, schedule in plans.items():
@@ -313,7 +302,7 @@ def free(
         notes = {
             "objective": "free",
             "evaluations": evaluations,
-            "samples": some.n,
+            "samples": x.shape[1],
             "indices": list(schedule.indices),
             "cost": schedule.cost,
             "uniform_cost": schedule.uniform_cost,

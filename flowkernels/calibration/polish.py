@@ -11,7 +11,7 @@ from flowkernels import ops
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_positive_int, expect_real
 from flowkernels.calibration.calibration import Calibration
-from flowkernels.calibration.fit import _Teacher, schedule_on_grid
+from flowkernels.calibration.fit import SplitSamples, schedule_on_grid
 from flowkernels.evaluation.endpoint import endpoint_error
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
@@ -67,7 +67,7 @@ def polish(
     expect_bool(progress, "progress")
     if isinstance(start, Schedule):
         schedule_on_grid(calibration, start.steps, start)
-    data = _Teacher.of(velocity, calibration, noise, chunk, held_out, samples)
+    data = SplitSamples.of(velocity, calibration, noise, chunk, held_out, samples)
     with tqdm(total=iterations, desc="polish", disable=not progress, leave=False) as bar:
         if isinstance(start, Schedule):
             return _descend(data, calibration, start, iterations, bar)
@@ -87,11 +87,11 @@ def _least_squares(data, calibration: Calibration, solver: Solver, iterations: i
     def errors(x):
         return endpoint_error(x[fit], end[fit]), endpoint_error(x[rest], end[rest])
 
-    v, x = data.run(solver, begin)
+    v, x = data.teacher.run(solver, begin)
     error, held = errors(x)
     best, before, damping = (held, solver), held, DAMPING
     for _ in range(iterations):
-        gram = sum(_jacobian_gram(data, solver, begin, end, v, part, last) for part in data.chunks(fitted))
+        gram = sum(_jacobian_gram(data, solver, begin, end, v, part, last) for part in data.teacher.chunks(fitted))
         S, s = gram[:-1, :-1], gram[:-1, -1]
         if not torch.isfinite(gram).all():  # beside the teacher's times the velocity may not be defined
             break
@@ -99,7 +99,7 @@ def _least_squares(data, calibration: Calibration, solver: Solver, iterations: i
         S, s, eye = S / size / size[:, None], s / size, torch.eye(len(s), dtype=torch.float64, device="cpu")
         for _ in range(6):
             tried = _moved(solver, torch.linalg.solve(S + damping * eye, s) / size, last)
-            tried_v, tried_x = data.run(tried, begin)
+            tried_v, tried_x = data.teacher.run(tried, begin)
             found = errors(tried_x)
             if found[0] < error:  # NaN is not
                 break
@@ -115,7 +115,7 @@ def _least_squares(data, calibration: Calibration, solver: Solver, iterations: i
     if best[1] is given:
         return given
     known = {k: v for k, v in given.notes.items() if k != "held_out"}  # which were the given solver's errors
-    notes = {"polish": [before, best[0]], "evaluations": data.evaluations / data.n}
+    notes = {"polish": [before, best[0]], "evaluations": data.evaluations}
     return replace(best[1], name=f"{given.name.removesuffix(POLISHED)}{POLISHED}", notes=known | notes)
 
 
@@ -151,7 +151,7 @@ def _jacobian_gram(data, solver: Solver, begin, end, v: list[Tensor], part: slic
             by = torch.zeros(len(places), dtype=torch.float64, device="cpu")
             by[row] = step
             past = v[:i] if where is None else v[: i + 1]
-            _, moved = data.run(_moved(solver, by, last), start, past, part.start or 0)
+            _, moved = data.teacher.run(_moved(solver, by, last), start, past, part.start or 0)
             derivative = moved.sub_(x).div_(step)
         torch.add(rows[row], derivative, out=rows[row + 1])
     torch.sub(end[part], x, out=rows[-1]).add_(rows[-2])
@@ -167,7 +167,7 @@ def _descend(data, calibration: Calibration, given: Schedule, iterations: int, b
         return Schedule(grid[list(indices)], grid, tuple(indices))
 
     def tried(indices, part: slice, past=()):
-        v, x = data.run(Solver.euler(at(indices)), begin[part], past, part.start or 0)
+        v, x = data.teacher.run(Solver.euler(at(indices)), begin[part], past, part.start or 0)
         return v, endpoint_error(x, end[part])
 
     indices = list(plan.indices)

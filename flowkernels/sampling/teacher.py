@@ -1,0 +1,80 @@
+"""`Teacher`: a velocity on the samples that it is asked about, at single times."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from flowkernels._guidance import guided
+from flowkernels.ops import linear_update
+from flowkernels.solver import Solver
+from flowkernels.velocity.evaluate import evaluate
+from flowkernels.velocity.field import float64_device
+from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
+
+
+def velocity_at(velocity: Velocity, x: Tensor, t: float) -> Tensor:
+    """That of all of x `[n, *shape]` at one time, guidance applied; with gradients, where it has them."""
+    now = torch.full((len(x),), t, dtype=torch.float64, device=float64_device(x.device))
+    v, v_uncond, w = evaluate(velocity, x, now)
+    return v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
+
+
+class Teacher:
+    """A velocity on samples in an order of their own: evaluated in chunks, with each sample's conditioning and with
+    guidance, and counted.
+
+        teacher = Teacher(velocity, 100, order=torch.tensor([7, 3, 12]), chunk=2)
+        v = teacher.at(x, 0.5)           # of samples 7, 3 and 12, whose states are x
+        v = teacher.at(x[1:], 0.5, 1)    # of samples 3 and 12
+        teacher.evaluations              # 5
+
+    Args:
+        velocity: any velocity; of a `FusedSampler` its own.
+        total: the number of samples that conditioning with one row a sample is of.
+        order: int64 `[n]`, on the CPU: the samples' places among these; None takes all as they come.
+        chunk: samples evaluated at once; None evaluates all.
+
+    evaluations: of single samples, so far; guidance makes no two of one.
+    """
+
+    def __init__(self, velocity: Velocity, total: int, *, order: Tensor | None = None, chunk: int | None = None):
+        self.velocity = resolve(velocity).unfused()
+        self.total, self.order, self.chunk, self.evaluations = total, order, chunk, 0
+        self._fields: dict[tuple[int, int], VelocityBase] = {}  # of samples from .. to
+
+    def chunks(self, n: int) -> Iterator[slice]:
+        """Parts of n samples that are evaluated at once."""
+        step = self.chunk or n
+        return (slice(begin, min(begin + step, n)) for begin in range(0, n, step))
+
+    def parts(self, n: int, first: int = 0) -> Iterator[tuple[slice, VelocityBase]]:
+        """The parts of n samples from `first` on, and the velocity of each."""
+        for part in self.chunks(n):
+            rows = first + part.start, first + part.stop
+            if rows not in self._fields:
+                index = slice(*rows) if self.order is None else self.order[slice(*rows)]
+                self._fields[rows] = self.velocity.rows(index, self.total)
+            yield part, self._fields[rows]
+
+    def at(self, x: Tensor, t: float, first: int = 0) -> Tensor:
+        """The velocities at one time t of the samples from `first` on, whose states are x `[n, *shape]`: guidance
+        applied, in the state's dtype, in memory of their own."""
+        out = torch.empty_like(x)
+        for part, field in self.parts(len(x), first):
+            out[part] = velocity_at(field, x[part], t)
+        self.evaluations += len(x)
+        return out
+
+    def run(
+        self, solver: Solver, start: Tensor, past: Sequence[Tensor] = (), first: int = 0
+    ) -> tuple[list[Tensor], Tensor]:
+        """(velocities of a solver's evaluations, last state) from the states `start` of the samples from `first` on.
+
+        past: the velocities of the first evaluations, where they are known: those are not made.
+        """
+        v, b = list(past), solver.coefficients.tolist()
+        for i in range(len(v), solver.evaluations):
+            x = linear_update(start, v, b[i - 1][:i]) if i else start
+            v.append(self.at(x, solver.model_times[i].item(), first))
+        return v, linear_update(start, v, b[-1])

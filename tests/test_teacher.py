@@ -1,0 +1,90 @@
+"""One velocity on samples of its own order: chunks, conditioning, guidance, counts."""
+
+import pytest
+import torch
+from _flows import Counted, ElementwiseField, RowField, normal
+
+import flowkernels as fk
+from flowkernels.models.bundled import BUNDLED
+from flowkernels.sampling.teacher import Teacher, velocity_at
+
+ORDER = torch.tensor([4, 0, 5, 2])
+
+
+class Pushed(torch.nn.Module):
+    def forward(self, x, t, push):
+        return (3 * x + push * t[:, None]).sin() * push
+
+
+def guided_field(n=6):
+    push = normal(n, 3, seed=1, dtype=torch.float64)
+    return fk.VelocityField(Pushed(), conditioning={"push": push}, unconditional={"push": -push}, guidance=1.5), push
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3, 4, 9])
+@pytest.mark.parametrize("order", [None, ORDER], ids=["all", "some"])
+def test_each_sample_has_its_own_conditioning_and_guidance(order, chunk):
+    field, push = guided_field()
+    x = normal(6 if order is None else 4, 3, dtype=torch.float64)
+    teacher = Teacher(field, 6, order=order, chunk=chunk)
+    c = push if order is None else push[order]
+    t = torch.full((len(x),), 0.3, dtype=torch.float64)
+    v, v_uncond = Pushed()(x, t, c), Pushed()(x, t, -c)
+    expected = v_uncond + 1.5 * (v - v_uncond)
+    assert torch.allclose(teacher.at(x, 0.3), expected, rtol=1e-12)
+    assert torch.allclose(teacher.at(x[2:], 0.3, 2), expected[2:], rtol=1e-12)
+    assert torch.allclose(teacher.at(x[1:3], 0.3, 1), expected[1:3], rtol=1e-12)
+    assert teacher.evaluations == 2 * len(x)
+
+
+@pytest.mark.parametrize("chunk", [None, 2, 5])
+def test_parts_are_the_samples_in_order(chunk):
+    teacher = Teacher(fk.VelocityField(RowField(), conditioning={"rows": normal(9, 3)}), 9, chunk=chunk)
+    seen = [rows for rows, _ in teacher.parts(5, 3)]
+    assert [i for rows in seen for i in range(rows.start, rows.stop)] == list(range(5))
+    assert max(rows.stop - rows.start for rows in seen) == (chunk or 5)
+    again = [field for _, field in teacher.parts(5, 3)]
+    assert all(a is b for a, (_, b) in zip(again, teacher.parts(5, 3), strict=True))
+    assert teacher.evaluations == 0
+
+
+def test_calls_and_evaluations():
+    velocity = Counted(ElementwiseField())
+    teacher = Teacher(velocity, 7, chunk=3)
+    teacher.at(normal(7, 2), 0.5)
+    assert (velocity.calls, teacher.evaluations) == (3, 7)
+
+
+def test_velocities_are_in_the_states_dtype_and_memory_of_their_own():
+    x = normal(3, 2)
+    for velocity in (lambda x, t: x, lambda x, t: x.bfloat16()):
+        v = Teacher(velocity, 3).at(x, 0.0)
+        assert v.dtype == x.dtype
+        assert v.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("known", [0, 1, 3])
+def test_runs_of_a_solver(known):
+    field, _ = guided_field()
+    part = field.rows(ORDER[1:], 6)
+    x, solver = normal(4, 3, dtype=torch.float64), fk.Solver.adams_bashforth(4)
+    teacher = Teacher(field, 6, order=ORDER, chunk=2)
+    v, last = teacher.run(solver, x[1:], first=1)
+    assert torch.allclose(last, fk.sample(part, x[1:], solver), rtol=1e-10)
+    assert (len(v), teacher.evaluations) == (4, 12)
+    again, same = teacher.run(solver, x[1:], v[:known], 1)
+    assert torch.equal(same, last)
+    assert all(torch.equal(a, b) for a, b in zip(again, v, strict=True))
+    assert teacher.evaluations == 12 + 3 * (4 - known)
+
+
+def test_of_a_fused_sampler_its_velocity():
+    net, x = BUNDLED["digits"].load(), normal(3, 1, 8, 8)
+    fused = Teacher(fk.fuse(net, 4, shape=(1, 8, 8)), 3)
+    assert torch.equal(fused.at(x, 0.25), Teacher(net, 3).at(x, 0.25))
+
+
+def test_a_velocity_at_one_time_has_gradients():
+    x = normal(3, 2, dtype=torch.float64).requires_grad_()
+    velocity_at(guided_field(3)[0], torch.cat([x, x[:, :1]], 1), 0.5).sum().backward()
+    assert x.grad.abs().min() > 0
