@@ -40,7 +40,8 @@ class StateOp:
         self.name, self.out_name, self.tensors, self.many = name, f"{name}_out", tensors, many
         self.kernel, self.reference, self.layout = kernel, reference, layout
         self.also, self.differentiable = also, differentiable
-        count, none = arguments.count(", ") + 1, () if also is None else (None,)
+        self.count = count = arguments.count(", ") + 1
+        self.none = none = () if also is None else (None,)
 
         def functional(C, *args) -> tuple[Tensor, Tensor]:
             x, low = args[0], args[count]
@@ -79,6 +80,20 @@ class StateOp:
         if dtype is None:  # its own is faster not named
             return fresh(torch.empty_like(x, memory_format=self.layout))
         return fresh(torch.empty_like(x, dtype=dtype, memory_format=self.layout))
+
+    def on_triton(self, kernel: Callable) -> tuple[Callable, Callable]:
+        """Both registered ops, the one that writes second, on `kernel(*arguments, out, low[, also])`."""
+
+        def functional(*args) -> tuple[Tensor, Tensor]:
+            new, copy = self.fake(*args)
+            kernel(*args[:-1], new, None if args[-1] is None else copy, *self.none)
+            return new, copy
+
+        def writing(*args) -> None:
+            kernel(*args)
+            _tell_autograd(args[self.count :])
+
+        return functional, writing
 
     def call(self, args: tuple, tensors: tuple, out: Tensor | None, low, also: tuple = ()):
         """The state, or the pair of it and its copy. args, out, low: of the public function, checked but for `out` and
@@ -119,11 +134,8 @@ class StateOp:
         return (out, low) if wants_low else out
 
     def write(self, C, args: tuple, outs: tuple, where: tuple = ()) -> None:
-        """The kernel, of whose writing autograd learns as it does of that of torch's own operations."""
         self.kernel(C, *args, *outs, *where)
-        for t in outs:
-            if t is not None:
-                torch.autograd.graph.increment_version(t)
+        _tell_autograd(outs)
 
     def _refuse_gradients(self, expected: str, tensors, out, low, also) -> None:
         if not torch.is_grad_enabled():
@@ -138,6 +150,13 @@ class StateOp:
             return ("out", "low", self.also)[i - count]
         alone = len(self.tensors) - self.many
         return self.tensors[i] if i < alone else f"{self.tensors[-1]}[{i - alone}]"
+
+
+def _tell_autograd(outs: tuple) -> None:
+    """That these were written to, as torch's own operations do."""
+    for t in outs:
+        if t is not None:
+            torch.autograd.graph.increment_version(t)
 
 
 _BESIDE_FLOAT32, _BESIDE_FLOAT64 = (torch.float32, *LOW), (torch.float64,)

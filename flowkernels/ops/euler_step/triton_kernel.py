@@ -1,9 +1,7 @@
 """`euler_step` in Triton."""
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from flowkernels.ops import triton_common
 from flowkernels.ops.euler_step import OP, contiguous, dense_alike, on_copies
@@ -48,17 +46,6 @@ def euler_step_kernel(
         _elements(x, v, v_uncond, h, guidance, out, low, i, i < n)
 
 
-def euler_step_out(x, v, h, v_uncond, guidance, out, low) -> None:
-    _launch(x, v, h, v_uncond, guidance, out, low)
-    torch.autograd.graph.increment_version(out if low is None else [out, low])
-
-
-def euler_step(x, v, h, v_uncond, guidance, low) -> tuple[Tensor, Tensor]:
-    new, copy = OP.fake(x, low)
-    _launch(x, v, h, v_uncond, guidance, new, None if low is None else copy)
-    return new, copy
-
-
 def _launch(x, v, h, v_uncond, guidance, out, low) -> None:
     if not contiguous(x, v, v_uncond, out, low) and not dense_alike(x, v, v_uncond, out, low):
         return on_copies(_launch, x, v, h, v_uncond, guidance, out, low)
@@ -68,3 +55,6 @@ def _launch(x, v, h, v_uncond, guidance, out, low) -> None:
     numbers = (triton_common.parts(h, x.dtype), triton_common.parts(guidance, x.dtype))
     grid = (triton.cdiv(n, config["BLOCK"]),)
     triton_common.launch(euler_step_kernel, grid, x, v, v_uncond, *numbers, out, low, n, on=x, config=config)
+
+
+euler_step, euler_step_out = OP.on_triton(_launch)

@@ -207,18 +207,6 @@ def linear_euler_kernel(
         tl.store(velocity + at, v.to(velocity.dtype.element_ty), mask=exists)
 
 
-def linear_euler_out(*args) -> None:
-    _launch(*args)
-    torch.autograd.graph.increment_version([t for t in args[-3:] if t is not None])
-
-
-def linear_euler(*args) -> tuple[Tensor, Tensor]:
-    *head, low = args
-    new, copy = OP.fake(*args)
-    _launch(*head, new, None if low is None else copy, None)
-    return new, copy
-
-
 def _launch(x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b,
             out, low, velocity_out) -> None:  # fmt: skip
     if x.numel() == 0:
@@ -252,6 +240,9 @@ def _launch(x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patc
     for t, written in zip(given, to, strict=True):
         if t is not written:
             t.copy_(written)
+
+
+linear_euler, linear_euler_out = OP.on_triton(_launch)
 
 
 def _row(t: Tensor | None) -> int:

@@ -1,9 +1,7 @@
 """`linear_update` in Triton."""
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from flowkernels.ops import triton_common
 from flowkernels.ops.linear_update import OP
@@ -43,17 +41,6 @@ def linear_update_kernel(
         _elements(x, v, b, out, low, i, i < n)
 
 
-def linear_update_out(x, v, b, out, low) -> None:
-    _launch(x, v, b, out, low)
-    torch.autograd.graph.increment_version(out if low is None else [out, low])
-
-
-def linear_update(x, v, b, low) -> tuple[Tensor, Tensor]:
-    new, copy = OP.fake(x, v, b, low)
-    _launch(x, v, b, new, None if low is None else copy)
-    return new, copy
-
-
 def _launch(x, v, b, out, low) -> None:
     if (n := x.numel()) == 0:
         return
@@ -72,3 +59,6 @@ def _launch(x, v, b, out, low) -> None:
         out.copy_(to)
     if copy is not low:
         low.copy_(copy)
+
+
+linear_update, linear_update_out = OP.on_triton(_launch)
