@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,32 @@ from flowkernels._checks import (
 from flowkernels.schedule import Schedule
 
 NEGLIGIBLE = 1e-14  # of the largest coefficient: what sums in float64 leave of a zero
+
+
+class Update(NamedTuple):
+    """What follows evaluation i: x_{i+1} = (x_0 or x_i) + the sum of factor * v_k, added up in the order of k.
+
+    from_start: from x_0, else from x_i. which: the velocities k, at most i. factors: one for each.
+    """
+
+    from_start: bool
+    which: tuple[int, ...]
+    factors: tuple[float, ...]
+
+
+def euler_sizes(updates: Sequence[Update]) -> list[float] | None:
+    """The step sizes, where each update adds nothing but its own velocity to its own state; else None."""
+    own = all(not u.from_start and u.which == (i,) for i, u in enumerate(updates))
+    return [u.factors[0] for u in updates] if own else None
+
+
+def last_uses(updates: Sequence[Update]) -> list[int]:
+    """For each evaluation the last update that reads its velocity; its own where none does."""
+    last = list(range(len(updates)))
+    for i, update in enumerate(updates):
+        for k in update.which:
+            last[k] = i
+    return last
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +87,15 @@ class Solver:
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_updates", self._find_updates())  # here, where torch.compile does not look at values
 
+    def __getattr__(self, name: str):
+        """The coefficients of `Solver.euler`, made where they are asked for: a grid may have a million steps."""
+        if name != "coefficients" or "times" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        h = self.times.diff()
+        expect_room(8 * (2 * len(h)) ** 2, "schedule", "coefficients", f"{len(h)} steps")
+        object.__setattr__(self, name, h.expand(len(h), -1).tril())
+        return vars(self)[name]
+
     @property
     def steps(self) -> int:
         """N."""
@@ -78,28 +114,27 @@ class Solver:
     @property
     def is_euler(self) -> bool:
         """Whether it is nothing but Euler steps on its knots."""
-        if self.evaluations != self.steps or not torch.equal(self.model_times, self.times[:-1]):
-            return False
-        off = (self.coefficients - self.times.diff().expand_as(self.coefficients).tril()).abs().max()
-        return bool(off <= NEGLIGIBLE)
+        on_knots = torch.equal(self.model_times, self.times[:-1])
+        return on_knots and euler_sizes(self._updates) == self.times.diff().tolist()
 
-    def updates(self) -> list[tuple[bool, list[int], list[float]]]:
-        """For each evaluation: (whether the update starts from x_0, else from x_i; which velocities; their factors).
+    def updates(self, chained: bool = False) -> tuple[Update, ...]:
+        """What follows each evaluation, in whichever form has fewer terms: Adams-Bashforth 2 from x_i has two, a fit
+        has them all from x_0.
 
-        Whichever of the two forms has fewer terms: Adams-Bashforth 2 from x_i has two, a fit has them all.
+        chained: all from x_i, for a caller that changes states on the way.
         """
-        return [(first, list(which), list(factors)) for first, which, factors in self._updates]
+        return self._find_updates(chained) if expect_bool(chained, "chained") else self._updates
 
-    def _find_updates(self) -> list[tuple[bool, list[int], list[float]]]:
+    def _find_updates(self, chained: bool = False) -> tuple[Update, ...]:
         b, found = self.coefficients, []
         small = NEGLIGIBLE * b.abs().max()
         for i in range(self.evaluations):
-            rows = [b[i], b[i] - b[i - 1] if i else b[i]]
+            rows = b[i] - b[i - 1] if i else b[i], b[i]
             terms = [(row.abs() > small).nonzero().flatten().tolist() or [i] for row in rows]
-            first = i == 0 or len(terms[0]) < len(terms[1]) or len(terms[0]) == len(terms[1]) == i + 1
-            which = terms[0 if first else 1]
-            found.append((first, which, rows[0 if first else 1][which].tolist()))
-        return found
+            fewer = len(terms[1]) < len(terms[0]) or len(terms[0]) == len(terms[1]) == i + 1
+            first = i > 0 and fewer and not chained
+            found.append(Update(first, tuple(terms[first]), tuple(rows[first][terms[first]].tolist())))
+        return tuple(found)
 
     def to_dict(self) -> dict:
         """What `from_dict` makes it of again, for JSON."""
@@ -125,7 +160,7 @@ class Solver:
     @classmethod
     def of(cls, schedule: "Schedule | Solver | int | Sequence[float] | Tensor") -> "Solver":
         """The solver itself, or Euler steps on a schedule."""
-        return schedule if isinstance(schedule, Solver) else cls.euler(schedule)
+        return expect_solver(schedule, "schedule")
 
     @classmethod
     def euler(cls, schedule, *, model_times: Sequence[float] | Tensor | None = None, inverse: bool = False) -> "Solver":
@@ -137,9 +172,15 @@ class Solver:
             inverse: from data to noise, on the same knots.
         """
         times = _knots(schedule, inverse)
-        given = times[:-1] if model_times is None else expect_float64(model_times, "model_times", "a sequence of times")
-        expect(given.shape == times[:-1].shape, "model_times", f"{len(times) - 1} times, one for each step", given)
-        return cls(times, given, times.diff().expand(len(times) - 1, -1).tril(), "euler")
+        given = times[:-1]
+        if model_times is not None:
+            given = expect_float64(model_times, "model_times", "a sequence of times")
+            expect(given.shape == times[:-1].shape, "model_times", f"{len(times) - 1} times, one for each step", given)
+            expect(bool(torch.isfinite(given).all()), "model_times", "finite times", given.tolist())
+        updates = tuple(Update(False, (i,), (h,)) for i, h in enumerate(times.diff().tolist()))
+        solver = cls.__new__(cls)
+        vars(solver).update(times=times, model_times=given, name="euler", notes={}, _updates=updates)
+        return solver
 
     @classmethod
     def adams_bashforth(cls, schedule, order: int = 2, *, inverse: bool = False) -> "Solver":
@@ -156,7 +197,7 @@ class Solver:
         Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, chapter III.5 (variable steps).
         """
         expect_positive_int(order, "order")
-        times = _knots(schedule, inverse)
+        times = _knots(schedule, inverse, table=True)
         N = len(times) - 1
         steps = torch.zeros(N, N, dtype=torch.float64, device="cpu")
         for k in range(N):
@@ -176,7 +217,7 @@ class Solver:
 
         Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, algorithm 1.
         """
-        times = _knots(schedule, inverse)
+        times = _knots(schedule, inverse, table=True)
         N, h = len(times) - 1, times.diff()
         M = 2 * N - 1
         b = torch.zeros(M, M, dtype=torch.float64, device="cpu")
@@ -197,12 +238,20 @@ class Solver:
         return f"Solver({self.name!r}, steps={self.steps}, evaluations={self.evaluations}, times=[{knots}])"
 
 
-def _knots(schedule, inverse: bool = False) -> Tensor:
-    """float64 `[N+1]`, increasing, or decreasing for an inversion."""
+def expect_solver(schedule: Schedule | Solver | int | Sequence[float] | Tensor, name: str) -> Solver:
+    """What the loops run: a Solver as it is, and Euler's steps on a Schedule, on N uniform steps or on times."""
+    if isinstance(schedule, Solver):
+        return schedule
+    return Solver.euler(schedule if isinstance(schedule, Schedule) else expect_times(schedule, name))
+
+
+def _knots(schedule, inverse: bool, table: bool = False) -> Tensor:
+    """float64 `[N+1]`, increasing, or decreasing for an inversion. table: of coefficients, to have room."""
     expect(not isinstance(schedule, Solver), "schedule", "a Schedule, a number of steps or times", schedule, TypeError)
     expect_bool(inverse, "inverse")
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
-    expect_room(8 * (2 * len(times)) ** 2, "schedule", "coefficients", f"{len(times) - 1} steps")
+    if table:
+        expect_room(8 * (2 * len(times)) ** 2, "schedule", "coefficients", f"{len(times) - 1} steps")
     return times.flip(0) if inverse else times
 
 

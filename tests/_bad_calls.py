@@ -588,7 +588,9 @@ def _stages(cal) -> None:
     place(
         "invert",
         fk.invert,
-        **dict(velocity=field, data=noise, schedule=plan, round_trip=(True, is_flag), forward=(3, or_none(is_plan))),
+        **dict(
+            velocity=field, data=noise, schedule=plan, round_trip=(True, is_flag), resample_with=(3, or_none(is_plan))
+        ),
         **dict(capture=(None, is_one_of(None, "auto")), progress=bar),
     )
     names = or_none(lambda v: isinstance(v, str) and v != "")

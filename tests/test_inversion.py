@@ -64,7 +64,7 @@ SOLVERS = {
 def test_solvers_are_run_as_they_are(name):
     field, data, solver = Clocked(), normal(5, 3, dtype=F64), SOLVERS[name]
     forward = Solver.adams_bashforth(7, 2)
-    got = fk.invert(field, data, solver, forward=forward)
+    got = fk.invert(field, data, solver, resample_with=forward)
     torch.testing.assert_close(got.noise, definition(Clocked(), data, solver), rtol=1e-13, atol=1e-13)
     again = definition(Clocked(), got.noise, forward)
     torch.testing.assert_close(got.error, (again - data).square().sum(1), rtol=1e-10, atol=1e-15)
@@ -79,7 +79,7 @@ def test_noise_and_round_trip_converge(order, bounds):
     data, distances, errors = field.exact(noise), [], []
     for N in (50, 100, 200):
         found = fk.invert(
-            field, data, Solver.adams_bashforth(N, order, inverse=True), forward=Solver.adams_bashforth(N, order)
+            field, data, Solver.adams_bashforth(N, order, inverse=True), resample_with=Solver.adams_bashforth(N, order)
         )
         distances.append((found.noise - noise).abs().max().item())
         errors.append(found.error.max().sqrt().item())
@@ -96,7 +96,7 @@ def test_the_way_back_is_the_schedules_own():
     assert (got.error.dtype, got.error.shape) == (F64, (4,))
     assert (got.error > 0).all()
     assert torch.equal(fk.invert(field, data, Solver.euler(times, inverse=True)).error, expected)
-    better = fk.invert(field, data, times, forward=Solver.heun(times)).error
+    better = fk.invert(field, data, times, resample_with=Solver.heun(times)).error
     assert not torch.equal(better, expected)
     assert got.noise.dtype == torch.float32
     assert torch.equal(fk.invert(field, data, times, progress=True).noise, got.noise)
@@ -120,7 +120,7 @@ def test_guidance_and_conditioning(packed):
 def test_fused_heads():
     field, data = field_of("sd3", 2, guidance=2.0)
     for schedule, forward in ((3, None), (SOLVERS["ab2"], Solver.adams_bashforth(uneven_grid(5)))):
-        got, expected = (fk.invert(v, data, schedule, forward=forward) for v in (fk.fuse_head(field), field))
+        got, expected = (fk.invert(v, data, schedule, resample_with=forward) for v in (fk.fuse_head(field), field))
         assert (got.noise - expected.noise).norm() <= 4e-6 * expected.noise.norm()
         torch.testing.assert_close(got.error, expected.error, rtol=1e-3, atol=1e-9)
 
@@ -129,7 +129,7 @@ def test_fused_samplers():
     net, data = BUNDLED["digits"].load(), digits()[:4]
     fused = fk.fuse(net, 3, shape=(1, 8, 8))
     for schedule, forward in ((3, None), (SOLVERS["ab2"], Solver.adams_bashforth(uneven_grid(5)))):
-        got, expected = (fk.invert(v, data, schedule, forward=forward) for v in (fused, net))
+        got, expected = (fk.invert(v, data, schedule, resample_with=forward) for v in (fused, net))
         assert (got.noise - expected.noise).norm() <= 1e-5 * expected.noise.norm()
         torch.testing.assert_close(got.error, expected.error, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match=r"^data: expected finite values, got NaN or Inf in sample 0"):
@@ -148,7 +148,7 @@ def test_a_model_that_is_not_defined_at_the_data():
     teacher, data = digits_teacher(F64), digits()[:4].double()
     times = uneven_grid(12)
     solver = Solver.euler(times, model_times=times.flip(0)[1:], inverse=True)
-    found = fk.invert(teacher, data, solver, forward=times)
+    found = fk.invert(teacher, data, solver, resample_with=times)
     torch.testing.assert_close(found.noise, definition(teacher, data, solver), rtol=1e-10, atol=1e-10)
     assert found.error.isfinite().all()
 
@@ -167,14 +167,16 @@ def test_errors():
         message = r"^schedule: expected a solver from data to noise \(Solver.adams_bashforth\(..., inverse=True\), fit_"
         with pytest.raises(ValueError, match=message):
             fk.invert(velocity, data, forward)
-    with pytest.raises(ValueError, match=r"^forward: expected a schedule or solver for the way back.*round_trip=False"):
+    with pytest.raises(
+        ValueError, match=r"^resample_with: expected a schedule or solver for the way back.*round_trip=False"
+    ):
         fk.invert(velocity, data, SOLVERS["ab2"])
-    with pytest.raises(ValueError, match=r"^forward: expected a solver from noise to data, got Solver"):
-        fk.invert(velocity, data, 3, forward=SOLVERS["ab2"])
-    with pytest.raises(ValueError, match=r"^forward: expected None without round_trip, got 4"):
-        fk.invert(velocity, data, 3, round_trip=False, forward=4)
-    with pytest.raises(ValueError, match=r"^forward: expected strictly increasing times"):
-        fk.invert(velocity, data, 3, forward=[0, 0.5, 0.5, 1])
+    with pytest.raises(ValueError, match=r"^resample_with: expected a solver from noise to data, got Solver"):
+        fk.invert(velocity, data, 3, resample_with=SOLVERS["ab2"])
+    with pytest.raises(ValueError, match=r"^resample_with: expected None without round_trip, got 4"):
+        fk.invert(velocity, data, 3, round_trip=False, resample_with=4)
+    with pytest.raises(ValueError, match=r"^resample_with: expected strictly increasing times"):
+        fk.invert(velocity, data, 3, resample_with=[0, 0.5, 0.5, 1])
     with pytest.raises(ValueError, match=r"^schedule: expected strictly increasing times"):
         fk.invert(velocity, data, [1, 0.5, 0])
     with pytest.raises(ValueError, match=r"^data: expected finite values, got NaN or Inf in sample 1"):

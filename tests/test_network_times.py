@@ -112,7 +112,7 @@ STAGES = {
     "float64": lambda v: fk.sample(v, NOISE.double(), KNOTS),
     "solver": lambda v: fk.sample(v, NOISE, fk.Solver.adams_bashforth(KNOTS)),
     "heun": lambda v: fk.sample(v, NOISE, fk.Solver.heun(KNOTS)),
-    "invert": lambda v: fk.invert(v, NOISE, fk.Solver.euler(KNOTS, inverse=True), forward=KNOTS).noise,
+    "invert": lambda v: fk.invert(v, NOISE, fk.Solver.euler(KNOTS, inverse=True), resample_with=KNOTS).noise,
     "invert by a solver": lambda v: (
         fk.invert(v, NOISE, fk.Solver.adams_bashforth(KNOTS, inverse=True), round_trip=False).noise
     ),

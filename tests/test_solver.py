@@ -1,5 +1,6 @@
 """Solvers: exact where they are meant to be, of their order elsewhere, and clear about what they cannot be."""
 
+import copy
 import itertools
 import json
 import math
@@ -9,7 +10,7 @@ import torch
 from _flows import even_grid, normal, uneven_grid
 
 from flowkernels import Schedule, Solver
-from flowkernels.solver import polynomial_weights
+from flowkernels.solver import Update, euler_sizes, polynomial_weights
 
 F64 = torch.float64
 
@@ -25,10 +26,10 @@ def run(solver, velocity, x, states=None):
     return x
 
 
-def by_updates(solver, velocity, x):
+def by_updates(solver, velocity, x, updates=None):
     """The same by the updates of few terms."""
     start, seen = x, []
-    for t, (first, which, factors) in zip(solver.model_times.tolist(), solver.updates(), strict=True):
+    for t, (first, which, factors) in zip(solver.model_times.tolist(), updates or solver.updates(), strict=True):
         seen.append(velocity(x, t))
         x = (start if first else x) + sum(b * seen[j] for j, b in zip(which, factors, strict=True))
     return x
@@ -187,20 +188,40 @@ def test_updates_have_as_few_terms_as_can_be():
     assert terms["ab2"] == terms["inverse"] == [1] + [2] * 5
     assert terms["ab3"] == [1, 2] + [3] * 4
     assert terms["dense"] == [1, 2, 3, 4, 5, 6]
-    assert all(first for first, *_ in SOLVERS["dense"].updates())
+    assert [u.from_start for u in SOLVERS["dense"].updates()] == [False] + [True] * 5
     assert max(terms["heun"]) <= 2
 
 
 def test_a_solver_that_goes_nowhere():
     solver = Solver([0, 1], [0.0], [[0.0]])
-    assert solver.updates() == [(True, [0], [0.0])]
+    assert solver.updates() == (Update(False, (0,), (0.0,)),)
     assert torch.equal(run(solver, curved, START), START)
 
 
-def test_updates_are_the_callers_own():
-    solver = Solver.adams_bashforth(4)
-    solver.updates()[1][1].append(7)
-    assert solver.updates()[1][1] == [0, 1]
+@pytest.mark.parametrize("name", SOLVERS)
+def test_chained_updates_are_the_same_steps(name):
+    solver = SOLVERS[name]
+    updates = solver.updates(chained=True)
+    assert not any(u.from_start for u in updates)
+    got = by_updates(solver, curved, START, updates)
+    torch.testing.assert_close(got, run(solver, curved, START), rtol=1e-13, atol=1e-13)
+
+
+def test_a_fine_grid_has_no_table_until_it_is_asked_for():
+    solver = Solver.euler(1_000_000)
+    assert euler_sizes(solver.updates()) == solver.times.diff().tolist()
+    with pytest.raises(ValueError, match=r"^schedule: .*coefficients"):
+        solver.coefficients  # noqa: B018
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_table_of_euler_steps(inverse):
+    solver = Solver.euler(uneven_grid(4), inverse=inverse)
+    known = Solver(solver.times, solver.model_times, solver.times.diff().expand(4, -1).tril())
+    assert torch.equal(solver.coefficients, known.coefficients)
+    assert solver.updates() == known.updates()
+    assert torch.equal(copy.deepcopy(Solver.euler(uneven_grid(4), inverse=inverse)).coefficients, known.coefficients)
+    assert not hasattr(solver, "coefficient")
 
 
 # ---- files, errors ----

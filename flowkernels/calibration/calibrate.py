@@ -23,7 +23,6 @@ from flowkernels._checks import (
     expect_times,
 )
 from flowkernels._files import plain
-from flowkernels._guidance import guided
 from flowkernels._version import __version__
 from flowkernels._warnings import held_warnings, warn
 from flowkernels.calibration.bellman import least_cost_schedules
@@ -32,10 +31,12 @@ from flowkernels.calibration.fit import fit_solvers
 from flowkernels.calibration.sample_costs import GROUPS, SampleCosts
 from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.library import fresh
-from flowkernels.sampling.loop import euler, initial_state
+from flowkernels.sampling import loop
+from flowkernels.sampling.loop import initial_state
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.sampling.sample import sample
 from flowkernels.schedule import expect_steps
+from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import TRAINING, warn_if_training
 from flowkernels.velocity.protocol import FusedRun, Velocity, VelocityBase, resolve
 from flowkernels.velocity.provenance import hash_of
@@ -105,7 +106,7 @@ def calibrate(
     seed = None if seed is None else expect_seed(seed)
     if verify_noise is not None:
         _expect_other_noise(verify_noise, noise)
-    fused, velocity = given.fused_run(times), given.unfused()
+    fused, velocity = given.fused_run(Solver.euler(times)), given.unfused()
     warn_if_training(velocity)
 
     provenance = _provenance(velocity, noise, K, seed)
@@ -215,6 +216,7 @@ class _Teacher:
 
     def __init__(self, velocity: VelocityBase, fused: FusedRun | None, noise: Tensor, times: Tensor, keep_bytes: int):
         self.velocity, self.fused, self.noise, self.times = velocity, fused, noise, times
+        self.solver = Solver.euler(times)
         state = initial_state(noise[:1])
         self.most = min(len(noise), keep_bytes // (state.nbytes * (2 * len(times) - 1)))
         self.x = self._new(len(times), self.most, state) if self.most else None
@@ -236,9 +238,9 @@ class _Teacher:
                 self._kept(rows, v[0]).copy_(v)
             return v
         out = self.x[:, rows] if keep else None
-        flow = euler(self.velocity.rows(rows, n), initial_state(self.noise[rows]), self.times, out)
-        for i, (x, v, v_uncond, w) in enumerate(flow):
-            v = v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
+        begin = initial_state(self.noise[rows])
+        for i, step in enumerate(loop.steps(self.velocity.rows(rows, n), begin, self.solver, out=out, keep=True)):
+            x, v = step
             if i == 0:
                 found = self._kept(rows, v) if keep else self._scratch(v)
             found[i] = v

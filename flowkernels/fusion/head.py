@@ -24,6 +24,7 @@ from flowkernels.ops import linear_euler
 from flowkernels.ops.linear_euler import ONE_OF_ORDERS, ORDERS
 from flowkernels.ops.linear_euler.reference import unpatchify
 from flowkernels.runtime.torch_private import CALL_MODULE, COMPILED_MODULE, FORWARD_HOOKS, of_all_modules, tree_flatten
+from flowkernels.solver import Solver, last_uses
 from flowkernels.velocity.field import VelocityField, float64_device, is_called_whole
 from flowkernels.velocity.protocol import Velocity, resolve
 
@@ -251,25 +252,19 @@ class FusedHead(VelocityField):
     def layer(self) -> FinalLayer:
         return self.proven.layer
 
-    def euler_steps(
-        self, x: Tensor, times: Sequence[float], out: Tensor | None = None, keep: bool = True
-    ) -> Iterator[tuple[Tensor, Tensor | None, None, float]]:
-        """What `rollout.euler` yields, for it to hand on; v has guidance applied, and is None without `keep`."""
-        h = [end - begin for begin, end in itertools.pairwise(times)]
-        updates = [(False, (i,), (size,), False, (i,)) for i, size in enumerate(h)]
-        yield from self.fused_steps(x, times[:-1], updates, out, keep)
-
     def fused_steps(
-        self, x: Tensor, times: Sequence[float], updates: Sequence[tuple], out: Tensor | None = None, keep: bool = True
-    ) -> Iterator[tuple[Tensor, Tensor | None, None, float]]:
-        """An evaluation at each of the times, and its update, a `rollout.Update`; yields what `euler_steps` does."""
+        self, x: Tensor, solver: Solver, out: Tensor | None = None, keep: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What `loop.steps` yields."""
+        times, updates = solver.model_times.tolist(), solver.updates()
+        last = last_uses(updates)
         start = x.contiguous()
         x = start.clone() if out is None else out[0].copy_(x)
         low = torch.empty_like(x, dtype=self.dtype) if self.dtype in LOW else None
         seen = x  # what the network reads: from the second step on the copy that the step has left
         past = {}  # velocities that later updates read, as the network gives them
         layer, since = self._proven_layer(x, times)
-        for i, (now, (first, which, factors, kept, done)) in enumerate(zip(times, updates, strict=True)):
+        for i, (now, update) in enumerate(zip(times, updates, strict=True)):
             head = self._head(layer, x, seen, _times(now, x))
             if since is not None:
                 self._expect_unchanged(since, "a call that ends at the head")
@@ -277,18 +272,19 @@ class FusedHead(VelocityField):
             new = x if out is None else out[i + 1]
             if any(_share_memory(head["z"], written) for written in (new, low)):  # a network without a trunk
                 head["z"] = head["z"].clone()
+            kept = last[i] > i
             v = torch.empty_like(x) if keep or kept else None
-            terms = {j: self.sign * b for j, b in zip(which, factors, strict=True)}
+            terms = {k: self.sign * b for k, b in zip(update.which, update.factors, strict=True)}
             h = terms.pop(i, 0.0)
-            history = dict(history=[past[j] for j in terms], b=list(terms.values()))
-            linear_euler(start if first else x, **head, h=h, **history, out=new, low=low, velocity_out=v)
+            history = dict(history=[past[k] for k in terms], b=list(terms.values()))
+            begin = start if update.from_start else x
+            linear_euler(begin, **head, h=h, **history, out=new, low=low, velocity_out=v)
             past[i] = v
-            for j in done:
-                del past[j]
+            past = {k: p for k, p in past.items() if last[k] > i}
             x, seen = new, new if low is None else low
             if keep and self.sign == -1:
                 v = -v if kept else v.neg_()
-            yield x, v, None, 1.0
+            yield x, v if keep else None
 
     # ---- one evaluation ----
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from flowkernels._checks import LOW, expect, expect_mapping, expect_tensor
 from flowkernels.fusion.lowering import Lowering, Replayed
 from flowkernels.fusion.record import ROWS, STATE, TIME, NotFusable, Numbers, Record, sample_rows
 from flowkernels.fusion.watch import Unwatchable, Watch, executed
-from flowkernels.ops.mlp_sample import Layer, Update, plan_for
+from flowkernels.ops.mlp_sample import Layer, plan_for
 from flowkernels.runtime.torch_private import tree_flatten
+from flowkernels.solver import Update
 from flowkernels.velocity.field import HOOKS, VelocityField, float64_device, overridden
 
 FEW = 3  # samples of a call that looks for the numbers that a network deals with
@@ -247,7 +248,7 @@ class _Batch:
         return not same or [_version(v) for v in now.values()] != self.versions
 
     @torch.no_grad()
-    def prepared(self, C, steps: Tensor | list[Update]):
+    def prepared(self, C, steps: Tensor | Sequence[Update]):
         if C not in self._prepared:
             network = self.network
             if C not in network.plans:

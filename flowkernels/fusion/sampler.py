@@ -21,14 +21,13 @@ from flowkernels._checks import (
     expect_noise,
     expect_shape,
     expect_tensor,
-    expect_times,
 )
 from flowkernels.fusion.record import NotFusable
 from flowkernels.fusion.recorded import WAY_OUT, _Batch, _has_rows, _Network
 from flowkernels.ops.library import direct, direct_gpu, fresh
-from flowkernels.ops.mlp_sample import mlp_sample, one_by_one
+from flowkernels.ops.mlp_sample import mlp_sample
 from flowkernels.schedule import Schedule
-from flowkernels.solver import Solver
+from flowkernels.solver import Solver, euler_sizes, expect_solver
 from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.field import VelocityField, float64_device
 from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
@@ -75,28 +74,19 @@ def fuse(
     known = weights is None or weights is torch.float32 or weights is torch.bfloat16
     expect(known, "weights", "float32, bfloat16 or None", weights, TypeError)
     shape = None if shape is None else expect_shape(shape, "shape", "the sizes of one sample, each at least 1")
-    solver, times = _solver_and_times(schedule)
+    solver = expect_solver(schedule, "schedule")
     warn_if_training(velocity)
     field = VelocityField.of(velocity)
     shape = _shape_of_sample(field) if shape is None else shape
-    sampler = FusedSampler(_Network(velocity, field, shape, weights), times, solver)
+    sampler = FusedSampler(_Network(velocity, field, shape, weights), solver)
     sampler.verify()
     sampler.on([0.0, 0.3, 0.7, 1.0]).verify()  # a schedule of one step would not show what time does
     return sampler
 
 
-def _solver_and_times(schedule: Schedule | Solver | int | Sequence[float] | Tensor) -> tuple[Solver | None, Tensor]:
-    """The solver, None for Euler steps, and the knots."""
-    if isinstance(schedule, Solver):
-        return None if schedule.is_euler else schedule, schedule.times
-    return None, schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
-
-
-def _key(solver: Solver | None, times: Tensor) -> tuple:
+def _key(solver: Solver) -> tuple:
     """What tells samplers on one network apart."""
-    if solver is None:
-        return tuple(times.tolist())
-    return tuple(t.numpy().tobytes() for t in (times, solver.model_times, solver.coefficients))
+    return tuple(solver.times.tolist()), tuple(solver.model_times.tolist()), solver.updates()
 
 
 def _takes_one_input(net: Any) -> bool:
@@ -156,19 +146,20 @@ class FusedSampler(VelocityBase):
 
     is_fused = True
 
-    def __init__(self, network: "_Network", times: Tensor, solver: Solver | None = None):
-        """solver: None for Euler steps on `times`."""
-        self._network, self.times, self._solver, self._key = network, times, solver, _key(solver, times)
-        self._model_times = times[:-1] if solver is None else solver.model_times
-        self._steps = times.diff() if solver is None else one_by_one(solver.updates())
-        if isinstance(self._steps[0], float):
-            self._steps = torch.tensor(self._steps, dtype=torch.float64, device="cpu")
+    def __init__(self, network: "_Network", solver: Solver):
+        self._network, self._solver, self._key = network, solver, _key(solver)
+        sizes = euler_sizes(solver.updates())
+        self._steps = solver.updates() if sizes is None else torch.tensor(sizes, dtype=torch.float64, device="cpu")
         self._batch: _Batch | None = None
         self._others: dict[tuple, FusedSampler] = {}
 
     @property
     def velocity(self):
         return self._network.velocity
+
+    @property
+    def times(self) -> Tensor:
+        return self._solver.times
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -190,16 +181,14 @@ class FusedSampler(VelocityBase):
 
     def on(self, schedule: Schedule | Solver | int | Sequence[float] | Tensor) -> "FusedSampler":
         """The same network on another schedule or solver."""
-        if self._solver is not None and schedule is self._solver:
-            return self
-        solver, times = _solver_and_times(schedule)
-        key = _key(solver, times)
+        solver = expect_solver(schedule, "schedule")
+        key = self._key if solver is self._solver else _key(solver)
         if key == self._key:
             return self
         if key not in self._others:
             while len(self._others) >= MOST_SCHEDULES:
                 self._others.pop(next(iter(self._others)))
-            self._others[key] = FusedSampler(self._network, times, solver)
+            self._others[key] = FusedSampler(self._network, solver)
         return self._others[key]
 
     def rows(self, index: Tensor | slice, n: int) -> "FusedSampler":
@@ -207,10 +196,10 @@ class FusedSampler(VelocityBase):
         field = self._network.field.rows(index, n)
         if not field.conditioning:
             return self
-        return FusedSampler(_Network(field, field, self.shape, self._network.weights), self.times, self._solver)
+        return FusedSampler(_Network(field, field, self.shape, self._network.weights), self._solver)
 
-    def fused_run(self, plan: Schedule | Solver | Tensor) -> "FusedSampler":
-        return self.on(plan)
+    def fused_run(self, solver: Solver) -> "FusedSampler":
+        return self.on(solver)
 
     def unfused(self) -> VelocityBase:
         return resolve(self.velocity)
@@ -290,8 +279,8 @@ class FusedSampler(VelocityBase):
         if bad >= 0:
             expect_noise(noise)
             _, _, v = self._by_op(batch, x, True)
-            what = "step" if len(self._steps) == len(self.times) - 1 else "evaluation"
-            expect_finite_flow(out, v, self._model_times, first, what)
+            what = "step" if self._solver.evaluations == self._solver.steps else "evaluation"
+            expect_finite_flow(out, v, self._solver.model_times, first, what)
         return out, kept[0] if states else None, kept[1] if velocities else None
 
     def _most_samples(self, n: int, given: Mapping[str, Any]) -> int:
@@ -326,7 +315,7 @@ class FusedSampler(VelocityBase):
         """
         given, batch = self._network.field.conditioning if given is None else given, self._batch
         if batch is None or batch.is_stale(self._network, n, given, known):
-            batch = self._batch = _Batch(self._network.record(n, given), self._model_times, n, given, batch)
+            batch = self._batch = _Batch(self._network.record(n, given), self._solver.model_times, n, given, batch)
         return batch
 
     @no_grad
@@ -339,7 +328,7 @@ class FusedSampler(VelocityBase):
         x = x.to(self._network.device)
         _, states, velocities = self.run(x, states=True, velocities=True)
         for s in sorted({0, len(self._steps) // 2, len(self._steps) - 1}):
-            now = self._model_times[s].item()
+            now = self._solver.model_times[s].item()
             t = torch.full((n,), now, dtype=torch.float64, device=float64_device(x.device))
             with torch.autocast(x.device.type, enabled=False):
                 expected = field(states[s], t).float()

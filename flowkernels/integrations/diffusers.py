@@ -5,10 +5,9 @@ import sys
 
 import torch
 
-from flowkernels._checks import expect, expect_positive_int, expect_times
+from flowkernels._checks import expect, expect_positive_int
 from flowkernels.ops import linear_update
-from flowkernels.schedule import Schedule
-from flowkernels.solver import NEGLIGIBLE, Solver
+from flowkernels.solver import Solver, expect_solver, last_uses
 
 
 def solver_scheduler(solver, num_train_timesteps: int = 1000):
@@ -31,7 +30,7 @@ def solver_scheduler(solver, num_train_timesteps: int = 1000):
     have a network whose time runs the other way, which this one does not give: they are refused.
     """
     expect_positive_int(num_train_timesteps, "num_train_timesteps")
-    solver = Solver.of(solver if isinstance(solver, (Schedule, Solver)) else expect_times(solver, "solver"))
+    solver = expect_solver(solver, "solver")
     expect(not solver.is_inverse, "solver", "a solver from noise to data", solver)
     return _scheduler_class()(solver.to_dict(), num_train_timesteps)
 
@@ -89,10 +88,8 @@ def _scheduler_class() -> type:
                 expect(not value, name, "False: the steps are the solver's, from sigma 1 to 0", value)
             super().__init__(num_train_timesteps=num_train_timesteps)
             self.solver = Solver.from_dict(solver)
-            b = self.solver.coefficients
-            steps, small = torch.cat([b[:1], b.diff(dim=0)]), NEGLIGIBLE * b.abs().max()
-            which = [(row.abs() > small).nonzero().flatten().tolist() or [i] for i, row in enumerate(steps)]
-            self._terms = [{j: steps[i, j].item() for j in row} for i, row in enumerate(which)]
+            self._updates = self.solver.updates(chained=True)  # a pipeline may change the state between steps
+            self._last = last_uses(self._updates)
             self.set_timesteps()
 
         def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None) -> None:
@@ -119,7 +116,7 @@ def _scheduler_class() -> type:
             if self.step_index is None:
                 self._init_step_index(timestep)
                 begin = self.step_index
-                back = any(min(row) < begin for row in self._terms[begin:])
+                back = any(min(update.which) < begin for update in self._updates[begin:])
                 way_out = "0, or a solver that looks back at no velocity before it (Euler's steps)"
                 expect(not back, "begin_index", f"{way_out}, for a start within {self.solver!r}", begin)
             i, M = self.step_index, self.solver.evaluations
@@ -127,11 +124,10 @@ def _scheduler_class() -> type:
             dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
             x = (self._state if self._is_as_given(sample) else sample).to(dtype)
             v = model_output.to(dtype) if torch.float64 in (dtype, model_output.dtype) else model_output
-            later = {j for row in self._terms[i + 1 :] for j in row}
-            self._past[i] = v.clone() if i in later else v  # a pipeline may give the next one in the same memory
-            terms = self._terms[i]
-            x = linear_update(x, [self._past[j] for j in terms], [-b for b in terms.values()])  # noise - data: -dx/dt
-            self._past = {j: past for j, past in self._past.items() if j in later}
+            self._past[i] = v.clone() if self._last[i] > i else v  # a pipeline may give the next in the same memory
+            _, which, factors = self._updates[i]
+            x = linear_update(x, [self._past[k] for k in which], [-b for b in factors])  # noise - data: -dx/dt
+            self._past = {k: past for k, past in self._past.items() if self._last[k] > i}
             new = x.to(model_output.dtype)
             self._state, self._given = x, new
             self._version = None if new.is_inference() else new._version

@@ -19,15 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import expect
-from flowkernels.ops.euler_step import reference
-from flowkernels.ops.linear_update import reference as linear_reference
 from flowkernels.runtime import backends
 from flowkernels.runtime.torch_private import FORWARD_HOOKS, HELD, compiler_errors
-from flowkernels.sampling.loop import Update, Velocities, updates_of
-from flowkernels.solver import Solver
-from flowkernels.velocity.evaluate import evaluate, has_time_embedding, model_times, time_embeddings
-from flowkernels.velocity.field import VelocityField
-from flowkernels.velocity.time_embedding import times_of
+from flowkernels.sampling.loop import OPS, REFERENCE, AsFunctions, evaluated_steps, last_state
+from flowkernels.solver import Solver, euler_sizes
+from flowkernels.velocity.protocol import Velocity, resolve
 
 MODES = (None, "auto", "graph", "compile")
 COMPILER = "inductor"  # torch.compile's backend
@@ -47,102 +43,50 @@ def choose(capture: str | None, device: torch.device) -> str | None:
     return capture
 
 
-def run(mode: str, velocity, x: Tensor, plan: Tensor | Solver) -> Tensor:
-    """The state after all steps of the plan, times or a solver, from x `[n, *shape]`, by a loop recorded now or on an
-    earlier call."""
-    kind = x.device.type
-    if isinstance(plan, Solver):
-        at, steps, step, loop_of = plan.model_times, updates_of(plan), _update(mode, kind), unrolled_solver
-    else:
-        at, steps, step, loop_of = plan[:-1], tuple((plan[1:] - plan[:-1]).tolist()), _step(mode, kind), _unrolled
+def run(mode: str, velocity: Velocity, x: Tensor, solver: Solver) -> Tensor:
+    """The state after all steps of the solver from x `[n, *shape]`, by a loop recorded now or on an earlier call."""
+    kind, known = x.device.type, resolve(velocity)
+    op = "linear_update" if euler_sizes(solver.updates()) is None else "euler_step"
+    # compiled, a step is torch code as well, which the compiler fuses with the network, unless a backend is asked for
+    plain = mode == "compile" and not backends.asked()
+    backend = "reference" if plain else backends.choose(op, kind)
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    key = mode, COMPILER, step, tuple(at.tolist()), steps, x.shape, x.dtype, x.device, autocast, settings
-
-    def unrolled(count: int | None = None) -> Callable:
-        return loop_of(steps[:count], step, has_time_embedding(velocity))
+    what = tuple(solver.model_times.tolist()), solver.updates()
+    key = mode, COMPILER, backend, *what, x.shape, x.dtype, x.device, autocast, settings
 
     if mode == "compile":
-        if isinstance(velocity, VelocityField):  # settings that are constants to the compiler
-            key += tuple(velocity.convention().values())
-        key += (has_time_embedding(velocity), _hooks(velocity))
+        # settings that are constants to the compiler
+        key += *(known.convention() or {}).values(), known.has_time_embedding(), _hooks(velocity)
         with LOOPS.lock:
             loop = LOOPS.find(velocity, key)
             if loop is None:
-                t = model_times(velocity, at, x)
-                unrolled(1)(velocity, x, t[:1])  # the velocity's own errors, not the compiler's
-                loop = LOOPS.keep(velocity, key, functools.partial(_call_compiled, _compiled(unrolled()), t=t))
+                t = known.model_times(solver.model_times, x)
+                next(evaluated_steps(velocity, x, solver, t))  # the velocity's own errors, not the compiler's
+                compiled = _compiled(solver, REFERENCE if backend == "reference" else OPS)
+                loop = LOOPS.keep(velocity, key, functools.partial(_call_compiled, compiled, t=t))
         return loop(velocity, x)
 
     # under the lock to the end: the graph's buffers are shared by all who call it
     with LOOPS.lock:
         graph = LOOPS.find(velocity, (*key, _state(velocity)))
         if graph is None:
-            t = model_times(velocity, at, x)
+            t = known.model_times(solver.model_times, x)
             with torch.autocast(kind, autocast[1], autocast[0], cache_enabled=False):  # cached casts would be freed
-                graph = _Graph(functools.partial(unrolled(), velocity), x, t)
+                graph = _Graph(lambda x, t: last_state(velocity, x, solver, t), x, t)
             LOOPS.keep(velocity, (*key, _state(velocity)), graph)  # after its first calls, which may have changed it
         return graph(x)
-
-
-def _step(mode: str, device: str) -> Callable:
-    """One Euler step `(x, v, h, v_uncond, w) -> x`.
-
-    Compiled, it is torch code as well, which the compiler fuses with the network, unless a backend is asked for.
-    """
-    chosen = backends.choose("euler_step", device)
-    return reference.euler_step if chosen == "reference" or (mode == "compile" and not backends.asked()) else _op_step
-
-
-def _op_step(x, v, h, v_uncond, w) -> Tensor:
-    return torch.ops.flowkernels.euler_step(x, v, h, v_uncond, w, None)[0]
-
-
-def _update(mode: str, device: str) -> Callable:
-    """One update of a solver `(x, v, b) -> x`."""
-    chosen = backends.choose("linear_update", device)
-    plain = chosen == "reference" or (mode == "compile" and not backends.asked())
-    return linear_reference.linear_update if plain else _op_update
-
-
-def _op_update(x, v, b) -> Tensor:
-    return torch.ops.flowkernels.linear_update(x, v, b, None)[0]
-
-
-def _unrolled(h: tuple[float, ...], step: Callable, embedded: bool) -> Callable:
-    """The loop of both modes: `loop(velocity, x, t)` with the state x `[n, *shape]` and t `[N]` on its device."""
-
-    def loop(velocity, x: Tensor, t: Tensor) -> Tensor:
-        x = x.clone()  # a velocity that writes to its input writes to the loop's own state
-        embeddings = time_embeddings(velocity, t, x) if embedded else [None] * len(h)
-        for size, now, embedding in zip(h, times_of(t, len(x)), embeddings, strict=True):
-            v, v_uncond, w = evaluate(velocity, x, now, embedding)
-            x = step(x, v, size, v_uncond, w)
-        return x
-
-    return loop
-
-
-def unrolled_solver(updates: tuple[Update, ...], step: Callable, embedded: bool) -> Callable:
-    """The same of a solver, with t `[M]`."""
-
-    def loop(velocity, x: Tensor, t: Tensor) -> Tensor:
-        start, past = x, Velocities()
-        x = x.clone()
-        embeddings = time_embeddings(velocity, t, x) if embedded else [None] * len(updates)
-        for i, (update, now, embedding) in enumerate(zip(updates, times_of(t, len(x)), embeddings, strict=True)):
-            v, v_uncond, w = evaluate(velocity, x, now, embedding)
-            _, v_uncond = past.add(i, update, x, v, v_uncond, w)
-            x = step(start if update.first else x, *past.terms(i, update, v_uncond, w))
-        return x
-
-    return loop
 
 
 # ---- torch.compile ----
 
 
-def _compiled(loop: types.FunctionType) -> Callable:
+def _compiled(solver: Solver, functions: AsFunctions) -> Callable:
+    """`loop(velocity, x, t)`."""
+
+    def loop(velocity, x, t):
+        return last_state(velocity, x, solver, t, functions)
+
     # a code object of its own: the compiler counts what it has made of one, and gives up beyond a limit
     own = types.FunctionType(loop.__code__.replace(), loop.__globals__, loop.__name__, None, loop.__closure__)
     return torch.compile(own, fullgraph=True, dynamic=False, backend=COMPILER)

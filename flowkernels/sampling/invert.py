@@ -7,11 +7,10 @@ from torch import Tensor
 
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_noise
-from flowkernels.fusion.sampler import FusedSampler
-from flowkernels.sampling.loop import plan_of
 from flowkernels.sampling.sample import run
 from flowkernels.schedule import Schedule
-from flowkernels.solver import Solver
+from flowkernels.solver import Solver, expect_solver
+from flowkernels.velocity.protocol import resolve
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def invert(
     schedule: Schedule | Solver | int | Sequence[float] | Tensor,
     *,
     round_trip: bool = True,
-    forward: Schedule | Solver | int | Sequence[float] | Tensor | None = None,
+    resample_with: Schedule | Solver | int | Sequence[float] | Tensor | None = None,
     capture: str | None = None,
     progress: bool = False,
 ) -> Inversion:
@@ -49,8 +48,8 @@ def invert(
             from the last to the first, each with the velocity at the knot that it leaves. Or a Solver that is made
             for inversion (`inverse=True`).
         round_trip: sample from the noise again, and report the error.
-        forward: what samples on the way back, as `sample` takes it. None: the schedule itself. A solver of other than
-            Euler steps does not know its counterpart, so that it has to be given.
+        resample_with: what samples on the way back, as `sample` takes it. None: the schedule itself. A solver of other
+            than Euler steps does not know its counterpart, so that it has to be given.
         capture, progress: as for `sample`.
 
     The first evaluation is at t = 1. Velocities that are not defined there, such as `models.EmpiricalVelocity`, need
@@ -70,21 +69,20 @@ def invert(
     if isinstance(schedule, Solver):
         expected = "a solver from data to noise (Solver.adams_bashforth(..., inverse=True), fit_solver(inverse=True))"
         expect(schedule.is_inverse, "schedule", expected, schedule)
-    backward = isinstance(forward, Solver) and forward.is_inverse
-    expect(not backward, "forward", "a solver from noise to data", forward)
-    expect(round_trip or forward is None, "forward", "None without round_trip", forward)
-    plan = plan_of(schedule)
-    if isinstance(plan, Tensor):
-        plan = plan if isinstance(schedule, Solver) else plan.flip(0)
-        forward = plan.flip(0) if forward is None else forward
+    backward = isinstance(resample_with, Solver) and resample_with.is_inverse
+    expect(not backward, "resample_with", "a solver from noise to data", resample_with)
+    expect(round_trip or resample_with is None, "resample_with", "None without round_trip", resample_with)
+    solver = schedule if isinstance(schedule, Solver) else Solver.euler(schedule, inverse=True)
+    if resample_with is None and solver.is_euler:
+        resample_with = solver.times.flip(0)
     expected = "a schedule or solver for the way back of this solver, or round_trip=False"
-    expect(forward is not None or not round_trip, "forward", expected, "None")
-    back = plan_of(forward, "forward") if round_trip else None
-    if isinstance(velocity, FusedSampler):  # which would speak of noise
+    expect(resample_with is not None or not round_trip, "resample_with", expected, "None")
+    back = expect_solver(resample_with, "resample_with") if round_trip else None
+    if resolve(velocity).fused_run(solver) is not None:  # which would speak of noise
         expect_noise(data, "data")
-    noise = run(velocity, data, plan, capture, progress, "data", "invert")
+    noise = run(velocity, data, solver, capture, progress, "data", "invert")
     error = None
-    if round_trip:
+    if back is not None:
         again = run(velocity, noise, back, capture, progress, "noise", "round trip")
         error = (again.double() - data.double()).flatten(1).square().sum(1)
-    return Inversion(noise, error, len(plan) - 1 if isinstance(plan, Tensor) else plan.evaluations)
+    return Inversion(noise, error, solver.evaluations)

@@ -1,20 +1,20 @@
-"""The loop: steps of a schedule or solver from noise to data."""
+"""The loop: a solver's evaluations and updates, from noise to data or back."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect_times
 from flowkernels._guidance import guided
-from flowkernels.fusion.head import FusedHead
-from flowkernels.ops import linear_update
+from flowkernels.ops import euler_step, linear_update
+from flowkernels.ops.euler_step import reference as euler_reference
 from flowkernels.ops.euler_step import stepper
-from flowkernels.schedule import Schedule
-from flowkernels.solver import Solver
-from flowkernels.velocity.evaluate import evaluate, has_time_embedding, model_times, time_embeddings
-from flowkernels.velocity.time_embedding import times_of
+from flowkernels.ops.linear_update import reference as linear_reference
+from flowkernels.runtime.torch_private import while_loop
+from flowkernels.solver import Solver, Update, euler_sizes, last_uses
+from flowkernels.velocity.evaluate import evaluate
+from flowkernels.velocity.protocol import Velocity, resolve
+from flowkernels.velocity.time_embedding import rows_of_times, times_of
 
 
 def initial_state(noise: Tensor) -> Tensor:
@@ -22,127 +22,150 @@ def initial_state(noise: Tensor) -> Tensor:
     return noise if noise.dtype == torch.float64 else noise.float()
 
 
-def euler(
-    velocity, x: Tensor, times: Tensor, out: Tensor | None = None, keep: bool = True
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, float]]:
-    """Euler steps on `times`; yields (new state, v, v_uncond, guidance) for each step.
+def steps(
+    velocity: Velocity, x: Tensor, solver: Solver, *, out: Tensor | None = None, keep: bool = False
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The state after each evaluation of a solver, and that evaluation's velocity.
 
-    The state is stepped in place in a buffer of its own, or into the rows of `out` `[K+1, n, *shape]`. Without `keep`
-    v may be None: nobody wants it.
+    x: the state that it begins with, `[n, *shape]`, float32 or float64. out: `[M+1, n, *shape]`, where all states go, x
+    the first; else they share one buffer. keep: yield velocities, guidance applied, good until the next evaluation,
+    and not None.
     """
-    if isinstance(velocity, FusedHead):
-        yield from velocity.euler_steps(x, times.tolist(), out, keep)
-        return
-    knots, t = times.tolist(), model_times(velocity, times[:-1], x)
-    embeddings = time_embeddings(velocity, t, x) if has_time_embedding(velocity) else [None] * len(t)
-    x = x.clone(memory_format=torch.contiguous_format) if out is None else out[0].copy_(x)
-    step, begin, end = stepper(x), x.data_ptr(), x.data_ptr() + x.nbytes
-    for i, (now, embedding) in enumerate(zip(times_of(t, len(x)), embeddings, strict=True)):
-        v, v_uncond, w = evaluate(velocity, x, now, embedding)
-        if out is None:  # a velocity that is a view of the state would change with it
-            v = v.clone() if begin <= v.data_ptr() < end else v
-            if v_uncond is not None and begin <= v_uncond.data_ptr() < end:
-                v_uncond = v_uncond.clone()
-        x = step(x, v, knots[i + 1] - knots[i], v_uncond, w, x if out is None else out[i + 1])
-        yield x, v, v_uncond, w
+    velocity = resolve(velocity)
+    fused = velocity.fused_steps(x, solver, out, keep)
+    if fused is not None:
+        return fused
+    return evaluated_steps(velocity, x, solver, velocity.model_times(solver.model_times, x), out, keep)
 
 
-class Update(NamedTuple):
-    """What a loop does after an evaluation: `state + sum of factors * velocities`."""
+class AsFunctions:
+    """Updates by ops that return a new state, for a compiler to take in."""
 
-    first: bool  # the state that the loop began with, else the one that was evaluated
-    which: tuple[int, ...]
-    factors: tuple[float, ...]
-    kept: bool  # a later update reads the new velocity
-    done: tuple[int, ...]  # velocities that none does any more
+    def __init__(self, euler_step: Callable, linear_update: Callable):
+        self.step, self.add = euler_step, linear_update
 
+    def own(self, v: Tensor | None, kept: bool = False) -> Tensor | None:
+        return v.clone() if kept else v
 
-def updates_of(solver: Solver) -> tuple[Update, ...]:
-    """The update after each evaluation."""
-    found = solver.updates()
-    last = {i: i for i in range(len(found))}
-    for i, (_, which, _) in enumerate(found):
-        last.update((j, max(last[j], i)) for j in which)
-    return tuple(
-        Update(first and i > 0, tuple(which), tuple(b), last[i] > i, tuple(j for j in last if last[j] == i))
-        for i, (first, which, b) in enumerate(found)
-    )
+    def joined(self, v: Tensor, v_uncond: Tensor, w: float, dtype: torch.dtype) -> Tensor:
+        return guided(v, v_uncond, w, dtype)
+
+    def euler_step(self, i: int, x: Tensor, v: Tensor, h: float, v_uncond: Tensor | None, w: float) -> Tensor:
+        return self.step(x, v, h, v_uncond=v_uncond, guidance=w)
+
+    def linear_update(self, i: int, x: Tensor, v: list[Tensor], b: list[float]) -> Tensor:
+        return self.add(x, v, b)
 
 
-class Velocities:
-    """The velocities that later updates of a solver read, copied: a network may use the memory of its output again, as
-    a CUDA graph does. The compiler takes out copies that are not needed."""
-
-    def __init__(self):
-        self.kept: dict[int, Tensor] = {}
-
-    def add(self, i: int, update: Update, x: Tensor, v: Tensor, v_uncond: Tensor | None, w: float):
-        """(v, v_uncond) of evaluation i, to use in its update. Guidance is applied here to what is read again, and
-        where the update has other terms of another dtype."""
-        compiled = torch.compiler.is_compiling()
-        if v_uncond is not None and (update.kept or (v.dtype != x.dtype and len(update.which) > 1)):
-            if compiled:
-                v = guided(v, v_uncond, w, x.dtype)
-            else:  # in one pass
-                v = linear_update(v_uncond.to(x.dtype), (v, v_uncond), (w, -w))
-            v_uncond = None
-        elif compiled:
-            v = v.clone() if update.kept else v
-        else:
-            v = v.clone(memory_format=torch.contiguous_format) if update.kept or _share_storage(v, x) else v
-            if v_uncond is not None and _share_storage(v_uncond, x):
-                v_uncond = v_uncond.clone()
-        self.kept[i] = v
-        return v, v_uncond
-
-    def terms(self, i: int, update: Update, v_uncond: Tensor | None, w: float) -> tuple[list[Tensor], list[float]]:
-        """What the update of evaluation i adds up; velocities that no later one reads are let go."""
-        v, b = [], []
-        for j, factor in zip(update.which, update.factors, strict=True):
-            guided_here = j == i and v_uncond is not None
-            v += [self.kept[j], v_uncond] if guided_here else [self.kept[j]]
-            b += [factor * w, factor * (1 - w)] if guided_here else [factor]
-        for j in update.done:
-            del self.kept[j]
-        return v, b
+OPS = AsFunctions(euler_step, linear_update)
+REFERENCE = AsFunctions(euler_reference.euler_step, linear_reference.linear_update)
 
 
-def _share_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+class _InPlace:
+    """Updates that write each state where it belongs: into the one buffer, or into its row of `out`."""
+
+    def __init__(self, x: Tensor, out: Tensor | None):
+        self.step, self.x, self.out = stepper(x), x, out
+        self.begin, self.end = (x.data_ptr(), x.data_ptr() + x.nbytes) if out is None else (0, 0)
+
+    def own(self, v: Tensor | None, kept: bool = False) -> Tensor | None:
+        """The velocity in memory that the update does not write to, nor, if it is kept, the network."""
+        if v is not None and (kept or self.begin <= v.data_ptr() < self.end):
+            return v.clone(memory_format=torch.contiguous_format)
+        return v
+
+    def joined(self, v: Tensor, v_uncond: Tensor, w: float, dtype: torch.dtype) -> Tensor:
+        """Guidance applied, in one pass."""
+        return linear_update(v_uncond.to(dtype), (v, v_uncond), (w, -w))
+
+    def euler_step(self, i: int, x: Tensor, v: Tensor, h: float, v_uncond: Tensor | None, w: float) -> Tensor:
+        return self.step(x, v, h, v_uncond, w, self.x if self.out is None else self.out[i + 1])
+
+    def linear_update(self, i: int, x: Tensor, v: list[Tensor], b: list[float]) -> Tensor:
+        return linear_update(x, v, b, out=self.x if self.out is None else self.out[i + 1])
 
 
-def solve(
-    velocity, x: Tensor, solver: Solver, keep: bool = False
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, float]]:
-    """The evaluations of a solver, as `euler` yields its steps; the state is a buffer of the loop's own."""
-    updates = updates_of(solver)
-    if isinstance(velocity, FusedHead):
-        yield from velocity.fused_steps(x, solver.model_times.tolist(), updates, keep=keep)
-        return
-    t = model_times(velocity, solver.model_times, x)
-    embeddings = time_embeddings(velocity, t, x) if has_time_embedding(velocity) else [None] * len(t)
-    start, past = x.contiguous(), Velocities()
-    x = start.clone()
+def evaluated_steps(
+    velocity: Velocity,
+    x: Tensor,
+    solver: Solver,
+    t: Tensor,
+    out: Tensor | None = None,
+    keep: bool = False,
+    functions: AsFunctions | None = None,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """`steps` by calls of the velocity. Nothing here looks at a value: it can be recorded, and compiled.
+
+    t: the times of all evaluations `[M]`, as the velocity takes them, on its device. functions: for a compiler.
+    """
+    velocity, updates = resolve(velocity), solver.updates()
+    sizes, last = euler_sizes(updates), last_uses(updates)
+    embeddings = [None] * len(updates)
+    if velocity.has_time_embedding():
+        embeddings = rows_of_times(velocity.embed_time(t.clone(), x), len(updates))
+    start = x.contiguous()
+    x = start.clone() if out is None else out[0].copy_(start)  # which the velocity may write to
+    made, past = functions or _InPlace(x, out), {}
     for i, (update, now, embedding) in enumerate(zip(updates, times_of(t, len(x)), embeddings, strict=True)):
         v, v_uncond, w = evaluate(velocity, x, now, embedding)
-        v, v_uncond = past.add(i, update, x, v, v_uncond, w)
-        x = linear_update(start if update.first else x, *past.terms(i, update, v_uncond, w), out=x)
-        yield x, v, v_uncond, w
+        # guidance is applied first to what is read again, and where the update has other terms of another dtype
+        if v_uncond is not None and (last[i] > i or (v.dtype != x.dtype and len(update.which) > 1)):
+            v, v_uncond = made.joined(v, v_uncond, w, x.dtype), None
+        else:
+            v, v_uncond = made.own(v, kept=last[i] > i), made.own(v_uncond)
+        if sizes is not None:
+            x = made.euler_step(i, x, v, sizes[i], v_uncond, w)
+        else:
+            past[i] = v
+            x = made.linear_update(i, start if update.from_start else x, *_terms(i, update, past, v_uncond, w))
+            past = {k: kept for k, kept in past.items() if last[k] > i}
+        if keep and v_uncond is not None:
+            v = guided(v, v_uncond, w, x.dtype)
+        yield x, v if keep else None
 
 
-def plan_of(schedule: Schedule | Solver | int | Sequence[float] | Tensor, name: str = "schedule") -> Tensor | Solver:
-    """What a loop runs: times, on which the steps are Euler's, or a solver of other steps."""
-    if isinstance(schedule, Solver) and not schedule.is_euler:
-        return schedule
-    return schedule.times if isinstance(schedule, (Schedule, Solver)) else expect_times(schedule, name)
+def _terms(
+    i: int, update: Update, past: dict[int, Tensor], v_uncond: Tensor | None, w: float
+) -> tuple[list[Tensor], list[float]]:
+    """What the update of evaluation i adds up, with the guidance that is still to be applied."""
+    v, b = [], []
+    for k, factor in zip(update.which, update.factors, strict=True):
+        joint = k == i and v_uncond is not None
+        v += [past[k], v_uncond] if joint else [past[k]]
+        b += [factor * w, factor * (1 - w)] if joint else [factor]
+    return v, b
 
 
-def flow(velocity, x: Tensor, plan: Tensor | Solver, keep: bool = False):
-    """The steps of a plan, as `euler` yields them."""
-    return solve(velocity, x, plan, keep) if isinstance(plan, Solver) else euler(velocity, x, plan, keep=keep)
+def last_state(
+    velocity: Velocity, x: Tensor, solver: Solver, t: Tensor, functions: AsFunctions | None = None
+) -> Tensor:
+    """The state after all `evaluated_steps`."""
+    for step in evaluated_steps(velocity, x, solver, t, functions=functions):
+        x, _ = step
+    return x
 
 
-def replay(velocity, x: Tensor, plan: Tensor | Solver) -> Iterator[Tensor]:
-    """The velocities of the plan's steps from x, guidance applied."""
-    for _, v, v_uncond, w in flow(velocity, x, plan, keep=True):
-        yield guided(v, v_uncond, w, x.dtype)
+def velocities_along(velocity: Velocity, x: Tensor, solver: Solver) -> Iterator[Tensor]:
+    """The velocities of a solver's evaluations from the state x, guidance applied, in x's dtype."""
+    for _, v in steps(velocity, x, solver, keep=True):
+        yield v.to(x.dtype)
+
+
+def traced_euler(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
+    """The state after Euler's steps on `times`, float64 `[N+1]`, as torch.compile takes them: a loop of its graph, the
+    same for any number of steps. A Python loop would be unrolled, for each N anew."""
+    velocity = resolve(velocity)
+    embedded = velocity.has_time_embedding()
+    t, h = velocity.model_times(times[:-1], x), times.diff()
+
+    def more(i, x):
+        return (i < len(h)).all()
+
+    def step(i, x):  # numbers of the velocity's are for it alone: the loop cannot take in one that was looked at before
+        now = t.index_select(0, i.to(t.device, non_blocking=True))
+        embedding = velocity.embed_time(now, x) if embedded else None
+        v, v_uncond, w = evaluate(velocity, x, now.expand(len(x)).clone(), embedding)
+        return i + 1, euler_step(x, v, h.index_select(0, i).reshape(()), v_uncond=v_uncond, guidance=w)
+
+    i = torch.zeros(1, dtype=torch.int64, device="cpu")  # on the CPU: a GPU would be waited for before every step
+    return while_loop(more, step, (i, x))[1]

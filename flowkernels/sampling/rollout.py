@@ -8,13 +8,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels._casts import no_grad
-from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_room, expect_times
-from flowkernels._guidance import guided
-from flowkernels.fusion.sampler import FusedSampler
+from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_room
 from flowkernels.ops.library import fresh
-from flowkernels.sampling.loop import euler, initial_state
-from flowkernels.solver import Solver
-from flowkernels.velocity.evaluate import expect_velocity, warn_if_training
+from flowkernels.sampling.loop import initial_state, steps
+from flowkernels.solver import Solver, expect_solver
+from flowkernels.velocity.evaluate import warn_if_training
+from flowkernels.velocity.protocol import resolve
 
 
 @dataclass(frozen=True)
@@ -51,22 +50,23 @@ def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, pr
     """
     way_out = "a fine grid, on which the steps are Euler's (fk.sample runs a solver)"
     expect(not isinstance(grid, Solver), "grid", way_out, grid, TypeError)
-    expect_velocity(velocity), expect_bool(progress, "progress")
-    times = expect_times(grid, "grid")
-    if isinstance(velocity, FusedSampler):
-        _, x, v = velocity.on(times).run(noise, states=True, velocities=True)
-        return Trajectory(times, x, v)
+    known = resolve(velocity)
+    expect_bool(progress, "progress")
+    solver = expect_solver(grid, "grid")
+    fused = known.fused_run(solver)
+    if fused is not None:
+        _, x, v = fused.run(noise, states=True, velocities=True)
+        return Trajectory(solver.times, x, v)
     x0 = initial_state(expect_noise(noise))
     warn_if_training(velocity)
-    K = len(times) - 1
+    K = solver.steps
     expect_room(x0.nbytes * (2 * K + 1), "grid", "states and velocities", f"{K} steps")
     states = fresh(torch.empty(K + 1, *noise.shape, dtype=x0.dtype, device=x0.device))
     velocities = None
-    steps = enumerate(euler(velocity, x0, times, out=states))
-    for i, (_, v, v_uncond, w) in tqdm(steps, "rollout", K, disable=not progress, leave=False):
-        v = v if v_uncond is None else guided(v, v_uncond, w, x0.dtype)
+    made = enumerate(steps(velocity, x0, solver, out=states, keep=True))
+    for i, (_, v) in tqdm(made, "rollout", K, disable=not progress, leave=False):
         if velocities is None:
             velocities = fresh(torch.empty(K, *v.shape, dtype=v.dtype, device=v.device))
         velocities[i] = v
-    expect_finite_flow(states[-1], velocities, times)
-    return Trajectory(times, states, velocities)
+    expect_finite_flow(states[-1], velocities, solver.times)
+    return Trajectory(solver.times, states, velocities)

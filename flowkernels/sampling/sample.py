@@ -8,16 +8,12 @@ from tqdm import tqdm
 
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_times
-from flowkernels.fusion.head import FusedHead
-from flowkernels.fusion.sampler import FusedSampler
-from flowkernels.ops import euler_step, linear_update
-from flowkernels.runtime.torch_private import while_loop
 from flowkernels.sampling import capture as capture_module
-from flowkernels.sampling.loop import flow, initial_state, plan_of, replay, updates_of
+from flowkernels.sampling.loop import OPS, initial_state, last_state, steps, traced_euler, velocities_along
 from flowkernels.schedule import Schedule
-from flowkernels.solver import Solver
-from flowkernels.velocity.evaluate import evaluate, expect_velocity, has_time_embedding, model_times, warn_if_training
-from flowkernels.velocity.protocol import resolve
+from flowkernels.solver import Solver, expect_solver
+from flowkernels.velocity.evaluate import warn_if_training
+from flowkernels.velocity.protocol import Velocity, resolve
 
 
 @no_grad
@@ -70,57 +66,47 @@ def sample(
     """
     if torch.compiler.is_compiling():
         return _traced(velocity, noise, schedule, capture)
-    backward = isinstance(schedule, Solver) and schedule.is_inverse
-    expect(not backward, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
-    return run(velocity, noise, plan_of(schedule), capture, progress)
+    solver = expect_solver(schedule, "schedule")
+    expect(not solver.is_inverse, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
+    return run(velocity, noise, solver, capture, progress)
 
 
-def run(velocity, noise: Tensor, plan: Tensor | Solver, capture: str | None, progress: bool, *names: str) -> Tensor:
-    """The last state of the plan's steps; names: of the argument and of the progress bar."""
-    name, bar = names or ("noise", "sample")
-    expect_velocity(velocity), expect_bool(progress, "progress")
-    if isinstance(velocity, FusedSampler):
-        backward = isinstance(plan, Tensor) and bool(plan[0] > plan[-1])
-        return velocity.on(Solver.euler(plan.flip(0), inverse=True) if backward else plan)(noise)
+def run(
+    velocity: Velocity,
+    noise: Tensor,
+    solver: Solver,
+    capture: str | None,
+    progress: bool,
+    name: str = "noise",
+    bar: str = "sample",
+) -> Tensor:
+    """The last state of a solver, in either direction. name: of the argument `noise`; bar: of the progress bar."""
+    fused = resolve(velocity).fused_run(solver)
+    expect_bool(progress, "progress")
+    if fused is not None:
+        return fused(noise)
     x0 = initial_state(expect_noise(noise, name))
     mode = capture_module.choose(capture, x0.device)
     warn_if_training(velocity, stacklevel=5)
-    solver = plan if isinstance(plan, Solver) else None
-    times = plan[:-1] if solver is None else solver.model_times
     if mode is not None:
-        x1 = capture_module.run(mode, velocity, x0, plan)
+        x1 = capture_module.run(mode, velocity, x0, solver)
     else:
-        steps = flow(velocity, x0, plan)
-        for step in tqdm(steps, bar, len(times), disable=not progress, leave=False):
-            x1 = step[0]
-    what = "step" if solver is None or solver.evaluations == solver.steps else "evaluation"
-    expect_finite_flow(x1, replay(velocity, x0, plan), times, what=what)
+        made = steps(velocity, x0, solver)
+        for step in tqdm(made, bar, solver.evaluations, disable=not progress, leave=False):
+            x1, _ = step
+    what = "step" if solver.evaluations == solver.steps else "evaluation"
+    expect_finite_flow(x1, velocities_along(velocity, x0, solver), solver.model_times, what=what)
     return x1
 
 
-def _traced(velocity, noise: Tensor, schedule, capture: str | None) -> Tensor:
-    """The loop as torch.compile takes it: a loop of its graph. A Python loop, which a solver's is, would be unrolled,
-    for each N anew."""
-    fused = isinstance(velocity, (FusedSampler, FusedHead))
-    expect(not fused, "velocity", "a network inside torch.compile, which fuses on its own", type(velocity).__name__)
+def _traced(velocity: Velocity, noise: Tensor, schedule, capture: str | None) -> Tensor:
+    """As torch.compile takes it: a solver unrolled, Euler's steps as a loop of its graph."""
+    expected = "a network inside torch.compile, which fuses on its own"
+    expect(not resolve(velocity).is_fused, "velocity", expected, type(velocity).__name__)
     expect(capture in (None, "auto"), "capture", "None or 'auto' inside torch.compile", capture)
     warn_if_training(velocity)
     x = initial_state(expect_noise(noise)).contiguous()
-    embedded = has_time_embedding(velocity)
     if isinstance(schedule, Solver):
-        loop = capture_module.unrolled_solver(updates_of(schedule), linear_update, embedded)
-        return loop(velocity, x, model_times(velocity, schedule.model_times, x))
+        return last_state(velocity, x, schedule, resolve(velocity).model_times(schedule.model_times, x), OPS)
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
-    t, h = model_times(velocity, times[:-1], x), times.diff()
-
-    def more(i, x):
-        return (i < len(h)).all()
-
-    def step(i, x):  # numbers of the velocity's are for it alone: the loop cannot take in one that was looked at before
-        now = t.index_select(0, i.to(t.device, non_blocking=True))
-        embedding = resolve(velocity).embed_time(now, x) if embedded else None
-        v, v_uncond, w = evaluate(velocity, x, now.expand(len(x)).clone(), embedding)
-        return i + 1, euler_step(x, v, h.index_select(0, i).reshape(()), v_uncond=v_uncond, guidance=w)
-
-    i = torch.zeros(1, dtype=torch.int64, device="cpu")  # on the CPU: a GPU would be waited for before every step
-    return while_loop(more, step, (i, x))[1]
+    return traced_euler(velocity, x, times)

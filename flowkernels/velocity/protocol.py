@@ -1,6 +1,6 @@
 """What a velocity is to the stages: something to call, and what it may offer beside."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
@@ -41,7 +41,7 @@ class VelocityBase:
 
     guidance: weight w of `v_uncond + w (v - v_uncond)`, of what `velocities` returns.
     conditioning: what it is called with beside x and t, by name.
-    is_fused: it runs a plan, or a step, by kernels of its own (`fused_run`, `fused_steps`).
+    is_fused: it runs a solver, or a step, by kernels of its own (`fused_run`, `fused_steps`).
     """
 
     guidance: float = 1.0
@@ -99,9 +99,8 @@ class VelocityBase:
 
     # ---- kernels of its own ----
 
-    def fused_run(self, plan) -> Any:
-        """What makes all steps of a plan (a Schedule, a Solver or times) in one call, with the methods of a
-        `FusedSampler`; None: nothing does."""
+    def fused_run(self, solver) -> FusedRun | None:
+        """What makes all steps of a Solver in one call; None: nothing does."""
         return None
 
     def unfused(self) -> "VelocityBase":
@@ -109,9 +108,9 @@ class VelocityBase:
         return self
 
     def fused_steps(
-        self, x: Tensor, times: Sequence[float], updates: Sequence[tuple], out: Tensor | None = None, keep: bool = True
-    ) -> Iterator[tuple[Tensor, Tensor | None, None, float]] | None:
-        """The steps of a loop, each with its evaluation, as the loop yields them; None: the loop makes them."""
+        self, x: Tensor, solver, out: Tensor | None = None, keep: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor | None]] | None:
+        """What `loop.steps` yields for a Solver; None: it makes the steps itself."""
         return None
 
 

@@ -13,7 +13,7 @@ import flowkernels as fk
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import DiT, UNet
 from flowkernels.sampling import capture
-from flowkernels.sampling.loop import euler, initial_state
+from flowkernels.sampling.loop import initial_state, steps
 from flowkernels.velocity.field import VelocityField
 
 
@@ -80,14 +80,14 @@ def test_the_numbers_are_the_same(name, mode):
 def test_no_host_sync(name):
     make, shape = VELOCITIES[name]
     velocity, x = make(), initial_state(normal(*shape).cuda())
-    times = fk.Schedule.uniform(4).times
+    solver = fk.Solver.euler(4)
     with torch.no_grad():
-        capture.run("graph", velocity, x, times)
+        capture.run("graph", velocity, x, solver)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in euler(velocity, x, times):
+            for _ in steps(velocity, x, solver):
                 pass
-            capture.run("graph", velocity, x, times)
+            capture.run("graph", velocity, x, solver)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

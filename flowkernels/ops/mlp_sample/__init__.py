@@ -21,6 +21,7 @@ from flowkernels.ops.library import (
     stream_of,
 )
 from flowkernels.ops.mlp_sample import reference
+from flowkernels.solver import Update, euler_sizes, last_uses
 
 MAPS, COMBINES = ("identity", "linear", "layer_norm"), ("none", "add", "multiply")  # as csrc/mlp_sample/mlp_sample.h
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -33,14 +34,6 @@ class Source(NamedTuple):
     value: int
     first: int
     width: int
-
-
-class Update(NamedTuple):
-    """What follows an evaluation i: x_{i+1} = (x_0 or x_i) + the sum of factor * v_k, added up in the order of k."""
-
-    from_start: bool
-    which: Sequence[int]
-    factors: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -94,8 +87,9 @@ def mlp_sample(
 
     Args:
         x: noise `[n, D]`, float32.
-        step_sizes: h_s for s = 0..N-1, or what `Solver.updates()` returns: for each of N evaluations (whether the state
-            after it starts from x instead of the state before it; which velocities are added; their factors).
+        step_sizes: h_s for s = 0..N-1, or what `Solver.updates()` returns: an `Update`, or a triple like it, for each
+            of N evaluations (whether the state after it starts from x instead of the state before it; which velocities
+            are added; their factors).
         layers: the network; the value of the last layer is the velocity, of width D.
         unconditional: the same layers with the tables of the unconditional velocity, for guidance.
         guidance: w in `v_uncond + w (v - v_uncond)`; 1 means no guidance.
@@ -152,14 +146,9 @@ def expect_steps(steps: list) -> list[float] | list[Update]:
         expect(len(factors) == len(which), where, f"{len(which)} factors", factors)
         for k, factor in zip(which, factors, strict=True):
             expect_number(factor, f"{where}, factor of {k}")
-    return one_by_one([Update(first, list(which), [float(b) for b in factors]) for first, which, factors in steps])
-
-
-def one_by_one(updates: Sequence[Update]) -> list[float] | list[Update]:
-    """Step sizes, where each update adds nothing but its own velocity to its own state."""
-    if all((i == 0 or not first) and list(which) == [i] for i, (first, which, _) in enumerate(updates)):
-        return [factors[0] for _, _, factors in updates]
-    return [Update(*update) for update in updates]
+    updates = [Update(u[0] and i > 0, tuple(u[1]), tuple(map(float, u[2]))) for i, u in enumerate(steps)]
+    sizes = euler_sizes(updates)
+    return updates if sizes is None else sizes
 
 
 def expect_layers(layers: Sequence[Layer], name: str, x: Tensor, steps: int) -> None:
@@ -235,8 +224,8 @@ def _steps(step_sizes: Sequence[float], updates: Sequence[int]) -> list[float] |
         return list(step_sizes)
     found, factors, code = [], iter(step_sizes), iter(updates)
     for from_start in code:
-        which = [next(code) for _ in range(next(code))]
-        found.append(Update(bool(from_start), which, [next(factors) for _ in which]))
+        which = tuple(next(code) for _ in range(next(code)))
+        found.append(Update(bool(from_start), which, tuple(next(factors) for _ in which)))
     return found
 
 
@@ -477,14 +466,14 @@ class Updates:
     """
 
     def __init__(self, updates: Sequence[Update]):
-        last_use = {k: i for i, u in enumerate(updates) for k in u.which}
+        last = last_uses(updates)
         self.listed, self.places, self.count = [], [], 0
         self.factors = [b for u in updates for b in u.factors]
         taken, free = {}, []
         for i, u in enumerate(updates):
             self.places += [taken.get(k, -1) for k in u.which]
-            free += [taken.pop(k) for k in u.which if k < i and last_use[k] == i]
-            if last_use.get(i, i) > i:
+            free += [taken.pop(k) for k in u.which if k < i and last[k] == i]
+            if last[i] > i:
                 self.count += not free
                 taken[i] = free.pop() if free else self.count - 1
             self.listed.append((int(u.from_start), len(u.which), taken.get(i, -1)))

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowkernels.ops.mlp_sample import Layer, Source, Update, _flat, _flat_steps, _layers, _steps, reference
+from flowkernels.ops.mlp_sample import Layer, Source, _flat, _flat_steps, _layers, _steps, reference
 from flowkernels.ops.samples import Sample, arrange, generator, not_none, slices
+from flowkernels.solver import Update
 
 TRIALS, MOVED = 3, 60  # evaluations with random errors, and numbers that they move together at least
 CHECKED = 10**10  # multiply-adds, about, that the samples of a large batch that are checked may cost in each of them
@@ -83,7 +84,7 @@ def last_few(order: int) -> Callable[[int, torch.Generator], list[Update]]:
             terms = min(order, i + 1)
             signs = torch.tensor([(-1.0) ** (terms - 1 - k) for k in range(terms)], dtype=torch.float64)
             factors = signs * (0.5 + torch.rand(terms, generator=g, dtype=torch.float64)) / steps
-            return Update(i == 0, list(range(i + 1 - terms, i + 1)), factors.tolist())
+            return Update(i == 0, tuple(range(i + 1 - terms, i + 1)), tuple(factors.tolist()))
 
         return [update(i) for i in range(steps)]
 
@@ -93,7 +94,7 @@ def last_few(order: int) -> Callable[[int, torch.Generator], list[Update]]:
 def dense(steps: int, g: torch.Generator) -> list[Update]:
     """From x, with all velocities, as a fit has them."""
     factors = torch.randn(steps, steps, generator=g, dtype=torch.float64) / max(steps, 1)
-    return [Update(True, list(range(i + 1)), factors[i, : i + 1].tolist()) for i in range(steps)]
+    return [Update(True, tuple(range(i + 1)), tuple(factors[i, : i + 1].tolist())) for i in range(steps)]
 
 
 def scattered(steps: int, g: torch.Generator) -> list[Update]:
@@ -102,7 +103,7 @@ def scattered(steps: int, g: torch.Generator) -> list[Update]:
     for i in range(steps):
         which = torch.rand(i + 1, generator=g).lt(0.5).nonzero().flatten().tolist() or [i // 2]
         factors = torch.randn(len(which), generator=g, dtype=torch.float64) / steps
-        found.append(Update(bool(torch.rand((), generator=g) < 0.5), which, factors.tolist()))
+        found.append(Update(bool(torch.rand((), generator=g) < 0.5), tuple(which), tuple(factors.tolist())))
     return found
 
 
@@ -240,7 +241,7 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
     half_ulp = torch.finfo(torch.float32).eps / 2
     floor, most, roundings = 0.0, 0, 0  # most: roundings of a state since it started from x
     multistep = len(h) > 0 and isinstance(h[0], tuple)
-    updates = [Update(*u) if multistep else Update(False, [i], [u]) for i, u in enumerate(h)]
+    updates = [Update(*u) if multistep else Update(False, (i,), (u,)) for i, u in enumerate(h)]
     for u in updates:
         roundings = len(u.which) + (0 if u.from_start else roundings)
         most = max(most, roundings)
@@ -272,7 +273,7 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
 
         if multistep:
             each = ((u, off(torch.tensor(u.factors, dtype=torch.float64), 1 + len(u.which) ** 0.5)) for u in updates)
-            steps = [Update(u.from_start, u.which, factors.tolist()) for u, factors in each]
+            steps = [Update(u.from_start, u.which, tuple(factors.tolist())) for u, factors in each]
         else:
             steps = off(torch.tensor(h, dtype=torch.float64), 2)
         other = off(x, most**0.5), steps, moved(layers), moved(given[1]), given[2]

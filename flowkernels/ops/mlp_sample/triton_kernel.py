@@ -27,13 +27,13 @@ from flowkernels.ops.mlp_sample import (
     MAPS,
     PLACE,
     Layer,
-    Update,
     Updates,
     _kernel,
     _places,
     _round_up,
 )
 from flowkernels.ops.triton_common import scalar
+from flowkernels.solver import Update
 
 # BLOCK: columns of a tile of outputs, DEEP: inputs that are multiplied at a time, a divisor of DEPTH
 CONFIGS = {"mlp_sample": {"ROWS": 16, "BLOCK": 128, "DEEP": 32, "num_warps": 8, "num_stages": 4}}
