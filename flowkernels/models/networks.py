@@ -1,7 +1,7 @@
 """Velocity networks that ship with the package: real, small flow models to calibrate and to test on.
 
 `digits` (a residual MLP on 8x8 images) and `fashion` (a UNet on 28x28 images) have checkpoints; `DiT` is there to be
-trained. All three expose their time embedding (`velocity.time_embedding.HasTimeEmbedding`).
+trained. All three expose their time embedding (`fk.HasTimeEmbedding`).
 All follow the library's convention: `net(x, t)` with x `[n, *shape]`, t `[n]`, t = 0 noise, t = 1 data.
 """
 

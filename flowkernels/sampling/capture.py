@@ -2,7 +2,7 @@
 
 Small networks spend their sampling time on launching kernels and on Python. A schedule is fixed, so that its whole loop
 can be recorded once and replayed. Nothing inside the loop looks at a value: step sizes are constants, the times are on
-the device before it starts, and what depends on them alone is evaluated once (`velocity_field.HasTimeEmbedding`).
+the device before it starts, and what depends on them alone is evaluated once (`fk.HasTimeEmbedding`).
 """
 
 import functools

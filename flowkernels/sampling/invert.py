@@ -52,8 +52,8 @@ def invert(
             than Euler steps does not know its counterpart, so that it has to be given.
         capture, progress: as for `sample`.
 
-    The first evaluation is at t = 1. Velocities that are not defined there, such as `models.EmpiricalVelocity`, need
-    other times: `Solver.euler(schedule, model_times=..., inverse=True)`.
+    The first evaluation is at t = 1. Velocities that are not defined there, such as
+    `models.closed_form.EmpiricalVelocity`, need other times: `Solver.euler(schedule, model_times=..., inverse=True)`.
 
     Returns:
         Inversion.

@@ -36,7 +36,7 @@ def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, pr
     Args:
         velocity: callable `velocity(x, t)` with x `[n, *shape]`, t `[n]`; networks with another convention go through
             `VelocityField`. What a network computes from the time alone is computed once for all steps where it says
-            how (`velocity_field.HasTimeEmbedding`). A `FusedSampler` makes all steps in one call, on a GPU without
+            how (`fk.HasTimeEmbedding`). A `FusedSampler` makes all steps in one call, on a GPU without
             looking for NaN and Inf.
         noise: `[n, *shape]`, the state at t = 0.
         grid: K for K uniform steps, or K+1 increasing times from 0 to 1.
