@@ -12,7 +12,7 @@ from torch import nn
 import flowkernels as fk
 from flowkernels import VelocityField
 from flowkernels.sampling import capture
-from flowkernels.velocity.evaluate import has_time_embedding
+from flowkernels.velocity.protocol import resolve
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 NOISE, LABELS = normal(12, 3), normal(12, 3, seed=1)
@@ -240,7 +240,7 @@ class Own(VelocityField):
     ids=["by the name", "by the protocol", "overridden", "field", "forward of a subclass", "embedding of a subclass"],
 )
 def test_time_embeddings_are_opted_into(velocity, says):
-    assert has_time_embedding(velocity) == says
+    assert resolve(velocity).has_time_embedding() == says
     expected = torch.stack([(1 + (t + isinstance(velocity, Own)) / 3) for t in torch.tensor([0, 1 / 3, 2 / 3])]).prod()
     got = fk.sample(velocity, NOISE, 3)
     if type(velocity) not in (Words, Without):

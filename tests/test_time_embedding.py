@@ -9,8 +9,8 @@ import flowkernels as fk
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import DiT, ResidualMLP, UNet
 from flowkernels.velocity import time_embedding as time_embedding_module
-from flowkernels.velocity.evaluate import has_time_embedding
 from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.protocol import resolve
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 NETWORKS = {
@@ -89,8 +89,8 @@ def test_stages_call_the_time_mlp_once_a_schedule(name, dtype):
         "calibrate": lambda v: fk.calibrate(v, noise, 4, 2, progress=False).cost.triu(1).nan_to_num(posinf=0),
     }
     for exposed, hidden in pairs.values():
-        assert has_time_embedding(exposed)
-        assert not has_time_embedding(hidden)
+        assert resolve(exposed).has_time_embedding()
+        assert not resolve(hidden).has_time_embedding()
         for stage in stages.values():
             (got, once), (expected, often) = count(stage, exposed), count(stage, hidden)
             assert once == 1
@@ -118,7 +118,7 @@ def test_networks_in_bfloat16():
 def test_the_bundled_checkpoints():
     for name in ("digits", "fashion"):
         net = BUNDLED[name].load()
-        assert has_time_embedding(net)
+        assert resolve(net).has_time_embedding()
         noise = normal(2, *BUNDLED[name].shape)
         assert torch.allclose(fk.sample(net, noise, 2), fk.sample(lambda x, t, net=net: net(x, t), noise, 2), atol=1e-4)
 
@@ -186,7 +186,7 @@ def test_through_a_field(packed):
         assert len(t) == (8 if packed else 4)
         assert torch.equal(embedding["a"], t)
     outer = VelocityField(VelocityField(net, time_scale=2.0), time_scale=3.0)
-    assert has_time_embedding(outer)
+    assert resolve(outer).has_time_embedding()
     net.times.clear()
     fk.sample(outer, normal(4, 2), TIMES)
     assert torch.equal(torch.cat(net.times), 6 * torch.tensor(TIMES[:-1]))
@@ -245,7 +245,7 @@ def with_another_forward():
     ids=["submodule", "another forward", "required", "conditioning", "keywords", "nothing", "builtin"],
 )
 def test_what_does_not_expose_a_time_embedding(velocity):
-    assert not has_time_embedding(velocity)
+    assert not resolve(velocity).has_time_embedding()
     if velocity is not torch.zeros_like:
         assert fk.sample(velocity, normal(2, 1, 8, 8), 2).shape == (2, 1, 8, 8)
 

@@ -127,6 +127,17 @@ def test_provenance_says_what_the_stranger_says_of_itself(tmp_path):
         fk.fit_solver(Towards(CENTRES + 1), calibrated(stranger()), 2)
 
 
+def test_a_velocity_with_a_run_of_its_own_is_run():
+    runs = []
+
+    class Run(Towards):
+        def fused_run(self, plan):
+            return lambda noise: runs.append(plan) or noise + 1
+
+    assert fk.sample(Run(CENTRES), NOISE, 4).equal(NOISE + 1)
+    assert len(runs) == 1
+
+
 def test_resolving_is_done_once():
     plain, own = torch.sin, stranger()
     resolved = resolve(plain)
@@ -138,7 +149,7 @@ def test_resolving_is_done_once():
         resolve(3, "student")
 
 
-PUBLIC = ("calibrate", "fit_solver", "fuse", "fuse_head", "polish", "straighten")
+PUBLIC = ("calibrate", "fit_solver", "fuse", "fuse_head", "invert", "polish", "rollout", "sample", "straighten")
 
 
 @pytest.mark.parametrize("name", PUBLIC)

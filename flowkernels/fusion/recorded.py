@@ -19,19 +19,20 @@ from flowkernels.ops.mlp_sample import Layer, plan_for
 from flowkernels.runtime.torch_private import tree_flatten
 from flowkernels.solver import Update
 from flowkernels.velocity.field import HOOKS, VelocityField, float64_device, overridden
+from flowkernels.velocity.protocol import is_per_sample
 
 FEW = 3  # samples of a call that looks for the numbers that a network deals with
 WAY_OUT = "fk.sample(velocity, noise, schedule, capture=...) captures the loop of any network"
 
 
-class _Network:
+class Network:
     """What samplers on several schedules share."""
 
     def __init__(self, velocity, field: VelocityField, shape: tuple[int, ...], weights: torch.dtype | None):
         self.velocity, self.field, self.shape, self.weights = velocity, field, shape, weights
         self.dim, self.is_flat = torch.Size(shape).numel(), len(shape) == 1
         expect(self.dim > 0, "shape", "at least one feature", shape)
-        self.recorded: _Recorded | None = None
+        self.recorded: Recorded | None = None
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict:
@@ -60,11 +61,11 @@ class _Network:
                 expect_tensor(value, key)
         return self.field.conditioning | conditioning
 
-    def record(self, n: int, given: Mapping[str, Any]) -> "_Recorded":
+    def record(self, n: int, given: Mapping[str, Any]) -> "Recorded":
         """The network recorded, with its weights as they are and conditioning of this form."""
         with self.lock:
             if self.recorded is None or self.recorded.is_stale() or not self.recorded.fits(n, given):
-                self.recorded = _Recorded(self, n, given)
+                self.recorded = Recorded(self, n, given)
             return self.recorded
 
 
@@ -79,14 +80,14 @@ def _undisturbed(f):
     return run
 
 
-class _Recorded:
+class Recorded:
     """A network's operations and weights at one moment.
 
     each: names of the conditioning that has one row a sample. low: bfloat16 for weights in it, or None.
     """
 
     @_undisturbed
-    def __init__(self, network: _Network, n: int, given: Mapping[str, Any]):
+    def __init__(self, network: Network, n: int, given: Mapping[str, Any]):
         self.field, self.dim, self.device = network.field, network.dim, network.device
         other = overridden(self.field).keys() - {"call_network"} | {h for h in HOOKS[:2] if getattr(self.field, h)}
         if other:  # what the recording does not call
@@ -132,7 +133,7 @@ class _Recorded:
         self.is_low = self.low is not None or not dtypes.isdisjoint(LOW)
         self.plans: dict[Any, Any] = {}  # by the module of the kernels
 
-    def _inputs(self, network: _Network, given: Mapping[str, Any], rows: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def _inputs(self, network: Network, given: Mapping[str, Any], rows: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """(x, t, conditioning) of so many samples."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(rows, *network.shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -144,7 +145,7 @@ class _Recorded:
                 kwargs[key] = value[index % len(value)] if key in self.each else value.clone()
         return x.to(network.device), t, kwargs
 
-    def _numbers(self, network: _Network, given: Mapping[str, Any]) -> set[int]:
+    def _numbers(self, network: Network, given: Mapping[str, Any]) -> set[int]:
         """The integers and sizes that a call on a few samples deals with."""
         x, t, kwargs = self._inputs(network, given, FEW)
         with contextlib.suppress(Exception), Numbers() as numbers:  # the recording says what is wrong
@@ -178,7 +179,7 @@ class _Recorded:
 
     def _with_rows(self, n: int, given: Mapping[str, Any]) -> set[str]:
         """The names of the conditioning that has one row for each of n > 1 samples."""
-        return {k for k, v in [*given.items(), *self.field.unconditional.items()] if _has_rows(v, n)}
+        return {k for k, v in [*given.items(), *self.field.unconditional.items()] if is_per_sample(v, n)}
 
     def fits(self, n: int, given: Mapping[str, Any]) -> bool:
         """Whether conditioning is of the same names, and has one row a sample where it had when recorded (or one for
@@ -222,11 +223,11 @@ class _Recorded:
         return value.expand(shape)
 
 
-class _Batch:
+class Batch:
     """A network's layers with the tables of one sampler's evaluations and one batch's conditioning."""
 
     @_undisturbed
-    def __init__(self, network: _Recorded, times: Tensor, n: int, given: Mapping[str, Any], last: "_Batch | None"):
+    def __init__(self, network: Recorded, times: Tensor, n: int, given: Mapping[str, Any], last: "Batch | None"):
         self.network, field = network, network.field
         self.n, self.given = n, _conditioning(field, given)
         self.versions = [_version(v) for v in self.given.values()]
@@ -238,7 +239,7 @@ class _Batch:
             self.unconditional = network.layers(times, n, {**given, **field.unconditional}, known_too)
         self._prepared: dict[Any, Any] = {}  # by the module of the kernels
 
-    def is_stale(self, network: _Network, n: int, given: Mapping[str, Any], known: bool) -> bool:
+    def is_stale(self, network: Network, n: int, given: Mapping[str, Any], known: bool) -> bool:
         if self.network is not network.recorded or (not known and self.network.is_stale()):
             return True
         if not given and not self.given:
@@ -256,11 +257,6 @@ class _Batch:
             given = self.layers, self.unconditional, network.field.guidance
             self._prepared[C] = network.plans[C].prepare(steps, *given)
         return self._prepared[C]
-
-
-def _has_rows(v: Any, n: int) -> bool:
-    """Whether it has one row for each of n > 1 samples."""
-    return isinstance(v, Tensor) and v.dim() > 0 and len(v) == n > 1
 
 
 def _conditioning(field: VelocityField, given: Mapping[str, Any]) -> dict[tuple[str, bool], Any]:

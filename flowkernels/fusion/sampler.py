@@ -23,14 +23,14 @@ from flowkernels._checks import (
     expect_tensor,
 )
 from flowkernels.fusion.record import NotFusable
-from flowkernels.fusion.recorded import WAY_OUT, _Batch, _has_rows, _Network
+from flowkernels.fusion.recorded import WAY_OUT, Batch, Network
 from flowkernels.ops.library import direct, direct_gpu, fresh
 from flowkernels.ops.mlp_sample import mlp_sample
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, euler_sizes, expect_solver
 from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.field import VelocityField, float64_device
-from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
+from flowkernels.velocity.protocol import Velocity, VelocityBase, is_per_sample, resolve
 from flowkernels.velocity.provenance import Identity
 
 MOST_BYTES = 256 << 20  # of tables with a row for every step of every sample; more samples run in parts
@@ -78,7 +78,7 @@ def fuse(
     warn_if_training(velocity)
     field = VelocityField.of(velocity)
     shape = _shape_of_sample(field) if shape is None else shape
-    sampler = FusedSampler(_Network(velocity, field, shape, weights), solver)
+    sampler = FusedSampler(Network(velocity, field, shape, weights), solver)
     sampler.verify()
     sampler.on([0.0, 0.3, 0.7, 1.0]).verify()  # a schedule of one step would not show what time does
     return sampler
@@ -146,11 +146,11 @@ class FusedSampler(VelocityBase):
 
     is_fused = True
 
-    def __init__(self, network: "_Network", solver: Solver):
+    def __init__(self, network: "Network", solver: Solver):
         self._network, self._solver, self._key = network, solver, _key(solver)
         sizes = euler_sizes(solver.updates())
         self._steps = solver.updates() if sizes is None else torch.tensor(sizes, dtype=torch.float64, device="cpu")
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._others: dict[tuple, FusedSampler] = {}
 
     @property
@@ -196,7 +196,7 @@ class FusedSampler(VelocityBase):
         field = self._network.field.rows(index, n)
         if not field.conditioning:
             return self
-        return FusedSampler(_Network(field, field, self.shape, self._network.weights), self._solver)
+        return FusedSampler(Network(field, field, self.shape, self._network.weights), self._solver)
 
     def fused_run(self, solver: Solver) -> "FusedSampler":
         return self.on(solver)
@@ -259,7 +259,7 @@ class FusedSampler(VelocityBase):
             parts = []
             for begin in range(0, n, most):
                 rows, kept = slice(begin, begin + most), dict(states=states, velocities=velocities)
-                part = {k: v[rows] if _has_rows(v, n) else v for k, v in (conditioning or {}).items()}
+                part = {k: v[rows] if is_per_sample(v, n) else v for k, v in (conditioning or {}).items()}
                 parts.append(self.rows(rows, n).run(x[rows], part, **kept, first=first + begin))
             found = zip(*parts, (0, 1, 1), strict=True)
             return tuple(None if t[0] is None else torch.cat(t[:-1], t[-1]) for t in found)
@@ -297,7 +297,7 @@ class FusedSampler(VelocityBase):
         return noise.detach().float()
 
     @torch.no_grad()
-    def _by_op(self, batch: "_Batch", x: Tensor, trajectory: bool) -> list[Tensor | None]:
+    def _by_op(self, batch: "Batch", x: Tensor, trajectory: bool) -> list[Tensor | None]:
         """(samples, states, velocities), the latter two for a trajectory, through the public op: any backend, and any
         tracer of torch's."""
         low, w = batch.network.low, self._network.field.guidance
@@ -308,14 +308,14 @@ class FusedSampler(VelocityBase):
             return [found.view(x.shape), None, None]
         return [t.view(*t.shape[:-1], *x.shape[1:]) for t in found]
 
-    def _prepare(self, n: int, given: Mapping[str, Any] | None, known: bool = False) -> "_Batch":
+    def _prepare(self, n: int, given: Mapping[str, Any] | None, known: bool = False) -> "Batch":
         """The layers with their tables for n samples: those of the last call, where nothing has changed.
 
         known: it has been looked at just now what the network is.
         """
         given, batch = self._network.field.conditioning if given is None else given, self._batch
         if batch is None or batch.is_stale(self._network, n, given, known):
-            batch = self._batch = _Batch(self._network.record(n, given), self._solver.model_times, n, given, batch)
+            batch = self._batch = Batch(self._network.record(n, given), self._solver.model_times, n, given, batch)
         return batch
 
     @no_grad

@@ -10,7 +10,7 @@ from flowkernels._checks import expect, expect_bool, expect_noise
 from flowkernels.sampling.sample import run
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver
-from flowkernels.velocity.protocol import resolve
+from flowkernels.velocity.protocol import Velocity, resolve
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Inversion:
 
 @no_grad
 def invert(
-    velocity,
+    velocity: Velocity,
     data: Tensor,
     schedule: Schedule | Solver | int | Sequence[float] | Tensor,
     *,

@@ -13,7 +13,7 @@ from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import initial_state, steps
 from flowkernels.solver import Solver, expect_solver
 from flowkernels.velocity.evaluate import warn_if_training
-from flowkernels.velocity.protocol import resolve
+from flowkernels.velocity.protocol import Velocity, resolve
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Trajectory:
 
 
 @no_grad
-def rollout(velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, progress: bool = False) -> Trajectory:
+def rollout(
+    velocity: Velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, progress: bool = False
+) -> Trajectory:
     """Euler steps of `velocity` from `noise` on a fine grid, keeping every state and velocity.
 
     Args:

@@ -18,7 +18,7 @@ from flowkernels.velocity.protocol import Velocity, resolve
 
 @no_grad
 def sample(
-    velocity,
+    velocity: Velocity,
     noise: Tensor,
     schedule: Schedule | Solver | int | Sequence[float] | Tensor,
     *,

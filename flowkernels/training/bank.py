@@ -10,14 +10,13 @@ from tqdm import tqdm
 
 from flowkernels._casts import no_grad
 from flowkernels._checks import describe, expect, expect_noise, expect_room, expect_shape, expect_takes, expect_times
-from flowkernels.fusion.sampler import FusedSampler
 from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import initial_state, steps, velocities_along
 from flowkernels.sampling.rollout import expect_finite_flow
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.velocity.evaluate import velocity_rows
 from flowkernels.velocity.hashes import tensors_hash
+from flowkernels.velocity.protocol import Velocity, resolve
 
 Noise = Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor]
 NOISE = "a tensor, a shape or a function (n, generator)"
@@ -101,22 +100,25 @@ class Bank:
 
 
 @no_grad
-def knots(velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: int, progress: bool = False) -> Tensor:
+def knots(
+    velocity: Velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: int, progress: bool = False
+) -> Tensor:
     """The teacher's states at the knots `[N+1, n, *shape]`, rolled out on the fine grid, `chunk` samples at a time."""
     n, places, solver = len(noise), {k: i for i, k in enumerate(indices)}, Solver.euler(grid)
-    dtype = initial_state(noise[:0]).dtype
+    velocity, dtype = resolve(velocity), initial_state(noise[:0]).dtype
+    fused = velocity.fused_run(solver)
     kept = fresh(torch.empty(len(indices), *noise.shape, dtype=dtype, device=noise.device))
     kept[0] = noise
     bar = tqdm(total=-(-n // chunk) * (len(grid) - 1), desc="teacher", disable=not progress, leave=False, unit="eval")
     with bar:
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
-            if isinstance(velocity, FusedSampler):
-                _, x, _ = velocity.on(solver).rows(rows, n).run(kept[0, rows], states=True, first=start)
+            if fused is not None:
+                _, x, _ = fused.rows(rows, n).run(kept[0, rows], states=True, first=start)
                 kept[:, rows] = x[list(indices)]
                 bar.update(len(grid) - 1)
                 continue
-            teacher, x0 = velocity_rows(velocity, rows, n), kept[0, rows]
+            teacher, x0 = velocity.rows(rows, n), kept[0, rows]
             for k, (x, _) in enumerate(steps(teacher, x0, solver), start=1):
                 if k in places:
                     kept[places[k], rows] = x

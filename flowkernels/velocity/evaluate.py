@@ -1,4 +1,4 @@
-"""Evaluating a velocity at a time, with checks of what it returns, and with embeddings made ahead."""
+"""Evaluating a velocity at a time, with checks of what it returns."""
 
 import torch
 from torch import Tensor, nn
@@ -7,29 +7,7 @@ from flowkernels._checks import FLOATS, expect
 from flowkernels._warnings import warn
 from flowkernels.runtime.torch_private import BatchNorm, Dropout
 from flowkernels.velocity.protocol import Velocity, as_given, resolve
-from flowkernels.velocity.time_embedding import Embedding, rows_of_times
-
-
-def velocity_rows(velocity: Velocity, index: Tensor | slice, n: int) -> Velocity:
-    """`velocity` for the samples `index` of n; a callable without per-sample conditioning is itself."""
-    return as_given(resolve(velocity).rows(index, n))
-
-
-expect_velocity = resolve
-
-
-def has_time_embedding(velocity: Velocity) -> bool:
-    """Whether the network says that it exposes its time embedding: `HasTimeEmbedding`."""
-    return resolve(velocity).has_time_embedding()
-
-
-def time_embeddings(velocity: Velocity, t: Tensor, x: Tensor) -> list[Embedding]:
-    """The embedding at each of the times `[N]`, of one row each, from one call; x: the state."""
-    return rows_of_times(resolve(velocity).embed_time(t.clone(), x), len(t))
-
-
-def model_times(velocity: Velocity, times: Tensor, x: Tensor) -> Tensor:
-    return resolve(velocity).model_times(times, x)
+from flowkernels.velocity.time_embedding import Embedding
 
 
 def evaluate(
