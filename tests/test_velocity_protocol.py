@@ -127,6 +127,33 @@ def test_provenance_says_what_the_stranger_says_of_itself(tmp_path):
         fk.fit_solver(Towards(CENTRES + 1), calibrated(stranger()), 2)
 
 
+class Bare(fk.VelocityBase):
+    """A velocity that says nothing beside its call."""
+
+    def __call__(self, x, t):
+        return torch.cos(3 * x) + t[:, None]
+
+
+class BareModule(nn.Linear, fk.VelocityBase):
+    """The same as a module."""
+
+    def forward(self, x, t):
+        return super().forward(x) + t[:, None]
+
+
+@pytest.mark.filterwarnings("ignore:fit_solver")
+@pytest.mark.parametrize("made", [Bare, lambda: BareModule(D, D)], ids=["callable", "module"])
+def test_what_is_not_said_is_as_of_any_callable(made):
+    velocity = made()
+    own, plain = (fk.calibrate(v, NOISE, 12, [2], progress=False) for v in (velocity, lambda x, t: velocity(x, t)))
+    assert own.cost.equal(plain.cost)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "velocity:")
+        fk.fit_solver(velocity, own, 2)
+    hashes = own.provenance["parameters_sha256"], own.provenance["attributes_sha256"]
+    assert all(h is not None for h in hashes) == isinstance(velocity, nn.Module)
+
+
 def test_a_velocity_with_a_run_of_its_own_is_run():
     runs = []
 

@@ -12,9 +12,8 @@ from flowkernels.velocity.hashes import unwrapped
 from flowkernels.velocity.provenance import Identity, network_identity
 from flowkernels.velocity.time_embedding import Embedding, expand_embedding, exposes_time_embedding
 
-CONVENTION = MappingProxyType(
-    dict(reverse_time=False, time_scale=1.0, sign=1, guidance=1.0, dtype=None)
-)  # the library's
+# the library's, as `VelocityField.convention` says it
+CONVENTION = MappingProxyType(dict(reverse_time=False, time_scale=1.0, sign=1, guidance=1.0, dtype=None))
 
 
 class FusedRun(Protocol):
@@ -90,8 +89,12 @@ class VelocityBase:
     # ---- what it is ----
 
     def identify(self, weights: bool = True) -> Identity:
-        """In hashes; never an error. weights: False leaves out those that take as long as weights take to be read."""
-        return Identity(unknown={"parameters": f"a {type(self).__qualname__}, which does not say"})
+        """In hashes; never an error. A module is its weights and attributes; what is none and does not say, is unknown.
+
+        weights: False leaves out the hashes of weights, which take as long as these take to be read.
+        """
+        convention = self.convention() or CONVENTION
+        return network_identity(self, convention, conditioning=self.conditioning, weights=weights)
 
     def convention(self) -> dict[str, Any] | None:
         """How it calls its network, for a calibration's provenance; None for the library's own convention."""
