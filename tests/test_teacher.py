@@ -88,3 +88,42 @@ def test_a_velocity_at_one_time_has_gradients():
     x = normal(3, 2, dtype=torch.float64).requires_grad_()
     velocity_at(guided_field(3)[0], torch.cat([x, x[:, :1]], 1), 0.5).sum().backward()
     assert x.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("order", [None, ORDER], ids=["all", "some"])
+def test_flows_of_some_samples(order):
+    field, _ = guided_field()
+    x, solver = normal(4, 3, dtype=torch.float64), fk.Solver.euler(5)
+    teacher = Teacher(field, 6, solver=solver, order=order)
+    part = field.rows(slice(1, 4) if order is None else order[1:], 6)
+    expected = fk.rollout(part, x[1:], 5)
+    out = torch.empty_like(expected.x)
+    steps = [v.clone() for _, v in teacher.flow(x[1:], 1, out=out, keep=True)]
+    assert torch.equal(out, expected.x)
+    assert torch.equal(torch.stack(steps), expected.v)
+    assert teacher.fused is None
+    assert teacher.evaluations == 15
+    *_, (last, v) = teacher.flow(x[1:], 1)
+    assert torch.equal(last, expected.x[-1])
+    assert v is None
+
+
+def test_a_fused_flow_is_the_flow():
+    net, x = BUNDLED["digits"].load(), normal(3, 1, 8, 8)
+    fused, plain = (Teacher(v, 3, solver=fk.Solver.euler(4)) for v in (fk.fuse(net, 4, shape=(1, 8, 8)), net))
+    last, states, velocities = fused.fused_flow(x[1:], 1, states=True, velocities=True)
+    out = torch.empty_like(states)
+    v = torch.stack([v.clone() for _, v in plain.flow(x[1:], 1, out=out, keep=True)])
+    assert torch.allclose(states, out, atol=1e-5)
+    assert torch.allclose(velocities, v, atol=1e-4)
+    assert torch.equal(last, states[-1])
+    assert fused.evaluations == plain.evaluations == 8
+    assert fused.fused_flow(x, states=False)[1:] == (None, None)
+
+
+def test_a_flow_that_overflows_names_the_sample_and_the_step():
+    velocity = lambda x, t: torch.where((t[:, None] >= 0.5) & (x > 5), torch.inf, 0.0)  # noqa: E731
+    x = torch.zeros(6, 2)
+    x[4] = 9
+    with pytest.raises(ValueError, match=r"^velocity: .* in sample 4 at step 2 \(t = 0.5\)"):
+        list(Teacher(velocity, 6, solver=fk.Solver.euler(4)).flow(x[3:], 3))

@@ -14,7 +14,6 @@ from flowkernels._casts import no_grad
 from flowkernels._checks import (
     expect,
     expect_bool,
-    expect_finite_flow,
     expect_noise,
     expect_positive_int,
     expect_real,
@@ -31,14 +30,14 @@ from flowkernels.calibration.fit import fit_solvers
 from flowkernels.calibration.sample_costs import GROUPS, SampleCosts
 from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.library import fresh
-from flowkernels.sampling import loop
 from flowkernels.sampling.loop import initial_state
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.sampling.sample import sample
+from flowkernels.sampling.teacher import Teacher
 from flowkernels.schedule import expect_steps
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import TRAINING, warn_if_training
-from flowkernels.velocity.protocol import FusedRun, Velocity, VelocityBase, resolve
+from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
 from flowkernels.velocity.provenance import hash_of
 
 CHUNK_BYTES = 256 << 20  # velocities of one chunk of samples
@@ -106,19 +105,20 @@ def calibrate(
     seed = None if seed is None else expect_seed(seed)
     if verify_noise is not None:
         _expect_other_noise(verify_noise, noise)
-    fused, velocity = given.fused_run(Solver.euler(times)), given.unfused()
+    teacher = Teacher(given, n, solver=Solver.euler(times))
+    velocity = teacher.velocity
     warn_if_training(velocity)
 
     provenance = _provenance(velocity, noise, K, seed)
-    teacher = _Teacher(velocity, fused, noise, times, keep_bytes)
+    rolled_out = _Trajectories(teacher, noise, keep_bytes)
     too_few, wanted_kept = "keep_bytes" if n > 1 else "noise", "two samples whose trajectories are kept, with fit"
-    expect(teacher.most > 1 or not fit, too_few, wanted_kept, f"{teacher.most}")
+    expect(rolled_out.most > 1 or not fit, too_few, wanted_kept, f"{rolled_out.most}")
     samples = SampleCosts(times, max(1, 2 * n // GROUPS) if max_regret is None else 1, device=noise.device)
     looks = [] if max_regret is None else _looks(n)
-    parts = list(_parts(n, chunk, [teacher.most, *looks]))
+    parts = list(_parts(n, chunk, [rolled_out.most, *looks]))
     with tqdm(total=len(parts) * K, desc="calibrate", disable=not progress, leave=False, unit="eval") as bar:
         for start, stop in parts:
-            v = teacher.velocities(start, stop, bar)
+            v = rolled_out.velocities(start, stop, bar)
             samples.update(v)
             if stop in looks:
                 schedules = least_cost_schedules(samples.cost(), times, wanted)
@@ -128,8 +128,8 @@ def calibrate(
     provenance |= {"velocity_dtype": str(v.dtype)}
     if velocity.identify(weights=False).attributes != provenance["attributes_sha256"]:
         provenance["attributes_sha256"] = None  # it counts its calls, say, or keeps what it has computed
-    if fused is not None:
-        provenance["sampler_weights"] = str(fused.weights)
+    if teacher.fused is not None:
+        provenance["sampler_weights"] = str(teacher.fused.weights)
     if max_regret is not None:
         reason = "schedules stable" if stable else "all samples used"
         provenance |= {"n": stop, "n_given": n, "max_regret": max_regret, "stopped": reason}
@@ -139,7 +139,7 @@ def calibrate(
         samples.with_intervals(least_cost_schedules(cost, times, wanted)),
         provenance,
         samples.gram.cpu(),
-        kept=teacher.kept(stop),
+        kept=rolled_out.kept(stop),
         sample_costs=samples,
     )
     if fit:
@@ -211,41 +211,35 @@ def _parts(n: int, chunk: int, cuts: Iterable[int]) -> Iterator[tuple[int, int]]
         start = stop
 
 
-class _Teacher:
-    """Rolls a teacher out on its grid, some samples at a time, and keeps the trajectories of the first `most`."""
+class _Trajectories:
+    """Rolls a teacher out, some samples at a time, and keeps the trajectories of the first `most`."""
 
-    def __init__(self, velocity: VelocityBase, fused: FusedRun | None, noise: Tensor, times: Tensor, keep_bytes: int):
-        self.velocity, self.fused, self.noise, self.times = velocity, fused, noise, times
-        self.solver = Solver.euler(times)
+    def __init__(self, teacher: Teacher, noise: Tensor, keep_bytes: int):
+        self.teacher, self.noise, self.times = teacher, noise, teacher.solver.times
         state = initial_state(noise[:1])
-        self.most = min(len(noise), keep_bytes // (state.nbytes * (2 * len(times) - 1)))
-        self.x = self._new(len(times), self.most, state) if self.most else None
+        self.most = min(len(noise), keep_bytes // (state.nbytes * (2 * len(self.times) - 1)))
+        self.x = self._new(len(self.times), self.most, state) if self.most else None
         self.v = self.scratch = None
 
     def velocities(self, start: int, stop: int, bar) -> Tensor:
         """Those of the samples from start to stop, all kept or none: `[K, stop - start, *shape]`, good until the next
         call."""
-        rows, n, K = slice(start, stop), len(self.noise), len(self.times) - 1
-        keep = stop <= self.most
-        if self.fused is not None:
-            x, states, v = self.fused.rows(rows, n).run(self.noise[rows], states=keep, velocities=True, first=start)
-            expect_finite_flow(x, v, self.times, first=start)  # not looked at by the kernel on a GPU
-            bar.update(K)
+        rows, keep = slice(start, stop), stop <= self.most
+        if self.teacher.fused is not None:
+            _, states, v = self.teacher.fused_flow(self.noise[rows], start, states=keep, velocities=True)
+            bar.update(len(v))
             if keep and stop - start == self.most:
                 self.x, self.v = states, v
             elif keep:
                 self.x[:, rows] = states
                 self._kept(rows, v[0]).copy_(v)
             return v
-        out = self.x[:, rows] if keep else None
-        begin = initial_state(self.noise[rows])
-        for i, step in enumerate(loop.steps(self.velocity.rows(rows, n), begin, self.solver, out=out, keep=True)):
-            x, v = step
+        begin, out = initial_state(self.noise[rows]), self.x[:, rows] if keep else None
+        for i, (_, v) in enumerate(self.teacher.flow(begin, start, out=out, keep=True)):
             if i == 0:
                 found = self._kept(rows, v) if keep else self._scratch(v)
             found[i] = v
             bar.update()
-        expect_finite_flow(x, found, self.times, first=start)
         return found
 
     def kept(self, n: int) -> Trajectory | None:

@@ -1,7 +1,8 @@
 """`fit_solver`: a solver fitted to a teacher in closed form, from one pass of evaluations."""
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -138,7 +139,8 @@ def _fit(data: "SplitSamples", plan: Schedule, order: int, ridges: tuple[float, 
         expect_finite_flow(rows[k + 1], [rows[k + 1]], knots[k:])
         torch.sub(goals[k + 1], x, out=rows[k + 2]).div_(h[k])
         grams = [ops.velocity_gram(rows[: k + 3, part]).cpu() for part in (slice(fitted), slice(fitted, n))]
-        tried = [(*_step(grams, knots[: k + 2], p, r), p, r) for p in range(1, min(order, k + 1) + 1) for r in ridges]
+        orders = range(1, min(order, k + 1) + 1)
+        tried = itertools.chain.from_iterable(_step(grams, knots[: k + 2], p, ridges) for p in orders)
         _, weights, p, r = min(tried, key=lambda found: found[0])
         chosen.append((p, None if r == math.inf else r))
         coefficients[k] = coefficients[k - 1] if k else 0
@@ -161,8 +163,10 @@ def _fit(data: "SplitSamples", plan: Schedule, order: int, ridges: tuple[float, 
     return replace(solvers[best], notes=notes)
 
 
-def _step(grams: list[Tensor], knots: Tensor, p: int, ridge: float) -> tuple[float, Tensor]:
-    """(held-out squared error, weights [p] of the last p velocities) of the step to the last of the knots.
+def _step(
+    grams: list[Tensor], knots: Tensor, p: int, ridges: Sequence[float]
+) -> Iterator[tuple[float, Tensor, int, float]]:
+    """(held-out squared error, weights [p] of the last p velocities, p, ridge) of the step to the last of the knots.
 
     grams: of the increments v_0, v_1 - v_0, ..., v_k - v_{k-1}, r - v_k, with r the velocity that would reach the
     teacher's state; of the samples that are fitted and of those held out.
@@ -181,18 +185,17 @@ def _step(grams: list[Tensor], knots: Tensor, p: int, ridge: float) -> tuple[flo
     basis[p, k + 1] = 1
     basis[p, k - p + 2 : k + 1] = adams[:-1].cumsum(0)
     (S, s, _), (held_S, held_s, rest) = ((t[:p, :p], t[:p, p], t[p, p]) for t in (basis @ g @ basis.T for g in grams))
-    change = torch.zeros(p, dtype=torch.float64, device="cpu")
-    if ridge < math.inf:
-        size = S.diagonal().sqrt()
-        size = torch.where(size > 0, size, 1.0)  # no velocity, nothing to fit: it stays Adams-Bashforth
-        S, eye = S / size / size[:, None], torch.eye(p, dtype=torch.float64, device="cpu")
-        change = torch.linalg.solve(S + ridge * eye, s / size) / size
-    error = rest - 2 * change @ held_s + change @ held_S @ change
-    weights = adams.clone()
-    weights[-1] += change[0]
-    weights[1:] += change[1:]
-    weights[:-1] -= change[1:]
-    return error.item(), weights
+    size = S.diagonal().sqrt()
+    size = torch.where(size > 0, size, 1.0)  # no velocity, nothing to fit: it stays Adams-Bashforth
+    S, s, eye = S / size / size[:, None], s / size, torch.eye(p, dtype=torch.float64, device="cpu")
+    for ridge in ridges:
+        change = torch.linalg.solve(S + ridge * eye, s) / size if ridge < math.inf else torch.zeros_like(size)
+        error = rest - 2 * change @ held_s + change @ held_S @ change
+        weights = adams.clone()
+        weights[-1] += change[0]
+        weights[1:] += change[1:]
+        weights[:-1] -= change[1:]
+        yield error.item(), weights, p, ridge
 
 
 def held_out_last(n: int, part: float) -> tuple[list[int], int]:

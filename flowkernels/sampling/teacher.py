@@ -1,12 +1,14 @@
-"""`Teacher`: a velocity on the samples that it is asked about, at single times."""
+"""`Teacher`: a velocity on the samples that it is asked about, at single times and along a solver."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from flowkernels._checks import expect_finite_flow
 from flowkernels._guidance import guided
 from flowkernels.ops import linear_update
+from flowkernels.sampling import loop
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import evaluate
 from flowkernels.velocity.field import float64_device
@@ -32,15 +34,26 @@ class Teacher:
     Args:
         velocity: any velocity; of a `FusedSampler` its own.
         total: the number of samples that conditioning with one row a sample is of.
+        solver: whose steps `flow` and `fused_flow` make.
         order: int64 `[n]`, on the CPU: the samples' places among these; None takes all as they come.
         chunk: samples evaluated at once; None evaluates all.
 
+    fused: what makes all of the solver's steps in one call, of a velocity that has such; or None.
     evaluations: of single samples, so far; guidance makes no two of one.
     """
 
-    def __init__(self, velocity: Velocity, total: int, *, order: Tensor | None = None, chunk: int | None = None):
-        self.velocity = resolve(velocity).unfused()
-        self.total, self.order, self.chunk, self.evaluations = total, order, chunk, 0
+    def __init__(
+        self,
+        velocity: Velocity,
+        total: int,
+        *,
+        solver: Solver | None = None,
+        order: Tensor | None = None,
+        chunk: int | None = None,
+    ):
+        given = resolve(velocity)
+        self.fused, self.velocity = None if solver is None else given.fused_run(solver), given.unfused()
+        self.total, self.solver, self.order, self.chunk, self.evaluations = total, solver, order, chunk, 0
         self._fields: dict[tuple[int, int], VelocityBase] = {}  # of samples from .. to
 
     def chunks(self, n: int) -> Iterator[slice]:
@@ -51,11 +64,15 @@ class Teacher:
     def parts(self, n: int, first: int = 0) -> Iterator[tuple[slice, VelocityBase]]:
         """The parts of n samples from `first` on, and the velocity of each."""
         for part in self.chunks(n):
-            rows = first + part.start, first + part.stop
-            if rows not in self._fields:
-                index = slice(*rows) if self.order is None else self.order[slice(*rows)]
-                self._fields[rows] = self.velocity.rows(index, self.total)
-            yield part, self._fields[rows]
+            yield part, self._field(first + part.start, first + part.stop)
+
+    def _field(self, start: int, stop: int) -> VelocityBase:
+        if (start, stop) not in self._fields:
+            self._fields[start, stop] = self.velocity.rows(self._index(start, stop), self.total)
+        return self._fields[start, stop]
+
+    def _index(self, start: int, stop: int) -> Tensor | slice:
+        return slice(start, stop) if self.order is None else self.order[start:stop]
 
     def at(self, x: Tensor, t: float, first: int = 0) -> Tensor:
         """The velocities at one time t of the samples from `first` on, whose states are x `[n, *shape]`: guidance
@@ -78,3 +95,26 @@ class Teacher:
             x = linear_update(start, v, b[i - 1][:i]) if i else start
             v.append(self.at(x, solver.model_times[i].item(), first))
         return v, linear_update(start, v, b[-1])
+
+    def flow(
+        self, x: Tensor, first: int = 0, *, out: Tensor | None = None, keep: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The steps of the solver, with time embeddings made ahead, as `loop.steps` yields them: of the samples from
+        `first` on, all at once, from their states x. ValueError for NaN or Inf at the end, naming sample and step."""
+        field = self._field(first, first + len(x))
+        for step in loop.steps(field, x, self.solver, out=out, keep=keep):
+            self.evaluations += len(x)
+            yield step
+        expect_finite_flow(step[0], loop.velocities_along(field, x, self.solver), self.solver.times, first=first)
+
+    def fused_flow(
+        self, x: Tensor, first: int = 0, *, states: bool = False, velocities: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same in one call of `fused`: (last states, states, velocities), with velocities looked at as by `flow`
+        (a kernel on a GPU does not look by itself)."""
+        run = self.fused.rows(self._index(first, first + len(x)), self.total)
+        self.evaluations += self.solver.evaluations * len(x)
+        found = last, _, v = run.run(x, states=states, velocities=velocities, first=first)
+        if v is not None:
+            expect_finite_flow(last, v, self.solver.times, first=first)
+        return found

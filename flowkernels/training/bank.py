@@ -11,12 +11,12 @@ from tqdm import tqdm
 from flowkernels._casts import no_grad
 from flowkernels._checks import describe, expect, expect_noise, expect_room, expect_shape, expect_takes, expect_times
 from flowkernels.ops.library import fresh
-from flowkernels.sampling.loop import initial_state, steps, velocities_along
-from flowkernels.sampling.rollout import expect_finite_flow
+from flowkernels.sampling.loop import initial_state
+from flowkernels.sampling.teacher import Teacher
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.velocity.hashes import tensors_hash
-from flowkernels.velocity.protocol import Velocity, resolve
+from flowkernels.velocity.protocol import Velocity
 
 Noise = Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor]
 NOISE = "a tensor, a shape or a function (n, generator)"
@@ -104,26 +104,24 @@ def knots(
     velocity: Velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: int, progress: bool = False
 ) -> Tensor:
     """The teacher's states at the knots `[N+1, n, *shape]`, rolled out on the fine grid, `chunk` samples at a time."""
-    n, places, solver = len(noise), {k: i for i, k in enumerate(indices)}, Solver.euler(grid)
-    velocity, dtype = resolve(velocity), initial_state(noise[:0]).dtype
-    fused = velocity.fused_run(solver)
+    n, places = len(noise), {k: i for i, k in enumerate(indices)}
+    teacher = Teacher(velocity, n, solver=Solver.euler(grid), chunk=chunk)
+    dtype = initial_state(noise[:0]).dtype
     kept = fresh(torch.empty(len(indices), *noise.shape, dtype=dtype, device=noise.device))
     kept[0] = noise
     bar = tqdm(total=-(-n // chunk) * (len(grid) - 1), desc="teacher", disable=not progress, leave=False, unit="eval")
     with bar:
-        for start in range(0, n, chunk):
-            rows = slice(start, min(start + chunk, n))
-            if fused is not None:
-                _, x, _ = fused.rows(rows, n).run(kept[0, rows], states=True, first=start)
+        for rows in teacher.chunks(n):
+            x0 = kept[0, rows]
+            if teacher.fused is not None:
+                _, x, _ = teacher.fused_flow(x0, rows.start, states=True)
                 kept[:, rows] = x[list(indices)]
                 bar.update(len(grid) - 1)
                 continue
-            teacher, x0 = velocity.rows(rows, n), kept[0, rows]
-            for k, (x, _) in enumerate(steps(teacher, x0, solver), start=1):
+            for k, (x, _) in enumerate(teacher.flow(x0, rows.start), start=1):
                 if k in places:
                     kept[places[k], rows] = x
                 bar.update()
-            expect_finite_flow(x, velocities_along(teacher, x0, solver), grid, first=start)
     return kept
 
 
