@@ -15,15 +15,6 @@ from flowkernels.calibration.polish import polish
 from flowkernels.calibration.step_cost import StepCost, step_costs
 from flowkernels.fusion.head import FusedHead, fuse_head
 from flowkernels.fusion.sampler import FusedSampler, NotFusable, fuse
-from flowkernels.ops import (
-    euler_step,
-    linear_euler,
-    linear_update,
-    mlp_sample,
-    segment_points,
-    straighten_loss,
-    velocity_gram,
-)
 from flowkernels.ops.recorded_calls import record_calls
 from flowkernels.runtime.backends import BackendError, backend, explain, not_built
 from flowkernels.runtime.observers import profile_ranges
@@ -56,27 +47,20 @@ __all__ = [
     "__version__",
     "backend",
     "calibrate",
-    "euler_step",
     "explain",
     "fit_solver",
     "fuse",
     "fuse_head",
     "invert",
     "least_cost_schedules",
-    "linear_euler",
-    "linear_update",
-    "mlp_sample",
     "ops",
     "polish",
     "profile_ranges",
     "record_calls",
     "rollout",
     "sample",
-    "segment_points",
     "step_costs",
     "straighten",
-    "straighten_loss",
-    "velocity_gram",
 ]
 
 if _problem := not_built():

@@ -280,7 +280,7 @@ ROUNDED = """
 import torch, flowkernels as fk
 x = torch.full((4,), 1 + 2**-8 + 2**-20)
 with fk.backend("triton"):
-    low = fk.euler_step(x, x, 0.0, low=torch.bfloat16)[1]
+    low = fk.ops.euler_step(x, x, 0.0, low=torch.bfloat16)[1]
 assert torch.equal(low, x.bfloat16()), low
 """
 
