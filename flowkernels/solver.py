@@ -1,5 +1,6 @@
 """Solvers: what a sampler does at each of its evaluations, beyond Euler steps on a schedule's knots."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -177,9 +178,15 @@ class Solver:
             given = expect_float64(model_times, "model_times", "a sequence of times")
             expect(given.shape == times[:-1].shape, "model_times", f"{len(times) - 1} times, one for each step", given)
             expect(bool(torch.isfinite(given).all()), "model_times", "finite times", given.tolist())
-        updates = tuple(Update(False, (i,), (h,)) for i, h in enumerate(times.diff().tolist()))
+        return cls._euler(times, given)
+
+    @classmethod
+    def _euler(cls, times: Tensor, model_times: Tensor) -> "Solver":
+        """`euler` on checked times: each call of a stage on a schedule makes one, and none pays for a table."""
+        steps = itertools.pairwise(times.tolist())
+        updates = tuple(Update(False, (i,), (end - begin,)) for i, (begin, end) in enumerate(steps))
         solver = cls.__new__(cls)
-        vars(solver).update(times=times, model_times=given, name="euler", notes={}, _updates=updates)
+        vars(solver).update(times=times, model_times=model_times, name="euler", notes={}, _updates=updates)
         return solver
 
     @classmethod
@@ -242,7 +249,8 @@ def expect_solver(schedule: Schedule | Solver | int | Sequence[float] | Tensor, 
     """What the loops run: a Solver as it is, and Euler's steps on a Schedule, on N uniform steps or on times."""
     if isinstance(schedule, Solver):
         return schedule
-    return Solver.euler(schedule if isinstance(schedule, Schedule) else expect_times(schedule, name))
+    times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, name)
+    return Solver._euler(times, times[:-1])
 
 
 def _knots(schedule, inverse: bool, table: bool = False) -> Tensor:

@@ -234,6 +234,21 @@ def test_compiled_with_the_backend_asked_for(aot_eager):
         check(guided(), normal(5, 9), 2, "compile")  # bit for bit, guidance included: the same kernel
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_compiled_an_update_is_torch_code_unless_a_backend_is_asked_for(asked, monkeypatch):
+    called = []
+
+    def compiler(graph, inputs):
+        called.append(" ".join(str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    monkeypatch.setattr(capture, "COMPILER", compiler)
+    for plan in (2, fk.Solver.adams_bashforth(3)):
+        with fk.backend("cpu") if asked else contextlib.nullcontext():
+            check(guided(), normal(5, 9), plan, "compile", rtol=1e-5, atol=1e-5)
+    assert [("euler_step" in names, "linear_update" in names) for names in called] == [(asked, False), (False, asked)]
+
+
 def test_compiled_loops_see_what_changes(aot_eager):
     field, noise = guided(), normal(5, 9)
     body, close = field.net.body, dict(rtol=1e-5, atol=1e-5)

@@ -44,7 +44,7 @@ class AsFunctions:
     def __init__(self, euler_step: Callable, linear_update: Callable):
         self.step, self.add = euler_step, linear_update
 
-    def own(self, v: Tensor | None, kept: bool = False) -> Tensor | None:
+    def own(self, v: Tensor, kept: bool = False) -> Tensor:
         return v.clone() if kept else v
 
     def joined(self, v: Tensor, v_uncond: Tensor, w: float, dtype: torch.dtype) -> Tensor:
@@ -68,9 +68,9 @@ class _InPlace:
         self.step, self.x, self.out = stepper(x), x, out
         self.begin, self.end = (x.data_ptr(), x.data_ptr() + x.nbytes) if out is None else (0, 0)
 
-    def own(self, v: Tensor | None, kept: bool = False) -> Tensor | None:
+    def own(self, v: Tensor, kept: bool = False) -> Tensor:
         """The velocity in memory that the update does not write to, nor, if it is kept, the network."""
-        if v is not None and (kept or self.begin <= v.data_ptr() < self.end):
+        if kept or self.begin <= v.data_ptr() < self.end:
             return v.clone(memory_format=torch.contiguous_format)
         return v
 
@@ -99,22 +99,24 @@ def evaluated_steps(
     t: the times of all evaluations `[M]`, as the velocity takes them, on its device. functions: for a compiler.
     """
     velocity, updates = resolve(velocity), solver.updates()
-    sizes, last = euler_sizes(updates), last_uses(updates)
+    sizes = euler_sizes(updates)
+    last = last_uses(updates) if sizes is None else range(len(updates))
     embeddings = [None] * len(updates)
     if velocity.has_time_embedding():
         embeddings = rows_of_times(velocity.embed_time(t.clone(), x), len(updates))
     start = x.contiguous()
     x = start.clone() if out is None else out[0].copy_(start)  # which the velocity may write to
     made, past = functions or _InPlace(x, out), {}
+    own, euler = made.own, made.euler_step
     for i, (update, now, embedding) in enumerate(zip(updates, times_of(t, len(x)), embeddings, strict=True)):
         v, v_uncond, w = evaluate(velocity, x, now, embedding)
         # guidance is applied first to what is read again, and where the update has other terms of another dtype
-        if v_uncond is not None and (last[i] > i or (v.dtype != x.dtype and len(update.which) > 1)):
+        if v_uncond is not None and (last[i] > i or (len(update.which) > 1 and v.dtype != x.dtype)):
             v, v_uncond = made.joined(v, v_uncond, w, x.dtype), None
         else:
-            v, v_uncond = made.own(v, kept=last[i] > i), made.own(v_uncond)
+            v, v_uncond = own(v, last[i] > i), v_uncond if v_uncond is None else own(v_uncond)
         if sizes is not None:
-            x = made.euler_step(i, x, v, sizes[i], v_uncond, w)
+            x = euler(i, x, v, sizes[i], v_uncond, w)
         else:
             past[i] = v
             x = made.linear_update(i, start if update.from_start else x, *_terms(i, update, past, v_uncond, w))

@@ -66,9 +66,9 @@ def sample(
     """
     if torch.compiler.is_compiling():
         return _traced(velocity, noise, schedule, capture)
-    solver = expect_solver(schedule, "schedule")
-    expect(not solver.is_inverse, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
-    return run(velocity, noise, solver, capture, progress)
+    backward = isinstance(schedule, Solver) and schedule.is_inverse
+    expect(not backward, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
+    return run(velocity, noise, expect_solver(schedule, "schedule"), capture, progress)
 
 
 def run(
@@ -81,7 +81,8 @@ def run(
     bar: str = "sample",
 ) -> Tensor:
     """The last state of a solver, in either direction. name: of the argument `noise`; bar: of the progress bar."""
-    fused = resolve(velocity).fused_run(solver)
+    known = resolve(velocity)
+    fused = known.fused_run(solver)
     expect_bool(progress, "progress")
     if fused is not None:
         return fused(noise)
@@ -91,7 +92,7 @@ def run(
     if mode is not None:
         x1 = capture_module.run(mode, velocity, x0, solver)
     else:
-        made = steps(velocity, x0, solver)
+        made = steps(known, x0, solver)
         for step in tqdm(made, bar, solver.evaluations, disable=not progress, leave=False):
             x1, _ = step
     what = "step" if solver.evaluations == solver.steps else "evaluation"
