@@ -21,7 +21,7 @@ SPEC.loader.exec_module(structure)
 ORDER = (
     *("__main__", "cli", "bench", ""),
     *("integrations", "training", "calibration", "evaluation", "sampling", "fusion", "ops"),
-    *("solver", "models", "velocity", "runtime"),
+    *("solver", "models", "velocity", "_weights", "runtime"),
 )
 GROUND = (
     "schedule",
@@ -33,7 +33,6 @@ GROUND = (
     "_options",
     "_version",
     "_warnings",
-    "_weights",
 )
 ARROWS = structure.graph(PACKAGE)
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in structure.modules(PACKAGE).items()}
@@ -99,6 +98,8 @@ def private_names(tree: ast.Module) -> set[str]:
             found.add(node.name)
         elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
             found.add(node.id if isinstance(node, ast.Name) else node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "object.__setattr__":
+            found.add(getattr(node.args[1], "value", ""))
     return set(filter(is_private, found))
 
 

@@ -15,7 +15,7 @@ from flowkernels.velocity.field import float64_device
 from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
 
 
-def velocity_at(velocity: Velocity, x: Tensor, t: float) -> Tensor:
+def velocity_at(velocity: VelocityBase, x: Tensor, t: float) -> Tensor:
     """That of all of x `[n, *shape]` at one time, guidance applied; with gradients, where it has them."""
     now = torch.full((len(x),), t, dtype=torch.float64, device=float64_device(x.device))
     v, v_uncond, w = evaluate(velocity, x, now)

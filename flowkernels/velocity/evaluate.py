@@ -6,18 +6,18 @@ from torch import Tensor, nn
 from flowkernels._checks import FLOATS, expect
 from flowkernels._warnings import warn
 from flowkernels.runtime.torch_private import BatchNorm, Dropout
-from flowkernels.velocity.protocol import Velocity, as_given, resolve
+from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given
 from flowkernels.velocity.time_embedding import Embedding
 
 
 def evaluate(
-    velocity: Velocity, x: Tensor, t: Tensor, embedding: Embedding | None = None
+    velocity: VelocityBase, x: Tensor, t: Tensor, embedding: Embedding | None = None
 ) -> tuple[Tensor, Tensor | None, float]:
     """`(v, v_uncond or None, guidance)` at one time t, `[n]`, for all samples, checked for shape.
 
-    t: in float64, or as the velocity takes it. embedding: of that time, of one row; None leaves it to the network.
+    velocity: as `resolve` gives it. t: in float64, or as the velocity takes it. embedding: of that time, of one row;
+    None leaves it to the network.
     """
-    velocity = resolve(velocity)
     v, v_uncond, weight = velocity.velocities(x, velocity.time_for(t, x), embedding)
     if not isinstance(v, Tensor):
         expect(False, "velocity", f"a tensor of shape {list(x.shape)}", type(v).__name__, TypeError)

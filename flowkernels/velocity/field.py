@@ -25,7 +25,7 @@ from flowkernels._checks import (
 )
 from flowkernels._guidance import guided
 from flowkernels.runtime.torch_private import BACKWARD_HOOKS, COMPILED_CALL, FORWARD_HOOKS, tree_flatten
-from flowkernels.velocity.hashes import unwrapped
+from flowkernels.velocity.hashes import unwrapped, wraps
 from flowkernels.velocity.protocol import VelocityBase, is_per_sample, resolve
 from flowkernels.velocity.provenance import Identity, network_identity
 from flowkernels.velocity.time_embedding import Embedding, expand_embedding, takes_embedding
@@ -239,9 +239,11 @@ class VelocityField(nn.Module, VelocityBase):
     ) -> Tensor:
         """The network's velocities of x `[n, *shape]` at times t `[n]` of the library's convention, kwargs being the
         conditioning; as the field gives them, but for guidance."""
-        n = len(x)
+        n, net = len(x), self.net
         time = self._network_time(t)
-        t = resolve(self.net).time_for(time, x)
+        # one that wraps nothing takes them as any callable does
+        plain = not (torch.compiler.is_compiling() or isinstance(net, VelocityBase) or wraps(type(net)))
+        t = VelocityBase.time_for(self, time, x) if plain else resolve(net).time_for(time, x)
         x = x if self.dtype is None else x.to(self.dtype)
         expanded = {
             k: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v
@@ -258,7 +260,7 @@ class VelocityField(nn.Module, VelocityBase):
             expanded[self.x_name] = x
         else:
             args = (x, *args)
-        v = self.net(*args, **expanded)
+        v = net(*args, **expanded)
         if not isinstance(v, Tensor):
             v = getattr(v, "sample", v)
             v = v[0] if isinstance(v, tuple) else v

@@ -60,10 +60,18 @@ def _names(kind: type) -> list[str]:
     return [f"{k.__module__}.{k.__qualname__}" for k in kind.__mro__]
 
 
+@functools.lru_cache(4096)
+def wraps(kind: type) -> str | None:
+    """Where a wrapper of that class has what it runs; None for what is no wrapper."""
+    return next((WRAPPERS[name] for name in _names(kind) if name in WRAPPERS), None)
+
+
 def unwrapped(net: Any, levels: int = 64, of: Mapping[str, str] = WRAPPERS) -> Any:
     """What wrappers around a network run: of torch.compile, DataParallel, an average of weights and the like."""
     for _ in range(levels):
-        name = next((of[kind] for kind in _names(type(net)) if kind in of), None)
+        name = wraps(type(net))
+        if of is not WRAPPERS:
+            name = next((of[kind] for kind in _names(type(net)) if kind in of), None)
         if name is None:
             break
         net = getattr(net, name)

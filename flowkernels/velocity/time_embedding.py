@@ -1,6 +1,7 @@
 """Time embeddings: networks whose work on the time alone can be done ahead."""
 
 import inspect
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -96,5 +97,6 @@ ROWS = 1 << 20  # times that are expanded to the samples at once
 
 def times_of(t: Tensor, n: int) -> Iterator[Tensor]:
     """The times t `[N]` of a schedule's steps one by one, each `[n]` for n samples and the network's to write to."""
-    for part in (t,) if len(t) * n <= ROWS else t.split(max(1, ROWS // n)):
-        yield from part.unsqueeze(1).expand(-1, n).clone(memory_format=torch.contiguous_format).unbind()
+    parts = (t,) if len(t) * n <= ROWS else t.split(max(1, ROWS // n))
+    expanded = (p.unsqueeze(1).expand(-1, n).clone(memory_format=torch.contiguous_format).unbind() for p in parts)
+    return itertools.chain.from_iterable(expanded)
