@@ -163,6 +163,21 @@ def test_intervals_of_norms():
     assert (high - low) == pytest.approx(spread, rel=0.1)
 
 
+@pytest.mark.parametrize("tail", [0.0, 0.0107, 0.025, 0.25])
+def test_quantiles_without_a_sort(tail):
+    values = normal(3, 201, dtype=torch.float64)
+    got = torch.tensor(sample_costs.ends(values, tail), dtype=torch.float64)
+    expected = values.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), 1).T
+    assert torch.allclose(got, expected, rtol=1e-12)
+
+
+def test_tails_of_few_groups_are_those_of_students_t():
+    """`Phi(-t sqrt(G / (G-1)))` with the 97.5 % quantiles of Student's t from tables."""
+    for groups, t in ((6, 2.5706), (17, 2.1199), (32, 2.0395), (10**6, 1.96)):
+        expected = torch.special.ndtr(torch.tensor(-t * (groups / (groups - 1)) ** 0.5, dtype=torch.float64)).item()
+        assert sample_costs.tail_of(groups) == pytest.approx(expected, rel=0.02)
+
+
 def test_samples_that_agree_need_no_more():
     samples, plans = samples_of(torch.ones(5, dtype=torch.float64))
     assert samples.with_intervals(plans)[2].samples_needed == 1
