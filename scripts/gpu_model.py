@@ -229,7 +229,7 @@ def document() -> str:
     if missing:
         raise RuntimeError(f"no such kernel: {missing}")
     lines = [HEAD.format(compiler=binaries.compiler(path)), *floors(), "", *compiled(kernels), *all_kernels(kernels)]
-    of_ops = [triton_binaries.read(op) for op in OPS]
+    of_ops = [triton_binaries.read(op) for op in reversed(OPS)][::-1]  # tests may read them at the same time, forwards
     lines += triton_kernels([k for found, _ in of_ops for k in found], [v for _, of in of_ops for v in of])
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 

@@ -39,6 +39,15 @@ def test_every_op_is_there():
     assert [op for op in cuda_ops() if not any(k.name.startswith(f"{op}_") for k in kernels())] == []
 
 
+def test_a_module_is_read_as_its_cubins_one_by_one(tmp_path):
+    paths = binaries.cubins(binaries.built(), tmp_path)
+    with_code = [p for p in paths if any(name.startswith(".text.") for name, _ in binaries.sections(p.read_bytes()))]
+    for path in sorted(with_code, key=lambda path: path.stat().st_size)[:3]:
+        one_by_one = binaries.read_cubin(path)
+        assert one_by_one
+        assert all(k in kernels() for k in one_by_one)
+
+
 # ---- the checks, on kernels that are not as they should be ----
 BAD = """
 __global__ void __launch_bounds__(128) fine_kernel(float* p) { p[threadIdx.x] *= 2.5f; }

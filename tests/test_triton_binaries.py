@@ -87,15 +87,19 @@ for name in "atomic", "double", "spilling", "fine":
 
 
 @pytest.fixture(scope="module")
-def bad(tmp_path_factory):
+def bad_cubins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "bad.py").write_text(BAD)
     environment = dict(PYTHONPATH=f"{triton_binaries.ROOT / 'scripts'}:{folder}", TRITON_INTERPRET="0",
                        TRITON_CACHE_DIR=str(folder / "cache"))  # fmt: skip
     command = [sys.executable, "-c", COMPILE]
     subprocess.run(command, check=True, cwd=folder, env=os.environ | environment)
-    read = binaries.read_cubins(sorted(folder.glob("*.cubin")), "80")
-    return {k.name: k for (k,) in read}
+    return sorted(folder.glob("*.cubin"))
+
+
+@pytest.fixture(scope="module")
+def bad(bad_cubins):
+    return {k.name: k for (k,) in binaries.read_cubins(bad_cubins, "80")}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,7 @@ def test_checks(bad, name, problem):
     assert not found or re.search(f"^sm_80 {name}: {problem}", found[0])
 
 
-def test_cubins_are_read_together_as_one_by_one(bad, tmp_path_factory):
-    for path in tmp_path_factory.getbasetemp().glob("bad*/*.cubin"):
+def test_cubins_are_read_together_as_one_by_one(bad, bad_cubins):
+    for path in bad_cubins:
         (alone,) = binaries.read_cubin(path)
         assert alone == bad[alone.name]

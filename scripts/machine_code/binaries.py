@@ -3,19 +3,22 @@
 The tools are NVIDIA's, from the triton wheel; no GPU is needed.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
-import os
 import pickle
 import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from flowkernels._files import whole_file
 
 # for each multiprocessor: warps, blocks, bytes of shared memory (of which each block takes 1 KiB more than it asks for)
 MULTIPROCESSORS = {80: (64, 32, 164 << 10), 90: (64, 32, 228 << 10), 100: (64, 32, 228 << 10), 120: (48, 24, 100 << 10)}
@@ -50,6 +53,11 @@ INSTRUCTIONS = {
 }
 
 
+@functools.cache  # there are few, in many places
+def is_one(what: str, instruction: str) -> bool:
+    return bool(re.match(INSTRUCTIONS[what], instruction))
+
+
 @dataclass(frozen=True)
 class Kernel:
     name: str  # "euler_step_kernel<float, __nv_bfloat16, float, false, 8>"
@@ -72,7 +80,7 @@ class Kernel:
 
     def count(self, what: str, among: range | None = None) -> int:
         which = self.instructions if among is None else (self.instructions[i] for i in among)
-        return sum(bool(re.match(INSTRUCTIONS[what], i)) for i in which)
+        return sum(is_one(what, i) for i in which)
 
     @property
     def hot_loop(self) -> range | None:
@@ -221,25 +229,41 @@ def cubins(path: str, folder: Path) -> list[Path]:
     return [cubin for of_one in found for cubin in of_one]
 
 
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What `make()` gives, pickled in that file: made by the process that comes first, while others wait for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            found = pickle.dumps(make())
+            for old in path.parent.glob("*.pickle"):
+                old.unlink()
+            with whole_file(path) as partial:
+                partial.write_bytes(found)
+        return pickle.loads(path.read_bytes())
+
+
+def read_module(path: str) -> list[Kernel]:
+    """Those of each architecture together, in the order in which the module has them."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        paths = cubins(path, Path(folder))
+        by_arch = {}
+        for cubin in paths:
+            by_arch.setdefault(re.search(r"\.sm_(\w+)\.cubin$", cubin.name)[1], []).append(cubin)
+        found = {}
+        for own, kernels in zip(by_arch.values(), pool.map(read_cubins, by_arch.values(), by_arch), strict=True):
+            found |= zip(own, kernels, strict=True)
+    return [k for cubin in paths for k in found[cubin]]
+
+
 @functools.cache
 def read(path: str) -> list[Kernel]:
-    """The kernels of a module or a cubin. To disassemble the extension takes a minute: what was found in a module is
-    kept in build/ for as long as neither it nor this file changes."""
+    """The kernels of a module or a cubin. To disassemble the extension takes long: what was found in a module is kept
+    in build/ for as long as neither it nor this file changes."""
     if path.endswith(".cubin"):
         return read_cubin(Path(path))
     digest = hashlib.sha256(Path(path).read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
-    kept = Path(__file__).parents[2] / "build/binaries" / f"{digest}.pickle"
-    if kept.exists():
-        return pickle.loads(kept.read_bytes())
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        kernels = [k for of_one in pool.map(read_cubin, cubins(path, Path(folder))) for k in of_one]
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    for old in kept.parent.glob("*.pickle"):
-        old.unlink(missing_ok=True)
-    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-        pickle.dump(kernels, file)
-    os.replace(file.name, kept)
-    return kernels
+    return kept(Path(__file__).parents[2] / "build/binaries" / f"{digest}.pickle", lambda: read_module(path))
 
 
 def compiler(path: str) -> str:

@@ -1,20 +1,40 @@
 """The binaries of the Triton kernels, compiled ahead of time for every target by triton_compile.py and read."""
 
-import fcntl
 import functools
 import hashlib
+import multiprocessing
 import os
-import pickle
-import subprocess
-import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+from machine_code import binaries
 from machine_code.binaries import Kernel
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build/triton"
+
+
+@functools.cache
+def compiler() -> ProcessPoolExecutor:
+    """A process of its own, since Triton decides between its interpreter and its compiler when it is imported; one for
+    all ops, since to start it takes seconds."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=before_triton)
+
+
+def before_triton() -> None:
+    """Sets up that process: it compiles whatever those who start it have set, with the shipped configurations on a
+    machine with a GPU too, and ends with them even where they are killed."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    os.environ |= dict(TRITON_INTERPRET="0", FLOWKERNELS_TRITON_CONFIGS="", TRITON_CACHE_DIR=str(BUILD / "cache"))
+
+
+def compile_op(op: str, out: Path) -> tuple[list[Kernel], list[dict]]:
+    from machine_code import triton_compile
+
+    return triton_compile.compile_op(op, out)
 
 
 @functools.cache
@@ -26,13 +46,4 @@ def read(op: str) -> tuple[list[Kernel], list[dict]]:
     sources += [HERE / f"{name}.py" for name in ("triton_compile", "triton_binaries", "binaries")]
     text = version("triton").encode() + b"".join(path.read_bytes() for path in sources)
     folder = BUILD / f"{op}-{hashlib.sha256(text).hexdigest()[:16]}"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / f"{op}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "kernels.pickle").exists():
-            environment = os.environ | {"TRITON_CACHE_DIR": str(BUILD / "cache")}
-            command = [sys.executable, HERE / "triton_compile.py", op, "--out", folder]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                raise RuntimeError(done.stdout[-2000:] + done.stderr[-4000:])
-    return pickle.loads((folder / "kernels.pickle").read_bytes())
+    return binaries.kept(folder / "kernels.pickle", lambda: compiler().submit(compile_op, op, folder).result())

@@ -2,16 +2,15 @@
 
     python scripts/machine_code/triton_compile.py OP [OP ...] --out DIR [--targets 80,90,100,120,gfx942]
 
-Writes DIR/<variant>.<target>.cubin (.hsaco) and what it read in them, DIR/kernels.pickle, and prints a line or two for
-each. A process of its own: Triton decides between its interpreter and its compiler when it is imported.
+Writes DIR/<variant>.<target>.cubin (.hsaco), and prints a line or two for each. A process of its own: Triton decides
+between its interpreter and its compiler when it is imported.
 """
 
 import argparse
 import os
-import pickle
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -167,6 +166,17 @@ def told(k: Kernel) -> str:
     return f"\n{'':>14}{k.registers} registers, stack {k.stack}, local {k.local}, shared {k.shared}, {counts}"
 
 
+def compile_op(op: str, out: Path, targets: Iterable[str] = TARGETS) -> tuple[list[Kernel], list[dict]]:
+    """NVIDIA's kernels, and what was compiled for all targets."""
+    kernels, variants, inputs = [], [], inputs_of(op)
+    for target in targets:
+        compiled = compile_for(target, op, inputs, out)
+        variants += compiled
+        if TARGETS[target][0] == "cuda":
+            kernels += read(compiled, out)
+    return kernels, variants
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="+", choices=OPS, metavar="OP")
@@ -174,17 +184,12 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(TARGETS))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    kernels, variants = [], []
     for op in args.ops:
-        inputs = inputs_of(op)
-        for target in args.targets.split(","):
-            compiled = compile_for(target, op, inputs, args.out)
-            variants += compiled
-            found = read(compiled, args.out) if TARGETS[target][0] == "cuda" else [None] * len(compiled)
-            for v, k in zip(compiled, found, strict=True):
-                print(f"{target:>6} {v['seconds']:5.1f} s  {v['label']}{told(k) if k else ''}")
-            kernels += filter(None, found)
-    (args.out / "kernels.pickle").write_bytes(pickle.dumps((kernels, variants)))
+        kernels, variants = compile_op(op, args.out, args.targets.split(","))
+        found = {(k.arch, k.name): k for k in kernels}
+        for v in variants:
+            k = found.get((v["target"], v["label"]))
+            print(f"{v['target']:>6} {v['seconds']:5.1f} s  {v['label']}{told(k) if k else ''}")
 
 
 if __name__ == "__main__":
