@@ -120,7 +120,7 @@ def test_kept_by_default_and_in_the_dtypes_of_a_rollout():
 def samples_of(scales, K=6):
     """A calibration's parts for samples that are one flow, scaled: each sample's costs are its scale squared."""
     v = (ElementwiseField()(normal(1, 3, dtype=torch.float64), even_grid(K)[:-1, None]))[:, None] * scales[:, None]
-    samples = SampleCosts(even_grid(K), most=64)
+    samples = SampleCosts(even_grid(K))
     samples.update(v)
     return samples, fk.least_cost_schedules(fk.step_costs(v, K), K, [2, 3])
 

@@ -27,7 +27,7 @@ from flowkernels._warnings import held_warnings, warn
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import BELLMAN, FITTED, UNIFORM, Calibration
 from flowkernels.calibration.fit import fit_solvers
-from flowkernels.calibration.sample_costs import GROUPS, SampleCosts
+from flowkernels.calibration.sample_costs import SampleCosts, group_size
 from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import initial_state
@@ -113,7 +113,7 @@ def calibrate(
     rolled_out = _Trajectories(teacher, noise, keep_bytes)
     too_few, wanted_kept = "keep_bytes" if n > 1 else "noise", "two samples whose trajectories are kept, with fit"
     expect(rolled_out.most > 1 or not fit, too_few, wanted_kept, f"{rolled_out.most}")
-    samples = SampleCosts(times, max(1, 2 * n // GROUPS) if max_regret is None else 1, device=noise.device)
+    samples = SampleCosts(times, group_size(n) if max_regret is None else 1, device=noise.device)
     looks = [] if max_regret is None else _looks(n)
     parts = list(_parts(n, chunk, [rolled_out.most, *looks]))
     with tqdm(total=len(parts) * K, desc="calibrate", disable=not progress, leave=False, unit="eval") as bar:

@@ -11,12 +11,18 @@ from flowkernels import ops
 from flowkernels._checks import expect
 from flowkernels.schedule import Schedule
 
-GROUPS = 32  # of samples, at most, merged in pairs when they are more; an interval gains little from more than 16
+GROUPS = 64  # of samples, at most; merged in pairs when they are more
 SINGLES = 512  # samples that E|e| is the mean of
 GROUP_BYTES = 128 << 20  # of the Gram matrices of all groups: larger grids have fewer
 RESAMPLES = 1000  # of a bootstrap interval
 FEW_RESAMPLES = 100  # for what needs a Bellman table of each
 WANTED_HALF_WIDTH = 0.02  # of the cost, for `Schedule.samples_needed`
+
+
+def group_size(n: int) -> int:
+    """Samples of a group, of n in all: of 32 to 64 groups where each has 6 or more, whose Gram matrix then costs little
+    more than their part of all; of 16 and more else, if there are as many samples."""
+    return max(1, min(n // 16, max(6, n // 32)))
 
 
 class SampleCosts:
