@@ -206,7 +206,7 @@ class VelocityField(nn.Module, VelocityBase):
         return resolve(self.net).embed_time(self._network_time(t), t)
 
     def embed_time(self, t: Tensor, like: Tensor) -> Embedding:
-        if "time_embedding" not in vars(self) and type(self).time_embedding is EMBED:
+        if "time_embedding" not in self.__dict__ and type(self).time_embedding is EMBED:
             return resolve(self.net).embed_time(self._network_time(t), like)
         return self.time_embedding(self.time_for(t, like))
 
@@ -314,7 +314,8 @@ HOOKS = (*FORWARD_HOOKS, *BACKWARD_HOOKS)
 def overridden(field: VelocityField) -> dict[str, Any]:
     """The methods of a field's evaluation that are not a VelocityField's own: of a subclass, or of this object."""
     found = {name: getattr(type(field), name) for name, own in OWN.items() if getattr(type(field), name) is not own}
-    return found | {name: getattr(field, name) for name in OWN if name in vars(field)}
+    own = field.__dict__  # not vars(field), which the compiler of torch 2.6 does not know
+    return found | {name: getattr(field, name) for name in OWN if name in own}
 
 
 def is_called_whole(field: VelocityField) -> bool:
