@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from flowkernels.bench.case import Case, Small, Work, kernel, ours
-from flowkernels.ops import bellman
-from flowkernels.ops.bellman import reference
+from flowkernels.ops.bellman import bellman, reference
 from flowkernels.ops.bellman.samples import Sample, error_and_bound
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from flowkernels.bench.case import Case, Small, Work, kernel, ours
-from flowkernels.ops import bellman_pairs
-from flowkernels.ops.bellman_pairs import reference
+from flowkernels.ops.bellman_pairs import bellman_pairs, reference
 from flowkernels.ops.bellman_pairs.samples import Sample, error_and_bound, make
 
 

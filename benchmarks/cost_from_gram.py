@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from flowkernels.bench.case import Case, Small, Work, kernel, ours
-from flowkernels.ops import cost_from_gram
-from flowkernels.ops.cost_from_gram import reference
+from flowkernels.ops.cost_from_gram import cost_from_gram, reference
 from flowkernels.ops.cost_from_gram.samples import Sample, error_and_bound
 
 

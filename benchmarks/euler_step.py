@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from flowkernels.bench.case import SMALL, Case, Small, Work, ours
-from flowkernels.ops import euler_step
-from flowkernels.ops.euler_step import stepper
+from flowkernels.ops.euler_step import euler_step, stepper
 from flowkernels.ops.euler_step.samples import Sample, error_and_bound
 
 H, W = 0.05, 4.0

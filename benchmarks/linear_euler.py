@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from flowkernels.bench.case import Case, Small, Work, kernel, ours
-from flowkernels.ops import linear_euler
+from flowkernels.ops.linear_euler import linear_euler
 from flowkernels.ops.linear_euler.samples import Sample, error_and_bound
 
 H, W = 0.05, 4.0

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from flowkernels.bench.case import SMALL, Case, Small, Work, kernel, ours
-from flowkernels.ops import linear_update
+from flowkernels.ops.linear_update import linear_update
 from flowkernels.ops.linear_update.samples import Sample, error_and_bound
 
 from .euler_step import in_pieces

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 import flowkernels as fk
 from flowkernels.bench.case import Case, Small, Work, ours
 from flowkernels.models.bundled import BUNDLED
-from flowkernels.ops import mlp_sample
-from flowkernels.ops.mlp_sample import Plan, Prepared, Tables
+from flowkernels.ops.mlp_sample import Plan, Prepared, Tables, mlp_sample
 from flowkernels.ops.mlp_sample.samples import Network, error_and_bound
 from flowkernels.runtime import backends
 

@@ -13,8 +13,8 @@ import flowkernels as fk
 from flowkernels.bench import suite
 from flowkernels.bench.case import Case, Work, ours
 from flowkernels.models.bundled import BUNDLED
-from flowkernels.ops import OPS
 from flowkernels.ops.library import KERNELS
+from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from flowkernels.bench.case import SMALL, Case, Small, Work, kernel, ours
-from flowkernels.ops import segment_points
+from flowkernels.ops.segment_points import segment_points
 from flowkernels.ops.segment_points.samples import Sample, error_and_bound, places
 
 

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from flowkernels.bench.case import SMALL, Case, Small, Work, ours
-from flowkernels.ops import straighten_loss
 from flowkernels.ops.segment_points.samples import places
-from flowkernels.ops.straighten_loss import directly, reference
+from flowkernels.ops.straighten_loss import directly, reference, straighten_loss
 from flowkernels.ops.straighten_loss.samples import Sample, gradient_error_and_bound
 from flowkernels.runtime import backends
 

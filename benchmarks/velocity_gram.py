@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from flowkernels.bench.case import SMALL, Case, Small, Work, kernel, ours
-from flowkernels.ops import velocity_gram
+from flowkernels.ops.velocity_gram import velocity_gram
 from flowkernels.ops.velocity_gram.samples import Sample, error_and_bound
 
 

@@ -5,7 +5,7 @@ x1 = fk.sample(velocity, noise, cal[4])        # four evaluations
 result = fk.straighten(None, velocity, cal[4], noise=(3, 32, 32), iterations=2000)
 """
 
-from flowkernels import _entry, ops  # noqa: F401, _entry first: it sees to Ctrl-C
+from flowkernels import _entry  # noqa: F401, _entry first: it sees to Ctrl-C
 from flowkernels._version import __version__
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibrate import calibrate
@@ -15,6 +15,8 @@ from flowkernels.calibration.polish import polish
 from flowkernels.calibration.step_cost import StepCost, step_costs
 from flowkernels.fusion.head import FusedHead, fuse_head
 from flowkernels.fusion.sampler import FusedSampler, NotFusable, fuse
+from flowkernels.ops.public import *  # noqa: F403, a function for each of OPS
+from flowkernels.ops.public import OPS
 from flowkernels.ops.recorded_calls import record_calls
 from flowkernels.runtime.backends import BackendError, backend, explain, not_built
 from flowkernels.runtime.observers import profile_ranges
@@ -29,6 +31,7 @@ from flowkernels.velocity.protocol import Velocity, VelocityBase
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 __all__ = [
+    *OPS,
     "BackendError",
     "Calibration",
     "FusedHead",
@@ -53,7 +56,6 @@ __all__ = [
     "fuse_head",
     "invert",
     "least_cost_schedules",
-    "ops",
     "polish",
     "profile_ranges",
     "record_calls",

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from machine_code import binaries, rules, triton_binaries  # noqa: E402
 
 from flowkernels._files import whole_file  # noqa: E402
-from flowkernels.ops import OPS  # noqa: E402
+from flowkernels.ops.public import OPS  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import pages  # noqa: E402
 
 from flowkernels.bench.suite import cases, entries  # noqa: E402
-from flowkernels.ops import OPS  # noqa: E402
+from flowkernels.ops.public import OPS  # noqa: E402
 
 OURS, EAGER, COMPILED = "flowkernels cpu", "torch eager", "torch compile"
 HEAD = "1,024 tokens of 1,152 -> 4 channels of 2x2, guided, float32"

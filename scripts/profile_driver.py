@@ -13,8 +13,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from flowkernels import ops  # noqa: E402
+import flowkernels as fk  # noqa: E402
 from flowkernels.bench import suite  # noqa: E402
+from flowkernels.ops.public import OPS  # noqa: E402
 from flowkernels.ops.samples import moved, samples_of  # noqa: E402
 
 
@@ -23,7 +24,7 @@ def find(op: str, which: str, device: torch.device):
     samples = {s.id: s for s in samples_of(op).sample_inputs()}
     if which in samples:
         there = moved(samples[which], device)
-        return f"sample {which}", lambda: getattr(ops, op)(*there.args, **there.kwargs)
+        return f"sample {which}", lambda: getattr(fk, op)(*there.args, **there.kwargs)
     cases = suite.cases(op, device)
     if which.isdecimal():
         case = min((c for c in cases if c.size), key=lambda c: abs(math.log(c.size / max(1, int(which)))))
@@ -38,7 +39,7 @@ def find(op: str, which: str, device: torch.device):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", choices=ops.OPS)
+    parser.add_argument("op", choices=OPS)
     parser.add_argument("which", nargs="?", default="", help="part of a case's name, a size, or a sample's id")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--calls", type=int, default=8)

@@ -40,10 +40,10 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels import ops
 from flowkernels.cli.main import main as command_line
 from flowkernels.models import bundled, closed_form, networks
 from flowkernels.ops.mlp_sample import Layer, Source
+from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends, observers
 
 SECONDS = 2.0
@@ -411,11 +411,11 @@ def _ops() -> None:
     optional = (lambda: rand(N, D), or_none(is_dense(*FLOATS, meta=True)))
     out = (lambda: torch.empty(N, D), or_none(is_dense(F32, F64, meta=True)))
     low = (torch.bfloat16, is_low)
-    place("euler_step", ops.euler_step, x=x, v=v, h=number, v_uncond=optional, guidance=number, low=low)
-    place("euler_step out", ops.euler_step, x=x, v=v, h=number, out=out, low=low)
+    place("euler_step", fk.euler_step, x=x, v=v, h=number, v_uncond=optional, guidance=number, low=low)
+    place("euler_step out", fk.euler_step, x=x, v=v, h=number, out=out, low=low)
     terms, b = (lambda: [rand(N, D)] * 2, are_dense(*FLOATS)), (lambda: [0.5, 0.25], are_numbers)
-    place("linear_update", ops.linear_update, x=x, v=terms, b=b, low=low)
-    place("linear_update out", ops.linear_update, x=x, v=terms, b=b, out=out, low=low)
+    place("linear_update", fk.linear_update, x=x, v=terms, b=b, low=low)
+    place("linear_update out", fk.linear_update, x=x, v=terms, b=b, out=out, low=low)
     parameter = is_dense(*FLOATS)
     head = dict(
         **dict(x=(*x, "z"), z=(lambda: rand(N, 5), parameter), weight=(lambda: rand(D, 5), parameter, "z"), h=number),
@@ -424,11 +424,11 @@ def _ops() -> None:
         **{name: (lambda: rand(N, 5), or_none(parameter)) for name in ("scale", "shift")},
         **dict(history=(lambda: [rand(N, D)], are_dense(*FLOATS)), b=(lambda: [0.5], are_numbers), low=low),
     )
-    place("linear_euler", ops.linear_euler, **head)
-    place("linear_euler out", ops.linear_euler, **head, out=out, velocity_out=optional)
+    place("linear_euler", fk.linear_euler, **head)
+    place("linear_euler out", fk.linear_euler, **head, out=out, velocity_out=optional)
     place(
         "linear_euler patches",
-        ops.linear_euler,
+        fk.linear_euler,
         **dict(x=(lambda: rand(N, 2, 4, 4), is_dense(F32, F64), "z"), z=(lambda: rand(2 * N, 4, 5), parameter)),
         **dict(weight=(lambda: rand(8, 5), parameter, "z"), h=number, patch=(2, or_none(is_int(1)))),
         **dict(order=("pqc", is_one_of("pqc", "cpq")), guidance=(2.0, or_none(is_number))),
@@ -436,35 +436,35 @@ def _ops() -> None:
     times = (lambda: torch.linspace(0, 1, K + 1, dtype=F64), is_times)
     velocities = (lambda: rand(K, N, D), is_dense(*FLOATS, meta=True))
     states = (lambda: rand(K + 1, N, D), or_none(is_dense(*FLOATS, meta=True)))
-    place("velocity_gram", ops.velocity_gram, v=velocities)
-    place("velocity_gram x", ops.velocity_gram, v=(*velocities, "x"), x=states, times=(times[0], or_none(is_times)))
+    place("velocity_gram", fk.velocity_gram, v=velocities)
+    place("velocity_gram x", fk.velocity_gram, v=(*velocities, "x"), x=states, times=(times[0], or_none(is_times)))
     table = is_dense(F64, meta=True)
     flag = (False, is_flag)
     place(
         "cost_from_gram",
-        ops.cost_from_gram,
+        fk.cost_from_gram,
         gram=(lambda: torch.eye(K - 1, dtype=F64), table),
         times=(*times, "gram"),
         states=(*flag, "gram"),
     )
     cost, steps = (lambda: torch.ones(K + 1, K + 1, dtype=F64), table), (3, is_int(1, K))
-    place("ops.bellman", ops.bellman, cost=cost, steps=steps, carry=(1.0, within(0)))
+    place("bellman", fk.bellman, cost=cost, steps=steps, carry=(1.0, within(0)))
     cube = (lambda: torch.ones(K + 1, K + 1, K + 1, dtype=F64), table)
     place(
-        "bellman_pairs", ops.bellman_pairs, first=(lambda: torch.ones(K + 1, dtype=F64), table), cost=cube, steps=steps
+        "bellman_pairs", fk.bellman_pairs, first=(lambda: torch.ones(K + 1, dtype=F64), table), cost=cube, steps=steps
     )
     bank = (lambda: rand(3, N, D), is_dense(F32, F64, meta=True), "v")
     index = (lambda: torch.zeros(N, dtype=torch.int64), is_dense(torch.int64, meta=True))
     vector = (lambda: torch.full((N,), 0.5), or_none(is_dense(*FLOATS, meta=True)))
     place(
         "segment_points",
-        ops.segment_points,
+        fk.segment_points,
         **dict(bank=bank, interval=index, sample=index, u=vector),
         dtype=(torch.bfloat16, or_none(lambda v: isinstance(v, torch.dtype) and v in (F32, *LOW))),
     )
     place(
         "straighten_loss",
-        ops.straighten_loss,
+        fk.straighten_loss,
         **dict(v=v, bank=bank, step_sizes=(lambda: torch.full((2,), 0.5), is_dense(*FLOATS, meta=True))),
         **dict(interval=index, sample=index, weight=vector, loss=("huber", is_one_of("l2", "huber"))),
         huber_c=(0.03, within(0)),
@@ -477,7 +477,7 @@ def _ops() -> None:
     of_layers = (layers, lambda v: isinstance(v, (list, tuple)) and all(isinstance(a, Layer) for a in v))
     place(
         "mlp_sample",
-        ops.mlp_sample,
+        fk.mlp_sample,
         **dict(x=(lambda: rand(N, D), is_dense(F32)), step_sizes=(lambda: [0.5, 0.5], are_numbers)),
         **dict(layers=(lambda: layers(), of_layers[1]), weights=(torch.bfloat16, or_none(is_one_of(torch.bfloat16)))),
         trajectory=(True, is_flag),
@@ -490,12 +490,12 @@ def _ops() -> None:
             if unconditional is True
             else unconditional
         )
-        return ops.mlp_sample(rand(N, D), [0.5], given, unconditional=other, guidance=guidance)
+        return fk.mlp_sample(rand(N, D), [0.5], given, unconditional=other, guidance=guidance)
 
     place("mlp_sample guided", guided, unconditional=(True, nothing_else), guidance=(2.0, is_number))
 
     def layer(**changes):
-        return ops.mlp_sample(rand(N, D), [0.5, 0.5], layers(**changes))
+        return fk.mlp_sample(rand(N, D), [0.5, 0.5], layers(**changes))
 
     place(
         "mlp_sample layer",
@@ -509,7 +509,7 @@ def _ops() -> None:
     )
 
     def update(from_start, which, factors):
-        return ops.mlp_sample(rand(N, D), [(True, [0], [0.5]), (from_start, which, factors)], layers())
+        return fk.mlp_sample(rand(N, D), [(True, [0], [0.5]), (from_start, which, factors)], layers())
 
     place(
         "mlp_sample update",
@@ -560,10 +560,10 @@ def _schedules() -> None:
     v, x = (lambda: rand(3, N, D), is_noise), (lambda: rand(4, N, D), is_noise)
     place("StepCost.update", lambda v, x: fk.StepCost(3, states=True).update(v, x), v=v, x=x)
     place("StepCost.merge", lambda other: fk.StepCost(2).merge(other), other=(lambda: fk.StepCost(2), anything))
-    place("step_cost", fk.step_costs, v=v, times=(3, is_times), x=(x[0], or_none(is_noise)))
+    place("step_costs", fk.step_costs, v=v, times=(3, is_times), x=(x[0], or_none(is_noise)))
     cost = (lambda: torch.ones(K + 1, K + 1, dtype=F64), is_dense(*FLOATS))
     place(
-        "bellman",
+        "least_cost_schedules",
         fk.least_cost_schedules,
         cost=cost,
         times=(K, is_times, "cost"),
@@ -765,7 +765,7 @@ def _others(cal) -> None:
 
     def record(**kwargs):
         with fk.record_calls(**kwargs):
-            ops.euler_step(rand(N, D), rand(N, D), 0.5)
+            fk.euler_step(rand(N, D), rand(N, D), 0.5)
 
     place(
         "record_calls",
@@ -781,7 +781,7 @@ def _others(cal) -> None:
 
     place("backend", on, (fk.BackendError,), name=("cpu", is_one_of("auto", "", None, *backends.BACKENDS), "backend"))
     device = ("cpu", lambda v: isinstance(v, (str, torch.device)) or is_int(0)(v))
-    place("explain", fk.explain, op=("euler_step", is_one_of(*ops.OPS)), device=device)
+    place("explain", fk.explain, op=("euler_step", is_one_of(*OPS)), device=device)
     width = (8, is_int(1))
     place(
         "sinusoidal_embedding",
@@ -941,7 +941,7 @@ def _commands() -> None:
     none = lambda text: False  # noqa: E731
     model = "--model counted_models:build --shape 3"
     with fk.record_calls("euler_step", "calls.st"):
-        ops.euler_step(rand(N, D), rand(N, D), 0.5)
+        fk.euler_step(rand(N, D), rand(N, D), 0.5)
     shared = dict(
         seed=seed, device=is_one_of("cpu"), shape=lambda text: all(map(is_text(int, 1, 10**6), text.split(",")))
     )

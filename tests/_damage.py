@@ -108,8 +108,8 @@ def write_weights(path):
 def write_calls(path):
     with fk.record_calls("linear_update", path):
         x = torch.arange(12.0).view(3, 4)
-        fk.ops.linear_update(x, [x + 1, x[:, :4]], [0.5, 0.25])
-        fk.ops.linear_update(x.t()[:2], [torch.ones(2, 3)], [0.5], out=torch.empty(2, 3))
+        fk.linear_update(x, [x + 1, x[:, :4]], [0.5, 0.25])
+        fk.linear_update(x.t()[:2], [torch.ones(2, 3)], [0.5], out=torch.empty(2, 3))
 
 
 def read_calls(path):

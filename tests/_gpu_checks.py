@@ -11,7 +11,8 @@ from _contract import identical
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flowkernels import ops
+import flowkernels as fk
+from flowkernels.ops.public import OPS
 from flowkernels.ops.samples import Sample, moved, op_args, samples_of
 from flowkernels.runtime import environment
 from flowkernels.runtime.backends import backend
@@ -24,7 +25,7 @@ def samples(op: str) -> list[Sample]:
 def call(op: str, sample: Sample, on: str = "cuda"):
     """The public function, on our kernel in CUDA or in Triton."""
     with backend(on):
-        return getattr(ops, op)(*sample.args, **sample.kwargs)
+        return getattr(fk, op)(*sample.args, **sample.kwargs)
 
 
 def bare_arguments(op: str, sample: Sample, device) -> tuple:
@@ -139,9 +140,9 @@ def graph(op: str, device, on: str = "cuda") -> list[str]:
     return wrong
 
 
-WAITS = {op: why for op in ops.OPS if (why := getattr(ops_cases.of(op), "WAITS", None))}
+WAITS = {op: why for op in OPS if (why := getattr(ops_cases.of(op), "WAITS", None))}
 # past 2^31 elements
-LARGE = [op for op in ops.OPS if hasattr(ops_cases.of(op), "large")]
+LARGE = [op for op in OPS if hasattr(ops_cases.of(op), "large")]
 
 
 def no_wait(op: str, device, on: str = "cuda") -> list[str]:

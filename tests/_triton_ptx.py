@@ -22,6 +22,8 @@ from unittest.mock import patch
 import _host_cuda
 import torch
 
+import flowkernels as fk
+
 TARGET, SHARED = ("cuda", 80, 32), 99 << 10  # what a block may have: the emulation's limit, that of every target
 SCALARS = dict(i1="int8", u1="uint8", fp32="float", fp64="double")
 SCALARS |= {f"{kind[0]}{n}": f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)}
@@ -134,7 +136,6 @@ def run_op(op: str) -> Iterator[dict]:
     """Every sample input of an op, twice: threads forward and copies late, and backward and at once."""
     from _contract import identical
 
-    from flowkernels import ops
     from flowkernels.runtime import backends
 
     samples = importlib.import_module(f"flowkernels.ops.{op}.samples")
@@ -144,7 +145,7 @@ def run_op(op: str) -> Iterator[dict]:
         for order, async_lazy in (("forward", True), ("reverse", False)):
             _host_cuda.ptx_order(order, async_lazy)
             with backends.backend("triton"):
-                results.append(getattr(ops, op)(*sample.args, **sample.kwargs))
+                results.append(getattr(fk, op)(*sample.args, **sample.kwargs))
         if not identical(*results):
             raise AssertionError("threads in another order give other bits")
         return samples.error_and_bound(sample, results[0])

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import flowkernels as fk
-from flowkernels import ops
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.closed_form import GaussianMixtureVelocity
 from flowkernels.models.networks import ResidualMLP
@@ -247,18 +246,18 @@ def every_op(w, tmp_path):
     noise, v, states = w["noise"], w["v"], w["states"]
     i, s = torch.arange(6, device="cpu") % 2, torch.arange(6, device="cpu")
     h = torch.full((2,), 0.5, dtype=torch.float32, device="cpu")
-    gram = fk.ops.velocity_gram(states)
+    gram = fk.velocity_gram(states)
     x = v.clone()
     return [
         *(
-            fk.ops.euler_step(noise, v, 0.3),
-            fk.ops.euler_step(noise, v, 0.3, v_uncond=x, guidance=2.0, low=torch.bfloat16),
+            fk.euler_step(noise, v, 0.3),
+            fk.euler_step(noise, v, 0.3, v_uncond=x, guidance=2.0, low=torch.bfloat16),
         ),
-        *(fk.ops.linear_update(noise, [v, states[0]], [0.1, 0.7]), fk.ops.segment_points(states, i, s)),
-        *fk.ops.straighten_loss(v, states, h, i, s),
-        *(gram, ops.cost_from_gram(gram, [0, 0.2, 0.5, 1])),
-        *ops.bellman(w["cal"].cost, 3),
-        fk.ops.linear_euler(noise, w["z"], w["weight"], 0.1, bias=w["bias"]),
+        *(fk.linear_update(noise, [v, states[0]], [0.1, 0.7]), fk.segment_points(states, i, s)),
+        *fk.straighten_loss(v, states, h, i, s),
+        *(gram, fk.cost_from_gram(gram, [0, 0.2, 0.5, 1])),
+        *fk.bellman(w["cal"].cost, 3),
+        fk.linear_euler(noise, w["z"], w["weight"], 0.1, bias=w["bias"]),
     ]
 
 
@@ -477,7 +476,7 @@ def test_a_forked_child(tmp_path):
     big, v = torch.randn(600, 600), normal(20, 64, 300)
 
     def in_parallel():
-        return [big @ big, big.repeat(50, 1).sin(), fk.ops.velocity_gram(v)]
+        return [big @ big, big.repeat(50, 1).sin(), fk.velocity_gram(v)]
 
     expected, (read, write) = in_parallel(), os.pipe()
     child = os.fork()

@@ -28,6 +28,7 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels._files import sealed, whole_file
+from flowkernels.calibration import sample_costs
 from flowkernels.models.bundled import BUNDLED
 
 
@@ -52,8 +53,8 @@ def test_the_three_stages_in_one_call(make, grid):
     velocity, noise = make(), normal(9, 1, 8, 8)
     cal = fk.calibrate(velocity, noise, grid, range(1, 8), progress=False)
     traj = fk.rollout(velocity, noise, grid)
-    gram = torch.stack([fk.ops.velocity_gram(v) for v in traj.v.split(1, 1)]).sum(0) / 9  # groups of one sample
-    cost = fk.ops.cost_from_gram(gram, traj.times)
+    gram = torch.stack([fk.velocity_gram(v) for v in traj.v.split(1, 1)]).sum(0) / 9  # groups of one sample
+    cost = fk.cost_from_gram(gram, traj.times)
     assert torch.equal(cal.gram, gram)
     assert torch.equal(cal.cost, cost)
     assert torch.equal(cal.times, grid)
@@ -72,8 +73,8 @@ def test_defaults():
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_one_gram_matrix_of_each_group(n, chunk, monkeypatch):
     """Every velocity is read once, and the groups' sum keeps to the float64 reference."""
-    noise, seen, velocity_gram = normal(n, 3), [], fk.ops.velocity_gram
-    monkeypatch.setattr(fk.ops, "velocity_gram", lambda v: seen.append(v.shape[1]) or velocity_gram(v))
+    noise, seen, velocity_gram = normal(n, 3), [], fk.velocity_gram
+    monkeypatch.setattr(sample_costs, "velocity_gram", lambda v: seen.append(v.shape[1]) or velocity_gram(v))
     cal = fk.calibrate(ElementwiseField(), noise, 20, 4, chunk=chunk, progress=False)
     assert sum(seen) == n
     groups = cal.sample_costs.groups

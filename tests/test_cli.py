@@ -20,12 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import flowkernels as fk
-from flowkernels import ops
 from flowkernels._files import whole_folder
 from flowkernels.cli import demo, inputs, report
 from flowkernels.cli.main import main
 from flowkernels.models.bundled import BUNDLED, load_network
 from flowkernels.ops import tuned
+from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends
 
 MODULE = """
@@ -430,7 +430,7 @@ def test_a_closed_pipe_is_no_error(tmp_path, arguments):
 def test_info(run):
     out, _ = run("info")
     assert fk.__version__ in out
-    for op in ops.OPS:  # the CUDA kernels are not those of the tests here; Triton's are interpreted
+    for op in OPS:  # the CUDA kernels are not those of the tests here; Triton's are interpreted
         assert re.search(rf"^{op} +no \(1\) +yes +yes +yes$", out, re.MULTILINE)
     assert re.search(r"^\(1\) (the driver shows no GPU|this build has no CUDA kernels)", out, re.MULTILINE)
     assert f"  triton          {backends.HAS_RUN['triton']}\n" in out

@@ -45,9 +45,7 @@ def test_costs_of_groups(size, most, parts):
     assert samples.size == {(1, 64): 1, (3, 64): 3, (1, 8): 4, (2, 4): 8}[size, most]
     for gram, length in zip(samples.grams, samples.sizes.int().tolist(), strict=True):
         expected = found[..., first : first + length].square().sum(-1)
-        assert (
-            relative_error(fk.ops.cost_from_gram(gram, trajectory.times), expected.where(expected > 1e-20, 0)) <= 1e-8
-        )
+        assert relative_error(fk.cost_from_gram(gram, trajectory.times), expected.where(expected > 1e-20, 0)) <= 1e-8
         first += length
     expected = errors(trajectory).square().mean(-1)
     assert relative_error(samples.cost(), expected.where(expected > 1e-20, 0)) <= 1e-8
@@ -544,7 +542,7 @@ def test_regret_by_hand():
     for steps, regret in samples.regrets(dict(cal)).items():
         found = []
         for w in weights:
-            cost = fk.ops.cost_from_gram((w[:, None, None] * samples.grams).sum(0), cal.times)
+            cost = fk.cost_from_gram((w[:, None, None] * samples.grams).sum(0), cal.times)
             best = fk.least_cost_schedules(cost, cal.times, steps)[steps].cost
             found.append(sum(cost[j, k].item() for j, k in itertools.pairwise(cal[steps].indices)) / best - 1)
         assert regret == pytest.approx(torch.tensor(found, dtype=torch.float64).quantile(0.95).item(), rel=1e-6)

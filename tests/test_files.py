@@ -39,7 +39,7 @@ def save_text(path):
 
 def record(path):
     with fk.record_calls("euler_step", path):
-        fk.ops.euler_step(torch.ones(3), torch.ones(3), 0.5)
+        fk.euler_step(torch.ones(3), torch.ones(3), 0.5)
 
 
 def straighten(path):
@@ -249,7 +249,7 @@ def test_the_folder_may_change_while_a_relative_path_is_written(tmp_path, monkey
         partial.write_text("new")
     os.chdir(tmp_path)
     with fk.record_calls("euler_step", "b"):
-        fk.ops.euler_step(torch.ones(3), torch.ones(3), 0.5)
+        fk.euler_step(torch.ones(3), torch.ones(3), 0.5)
         os.chdir("elsewhere")
     assert (tmp_path / "a").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "elsewhere"]

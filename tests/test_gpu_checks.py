@@ -18,7 +18,8 @@ from _contract import tensors
 from test_capture import HostGraph, Recording
 from torch.utils._pytree import tree_map_only
 
-from flowkernels.ops import OPS, triton_common
+from flowkernels.ops import triton_common
+from flowkernels.ops.public import OPS
 from flowkernels.runtime import environment
 from flowkernels.runtime.backends import CUDA_OPS, backend
 

@@ -11,14 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flowkernels import ops
+import flowkernels as fk
 from flowkernels.ops.library import DTYPE_CODES
+from flowkernels.ops.public import OPS
 from flowkernels.ops.samples import generator
 from flowkernels.runtime import backends
 from flowkernels.runtime.backends import CUDA_OPS, backend
 
 ROOT = Path(__file__).parents[1]
-OPS = [op for op in ops.OPS if op in CUDA_OPS]
+OPS = [op for op in OPS if op in CUDA_OPS]
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
 
 # Elements of all arguments, over which a sample is left out: the checked build takes some 100 ns for each access.
@@ -129,7 +130,7 @@ def test_checked(op, sample, checked):
     module, run = checked
     for lazy in (True, False) if uses_cp_async(op) else (True,):
         module.async_lazy(lazy)
-        result, missing = run(getattr(ops, op), *sample.args, **sample.kwargs)
+        result, missing = run(getattr(fk, op), *sample.args, **sample.kwargs)
         assert missing == 0
         error, bound = SAMPLES[op].error_and_bound(sample, result)
         assert error <= bound
@@ -156,7 +157,7 @@ def test_same_bits_in_any_order(op, sample, plain):
         plain.schedule(order, seed)
         plain.async_lazy(lazy)
         with backend("cuda"):
-            return bits(getattr(ops, op)(*sample.args, **sample.kwargs))
+            return bits(getattr(fk, op)(*sample.args, **sample.kwargs))
 
     others = [run(1), run(2), run(2, seed=7, lazy=False)]
     if uses_cp_async(op):

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import flowkernels as fk
-from flowkernels import ops
 from flowkernels.bench import replay
 from flowkernels.bench.timers import WallClock
 from flowkernels.cli.main import main
 from flowkernels.models.networks import ResidualMLP
-from flowkernels.ops import OPS, recorded_calls
+from flowkernels.ops import recorded_calls
 from flowkernels.ops.mlp_sample import Layer, Source
+from flowkernels.ops.public import OPS
 from flowkernels.ops.recorded_calls import open_calls
 from flowkernels.ops.samples import Sample
 from flowkernels.runtime import environment, observers
@@ -39,7 +39,7 @@ def unasked(monkeypatch):
 
 
 def call(op, sample):
-    return getattr(ops, op)(*sample.args, **sample.kwargs)
+    return getattr(fk, op)(*sample.args, **sample.kwargs)
 
 
 def recorded(op, run, path, **options):
@@ -101,17 +101,17 @@ def test_samples_to_op_and_back(op):
 
 def in_place(x, v):
     low = torch.empty_like(x, dtype=torch.bfloat16)
-    fk.ops.euler_step(x, v, 0.5, v_uncond=v, guidance=2.0, out=x, low=low)
+    fk.euler_step(x, v, 0.5, v_uncond=v, guidance=2.0, out=x, low=low)
 
 
 def rows_of_one_tensor(x, v):
     states = torch.stack([x, v, v])
-    fk.ops.linear_update(states[0], [states[1], v], [0.5, 2.0], out=states[2])
+    fk.linear_update(states[0], [states[1], v], [0.5, 2.0], out=states[2])
 
 
 def velocity_over_history(x, v):
     weight, z = torch.randn(24, 5), torch.randn(7, 5)
-    fk.ops.linear_euler(x, z, weight, 0.5, history=[v], b=[0.25], velocity_out=v)
+    fk.linear_euler(x, z, weight, 0.5, history=[v], b=[0.25], velocity_out=v)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_the_forms_that_write_to_a_tensor(op, run, only_written, writes_what_it_
 
 
 def euler(n, h=0.5, dtype=torch.float32):
-    return fk.ops.euler_step(torch.randn(n), torch.randn(n, dtype=dtype), h)
+    return fk.euler_step(torch.randn(n), torch.randn(n, dtype=dtype), h)
 
 
 def test_one_call_of_each_signature(tmp_path, unasked):
@@ -155,7 +155,7 @@ def test_one_call_of_each_signature(tmp_path, unasked):
             euler(n, h)
         euler(3, 0.1, torch.bfloat16)
         x = torch.ones(3)
-        fk.ops.euler_step(x, x, 0.1)  # the same shapes, in one tensor
+        fk.euler_step(x, x, 0.1)  # the same shapes, in one tensor
 
     found = recorded("euler_step", run, tmp_path / "a", calls=4)
     stored = [(c.args["x"]["shape"], c.args["h"], c.args["v"]["dtype"], c.count) for c in found]
@@ -174,7 +174,7 @@ def test_one_call_of_each_signature(tmp_path, unasked):
 def test_only_the_op_that_was_asked_for(tmp_path, unasked):
     def run():
         euler(3)
-        ops.linear_update(torch.ones(3), [torch.ones(3)], [0.5])
+        fk.linear_update(torch.ones(3), [torch.ones(3)], [0.5])
 
     assert [c.op for c in recorded("linear_update", run, tmp_path / "a")] == ["linear_update"]
 
@@ -184,9 +184,9 @@ def test_memory_that_is_shared_or_equal_is_stored_once(tmp_path, unasked):
     u = torch.rand(6)
 
     def run():
-        fk.ops.segment_points(bank, places % 2, places)
-        fk.ops.segment_points(bank, torch.arange(6) % 2, torch.arange(6), u)
-        fk.ops.segment_points(bank.clone(), places % 2, places, u[:4])
+        fk.segment_points(bank, places % 2, places)
+        fk.segment_points(bank, torch.arange(6) % 2, torch.arange(6), u)
+        fk.segment_points(bank.clone(), places % 2, places, u[:4])
 
     found = recorded("segment_points", run, tmp_path / "a")
     assert len(found) == 3
@@ -198,7 +198,7 @@ def test_memory_that_is_shared_or_equal_is_stored_once(tmp_path, unasked):
 
 def test_a_slice_takes_no_more_than_it_spans(tmp_path, unasked):
     x = torch.randn(1000, 1000)
-    (found,) = recorded("euler_step", lambda: fk.ops.euler_step(x[3], x[5].expand(1000), 0.5), tmp_path / "a")
+    (found,) = recorded("euler_step", lambda: fk.euler_step(x[3], x[5].expand(1000), 0.5), tmp_path / "a")
     assert [r["bytes"] for r in found.regions] == [4000, 4000]
 
 
@@ -282,13 +282,13 @@ def test_calls_of_every_kind_are_seen(tmp_path, unasked):
             euler(3)
         euler(3)
 
-    assert seen(lambda: fk.ops.euler_step(x, v, 0.5)) == 1
+    assert seen(lambda: fk.euler_step(x, v, 0.5)) == 1
     assert seen(in_thread) == 1
     assert seen(profiled) == 2
     assert seen(lambda: fk.sample(lambda x, t: -x, torch.ones(3, 4), 5)) == 5
     assert seen(lambda: fk.rollout(lambda x, t: -x, torch.ones(3, 4), 7)) == 7
     torch._dynamo.reset()
-    assert seen(lambda: torch.compile(fk.ops.euler_step, fullgraph=True, backend="aot_eager")(x, v, 0.5)) == 1
+    assert seen(lambda: torch.compile(fk.euler_step, fullgraph=True, backend="aot_eager")(x, v, 0.5)) == 1
     assert not observers.present
 
 
@@ -453,7 +453,7 @@ def test_a_wrong_output_of_the_form_that_writes(name, tmp_path, capsys, monkeypa
         x, z, weight = torch.randn(7, 24), torch.randn(7, 5), torch.randn(24, 5)
         for out in (torch.empty_like(x), x):
             low = torch.empty_like(x, dtype=torch.bfloat16)
-            fk.ops.linear_euler(x, z, weight, 0.5, out=out, low=low, velocity_out=torch.empty_like(low))
+            fk.linear_euler(x, z, weight, 0.5, out=out, low=low, velocity_out=torch.empty_like(low))
 
     recorded("linear_euler", run, tmp_path / "a")
     assert replayed([tmp_path / "a"], capsys)[0] == 0
@@ -486,7 +486,7 @@ def test_a_large_network_is_checked_on_some_samples(tmp_path, capsys, monkeypatc
     torch.manual_seed(0)
     layers = [Layer("linear", Source(0, 0, 64), 64, torch.randn(64, 64) / 8)]
     x = torch.randn(50, 64)
-    recorded("mlp_sample", lambda: fk.ops.mlp_sample(x, [0.5, 0.5], layers), tmp_path / "a")
+    recorded("mlp_sample", lambda: fk.mlp_sample(x, [0.5, 0.5], layers), tmp_path / "a")
     code, out, _ = replayed([tmp_path / "a"], capsys)
     assert code == 0
     assert "ok (10 % of the result compared)" in out
@@ -495,14 +495,14 @@ def test_a_large_network_is_checked_on_some_samples(tmp_path, capsys, monkeypatc
 def test_an_op_that_raises(tmp_path, capsys, unasked):
     cost = torch.full((3, 3), torch.nan, dtype=torch.float64)
     with pytest.raises(ValueError, match="cost"):
-        recorded("bellman", lambda: ops.bellman(cost, 2), tmp_path / "a")
+        recorded("bellman", lambda: fk.bellman(cost, 2), tmp_path / "a")
     code, out, _ = replayed([tmp_path / "a"], capsys)
     assert code == 1
     assert out.count("raised ValueError: cost: expected no NaN or -Inf") == 2
 
 
 def test_inputs_that_are_not_finite(tmp_path, capsys, unasked):
-    recorded("euler_step", lambda: fk.ops.euler_step(torch.full((3,), torch.nan), torch.ones(3), 0.5), tmp_path / "a")
+    recorded("euler_step", lambda: fk.euler_step(torch.full((3,), torch.nan), torch.ones(3), 0.5), tmp_path / "a")
     code, out, _ = replayed([tmp_path / "a"], capsys)
     assert code == 1
     assert out.count("the inputs hold NaN or Inf") == 2
@@ -662,7 +662,7 @@ print("script", sys.argv)
 fk.sample(helper.velocity, torch.ones(3, 4), 5)
 if "raise" in sys.argv:
     raise KeyError("half way")
-fk.ops.euler_step(torch.ones(3), torch.ones(3), 0.5)
+fk.euler_step(torch.ones(3), torch.ones(3), 0.5)
 if len(sys.argv) > 2:
     sys.exit(int(sys.argv[2]))
 """

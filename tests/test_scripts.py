@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from flowkernels.bench import suite
-from flowkernels.ops import OPS
+from flowkernels.ops.public import OPS
 from flowkernels.ops.samples import generator
 from flowkernels.runtime import backends
 

@@ -10,7 +10,7 @@ import pytest
 from machine_code import binaries, rules, triton_binaries
 from machine_code.triton_compile import FORMS, TARGETS
 
-from flowkernels.ops import OPS
+from flowkernels.ops.public import OPS
 
 NVIDIA = [t for t, (kind, *_) in TARGETS.items() if kind == "cuda"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import ops_cases
 import pytest
 
-from flowkernels import ops
+from flowkernels.ops.public import OPS
 
-OPS = [op for op in ops.OPS if getattr(ops_cases.of(op), "TRITON_PTX", False)]
+OPS = [op for op in OPS if getattr(ops_cases.of(op), "TRITON_PTX", False)]
 SAMPLES = {op: list(importlib.import_module(f"flowkernels.ops.{op}.samples").sample_inputs()) for op in OPS}
 CASES = [(op, s.id) for op in OPS for s in SAMPLES[op]]
 

@@ -19,9 +19,11 @@ from flowkernels.bench import suite, tune
 from flowkernels.bench.case import Case, Work, ours
 from flowkernels.bench.tune import Tuner, candidates
 from flowkernels.cli import main
-from flowkernels.ops import OPS, bellman, triton_common, tuned
+from flowkernels.ops import triton_common, tuned
+from flowkernels.ops.bellman import bellman
 from flowkernels.ops.bellman.samples import Sample, error_and_bound
 from flowkernels.ops.bellman.triton_kernel import CONFIGS, SEARCH
+from flowkernels.ops.public import OPS
 from flowkernels.runtime import environment
 from flowkernels.runtime.backends import backend
 

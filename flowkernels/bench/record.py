@@ -8,14 +8,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from flowkernels import _options, ops
+from flowkernels import _options
 from flowkernels._checks import expect
 from flowkernels._files import expect_target
+from flowkernels.ops.public import OPS
 from flowkernels.ops.recorded_calls import record_calls
 
 
 def add_arguments(add: Callable) -> None:
-    add("op", metavar="OP", help=f"which of {', '.join(ops.OPS)}")
+    add("op", metavar="OP", help=f"which of {', '.join(OPS)}")
     about = "Python script to run; its arguments come last, after --"
     add("--from", dest="script", metavar="SCRIPT", type=_options.path, required=True, help=about)
     add("--out", type=_options.path, help="file to write; OP.safetensors if not given")

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from flowkernels import _options, ops
+from flowkernels import _options
 from flowkernels._checks import expect
 from flowkernels.bench.case import Case, Work
 from flowkernels.bench.harness import Measured, measure, pinned, rows
 from flowkernels.bench.tables import print_rows
 from flowkernels.bench.timers import timer
+from flowkernels.ops import public
 from flowkernels.ops.recorded_calls import Call, open_calls
 from flowkernels.ops.samples import nearest, samples_of
 from flowkernels.runtime import backends, environment
@@ -128,7 +129,7 @@ def _rows(title: str, call: Call, run: dict, device: torch.device, clock, args: 
 
 def _call(name: str, call: Call, sample, outs: dict[str, Tensor]):
     with backends.backend(name):
-        return getattr(ops, call.op.removesuffix("_out"))(*sample.args, **sample.kwargs | outs)
+        return getattr(public, call.op.removesuffix("_out"))(*sample.args, **sample.kwargs | outs)
 
 
 def _judge(name: str, call: Call, device: torch.device) -> tuple[float, float, str | None]:

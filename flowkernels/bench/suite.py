@@ -10,7 +10,7 @@ import torch
 
 from flowkernels.bench.case import Case
 from flowkernels.models.bundled import BENCHMARKS
-from flowkernels.ops import OPS
+from flowkernels.ops.public import OPS
 
 PACKAGE = "flowkernels._benchmarks"
 

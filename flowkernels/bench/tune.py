@@ -28,7 +28,8 @@ from flowkernels.bench import suite
 from flowkernels.bench.case import Case, Work
 from flowkernels.bench.harness import Shares
 from flowkernels.bench.timers import timer
-from flowkernels.ops import OPS, tuned
+from flowkernels.ops import tuned
+from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends, environment
 
 CASES = 3  # of the benchmark, for each kernel

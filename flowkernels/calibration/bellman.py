@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from flowkernels import ops
 from flowkernels._checks import FLOATS, expect, expect_real, expect_times, expect_values
+from flowkernels.ops.bellman import bellman
 from flowkernels.schedule import Schedule, expect_steps, uniform_indices
 
 
@@ -40,7 +40,7 @@ def least_cost_schedules(
     expect(tuple(cost.shape) == (len(t), len(t)), "cost", f"shape [{len(t)}, {len(t)}], one row a knot", cost)
     wanted = expect_steps(steps, len(t) - 1)
     gamma = expect_real(gamma, "gamma", "a positive, finite number", lambda a: a > 0 and 1 / a < math.inf)
-    value, parent = (table.cpu() for table in ops.bellman(cost.double(), max(wanted), 1 / gamma))
+    value, parent = (table.cpu() for table in bellman(cost.double(), max(wanted), 1 / gamma))
     even = {n: uniform_indices(t, n) for n in wanted}
     j, k = zip(*(step for n in wanted for step in itertools.pairwise(even[n])), strict=True)
     uniform_costs = iter(cost[list(j), list(k)].tolist())  # one copy for all of them

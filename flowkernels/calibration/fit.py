@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flowkernels import ops
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_positive_int, expect_real
 from flowkernels._warnings import warn
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.evaluation.endpoint import endpoint_error
+from flowkernels.ops.linear_update import linear_update
+from flowkernels.ops.velocity_gram import velocity_gram
 from flowkernels.sampling.rollout import rollout
 from flowkernels.sampling.teacher import Teacher
 from flowkernels.schedule import Schedule
@@ -138,14 +139,14 @@ def _fit(data: "SplitSamples", plan: Schedule, order: int, ridges: tuple[float, 
         rows[k + 1] = data.velocity_at_start() if known else data.teacher.at(x, knots[k].item())
         expect_finite_flow(rows[k + 1], [rows[k + 1]], knots[k:])
         torch.sub(goals[k + 1], x, out=rows[k + 2]).div_(h[k])
-        grams = [ops.velocity_gram(rows[: k + 3, part]).cpu() for part in (slice(fitted), slice(fitted, n))]
+        grams = [velocity_gram(rows[: k + 3, part]).cpu() for part in (slice(fitted), slice(fitted, n))]
         orders = range(1, min(order, k + 1) + 1)
         tried = itertools.chain.from_iterable(_step(grams, knots[: k + 2], p, ridges) for p in orders)
         _, weights, p, r = min(tried, key=lambda found: found[0])
         chosen.append((p, None if r == math.inf else r))
         coefficients[k] = coefficients[k - 1] if k else 0
         coefficients[k, k - p + 1 : k + 1] += h[k] * weights
-        x = ops.linear_update(goals[0], list(rows[1 : k + 2]), coefficients[k, : k + 1].tolist())
+        x = linear_update(goals[0], list(rows[1 : k + 2]), coefficients[k, : k + 1].tolist())
 
     solvers = {
         EULER: Solver.euler(plan, inverse=inverse),

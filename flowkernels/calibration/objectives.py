@@ -23,11 +23,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flowkernels import ops
 from flowkernels._checks import expect, expect_float64, expect_positive_int, expect_shown
 from flowkernels.calibration.bellman import least_cost_schedules, path_of
 from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.step_cost import StepCost
+from flowkernels.ops.bellman_pairs import bellman_pairs
+from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.sampling.teacher import Teacher, velocity_at
 from flowkernels.schedule import Schedule, uniform_indices
 from flowkernels.solver import Solver
@@ -191,7 +192,7 @@ def pair_costs(gram: Tensor, times: Tensor) -> Tensor:
     before = (A * inside).flip(0).cumsum(0).flip(0)  # sum of A[m, j] over i <= m < j
     before = torch.cat([before[1:], torch.zeros_like(before[:1])])
     BB = ((2 * before + A.diagonal()) * inside).cumsum(1)
-    SS = ops.cost_from_gram(gram, times)
+    SS = cost_from_gram(gram, times)
     h = times[None, :] - times[:, None]
     for i in range(K + 1):
         f = h[i + 1 :].square() / (2 * h[i, i + 1 :, None])
@@ -209,7 +210,7 @@ def pairs(cal: Measured, steps: list[int]) -> dict[int, Solver]:
     expect(cal.gram is not None, "objective", "a calibration with its Gram matrix, for 'pairs'", "one of before that")
     times, K = cal.times, len(cal.times) - 1
     first, cost = cal.cost[0].contiguous(), pair_costs(cal.gram, times)
-    value, parent = ops.bellman_pairs(first, cost, max(steps))
+    value, parent = bellman_pairs(first, cost, max(steps))
     found = {}
     for n in steps:
         before = int(value[n, :, K].argmin()) if n > 1 else 0

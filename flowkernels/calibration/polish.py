@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowkernels import ops
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_positive_int, expect_real
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.calibration.fit import SplitSamples, schedule_on_grid
 from flowkernels.evaluation.endpoint import endpoint_error
+from flowkernels.ops.linear_update import linear_update
+from flowkernels.ops.velocity_gram import velocity_gram
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.velocity.protocol import Velocity
@@ -141,7 +142,7 @@ def _jacobian_gram(data, solver: Solver, begin, end, v: list[Tensor], part: slic
     """The Gram matrix of the endpoint's derivatives and of its residual, over the samples `part`."""
     start, M, places = begin[part], solver.evaluations, _places(solver.evaluations)
     v = [t[part] for t in v]
-    x = ops.linear_update(start, v, solver.coefficients[-1].tolist())
+    x = linear_update(start, v, solver.coefficients[-1].tolist())
     rows = start.new_zeros(len(places) + 2, *start.shape)  # their sums, whose increments `velocity_gram` multiplies
     for row, (i, where) in enumerate(places):
         if i == M - 1 and where is not None:
@@ -155,7 +156,7 @@ def _jacobian_gram(data, solver: Solver, begin, end, v: list[Tensor], part: slic
             derivative = moved.sub_(x).div_(step)
         torch.add(rows[row], derivative, out=rows[row + 1])
     torch.sub(end[part], x, out=rows[-1]).add_(rows[-2])
-    return ops.velocity_gram(rows).cpu()
+    return velocity_gram(rows).cpu()
 
 
 def _descend(data, calibration: Calibration, given: Schedule, iterations: int, bar) -> Schedule:

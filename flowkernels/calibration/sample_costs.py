@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flowkernels import ops
 from flowkernels._checks import expect
+from flowkernels.ops.bellman import bellman
+from flowkernels.ops.cost_from_gram import cost_from_gram
+from flowkernels.ops.velocity_gram import velocity_gram
 from flowkernels.schedule import Schedule
 
 GROUPS = 64  # of samples, at most; merged in pairs when they are more
@@ -66,12 +68,12 @@ class SampleCosts:
         gram = self.gram
         finite = bool(torch.isfinite(gram).all())
         expect(finite, "velocity", "velocities whose squared increments are finite", "an overflow")
-        return ops.cost_from_gram(gram, self.times)
+        return cost_from_gram(gram, self.times)
 
     def norm_cost(self) -> Tensor:
         """`[K+1, K+1]` on the CPU: entry [j, k] is the mean over samples, which must be groups of one, of the error |e|
         of the step j -> k; Inf where k <= j."""
-        return (sum(ops.cost_from_gram(gram, self.times).sqrt() for gram in self.grams) / self.count).cpu()
+        return (sum(cost_from_gram(gram, self.times).sqrt() for gram in self.grams) / self.count).cpu()
 
     def update(self, v: Tensor) -> "SampleCosts":
         """Add samples by their velocities `[K, n, *shape]`, which are finite."""
@@ -81,7 +83,7 @@ class SampleCosts:
                 self._merge()
             group, there = divmod(self.count, self.size)
             stop = min(first + self.size - there, v.shape[1])
-            gram = ops.velocity_gram(v[:, first:stop])
+            gram = velocity_gram(v[:, first:stop])
             self._grams[group] = self._grams[group] + gram if there else gram
             self._total += gram
             self.count += stop - first
@@ -129,7 +131,7 @@ class SampleCosts:
         weights, steps = self.resampled(FEW_RESAMPLES), list(schedules)
         costs = weights @ self.along(list(schedules.values()))
         resamples = (weights @ self.grams.flatten(1)).unflatten(1, self._grams.shape[1:])
-        tables = (ops.bellman(ops.cost_from_gram(gram, self.times), max(steps))[0] for gram in resamples)
+        tables = (bellman(cost_from_gram(gram, self.times), max(steps))[0] for gram in resamples)
         least = torch.stack([table[steps, -1] for table in tables])
         regret = torch.where(costs > least, costs / least - 1, 0.0)
         return dict(zip(steps, regret.quantile(0.95, 0).tolist(), strict=True))

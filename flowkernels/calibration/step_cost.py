@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowkernels import ops
 from flowkernels._checks import FLOATS, expect, expect_bool, expect_device, expect_room, expect_times, expect_values
+from flowkernels.ops.cost_from_gram import cost_from_gram
+from flowkernels.ops.velocity_gram import velocity_gram
 
 
 class StepCost:
@@ -60,7 +61,7 @@ class StepCost:
         if x is not None:
             expect_values(x, "x", FLOATS)
         # secants carry the rounding of the states, which only float64 sums cancel again
-        gram = ops.velocity_gram(v.double(), x=x, times=self.times) if self.states else ops.velocity_gram(v)
+        gram = velocity_gram(v.double(), x=x, times=self.times) if self.states else velocity_gram(v)
         # A[m, m] sees v_m and v_{m-1}, so a finite Gram matrix means finite velocities; K = 1 has no increments
         if not (torch.isfinite(gram).all() and (K > 1 or torch.isfinite(v).all())):
             for name, value in (("v", v), ("x", x)):
@@ -84,7 +85,7 @@ class StepCost:
         `c(j, k) = mean over samples |x_k - x_j - (t_k - t_j) v_j|^2`; Inf where k <= j."""
         count = self.count
         expect(count > 0, "StepCost", "at least one update", "none")
-        return ops.cost_from_gram(self.gram / count, self.times, states=self.states)
+        return cost_from_gram(self.gram / count, self.times, states=self.states)
 
 
 def step_costs(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import flowkernels as fk
-from flowkernels import _entry, _options, _weights, ops
+from flowkernels import _entry, _options, _weights
 from flowkernels._files import write_or_keep
 from flowkernels.bench import command as bench
 from flowkernels.bench import record, replay, tune
@@ -32,6 +32,7 @@ from flowkernels.cli.inputs import (
 from flowkernels.cli.outputs import SAMPLE_FORMATS, save_samples
 from flowkernels.models.bundled import BUNDLED, save_network
 from flowkernels.ops import tuned
+from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends
 from flowkernels.runtime.environment import environment
 from flowkernels.velocity.identity import parameter_hash
@@ -353,7 +354,7 @@ def _tune(args) -> int:
 
 def _info(args) -> None:
     device = dict(cuda="cuda", triton="cpu" if backends.triton_interpreted() else "cuda", cpu="cpu", reference="cpu")
-    table = {op: {b: backends.why_not(b, device[b], op) for b in backends.BACKENDS} for op in ops.OPS}
+    table = {op: {b: backends.why_not(b, device[b], op) for b in backends.BACKENDS} for op in OPS}
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     chosen = {d: _chosen(d) for d in devices}
     triton = None if backends.triton_error() else importlib.import_module("triton").__version__

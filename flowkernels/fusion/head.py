@@ -20,8 +20,7 @@ from flowkernels.fusion import transformers
 from flowkernels.fusion.final_layer import FinalLayer, after_trunk
 from flowkernels.fusion.moves import Moves, Refused
 from flowkernels.fusion.watch import Unwatchable, Watch, executed
-from flowkernels.ops import linear_euler
-from flowkernels.ops.linear_euler import ONE_OF_ORDERS, ORDERS
+from flowkernels.ops.linear_euler import ONE_OF_ORDERS, ORDERS, linear_euler
 from flowkernels.ops.linear_euler.reference import unpatchify
 from flowkernels.runtime.torch_private import CALL_MODULE, COMPILED_MODULE, FORWARD_HOOKS, of_all_modules, tree_flatten
 from flowkernels.solver import Solver, last_uses

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from flowkernels._checks import expect, expect_positive_int
-from flowkernels.ops import linear_update
+from flowkernels.ops.linear_update import linear_update
 from flowkernels.solver import Solver, expect_solver, last_uses
 
 

@@ -34,7 +34,7 @@ from flowkernels._checks import (
 )
 from flowkernels._files import damaged, expect_file, expect_target, whole_file, write_or_keep
 from flowkernels._weights import CODES, expect_header
-from flowkernels.ops import OPS
+from flowkernels.ops.public import OPS
 from flowkernels.runtime import environment, observers
 
 FORMAT = 1

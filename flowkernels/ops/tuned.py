@@ -72,7 +72,7 @@ def read(path: str | Path, gpu: str) -> dict:
 
 def _known() -> dict[str, tuple[dict, dict]]:
     """Of each kernel its shipped configuration, and what is tried."""
-    from flowkernels.ops import OPS
+    from flowkernels.ops.public import OPS
 
     return {kernel: (configs[kernel], search.get(kernel, {}))
             for configs, search in map(kernels, OPS) for kernel in configs}  # fmt: skip

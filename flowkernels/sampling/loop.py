@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from flowkernels._guidance import guided
-from flowkernels.ops import euler_step, linear_update
+from flowkernels.ops.euler_step import euler_step, stepper
 from flowkernels.ops.euler_step import reference as euler_reference
-from flowkernels.ops.euler_step import stepper
+from flowkernels.ops.linear_update import linear_update
 from flowkernels.ops.linear_update import reference as linear_reference
 from flowkernels.runtime.torch_private import while_loop
 from flowkernels.solver import Solver, Update, euler_sizes, last_uses

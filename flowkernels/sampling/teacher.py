@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowkernels._checks import expect_finite_flow
 from flowkernels._guidance import guided
-from flowkernels.ops import linear_update
+from flowkernels.ops.linear_update import linear_update
 from flowkernels.sampling import loop
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import evaluate

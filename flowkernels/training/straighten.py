@@ -95,7 +95,7 @@ def straighten(
         batch: samples an iteration. bank: trajectories kept, where `noise` is not a tensor.
         refresh: iterations after which the bank is rolled out anew from fresh noise; None never.
         u: "start", u = 0, BOSS as published; or "uniform", u in [0, 1], piecewise reflow.
-        loss: "l2" or "huber" (pseudo-Huber with constant `huber_c`); see `ops.straighten_loss`.
+        loss: "l2" or "huber" (pseudo-Huber with constant `huber_c`); see `fk.straighten_loss`.
         weight: a factor on the loss of each interval, N numbers; None weighs all alike.
         init: what the student starts from: "teacher" its weights, "keep" the student's own, or a state dict, such as
             EMA weights. None: the teacher's where it has any, else the student's own.

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from flowkernels.ops import segment_points, straighten_loss
-from flowkernels.ops.straighten_loss import StraightenLoss
+from flowkernels.ops.segment_points import segment_points
+from flowkernels.ops.straighten_loss import StraightenLoss, straighten_loss
 from flowkernels.training.bank import Bank, Places
 from flowkernels.training.students import student_velocity
 
@@ -36,7 +36,7 @@ class StraightLine:
 
     u: "start", 0, BOSS as published (arXiv 2312.16414); or "uniform" in [0, 1], piecewise rectified flow, and on the
         one interval [0, 1] rectified flow (arXiv 2209.03003).
-    loss, huber_c: of `ops.straighten_loss`. weight: float32 `[N]`, of each interval; None weighs all alike.
+    loss, huber_c: of `fk.straighten_loss`. weight: float32 `[N]`, of each interval; None weighs all alike.
     """
 
     u: str = "start"

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-from flowkernels.ops import OPS
+from flowkernels.ops.public import OPS
 from machine_code.binaries import Kernel, occupancy
 
 ROOT = Path(__file__).parents[2]

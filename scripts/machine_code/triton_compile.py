@@ -25,7 +25,8 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from flowkernels.ops import OPS, triton_common  # noqa: E402
+from flowkernels.ops import triton_common  # noqa: E402
+from flowkernels.ops.public import OPS  # noqa: E402
 from flowkernels.ops.samples import op_args, samples_of  # noqa: E402
 from flowkernels.runtime import backends  # noqa: E402
 from machine_code.binaries import Kernel, read_cubins  # noqa: E402

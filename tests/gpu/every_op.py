@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import _gpu_checks  # noqa: E402
 import torch  # noqa: E402
 
-from flowkernels.ops import OPS  # noqa: E402
+from flowkernels.ops.public import OPS  # noqa: E402
 from flowkernels.ops.samples import moved  # noqa: E402
 
 

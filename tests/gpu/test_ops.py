@@ -5,7 +5,7 @@ import ops_cases
 import pytest
 import torch
 
-from flowkernels.ops import OPS
+from flowkernels.ops.public import OPS
 
 
 def each(ops):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flowkernels.cli import main
-from flowkernels.ops import euler_step, triton_common, tuned
+from flowkernels.ops import triton_common, tuned
+from flowkernels.ops.euler_step import euler_step
 from flowkernels.ops.euler_step.triton_kernel import CONFIGS, SEARCH
 from flowkernels.runtime import backends
 

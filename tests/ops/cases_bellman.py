@@ -3,10 +3,10 @@
 import torch
 from ops_cases import Accesses, Call
 
-from flowkernels import ops
+import flowkernels as fk
 
 CALLS = {
-    "bellman": Call(lambda cost: ops.bellman(cost.double(), 3), ((5, 5),), converts=True),
+    "bellman": Call(lambda cost: fk.bellman(cost.double(), 3), ((5, 5),), converts=True),
 }
 WAITS = "it reads one flag"
 TRITON_PTX = True
@@ -14,10 +14,10 @@ TRITON_PTX = True
 
 def accesses():
     # columns begin and end where the triangle does, within a sector, and the tables are small
-    yield Accesses(ops.bellman, (torch.rand(32, 32, dtype=torch.float64), 4), {}, {"": 1.25})
+    yield Accesses(fk.bellman, (torch.rand(32, 32, dtype=torch.float64), 4), {}, {"": 1.25})
 
 
 def guarded(page) -> None:
     for K in range(1, 20):
-        value, _ = ops.bellman(page(torch.ones(K + 1, K + 1, dtype=torch.float64)), K)
+        value, _ = fk.bellman(page(torch.ones(K + 1, K + 1, dtype=torch.float64)), K)
         assert value.diagonal().eq(torch.arange(K + 1)).all()

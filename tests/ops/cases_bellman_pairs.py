@@ -3,11 +3,11 @@
 import torch
 from ops_cases import Accesses, Call
 
-from flowkernels import ops
+import flowkernels as fk
 
 CALLS = {
     "bellman_pairs": Call(
-        lambda first, cost: ops.bellman_pairs(first.double(), cost.double(), 3), ((5,), (5, 5, 5)), converts=True
+        lambda first, cost: fk.bellman_pairs(first.double(), cost.double(), 3), ((5,), (5, 5, 5)), converts=True
     ),
 }
 WAITS = "it reads one flag"
@@ -16,11 +16,11 @@ TRITON_PTX = True
 
 def accesses():
     first, cost = torch.rand(32, dtype=torch.float64), torch.rand(32, 32, 32, dtype=torch.float64)
-    yield Accesses(ops.bellman_pairs, (first, cost, 4), {}, {"": 1.25})  # as those of bellman
+    yield Accesses(fk.bellman_pairs, (first, cost, 4), {}, {"": 1.25})  # as those of bellman
 
 
 def guarded(page) -> None:
     for K in range(1, 20):
         first, cost = (torch.ones((K + 1,) * d, dtype=torch.float64) for d in (1, 3))
-        value, _ = ops.bellman_pairs(page(first), page(cost), K)
+        value, _ = fk.bellman_pairs(page(first), page(cost), K)
         assert value[range(1, K + 1), range(K), range(1, K + 1)].eq(torch.arange(1, K + 1)).all()

@@ -3,10 +3,10 @@
 import torch
 from ops_cases import Accesses, Call
 
-from flowkernels import ops
+import flowkernels as fk
 
 CALLS = {
-    "cost_from_gram": Call(lambda gram: ops.cost_from_gram((gram + gram.T).double(), 4), ((3, 3),), converts=True),
+    "cost_from_gram": Call(lambda gram: fk.cost_from_gram((gram + gram.T).double(), 4), ((3, 3),), converts=True),
 }
 TRITON_PTX = True
 
@@ -14,10 +14,10 @@ TRITON_PTX = True
 def accesses():
     gram, times = torch.eye(30, dtype=torch.float64), torch.linspace(0, 1, 32, dtype=torch.float64)
     # columns begin and end where the triangle does, within a sector
-    yield Accesses(ops.cost_from_gram, (gram, times), {}, {"": 1.25})
+    yield Accesses(fk.cost_from_gram, (gram, times), {}, {"": 1.25})
 
 
 def guarded(page) -> None:
     for K in range(2, 20):
         gram = page(torch.ones(K - 1, K - 1, dtype=torch.float64))
-        assert ops.cost_from_gram(gram, page(torch.linspace(0, 1, K + 1, dtype=torch.float64))).triu(2).isfinite().all()
+        assert fk.cost_from_gram(gram, page(torch.linspace(0, 1, K + 1, dtype=torch.float64))).triu(2).isfinite().all()

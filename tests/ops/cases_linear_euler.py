@@ -3,18 +3,18 @@
 import torch
 from ops_cases import STATES, Accesses, Call
 
-from flowkernels import ops
+import flowkernels as fk
 from flowkernels.ops.linear_euler import samples
 
 CALLS = {
     "linear_euler": Call(
-        lambda x, z, w, b, s, v: ops.linear_euler(
+        lambda x, z, w, b, s, v: fk.linear_euler(
             x, z, w, 0.25, bias=b, norm=1e-3, scale=s, guidance=2.0, history=[v], b=[0.5], low=torch.bfloat16
         ),
         ((3, 5), (6, 4), (5, 4), (5,), (6, 4), (3, 5)),
     ),
     "linear_euler_out": Call(
-        lambda x, z, w, out, v: ops.linear_euler(x, z, w, 0.25, out=out, velocity_out=v, low=torch.bfloat16),
+        lambda x, z, w, out, v: fk.linear_euler(x, z, w, 0.25, out=out, velocity_out=v, low=torch.bfloat16),
         ((3, 5), (3, 4), (5, 4), (3, 5), (3, 5)),
         written=(3, 4),
     ),
@@ -36,7 +36,7 @@ def accesses():
         make((1, 32, 64), 256, (32,), dtype=bf16),
         make((1, 32, 64), 256, (32,), options="bias norm"),
     ):
-        yield Accesses(ops.linear_euler, sample.args, sample.kwargs, exceptions)
+        yield Accesses(fk.linear_euler, sample.args, sample.kwargs, exceptions)
 
 
 def guarded(page) -> None:
@@ -46,8 +46,8 @@ def guarded(page) -> None:
                 z, weight, rows = (page(torch.ones(2, n, dtype=v_dtype)) for _ in range(3))
                 state, low, bias = (page(torch.ones(s, dtype=x_dtype)) for s in ((1, 2), (1, 2), 2))
                 head = dict(bias=bias, norm=norm, scale=rows, shift=rows, norm_bias=None if norm is None else rows[1])
-                ops.linear_euler(state, z[:1], weight[:, :n], 0.5, bias=bias, out=low)
+                fk.linear_euler(state, z[:1], weight[:, :n], 0.5, bias=bias, out=low)
                 assert low.eq(1 + (n + 1) / 2).all()
                 z[:, 0] += n  # not constant
-                ops.linear_euler(state, z, weight, 0.5, guidance=1.0, out=low, velocity_out=low.clone(), **head)
+                fk.linear_euler(state, z, weight, 0.5, guidance=1.0, out=low, velocity_out=low.clone(), **head)
                 assert low.isfinite().all()

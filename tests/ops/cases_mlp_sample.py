@@ -3,12 +3,12 @@
 import torch
 from ops_cases import Accesses, Call
 
-from flowkernels import ops
+import flowkernels as fk
 from flowkernels.ops.mlp_sample import Layer, Source, samples
 
 CALLS = {
     "mlp_sample": Call(
-        lambda x, weight, shift: ops.mlp_sample(
+        lambda x, weight, shift: fk.mlp_sample(
             x, [0.25], [Layer("linear", Source(0, 0, 5), 5, weight, shift=shift[None])], trajectory=True
         ),
         ((3, 5), (5, 5), (3, 5)),
@@ -25,14 +25,14 @@ def accesses():
         for n in (1, 8, 80):
             net = network(64, n, 2).add(width, activation="silu").add(width, activation="silu").add(map="layer_norm")
             sample = net.head().sample("", weights=low)
-            yield Accesses(ops.mlp_sample, sample.args, sample.kwargs, sums)
+            yield Accesses(fk.mlp_sample, sample.args, sample.kwargs, sums)
     # a warp takes several rows of fewer than 32 values, which begin 4 or 20 banks after one another
     narrow = dict.fromkeys(("row[a.velocity]", "row[0]", "rows[at.r * a.pitch", "row[k.out + to.c]"), 2.0)
     sample = network(8, 40, 2).add(64).head().sample("")
-    yield Accesses(ops.mlp_sample, sample.args, sample.kwargs, sums | narrow)
+    yield Accesses(fk.mlp_sample, sample.args, sample.kwargs, sums | narrow)
     for n in (8, 80):
         sample = network(64, n, 3).add(64).head().sample("", solver=samples.dense)
-        yield Accesses(ops.mlp_sample, sample.args, sample.kwargs, sums)
+        yield Accesses(fk.mlp_sample, sample.args, sample.kwargs, sums)
 
 
 def guarded(page) -> None:
@@ -40,4 +40,4 @@ def guarded(page) -> None:
         for low in (None, torch.bfloat16):
             x, weight, scale, shift = (page(torch.ones(shape)) for shape in ((n, n), (n, n), (1, 1, n), (2, n, n)))
             layer = Layer("linear", Source(0, 0, n), n, weight, scale=scale, shift=shift, activation="relu")
-            assert ops.mlp_sample(x, [1.0, 0.5], [layer], weights=low).eq(2 + n + 0.5 + n * (2 + n) / 2).all()
+            assert fk.mlp_sample(x, [1.0, 0.5], [layer], weights=low).eq(2 + n + 0.5 + n * (2 + n) / 2).all()

@@ -3,11 +3,11 @@
 import torch
 from ops_cases import STATES, Accesses, Call, apart, pieces
 
-from flowkernels import ops
+import flowkernels as fk
 from flowkernels.runtime.backends import backend
 
 CALLS = {
-    "velocity_gram": Call(lambda v, x: ops.velocity_gram(v, x=x, times=4), ((4, 3, 5), (5, 3, 5)), converts=True),
+    "velocity_gram": Call(lambda v, x: fk.velocity_gram(v, x=x, times=4), ((4, 3, 5), (5, 3, 5)), converts=True),
 }
 TRITON_PTX = True
 LARGE_BYTES = 2 + 2
@@ -15,7 +15,7 @@ LARGE_BYTES = 2 + 2
 
 def accesses():
     # the lower triangle of the result, once for each call
-    yield Accesses(ops.velocity_gram, (torch.randn(40, 4096),), {}, {"gram[j * R + i] = sum": 4.0})
+    yield Accesses(fk.velocity_gram, (torch.randn(40, 4096),), {}, {"gram[j * R + i] = sum": 4.0})
 
 
 def guarded(page) -> None:
@@ -23,8 +23,8 @@ def guarded(page) -> None:
         for n in range(1, 36):
             velocities = torch.arange(5).view(5, 1).expand(5, n).to(v_dtype)
             states = torch.zeros(6, n, dtype=x_dtype)
-            assert ops.velocity_gram(page(velocities)).eq(n).all()
-            gram = ops.velocity_gram(page(velocities), x=page(states), times=5)
+            assert fk.velocity_gram(page(velocities)).eq(n).all()
+            gram = fk.velocity_gram(page(velocities), x=page(states), times=5)
             assert gram[4:, 4:].eq(n * torch.arange(5.0) * torch.arange(5.0)[:, None]).all()
 
 
@@ -33,7 +33,7 @@ def large(device, n: int, on: str = "cuda") -> float:
     D = n // 3 + 1
     v = torch.rand(3, 1, D, device=device, dtype=torch.bfloat16)
     with backend(on):
-        got = ops.velocity_gram(v)
+        got = fk.velocity_gram(v)
     truth = torch.zeros(2, 2, dtype=torch.float64, device=device)
     for p in pieces(D):
         rows = v[:, 0, p].double().diff(dim=0)

@@ -12,8 +12,9 @@ import _host_cuda
 import pytest
 import torch
 
-from flowkernels import ops
-from flowkernels.ops import OPS, euler_step
+import flowkernels as fk
+from flowkernels.ops.euler_step import euler_step
+from flowkernels.ops.public import OPS
 from flowkernels.ops.samples import samples_of
 from flowkernels.runtime import backends
 from flowkernels.runtime.backends import BACKENDS, BackendError, backend, choose, explain, why_not
@@ -61,7 +62,7 @@ def call_all():
     found = []
     for op in OPS:
         sample = next(s for s in samples_of(op).sample_inputs() if s.args[0].numel() > 30)
-        result = getattr(ops, op)(*sample.args, **sample.kwargs)
+        result = getattr(fk, op)(*sample.args, **sample.kwargs)
         found += result if isinstance(result, tuple) else [result]
     return found
 
@@ -280,7 +281,7 @@ ROUNDED = """
 import torch, flowkernels as fk
 x = torch.full((4,), 1 + 2**-8 + 2**-20)
 with fk.backend("triton"):
-    low = fk.ops.euler_step(x, x, 0.0, low=torch.bfloat16)[1]
+    low = fk.euler_step(x, x, 0.0, low=torch.bfloat16)[1]
 assert torch.equal(low, x.bfloat16()), low
 """
 
@@ -294,13 +295,13 @@ def test_the_interpreter_is_mended_however_it_was_asked_for():
 IMPORT = """
 import sys
 sys.modules["flowkernels._C"] = None
-from flowkernels import ops
+import flowkernels as fk
 from flowkernels.runtime import backends
 import torch
 x = torch.arange(6.0).view(3, 2)
-assert torch.equal(ops.euler_step(x, x, 0.5), 1.5 * x)
-assert torch.equal(ops.velocity_gram(x), torch.full((2, 2), 8.0, dtype=torch.float64))
-assert ops.bellman(torch.ones(3, 3, dtype=torch.float64), 2)[0][2, 2] == 2
+assert torch.equal(fk.euler_step(x, x, 0.5), 1.5 * x)
+assert torch.equal(fk.velocity_gram(x), torch.full((2, 2), 8.0, dtype=torch.float64))
+assert fk.bellman(torch.ones(3, 3, dtype=torch.float64), 2)[0][2, 2] == 2
 assert "halted; None in sys.modules" in backends.extension_error()
 assert not torch.cuda.is_initialized()
 """

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.ops import bellman
+from flowkernels.ops.bellman import bellman
 from flowkernels.ops.samples import generator
 from flowkernels.runtime import backends
 from flowkernels.runtime.backends import BACKENDS, backend

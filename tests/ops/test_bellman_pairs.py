@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowkernels.ops import bellman, bellman_pairs
+from flowkernels.ops.bellman import bellman
+from flowkernels.ops.bellman_pairs import bellman_pairs
 from flowkernels.ops.samples import generator
 from flowkernels.runtime import backends
 from flowkernels.runtime.backends import BACKENDS, backend

@@ -7,9 +7,14 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels._checks import _uniform
-from flowkernels.ops import OPS, euler_step, linear_euler, linear_update, segment_points, straighten_loss
+from flowkernels.ops.euler_step import euler_step
 from flowkernels.ops.library import NUMBERS
+from flowkernels.ops.linear_euler import linear_euler
+from flowkernels.ops.linear_update import linear_update
+from flowkernels.ops.public import OPS
 from flowkernels.ops.samples import generator, op_args
+from flowkernels.ops.segment_points import segment_points
+from flowkernels.ops.straighten_loss import straighten_loss
 from flowkernels.runtime.backends import BACKENDS, backend
 from flowkernels.schedule import Schedule
 from flowkernels.velocity.field import VelocityField

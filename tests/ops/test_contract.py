@@ -11,13 +11,13 @@ import pytest
 import torch
 from _contract import identical, tensors
 
-from flowkernels import ops
-from flowkernels.ops import OPS
+import flowkernels as fk
+from flowkernels.ops.public import OPS
 from flowkernels.ops.samples import arrange, closeness, op_args
 from flowkernels.runtime.backends import BACKENDS, backend
 
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
-FUNCTIONS = {op: getattr(ops, op) for op in OPS}
+FUNCTIONS = {op: getattr(fk, op) for op in OPS}
 CASES = [(op, s) for op in OPS for s in SAMPLES[op].sample_inputs()]
 
 
@@ -190,7 +190,7 @@ def test_calls_from_several_python_threads(op, sample):
 FORK = """
 import mmap, multiprocessing, sys
 import numpy, torch
-from flowkernels.ops import euler_step, linear_update, mlp_sample, velocity_gram
+from flowkernels import euler_step, linear_update, mlp_sample, velocity_gram
 from flowkernels.ops.mlp_sample import Layer, Source
 
 n = 1 << 17

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.ops import cost_from_gram, velocity_gram
+from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.ops.cost_from_gram.samples import weights
 from flowkernels.ops.samples import generator
+from flowkernels.ops.velocity_gram import velocity_gram
 from flowkernels.runtime.backends import BACKENDS, backend
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -11,15 +11,13 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowkernels.ops import (
-    OPS,
-    euler_step,
-    library,
-    linear_update,
-    segment_points,
-    straighten_loss,
-)
+from flowkernels.ops import library
+from flowkernels.ops.euler_step import euler_step
+from flowkernels.ops.linear_update import linear_update
+from flowkernels.ops.public import OPS
 from flowkernels.ops.samples import generator
+from flowkernels.ops.segment_points import segment_points
+from flowkernels.ops.straighten_loss import straighten_loss
 from flowkernels.runtime.backends import BACKENDS, backend
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.ops import euler_step
+from flowkernels.ops.euler_step import euler_step
 from flowkernels.ops.euler_step.samples import arrange, error_and_bound, sample_inputs
 from flowkernels.ops.samples import generator
 from flowkernels.ops.velocity_gram.samples import Sample

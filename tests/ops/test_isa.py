@@ -13,10 +13,9 @@ import pytest
 import torch
 
 import flowkernels
-from flowkernels import ops
-from flowkernels.ops import (
-    euler_step,
-)
+import flowkernels as fk
+from flowkernels.ops.euler_step import euler_step
+from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends
 
 NAMES = ("baseline", "avx2", "avx512", "amx")
@@ -32,7 +31,7 @@ def available():
 REFUSED = """
 import torch
 from flowkernels import backend
-from flowkernels.ops import euler_step
+from flowkernels import euler_step
 
 for name in ("cpu", "auto"):
     try:
@@ -84,8 +83,8 @@ def test_unknown_instruction_set(done):
 
 
 def check_samples():
-    for name in ops.OPS:
-        op, samples = getattr(ops, name), importlib.import_module(f"flowkernels.ops.{name}.samples")
+    for name in OPS:
+        op, samples = getattr(fk, name), importlib.import_module(f"flowkernels.ops.{name}.samples")
         for sample in samples.sample_inputs():
             for threads in (1, 2):
                 torch.set_num_threads(threads)
@@ -128,7 +127,7 @@ def before_guard_page(t):
 
 def check_bounds():
     """No access past the end of an input or output, for every length of tail."""
-    for name in ops.OPS:
+    for name in OPS:
         ops_cases.of(name).guarded(before_guard_page)
 
 

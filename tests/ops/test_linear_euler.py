@@ -6,8 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.ops import euler_step, linear_euler, linear_update
+from flowkernels.ops.euler_step import euler_step
+from flowkernels.ops.linear_euler import linear_euler
 from flowkernels.ops.linear_euler.samples import error_and_bound, make, sample_inputs
+from flowkernels.ops.linear_update import linear_update
 from flowkernels.ops.samples import arrange, generator
 from flowkernels.runtime.backends import BACKENDS, backend
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.ops import euler_step, linear_update
-from flowkernels.ops.linear_update import triton_kernel
+from flowkernels.ops.euler_step import euler_step
+from flowkernels.ops.linear_update import linear_update, triton_kernel
 from flowkernels.ops.linear_update.samples import error_and_bound, sample_inputs
 from flowkernels.ops.samples import Sample, arrange, generator
 from flowkernels.runtime.backends import BACKENDS, backend

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowkernels.ops import mlp_sample
 from flowkernels.ops.mlp_sample import (
     PLACE,
     Layer,
@@ -21,6 +20,7 @@ from flowkernels.ops.mlp_sample import (
     _flat_steps,
     _places,
     _steps,
+    mlp_sample,
     reference,
 )
 from flowkernels.ops.mlp_sample.samples import Network, dense, error_and_bound, last_few, sample_inputs, scattered

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import flowkernels as fk
-from flowkernels import ops
-from flowkernels.ops import OPS, library
+from flowkernels.ops import library
+from flowkernels.ops.public import OPS
 from flowkernels.runtime import observers
 from flowkernels.runtime.backends import BACKENDS, backend
 
@@ -21,7 +21,7 @@ def sample_of(op):
 
 def call(op):
     sample = sample_of(op)
-    return getattr(ops, op)(*sample.args, **sample.kwargs)
+    return getattr(fk, op)(*sample.args, **sample.kwargs)
 
 
 def ranges_of(run):
@@ -41,9 +41,9 @@ def test_every_op_is_a_range(op, name):
 
 
 def test_results_are_the_same():
-    expected = fk.ops.velocity_gram(*sample_of("velocity_gram").args)
+    expected = fk.velocity_gram(*sample_of("velocity_gram").args)
     with fk.profile_ranges():
-        assert torch.equal(fk.ops.velocity_gram(*sample_of("velocity_gram").args), expected)
+        assert torch.equal(fk.velocity_gram(*sample_of("velocity_gram").args), expected)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_nvtx_ranges_close_also_after_an_error(nvtx):
         nvtx.clear()
         cost = torch.full((3, 3), torch.nan, dtype=torch.float64)
         with backend("reference"), pytest.raises(ValueError, match="cost"):
-            ops.bellman(cost, 2)
+            fk.bellman(cost, 2)
         assert nvtx == ["push flowkernels::bellman.reference", "pop"]
 
 

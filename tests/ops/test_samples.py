@@ -5,7 +5,7 @@ import torch
 from _contract import identical
 from _gpu_checks import tensors_in
 
-from flowkernels.ops import OPS
+from flowkernels.ops.public import OPS
 from flowkernels.ops.samples import moved, op_args, samples_of
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.ops import segment_points
 from flowkernels.ops.samples import Sample, arrange, generator
+from flowkernels.ops.segment_points import segment_points
 from flowkernels.ops.segment_points.samples import error_and_bound, places
 from flowkernels.runtime.backends import BACKENDS, backend
 

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.ops import segment_points, straighten_loss
 from flowkernels.ops.samples import Sample, arrange, generator
+from flowkernels.ops.segment_points import segment_points
 from flowkernels.ops.segment_points.samples import places
-from flowkernels.ops.straighten_loss import StraightenLoss, reference
+from flowkernels.ops.straighten_loss import StraightenLoss, reference, straighten_loss
 from flowkernels.ops.straighten_loss.samples import error_and_bound, gradient_error_and_bound, sample_inputs
 from flowkernels.runtime.backends import BACKENDS, backend
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from _contract import identical, tensors
 
-from flowkernels import ops
-from flowkernels.ops import OPS
+import flowkernels as fk
+from flowkernels.ops.public import OPS
 from flowkernels.ops.samples import generator
 from flowkernels.runtime.backends import BACKENDS, backend
 
@@ -51,7 +51,7 @@ def with_tensor(args, place, t):
 
 def calls(op, dtype=F64):
     """(the op's results as tensors of one argument, that argument) for each of its floating-point tensors."""
-    function, sample = getattr(ops, op), small(op, dtype)
+    function, sample = getattr(fk, op), small(op, dtype)
     names, args = list(sample.kwargs), [*sample.args, *sample.kwargs.values()]
     for place in floating(args):
         if op == "cost_from_gram" and place == (1,):

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from flowkernels.ops import OPS, triton_common
+from flowkernels.ops import triton_common
+from flowkernels.ops.public import OPS
 from flowkernels.ops.samples import op_args
 from flowkernels.runtime import backends
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowkernels.ops import cost_from_gram, velocity_gram
+from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.ops.samples import generator
-from flowkernels.ops.velocity_gram import triton_kernel
+from flowkernels.ops.velocity_gram import triton_kernel, velocity_gram
 from flowkernels.ops.velocity_gram.samples import Sample, arrange, error_and_bound, sample_inputs, truth_and_allowed
 from flowkernels.runtime.backends import BACKENDS, backend
 

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-from flowkernels.ops.axpy.samples import Sample, error_and_bound
+from flowkernels.ops.axpy import axpy
+from flowkernels.ops.axpy.samples import error_and_bound
 
 from flowkernels.bench.case import SMALL, Case, Small, Work, kernel, ours
-from flowkernels.ops import axpy
+from flowkernels.ops.samples import Sample
 
 
 def cases(device) -> Iterator[Case]:

@@ -3,16 +3,16 @@
 import torch
 from ops_cases import Accesses, Call
 
-from flowkernels import ops
+import flowkernels as fk
 
-CALLS = {"axpy": Call(lambda x, y: ops.axpy(x, y, 0.5), ((3, 5), (3, 5)))}
+CALLS = {"axpy": Call(lambda x, y: fk.axpy(x, y, 0.5), ((3, 5), (3, 5)))}
 
 
 def accesses():
-    yield Accesses(ops.axpy, (*torch.randn(2, 4096), 0.5), {}, {})
+    yield Accesses(fk.axpy, (*torch.randn(2, 4096), 0.5), {}, {})
 
 
 def guarded(page) -> None:
     for n in range(1, 36):
         x, y = (page(torch.ones(n)) for _ in range(2))
-        assert ops.axpy(x, y, 0.5).eq(1.5).all()
+        assert fk.axpy(x, y, 0.5).eq(1.5).all()
