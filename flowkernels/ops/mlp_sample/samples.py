@@ -84,7 +84,7 @@ def last_few(order: int) -> Callable[[int, torch.Generator], list[Update]]:
             terms = min(order, i + 1)
             signs = torch.tensor([(-1.0) ** (terms - 1 - k) for k in range(terms)], dtype=torch.float64)
             factors = signs * (0.5 + torch.rand(terms, generator=g, dtype=torch.float64)) / steps
-            return Update(i == 0, tuple(range(i + 1 - terms, i + 1)), tuple(factors.tolist()))
+            return Update(False, tuple(range(i + 1 - terms, i + 1)), tuple(factors.tolist()))
 
         return [update(i) for i in range(steps)]
 
@@ -94,7 +94,7 @@ def last_few(order: int) -> Callable[[int, torch.Generator], list[Update]]:
 def dense(steps: int, g: torch.Generator) -> list[Update]:
     """From x, with all velocities, as a fit has them."""
     factors = torch.randn(steps, steps, generator=g, dtype=torch.float64) / max(steps, 1)
-    return [Update(True, tuple(range(i + 1)), tuple(factors[i, : i + 1].tolist())) for i in range(steps)]
+    return [Update(i > 0, tuple(range(i + 1)), tuple(factors[i, : i + 1].tolist())) for i in range(steps)]
 
 
 def scattered(steps: int, g: torch.Generator) -> list[Update]:
@@ -103,7 +103,7 @@ def scattered(steps: int, g: torch.Generator) -> list[Update]:
     for i in range(steps):
         which = torch.rand(i + 1, generator=g).lt(0.5).nonzero().flatten().tolist() or [i // 2]
         factors = torch.randn(len(which), generator=g, dtype=torch.float64) / steps
-        found.append(Update(bool(torch.rand((), generator=g) < 0.5), tuple(which), tuple(factors.tolist())))
+        found.append(Update(bool(torch.rand((), generator=g) < 0.5) and i > 0, tuple(which), tuple(factors.tolist())))
     return found
 
 
