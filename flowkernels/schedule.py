@@ -1,4 +1,4 @@
-"""Step costs from Gram matrices, and schedules of least cost from step costs."""
+"""Schedules: the knots of N steps, and what is known of their cost."""
 
 import math
 import numbers

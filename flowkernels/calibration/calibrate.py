@@ -1,4 +1,4 @@
-"""Calibrate: roll out, step costs and schedules in one streamed call, and the file that keeps them."""
+"""Calibrate: roll out, step costs and schedules in one streamed call."""
 
 import contextlib
 import numbers

@@ -1,4 +1,4 @@
-"""Roll the teacher out on a fine grid; the steps of a schedule and of a solver."""
+"""Roll the teacher out on a fine grid: every state and velocity is kept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

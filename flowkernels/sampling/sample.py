@@ -1,4 +1,4 @@
-"""Sample on a schedule, by the Euler loop of the rollout, keeping only the state; or by the steps of a solver."""
+"""Sample on a schedule or by a solver: the loop, of which only the last state is kept."""
 
 from collections.abc import Sequence
 
