@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import fractions
 import importlib
+import inspect
 import json
 import math
 import numbers
@@ -40,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
+from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.cli.main import main as command_line
 from flowkernels.models import bundled, closed_form, networks
 from flowkernels.ops.mlp_sample import Layer, Source
@@ -575,7 +577,8 @@ def _schedules() -> None:
 def _stages(cal) -> None:
     field, noise = (lambda: velocity, is_function), (lambda: rand(N, D), is_noise)
     plan, bar = (3, is_plan), (False, is_flag)
-    place("rollout", fk.rollout, velocity=field, noise=noise, grid=(3, is_times), progress=bar)
+    steps_of_euler = lambda v: isinstance(v, fk.Schedule) or is_times(v)  # noqa: E731
+    place("rollout", fk.rollout, velocity=field, noise=noise, grid=(3, steps_of_euler), progress=bar)
     place(
         "sample",
         fk.sample,
@@ -656,18 +659,12 @@ def _stages(cal) -> None:
     place("cal[]", lambda steps: cal[steps], (KeyError,), steps=(2, is_int(1, K)))
     place("cal.choices", cal.choices, (KeyError,), steps=(2, is_int(1, K)))
     place("cal.best", cal.best, (KeyError,), steps=(2, is_int(1, K)))
-    options = {
-        "squared": {},
-        "gits": dict(gamma=(1.15, within(0))),
-        "endpoint": dict(velocity=(lambda: Net(), is_function), **some, probes=(2, is_int(1))),
-        "student": dict(velocity=field, **some),
-        "free": dict(velocity=field, **some, candidates=(lambda: [0.0, 0.1], are_numbers)),
-    }
-    for objective, args in options.items():
-        steps = dict(
-            steps=((1, 2), is_steps), objective=(objective, is_one_of(*options, "norm", "pairs"), "velocity", "options")
-        )
-        place(f"cal.find {objective}", cal.find, **steps, **args)
+    options = dict(velocity=(lambda: Net(), is_function), **some, gamma=(1.15, within(0)), probes=(2, is_int(1)))
+    options |= dict(candidates=(lambda: [0.0, 0.1], are_numbers))
+    for objective, make in OBJECTIVES.items():
+        args = {name: options[name] for name in list(inspect.signature(make).parameters)[2:]}
+        called = (objective, is_one_of(*OBJECTIVES), "velocity", "options")
+        place(f"cal.find {objective}", cal.find, **dict(steps=((1, 2), is_steps), objective=called), **args)
     place("cal.save", cal.save, (OSError,), path=("c.json", is_path))
     cal.save("calibration.json")
     place(

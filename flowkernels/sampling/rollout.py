@@ -11,6 +11,7 @@ from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_room
 from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import initial_state, steps
+from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver
 from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.protocol import Velocity, resolve
@@ -31,7 +32,7 @@ class Trajectory:
 
 @no_grad
 def rollout(
-    velocity: Velocity, noise: Tensor, grid: int | Sequence[float] | Tensor, *, progress: bool = False
+    velocity: Velocity, noise: Tensor, grid: int | Sequence[float] | Tensor | Schedule, *, progress: bool = False
 ) -> Trajectory:
     """Euler steps of `velocity` from `noise` on a fine grid, keeping every state and velocity.
 
@@ -41,7 +42,7 @@ def rollout(
             how (`fk.HasTimeEmbedding`). A `FusedSampler` makes all steps in one call, on a GPU without
             looking for NaN and Inf.
         noise: `[n, *shape]`, the state at t = 0.
-        grid: K for K uniform steps, or K+1 increasing times from 0 to 1.
+        grid: K for K uniform steps, or K+1 increasing times from 0 to 1, or a Schedule, which has them.
         progress: show a progress bar.
 
     Returns:
