@@ -447,6 +447,7 @@ def test_conditioning_of_the_samples(objective):
 
 def test_an_objective_is_one_function(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "weighted", None)  # so that it goes again
+    del OBJECTIVES["weighted"]
 
     @objectives.objective
     def weighted(cal, steps, *, late: float = 1.0):
@@ -464,6 +465,15 @@ def test_an_objective_is_one_function(monkeypatch):
     assert 3 not in cal
 
 
+@pytest.mark.parametrize("name", ["max", "squared", "path_of"])
+def test_an_objective_hides_nothing(name):
+    known, make = dict(OBJECTIVES), {}
+    exec(f"def {name}(cal, steps): return {{}}", vars(objectives), make)
+    with pytest.raises(ValueError, match=f"^objective: expected a name that is neither taken in .*, got {name}$"):
+        objectives.objective(make[name])
+    assert known == OBJECTIVES
+
+
 def test_every_objective_is_told():
     for name, make in OBJECTIVES.items():
         assert f'"{name}"' in fk.Calibration.find.__doc__
@@ -472,7 +482,7 @@ def test_every_objective_is_told():
 
 def test_bad_objectives(tmp_path):
     cal, _ = calibrated(Turning())
-    with pytest.raises(ValueError, match=r"^objective: expected one of \['squared', 'norm', .*'free'\], got best"):
+    with pytest.raises(ValueError, match=r"^objective: expected one of \['squared', 'norm', .*'free'.*\], got best"):
         cal.find(2, objective="best")
     with pytest.raises(TypeError, match=r"^options: expected of \['gamma'\] for 'gits', got \['probes'\]"):
         cal.find(2, objective="gits", probes=2)

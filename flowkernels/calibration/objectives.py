@@ -4,11 +4,15 @@ To add one, write a function here:
 
 1. `@objective def NAME(cal, steps, *, ...)`; its name is what `find(steps, objective="NAME")` takes. cal: a `Measured`,
    whose attributes are all there is to make it from. steps: the numbers of steps, rising. After them come the options
-   that `find` hands through, with their defaults; `velocity`, without one, for an objective that evaluates the teacher.
+   that `find` hands through, with their defaults, each with its row in tests/_bad_calls.py (`options`); `velocity`,
+   without one, for an objective that evaluates the teacher. A name that is taken, or a builtin's, is refused.
 2. A docstring that says what is least, its options, its evaluations of each sample, and its source.
 3. A table of costs `[K+1, K+1]`, entry [j, k] being that of the step from knot j to knot k, which
-   `least_cost_schedules` makes schedules of; or a recursion of its own, whose paths `path_of` reads.
-4. The result {N: Schedule} or {N: Solver}, with `notes` that say the objective and its evaluations (`_noted`).
+   `least_cost_schedules` makes schedules of, with `cost` and `uniform_cost`, the sums along each and along the uniform
+   one; or a recursion of its own, whose paths `path_of` reads, with its own least value as `cost` and the same of the
+   uniform path as `uniform_cost`, None where that takes evaluations that the recursion does not make (`student`).
+4. The result {N: Schedule}, with `notes` that say the objective, its evaluations and its options (`_noted`); or
+   {N: Solver}, whose notes say these, and `indices`, `cost` and `uniform_cost` too, which a Schedule has as its own.
 5. Its name in `find`'s docstring, its formula in docs/mathematics.md, and a test in tests/test_costs.py against all
    paths of a small grid.
 
@@ -16,6 +20,7 @@ In the docstrings e is the error of a step from a teacher's knot, `e_jk = x_k - 
 further ones of each of the `samples`, of which there are at most those kept.
 """
 
+import builtins
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -42,8 +47,11 @@ OBJECTIVES: dict[str, Callable] = {}
 
 
 def objective(make: Callable) -> Callable:
-    """Let `Calibration.find` know of it."""
-    OBJECTIVES[make.__name__] = make
+    """Let `Calibration.find` know of it; ValueError for a name that would hide what others here call by it."""
+    name = make.__name__
+    free = not hasattr(builtins, name) and name not in make.__globals__ and name not in OBJECTIVES
+    expect(free, "objective", "a name that is neither taken in its module nor a builtin", name)
+    OBJECTIVES[name] = make
     return make
 
 
