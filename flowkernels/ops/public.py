@@ -1,6 +1,7 @@
-"""The ops' public functions, as `flowkernels` has them; importing this registers them. OPS: their names."""
+"""The ops' public functions, as `flowkernels` has them; importing this registers them. OPS: their names, in the order
+of this file, as lists and tables have them.
+"""
 
-# in the order of tables and pages
 # isort: off
 from flowkernels.ops.velocity_gram import velocity_gram as velocity_gram
 from flowkernels.ops.cost_from_gram import cost_from_gram as cost_from_gram
@@ -16,4 +17,4 @@ from flowkernels.ops.mlp_sample import mlp_sample as mlp_sample
 # isort: on
 from flowkernels.ops.library import KERNELS as _KERNELS
 
-OPS = tuple(op for op in _KERNELS if not op.endswith("_out"))
+OPS = tuple(name for name in list(globals()) if name in _KERNELS)
