@@ -1,5 +1,6 @@
 """Straightening: what it learns, from which inputs, and that no interruption changes the result."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -31,8 +32,11 @@ import flowkernels as fk
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import ResidualMLP
 from flowkernels.schedule import Schedule
+from flowkernels.training import settings as settings_module
+from flowkernels.training import straighten as straighten_module
 from flowkernels.training.bank import Bank
 from flowkernels.training.modules import architecture
+from flowkernels.training.settings import SHARED, Settings
 from flowkernels.training.targets import StraightLine
 
 QUIET = dict(progress=False)
@@ -605,6 +609,34 @@ def test_a_checkpoint_of_another_run(tmp_path, change, message):
     with pytest.raises(ValueError, match=f"^checkpoint: expected one of this run .*{message}"):
         trained(checkpoint=path, **change)
     assert path.read_bytes() == before
+
+
+def test_a_setting_that_came_later(tmp_path, monkeypatch):
+    """Checkpoints of before it go on with its default, and one that states it with no other value."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+    class Later(Settings):
+        power: float = 2.0
+
+    def resumed(path, run, **change):
+        with monkeypatch.context() as patch:
+            if run is not Settings:
+                patch.setattr(settings_module, "SHARED", (*SHARED, "power"))
+            patch.setattr(straighten_module, "Settings", functools.partial(run, **change))
+            return trained(checkpoint=path)
+
+    before, after = tmp_path / "before.pt", tmp_path / "after.pt"
+    result = trained(checkpoint=before)
+    assert same_result(resumed(before, Later), result)
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: expected one of this run \(power = 3.0\).*got power = 'nothing'"
+    ):
+        resumed(before, Later, power=3.0)
+    resumed(after, Later, power=3.0)
+    assert same_result(resumed(after, Later, power=3.0), result)
+    for run in (Later, Settings):
+        with pytest.raises(ValueError, match=r"^checkpoint: expected one of this run .*got power = 3.0"):
+            resumed(after, run)
 
 
 def test_a_checkpoint_of_another_teacher_or_schedule(tmp_path):

@@ -139,9 +139,10 @@ def _warn_of_doubts(path: Path, attributes: str | None, teacher: Identity, stack
 
 
 def _expect_setting(saved: dict, setting: dict) -> None:
-    """Raise unless the checkpoint is of a run with this setting."""
+    """Raise unless the checkpoint is of a run with this setting, and says no more."""
     known = saved["setting"]
-    for key, value in setting.items():
+    more = dict.fromkeys((key for key in known if key not in setting and key != "attributes"), "nothing")
+    for key, value in (setting | more).items():
         there = key in known or saved["version"] == VERSION or key not in SINCE_2
         have = known.get(key, "nothing")
         if there and repr(have) != repr(value):  # of numbers exact, and of anything else no error

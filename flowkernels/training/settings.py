@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,11 @@ class Settings:
         return self.refresh is not None and iteration > 0 and iteration % self.refresh == 0
 
     def identity(self) -> dict[str, Any]:
-        """What determines the result, in plain values: what a resumed run must share."""
+        """What determines the result, in plain values: what a resumed run must share.
+
+        A field with a default is left out at it: of what came later, checkpoints of before it say nothing either.
+        """
         found = {"times": self.schedule.times.tolist(), "grid": self.grid.tolist()}
-        found |= {name: getattr(self, name) for name in SHARED}
+        defaults = {f.name: f.default for f in fields(self)}
+        found |= {name: value for name in SHARED if (value := getattr(self, name)) != defaults[name]}
         return found | {"weight": None if self.weight is None else self.weight.tolist()}

@@ -3,11 +3,17 @@
 Another target is a class beside `StraightLine` with its one method:
 
 1. `loss_of(student, bank, places, generator)` draws what it needs from the generator, so that a resumed run draws the
-   same; evaluates the student by `student_velocity`; and returns its loss with a graph, and those of the samples.
-2. A setting of its own is a field of `settings.Settings`, with its check, and a name in `SHARED` there: a checkpoint of
-   a run with another is refused.
-3. `straighten` chooses it, and says what it is, with its source.
-4. tests/test_straighten.py has its formula once more, in float64, and its resuming in `VARIANTS`.
+   same; evaluates the student by `student_velocity`; and returns a `StraightenLoss` (ops/straighten_loss), of which the
+   loop reads `loss`, with a graph, and `per_sample`, `[B]`, whose means by interval are the history's.
+2. A setting of its own is a field of `settings.Settings`, with its check in `CHECKS` and a name in `SHARED`: a
+   checkpoint of a run with another is refused. The field has a default, which is what runs of before it did, so that
+   their checkpoints go on.
+3. `straighten` has it as an argument, hands it to `Settings(...)`, chooses the target by it, and says what it is, with
+   its source; cli/main.py offers it; docs/mathematics.md, "Straightening", has the formula.
+4. tests/test_straighten.py has its formula once more, in float64, its resuming in `VARIANTS`, and its bad values;
+   tests/_bad_calls.py has the argument in the row of `straighten`.
+
+The bare loop, which needs none of 2 and 3, is at the top of loop.py.
 """
 
 from dataclasses import dataclass
