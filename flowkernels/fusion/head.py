@@ -108,7 +108,7 @@ def _final_layer(net: nn.Module, head: str | None, patch: int | None, order: str
     if isinstance(module, nn.Linear):
         return FinalLayer(head, head, after_trunk, patch=patch, order=order)
     layer = transformers.final_layer(module, head)
-    expected = "the path of an nn.Linear, or of an SD3, Flux or DiT transformer of diffusers"
+    expected = f"the path of an nn.Linear, or of one of diffusers' {', '.join(transformers.FAMILIES)}"
     expect(layer is not None, "head", expected, f"{head!r}, {kind_of(module)}")
     return layer
 
