@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import flowkernels as fk
+from flowkernels.fusion import lowering
 from flowkernels.fusion import recorded as recorded_module
 from flowkernels.fusion import sampler as sampler_module
 from flowkernels.fusion.lowering import Lowering
@@ -210,6 +211,12 @@ def test_sequential_takes_time_as_its_last_column():
         with torch.no_grad():
             by_hand = by_hand + net(torch.cat([by_hand, torch.full((3, 1), i / 8)], 1)) / 8
     torch.testing.assert_close(sampler(x), by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_arguments_that_an_activation_does_not_read(monkeypatch):
+    monkeypatch.setattr(lowering, "ACTIVATED", lowering.ACTIVATED | {"softplus"})
+    with pytest.raises(fk.NotFusable, match="softplus with arguments is not known to mlp_sample"):
+        fk.fuse(mlp([5, 8, 4], lambda: nn.Softplus(beta=2)), 2)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,9 +1,16 @@
 """From a recorded velocity network to the layers of `mlp_sample`.
 
-A further operation of torch becomes fusable here: an activation of `mlp_sample` by its name in `ACTIVATIONS`, one that
-leaves values where they are in `SAME`, any other by a method `_lower_NAME` of `Lowering`, which appends a `Draft` or
-changes one. What is looked at are the values that depend on the state; all else is replayed by torch, once a schedule.
-tests/test_fuse.py holds a network of each.
+A further operation of torch becomes fusable here: one that leaves values where they are by its name in `SAME`, another
+by a method `_lower_NAME` of `Lowering`, which appends a `Draft` or changes one. NAME is what aten records, without the
+underscore of one in place, and not always what was called: `x.square()` is `pow`, `F.relu6` is `hardtanh`. The message
+of `NotFusable` shows it. What is looked at are the values that depend on the state; all else is replayed by torch, once
+a schedule. tests/test_fuse.py holds a network of each.
+
+The activations are those of `mlp_sample`, by aten's names. One that has arguments has its branch in `_activate`. A new
+one is first added to the op: ops/mlp_sample/reference.py (`ACTIVATIONS`), the docstring of `Layer` and triton_kernel.py
+beside it; in csrc/mlp_sample/ the enumeration of mlp_sample.h, run.h, cuda.cu and test.cpp; its vectors in
+csrc/common/activations.h; a shape more in `sample_inputs` of ops/mlp_sample/samples.py, and `zero_below` in
+tests/ops/test_mlp_sample.py; the lists in docs/fused-samplers.md, "Which networks", and in the docstring of `fuse`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flowkernels.fusion.record import ROWS, STATE, TIME, Call, NotFusable, Record, Ref
-from flowkernels.ops.mlp_sample import Layer, Source
+from flowkernels.ops.mlp_sample import ACTIVATIONS, Layer, Source
 from flowkernels.runtime.torch_private import tree_flatten
 
 
@@ -107,7 +114,7 @@ class Draft:
 
 SAME = ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "alias", "detach", "clone", "contiguous", "_to_copy")
 SAME += ("lift_fresh", "expand", "flatten", "native_dropout", "dropout", "view_as", "to")
-ACTIVATIONS = ("relu", "silu", "tanh", "sigmoid", "mish", "gelu", "leaky_relu", "elu")
+ACTIVATED = frozenset(ACTIVATIONS) - {"none", "gelu_tanh"}  # the latter is recorded as a gelu
 
 
 class Lowering:
@@ -235,7 +242,7 @@ class Lowering:
             if torch.Size(shape[1:]).numel() != torch.Size(v.shape).numel():
                 self._fail(call, "changes the number of columns")
             self.known[out] = Value(v.draft, v.first, v.width, shape[1:]) if isinstance(v, Value) else v
-        elif name in ACTIVATIONS:
+        elif name in ACTIVATED:
             self._activate(call, name)
         elif method is not None:
             method(call)
@@ -327,6 +334,8 @@ class Lowering:
             if input_scale != 1:
                 self._fail(call, "with an input scale is not known to mlp_sample")
             d.alpha, d.gain = float(alpha), float(scale)
+        if rest and name not in ("leaky_relu", "elu"):
+            self._fail(call, "with arguments is not known to mlp_sample")
         d.activation = name
         self.known[call.outputs[0]] = Value(value.draft, 0, value.width, v.shape)
 
