@@ -1,12 +1,14 @@
 """The command line, end to end on tiny settings, and the demo's report folder."""
 
 import base64
+import functools
 import importlib.metadata
 import io
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -389,9 +391,10 @@ def test_another_state_is_told_in_the_words_of_the_command_line(run, fails, cali
 
 def of_process(command: list[str], folder, **env) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(folder), str(Path(fk.__file__).parents[1])])
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env=os.environ | dict(PYTHONPATH=path) | env
-    )
+    env = os.environ | dict(PYTHONPATH=path) | env
+    # where the tests run in the background, Ctrl-C is ignored, and a child inherits that
+    settings = dict(preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL), env=env, cwd=folder)
+    return subprocess.run(command, capture_output=True, text=True, **settings)
 
 
 @pytest.mark.parametrize("how", ["module", "script", "library"])
