@@ -91,11 +91,16 @@ class Solver:
     def __getattr__(self, name: str):
         """The coefficients of `Solver.euler`, made where they are asked for: a grid may have a million steps."""
         if name != "coefficients" or "times" not in vars(self):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return object.__getattribute__(self, name)  # for its error, which may be one of a property's
         h = self.times.diff()
-        expect_room(8 * (2 * len(h)) ** 2, "schedule", "coefficients", f"{len(h)} steps")
+        expect_room(8 * (2 * len(h)) ** 2, "coefficients", "a table of them", f"{len(h)} steps")
         object.__setattr__(self, name, h.expand(len(h), -1).tril())
         return vars(self)[name]
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if not all(isinstance(update, Update) for update in state["_updates"]):  # a pickle of an earlier version
+            vars(self)["_updates"] = self._find_updates()
 
     @property
     def steps(self) -> int:
@@ -183,6 +188,9 @@ class Solver:
     @classmethod
     def _euler(cls, times: Tensor, model_times: Tensor) -> "Solver":
         """`euler` on checked times: each call of a stage on a schedule makes one, and none pays for a table."""
+        if cls is not Solver:  # whose own __init__ is to run
+            h = times.diff()
+            return cls(times, model_times, h.expand(len(h), -1).tril(), "euler")
         steps = itertools.pairwise(times.tolist())
         updates = tuple(Update(False, (i,), (end - begin,)) for i, (begin, end) in enumerate(steps))
         solver = cls.__new__(cls)

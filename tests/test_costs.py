@@ -1,6 +1,7 @@
 """Step costs of single samples, objectives beyond the mean of squares, and what their scatter says."""
 
 import itertools
+import json
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from _flows import Counted, ElementwiseField, even_grid, linear_field, normal, relative_error, uneven_grid
 
 import flowkernels as fk
+from flowkernels._files import sealed
 from flowkernels.calibration import objectives, sample_costs
 from flowkernels.calibration.objectives import OBJECTIVES, pair_costs
 from flowkernels.calibration.sample_costs import SampleCosts
@@ -639,6 +641,20 @@ def test_fitted_solvers_are_verified(tmp_path):
     again = fk.Calibration.load(tmp_path / "a.json")
     assert again.best(2).to_dict() == cal.solvers[2].to_dict()
     assert again.best(8) == cal.best(8)
+    former = json.loads((tmp_path / "a.json").read_text())  # as files were before: other names, no hash of "uniform"
+    for schedule in former["schedules"].values():
+        schedule["interval"], schedule["enough"] = schedule.pop("cost_interval"), schedule.pop("samples_needed")
+    for hashes in (former["verified_as"].values(), ()):
+        for of in hashes:
+            del of["uniform"]
+        if not hashes:  # or no hashes at all
+            del former["verified_as"]
+        former.pop("sha256", None)
+        (tmp_path / "b.json").write_text(json.dumps(sealed(former)))
+        before = fk.Calibration.load(tmp_path / "b.json")
+        assert before.best(2).to_dict() == cal.solvers[2].to_dict()
+        assert before.best(8) == cal.best(8)
+        assert (before[8].cost_interval, before[8].samples_needed) == (cal[8].cost_interval, cal[8].samples_needed)
     cal.verified.clear()
     assert cal.best(8) is cal.solvers[8]  # what is not verified is the user's word
     cal.solvers.clear()

@@ -4,11 +4,13 @@ import copy
 import itertools
 import json
 import math
+import pickle
 
 import pytest
 import torch
 from _flows import even_grid, normal, uneven_grid
 
+import flowkernels as fk
 from flowkernels import Schedule, Solver
 from flowkernels.solver import Update, euler_sizes, polynomial_weights
 
@@ -210,7 +212,7 @@ def test_chained_updates_are_the_same_steps(name):
 def test_a_fine_grid_has_no_table_until_it_is_asked_for():
     solver = Solver.euler(1_000_000)
     assert euler_sizes(solver.updates()) == solver.times.diff().tolist()
-    with pytest.raises(ValueError, match=r"^schedule: .*coefficients"):
+    with pytest.raises(ValueError, match=r"^coefficients: expected what fits"):
         solver.coefficients  # noqa: B018
 
 
@@ -273,3 +275,36 @@ def test_bad_arguments_of_constructors():
         Solver.heun(Solver.heun(3))
     with pytest.raises(ValueError, match=r"^model_times: expected 3 times, one for each step"):
         Solver.euler(3, model_times=[0.0, 0.5])
+
+
+class Derived(Solver):
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "further", self.steps + 1)
+
+    @property
+    def broken(self):
+        return self.nothing
+
+
+def test_a_derived_class_is_made_by_its_own_init():
+    for solver in (Derived.euler(3), Derived.adams_bashforth(3), Derived.heun(3)):
+        assert (type(solver), solver.further) == (Derived, 4)
+    assert Derived.euler(3).to_dict() == Solver.euler(3).to_dict()
+    assert Derived.euler(3).updates() == Solver.euler(3).updates()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):  # not of the property that asks for it
+        Derived.euler(3).broken  # noqa: B018
+
+
+@pytest.mark.parametrize("make", [Solver.euler, Solver.adams_bashforth, Solver.heun])
+def test_pickles(make):
+    """Those of earlier versions had a list of tuples for the updates."""
+    solver = make(4)
+    again = pickle.loads(pickle.dumps(solver))
+    assert again.to_dict() == solver.to_dict()
+    assert again.updates() == solver.updates()
+    old, state = Solver.__new__(Solver), dict(vars(solver), coefficients=solver.coefficients)
+    old.__setstate__(state | {"_updates": [tuple(u) for u in solver.updates()]})
+    assert old.updates() == solver.updates()
+    assert old.is_euler == solver.is_euler
+    assert torch.equal(fk.sample(lambda x, t: -x, normal(2, 3), old), fk.sample(lambda x, t: -x, normal(2, 3), solver))

@@ -48,6 +48,16 @@ def test_parts_are_the_samples_in_order(chunk):
     assert teacher.evaluations == 0
 
 
+def test_rows_in_an_order_are_not_kept():
+    """They are copies of the conditioning, which may be large; what is written there meanwhile is seen."""
+    field, push = guided_field()
+    x, teacher = normal(4, 3, dtype=torch.float64), Teacher(field, 6, order=ORDER, chunk=2)
+    before = teacher.at(x, 0.3)
+    push.mul_(2)
+    assert torch.equal(teacher.at(x, 0.3), Teacher(field, 6, order=ORDER, chunk=2).at(x, 0.3))
+    assert not torch.equal(teacher.at(x, 0.3), before)
+
+
 def test_calls_and_evaluations():
     velocity = Counted(ElementwiseField())
     teacher = Teacher(velocity, 7, chunk=3)

@@ -170,7 +170,7 @@ class Calibration(Measured, Mapping):
         """
         known = dict(reversed(self.choices(steps).items()))  # the first of them where errors are equal or unknown
         now, then = _hashes_of(known), self.verified_as.get(steps, {})
-        as_it_was = {name for name in now if then.get(name) == now[name]}
+        as_it_was = {name for name in now if name == UNIFORM or then.get(name) == now[name]}
         errors = {name: e for name, e in self.verified.get(steps, {}).items() if name in as_it_was and e == e}  # no NaN
         return known[min(known, key=lambda name: errors.get(name, math.inf))]
 
@@ -273,7 +273,7 @@ def _from_dict(made: type[Calibration], data: dict) -> Calibration:
     solvers = {n: _solver(s, f"solvers.{n}", n) for n, s in _by_steps(data, "solvers", None)}
     verified = {n: _errors(errors, f"verified.{n}") for n, errors in _by_steps(data, "verified", None)}
     verified_as = {n: _texts(hashes, f"verified_as.{n}") for n, hashes in _by_steps(data, "verified_as", None)}
-    return made(
+    cal = made(
         times,
         tables["cost"],
         schedules,
@@ -284,6 +284,9 @@ def _from_dict(made: type[Calibration], data: dict) -> Calibration:
         verified_as,
         norm_cost=tables.get("norm_cost"),
     )
+    if "verified_as" not in data:  # as files once were: what is there is what was verified
+        cal.add_verified({n: errors for n, errors in verified.items() if n in {*schedules, *solvers}})
+    return cal
 
 
 def _texts(data, name: str) -> dict[str, str]:
@@ -312,8 +315,12 @@ def _by_steps(data: dict, name: str, most: int | None) -> Iterator[tuple[int, An
         yield expect_int(int(key), name, "numbers of steps" + (f" up to {most}" if most else ""), 1, most), entry
 
 
+RENAMED = {"cost_interval": "interval", "samples_needed": "enough"}  # entries of a schedule, as they once were
+
+
 def _schedule(data, name: str, N: int, times: Tensor) -> Schedule:
-    K, indices = len(times) - 1, _object(data, name)["indices"]
+    data = {new: data[old] for new, old in RENAMED.items() if old in _object(data, name)} | data
+    K, indices = len(times) - 1, data["indices"]
     expect(isinstance(indices, list), name, "a list of indices", indices)
     for i in indices:
         expect_int(i, f"{name}.indices", f"integers from 0 to {K}", 0, K)

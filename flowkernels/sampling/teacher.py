@@ -67,6 +67,8 @@ class Teacher:
             yield part, self._field(first + part.start, first + part.stop)
 
     def _field(self, start: int, stop: int) -> VelocityBase:
+        if self.order is not None:  # whose rows are copies, of perhaps large conditioning
+            return self.velocity.rows(self._index(start, stop), self.total)
         if (start, stop) not in self._fields:
             self._fields[start, stop] = self.velocity.rows(self._index(start, stop), self.total)
         return self._fields[start, stop]
