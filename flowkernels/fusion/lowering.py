@@ -528,7 +528,12 @@ class Lowering:
             scale=table("scale", [d.scale] if d.scale is not None else []),
             shift=table("shift", [s for s in d.shifts if ROWS not in s.kind]),
             shift_each=table("shift_each", [s for s in d.shifts if ROWS in s.kind]),
-            **dict(activation=d.activation, alpha=d.alpha, gain=d.gain, combine=d.combine, other=d.other, first=first),
+            activation=d.activation,
+            alpha=d.alpha,
+            gain=d.gain,
+            combine=d.combine,
+            other=d.other,
+            first=first,
         )
 
 

@@ -145,10 +145,17 @@ class VelocityField(nn.Module, VelocityBase):
     def settings(self) -> dict:
         """The keyword arguments that make it again."""
         return dict(
-            **dict(reverse_time=self.reverse_time, time_scale=self.time_scale, sign=self.sign),
-            **dict(x_name=self.x_name, time_name=self.time_name, packed=self.packed, dtype=self.dtype),
+            reverse_time=self.reverse_time,
+            time_scale=self.time_scale,
+            sign=self.sign,
+            x_name=self.x_name,
+            time_name=self.time_name,
+            packed=self.packed,
+            dtype=self.dtype,
             time_column=self.time_column,
-            **dict(conditioning=self.conditioning, unconditional=self.unconditional, guidance=self.guidance),
+            conditioning=self.conditioning,
+            unconditional=self.unconditional,
+            guidance=self.guidance,
         )
 
     def _replace(self, **changes) -> "VelocityField":

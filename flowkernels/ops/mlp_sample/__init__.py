@@ -273,8 +273,12 @@ def _layers(tensors, code, numbers, guided) -> tuple[list[Layer], list[Layer] | 
                 out,
                 weight=next(rest) if present & 1 else None,
                 **tables(present >> 1),
-                **dict(eps=eps, alpha=alpha, gain=gain, first=at),
-                **dict(activation=ACTIVATIONS[activation], combine=COMBINES[combine]),
+                eps=eps,
+                alpha=alpha,
+                gain=gain,
+                first=at,
+                activation=ACTIVATIONS[activation],
+                combine=COMBINES[combine],
                 other=None if o_value < 0 else Source(o_value, o_first, o_width),
             )
         )

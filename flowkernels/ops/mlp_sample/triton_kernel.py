@@ -432,7 +432,9 @@ class Prepared:
             *(*sent, *(none if t is None else t for t in (plan.weights, self.tables)), rows, inputs),
             *(triton_common.parts(self.guidance, x.dtype), n, D, self.steps, len(self.lines) // LINE.value),
             *(plan.velocity, self.uncond, kept, self.past, _round_up(D), self.pitch, inputs.shape[1]),
-            **dict(on=x, config=config, PRECISION=_precision(plan.low)),
+            on=x,
+            config=config,
+            PRECISION=_precision(plan.low),
         )
         return -1
 
