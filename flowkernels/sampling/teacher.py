@@ -67,11 +67,12 @@ class Teacher:
             yield part, self._field(first + part.start, first + part.stop)
 
     def _field(self, start: int, stop: int) -> VelocityBase:
-        if self.order is not None:  # whose rows are copies, of perhaps large conditioning
-            return self.velocity.rows(self._index(start, stop), self.total)
-        if (start, stop) not in self._fields:
-            self._fields[start, stop] = self.velocity.rows(self._index(start, stop), self.total)
-        return self._fields[start, stop]
+        if (start, stop) in self._fields:
+            return self._fields[start, stop]
+        field = self.velocity.rows(self._index(start, stop), self.total)
+        if self.order is None:  # in an order the rows are copies, of perhaps large conditioning
+            self._fields[start, stop] = field
+        return field
 
     def _index(self, start: int, stop: int) -> Tensor | slice:
         return slice(start, stop) if self.order is None else self.order[start:stop]
