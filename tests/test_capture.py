@@ -13,6 +13,7 @@ import pytest
 import torch
 from _flows import ElementwiseField, LinearField, linear_field, normal
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -42,17 +43,45 @@ _dispatch = inspect.unwrap(NoSync.__torch_dispatch__)
 _dispatch.__code__ = _dispatch.__code__.replace(co_filename=torch.__file__)
 
 
+class Outside:
+    """A tensor that a graph reads and does not own: an address, which holds nothing."""
+
+    def __init__(self, tensor):
+        self.storage, self.dtype = StorageWeakRef(tensor.untyped_storage()), tensor.dtype
+        self.place = tensor.storage_offset(), tensor.shape, tensor.stride()
+
+    def __call__(self):
+        assert not self.storage.expired(), f"a replay reads memory that is gone: {self.dtype} {list(self.place[1])}"
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.place)
+
+
 class HostGraph:
-    """What a CUDA graph does, on the host: the calls of aten, each on the memory that it was recorded on."""
+    """What a CUDA graph does, on the host: the calls of aten, each on the memory that it was recorded on.
+
+    It owns what was made meanwhile, its pool, and nothing else.
+    """
 
     made = 0
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.pool = [], {}
         HostGraph.made += 1
 
+    def add(self, func, args, kwargs, out):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:
+                self.pool[t.untyped_storage()._cdata] = t.untyped_storage()
+        self.calls.append((func, *tree_map_only(torch.Tensor, self._kept, (args, kwargs, out))))
+
+    def _kept(self, t):
+        # an alias, which keeps the memory of now when the tensor is given other memory
+        return t.detach() if t.untyped_storage()._cdata in self.pool else Outside(t)
+
     def replay(self):
-        for func, args, kwargs, out in self.calls:
+        for call in self.calls:
+            func, args, kwargs, out = tree_map_only(Outside, lambda t: t(), call)
             new = func(*args, **kwargs)
             for old, value in zip(tree_leaves(out), tree_leaves(new), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != value.data_ptr():
@@ -67,9 +96,7 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        # aliases, which keep the memory of now when the tensor is given other memory
-        kept = tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs or {}, out))
-        self.graph.calls.append((func, *kept))
+        self.graph.add(func, args, kwargs or {}, out)
         return out
 
 

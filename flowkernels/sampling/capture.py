@@ -109,7 +109,7 @@ class _Graph:
     def __init__(self, loop: Callable, x: Tensor, t: Tensor):
         with torch.cuda.device(x.device), torch.inference_mode(False), torch.no_grad():
             self.x, self.t = x.clone(memory_format=torch.contiguous_format), t.clone()  # read by every replay
-            self.graph, self.out = _record(functools.partial(loop, self.x, t))
+            self.graph, self.out = _record(functools.partial(loop, self.x, self.t))
             self.done = torch.cuda.Event()
 
     def __call__(self, x: Tensor) -> Tensor:
