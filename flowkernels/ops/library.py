@@ -209,7 +209,12 @@ def refused_place(launch, arguments: tuple, bad: Tensor | None, where: tuple) ->
     if bad is None:
         return launch(*arguments)
     launch(*arguments, bad.data_ptr(), *where)
-    return -1 if bad.is_cuda and torch.cuda.is_current_stream_capturing() else int(bad.item())
+    return -1 if is_captured(bad) else int(bad.item())
+
+
+def is_captured(t: Tensor) -> bool:
+    """Whether what is done with `t` now goes into a CUDA graph: nothing can be waited for."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _watched() -> bool:

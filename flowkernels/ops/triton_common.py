@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels.ops import tuned
+from flowkernels.ops.library import is_captured  # noqa: F401, of ops that report a NaN
 from flowkernels.runtime.backends import triton_interpreted
 from flowkernels.runtime.torch_private import add_each_
 
@@ -98,6 +99,11 @@ def on_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
     if values:
         add_each_(list(found.unbind()), values)
     return found
+
+
+def knots_on(times: Tensor, device: torch.device) -> Tensor:
+    """Float64 times in the memory of a device: those that are there stay there, unread."""
+    return times.contiguous() if times.device == device else on_device(times.tolist(), torch.float64, device)
 
 
 @triton.jit

@@ -2,9 +2,9 @@
 
 import importlib
 
-import ops_cases
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
@@ -14,11 +14,12 @@ from flowkernels.ops.samples import op_args
 from flowkernels.runtime import backends
 
 aten = torch.ops.aten
+NAMES = {op: [a.name for a in getattr(torch.ops.flowkernels, op).default._schema.arguments] for op in OPS}
 CASES = [
-    pytest.param(op, s, id=f"{op}-{s.id}")
+    pytest.param(op, s, knots, id=f"{op}-{s.id}-{knots}")
     for op in OPS
-    if not hasattr(ops_cases.of(op), "WAITS")  # as their docstrings say
     for s in importlib.import_module(f"flowkernels.ops.{op}.samples").sample_inputs()
+    for knots in (("cpu", "meta") if "times" in NAMES[op] else ("cpu",))
 ]
 
 
@@ -34,6 +35,25 @@ class Calls(TorchDispatchMode):
         return out
 
 
+class FromNumbers(TorchFunctionMode):
+    """Tensors beside the samples that torch makes of numbers by a copy, which meta tensors hide from `Calls`."""
+
+    MAKERS = torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.Tensor.new_tensor
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in self.MAKERS and not out.is_cpu:
+            self.seen.append(func)
+        # t[i, j] = 1 is a copy where nothing is left of t's dimensions
+        if func is torch.Tensor.__setitem__ and not isinstance(args[2], torch.Tensor) and not args[0].is_cpu:
+            self.seen.append(func)
+        return out
+
+
 @pytest.fixture
 def launches(monkeypatch):
     found = []
@@ -41,19 +61,39 @@ def launches(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(("op", "sample"), CASES)
-def test_nothing_is_read_or_copied_from_the_host(op, sample, launches):
-    """Either would wait for the device, and no CUDA graph could hold the call. Knots are given on the CPU."""
-    names = [a.name for a in getattr(torch.ops.flowkernels, op).default._schema.arguments]
-    args = [
-        a if name == "times" else tree_map_only(torch.Tensor, lambda t: t.detach().to("meta"), a)
-        for name, a in zip(names, op_args(op, sample), strict=True)
-    ]
-    with Calls() as calls:
+def read_or_copied(op, *args) -> list:
+    with Calls() as calls, FromNumbers() as made:
         backends.triton_op(op)(*args)
-    assert not [func for func, devices in calls.seen if devices == {"cpu", "meta"}]
+    return made.seen + [func for func, devices in calls.seen if devices == {"cpu", "meta"}]
+
+
+@pytest.mark.parametrize(("op", "sample", "knots"), CASES)
+def test_nothing_is_read_or_copied_from_the_host(op, sample, knots, launches, monkeypatch):
+    """Either would wait for the device, and no CUDA graph could hold the call. Knots are there or on the CPU."""
+    monkeypatch.setattr(triton_common, "is_captured", lambda t: True)  # otherwise some report a NaN
+    args = [
+        tree_map_only(torch.Tensor, lambda t: t.detach().to(knots if name == "times" else "meta"), a)  # noqa: B023
+        for name, a in zip(NAMES[op], op_args(op, sample), strict=True)
+    ]
+    assert read_or_copied(op, *args) == []
     for *_, given in launches:
         assert {t.device.type for t in tree_iter(given) if isinstance(t, torch.Tensor)} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda t: torch.tensor([1.0, 2.0], device=t.device),
+        lambda t: torch.as_tensor(2, device=t.device),
+        lambda t: t.new_tensor([1.0]),
+        lambda t: torch.ones(3).to(t.device),
+        lambda t: t.copy_(torch.ones(2, 2)),
+        lambda t: t.__setitem__((0, 0), 0),
+    ],
+)
+def test_a_copy_is_found(copy, monkeypatch):
+    monkeypatch.setattr(backends, "triton_op", lambda op: copy)
+    assert len(read_or_copied("", torch.empty(2, 2, device="meta"))) == 1
 
 
 def test_a_step_in_place_allocates_nothing(launches):

@@ -23,12 +23,16 @@ NONE = torch.iinfo(torch.int64).max
 @triton.jit
 def bellman_check_kernel(
     cost,  # [n, n]
+    value,  # [n], of no step
+    parent,  # [n], of no step
     bad,  # [n], by row: the first place above the diagonal with NaN or -Inf
     n,
     none,
     BLOCK: tl.constexpr,
 ):
     j = tl.program_id(0).to(tl.int64)
+    tl.store(value + j, tl.where(j == 0, 0.0, float("inf")))
+    tl.store(parent + j, -1)
     first = tl.full((), none, tl.int64)
     for start in range(j + 1, n, BLOCK):
         k = start + tl.arange(0, BLOCK)
@@ -70,16 +74,14 @@ def bellman_step_kernel(
 def bellman(cost: Tensor, steps: int, carry: float) -> tuple[Tensor, Tensor]:
     _expect_carry(carry)
     cost, n = cost.contiguous(), cost.shape[0]
-    places = cost.new_empty(n, dtype=torch.int64)
+    (value, parent), places = _fake(cost, steps, carry), cost.new_empty(n, dtype=torch.int64)
     config = triton_common.config_of(CONFIGS, "bellman_check")
-    triton_common.launch(bellman_check_kernel, (n,), cost, places, n, NONE, on=cost, config=config)
+    triton_common.launch(bellman_check_kernel, (n,), cost, value, parent, places, n, NONE, on=cost, config=config)
     bad = places.amin()
-    captured = cost.is_cuda and torch.cuda.is_current_stream_capturing()
+    captured = triton_common.is_captured(cost)
     if not captured and (place := bad.item()) != NONE:
         _refuse(cost, *divmod(place, n))
 
-    value, parent = (t.fill_(start) for t, start in zip(_fake(cost, steps, carry), (torch.inf, -1), strict=True))
-    value[0, 0] = 0
     config = triton_common.config_of(CONFIGS, "bellman_step")
     grid = (triton.cdiv(n, config["BLOCK_K"]),)
     factor = triton_common.on_device([carry], torch.float64, cost.device)  # which may be no float32
@@ -87,5 +89,7 @@ def bellman(cost: Tensor, steps: int, carry: float) -> tuple[Tensor, Tensor]:
         rows = value[s - 1], factor, value[s], parent[s]
         triton_common.launch(bellman_step_kernel, grid, cost, *rows, n, s - 1, on=cost, config=config)
     if captured:
-        value, parent = torch.where(bad == NONE, value, torch.nan), torch.where(bad == NONE, parent, -1)
+        refused = bad != NONE
+        value.masked_fill_(refused, torch.nan)
+        parent.masked_fill_(refused, -1)
     return value, parent

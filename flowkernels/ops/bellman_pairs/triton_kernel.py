@@ -23,6 +23,8 @@ NONE = torch.iinfo(torch.int64).max
 def bellman_pairs_check_kernel(
     first,  # [n]
     cost,  # [n, n, n]
+    value,  # [2, n, n], of no step and one
+    parent,  # [2, n, n], of no step and one
     bad,  # [n, ceil(n / BLOCK_I)], by j and block of i: the first place of what is read with NaN or -Inf
     n,
     none,
@@ -40,6 +42,14 @@ def bellman_pairs_check_kernel(
         c = tl.load(cost + at, mask=(i < j) & (k < n), other=0.0)
         place = tl.minimum(place, tl.min(tl.where(c > float("-inf"), none, n + at)))
     tl.store(bad + j * tl.num_programs(1) + block, place)
+    for start in range(0, tl.where(block == 0, n, 0), BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        at, none_yet = j * n + k, tl.full((BLOCK_K,), -1, tl.int64)
+        one_step = tl.load(first + k, mask=(j == 0) & (k > 0) & (k < n), other=float("inf"))
+        tl.store(value + at, tl.where(at == 0, 0.0, float("inf")), mask=k < n)
+        tl.store(value + n * n + at, one_step, mask=k < n)
+        tl.store(parent + at, none_yet, mask=k < n)
+        tl.store(parent + n * n + at, none_yet, mask=k < n)
 
 
 # one kernel for all steps, whose planes begin anywhere
@@ -77,18 +87,14 @@ def bellman_pairs(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tens
     first, cost, n = first.contiguous(), cost.contiguous(), len(first)
     config = triton_common.config_of(CONFIGS, "bellman_pairs_check")
     grid = (n, triton.cdiv(n, config["BLOCK_I"]))
-    places = cost.new_empty(grid, dtype=torch.int64)
-    triton_common.launch(bellman_pairs_check_kernel, grid, first, cost, places, n, NONE, on=cost, config=config)
+    (value, parent), places = _fake(first, cost, steps), cost.new_empty(grid, dtype=torch.int64)
+    args = first, cost, value, parent, places, n, NONE
+    triton_common.launch(bellman_pairs_check_kernel, grid, *args, on=cost, config=config)
     bad = places.amin()
-    captured = cost.is_cuda and torch.cuda.is_current_stream_capturing()
+    captured = triton_common.is_captured(cost)
     if not captured and (place := bad.item()) != NONE:
         _refuse(first, cost, place)
 
-    value, parent = _fake(first, cost, steps)
-    value[:2].fill_(torch.inf)
-    parent[:2].fill_(-1)
-    value[0, 0, 0] = 0
-    value[1, 0, 1:] = first[1:]
     config = triton_common.config_of(CONFIGS, "bellman_pairs_step")
     grid = (triton.cdiv(n, config["BLOCK_K"]), n)
     for s in range(2, steps + 1):
@@ -97,5 +103,7 @@ def bellman_pairs(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tens
         reached = (0, 1) if s == 2 else (s - 2, n)
         triton_common.launch(bellman_pairs_step_kernel, grid, cost, *planes, n, *reached, on=cost, config=config)
     if captured:
-        value, parent = torch.where(bad == NONE, value, torch.nan), torch.where(bad == NONE, parent, -1)
+        refused = bad != NONE
+        value.masked_fill_(refused, torch.nan)
+        parent.masked_fill_(refused, -1)
     return value, parent

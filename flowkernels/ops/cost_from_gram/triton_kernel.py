@@ -1,6 +1,5 @@
 """`cost_from_gram` in Triton."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -88,7 +87,7 @@ def cost_from_gram_kernel(
 
 
 def cost_from_gram(gram: Tensor, times: Tensor, states: bool) -> Tensor:
-    gram, times = gram.contiguous(), triton_common.on_device(times.tolist(), torch.float64, gram.device)
+    gram, times = gram.contiguous(), triton_common.knots_on(times, gram.device)
     cost, K = _fake(gram, times, states), len(times) - 1
     config = triton_common.config_of(CONFIGS, "cost_from_gram")
     triton_common.launch(cost_from_gram_kernel, (K + 1,), gram, times, cost, K, on=gram, config=config, STATES=states)

@@ -188,7 +188,7 @@ def velocity_gram(v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
     if x is None:
         add(v, stride, M, 0)
     else:
-        knots = triton_common.on_device(times.tolist(), torch.float64, v.device)
+        knots = triton_common.knots_on(times, v.device)
         v, states = v.as_strided((K, M), (stride, 1)), states.as_strided((K + 1, M), (x_stride, 1))
         formed = v.new_empty(rows, chunk, dtype=dtype)
         block = triton_common.config_of(CONFIGS, "velocity_gram_rows")
