@@ -24,7 +24,7 @@ def by_numpy(cost: np.ndarray, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cases(device) -> Iterator[Case]:
-    def case(K, steps, quick=False):
+    def case(K, steps, **which):
         def make():
             g = torch.Generator().manual_seed(0)
             cost = torch.rand(K + 1, K + 1, generator=g, dtype=torch.float64)
@@ -41,13 +41,13 @@ def cases(device) -> Iterator[Case]:
                 flops=2 * steps * K * (K + 1) / 2,  # a sum and a comparison for each pair
             )
 
-        return Case(f"K={K}, N=1..{steps}", K * K, make, quick=quick, curves={"K": K})
+        return Case(f"K={K}, N=1..{steps}", K * K, make, **which, curves={"K": K})
 
     yield case(16, 8)
     yield case(50, 10)
     yield case(100, 10, quick=True)
     yield case(400, 10)
-    yield case(1000, 20)
+    yield case(1000, 20, main=True)
 
 
 def small(device) -> Small:

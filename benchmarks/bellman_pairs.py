@@ -25,7 +25,7 @@ def by_numpy(first: np.ndarray, cost: np.ndarray, steps: int) -> tuple[torch.Ten
 
 
 def cases(device) -> Iterator[Case]:
-    def case(K, steps, quick=False):
+    def case(K, steps, **which):
         def make_work():
             first, cost = (t.nan_to_num_(nan=torch.inf) for t in make(K + 1, torch.Generator().manual_seed(0)))
             there, arrays = [t.to(device) for t in (first, cost)], [t.numpy() for t in (first, cost)]
@@ -41,12 +41,14 @@ def cases(device) -> Iterator[Case]:
                 flops=2 * (steps - 2) * triples,  # a sum and a comparison for each triple; step 2 has few
             )
 
-        return Case(f"K={K}, N=1..{steps}", K**3, make_work, quick=quick, curves={"K": K})
+        return Case(f"K={K}, N=1..{steps}", K**3, make_work, **which, curves={"K": K})
 
     yield case(16, 8)
     yield case(50, 10)
     yield case(100, 10, quick=True)
     yield case(200, 10)
+    if device.type == "cuda":
+        yield case(400, 10, main=True)
 
 
 def small(device) -> Small:

@@ -34,7 +34,7 @@ def by_hand(net, x0: torch.Tensor):
 
 
 def cases(device) -> Iterator[Case]:
-    def case(name, model, shape, n, *, compiled, quick=False):
+    def case(name, model, shape, n, *, compiled, **which):
         def make():
             net = model().to(device)
             x0 = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -56,10 +56,10 @@ def cases(device) -> Iterator[Case]:
             # the network's own rounding, carried over the steps
             return Work(calls, lambda got: ((got - truth).abs().max().item() / size, 1e-4))
 
-        return Case(f"{name}, n={n}, N={N}", n, make, quick=quick)
+        return Case(f"{name}, n={n}, N={N}", n, make, **which)
 
     digits, fashion = BUNDLED["digits"], BUNDLED["fashion"]
-    yield case("DiT", dit, (1, 8, 8), 1, compiled=False, quick=True)
+    yield case("DiT", dit, (1, 8, 8), 1, compiled=False, quick=True, main=True)
     yield case("DiT", dit, (1, 8, 8), 64, compiled=False)
     yield case("residual MLP", digits.load, digits.shape, 1, compiled=True)
     yield case("residual MLP", digits.load, digits.shape, 64, compiled=True)

@@ -15,7 +15,7 @@ def inputs(K: int, device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cases(device) -> Iterator[Case]:
-    def case(K, quick=False):
+    def case(K, **which):
         def make():
             gram, times = inputs(K, device)
             compiled = torch.compile(reference.cost_from_gram)
@@ -30,12 +30,12 @@ def cases(device) -> Iterator[Case]:
                 moved=2 * gram.nbytes,
             )
 
-        return Case(f"K={K}", K * K, make, quick=quick, curves={"K": K})
+        return Case(f"K={K}", K * K, make, **which, curves={"K": K})
 
     yield case(16)
     yield case(50)
     yield case(100, quick=True)
-    yield case(256)
+    yield case(256, main=True)
 
 
 def small(device) -> Small:

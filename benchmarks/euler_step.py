@@ -43,7 +43,7 @@ def cases(device) -> Iterator[Case]:
     def randn(n, count, dtype):
         return [torch.randn(n, device=device).to(dtype) for _ in range(count)]
 
-    def with_guidance(n, given=False, quick=False):
+    def with_guidance(n, given=False, **which):
         """given: into tensors that exist, as a sampler's loop does; else the results are allocated."""
 
         def make():
@@ -73,9 +73,9 @@ def cases(device) -> Iterator[Case]:
 
         name = f"{n >> 10} Ki elements, guided, bfloat16 velocities and copy" + (", given" if given else "")
         curves = {"elements, guided, given": n} if given else {"elements, guided, allocated": n}
-        return Case(name, n, make, quick=quick, curves=curves)
+        return Case(name, n, make, **which, curves=curves)
 
-    def in_float32(n):
+    def in_float32(n, **which):
         def make():
             x, v = randn(n, 2, torch.float32)
             compiled = torch.compile(plain)
@@ -86,14 +86,14 @@ def cases(device) -> Iterator[Case]:
                 moved=12 * n,
             )
 
-        return Case(f"{n >> 10} Ki elements, float32", n, make, curves={"elements, float32, allocated": n})
+        return Case(f"{n >> 10} Ki elements, float32", n, make, **which, curves={"elements, float32, allocated": n})
 
     for log in (12, 16, 20, 24, 26):
-        yield with_guidance(1 << log, given=True, quick=log == 20)
+        yield with_guidance(1 << log, given=True, quick=log == 20, main=log == 26)
     for log in (20, 26):
         yield with_guidance(1 << log)
     for log in (16, 20, 24):
-        yield in_float32(1 << log)
+        yield in_float32(1 << log, main=log == 24)
 
 
 def small(device) -> Small:

@@ -30,7 +30,7 @@ def head(x, z, weight, bias, scale, shift, patch, guidance):
 
 
 def cases(device) -> Iterator[Case]:
-    def case(name, shape, tokens, d, outputs, dtype, patch=None, guidance=None, modulated=True, quick=False):
+    def case(name, shape, tokens, d, outputs, dtype, patch=None, guidance=None, modulated=True, **which):
         m = shape[0] * (1 if guidance is None else 2)
 
         def make():
@@ -60,15 +60,14 @@ def cases(device) -> Iterator[Case]:
                 unit=str(dtype)[6:],
             )
 
-        return Case(f"{name}, {str(dtype)[6:]}", m * tokens * d, make, quick=quick)
+        return Case(f"{name}, {str(dtype)[6:]}", m * tokens * d, make, **which)
 
     for dtype in (torch.float32, torch.bfloat16):
         size = dict(tokens=1024, d=1152, outputs=16, patch=2, guidance=W)
-        yield case(
-            "1,024 tokens of 1,152 -> 4 channels of 2x2, guided", (1, 4, 64, 64), dtype=dtype, **size, quick=True
-        )
+        size |= dict(quick=True, main=dtype == torch.float32)
+        yield case("1,024 tokens of 1,152 -> 4 channels of 2x2, guided", (1, 4, 64, 64), dtype=dtype, **size)
     for dtype in (torch.float32, torch.bfloat16):
-        yield case("4,096 tokens of 3,072 -> 64", (1, 4096, 64), 4096, 3072, 64, dtype)
+        yield case("4,096 tokens of 3,072 -> 64", (1, 4096, 64), 4096, 3072, 64, dtype, main=dtype == torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16):
         yield case("Linear 512 -> 64, 256 samples", (256, 64), 1, 512, 64, dtype, modulated=False)
 

@@ -25,7 +25,7 @@ def as_sum(x, v, b):
 
 
 def cases(device) -> Iterator[Case]:
-    def case(n, terms, dtype=torch.float32, quick=False):
+    def case(n, terms, dtype=torch.float32, **which):
         def make():
             x, *v = (torch.randn(n, device=device) for _ in range(terms + 1))
             v, b = [t.to(dtype) for t in v], [(-1) ** i / (i + 1) for i in range(terms)]
@@ -42,12 +42,10 @@ def cases(device) -> Iterator[Case]:
             )
 
         curves = {"elements of all terms, float32": n * terms} if dtype == torch.float32 else {}
-        return Case(
-            f"{n >> 10} Ki elements, {terms} terms, {str(dtype)[6:]}", n * terms, make, quick=quick, curves=curves
-        )
+        return Case(f"{n >> 10} Ki elements, {terms} terms, {str(dtype)[6:]}", n * terms, make, **which, curves=curves)
 
-    yield case(1 << 22, 16)
-    yield case(1 << 22, 16, torch.bfloat16)
+    yield case(1 << 22, 16, main=True)
+    yield case(1 << 22, 16, torch.bfloat16, main=True)
     yield case(1 << 24, 4)
     yield case(1 << 20, 16)
     yield case(1 << 18, 4, quick=True)

@@ -77,7 +77,7 @@ def relative_error(got, truth) -> float:
 
 
 def cases(device) -> Iterator[Case]:
-    def case(n, width=256, dim=64, steps=8, weights=torch.float32, quick=False):
+    def case(n, width=256, dim=64, steps=8, weights=torch.float32, **which):
         def make():
             net, x = perceptron(dim, width, device), torch.randn(n, dim, device=device)
             sampler = fk.fuse(net, steps, weights=weights)
@@ -109,7 +109,7 @@ def cases(device) -> Iterator[Case]:
             curves |= {"samples, width 256": n} if width == 256 else {}
             curves |= {f"width, {n} samples": width} if n in (1, 256) else {}
         name = f"{dim} -> {width} x 3 -> {dim}, N={steps}, n={n}, {str(weights)[6:]} weights"
-        return Case(name, n, make, quick=quick, curves=curves)
+        return Case(name, n, make, **which, curves=curves)
 
     def solved(n, solver, name, width=256, dim=64):
         def make():
@@ -172,13 +172,13 @@ def cases(device) -> Iterator[Case]:
     for n in (16, 64, 256, 1024):
         yield case(n)
     for n in (1, 64, 256, 1024):
-        yield case(n, weights=torch.bfloat16)
+        yield case(n, weights=torch.bfloat16, main=n == 1024)
     for n in (1, 256):
         yield solved(n, fk.Solver.adams_bashforth(8), "Adams-Bashforth 2")
         yield solved(n, fitted_like(8), "dense solver")
     yield residual(512, 100)
     yield case(4)
-    yield case(4096)
+    yield case(4096, main=True)
     for width in (64, 128, 512, 1024):
         yield case(1, width)
         yield case(256, width)

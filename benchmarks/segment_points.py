@@ -15,7 +15,7 @@ def by_lerp(bank, interval, sample, u):
 
 
 def cases(device) -> Iterator[Case]:
-    def case(batch, D, on_segments=True, quick=False):
+    def case(batch, D, on_segments=True, **which):
         def make():
             g = torch.Generator().manual_seed(0)
             bank = torch.randn(5, 2 * batch, D, generator=g).to(device)
@@ -31,12 +31,12 @@ def cases(device) -> Iterator[Case]:
             )
 
         name = f"n={batch}, D={D}" + ("" if on_segments else ", u=0")
-        return Case(name, batch * D, make, quick=quick, curves={"n * D": batch * D} if on_segments else {})
+        return Case(name, batch * D, make, **which, curves={"n * D": batch * D} if on_segments else {})
 
     yield case(256, 64, quick=True)
     yield case(256, 3072)
     yield case(256, 3072, on_segments=False)
-    yield case(256, 65536)
+    yield case(256, 65536, main=True)
 
 
 def small(device) -> Small:

@@ -38,7 +38,7 @@ def cases(device) -> Iterator[Case]:
                 lambda got: ((got - truth).abs().max().item() / size, 1e-4),
             )
 
-        return Case(f"sample, n={n}, N={steps}", n, make, quick=n == 1)
+        return Case(f"sample, n={n}, N={steps}", n, make, quick=n == 1, main=n == 256)
 
     def calibration(n, K):
         def make():

@@ -22,7 +22,7 @@ def pairwise(v: torch.Tensor, x: torch.Tensor, t: list[float]) -> torch.Tensor:
 
 
 def cases(device) -> Iterator[Case]:
-    def case(K, n, D, dtype=torch.float32, loop=True, quick=False):
+    def case(K, n, D, dtype=torch.float32, loop=True, **which):
         def make():
             v, times = velocities(K, n, D, device, dtype), torch.linspace(0, 1, K + 1, dtype=torch.float64)
             on_device = times.to(device)
@@ -59,9 +59,9 @@ def cases(device) -> Iterator[Case]:
             return Work(calls, check, moved=v.nbytes, flops=K * (K - 1) * n * D, unit=str(dtype)[6:])
 
         curves = {"velocities, K * n * D": K * n * D} if dtype == torch.float32 else {}
-        return Case(f"K={K}, n={n}, D={D}, {str(dtype)[6:]}", K * n * D, make, quick=quick, curves=curves)
+        return Case(f"K={K}, n={n}, D={D}, {str(dtype)[6:]}", K * n * D, make, **which, curves=curves)
 
-    yield case(100, 100, 3072)
+    yield case(100, 100, 3072, main=True)
     yield case(100, 100, 3072, torch.bfloat16, loop=False)
     yield case(50, 256, 64, quick=True)
     yield case(100, 1024, 64)

@@ -19,7 +19,7 @@ def by_autograd(v, bank, h, interval, sample, c):
 
 
 def cases(device) -> Iterator[Case]:
-    def case(batch, D, loss="l2", dtype=torch.float32, quick=False):
+    def case(batch, D, loss="l2", dtype=torch.float32, **which):
         def make():
             g = torch.Generator().manual_seed(0)
             bank = torch.randn(5, 2 * batch, D, generator=g).to(device)
@@ -49,14 +49,14 @@ def cases(device) -> Iterator[Case]:
             )
 
         curves = {"n * D, l2, float32": batch * D} if loss == "l2" and dtype == torch.float32 else {}
-        return Case(f"n={batch}, D={D}, {loss}, {str(dtype)[6:]}", batch * D, make, quick=quick, curves=curves)
+        return Case(f"n={batch}, D={D}, {loss}, {str(dtype)[6:]}", batch * D, make, **which, curves=curves)
 
     yield case(256, 64, quick=True)
     yield case(256, 3072)
     yield case(256, 3072, "huber")
     yield case(256, 3072, dtype=torch.bfloat16)
     yield case(16, 65536)
-    yield case(256, 65536)
+    yield case(256, 65536, main=True)
     yield case(256, 65536, "huber")
     yield case(256, 65536, dtype=torch.bfloat16)
 

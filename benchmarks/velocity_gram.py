@@ -25,7 +25,7 @@ def gram(v: torch.Tensor) -> torch.Tensor:
 
 
 def cases(device) -> Iterator[Case]:
-    def case(K, n, D, dtype=torch.float32, threads=None, quick=False):
+    def case(K, n, D, dtype=torch.float32, threads=None, **which):
         def make():
             v = velocities(K, n, D, device, dtype)
             compiled = torch.compile(gram)
@@ -44,10 +44,10 @@ def cases(device) -> Iterator[Case]:
             curves = ({"n * D, K=100": n * D} if K == 100 else {}) | ({"K, n * D=76800": K} if n == 25 else {})
         elif threads is not None:
             curves = {"threads, K=100, n * D=76800": threads}
-        return Case(name, K * n * D, make, threads, quick=quick, curves=curves)
+        return Case(name, K * n * D, make, threads, **which, curves=curves)
 
-    yield case(100, 100, 3072, quick=True)
-    yield case(100, 100, 3072, torch.bfloat16)
+    yield case(100, 100, 3072, quick=True, main=True)
+    yield case(100, 100, 3072, torch.bfloat16, main=True)
     yield case(100, 100, 3072, torch.float16)
     yield case(256, 100, 3072)
     for n in (1, 10, 400):

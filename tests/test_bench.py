@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import math
 import re
 import subprocess
@@ -12,12 +13,13 @@ import types
 import pytest
 import torch
 
-from flowkernels.bench import command, harness, suite, timers
+from flowkernels.bench import command, harness, suite, tables, timers
 from flowkernels.bench.case import Case, Work, ours
 from flowkernels.bench.harness import Measured, Shares, measure, rows
 from flowkernels.bench.tables import FIELDS, print_case
 from flowkernels.bench.timers import CudaEvents, WallClock
 from flowkernels.cli import main
+from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends, environment
 
 CPU = torch.device("cpu")
@@ -238,15 +240,30 @@ def test_events_are_around_the_call_and_not_around_what_empties_the_cache(gpu):
     assert events.other.nbytes == 2 << 20  # larger than the L2
     order = []
     events.other = types.SimpleNamespace(zero_=lambda: order.append("cold") or time.sleep(0.02))
+    events.write = 0.02
     found = events.seconds(lambda: order.append("call") or time.sleep(0.002), 4)
-    assert order == ["cold", "call"] * 4
+    assert order == ["call"] + ["cold", "cold", "call"] * 4  # the first one says how long the host takes
     assert 0.002 <= found < 0.02
-    assert len(gpu) == 1  # after the last call, not between them
+    assert len(gpu) == 2  # before the first and after the last call, not between them
     order.clear()
     assert 0.002 <= events.looped(lambda: order.append("call") or time.sleep(0.002), 0.001) < 0.02
     assert set(order) == {"call"}
     assert len(order) >= 3
     assert events.looped(lambda: order.append("call"), 0.1) is None
+
+
+def test_a_launch_takes_no_part_in_the_time(gpu):
+    """The buffer is written until the host has queued the call, however long that takes it; up to a limit."""
+    events, order = CudaEvents(CPU), []
+    events.other, events.write = types.SimpleNamespace(zero_=lambda: order.append("cold")), 1e-3
+    assert 0.004 <= events.host(lambda: time.sleep(0.004), 3) < 0.05
+    events.seconds(lambda: time.sleep(0.004), 1)
+    assert 7 <= len(order) < events.MOST_WRITES
+    order.clear()
+    events.write = 1e-9
+    events.seconds(lambda: time.sleep(0.001), 1)
+    assert len(order) == events.MOST_WRITES
+    assert WallClock(CPU).host(lambda: None) is None
 
 
 def test_the_time_is_the_median_call(gpu, monkeypatch):
@@ -287,13 +304,15 @@ def test_both_timers_measure_the_same_work(gpu):
     mine = found["flowkernels cpu"]
     assert mine["gate"] == "ok"
     assert 1000 <= mine["p20_us"] <= mine["p50_us"] <= mine["p80_us"]
+    assert mine["host_us"] >= 1000
+    assert mine["began_s"] >= 0.001
     assert mine["looped_us"] == "" or mine["looped_us"] >= 1000  # none on a machine so busy that a call takes 2 ms
     assert mine["ratio"] > 0
     assert mine["stream_percent"] > 0
     assert mine["fma_percent"] > 0
     assert mine["extra_mb"] == pytest.approx(3 - 4e-6)
     assert found["torch red"]["gate"] == "RED"
-    assert found["torch red"]["p50_us"] == found["torch red"]["looped_us"] == ""
+    assert found["torch red"]["p50_us"] == found["torch red"]["looped_us"] == found["torch red"]["host_us"] == ""
     assert set(table(work, WallClock(CPU))) == set(found)
 
 
@@ -308,7 +327,7 @@ def test_command_on_a_gpu(bench_on_the_stand_in, tmp_path, capsys):
     assert main.main(["bench", "bellman", "--match", "K=16", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "% copy" in out
-    assert "in a loop" in out
+    assert all(f" {column} " in out for column in ("device us", "host us", "in a loop", "began in s"))
     table = out[out.index("x eager") :].splitlines()
     assert table[1].startswith("bellman: K=16, N=1..8 ")
     assert table[1].endswith("ok")
@@ -320,6 +339,48 @@ def test_command_on_a_gpu(bench_on_the_stand_in, tmp_path, capsys):
         row = next(csv.DictReader(f))
     assert row["device"] == "stand-in"
     assert row["looped_us"] == "" or float(row["looped_us"]) > 0
+    assert float(row["host_us"]) > 0
+
+
+def test_main_cases_come_first(bench_on_the_stand_in):
+    entries = "bellman", "euler_step", "stages"
+    chosen = {entry: suite.cases(entry, CPU) for entry in entries}
+    order = command._in_order(chosen, True)
+    kinds = [(case.main, case.quick) for _, case in order]
+    assert kinds == sorted(kinds, key=lambda k: (not k[0], not k[1]))
+    assert [entry for entry, case in order if case.main] == ["bellman", "euler_step", "euler_step", "stages"]
+    assert len({entry for entry, _ in order[-4:]}) > 1  # of each entry one after the other
+    assert [case for _, case in command._in_order(chosen, False)] == [case for of in chosen.values() for case in of]
+
+
+def test_every_op_has_a_main_case():
+    assert {op for op in OPS if any(case.main for case in suite.cases(op, CPU))} == {*OPS} - {"bellman_pairs"}
+
+
+def test_a_run_is_resumed(bench_on_the_stand_in, monkeypatch, tmp_path, capsys):
+    """Cases that are there are kept; those of another commit, or that another run did not reach, are measured."""
+    cases = [
+        dataclasses.replace(case, main=i == 1, quick=False) for i, case in enumerate(suite.cases("bellman", CPU)[:3])
+    ]
+    monkeypatch.setattr(suite, "cases", lambda entry, device: cases)
+    arguments = ["bench", "bellman", "--seconds", "0.001", "--out", str(tmp_path), "--resume"]
+    now = iter([0, 0, 1e6, 1e6])
+    monkeypatch.setattr(command, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    assert main.main(arguments) == 0
+    assert "left out, 9 minutes being over (--minutes): bellman: K=16, N=1..8; " in capsys.readouterr().out
+    first = tables.read_csv(tmp_path / "bellman.csv")
+    assert {row["case"] for row in first} == {cases[1].name}
+    monkeypatch.undo()
+    monkeypatch.setattr(suite, "cases", lambda entry, device: cases)
+    assert main.main([*arguments, "--device", "cpu"]) == 0  # of another device: measured again
+    out = capsys.readouterr().out
+    assert all(f"\nbellman: {case.name} (" in out for case in cases)
+    second = tables.read_csv(tmp_path / "bellman.csv")
+    assert main.main(arguments) == 0
+    assert "\nbellman: K" not in capsys.readouterr().out
+    assert tables.read_csv(tmp_path / "bellman.csv") == second
+    with pytest.raises(ValueError, match="--resume: expected --out"):
+        command.main(["bellman", "--resume"])
 
 
 def test_what_there_is_no_time_for_is_named(bench_on_the_stand_in, capsys):

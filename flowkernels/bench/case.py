@@ -31,6 +31,7 @@ class Work:
 class Case:
     """A named piece of work of `size` elements; `make` puts its inputs together.
 
+    main: among the first that a GPU gets, and profiled there; those of the ops are the cases of docs/gpu.md.
     curves: the plots that it is a point of: what runs along the axis -> its place there.
     """
 
@@ -39,6 +40,7 @@ class Case:
     make: Callable[[], Work]
     threads: int | None = None
     quick: bool = field(default=False, kw_only=True)  # in the quick selection
+    main: bool = field(default=False, kw_only=True)
     curves: Mapping[str, float] = field(default_factory=dict, kw_only=True)
 
 

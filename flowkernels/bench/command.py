@@ -3,6 +3,7 @@
 import argparse
 import functools
 import math
+import time
 import traceback
 from collections.abc import Callable
 
@@ -12,8 +13,8 @@ from flowkernels import _options
 from flowkernels._files import expect_target, write_or_keep
 from flowkernels.bench import suite
 from flowkernels.bench.case import Case
-from flowkernels.bench.harness import Shares, measure, pinned, rows
-from flowkernels.bench.tables import print_case, print_summary, write_csv
+from flowkernels.bench.harness import measure, pinned, rows
+from flowkernels.bench.tables import print_case, print_summary, read_csv, write_csv
 from flowkernels.bench.timers import timer
 from flowkernels.runtime import backends, environment
 
@@ -29,10 +30,11 @@ def add_arguments(add: Callable) -> None:
     add(
         "--minutes",
         type=_options.above_0,
-        help="for the whole run, shared out; other cases are left out; none, on a GPU 9",
+        help="for the whole run, the main cases first; other cases are left out; none, on a GPU 9",
     )
     add("--match", default="", help="only cases whose name contains this")
     add("--out", type=_options.path, help="folder for one CSV file an entry; none is written if not given")
+    add("--resume", action="store_true", help="keep the cases that --out has of this commit and device already")
     add("--list", action="store_true", help="print the names of the cases and stop")
     of_quality = "of `bench quality`, the benchmark of samples"
     add("--data", help=f"which of digits, fashion, mixture2, mixture64, such as digits,fashion; {of_quality}")
@@ -53,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"ENTRY: expected one of {', '.join(suite.entries())}, got {', '.join(unknown)}")
     if args.out is not None and not args.out.is_dir():
         raise ValueError(f"--out: expected a folder that exists, got {args.out}")
+    if args.resume and (args.out is None or quality):
+        raise ValueError("--resume: expected --out, and no ENTRY quality")
     if args.out is not None and not args.list:
         for entry in args.entries or suite.entries():
             expect_target(args.out / f"{entry}.csv", "--out")
@@ -74,12 +78,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _chosen(args: argparse.Namespace, device: torch.device) -> dict[str, list[Case]]:
-    """The cases asked for, by entry; with a limit of time the quick ones, which matter most, first."""
+    """The cases asked for, by entry."""
     found = {}
     for entry in args.entries or suite.entries():
         found[entry] = [c for c in suite.cases(entry, device) if args.match in c.name and (c.quick or not args.quick)]
-        if args.minutes < math.inf:
-            found[entry].sort(key=lambda case: not case.quick)
+    return found
+
+
+def _in_order(chosen: dict[str, list[Case]], limited: bool) -> list[tuple[str, Case]]:
+    """Entry and case, in turn. Where time is limited the main cases of all entries come first, then the quick ones,
+    then of each entry one after the other."""
+    found = [(i, entry, case) for entry, cases in chosen.items() for i, case in enumerate(cases)]
+    if limited:
+        found.sort(key=lambda f: (not f[2].main, not f[2].quick, 0 if f[2].main or f[2].quick else f[0]))
+    return [(entry, case) for _, entry, case in found]
+
+
+def _there(args: argparse.Namespace, source: dict) -> dict[str, list[dict]]:
+    """Of each entry, the rows that an earlier run has written."""
+    found = {}
+    for entry in args.entries or suite.entries():
+        path = args.out / f"{entry}.csv"
+        if path.exists():
+            rows = read_csv(path)
+            found[entry] = [r for r in rows if all(r[k] == source[k] for k in ("device", "flowkernels", "commit"))]
     return found
 
 
@@ -101,31 +123,32 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
         return 0
     source, failed = environment.provenance(device), False
     print(" | ".join(f"{k} {v}" for k, v in source.items() if v))
-    clock, everything, left_out = timer(device), [], []
-    shares = Shares(args.minutes, {entry: len(found) for entry, found in chosen.items()})
-    for entry, found in chosen.items():
-        results = []
-        shares.begin(entry)
-        for case in found:
-            threads = case.threads or args.threads
-            if threads > args.threads:
-                continue
-            if shares.spent():
-                left_out.append(f"{entry}: {case.name}")
-                continue
-            try:
-                of_case = [row | source for row in _measured(entry, case, clock, threads, args)]
-            except Exception:
-                print(f"\n{entry}: {case.name} failed\n{traceback.format_exc()}", flush=True)
-                failed = True
-                continue
-            failed |= any(row["gate"] != "ok" for row in of_case if row["provider"].startswith("flowkernels"))
-            print_case(of_case, clock.titles)
-            results += of_case
-        everything += results
-        if args.out is not None and results:
-            write_or_keep(args.out / f"{entry}.csv", "--out", functools.partial(write_csv, results=results))
-            print(f"{args.out / entry}.csv: {len(results)} rows")
+    clock, left_out, end = timer(device), [], time.monotonic() + 60 * args.minutes
+    results = {entry: [] for entry in chosen} | (_there(args, source) if args.resume else {})
+    there = {(entry, row["case"]) for entry, rows in results.items() for row in rows}
+    for entry, case in _in_order(chosen, args.minutes < math.inf):
+        threads = case.threads or args.threads
+        if threads > args.threads or (entry, case.name) in there:
+            continue
+        if time.monotonic() >= end:
+            left_out.append(f"{entry}: {case.name}")
+            continue
+        try:
+            of_case = [row | source for row in _measured(entry, case, clock, threads, args)]
+        except Exception:
+            print(f"\n{entry}: {case.name} failed\n{traceback.format_exc()}", flush=True)
+            failed = True
+            continue
+        print_case(of_case, clock.titles)
+        results[entry] += of_case
+        if args.out is not None:
+            write_or_keep(args.out / f"{entry}.csv", "--out", functools.partial(write_csv, results=results[entry]))
+    everything = [row for of_entry in results.values() for row in of_entry]
+    failed |= any(row["gate"] != "ok" for row in everything if row["provider"].startswith("flowkernels"))
+    if args.out is not None:
+        for entry, of_entry in results.items():
+            if of_entry:
+                print(f"{args.out / entry}.csv: {len(of_entry)} rows")
     if left_out:
         print(f"\nleft out, {args.minutes:g} minutes being over (--minutes): " + "; ".join(left_out))
     if environment.is_gpu(device):

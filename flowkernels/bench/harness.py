@@ -23,12 +23,14 @@ from flowkernels.bench.timers import CudaEvents, WallClock
 
 @dataclass
 class Measured:
-    """What one provider did: seconds of each round, and the machine's ceilings in the same rounds."""
+    """What one provider did: seconds of each round; and of its first call, its check and its warming up, `began`."""
 
     error: float
     bound: float
+    began: float = math.nan
     extra_mb: float = math.nan
     seconds: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
     looped: list[float] = field(default_factory=list)
 
     @property
@@ -43,12 +45,14 @@ def measure(work: Work, clock: WallClock | CudaEvents, threads: int, budget: flo
     """
     measured, loops, cost = {}, {}, {}
     for name, call in work.calls.items():
+        start = time.monotonic()
         error, bound = work.check(call())
         measured[name] = Measured(error, bound)
         if not measured[name].ok:
             continue
         loops[name], cost[name] = clock.plan(call)
         measured[name].extra_mb = clock.extra_memory(call)
+        measured[name].began = time.monotonic() - start
     names = [name for name in work.calls if measured[name].ok]
     slow = {name for name in names if cost[name] > budget / 8}
     each = sum(cost[name] for name in names if name not in slow) + (0.02 if limits else 1e-6)
@@ -62,6 +66,8 @@ def measure(work: Work, clock: WallClock | CudaEvents, threads: int, budget: flo
             name = names[(k + r) % len(names)]
             if name not in slow or r < 3:
                 measured[name].seconds.append(clock.seconds(work.calls[name], loops[name]))
+                if (host := clock.host(work.calls[name], min(5, loops[name]))) is not None:
+                    measured[name].host.append(host)
                 if (looped := clock.looped(work.calls[name], cost[name] / loops[name])) is not None:
                     measured[name].looped.append(looped)
     return measured, stream, fma
@@ -90,6 +96,9 @@ def rows(entry: str, case: Case, work: Work, measured: dict[str, Measured], stre
             row["best_torch"] = best or ""
             if best:
                 row["ratio"] = _paired(peers[best].seconds, m.seconds)
+            row["began_s"] = m.began
+            if m.host:
+                row["host_us"] = 1e6 * statistics.median(m.host)
             if m.looped:
                 row["looped_us"] = 1e6 * statistics.median(m.looped)
             if work.moved:

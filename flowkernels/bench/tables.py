@@ -13,8 +13,10 @@ FIELDS = (
     *("entry", "case", "size", "provider", "gate", "error", "bound", "p20_us", "p50_us", "p80_us", "rounds"),
     *("ratio", "best_torch", "gb_s", "gflop_s", "stream_percent", "fma_percent", "extra_mb"),
     *("device", "threads", "isa", "cpu", "torch", "python", "flowkernels", "commit", "date"),
-    *("looped_us", "driver", "cuda", "clocks"),  # of a GPU
+    *("looped_us", "driver", "cuda", "clocks", "host_us"),  # of a GPU
+    "began_s",
 )
+TEXT = {"case", "driver", "cuda", "torch", "python", "flowkernels", "commit", "date"}  # as they were written
 
 
 def cell(value: Any) -> str:
@@ -27,11 +29,13 @@ def print_case(results: list[dict], titles: tuple[str, str] = WallClock.titles) 
     """titles: what the bandwidth and the operations are percentages of."""
     first = results[0]
     print(f"\n{first['entry']}: {first['case']} ({first['threads']} threads)")
-    columns = {"p50 us": "p50_us", "p20": "p20_us", "p80": "p80_us"}
-    if any(row["looped_us"] != "" for row in results):
-        columns["in a loop"] = "looped_us"
+    on_gpu = any(row["host_us"] != "" for row in results)
+    columns = {"device us" if on_gpu else "p50 us": "p50_us", "p20": "p20_us", "p80": "p80_us"}
+    if on_gpu:
+        columns |= {"host us": "host_us", "in a loop": "looped_us"}
     columns |= {"x best torch": "ratio", "GB/s": "gb_s", titles[0]: "stream_percent", "GFLOP/s": "gflop_s"}
     columns |= {titles[1]: "fma_percent", "extra MB": "extra_mb"}
+    columns |= {"began in s": "began_s"} if on_gpu else {}
     print_rows(results, columns, 24, 13)
 
 
@@ -53,11 +57,12 @@ PEERS = {"x eager": "torch eager", "x compile": "torch compile", "x loop": "publ
 
 
 def print_summary(results: list[dict], titles: tuple[str, str]) -> None:
-    """One line a case: our default call, how many times as long its peers take, and how near it is to the limits."""
+    """One line a case: our default call, how many times as long its peers take on the device, and how near it is to
+    the limits."""
     if not results:
         return
     name = 2 + max(len(f"{row['entry']}: {row['case']}") for row in results)
-    columns = ("ours us", "in a loop", *PEERS, *titles)
+    columns = ("device us", "host us", "in a loop", *PEERS, *titles)
     print(f"\n{'':<{name}}" + "".join(f"{c:>11}" for c in columns) + "  gate")
     for key in dict.fromkeys((row["entry"], row["case"]) for row in results):
         of = {row["provider"]: row for row in results if (row["entry"], row["case"]) == key}
@@ -66,9 +71,23 @@ def print_summary(results: list[dict], titles: tuple[str, str]) -> None:
         times = [of.get(peer, {}).get("p50_us", "") for peer in PEERS.values()]
         known = mine["p50_us"] != ""
         ratios = [t / mine["p50_us"] if known and t != "" else "" for t in times]
-        cells = [mine["p50_us"], mine["looped_us"], *ratios, mine["stream_percent"], mine["fma_percent"]]
+        cells = [mine[c] for c in ("p50_us", "host_us", "looped_us")]
+        cells += [*ratios, mine["stream_percent"], mine["fma_percent"]]
         gates = "ok" if all(row["gate"] == "ok" for row in ours_of) else "RED"
         print(f"{': '.join(key):<{name}}" + "".join(f"{cell(c):>11}" for c in cells) + f"  {gates}", flush=True)
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows of `write_csv`, numbers as such."""
+    with open(path, newline="") as f:
+        return [{k: v if k in TEXT else _number(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def write_csv(path: Path, results: Iterable[dict], fields: Sequence[str] = FIELDS) -> None:

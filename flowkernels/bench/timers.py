@@ -1,8 +1,8 @@
 """How the benchmark measures: `WallClock` on the CPU, `CudaEvents` on a GPU.
 
-One interface: `plan` says how many calls make one measurement, `seconds` makes it, `looped` times calls back to back
-where `seconds` does not, `extra_memory` is the peak beyond inputs and result, and `bandwidth` and `operations` are what
-the machine can do at most.
+One interface: `plan` says how many calls make one measurement, `seconds` makes it, `host` is what a call costs the host
+and `looped` times calls back to back where `seconds` does neither, `extra_memory` is the peak beyond inputs and result,
+and `bandwidth` and `operations` are what the machine can do at most.
 """
 
 import contextlib
@@ -58,6 +58,10 @@ class WallClock:
         self._wait()
         return (time.perf_counter() - start) / loops
 
+    def host(self, call: Callable[[], Any], calls: int = 1) -> float | None:
+        """None: `seconds` is that already."""
+        return None
+
     def looped(self, call: Callable[[], Any], once: float) -> float | None:
         """None: `seconds` is that already."""
         return None
@@ -99,16 +103,19 @@ class WallClock:
 
 
 class CudaEvents:
-    """Each call between two events on the stream, in a cold cache: a buffer larger than the L2 is written before it.
+    """Each call between two events on the stream, in a cold cache: a buffer larger than the L2 is written before it, as
+    often as it takes until the host has queued the call. So launches take no part in `seconds`, the time of the device,
+    unless they are more than a GPU queues or the call waits for the GPU itself.
 
-    While the GPU writes that buffer the host queues the call, so that its launch takes no part in the time unless it is
-    longer than the writing. `looped` is what a call costs with its launch, by the clock, back to back on a warm cache.
-    Bandwidth is that of a copy on the device, operations those of torch.matmul.
+    `host` is how long a call keeps the host, with nothing queued before it; `looped` what it costs with its launches,
+    by the clock, back to back on a warm cache: about the longer of the two. Bandwidth is that of a copy on the device,
+    operations those of torch.matmul.
     """
 
     titles = "% copy", "% matmul"
     COPIED = 512 << 20  # bytes
     OVERWRITTEN = 256 << 20  # bytes, if the L2 is no larger than half of it
+    MOST_WRITES = 200  # before a call: some 10 ms; a GPU queues about 1,000 launches
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -128,7 +135,29 @@ class CudaEvents:
         return loops, once * loops
 
     def seconds(self, call: Callable[[], Any], loops: int) -> float:
-        return statistics.median(self._events(call, loops, self.other.zero_))
+        writes = min(self.MOST_WRITES, 1 + math.ceil(1.5 * self.host(call) / self.write))
+
+        def before():
+            for _ in range(writes):
+                self.other.zero_()
+
+        return statistics.median(self._events(call, loops, before))
+
+    @functools.cached_property
+    def write(self) -> float:
+        """Seconds of one writing of the buffer."""
+        return statistics.median(self._events(self.other.zero_, 5))
+
+    def host(self, call: Callable[[], Any], calls: int = 1) -> float | None:
+        """Seconds until a call returns; the median of so many, each with nothing queued before it."""
+        found = []
+        with torch.cuda.device(self.device):
+            for _ in range(calls):
+                torch.cuda.synchronize(self.device)
+                start = time.perf_counter()
+                call()
+                found.append(time.perf_counter() - start)
+        return statistics.median(found)
 
     def looped(self, call: Callable[[], Any], once: float) -> float | None:
         """None for calls that take so long that their launch says nothing."""

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from flowkernels._files import sealed
 from flowkernels.cli import main
 from flowkernels.ops import triton_common, tuned
 from flowkernels.ops.euler_step import euler_step
@@ -27,7 +28,7 @@ def test_a_few_seconds(on, gpu, tmp_path, monkeypatch, capsys):
 
     # another than the shipped one, to see that it is taken
     table["configs"]["euler_step"] = other = {"BLOCK": 2048, "num_warps": 8}
-    path.write_text(json.dumps(table))
+    path.write_text(json.dumps(sealed(table)))
     monkeypatch.setenv(tuned.VARIABLE, str(path))
     caches = (tuned.asked, tuned.of_device)
     for cached in caches:
