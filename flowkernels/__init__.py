@@ -31,7 +31,6 @@ from flowkernels.velocity.protocol import Velocity, VelocityBase
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 __all__ = [
-    *OPS,
     "BackendError",
     "Calibration",
     "FusedHead",
@@ -64,6 +63,7 @@ __all__ = [
     "step_costs",
     "straighten",
 ]
+__all__.extend(OPS)
 
 if _problem := not_built():
     import warnings

@@ -169,7 +169,13 @@ class Solver:
         return expect_solver(schedule, "schedule")
 
     @classmethod
-    def euler(cls, schedule, *, model_times: Sequence[float] | Tensor | None = None, inverse: bool = False) -> "Solver":
+    def euler(
+        cls,
+        schedule: Schedule | int | Sequence[float] | Tensor,
+        *,
+        model_times: Sequence[float] | Tensor | None = None,
+        inverse: bool = False,
+    ) -> "Solver":
         """Euler steps on a schedule's knots.
 
         Args:
@@ -198,7 +204,9 @@ class Solver:
         return solver
 
     @classmethod
-    def adams_bashforth(cls, schedule, order: int = 2, *, inverse: bool = False) -> "Solver":
+    def adams_bashforth(
+        cls, schedule: Schedule | int | Sequence[float] | Tensor, order: int = 2, *, inverse: bool = False
+    ) -> "Solver":
         """Adams-Bashforth on any knots: each step integrates the polynomial through the last `order` velocities.
 
         The first steps, which have fewer velocities before them, are of lower order. Exact for velocities that are
@@ -221,7 +229,7 @@ class Solver:
         return cls(times, times[:-1], steps.cumsum(0), f"adams-bashforth {order}")
 
     @classmethod
-    def heun(cls, schedule, *, inverse: bool = False) -> "Solver":
+    def heun(cls, schedule: Schedule | int | Sequence[float] | Tensor, *, inverse: bool = False) -> "Solver":
         """Heun's method, the last step Euler: 2N - 1 evaluations in N steps.
 
         An evaluation of the last knot, where velocities of flow models are at their worst, is avoided.

@@ -24,10 +24,18 @@ def modules(package: Path) -> dict[str, Path]:
 
 def imports(name: str, path: Path, known: Iterable[str]) -> dict[str, set[str]]:
     """Module -> the names taken from it ("" for the module itself), of what a file imports of its own package, be it
-    only when a function runs."""
+    only when a function runs; what type checkers alone import is none of it."""
     package, found = name.split(".")[0], {}
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_checkers = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     for node in ast.walk(tree):
+        if node in for_checkers:
+            continue
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == package:

@@ -17,7 +17,7 @@ LINES = {  # file: a line that is there, and the one that comes after it
         "from flowkernels.ops.mlp_sample import mlp_sample as mlp_sample",
         "from flowkernels.ops.axpy import axpy as axpy",
     ),
-    "README.md": ("| op | computes |", "| `axpy` | `x + a y` | | no |"),
+    "docs/backends.md": ("| op | computes |", "| `axpy` | `x + a y` | | no |"),
     "tests/_bad_calls.py": (
         "def _ops() -> None:",
         '    place("axpy", fk.axpy, x=(lambda: rand(3), is_dense(F32), "y"), y=(lambda: rand(3), is_dense(F32)), '
@@ -41,7 +41,8 @@ def tree(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, tree / name, ignore=left_out)
     others = [path.parent.name for path in (ROOT / "csrc").glob("*/cpu.cpp")]
     shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=shutil.ignore_patterns(*others))
-    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md"):
+    (tree / "docs").mkdir()
+    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "docs/backends.md"):
         shutil.copy(ROOT / name, tree / name)
     shutil.copytree(NEW, tree, dirs_exist_ok=True)
     add_lines(tree)

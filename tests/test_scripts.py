@@ -15,6 +15,7 @@ import ninja
 import pytest
 import torch
 
+import flowkernels as fk
 from flowkernels.bench import suite
 from flowkernels.ops.public import OPS
 from flowkernels.ops.samples import generator
@@ -265,8 +266,8 @@ def test_build_tools_that_are_too_old_are_named(tmp_path, name, old, oldest):
 
 
 def test_ranges_are_stated_once():
-    """README's table says what pyproject.toml, CMakeLists.txt, the scripts and the backends ask for."""
-    table = (ROOT / "README.md").read_text().partition("## Versions\n")[2].partition("\n## ")[0]
+    """docs/versions.md says what pyproject.toml, CMakeLists.txt, the scripts and the backends ask for."""
+    table = (ROOT / "docs/versions.md").read_text()
     stated = {}
     for line in table.splitlines():
         if found := re.match(r"\| ([^|]+?) \| (\d[\d.]*)", line):
@@ -284,6 +285,16 @@ def test_ranges_are_stated_once():
     assert re.search(r"cmake_minimum_required\(VERSION ([\d.]+)\)", text["CMakeLists.txt"])[1] == stated["cmake"]
     comparable = [v.replace(".", ", ") for v in (stated["torch"], stated["python"])]
     assert [f"({v})" in text["scripts/setup.sh"] for v in comparable] == [True, True]
+
+
+def test_versions_are_stated_once():
+    """pre-commit has the tools of pyproject.toml's lint extra, CITATION.cff the package's version."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    lint = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?==([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    assert re.findall(r"/(?:mirrors-)?(ruff|clang-format).*\n\s+rev: v(.*)", hooks) == [
+        (tool, lint[tool]) for tool in ("ruff", "clang-format")
+    ]
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == fk.__version__
 
 
 def test_the_ends_of_the_ranges_are_listed():

@@ -123,8 +123,8 @@ def test_euler_steps_are_those_of_diffusers():
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_the_stock_scheduler_takes_a_schedule(kind):
-    """As README has it, with the convention that VelocityField's documentation gives; shifted, or with the last sigma,
-    it samples something else."""
+    """As docs/diffusers.md has it, with the convention that VelocityField's documentation gives; shifted, or with the
+    last sigma, it samples something else."""
     net, convention, rows, _, shape = dict(sd3=sd3, flux=flux)[kind](2)
     assert convention.get("time_scale", 1) == dict(sd3=1000, flux=1)[kind]
     noise, cal = normal(2, *shape), {4: Schedule(uneven_grid(4))}

@@ -111,7 +111,12 @@ class Calibration(Measured, Mapping):
 
     @no_grad
     def find(
-        self, steps: int | Iterable[int], *, objective: str = "squared", velocity: Velocity | None = None, **options
+        self,
+        steps: int | Iterable[int],
+        *,
+        objective: str = "squared",
+        velocity: Velocity | None = None,
+        **options: Any,
     ) -> dict[int, Schedule] | dict[int, Solver]:
         """Schedules or solvers for numbers of steps, by an objective of choice; all of one call from one table.
 
@@ -228,8 +233,8 @@ class Calibration(Measured, Mapping):
             velocity: the model it is to be used with; a warning says so if it was made for another one.
 
         Raises:
-            FileNotFoundError; ValueError if the file is truncated, was changed since it was written, or is something
-            else.
+            FileNotFoundError: if there is none.
+            ValueError: if the file is truncated, was changed since it was written, or is something else.
         """
         path, wanted = expect_path(path, "path"), "a whole calibration file"
         velocity = None if velocity is None else resolve(velocity)

@@ -73,7 +73,7 @@ def fit_solver(
 
     Raises:
         TypeError, ValueError: naming the argument. A UserWarning says where the fit is not the best and what is
-        returned instead.
+            returned instead.
 
     Cost: N - 1 evaluations a sample, and 2 (N - 1) of each held-out sample; at an inverse solver N and 2 N. As many for
     each schedule. The first velocities are the calibration's where weights, attributes and conditioning are for certain

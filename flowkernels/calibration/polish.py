@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +19,14 @@ from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.velocity.protocol import Velocity
 
+Plan = TypeVar("Plan", Solver, Schedule)  # what is given is what comes back
+
 
 @no_grad
 def polish(
     velocity: Velocity,
     calibration: Calibration,
-    start: Solver | Schedule,
+    start: Plan,
     *,
     samples: int = 512,
     iterations: int = 6,
@@ -31,7 +34,7 @@ def polish(
     noise: Tensor | None = None,
     chunk: int | None = None,
     progress: bool = False,
-) -> Solver | Schedule:
+) -> Plan:
     """Lower the endpoint error itself, from a solver or schedule that is good already. No gradients are taken.
 
     A Solver: all its coefficients and model times, by Levenberg and Marquardt's damped least squares on the endpoint's

@@ -27,7 +27,13 @@ class StepCost:
             velocities are. None is the CPU.
     """
 
-    def __init__(self, times: int | Sequence[float] | Tensor, *, states: bool = False, device=None):
+    def __init__(
+        self,
+        times: int | Sequence[float] | Tensor,
+        *,
+        states: bool = False,
+        device: torch.device | str | int | None = None,
+    ):
         self.times = expect_times(times, "times")
         self.states, device = expect_bool(states, "states"), expect_device(device) or "cpu"
         K = len(self.times) - 1

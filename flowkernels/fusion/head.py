@@ -44,7 +44,9 @@ def fuse_head(
         velocity: a network `net(x, t)`, or a `VelocityField` of one; not compiled as a whole (its blocks may be).
         head: path in the network of the nn.Linear, or of one of the transformers above. None: such a transformer if
             there is one in the network, else the nn.Linear that it calls last.
-        patch, order: with a Linear head, how its outputs make a state `[n, C, H, W]`, as for `linear_euler`.
+        patch: with a Linear head, the side of the patches that its outputs make of a state `[n, C, H, W]`, as for
+            `linear_euler`.
+        order: how a patch lies in the outputs, as for `linear_euler`.
 
     Returns:
         FusedHead, itself a VelocityField of the same convention and parameter hash; called as `velocity(x, t)` it is

@@ -154,7 +154,7 @@ class FusedSampler(VelocityBase):
         self._others: dict[tuple, FusedSampler] = {}
 
     @property
-    def velocity(self):
+    def velocity(self) -> Velocity:
         return self._network.velocity
 
     @property

@@ -3,8 +3,8 @@
 A further family of diffusers is an entry of `FAMILIES`: the name of its class, which is looked for in modules of
 `diffusers` alone, and a function (module, prefix of its path) that says by a `FinalLayer` where its trunk ends and
 which modules come after, and, by that layer's `arguments`, what `linear_euler` takes of them. `fuse_head` proves the
-rest. The docstring of `fuse_head` and README.md name the families. A test is a small network of random weights, in
-tests/test_fuse_head.py. What touches its pipelines beyond that, such as a scheduler, is in integrations/.
+rest. The docstring of `fuse_head` and docs/diffusers.md name the families. A test is a small network of random weights,
+in tests/test_fuse_head.py. What touches its pipelines beyond that, such as a scheduler, is in integrations/.
 
 Nothing of diffusers is imported before a network of such a class is met.
 """

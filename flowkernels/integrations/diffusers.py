@@ -2,15 +2,23 @@
 
 import functools
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from flowkernels._checks import expect, expect_positive_int
 from flowkernels.ops.linear_update import linear_update
+from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver, last_uses
 
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
-def solver_scheduler(solver, num_train_timesteps: int = 1000):
+
+def solver_scheduler(
+    solver: Solver | Schedule | int | Sequence[float] | torch.Tensor, num_train_timesteps: int = 1000
+) -> "FlowMatchEulerDiscreteScheduler":
     """A scheduler for diffusers' flow-matching pipelines (SD3, Flux and others), in place of their
     FlowMatchEulerDiscreteScheduler, from which it is derived:
 

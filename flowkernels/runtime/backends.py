@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -178,7 +179,7 @@ _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("flowker
 
 
 @contextlib.contextmanager
-def backend(name: str):
+def backend(name: str) -> Iterator[None]:
     """Run the ops inside the `with` block on this backend: "auto", "cuda", "triton", "cpu" or "reference"."""
     token = _requested.set(_checked(name, "backend") or "auto")
     try:

@@ -50,7 +50,8 @@ def invert(
         round_trip: sample from the noise again, and report the error.
         resample_with: what samples on the way back, as `sample` takes it. None: the schedule itself. A solver of other
             than Euler steps does not know its counterpart, so that it has to be given.
-        capture, progress: as for `sample`.
+        capture: as for `sample`.
+        progress: as for `sample`.
 
     The first evaluation is at t = 1. Velocities that are not defined there, such as
     `models.closed_form.EmpiricalVelocity`, need other times: `Solver.euler(schedule, model_times=..., inverse=True)`.

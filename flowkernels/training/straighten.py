@@ -99,7 +99,9 @@ def straighten(
         weight: a factor on the loss of each interval, N numbers; None weighs all alike.
         init: what the student starts from: "teacher" its weights, "keep" the student's own, or a state dict, such as
             EMA weights. None: the teacher's where it has any, else the student's own.
-        lr, warmup, decay: peak learning rate, iterations of linear warm-up, then "cosine" to zero or "none".
+        lr: peak learning rate.
+        warmup: iterations of linear warm-up.
+        decay: of the learning rate after it, "cosine" to zero or "none".
         optimizer: parameters -> optimiser; None is Adam. Its learning rate is set to the schedule above.
         clip: largest norm of the gradient, or None.
         ema: decay of the averaged weights that are returned, or None to return the last ones.

@@ -45,7 +45,8 @@ class VelocityField(nn.Module, VelocityBase):
         reverse_time: the network's time runs from data to noise.
         time_scale: factor on the time, such as 1000.
         sign: +1 if the network predicts dx/dt, -1 if it predicts -dx/dt. None: -1 with `reverse_time`, else +1.
-        x_name, time_name: keyword names of the two inputs; None passes them by position.
+        x_name: keyword name of x; None passes it by position.
+        time_name: keyword name of the time; None passes it by position.
         conditioning: further keyword arguments. A tensor whose first dimension is the number of samples is one row a
             sample, and follows them when samples are chunked or shuffled (`rows`); one of first dimension 1 is shared
             by all samples and expanded; anything else is passed on as it is. A container of tensors with one row a

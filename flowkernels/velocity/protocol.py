@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from flowkernels._checks import expect, expect_callable, expect_takes
 from flowkernels.velocity.hashes import unwrapped
 from flowkernels.velocity.provenance import Identity, network_identity
 from flowkernels.velocity.time_embedding import Embedding, expand_embedding, exposes_time_embedding
+
+if TYPE_CHECKING:
+    from flowkernels.solver import Solver
 
 # the library's, as `VelocityField.convention` says it
 CONVENTION = MappingProxyType(dict(reverse_time=False, time_scale=1.0, sign=1, guidance=1.0, dtype=None))
@@ -102,7 +105,7 @@ class VelocityBase:
 
     # ---- kernels of its own ----
 
-    def fused_run(self, solver) -> FusedRun | None:
+    def fused_run(self, solver: "Solver") -> FusedRun | None:
         """What makes all steps of a Solver in one call; None: nothing does."""
         return None
 
@@ -111,7 +114,7 @@ class VelocityBase:
         return self
 
     def fused_steps(
-        self, x: Tensor, solver, out: Tensor | None = None, keep: bool = False
+        self, x: Tensor, solver: "Solver", out: Tensor | None = None, keep: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]] | None:
         """What `loop.steps` yields for a Solver; None: it makes the steps itself."""
         return None

@@ -61,8 +61,10 @@ def linear_euler(
         bias: `[outputs]`.
         norm: the eps of a LayerNorm over d; None for none. The mean and the squares of deviations are taken in turn, in
             Triton together, by Welford's update.
-        norm_weight, norm_bias: its elementwise affine map, `[d]`.
-        scale, shift: modulation, `[m, d]`, or `[1, d]` for all samples.
+        norm_weight: factors of its elementwise affine map, `[d]`.
+        norm_bias: what that map adds, `[d]`.
+        scale: modulation by `1 + scale`, `[m, d]`, or `[1, d]` for all samples.
+        shift: what the modulation adds, as `scale`.
         patch: None if the outputs of a sample's tokens, in their order, are the state (Flux's packed latents, a plain
             Linear). Else the side p of the patches of which the tokens are: x is `[n, C, H, W]`, there are
             (H / p) (W / p) tokens, row by row, and each has p p C' outputs, C' >= C: the first C channels are the
@@ -71,8 +73,9 @@ def linear_euler(
             `nhwpqc->nchpwq`), or "cpq", the pixels of a channel next to each other (CogView3, PRX; `nhwcpq->nchpwq`).
         guidance: the weight w of classifier-free guidance, `v = v_u + w (v_c - v_u)`: z holds the tokens of n
             conditional samples and then those of the n unconditional ones. None for none.
-        history, b: earlier velocities of x's shape and one dtype (float32, bfloat16 or float16; float64 with a float64
-            state), and as many coefficients: the other terms of a multistep update, as in `linear_update`.
+        history: earlier velocities of x's shape and one dtype (float32, bfloat16 or float16; float64 with a float64
+            state): the other terms of a multistep update, as in `linear_update`.
+        b: as many coefficients.
         out: where the new state goes. `out=x` steps in place; None allocates. Other overlap with an input is undefined.
         low: bfloat16 or float16 for a second output, the new state rounded for the next model call; or a tensor of
             that dtype and x's shape to write it to.

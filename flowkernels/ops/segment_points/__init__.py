@@ -26,7 +26,7 @@ def segment_points(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; for an index outside the bank also
-        its place. The kernels of a GPU, for which the call would have to wait, make NaN of such a point instead.
+            its place. The kernels of a GPU, for which the call would have to wait, make NaN of such a point instead.
 
     Source: piecewise rectified flow; with u = 0 the input of BOSS (arXiv 2312.16414). docs/mathematics.md.
     """

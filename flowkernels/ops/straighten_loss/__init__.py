@@ -67,8 +67,8 @@ def straighten_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; for an index outside the bank also
-        its place. The kernels of a GPU, for which a training step would have to wait, make NaN of that sample's loss
-        and gradient instead, and so of `loss`.
+            its place. The kernels of a GPU, for which a training step would have to wait, make NaN of that sample's
+            loss and gradient instead, and so of `loss`.
 
     Source: BOSS (arXiv 2312.16414), straightening; pseudo-Huber as in Song & Dhariwal 2023 (arXiv 2310.14189),
     equation 7, on the mean over features.

@@ -1,0 +1,173 @@
+"""README.md, CONTRIBUTING.md and docs/: their Python runs as it stands there, on small networks and with small numbers;
+what they name exists; figures that are quoted are those of the page that they are from."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from _flows import normal
+from torch import nn
+
+import flowkernels as fk
+from flowkernels.bench import suite
+from flowkernels.cli.main import _parser
+from flowkernels.ops.public import OPS
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+EACH = pytest.mark.parametrize("page", PAGES)
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+# ---- code ----
+
+
+class Policy(nn.Module):
+    """Of a state of four features, with an observation."""
+
+    def __init__(self, features=4):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(features + 4, 16), nn.SiLU(), nn.Linear(16, features))
+
+    def forward(self, x, t, obs=None):
+        obs = x.new_zeros(len(x), 3) if obs is None else obs
+        return self.body(torch.cat([x, (t / 1000)[:, None], obs], 1))
+
+
+def blocks(page: str) -> list[str]:
+    """The indented blocks of a page that are Python of this library."""
+    found = re.findall(r"(?:^    .+\n(?:\n(?=    ))?)+", text_of(page), re.MULTILINE)
+    code = [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in found]
+    return [block for block in code if re.search(r"\bfk\.\w+\(", block)]
+
+
+SMALLER = {"iterations=5000": "iterations=2", "noise=(3, 32, 32)": "noise=(4,)", "grid=100": "grid=24", "100)": "12)"}
+# page: how many blocks it has, the features of a sample, what the last block leaves
+CODE = {
+    "README.md": (1, 4, "x1"),
+    "docs/get-started.md": (5, 4, "x1"),
+    "docs/fused-samplers.md": (1, 64, "actions"),
+    "docs/triton.md": (1, 4, "x1"),
+}
+
+
+@pytest.mark.parametrize("page", CODE)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_code_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    count, features, last = CODE[page]
+    names = dict(net=Policy(features).eval(), noise=normal(16, features), policy=Policy(64).eval(), torch=torch, nn=nn)
+    names |= dict(obs=normal(16, 3), zeros=torch.zeros(1, 3), next_obs=normal(16, 3, seed=1), fk=fk, np=np)
+    names |= dict(cal={4: fk.Schedule([0, 0.2, 0.4, 0.7, 1])}, velocity=names["net"])
+    found = blocks(page)
+    assert len(found) == count
+    for code in found:
+        for large, small in SMALLER.items():
+            code = code.replace(large, small)
+        exec(compile(code, page, "exec"), names)
+    assert names[last].shape == names["noise"].shape
+    assert names[last].isfinite().all()
+
+
+def test_every_page_with_code_is_run():
+    """Diffusers' by test_solver_scheduler.py, with its pipelines."""
+    assert {page for page in PAGES if blocks(page)} == set(CODE)
+
+
+# ---- what is named ----
+
+FOLDERS = "flowkernels|csrc|scripts|tests|benchmarks|docs"
+
+
+@EACH
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]*\w)[^)]*\)", text_of(page)):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+@EACH
+def test_names_exist(page):
+    """`fk.name` and `flowkernels.a.b`, ops and files of the tree."""
+    text = text_of(page)
+    for name in set(re.findall(r"\bfk\.([A-Za-z_]\w*(?:\.\w+)*)", text)):
+        found = fk
+        for part in name.split("."):
+            assert hasattr(found, part), f"fk.{name}"
+            found = getattr(found, part)
+    for path in set(re.findall(rf"(?<![\w/.<-])(?:{FOLDERS})/[\w/.*<>-]*[\w>*]", text)):
+        found = [path.replace("<op>", op) for op in OPS] if "<op>" in path else [path]
+        assert all([*ROOT.glob(one), *ROOT.glob(f"{one}.*")] for one in found), path
+
+
+def options_of(parser) -> dict[str, set[str]]:
+    (subparsers,) = [a for a in parser._actions if hasattr(a, "choices") and isinstance(a.choices, dict)]
+    return {name: set(sub._option_string_actions) for name, sub in subparsers.choices.items()}
+
+
+@EACH
+def test_commands_exist(page):
+    """`flowkernels command --option`."""
+    known = options_of(_parser())
+    text = text_of(page).replace("\\\n", " ")
+    for line in re.findall(r"(?:^    |`)(?:\w+=\S+ )?(flowkernels [a-z][^`\n#]*)", text, re.MULTILINE):
+        command, *rest = shlex.split(line.partition("--  ")[0])[1:] or [""]
+        assert command in known, line
+        own = rest[: rest.index("--")] if "--" in rest else rest
+        for option in [word.split("=")[0] for word in own if word.startswith("--")]:
+            assert option in known[command], line
+
+
+def test_every_op_has_its_row():
+    rows = re.findall(r"^\| `(\w+)` \|", text_of("docs/backends.md"), re.MULTILINE)
+    assert sorted(rows) == sorted(OPS)
+    assert set(OPS) <= set(suite.entries())
+
+
+# ---- figures, and the first page's size ----
+
+
+def test_readme_fits_a_screen_or_two():
+    lines = text_of("README.md").splitlines()
+    assert len(lines) <= 100
+    assert [line.split()[0] for line in lines if line.startswith("    ./scripts/")] == [
+        "./scripts/demo",
+        "./scripts/test",
+    ]
+
+
+def table(text: str, *columns: str) -> list[list[str]]:
+    """The cells of the tables whose headings begin with these."""
+    head = "".join(rf"\| {re.escape(c)} " for c in columns)
+    found = re.findall(rf"^{head}\|.*\n\|[-| :]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for rows in found for row in rows.splitlines()]
+
+
+def test_the_choice_is_made_from_measured_figures():
+    """docs/choosing.md's rows are docs/quality.md's."""
+    quoted = table(text_of("docs/choosing.md"), "model", "row")
+    assert len(quoted) > 12
+    for model, row, *figures in quoted:
+        section = re.search(rf"^## {model}\n(.*?)(?=^## )", text_of("docs/quality.md"), re.MULTILINE | re.DOTALL)[1]
+        heading = re.search(r"^\| row \| .* evaluations \|.*$", section, re.MULTILINE)[0]
+        columns = [c.strip() for c in heading.strip("|").split("|")]
+        measured = next(r for r in table(section, "row", "N = 1") if r[0] == row)
+        said = [
+            re.sub(r"\*\*|±.*", "", measured[columns.index(c)]).strip()
+            for c in ("N = 2", "N = 4", "N = 8", "evaluations")
+        ]
+        assert figures == said, (model, row)
+
+
+def test_the_reference_has_every_public_name():
+    pages = "".join(p.read_text() for p in (ROOT / "docs/reference").glob("*.md"))
+    named = set(re.findall(r"^::: flowkernels\.(\w+)$", pages, re.MULTILINE))
+    assert "<!-- each op -->" in pages
+    assert named == set(fk.__all__) - set(OPS) - {"__version__"}

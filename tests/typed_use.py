@@ -1,0 +1,83 @@
+"""The public surface as a caller's type checker sees it: pyright, strict, runs over this file in .ci/run, and no name
+of it may be of a type that is not known. tests/test_types.py sees that every public name is here; nothing runs."""
+
+from collections.abc import Callable
+from typing import assert_type
+
+import torch
+from torch import Tensor, nn
+
+import flowkernels as fk
+from flowkernels.integrations.diffusers import solver_scheduler
+
+
+def pipeline(net: nn.Module, noise: Tensor) -> Tensor:
+    velocity = fk.VelocityField(net, reverse_time=True, time_scale=1000, guidance=2.0, unconditional={"label": None})
+    cal = fk.calibrate(velocity, noise, grid=100, steps=range(1, 11), fit=True, verify_noise=noise)
+    assert_type(cal, fk.Calibration)
+    schedule = cal[4]
+    assert_type(schedule, fk.Schedule)
+    cal.save("model.boss.json")
+    assert_type(fk.Calibration.load("model.boss.json", velocity), fk.Calibration)
+    solver = fk.polish(velocity, cal, fk.fit_solver(velocity, cal, 4))
+    assert_type(solver, fk.Solver)
+    best = cal.best(6)
+    assert_type(fk.sample(velocity, noise, best), Tensor)
+    trained = fk.straighten(None, velocity, schedule, noise=(3, 32, 32), iterations=10)
+    assert_type(trained, fk.Straightened)
+    assert_type(trained.student, nn.Module)
+    inversion = fk.invert(velocity, noise, fk.Solver.heun(8, inverse=True))
+    assert_type(inversion, fk.Inversion)
+    solver_scheduler(solver, num_train_timesteps=1000)
+    return fk.sample(trained.student, inversion.noise, [0, 0.25, 1], capture="auto")
+
+
+def pieces(velocity: fk.Velocity, noise: Tensor) -> fk.Schedule:
+    trajectory = fk.rollout(velocity, noise, 50)
+    assert_type(trajectory, fk.Trajectory)
+    costs = fk.StepCost(trajectory.times, device="cuda:0")
+    costs.update(trajectory.v)
+    assert_type(costs.cost(), Tensor)
+    assert_type(fk.step_costs(trajectory.v, trajectory.times), Tensor)
+    return fk.least_cost_schedules(costs.cost(), trajectory.times, [4])[4]
+
+
+class Mine(fk.VelocityBase):
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return -x * t.reshape(-1, 1)
+
+
+def fusion(net: nn.Module, noise: Tensor) -> Tensor:
+    try:
+        sampler = fk.fuse(net, 8, weights=torch.bfloat16)
+        assert_type(sampler, fk.FusedSampler)
+    except fk.NotFusable:
+        head = fk.fuse_head(net)
+        assert_type(head, fk.FusedHead)
+        return fk.sample(head, noise, 4)
+    return sampler(noise)
+
+
+def own_loop(x: Tensor, v: Tensor) -> Tensor:
+    with fk.backend("reference"), fk.profile_ranges(), fk.record_calls("euler_step", "calls.safetensors"):
+        fk.euler_step(x, v, 0.1, out=x)
+    try:
+        why: object = fk.explain("euler_step", "cuda")
+    except fk.BackendError as e:
+        why = e
+    print(fk.__version__, why, isinstance(x, fk.HasTimeEmbedding), Mine()(x, x))
+    return x
+
+
+OPS: list[Callable[..., object]] = [
+    fk.velocity_gram,
+    fk.cost_from_gram,
+    fk.bellman,
+    fk.bellman_pairs,
+    fk.euler_step,
+    fk.linear_euler,
+    fk.linear_update,
+    fk.segment_points,
+    fk.straighten_loss,
+    fk.mlp_sample,
+]
