@@ -15,6 +15,7 @@ from flowkernels._checks import LOW, expect, expect_mapping, expect_tensor
 from flowkernels.fusion.lowering import Lowering, Replayed
 from flowkernels.fusion.record import ROWS, STATE, TIME, NotFusable, Numbers, Record, sample_rows
 from flowkernels.fusion.watch import Unwatchable, Watch, executed
+from flowkernels.ops.library import Made, is_captured
 from flowkernels.ops.mlp_sample import Layer, plan_for
 from flowkernels.runtime.torch_private import tree_flatten
 from flowkernels.solver import Update
@@ -33,13 +34,14 @@ class Network:
         self.dim, self.is_flat = torch.Size(shape).numel(), len(shape) == 1
         expect(self.dim > 0, "shape", "at least one feature", shape)
         self.recorded: Recorded | None = None
+        self.captured: set[Batch] = set()  # what CUDA graphs read
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("recorded", "lock")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("recorded", "captured", "lock")}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, recorded=None, lock=threading.Lock())
+        self.__dict__.update(state, recorded=None, captured=set(), lock=threading.Lock())
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +134,7 @@ class Recorded:
         self.low = None if low == torch.float32 else low
         self.is_low = self.low is not None or not dtypes.isdisjoint(LOW)
         self.plans: dict[Any, Any] = {}  # by the module of the kernels
+        self.made = Made(self.record.tensors)
 
     def _inputs(self, network: Network, given: Mapping[str, Any], rows: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """(x, t, conditioning) of so many samples."""
@@ -232,12 +235,16 @@ class Batch:
         self.n, self.given = n, _conditioning(field, given)
         self.versions = [_version(v) for v in self.given.values()]
         known = last if last is not None and last.network is network else None
+        network.made.use()
+        if known:
+            known.made.use()
         self.layers = network.layers(times, n, given, known and known.layers)
         self.unconditional = None
         if field.is_guided:
             known_too = known.unconditional if known else self.layers
             self.unconditional = network.layers(times, n, {**given, **field.unconditional}, known_too)
         self._prepared: dict[Any, Any] = {}  # by the module of the kernels
+        self.made = Made(t for a in (*self.layers, *(self.unconditional or ())) for t in (a.weight, *a.tables))
 
     def is_stale(self, network: Network, n: int, given: Mapping[str, Any], known: bool) -> bool:
         if self.network is not network.recorded or (not known and self.network.is_stale()):
@@ -249,14 +256,17 @@ class Batch:
         return not same or [_version(v) for v in now.values()] != self.versions
 
     @torch.no_grad()
-    def prepared(self, C, steps: Tensor | Sequence[Update]):
-        if C not in self._prepared:
+    def prepared(self, C, steps: Tensor | Sequence[Update], x: Tensor):
+        """For samples like x."""
+        if (found := self._prepared.get(C)) is None:
             network = self.network
-            if C not in network.plans:
-                network.plans[C] = plan_for(C, network.dim, self.layers, network.low)
-            given = self.layers, self.unconditional, network.field.guidance
-            self._prepared[C] = network.plans[C].prepare(steps, *given)
-        return self._prepared[C]
+            self.made.use()
+            if (plan := network.plans.get(C)) is None:
+                plan = plan_for(C, network.dim, self.layers, network.low)
+            found = plan.prepare(steps, self.layers, self.unconditional, network.field.guidance)
+            if not is_captured(x):
+                network.plans[C], self._prepared[C] = plan, found
+        return found
 
 
 def _conditioning(field: VelocityField, given: Mapping[str, Any]) -> dict[tuple[str, bool], Any]:

@@ -24,7 +24,7 @@ from flowkernels._checks import (
 )
 from flowkernels.fusion.record import NotFusable
 from flowkernels.fusion.recorded import WAY_OUT, Batch, Network
-from flowkernels.ops.library import direct, direct_gpu, fresh
+from flowkernels.ops.library import direct, direct_gpu, fresh, is_captured
 from flowkernels.ops.mlp_sample import mlp_sample
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, euler_sizes, expect_solver
@@ -139,6 +139,9 @@ class FusedSampler(VelocityBase):
     - functions of torch, numpy, Python's library or this package that are replaced where only these call them;
     - what is read through them from elsewhere: files, the clock, `os.getenv`, settings other than torch's default dtype
       and device, and what forward does in threads of its own.
+
+    A CUDA graph that calls are captured in reads what the sampler keeps, with the weights that it had: the sampler has
+    to live as long as the graph.
 
     velocity: what it was made from; a VelocityField for a network with one input. times: the knots, float64 `[N+1]`.
     shape: of one sample.
@@ -266,13 +269,15 @@ class FusedSampler(VelocityBase):
         batch = self._prepare(n, given, known)
         if x.device != batch.network.device:
             expect(False, "noise", f"a tensor on {batch.network.device}, where the network is", f"one on {x.device}")
+        if is_captured(x):
+            self._network.captured.add(batch)
         if (C := direct("mlp_sample", x) or direct_gpu("mlp_sample", x)) is not None:
             out, kept = torch.empty_like(x), [None, None]
             if states:
                 kept[0] = fresh(x.new_empty(len(self._steps) + 1, *x.shape))
             if velocities:
                 kept[1] = fresh(x.new_empty(len(self._steps), *x.shape))
-            bad = batch.prepared(C, self._steps).run(x, out, *kept)
+            bad = batch.prepared(C, self._steps, x).run(x, out, *kept)
         else:
             out, *kept = self._by_op(batch, x, states or velocities)
             bad = -1 if torch.isfinite(out).all() else 0
@@ -300,6 +305,7 @@ class FusedSampler(VelocityBase):
     def _by_op(self, batch: "Batch", x: Tensor, trajectory: bool) -> list[Tensor | None]:
         """(samples, states, velocities), the latter two for a trajectory, through the public op: any backend, and any
         tracer of torch's."""
+        batch.made.use()
         low, w = batch.network.low, self._network.field.guidance
         options = dict(unconditional=batch.unconditional, guidance=w, weights=low, trajectory=trajectory)
         steps = self._steps.tolist() if isinstance(self._steps, Tensor) else self._steps

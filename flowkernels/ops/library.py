@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -147,11 +147,42 @@ def as_tensor(number) -> Tensor:
     return torch.ones((), dtype=torch.float64, device="cpu") * number
 
 
+def on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
+
+
 def stream_of(t: Tensor) -> tuple[int, int]:
     """The device and the address of the stream on which a CUDA kernel for `t` belongs."""
-    if not t.is_cuda:  # kernels compiled for the host
+    if not on_gpu(t):  # kernels compiled for the host
         return 0, 0
     return t.get_device(), torch.cuda.current_stream(t.device).cuda_stream
+
+
+class Made:
+    """Tensors that work on the current stream has made, to be kept and used on any: the GPU's queues wait for one
+    another, the host for none, and memory is not given away before the last one is done with it.
+
+    A graph's capture waits for nothing: it begins when the device is idle, as `torch.cuda.graph` sees to.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor | None]):
+        self.tensors = [t for t in tensors if t is not None and on_gpu(t)]
+        if self.tensors:
+            stream = torch.cuda.current_stream(self.tensors[0].device)
+            self.event, self.streams = torch.cuda.Event(), {stream.cuda_stream}
+            self.event.record(stream)
+
+    def use(self) -> None:
+        """Before work on the current stream that uses them."""
+        if not self.tensors:
+            return
+        stream = torch.cuda.current_stream(self.tensors[0].device)
+        if stream.cuda_stream in self.streams or torch.cuda.is_current_stream_capturing():
+            return
+        stream.wait_event(self.event)
+        for t in self.tensors:
+            t.record_stream(stream)
+        self.streams.add(stream.cuda_stream)
 
 
 LARGE = 32 << 20  # bytes from which the C library maps memory afresh for every tensor
@@ -213,8 +244,9 @@ def refused_place(launch, arguments: tuple, bad: Tensor | None, where: tuple) ->
 
 
 def is_captured(t: Tensor) -> bool:
-    """Whether what is done with `t` now goes into a CUDA graph: nothing can be waited for."""
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+    """Whether what is done with `t` now goes into a CUDA graph: nothing can be waited for, and what it makes is written
+    by the graph's replays alone, so that nothing else may use it."""
+    return on_gpu(t) and torch.cuda.is_current_stream_capturing()
 
 
 def _watched() -> bool:

@@ -12,9 +12,11 @@ from torch import Tensor
 from flowkernels._checks import expect, expect_bool, expect_int, expect_list, expect_number, expect_tensor
 from flowkernels.ops.library import (
     DTYPE_CODES,
+    Made,
     direct,
     dispatch,
     fresh,
+    is_captured,
     is_transformed,
     no_autocast,
     register,
@@ -327,7 +329,7 @@ class Plan:
                 *numbers,
                 *(ACTIVATIONS.index(a.activation), a.alpha, a.gain, COMBINES.index(a.combine), other),
             )
-        self.count, self.velocity = len(layers), places[value]
+        self.count, self.velocity, self.made = len(layers), places[value], Made(self.packed)
         self.structs = torch.frombuffer(bytearray(structs), dtype=torch.uint8)
 
     def prepare(self, steps: Tensor | Sequence[Update], layers, unconditional, guidance: float) -> "Prepared":
@@ -393,6 +395,8 @@ class Prepared:
         self.struct = torch.frombuffer(bytearray(numbers), dtype=torch.uint8)
         self.address = self.struct.data_ptr()
         self.program: Tensor | None = None
+        plan.made.use()
+        self.made = Made([*plan.packed, *tables.padded, *(() if unconditional is None else unconditional.padded)])
 
     def run(self, x: Tensor, out: Tensor, states: Tensor | None = None, velocities: Tensor | None = None) -> int:
         """The first sample whose result is not finite, or -1; always -1 on a GPU, which is not waited for."""
@@ -401,13 +405,14 @@ class Prepared:
             pointers = x.data_ptr(), out.data_ptr()
             return self.C.mlp_sample(self.address, *pointers, len(x), *kept, torch.get_num_threads())
         where = stream_of(x)
+        self.made.use()
         if (program := self.program) is None:
             host = torch.empty(self.C.mlp_program(self.address, 0), dtype=torch.uint8, device="cpu")
             self.C.mlp_program(self.address, host.data_ptr())
             program = torch.empty_like(host, device=x.device)
             self.C.mlp_upload(host.data_ptr(), len(host), program.data_ptr(), *where)
-            if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph uploads at its replays alone
-                self.program = program
+            if not is_captured(x):
+                self.program, self.made = program, Made([program, *self.made.tensors])
         scratch = x.new_empty(self.C.mlp_scratch(self.address, len(x), where[0]), dtype=torch.uint8)
         pointers = program.data_ptr(), x.data_ptr(), out.data_ptr()
         self.C.mlp_sample(self.address, *pointers, len(x), *kept, scratch.data_ptr(), *where)

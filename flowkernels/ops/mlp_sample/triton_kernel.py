@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flowkernels.ops import triton_common
+from flowkernels.ops.library import Made, is_captured
 from flowkernels.ops.mlp_sample import (
     ACTIVATIONS,
     COMBINES,
@@ -350,7 +351,8 @@ class Plan:
             begin = sum(w.numel() for w in packed)
         self.velocity = places[value]
         self.weights = torch.cat(packed) if packed else None
-        self.sent: dict[str, tuple[list, Tensor]] = {}
+        self.made = Made([self.weights])
+        self.sent: dict[str, tuple[list, Tensor, Made]] = {}
 
     def prepare(self, steps: Tensor | Sequence[Update], layers, unconditional, guidance: float) -> "Prepared":
         """With the tables of these layers, which are the plan's. steps: float64 step sizes, or updates."""
@@ -359,10 +361,12 @@ class Plan:
     def on_device(self, what: str, values: list, x: Tensor) -> Tensor:
         """These numbers beside x."""
         if what in self.sent and self.sent[what][0] == values:
-            return self.sent[what][1]
+            _, found, made = self.sent[what]
+            made.use()
+            return found
         found = triton_common.on_device(values, torch.float32 if what in ("h", "numbers") else torch.int64, x.device)
-        if not _is_capturing(x):  # a graph writes it at its replays alone
-            self.sent[what] = values, found
+        if not is_captured(x):
+            self.sent[what] = values, found, Made([found])
         return found
 
 
@@ -410,17 +414,21 @@ class Prepared:
         add(plan.lines, plan.numbers, [a.tables for a in layers])
         self.tables = torch.cat([t for _, t in packed]) if packed else None
         self.sent: list[Tensor] | None = None
+        plan.made.use()
+        self.made = Made([plan.weights, self.tables])
 
     def run(self, x: Tensor, out: Tensor, states: Tensor | None = None, velocities: Tensor | None = None) -> int:
         """-1, as a GPU is not waited for: what is not finite shows in the result."""
         plan, (n, D) = self.plan, (len(x), self.plan.dim)
         if n == 0:
             return -1
+        self.made.use()
         if (sent := self.sent) is None:
             names = "h", "updates", "places", "lines", "numbers"
             given = ((what, getattr(self, what)) for what in names)
             sent = [None if values is None else plan.on_device(what, values, x) for what, values in given]
-            self.sent = None if _is_capturing(x) else sent
+            if not is_captured(x):
+                self.sent, self.made = sent, Made([*sent, *self.made.tensors])
         config = triton_common.config_of(CONFIGS, "mlp_sample")
         programs = min(triton.cdiv(n, config["ROWS"]), RESIDENT * _multiprocessors(x.device))
         inputs = rows = x.new_empty(programs * config["ROWS"], self.pitch)
@@ -445,10 +453,6 @@ def _precision(weights: torch.dtype | None) -> str:
     float32. Emulated so, errors are within what `samples.error_and_bound` allows. AMD's cores take float32.
     """
     return "tf32x3" if weights is None and triton_common.target() == "cuda" else "ieee"
-
-
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
