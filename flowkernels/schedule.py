@@ -33,6 +33,11 @@ class Schedule:
     notes: where it comes from, such as the objective and the evaluations it took.
 
     Schedules are equal whatever their cost_interval, samples_needed and notes.
+
+    Examples:
+        >>> schedule = fk.Schedule([0, 0.7, 1])
+        >>> schedule.steps, schedule.sigmas
+        (2, tensor([1.0000, 0.3000, 0.0000], dtype=torch.float64))
     """
 
     times: Tensor

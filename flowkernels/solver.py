@@ -64,6 +64,11 @@ class Solver:
     notes: where it comes from, such as the report of a fit. Numbers, texts, lists and dicts of them.
 
     Multistep methods make one evaluation a step, M = N; Heun's second stage is an evaluation of its own.
+
+    Examples:
+        >>> solver = fk.Solver.adams_bashforth([0, 0.5, 1], order=2)
+        >>> fk.sample(lambda x, t: -x, torch.ones(1, 2), solver)
+        tensor([[0.3750, 0.3750]])
     """
 
     times: Tensor

@@ -34,6 +34,12 @@ def least_cost_schedules(
 
     Raises:
         ValueError: also if no path of N allowed steps exists.
+
+    Examples:
+        >>> trajectory = fk.rollout(lambda x, t: x * t[:, None] ** 4, torch.randn(64, 2), 4)
+        >>> cost = fk.step_costs(trajectory.v, trajectory.times)
+        >>> fk.least_cost_schedules(cost, trajectory.times, [2])[2].times
+        tensor([0.0000, 0.7500, 1.0000], dtype=torch.float64)
     """
     t = expect_times(times, "times")
     expect_values(cost, "cost", FLOATS)

@@ -86,6 +86,12 @@ def calibrate(
 
     Raises:
         TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
+
+    Examples:
+        >>> noise = torch.randn(64, 2)
+        >>> cal = fk.calibrate(lambda x, t: x * t[:, None] ** 4, noise, grid=20, steps=[2, 4], progress=False)
+        >>> cal[2].steps, bool(cal[2].cost < cal[2].uniform_cost)
+        (2, True)
     """
     given = resolve(velocity)
     times = expect_times(grid, "grid")

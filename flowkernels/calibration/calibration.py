@@ -66,6 +66,13 @@ class Calibration(Measured, Mapping):
 
     verified_as: {N: {"uniform": h, "bellman": h, "fitted": h}}, hashes of what was verified; what is there now may be
     another.
+
+    Examples:
+        >>> velocity, noise = (lambda x, t: x * t[:, None] ** 4), torch.randn(64, 2)
+        >>> cal = fk.calibrate(velocity, noise, grid=20, steps=[2, 4], progress=False)
+        >>> cal.save(folder / "model.boss.json")
+        >>> fk.Calibration.load(folder / "model.boss.json")[4].times.equal(cal[4].times)
+        True
     """
 
     def __init__(

@@ -81,6 +81,12 @@ def fit_solver(
     are evaluated, once. Memory: N + 2 states of all samples.
 
     Source: docs/mathematics.md. The Gram matrix of velocity increments gives the normal equations of every step.
+
+    Examples:
+        >>> velocity, noise = (lambda x, t: x * t[:, None] ** 4), torch.randn(64, 2)
+        >>> cal = fk.calibrate(velocity, noise, grid=20, steps=[2], progress=False)
+        >>> solver = fk.fit_solver(velocity, cal, 2)
+        >>> x1 = fk.sample(velocity, noise, solver)
     """
     several = isinstance(schedule, Sequence) and not isinstance(schedule, (str, bytes))
     expect(not several or len(schedule) > 0, "schedule", "at least one schedule", schedule)

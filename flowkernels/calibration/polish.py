@@ -62,6 +62,12 @@ def polish(
 
     Source: arXiv 2403.01329 (Bespoke solvers) for the free coefficients and times; More, The Levenberg-Marquardt
     algorithm (1978), for the scaled damping.
+
+    Examples:
+        >>> velocity, noise = (lambda x, t: x * t[:, None] ** 4), torch.randn(64, 2)
+        >>> cal = fk.calibrate(velocity, noise, grid=20, steps=[2], progress=False)
+        >>> solver = fk.polish(velocity, cal, fk.fit_solver(velocity, cal, 2))
+        >>> x1 = fk.sample(velocity, noise, solver)
     """
     expect(isinstance(start, (Solver, Schedule)), "start", "a Solver or a Schedule", start, TypeError)
     expect_positive_int(samples, "samples")

@@ -25,6 +25,13 @@ class StepCost:
         states: True if `update` is given states that are not Euler steps of the velocities.
         device: where the accumulated Gram matrix lives, and the costs that `cost()` makes of it; best where the
             velocities are. None is the CPU.
+
+    Examples:
+        >>> costs = fk.StepCost(4)
+        >>> for part in torch.randn(3, 4, 8, 2):  # the velocities `[K, n, *shape]` of three chunks of samples
+        ...     _ = costs.update(part)
+        >>> costs.cost().shape
+        torch.Size([5, 5])
     """
 
     def __init__(
@@ -108,6 +115,11 @@ def step_costs(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | Non
         float64 `[K+1, K+1]` on v's device, Inf where k <= j.
 
     Source: BOSS (arXiv 2312.16414), the objective of its dynamic programme.
+
+    Examples:
+        >>> trajectory = fk.rollout(lambda x, t: torch.ones_like(x), torch.randn(64, 2), 4)
+        >>> float(fk.step_costs(trajectory.v, trajectory.times)[0, 4])  # a straight flow: one step costs nothing
+        0.0
     """
     expect_values(v, "v", FLOATS)
     return StepCost(times, states=x is not None, device=v.device).update(v, x).cost()

@@ -71,6 +71,13 @@ def fuse_head(
 
     Raises:
         TypeError, ValueError: naming what is in the way; at the first step, what cannot be proven.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.SiLU(), torch.nn.Linear(8, 2))
+        >>> velocity, noise = fk.VelocityField(net, time_column=True), torch.randn(4, 2)
+        >>> fused = fk.fuse_head(velocity)  # goes wherever the velocity does
+        >>> torch.allclose(fk.sample(fused, noise, 8), fk.sample(velocity, noise, 8), atol=1e-5)
+        True
     """
     resolve(velocity)
     patch = None if patch is None else expect_positive_int(patch, "patch")

@@ -67,6 +67,13 @@ def fuse(
     Raises:
         NotFusable: naming the module that stopped it.
         TypeError, ValueError: naming the argument.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.SiLU(), torch.nn.Linear(8, 2))
+        >>> velocity, noise = fk.VelocityField(net, time_column=True), torch.randn(4, 2)
+        >>> sampler = fk.fuse(velocity, 8)
+        >>> torch.allclose(sampler(noise), fk.sample(velocity, noise, 8), atol=1e-5)
+        True
     """
     resolve(velocity)
     if _takes_one_input(velocity):

@@ -36,6 +36,12 @@ def solver_scheduler(
     at no velocity before it, such as Euler steps. `save_config` keeps the whole solver, and a pipeline that is saved
     with it can be loaded. Pipelines whose own scheduler inverts its sigmas (`invert_sigmas`: Mochi, LongCat-AudioDiT)
     have a network whose time runs the other way, which this one does not give: they are refused.
+
+    Examples:
+        >>> scheduler = solver_scheduler(fk.Solver.adams_bashforth(8, order=2))
+        >>> scheduler.set_timesteps(8)
+        >>> len(scheduler.timesteps)
+        8
     """
     expect_positive_int(num_train_timesteps, "num_train_timesteps")
     solver = expect_solver(solver, "solver")

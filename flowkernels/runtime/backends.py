@@ -180,7 +180,13 @@ _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("flowker
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside the `with` block on this backend: "auto", "cuda", "triton", "cpu" or "reference"."""
+    """Run the ops inside the `with` block on this backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Examples:
+        >>> with fk.backend("reference"):
+        ...     fk.euler_step(torch.zeros(2), torch.ones(2), 0.5)
+        tensor([0.5000, 0.5000])
+    """
     token = _requested.set(_checked(name, "backend") or "auto")
     try:
         yield
@@ -213,6 +219,10 @@ def explain(op: str, device: torch.device | str) -> str:
     """Which backend runs `op` on tensors of this device, and why not one that comes before it: a line to read.
 
     Raises BackendError, as the call would, where a backend was asked for that cannot run it.
+
+    Examples:
+        >>> print(fk.explain("euler_step", "cpu"))
+        euler_step on cpu: cpu
     """
     known = isinstance(op, str) and hasattr(torch.ops.flowkernels, op)
     expect_shown(known, "op", "one of flowkernels.ops.OPS", op)

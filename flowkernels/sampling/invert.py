@@ -65,6 +65,11 @@ def invert(
 
     Source: DDIM inversion (Song, Meng and Ermon, Denoising Diffusion Implicit Models, 2021, section 4.3), of a flow:
     Liu, Gong and Liu, Flow Straight and Fast (rectified flow), 2023.
+
+    Examples:
+        >>> inversion = fk.invert(lambda x, t: -x, torch.ones(1, 2), 100)
+        >>> torch.allclose(inversion.noise, torch.full((1, 2), torch.e), rtol=0.01)
+        True
     """
     round_trip = expect_bool(round_trip, "round_trip")
     if isinstance(schedule, Solver):

@@ -50,6 +50,11 @@ def rollout(
 
     Raises:
         TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
+
+    Examples:
+        >>> trajectory = fk.rollout(lambda x, t: -x, torch.ones(1, 2), 4)
+        >>> trajectory.x.shape, trajectory.v.shape
+        (torch.Size([5, 1, 2]), torch.Size([4, 1, 2]))
     """
     way_out = "a fine grid, on which the steps are Euler's (fk.sample runs a solver)"
     expect(not isinstance(grid, Solver), "grid", way_out, grid, TypeError)

@@ -63,6 +63,11 @@ def sample(
         TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step (for a solver with several
             evaluations a step, the evaluation).
         RuntimeError: for a velocity that cannot be captured, what stopped it.
+
+    Examples:
+        >>> fk.sample(lambda x, t: -x, torch.ones(1, 2), 2)  # two Euler steps of dx/dt = -x
+        tensor([[0.2500, 0.2500]])
+        >>> x1 = fk.sample(lambda x, t: -x, torch.ones(1, 2), fk.Solver.adams_bashforth(8, order=2))
     """
     if torch.compiler.is_compiling():
         return _traced(velocity, noise, schedule, capture)

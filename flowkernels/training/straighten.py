@@ -128,6 +128,13 @@ def straighten(
 
     Source: BOSS (arXiv 2312.16414), straightening stage; `u="uniform"` is piecewise rectified flow, and on the one
     interval [0, 1] rectified flow (arXiv 2209.03003).
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.SiLU(), torch.nn.Linear(8, 2))
+        >>> teacher = fk.VelocityField(net, time_column=True)
+        >>> schedule = fk.Schedule([0, 0.25, 0.5, 1])
+        >>> trained = fk.straighten(None, teacher, schedule, noise=(2,), iterations=2, bank=32, batch=8, grid=8)
+        >>> x1 = fk.sample(trained.student, torch.randn(4, 2), schedule)
     """
     settings = Settings(
         schedule=schedule,

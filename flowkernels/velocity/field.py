@@ -68,6 +68,12 @@ class VelocityField(nn.Module, VelocityBase):
     Subclasses may override `call_network`, the network's call; `pair`, the two velocities of guidance; `forward`, the
     velocity as a whole; and `time_embedding`, `rows`. The stages call what is overridden, with t as any callable gets
     it.
+
+    Examples:
+        >>> net = lambda x, t: x - t[:, None]  # takes sigma = 1 - t in thousandths, and predicts noise - data
+        >>> velocity = fk.VelocityField(net, reverse_time=True, time_scale=1000)
+        >>> velocity(torch.zeros(1, 2), torch.tensor([0.75]))
+        tensor([[250., 250.]])
     """
 
     def __init__(

@@ -44,6 +44,13 @@ class VelocityBase:
     guidance: weight w of `v_uncond + w (v - v_uncond)`, of what `velocities` returns.
     conditioning: what it is called with beside x and t, by name.
     is_fused: it runs a solver, or a step, by kernels of its own (`fused_run`, `fused_steps`).
+
+    Examples:
+        >>> class Decay(fk.VelocityBase):
+        ...     def __call__(self, x, t):
+        ...         return -x
+        >>> fk.sample(Decay(), torch.ones(1, 2), 2)
+        tensor([[0.2500, 0.2500]])
     """
 
     guidance: float = 1.0

@@ -28,6 +28,13 @@ def bellman(cost: Tensor, steps: int, carry: float = 1.0) -> tuple[Tensor, Tenso
         index j that attains it in int64, -1 where there is none; on cost's device. Not differentiable.
 
     Source: BOSS (arXiv 2312.16414), equation of optimality in section 3; carry: GITS (arXiv 2405.11326).
+
+    Examples:
+        >>> inf = torch.inf
+        >>> cost = torch.tensor([[inf, 1, 9], [inf, inf, 2], [inf, inf, inf]], dtype=torch.float64)
+        >>> least, came_from = fk.bellman(cost, 2)
+        >>> least[:, 2]  # of reaching the last knot in 0, 1 and 2 steps
+        tensor([inf, 9., 3.], dtype=torch.float64)
     """
     expect_tensor(cost, "cost", (torch.float64,))
     expect(cost.dim() == 2 and cost.shape[0] == cost.shape[1] >= 2, "cost", "shape [K+1, K+1] with K >= 1", cost)

@@ -31,6 +31,15 @@ def bellman_pairs(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tens
         `value[0]` is 0 at [0, 0] and Inf elsewhere. On cost's device. Not differentiable.
 
     Source: the recursion of BOSS (arXiv 2312.16414), section 3, over states of two knots.
+
+    Examples:
+        >>> inf = torch.inf
+        >>> first = torch.tensor([inf, 1, 9], dtype=torch.float64)
+        >>> cost = torch.full((3, 3, 3), inf, dtype=torch.float64)
+        >>> cost[0, 1, 2] = 2.0  # of the step from knot 1 to 2 after one from 0 to 1
+        >>> least, came_from = fk.bellman_pairs(first, cost, 2)
+        >>> float(least[2, 1, 2])
+        3.0
     """
     expect_tensor(first, "first", (torch.float64,))
     expect_tensor(cost, "cost", (torch.float64,))

@@ -27,6 +27,13 @@ def cost_from_gram(gram: Tensor, times: Tensor, *, states: bool = False) -> Tens
         TypeError, ValueError: naming the argument, what was expected and what came.
 
     Source: docs/mathematics.md; the cost is that of BOSS (arXiv 2312.16414, section 3).
+
+    Examples:
+        >>> v = torch.randn(4, 8, 2)  # four fine steps of eight samples
+        >>> times = torch.linspace(0, 1, 5, dtype=torch.float64)
+        >>> cost = fk.cost_from_gram(fk.velocity_gram(v) / 8, times)
+        >>> torch.allclose(cost, fk.step_costs(v, times))
+        True
     """
     expect_tensor(gram, "gram", (torch.float64,))
     t, states = expect_times(times, "times"), expect_bool(states, "states")

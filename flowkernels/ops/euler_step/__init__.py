@@ -43,6 +43,13 @@ def euler_step(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> x, v = torch.zeros(2, 3), torch.ones(2, 3)
+        >>> fk.euler_step(x, v, 0.5)
+        tensor([[0.5000, 0.5000, 0.5000],
+                [0.5000, 0.5000, 0.5000]])
+        >>> x, low = fk.euler_step(x, v, 0.5, out=x, low=torch.bfloat16)  # in place, and rounded for the next call
     """
     expect_tensor(x, "x", (torch.float32, torch.float64))
     expect_tensor(v, "v", velocity_dtypes(x))

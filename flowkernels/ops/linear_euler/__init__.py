@@ -93,6 +93,13 @@ def linear_euler(
 
     Source: Peebles and Xie 2023 (adaLN and the final layer of DiT), with the update of `euler_step` and
     `linear_update`.
+
+    Examples:
+        >>> x, tokens = torch.zeros(4, 2), torch.randn(4, 16)
+        >>> head = torch.nn.Linear(16, 2).requires_grad_(False)
+        >>> step = fk.linear_euler(x, tokens, head.weight, 0.1, bias=head.bias)
+        >>> torch.allclose(step, x + 0.1 * head(tokens), atol=1e-6)
+        True
     """
     expect_tensor(x, "x", (torch.float32, torch.float64))
     expect(x.dim() >= 1, "x", "shape [n, *shape]", x)

@@ -44,6 +44,11 @@ def linear_update(
         TypeError, ValueError: naming the argument, what was expected and what came.
 
     Source: a linear multistep method written from its first state, `x_{k+1} = x_0 + sum_{i<=k} b_{k,i} v_i`.
+
+    Examples:
+        >>> x, v, before = torch.zeros(1, 2), torch.ones(1, 2), torch.full((1, 2), 2.0)
+        >>> fk.linear_update(x, [v, before], [0.75, -0.25])  # a step of 0.5 by Adams-Bashforth 2
+        tensor([[0.2500, 0.2500]])
     """
     expect_tensor(x, "x", (torch.float32, torch.float64))
     v, b = expect_list(v, "v", TERMS), expect_list(b, "b", TERMS)

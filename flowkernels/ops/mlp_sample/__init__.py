@@ -105,6 +105,12 @@ def mlp_sample(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> from flowkernels.ops.mlp_sample import Layer, Source
+        >>> layer = Layer("linear", Source(0, 0, 2), 2, weight=-torch.eye(2))
+        >>> fk.mlp_sample(torch.ones(1, 2), [0.5, 0.5], [layer])  # two Euler steps of dx/dt = -x
+        tensor([[0.2500, 0.2500]])
     """
     expect_tensor(x, "x", (torch.float32,))
     expect(x.dim() == 2 and x.shape[1] > 0, "x", "shape [n, D] with D > 0", x)

@@ -29,6 +29,13 @@ def segment_points(
             its place. The kernels of a GPU, for which the call would have to wait, make NaN of such a point instead.
 
     Source: piecewise rectified flow; with u = 0 the input of BOSS (arXiv 2312.16414). docs/mathematics.md.
+
+    Examples:
+        >>> bank = torch.tensor([[[0.0]], [[1.0]], [[4.0]]])  # three knots of one sample
+        >>> interval, sample = torch.tensor([0, 1]), torch.tensor([0, 0])
+        >>> fk.segment_points(bank, interval, sample, torch.tensor([0.5, 0.5]))
+        tensor([[0.5000],
+                [2.5000]])
     """
     expect_bank(bank, interval, sample)
     if u is not None:

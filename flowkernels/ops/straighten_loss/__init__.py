@@ -72,6 +72,15 @@ def straighten_loss(
 
     Source: BOSS (arXiv 2312.16414), straightening; pseudo-Huber as in Song & Dhariwal 2023 (arXiv 2310.14189),
     equation 7, on the mean over features.
+
+    Examples:
+        >>> bank = torch.tensor([[[0.0]], [[1.0]], [[4.0]]])  # three knots of one sample; the secants are 2 and 6
+        >>> v = torch.tensor([[2.0], [5.0]], requires_grad=True)
+        >>> interval, sample = torch.tensor([0, 1]), torch.tensor([0, 0])
+        >>> found = fk.straighten_loss(v, bank, torch.tensor([0.5, 0.5]), interval, sample)
+        >>> found.per_sample
+        tensor([0., 1.])
+        >>> found.loss.backward()
     """
     expect_bank(bank, interval, sample)
     wide = bank.dtype == torch.float64

@@ -34,6 +34,12 @@ def velocity_gram(v: Tensor, *, x: Tensor | None = None, times: Tensor | None = 
     two of tf32, rows with `x` too; on AMD GPUs none is. The same bits in every run.
 
     Source: the step cost of BOSS (arXiv 2312.16414, section 3), rewritten in increments; docs/mathematics.md.
+
+    Examples:
+        >>> v = torch.tensor([[[0.0]], [[1.0]], [[3.0]]])  # three fine steps of one sample: increments 1 and 2
+        >>> fk.velocity_gram(v)
+        tensor([[1., 2.],
+                [2., 4.]], dtype=torch.float64)
     """
     expect_tensor(v, "v", FLOATS)
     expect(v.dim() >= 2 and v.shape[0] >= 1, "v", "shape [K, n, *shape] with K >= 1", v)
