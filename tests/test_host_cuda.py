@@ -1,7 +1,10 @@
 """The CUDA kernels on the host, beyond their results: the checked build, orders of threads, coalescing, seeded bugs."""
 
 import importlib
+import itertools
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import _host_cuda
@@ -42,11 +45,15 @@ def leaves(values):
     return leaves(vars(values)) if hasattr(values, "__dict__") else []
 
 
-def over_samples(largest):
+def up_to(largest):
     """Every op's samples of up to so many elements."""
     cases = [(op, s) for op in OPS for s in SAMPLES[op].sample_inputs()]
-    cases = [(op, s) for op, s in cases if sum(t.numel() for t in leaves([s.args, s.kwargs])) <= largest]
-    return pytest.mark.parametrize(("op", "sample"), [pytest.param(op, s, id=f"{op}-{s.id}") for op, s in cases])
+    return [(op, s) for op, s in cases if sum(t.numel() for t in leaves([s.args, s.kwargs])) <= largest]
+
+
+def over_samples(largest):
+    params = [pytest.param(op, s, id=f"{op}-{s.id}") for op, s in up_to(largest)]
+    return pytest.mark.parametrize(("op", "sample"), params)
 
 
 def uses_cp_async(op):
@@ -165,6 +172,43 @@ def test_same_bits_in_any_order(op, sample, plain):
     expected = run(0)
     for other in others:
         assert all(map(torch.equal, expected, other))
+
+
+def test_threads_that_need_different_amounts_of_shared_memory(plain):
+    """After a setter of a kernel's limit there is a pause, in which the other thread comes to its own."""
+
+    def run(op, sample):
+        with backend("cuda"):
+            return bits(getattr(fk, op)(*sample.args, **sample.kwargs))
+
+    calls, plain_results = {}, {}
+    plain.large_launches()
+    for op, sample in up_to(LARGEST_ORDERED):
+        if "allow_shared(" in (ROOT / f"csrc/{op}/cuda.cu").read_text():
+            result = run(op, sample)
+            for kernel, size in plain.large_launches():
+                calls.setdefault(kernel, {})[size] = op, sample
+                plain_results[op, sample.id] = result
+    pairs = [pair for by_size in calls.values() for pair in itertools.combinations(by_size.values(), 2)]
+    assert len(pairs) > 5
+    both = threading.Barrier(2)
+
+    def thread(number):
+        for pair in pairs:
+            op, sample = pair[number]
+            both.wait()
+            try:
+                assert all(map(torch.equal, run(op, sample), plain_results[op, sample.id]))
+            except BaseException:
+                both.abort()
+                raise
+
+    plain.pause(2)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(thread, (0, 1)))
+    finally:
+        plain.pause(0)
 
 
 # ---- sectors and banks ----

@@ -22,34 +22,6 @@
 namespace fk {
 namespace cuda {
 
-// ---- for launchers: no allocation, no synchronisation, nothing that a graph capture forbids ----
-inline int launched() {  // a cudaError_t, of the launches so far on this thread
-  return static_cast<int>(cudaGetLastError());
-}
-inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
-  int device, value;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
-    return otherwise;
-  return value;
-}
-inline int multiprocessors() {
-  return device_attribute(cudaDevAttrMultiProcessorCount, 108);
-}
-inline int shared_limit() {  // bytes of shared memory that a block may ask for
-  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 99 << 10);
-}
-// Needed before a launch with more than 48 KiB of dynamic shared memory.
-template <class Kernel>
-void allow_shared(Kernel kernel, int bytes) {
-  if (bytes > (48 << 10)) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-template <class Kernel>
-int resident_blocks(Kernel kernel, int threads, int shared_bytes) {  // that a multiprocessor holds at once
-  int n = 0;
-  const cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, threads, shared_bytes);
-  return status == cudaSuccess && n > 0 ? n : 1;
-}
-
 // ---- element types, asynchronous copies, matrix units ----
 using bf16 = __nv_bfloat16;
 using half = __half;
@@ -137,12 +109,69 @@ __device__ __forceinline__ void store_word(uint2* p, uint2 w) {
 #include "host_cuda/device.h"
 #endif
 
+#include <array>
+#include <map>
+#include <mutex>
 #include <type_traits>
 
 #include "common/dtype.h"
 
 namespace fk {
 namespace cuda {
+
+// ---- for launchers: no allocation on the device, no synchronisation, nothing that a graph capture forbids ----
+inline int launched() {  // a cudaError_t, of the launches so far on this thread
+  return static_cast<int>(cudaGetLastError());
+}
+
+// What the runtime says of the current device, or of a kernel on it, asked for once: launches are too short to ask at
+// each. `ask(value)` returns a cudaError_t; while it fails, `otherwise` is the answer and it is asked again. Others who
+// want the same answer wait for it. Each lambda has memory of its own.
+template <class Ask>
+int remembered(const void* kernel, int threads, int shared_bytes, int otherwise, Ask ask) {
+  static std::mutex lock;
+  static std::map<std::array<intptr_t, 4>, int> known;
+  int device;
+  if (cudaGetDevice(&device) != cudaSuccess) return otherwise;
+  std::lock_guard<std::mutex> hold(lock);
+  const auto at = known.insert({{device, reinterpret_cast<intptr_t>(kernel), threads, shared_bytes}, 0}).first;
+  if (at->second == 0 && (ask(device, at->second) != cudaSuccess || at->second <= 0)) {
+    known.erase(at);
+    return otherwise;
+  }
+  return at->second;
+}
+inline int multiprocessors() {
+  return remembered(nullptr, 0, 0, 108, [](int device, int& value) {
+    return cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device);
+  });
+}
+inline int shared_limit() {  // bytes of shared memory that a block may ask for
+  return remembered(nullptr, 0, 0, 99 << 10, [](int device, int& value) {
+    return cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  });
+}
+// Needed before a launch with more than 48 KiB of dynamic shared memory. The kernel gets all that the device has for
+// it, once: the limit is the kernel's, and one of this launch's own could be lowered by another thread before it.
+template <class Kernel>
+void allow_shared(Kernel kernel, int bytes) {
+  if (bytes <= (48 << 10)) return;
+  const auto* k = reinterpret_cast<const void*>(kernel);
+  remembered(k, 0, 0, 0, [k](int, int& most) {
+    cudaFuncAttributes a;
+    const cudaError_t status = cudaFuncGetAttributes(&a, k);
+    if (status != cudaSuccess) return status;
+    most = shared_limit() - static_cast<int>(a.sharedSizeBytes);
+    return cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  });
+}
+template <class Kernel>
+int resident_blocks(Kernel kernel, int threads, int shared_bytes) {  // that a multiprocessor holds at once
+  const auto* k = reinterpret_cast<const void*>(kernel);
+  return remembered(k, threads, shared_bytes, 1, [=](int, int& blocks) {
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, k, threads, static_cast<size_t>(shared_bytes));
+  });
+}
 
 // ---- element types ----
 template <class To, class From>

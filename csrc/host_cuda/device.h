@@ -348,25 +348,36 @@ __forceinline__ void store_word(Word* p, Word w, HOST_CUDA_LOC) {
   *p = w;
 }
 
-// ---- for launchers ----
-inline int launched() {
-  return 0;  // the emulation throws
-}
-inline int multiprocessors() {
-  return 3;  // more than one and odd, so that shares of the work are uneven
-}
-inline int shared_limit() {
-  return int(host_cuda::kSharedLimit);
-}
-template <class Kernel>
-void allow_shared(Kernel kernel, int bytes) {
-  if (bytes > int(host_cuda::kSharedUnasked))
-    host_cuda::allow_shared(reinterpret_cast<const void*>(kernel), size_t(bytes));
-}
-template <class Kernel>
-int resident_blocks(Kernel, int, int) {
-  return 1;
-}
-
 }  // namespace cuda
 }  // namespace fk
+
+// ---- what launchers ask of the CUDA runtime ----
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;  // 0: of FK_SHARED arrays the emulation hears when the kernel runs
+};
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;  // the emulation throws
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  // multiprocessors: more than one and odd, so that shares of the work are uneven
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : int(host_cuda::kSharedLimit);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) {
+  *a = {};
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  return host_cuda::allow_shared(kernel, size_t(bytes)) ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
@@ -15,6 +16,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #ifdef HOST_CUDA_CHECK
@@ -121,9 +123,10 @@ struct Engine {
 };
 __thread Engine* engine __attribute__((tls_model("initial-exec"))) = nullptr;
 
-std::mutex lock;  // of these two
+std::mutex lock;  // of these three
 std::vector<std::unique_ptr<Engine>> idle_engines;
 std::map<const void*, size_t> allowed_shared;
+std::vector<std::pair<const void*, size_t>> asked_shared;  // of launches that need to be allowed it
 
 // ---- fibers ----
 
@@ -576,9 +579,19 @@ bool is_shared(const void* p, size_t bytes) {
   return c >= engine->arena && c + bytes <= engine->arena + kArena;
 }
 
-void allow_shared(const void* kernel, size_t bytes) {
+bool allow_shared(const void* kernel, size_t bytes) {
+  if (bytes > kSharedLimit) return false;
+  {
+    std::lock_guard<std::mutex> hold(lock);
+    allowed_shared[kernel] = bytes;
+  }
+  if (options().pause) std::this_thread::sleep_for(std::chrono::milliseconds(options().pause));
+  return true;
+}
+
+std::vector<std::pair<const void*, size_t>> large_launches() {
   std::lock_guard<std::mutex> hold(lock);
-  allowed_shared[kernel] = bytes;
+  return std::exchange(asked_shared, {});
 }
 
 void cp_async(void* to, const void* from, unsigned bytes, unsigned from_bytes, Loc where) {
@@ -618,6 +631,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, cons
     std::lock_guard<std::mutex> hold(lock);
     if (dynamic_shared > kSharedLimit || allowed_shared[kernel] < dynamic_shared)
       refuse(std::to_string(dynamic_shared) + " bytes of dynamic shared memory, over the limit or not asked for");
+    asked_shared.push_back({kernel, dynamic_shared});
   }
   const Options o = options();
   std::vector<uint64_t> order;

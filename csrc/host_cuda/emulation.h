@@ -9,6 +9,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <utility>
+#include <vector>
+
 struct uint3 {
   unsigned x, y, z;
 };
@@ -53,7 +56,7 @@ void* shared(const void* key, size_t bytes, Loc);
 void* dynamic_shared(Loc);
 char* shared_space();  // where it begins
 bool is_shared(const void* p, size_t bytes);
-void allow_shared(const void* kernel, size_t bytes);
+bool allow_shared(const void* kernel, size_t bytes);  // the limit of its launches from now on, unless that is too much
 void cp_async(void* to, const void* from, unsigned bytes, unsigned from_bytes, Loc);  // 4, 8 or 16 bytes
 void cp_async_commit();
 void cp_async_wait(size_t pending);
@@ -64,8 +67,12 @@ struct Options {
   Order order = Order::forward;  // of threads and of blocks
   uint64_t seed = 1;
   bool async_lazy = true;  // cp.async lands as late as it may, rather than at once
+  int pause = 0;  // milliseconds after a setter of a kernel's attributes, in which others run
 };
 Options& options();
+
+std::vector<std::pair<const void*, size_t>>
+large_launches();  // since the last call: kernels, bytes over kSharedUnasked
 
 void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const void* kernel,
             void (*body)(const void* arguments), const void* arguments);

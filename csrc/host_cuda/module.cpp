@@ -45,6 +45,19 @@ PYBIND11_MODULE(HOST_CUDA_MODULE, m) {
   m.def(
       "async_lazy", [](bool lazy) { host_cuda::options().async_lazy = lazy; },
       "Whether cp.async lands as late as it may, or at once.");
+  m.def(
+      "pause", [](int milliseconds) { host_cuda::options().pause = milliseconds; },
+      "How long other threads have after a setter of a kernel's attributes, before the launch.");
+  m.def(
+      "large_launches",
+      [] {
+        py::list all;
+        for (const auto& [kernel, bytes] : host_cuda::large_launches())
+          all.append(py::make_tuple(reinterpret_cast<uintptr_t>(kernel), bytes));
+        return all;
+      },
+      "Since the last call: the kernels that were launched with more than 48 KiB of dynamic shared memory, and how "
+      "much.");
 #ifdef HOST_CUDA_PTX
   m.def("ptx_launches", &host_cuda::ptx::launches, "Launches so far of kernels translated from PTX.");
 #endif

@@ -218,7 +218,7 @@ HOST_CUDA_EXPORT const char* host_cuda_ptx_launch(const void* kernel, const unsi
   try {
     const auto& to = *static_cast<const ptx::Kernel*>(kernel);
     const auto* id = reinterpret_cast<const void*>(to.function);
-    host_cuda::allow_shared(id, dynamic_shared);
+    host_cuda::allow_shared(id, host_cuda::kSharedLimit);
     ptx::run(to.name, to, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, dynamic_shared, id, arguments,
              sizes, count);
   } catch (const std::exception& e) {
