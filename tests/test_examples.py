@@ -1,7 +1,10 @@
-"""The examples in the public docstrings run, and every public function has one."""
+"""The examples in the public docstrings run, and every public function has one; so do the scripts of examples/."""
 
 import doctest
 import inspect
+import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 import flowkernels as fk
 from flowkernels.integrations import diffusers
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 # what a caller neither makes nor calls
 WITHOUT = ("BackendError", "FusedHead", "FusedSampler", "HasTimeEmbedding", "Inversion", "NotFusable", "Straightened",
            "Trajectory", "Velocity", "__version__")  # fmt: skip
@@ -27,3 +31,38 @@ def test_the_example_runs(name, tmp_path):
     out = []
     failed = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=out.append).failed
     assert not failed, "".join(out)
+
+
+# ---- examples/: whole scripts, on little data ----
+
+
+def script(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+
+
+def test_every_script_is_tried():
+    tried = set(re.findall(r'script\("(\w+)"\)', Path(__file__).read_text()))
+    assert tried == {path.stem for path in EXAMPLES.glob("*.py")}
+
+
+def test_image_model():
+    arguments = ["--data", "digits", "--samples", "48", "--grid", "20", "--iterations", "5"]
+    errors = script("image_model")(arguments)
+    assert errors["fitted solver"] < errors["Bellman"] < 1.2 * errors["uniform"]
+    assert len(errors) == 5
+
+
+def test_policy():
+    actions = script("policy")(["--grid", "12", "--calls", "2"])
+    assert actions.shape == (1, 56)
+    assert actions.isfinite().all()
+
+
+def test_tabular():
+    errors = script("tabular")(["--iterations", "40", "--grid", "20"])
+    assert all(fitted < uniform for uniform, fitted in errors.values())
+
+
+def test_own_trainer():
+    first, last = script("own_trainer")(["--iterations", "30", "--grid", "20"])
+    assert last < first
