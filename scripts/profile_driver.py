@@ -1,6 +1,9 @@
 """Runs one op on one case of its benchmark, or on one of its samples, a few times: what a profiler looks at.
 
-python scripts/profile_driver.py euler_step "1024 Ki"
+    python scripts/profile_driver.py euler_step "1024 Ki"
+
+With `main` in place of an op: the main cases of all ops. Each is called twice, and once more between
+cudaProfilerStart and cudaProfilerStop.
 """
 
 import argparse
@@ -37,14 +40,44 @@ def find(op: str, which: str, device: torch.device):
     return f"case {case.name}", next(call for name, call in calls.items() if name.startswith("flowkernels"))
 
 
+def main_cases(device: torch.device):
+    """(what it is, the call) of each op's main cases; where it has none, of its first."""
+    for op in OPS:
+        cases = suite.cases(op, device)
+        for case in [c for c in cases if c.main] or cases[:1]:
+            calls = case.make().calls
+            yield (
+                f"{op}, case {case.name}",
+                next(call for name, call in calls.items() if name.startswith("flowkernels")),
+            )
+
+
+def profile_main_cases(device: torch.device) -> None:
+    for what, call in main_cases(device):
+        on_gpu = device.type == "cuda"
+        print(what, flush=True)  # before what the profiler says of its kernels: scripts/gpu_report reads both
+        call()
+        call()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+            torch.cuda.profiler.start()
+        call()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+            torch.cuda.profiler.stop()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", choices=OPS)
+    parser.add_argument("op", choices=[*OPS, "main"])
     parser.add_argument("which", nargs="?", default="", help="part of a case's name, a size, or a sample's id")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--calls", type=int, default=8)
     args = parser.parse_args()
     device = torch.zeros(1, device=args.device).device
+    if args.op == "main":
+        profile_main_cases(device)
+        return
     what, call = find(args.op, args.which, device)
     for _ in range(args.calls):
         call()

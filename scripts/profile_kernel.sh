@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Profile the CUDA kernels of one op with Nsight Compute, on a case of its benchmark or on one of its samples.
+# Profile the CUDA kernels of one op with Nsight Compute, on a case of its benchmark or on one of its samples; with main
+# in place of OP, one call of each op's main cases, the ones of docs/gpu.md.
 #
 #     scripts/profile_kernel.sh [--dry-run] [-o FILE] OP [CASE | SIZE | SAMPLE]
 #
@@ -11,7 +12,7 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 ops="$(cd "$root/flowkernels/ops" && for samples in */samples.py; do printf '%s ' "${samples%/*}"; done)"
 ops="${ops% }"
 usage() {
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
   echo "profile_kernel.sh: $1" >&2
   exit 2
 }
@@ -29,12 +30,18 @@ done
 [ $# -ge 1 ] || usage "expected an op, one of $ops"
 op="$1" which="${2:-}"
 [ $# -le 2 ] || usage "expected an op and a case, got $# arguments (a case's name in quotes)"
-case " $ops " in *" $op "*) ;; *) usage "expected an op, one of $ops, got $op" ;; esac
+case " $ops main " in *" $op "*) ;; *) usage "expected an op, one of $ops, got $op" ;; esac
+[ "$op" != main ] || [ -z "$which" ] || usage "main: expected no case, got $which"
 
 python="${PYTHON:-$root/.venv/bin/python}"
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
 run=("$python" "$root/scripts/profile_driver.py" "$op" "$which")
-command=(ncu --set full --nvtx --kernel-name "regex:.*${op}_.*" --launch-skip "${SKIP:-2}" --launch-count "${COUNT:-4}")
+which_kernels=(--kernel-name "regex:.*${op}_.*" --launch-skip "${SKIP:-2}" --launch-count "${COUNT:-4}")
+if [ "$op" = main ]; then
+  run=("${run[@]:0:3}")
+  which_kernels=(--kernel-name "regex:.*(${ops// /|})_.*" --profile-from-start off)
+fi
+command=(ncu --set full --nvtx "${which_kernels[@]}")
 command+=(--force-overwrite -o "${file:-profile-$op}" "${run[@]}")
 
 export FLOWKERNELS_PROFILE=1 # NVTX ranges around the ops

@@ -47,7 +47,7 @@ def pytest_sessionfinish(session):
     tests/gpu/conftest.py."""
     outcome = yield
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    results = []
+    results = list(getattr(session.config, "gpu_done", {}).items())  # of an earlier run
     for kind in ("passed", "failed", "error", "skipped"):
         for report in reporter.stats.get(kind, ()) if reporter else ():
             ours = "tests/gpu/" in getattr(report, "nodeid", "")

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import cmake
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import flowkernels as fk
-from flowkernels.bench import suite
+from flowkernels.bench import suite, tables
 from flowkernels.ops.public import OPS
 from flowkernels.ops.samples import generator
 from flowkernels.runtime import backends
@@ -30,7 +31,7 @@ def run(*command, **environment):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
 
 
-@pytest.mark.parametrize("script", ["demo", "test", "test_gpu", "test_seeds", "setup.sh", "profile_kernel.sh"])
+@pytest.mark.parametrize("script", ["demo", "test", "test_seeds", "setup.sh", "profile_kernel.sh"])
 def test_syntax(script):
     done = run("bash", "-n", ROOT / "scripts" / script)
     assert (done.returncode, done.stderr) == (0, "")
@@ -138,6 +139,155 @@ def test_other_seeds(monkeypatch):
     same = torch.rand(3, generator=generator(5))
     monkeypatch.setenv("FLOWKERNELS_TEST_SEED", "7")
     assert not torch.equal(torch.rand(3, generator=generator(5)), same)
+
+
+# ---- a machine with a GPU and no network ----
+
+
+def test_main_cases_are_profiled_in_one_process():
+    _, *command = shlex.split(run(PROFILE, "--dry-run", "main").stdout)
+    (kernels,) = (command[i + 1] for i, word in enumerate(command) if word == "--kernel-name")
+    assert all(re.fullmatch(kernels.removeprefix("regex:"), f"{op}_kernel") for op in OPS)
+    assert command[command.index("--profile-from-start") + 1] == "off"
+    assert command[-2:] == [str(ROOT / "scripts/profile_driver.py"), "main"]
+    assert "main: expected no case, got K=16" in run(PROFILE, "main", "K=16").stderr
+
+
+@pytest.fixture(scope="module")
+def copied_tree(tmp_path_factory):
+    """What scripts/test_gpu needs of this tree, built, and no repository; its environment, in which whoever asks for a
+    package or a repository leaves a file."""
+    there = tmp_path_factory.mktemp("gpu") / "tree"
+    ignored = shutil.ignore_patterns("__pycache__", "results", "fashion", "csrc")
+    for folder in ("flowkernels", "benchmarks", "scripts", "tests"):
+        shutil.copytree(ROOT / folder, there / folder, ignore=ignored)
+    (there / "csrc").mkdir()
+    shutil.copy(ROOT / "pyproject.toml", there)
+    programs = there.parent / "programs"
+    programs.mkdir()
+    for name in ("pip", "pip3", "uv", "curl", "wget", "apt-get"):
+        (programs / name).write_text(f"#!/bin/sh\ntouch {there.parent / 'asked'}\nexit 1\n")
+        (programs / name).chmod(0o755)
+    keep = {
+        k: v for k, v in os.environ.items() if not k.startswith(("FLOWKERNELS", "TRITON", "PYTHON", "PYTEST", "PIP"))
+    }
+    return there, keep | {"PATH": f"{programs}:{os.environ['PATH']}", "PIP_NO_INDEX": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def on_the_day(copied_tree, *arguments):
+    there, environment = copied_tree
+    command = [sys.executable, there / "scripts/test_gpu", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_the_day_of_the_gpu_is_rehearsed(copied_tree):
+    """Up to what needs the GPU: with the Python and torch that are here, nothing asked for; stages are resumed."""
+    there, _ = copied_tree
+    done = on_the_day(copied_tree)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == f"scripts/test_gpu: torch {torch.__version__} (CUDA {torch.version.cuda}) sees no CUDA GPU here\n"
+    )
+    assert not (there / "build").exists()
+
+    stages = "--rehearse", "--no-build", "--stage", "sanitizer", "--stage", "bench"
+    done = on_the_day(copied_tree, *stages)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout
+    assert "4 skipped" in said
+    assert "bellman: K=100, N=1..10 (" in said
+    assert re.findall(r"^test_gpu: (\w+: \w+)", said, re.MULTILINE) == ["sanitizer: passed", "bench: passed"]
+    with tarfile.open(there / "build/gpu.tar.gz") as archive:
+        names = set(archive.getnames())
+    files = {"machine.json", "tree", "sanitizer/log", "sanitizer/results.jsonl", "bench/log", "bench/bellman.csv"}
+    assert {f"gpu/{name}" for name in files} <= names
+
+    results = there / "build/gpu/sanitizer/results.jsonl"
+    kept = results.read_text().splitlines()
+    results.write_text("\n".join(kept[:3]) + "\n")
+    assert on_the_day(copied_tree, *stages[:4]).returncode == 0
+    assert "3 deselected" in (there / "build/gpu/sanitizer/log").read_text()
+    assert [json.loads(line)["test"] for line in results.open()] == [json.loads(line)["test"] for line in kept]
+    assert not (there / ".venv").exists()
+    assert not (there.parent / "asked").exists()
+
+    report = [sys.executable, ROOT / "scripts/gpu_report", there / "build/gpu.tar.gz", "--out", there / "results"]
+    done = run(*report)
+    assert done.returncode == 0, done.stderr
+    assert "4 rows of the benchmark, 4 tests, 0 launches profiled" in done.stdout
+
+
+def test_what_another_tree_found_goes(copied_tree):
+    there, _ = copied_tree
+    out = there.parent / "other"
+    (out / "bench").mkdir(parents=True)
+    (out / "tree").write_text("another\n")
+    for name in ("bench/bellman.csv", "notes"):
+        (out / name).write_text("of another tree\n")
+    program = "import runpy, pathlib, types\n"
+    program += f"module = runpy.run_path({str(there / 'scripts/test_gpu')!r})\n"
+    program += f"args = types.SimpleNamespace(out=pathlib.Path({str(out)!r}), rehearse=True)\n"
+    program += "module['Run'](args, None).begin()\n"
+    done = run(sys.executable, "-c", program)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["notes", "tree"]
+
+
+LAUNCH = """\
+  {kernel} (264, 1, 1)x(320, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Section: GPU Speed Of Light Throughput
+    ----------------------- ----------- ------------
+    Metric Name             Metric Unit Metric Value
+    ----------------------- ----------- ------------
+    Elapsed Cycles                cycle      267,597
+    DRAM Throughput                   %        19.40
+    Duration                         {unit}       135.30
+    ----------------------- ----------- ------------
+    Section: Launch Statistics
+    Registers Per Thread             register/thread              93
+    Dynamic Shared Memory Per Block      Kbyte/block           68.16
+    Waves Per SM                                                1.00
+"""
+GRAM = "void unnamed>::velocity_gram_increments_kernel<float, 0>(const T1 *, long, int, unnamed>::Cut, float *)"
+PAIRS = "bellman_pairs_step_kernel(const double *, long, long, const long *)"
+
+
+def test_profiles_and_tables_of_a_gpu(tmp_path):
+    """A run of scripts/test_gpu as Nsight Compute and the benchmark write it."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, kernels, log in (
+        (one, [GRAM], "velocity_gram, case K=100, n=100, D=3072, float32\n==PROF== Profiling one: 0%\n"),
+        (two, [PAIRS, PAIRS], "bellman_pairs, case K=400, N=1..10\n" + 2 * "==PROF== Profiling k: 0%\n"),
+    ):
+        (folder / "profile").mkdir(parents=True)
+        (folder / "bench").mkdir()
+        (folder / "profile/main.txt").write_text("".join(LAUNCH.format(kernel=k, unit="ms") for k in kernels))
+        (folder / "profile/log").write_text(log)
+        machine = dict(device="NVIDIA H200", driver="580.1", date="2026-11-29", commit="c", cuda="13.0")
+        (folder / "machine.json").write_text(json.dumps(machine))
+        row = dict(entry="bellman", case="K=16", provider="flowkernels cuda", gate="ok", p50_us=len(kernels))
+        tables.write_csv(folder / "bench/bellman.csv", [row])
+    done = run(sys.executable, ROOT / "scripts/gpu_report", one, two, "--out", tmp_path / "results")
+    assert done.returncode == 0, done.stderr
+    results = tmp_path / "results/nvidia-h200-2026-11-29"
+    found = tables.read_csv(results / "kernels.csv")
+    assert [(row["op"], row["case"], row["launch"], row["kernel"]) for row in found] == [
+        ("velocity_gram", "K=100, n=100, D=3072, float32", 0, "unnamed>::velocity_gram_increments_kernel<float, 0>"),
+        ("bellman_pairs", "K=400, N=1..10", 0, "bellman_pairs_step_kernel"),
+        ("bellman_pairs", "K=400, N=1..10", 1, "bellman_pairs_step_kernel"),
+    ]
+    assert {
+        key: found[0][key] for key in ("us", "dram_percent", "registers", "dynamic_shared", "waves", "driver")
+    } == dict(us=135300, dram_percent=19.4, registers=93, dynamic_shared=68160, waves=1, driver="580.1")
+    assert tables.read_csv(results / "bellman.csv")[0]["p50_us"] == 2  # of the later archive
+    assert "velocity_gram_increments_kernel" in done.stdout
+    assert "not measured" in done.stdout
+
+    (two / "profile/log").write_text("bellman, case K=16\n==PROF== Profiling k: 0%\n")
+    done = run(sys.executable, ROOT / "scripts/gpu_report", two, "--out", tmp_path / "results")
+    assert "differ in the ops profiled" in done.stderr
+    assert {row["case"] for row in tables.read_csv(results / "kernels.csv")} == {""}
 
 
 def imported(path):
