@@ -7,6 +7,8 @@ CUDA = [
 ]
 
 TRITON = [
+    Rule(r"bellman_kernel<.*BLOCK=32.*>.*", 72, 0.37, double=True),
+    Rule(r"bellman_kernel<.*BLOCK=64.*>.*", 112, 0.25, double=True),
     Rule(r"bellman_check_kernel.*", 32, 1.0),
     Rule(r"bellman_step_kernel.*", 80, 0.37, double=True),
 ]
