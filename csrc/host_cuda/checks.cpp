@@ -495,4 +495,7 @@ void __tsan_write_range(void* p, size_t n) {
 }
 ATOMIC_HOOKS(32, uint32_t)
 ATOMIC_HOOKS(64, uint64_t)
+uint8_t __tsan_atomic8_load(const uint8_t* p, int) {  // whether a static variable of a launcher has been made
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
 }
