@@ -453,3 +453,10 @@ def test_the_ends_of_the_ranges_are_listed():
     assert [line.partition(":")[0] for line in done.stdout.splitlines()[:2]] == ["Python 3.10", "Python 3.13"]
     assert any(line.startswith(("g++", "c++")) for line in done.stdout.splitlines())
     assert os.access(ROOT / "scripts/test_versions", os.X_OK)
+
+
+def test_figures_are_made(tmp_path):
+    done = run(sys.executable, ROOT / "scripts/figures.py", "--out", tmp_path, "--samples", "48", "--grid", "16")
+    assert done.returncode == 0, done.stderr
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert made == sorted(path.name for path in (ROOT / "docs/figures").iterdir())
