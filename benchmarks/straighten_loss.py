@@ -68,7 +68,7 @@ def small(device) -> Small:
     C, truth = backends.extension(), reference.straighten_loss(*args)[0].item()
     return Small(
         lambda: straighten_loss(*args).loss,
-        lambda: directly(C, *args, None, 0.0, False)[0][0],
+        lambda: directly(C, (), *args, None, 0.0, False)[0],
         lambda: by_autograd(v.flatten(1), states.flatten(2), h.float(), place, place, 0.0),
         lambda got: (abs(got.item() / truth - 1), 1e-5),
     )

@@ -24,7 +24,7 @@ from flowkernels._checks import (
 )
 from flowkernels.fusion.record import NotFusable
 from flowkernels.fusion.recorded import WAY_OUT, Batch, Network
-from flowkernels.ops.library import direct, direct_gpu, fresh, is_captured
+from flowkernels.ops.library import direct, direct_triton, fresh, is_captured
 from flowkernels.ops.mlp_sample import mlp_sample
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, euler_sizes, expect_solver
@@ -278,7 +278,8 @@ class FusedSampler(VelocityBase):
             expect(False, "noise", f"a tensor on {batch.network.device}, where the network is", f"one on {x.device}")
         if is_captured(x):
             self._network.captured.add(batch)
-        if (C := direct("mlp_sample", x) or direct_gpu("mlp_sample", x)) is not None:
+        way = direct("mlp_sample", x)
+        if (C := way[0] if way else direct_triton("mlp_sample", x)) is not None:
             out, kept = torch.empty_like(x), [None, None]
             if states:
                 kept[0] = fresh(x.new_empty(len(self._steps) + 1, *x.shape))

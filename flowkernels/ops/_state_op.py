@@ -100,11 +100,12 @@ class StateOp:
         `also`, the tensor of that name; tensors: those in args."""
         x, wants_low = args[0], low is not None
         functional = out is None and not isinstance(low, Tensor) and (not also or also[0] is None)
-        if functional and (C := direct(self.name, *tensors)) is not None:
+        if functional and (way := direct(self.name, *tensors)) is not None:
+            C, where = way
             new = torch.empty_like(x, memory_format=self.layout)
             new = new if new.nbytes < LARGE else fresh(new)  # a call less
             copy = self.empty(x, low) if wants_low else None
-            self.kernel(C, *args, new, copy, *also)
+            self.kernel(C, *args, new, copy, *also, *where)
             return (new, copy) if wants_low else new
         if not self.differentiable:
             self._refuse_gradients(f"no gradient: {self.name} has none; use torch.no_grad()", tensors, out, low, also)
@@ -127,8 +128,8 @@ class StateOp:
             low = self.empty(x, low)
         if self.differentiable:
             self._refuse_gradients("no gradient with out= or a tensor low=", tensors, out, low, also)
-        if (C := direct(self.out_name, *tensors, out, low, *also)) is not None:
-            self.write(C, args, (out, low, *also))
+        if (way := direct(self.out_name, *tensors, out, low, *also)) is not None:
+            self.write(way[0], args, (out, low, *also), way[1])
         else:
             dispatch(self.out_name, *args, out, low, *also)
         return (out, low) if wants_low else out

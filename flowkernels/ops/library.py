@@ -17,6 +17,7 @@ from flowkernels.runtime.torch_private import (
     innermost_transform,
     number_of_modes,
     profiler_enabled,
+    raw_stream,
     tracing_state,
 )
 
@@ -40,6 +41,7 @@ _threads = True
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_look_for_threads, after_in_child=_run_serially)
 
+CPU = torch.device("cpu")
 LIBRARY = torch.library.Library("flowkernels", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
 
@@ -153,9 +155,10 @@ def on_gpu(t: Tensor) -> bool:
 
 def stream_of(t: Tensor) -> tuple[int, int]:
     """The device and the address of the stream on which a CUDA kernel for `t` belongs."""
-    if not on_gpu(t):  # kernels compiled for the host
+    if not t.is_cuda:  # kernels compiled for the host
         return 0, 0
-    return t.get_device(), torch.cuda.current_stream(t.device).cuda_stream
+    device = t.get_device()
+    return device, raw_stream(device)
 
 
 class Made:
@@ -197,36 +200,41 @@ def fresh(t: Tensor) -> Tensor:
     return t
 
 
-def direct(op: str, *tensors: Tensor | None, gradient: bool = False):
-    """The compiled module, if the call may go straight to it; None if torch's dispatcher has something to do.
+def direct(op: str, *tensors: Tensor | None, gradient: bool = False, host: Tensor | None = None):
+    """The module of compiled kernels and what they take last (`where`, as in `register`), if the call may go straight
+    to it; None if torch's dispatcher has something to do.
 
     It has under a compiler, a tracer, a mode, a transform, a profiler, `profile_ranges` or `record_calls`, and for
-    tensors that are a subclass, live elsewhere, carry a pending negation, are zeros without memory (of forward-mode
-    differentiation), or need a gradient (unless the caller sees to that). Otherwise it would only cost time: about
-    40 us a call, and 300 us where there is a gradient.
+    tensors that are a subclass, live neither on the CPU nor on the CUDA GPU of the first one, carry a pending negation,
+    are zeros without memory (of forward-mode differentiation), or need a gradient (unless the caller sees to that).
+    Otherwise it would only cost time: about 40 us a call, and 300 us where there is a gradient. host: a tensor that is
+    read on the CPU wherever the others are.
     """
-    if _watched():
+    if _watched() or (host is not None and not is_plain(host)):
         return None
-    grad = not gradient and torch.is_grad_enabled()
+    grad, first = not gradient and torch.is_grad_enabled(), tensors[0]
+    cuda = first.is_cuda
     for t in tensors:
         if t is None:
             continue
-        if type(t) is not Tensor or not t.is_cpu or t.is_neg() or t._is_zerotensor():  # is_plain, which takes a call
+        if type(t) is not Tensor or t.is_neg() or t._is_zerotensor():  # is_plain, which takes a call
             return None
-        if grad and t.requires_grad:
+        if not (t.is_cuda if cuda else t.is_cpu) or (grad and t.requires_grad):
             return None
-    return backends.extension() if backends.choose(op, "cpu") == "cpu" else None
+    if not cuda and (choice := backends.choose(op, "cpu")) == "cpu":
+        return backends.extension(), ()
+    if cuda:
+        choice = backends.choose(op, first.device)
+    return (backends.cuda_module(), stream_of(first)) if choice == "cuda" else None
 
 
-def direct_gpu(op: str, t: Tensor):
-    """The module of CUDA kernels or that of the op's Triton kernels, if a call on `t`, without a gradient, may go
-    straight to it; see `direct`."""
+def direct_triton(op: str, t: Tensor):
+    """The module of the op's Triton kernels, if a call on `t`, without a gradient, may go straight to it."""
     if _watched() or type(t) is not Tensor or t.is_neg() or t._is_zerotensor():
         return None
-    choice = backends.choose(op, t.device)
-    if choice == "triton":
+    if backends.choose(op, t.device) == "triton":
         return sys.modules[backends.triton_op(op).__module__]
-    return backends.cuda_module() if choice == "cuda" else None
+    return None
 
 
 def threads_or(where: tuple) -> tuple:
@@ -255,9 +263,9 @@ def _watched() -> bool:
     return observers.present
 
 
-def is_plain(t: Tensor) -> bool:
-    """A tensor whose memory, on the CPU, holds its values."""
-    return type(t) is Tensor and t.is_cpu and not t.is_neg() and not t._is_zerotensor()
+def is_plain(t: Tensor, device: torch.device = CPU) -> bool:
+    """A tensor whose memory, on that device, holds its values."""
+    return type(t) is Tensor and t.device == device and not t.is_neg() and not t._is_zerotensor()
 
 
 def is_transformed() -> bool:

@@ -31,6 +31,7 @@ from torch.utils._pytree import (
     tree_map,  # the same containers of other leaves
 )
 
+raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # of a device's number; None in a torch without CUDA
 DelayedError = torch._C._functions.DelayedError  # a function whose backward raises
 add_each_ = torch._foreach_add_  # numbers to the tensors of a list, as arguments of a launch
 CALL_MODULE = nn.Module._call_impl  # what calls a forward with its hooks; a frame of it is a module that runs

@@ -82,8 +82,15 @@ def way(taken):
     return Way(taken)
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def on(request):
+    """The kernels of the CPU, or of a GPU, compiled for the host."""
+    with backend(request.param):
+        yield request.param
+
+
 @EVERY
-def test_the_same_results_both_ways(op, way, monkeypatch):
+def test_the_same_results_both_ways(op, on, way, monkeypatch):
     expected = call(op)
     assert way() == "direct"
     for module in ASKING:
@@ -116,7 +123,7 @@ class Seen(TorchDispatchMode):
 
 
 @EVERY
-def test_dispatch_modes(op, way):
+def test_dispatch_modes(op, on, way):
     expected, _ = call(op), way()
     with Seen() as mode:
         got = call(op)
@@ -137,7 +144,7 @@ def test_fake_tensors(op, way):
 
 
 @EVERY
-def test_the_profiler_shows_the_op(op, way):
+def test_the_profiler_shows_the_op(op, on, way):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call(op)
     assert way() == "dispatcher"
@@ -196,7 +203,7 @@ class Mine(torch.Tensor):
 
 
 @EVERY
-def test_subclasses(op, way):
+def test_subclasses(op, on, way):
     expected, _ = call(op), way()
     for i in range(len(CALLS[op].shapes)):
         tensors = inputs(op)
@@ -217,7 +224,7 @@ def test_parameters(op):
 
 @EVERY
 @pytest.mark.parametrize("kind", ["neg view", "imaginary part of a conjugate", "zeros without memory"])
-def test_tensors_whose_memory_is_not_their_values(op, kind, way):
+def test_tensors_whose_memory_is_not_their_values(op, kind, on, way):
     """Negated views as `x.conj().imag` makes them; zeros as forward-mode differentiation does."""
     for i in set(range(len(CALLS[op].shapes))) - set(CALLS[op].written):
         tensors = inputs(op)
@@ -260,7 +267,7 @@ def test_writing_to_a_negated_view(op, way):
 
 
 @EVERY
-def test_tensors_that_need_a_gradient(op, way):
+def test_tensors_that_need_a_gradient(op, on, way):
     expected, _ = call(op), way()
     for i in range(len(CALLS[op].shapes)):
         tensors = inputs(op)

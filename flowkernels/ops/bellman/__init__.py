@@ -42,8 +42,8 @@ def bellman(cost: Tensor, steps: int, carry: float = 1.0) -> tuple[Tensor, Tenso
     expect(steps <= cost.shape[0] - 1, "steps", f"at most K = {cost.shape[0] - 1}", steps)
     carry = expect_number(carry, "carry")
     cost = cost.detach()
-    if (C := direct("bellman", cost)) is not None:
-        return _kernel(C, cost, steps, carry)
+    if (way := direct("bellman", cost)) is not None:
+        return _kernel(way[0], cost, steps, carry, *way[1])
     return dispatch("bellman", cost, steps, carry)
 
 

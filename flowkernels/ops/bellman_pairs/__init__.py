@@ -51,8 +51,8 @@ def bellman_pairs(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tens
     steps = expect_positive_int(steps, "steps")
     expect(steps <= n - 1, "steps", f"at most K = {n - 1}", steps)
     first, cost = first.detach(), cost.detach()
-    if (C := direct("bellman_pairs", first, cost)) is not None:
-        return _kernel(C, first, cost, steps)
+    if (way := direct("bellman_pairs", first, cost)) is not None:
+        return _kernel(way[0], first, cost, steps, *way[1])
     return torch.ops.flowkernels.bellman_pairs(first, cost, steps)
 
 

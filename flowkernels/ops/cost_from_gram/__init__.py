@@ -41,8 +41,8 @@ def cost_from_gram(gram: Tensor, times: Tensor, *, states: bool = False) -> Tens
     if gram.shape != (rows, rows):
         expect(False, "gram", f"shape [{rows}, {rows}], for {len(t)} knots", gram)
     gram = gram.detach()
-    if (C := direct("cost_from_gram", gram, t)) is not None:
-        return _kernel(C, gram, t, states)
+    if (way := direct("cost_from_gram", gram, host=t)) is not None:
+        return _kernel(way[0], gram, t, states, *way[1])
     return torch.ops.flowkernels.cost_from_gram(gram, t, states)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from flowkernels._checks import expect, expect_like, expect_low, expect_number, expect_tensor
 from flowkernels.ops._state_op import StateOp, gradient_of_state, velocity_dtypes
 from flowkernels.ops.euler_step import reference
-from flowkernels.ops.library import DTYPE_CODES, direct, dispatch, is_plain, register_autograd, threads_or
+from flowkernels.ops.library import DTYPE_CODES, direct, dispatch, is_plain, register_autograd, stream_of, threads_or
 
 
 def euler_step(
@@ -73,11 +73,12 @@ def stepper(x: Tensor):
 
     What does not change from step to step is decided here, once, from the loop's state x.
     """
-    C = direct("euler_step_out", x)
+    way, device = direct("euler_step_out", x), x.device
 
     def step(x, v, h, v_uncond, guidance, out) -> Tensor:
-        if C is not None and is_plain(v) and (v_uncond is None or is_plain(v_uncond)):
-            _launch(C, x, v, h, v_uncond, guidance, out, None)
+        if way is not None and is_plain(v, device) and (v_uncond is None or is_plain(v_uncond, device)):
+            C, where = way
+            _launch(C, x, v, h, v_uncond, guidance, out, None, *(where and stream_of(x)))
             torch.autograd.graph.increment_version(out)
         else:
             dispatch("euler_step_out", x, v, h, v_uncond, guidance, out, None)

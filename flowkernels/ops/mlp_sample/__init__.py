@@ -129,8 +129,8 @@ def mlp_sample(
         for name, t in [("x", x), *_named_tensors(layers, "layers"), *others]:
             expect(not t.requires_grad, name, "no gradient: mlp_sample has none", "requires_grad")
     args = (x, *_flat_steps(h), *_flat(layers, unconditional), float(guidance), weights, trajectory)
-    if (C := direct("mlp_sample", x, *args[3])) is not None:
-        state, states, velocities = _kernel(C, *args)
+    if (way := direct("mlp_sample", x, *args[3])) is not None:
+        state, states, velocities = _kernel(way[0], *args)
     elif is_transformed():
         with no_autocast(x):
             state, states, velocities = reference.mlp_sample(x, h, layers, unconditional, float(guidance), weights)

@@ -47,8 +47,8 @@ def segment_points(
         expect(False, "dtype", f"None, {bank.dtype}, torch.bfloat16 or torch.float16", dtype, TypeError)
     dtype = bank.dtype if dtype is None else dtype
     bank = bank.detach()
-    if (C := direct("segment_points", bank, interval, sample, u)) is not None:
-        return _kernel(C, bank, interval, sample, u, dtype)
+    if (way := direct("segment_points", bank, interval, sample, u)) is not None:
+        return _kernel(way[0], bank, interval, sample, u, dtype, *way[1])
     return torch.ops.flowkernels.segment_points(bank, interval, sample, u, dtype)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowkernels._checks import FLOATS, expect, expect_number, expect_tensor
 from flowkernels.ops.library import (
+    CPU,
     DTYPE_CODES,
     direct,
     dispatch,
@@ -103,9 +104,9 @@ def straighten_loss(
         return StraightenLoss(*reference.straighten_loss(v, bank, step_sizes, interval, sample, weight, c))
     args = (v, bank, step_sizes, interval, sample, weight, c)
     gradient = torch.is_grad_enabled() and v.requires_grad
-    if (C := direct("straighten_loss", *args[:-1], gradient=True)) is not None:
-        results = _Direct.apply(C, *args) if gradient else directly(C, *args, False)[0]
-        return StraightenLoss(results[0], *results.detach()[1:].split([len(v), len(bank) - 1]))
+    if (way := direct("straighten_loss", *args[:-1], gradient=True)) is not None:
+        mean, others = _Direct.apply(*way, *args) if gradient else directly(*way, *args, False)[:2]
+        return StraightenLoss(mean, *others.split([len(v), len(bank) - 1]))
     return StraightenLoss(*dispatch("straighten_loss", *args, gradient)[:3])
 
 
@@ -142,21 +143,25 @@ def _kernel(C, v, bank, step_sizes, interval, sample, weight, huber_c, gradient,
         *losses, grad = _fake(*args, gradient)
         _launch(C, *args, [t.data_ptr() for t in losses], grad if gradient else None, *where)
         return *losses, grad
-    (results, grad), B = directly(C, *args, gradient), v.shape[0]
-    grad = v.new_empty(0) if grad is None else grad
+    mean, others, grad = directly(C, where, *args, gradient)
     # each apart: outputs of an op may not share memory
-    return results[0].clone(), results[1 : B + 1].clone(), results[B + 1 :].clone(), grad
+    losses = mean.clone(), *(t.clone() for t in others.split([v.shape[0], bank.shape[0] - 1]))
+    return *losses, v.new_empty(0) if grad is None else grad
 
 
-def directly(C, v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, Tensor | None]:
-    """The three losses in one tensor, and the gradient if wanted: fewer results are less to do for autograd."""
+def directly(
+    C, where, v, bank, step_sizes, interval, sample, weight, huber_c, gradient
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss, those of samples and then of intervals in one tensor, and the gradient if wanted."""
     v, B = v.contiguous(), v.shape[0]
-    results = torch.empty(B + bank.shape[0], dtype=torch.float64, device="cpu")
-    at = results.data_ptr()
-    losses = at, at + 8, at + 8 * (B + 1)
+    dtype, device = (bank.dtype, bank.device) if where else (torch.float64, CPU)
+    results = torch.empty(B + bank.shape[0], dtype=dtype, device=device)
+    at, each = results.data_ptr(), results.element_size()
+    losses = at, at + each, at + each * (B + 1)
     grad = fresh(torch.empty_like(v)) if gradient else None
-    _launch(C, v, bank, step_sizes, interval, sample, weight, huber_c, losses, grad)
-    return results.to(bank.dtype), grad
+    _launch(C, v, bank, step_sizes, interval, sample, weight, huber_c, losses, grad, *where)
+    results = results.to(bank.dtype)
+    return results[0], results[1:], grad
 
 
 def _reference(v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
@@ -190,21 +195,28 @@ class _Direct(torch.autograd.Function):
     """The kernel with its gradient, past the dispatcher; of all results the first is differentiated."""
 
     @staticmethod
-    def forward(ctx, C, *args):
-        results, gradient = directly(C, *args, True)
+    def forward(ctx, C, where, *args):
+        mean, others, gradient = directly(C, where, *args, True)
         ctx.save_for_backward(gradient)
-        return results
+        ctx.mark_non_differentiable(others)
+        ctx.set_materialize_grads(False)
+        return mean, others
 
     @staticmethod
-    def backward(ctx, grad):
-        return (None, *_backward(ctx, grad[0])[:-1])
+    def backward(ctx, grad, _):
+        return (None, None, *_backward(ctx, grad)[:-1])
+
+
+def _is_known(grad: Tensor) -> bool:
+    """Whether its value can be looked at without waiting."""
+    return not is_batched(grad) and grad.is_cpu and direct("straighten_loss", grad, gradient=True) is not None
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
     (gradient,) = ctx.saved_tensors
-    if is_batched(grad) or direct("straighten_loss", grad, gradient=True) is None or grad.item() != 1:
+    if not (_is_known(grad) and grad.item() == 1):
         # in grad's dtype: a gradient scaler's 65,536 is more than float16 holds
         gradient = (gradient.to(grad.dtype) * grad).to(gradient.dtype)
     if torch.is_grad_enabled():  # create_graph: the second derivative is not there, and is not to be taken for zero

@@ -59,8 +59,8 @@ def velocity_gram(v: Tensor, *, x: Tensor | None = None, times: Tensor | None = 
 
 
 def _dispatch(v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
-    if (C := direct("velocity_gram", v, x)) is not None:
-        return _kernel(C, v, x, times)
+    if (way := direct("velocity_gram", v, x, host=times)) is not None:
+        return _kernel(way[0], v, x, times, *way[1])
     return torch.ops.flowkernels.velocity_gram(v, x, times)
 
 

@@ -27,8 +27,8 @@ def axpy(x: Tensor, y: Tensor, a: float) -> Tensor:
     expect_like(y, "y", x)
     a = expect_number(a, "a")
     x, y = x.detach(), y.detach()
-    if (C := direct("axpy", x, y)) is not None:
-        return _kernel(C, x, y, a)
+    if (way := direct("axpy", x, y)) is not None:
+        return _kernel(way[0], x, y, a, *way[1])
     return dispatch("axpy", x, y, a)
 
 
