@@ -100,6 +100,21 @@ class Recording(TorchDispatchMode):
         return out
 
 
+class Event:
+    """Passed at once, unless a test says that the GPU is slow."""
+
+    passed = True
+
+    def wait(self):
+        pass
+
+    def record(self):
+        pass
+
+    def query(self):
+        return self.passed
+
+
 @pytest.fixture
 def host_cuda(monkeypatch):
     """Graphs on the host for everything that capture.py asks of torch.cuda."""
@@ -108,18 +123,21 @@ def host_cuda(monkeypatch):
     def set_sync_debug_mode(mode):
         syncs.enter_context(NoSync()) if mode == "error" else syncs.close()
 
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    event = types.SimpleNamespace(wait=lambda: None, record=lambda: None)
+    stream = types.SimpleNamespace(wait_stream=lambda other: None, record_event=Event)
     for name, value in dict(
-        **dict(Stream=lambda: stream, current_stream=lambda: stream, stream=contextlib.nullcontext),
-        **dict(device=contextlib.nullcontext, Event=lambda: event, CUDAGraph=HostGraph),
+        **dict(Stream=lambda priority: stream, current_stream=lambda: stream, stream=contextlib.nullcontext),
+        **dict(device=contextlib.nullcontext, Event=Event, CUDAGraph=HostGraph),
+        is_current_stream_capturing=lambda: False,
         graph=lambda graph, stream, **settings: Recording(graph, **settings),
         **dict(get_sync_debug_mode=lambda: 0, set_sync_debug_mode=set_sync_debug_mode),
     ).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(capture, "choose", lambda mode, device: mode)
     monkeypatch.setattr(HostGraph, "made", 0)
-    return HostGraph
+    yield HostGraph
+    capture.LOOPS.clear()
+    for places in (capture.STREAMS, capture.LAST):
+        places.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -564,6 +582,68 @@ def test_a_graph_lives_as_long_as_its_velocity(host_cuda):
     del other
     gc.collect()
     assert not capture.LOOPS.loops
+
+
+class Table:
+    """Nothing that is looked at for changes."""
+
+    def __init__(self, values):
+        self.values = values
+
+
+class Looking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table = nn.Linear(4, 4), Table(torch.full((4,), 2.0))
+
+    def forward(self, x, t):
+        return self.layer(x) * self.table.values
+
+
+def test_memory_is_kept_for_a_graph_where_no_change_of_it_is_seen(host_cuda):
+    net, noise = Looking(), normal(3, 4)
+    first = check(net, noise, 2, "graph")
+    net.table.values = torch.full((4,), 3.0)
+    gc.collect()
+    assert torch.equal(fk.sample(net, noise, 2, capture="graph"), first)  # as documented, but for no garbage
+    assert host_cuda.made == 1
+
+
+def test_memory_is_not_kept_for_a_graph_where_a_change_of_it_is_seen(host_cuda):
+    net, noise = Looking(), normal(3, 4)
+    check(net, noise, 2, "graph")
+    old = StorageWeakRef(net.layer.weight.untyped_storage())
+    net.layer.weight = nn.Parameter(net.layer.weight.detach() * 2)
+    assert old.expired()
+    check(net, noise, 2, "graph")
+    assert host_cuda.made == 2
+
+
+DROPS = {
+    "for newer ones": lambda made: fk.sample(linear_field(), normal(2, 4), 2, capture="graph"),
+    "with its velocity": lambda made: made.clear(),
+    "with all": lambda made: capture.LOOPS.clear(),
+}
+
+
+@pytest.mark.parametrize("drop", DROPS)
+def test_a_dropped_graph_is_kept_until_its_replay_is_over(drop, host_cuda, monkeypatch):
+    monkeypatch.setattr(capture, "SIZE", 1)
+    monkeypatch.setattr(Event, "passed", False)
+    made = [linear_field()]
+    fk.sample(made[0], normal(2, 4), 2, capture="graph")
+    graph = weakref.ref(next(iter(capture.LOOPS.loops.values()))[0])
+    DROPS[drop](made)
+    gc.collect()
+    assert graph() is not None
+    monkeypatch.setattr(Event, "passed", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # where a query would spoil a graph
+    capture.LOOPS.drop_passed()
+    assert graph() is not None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    fk.sample(linear_field(), normal(2, 4), 3, capture="graph")
+    gc.collect()
+    assert graph() is None
 
 
 def test_threads_share_a_graph(host_cuda):

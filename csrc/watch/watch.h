@@ -1,8 +1,12 @@
-// flowkernels/fusion/watch.py has what the entries are. Needs the GIL.
+// What Python asks of objects at every call, faster. Needs the GIL.
 #pragma once
 #include <Python.h>
 
 namespace fk {
 // The place of the first entry, a tuple of a tuple, that does not hold any more; -1 if all do.
+// flowkernels/fusion/watch.py has what the entries are.
 Py_ssize_t watch_changed(PyObject* entries);
+
+// Whether the marks, a tuple of tuples, hold of the objects from `roots` on, a tuple: flowkernels/sampling/state.py.
+bool state_holds(PyObject* marks, PyObject* roots);
 }  // namespace fk

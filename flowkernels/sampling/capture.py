@@ -5,6 +5,7 @@ can be recorded once and replayed. Nothing inside the loop looks at a value: ste
 the device before it starts, and what depends on them alone is evaluated once (`fk.HasTimeEmbedding`).
 """
 
+import contextlib
 import functools
 import sys
 import threading
@@ -12,7 +13,7 @@ import traceback
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +21,15 @@ from torch import Tensor, nn
 
 from flowkernels._checks import expect
 from flowkernels.runtime import backends
-from flowkernels.runtime.torch_private import FORWARD_HOOKS, HELD, compiler_errors
+from flowkernels.runtime.torch_private import (
+    FORWARD_HOOKS,
+    TorchDispatchMode,
+    compiler_errors,
+    is_traceable_wrapper_subclass,
+    tree_leaves,
+)
 from flowkernels.sampling.loop import OPS, REFERENCE, AsFunctions, evaluated_steps, last_state
+from flowkernels.sampling.state import State
 from flowkernels.solver import Solver, euler_sizes
 from flowkernels.velocity.protocol import Velocity, resolve
 
@@ -69,12 +77,16 @@ def run(mode: str, velocity: Velocity, x: Tensor, solver: Solver) -> Tensor:
 
     # under the lock to the end: the graph's buffers are shared by all who call it
     with LOOPS.lock:
-        graph = LOOPS.find(velocity, (*key, _state(velocity)))
+        LOOPS.drop_passed()
+        state = LOOPS.state_of(velocity)
+        graph = None if state is None else LOOPS.find(velocity, key, state)
         if graph is None:
             t = known.model_times(solver.model_times, x)
             with torch.autocast(kind, autocast[1], autocast[0], cache_enabled=False):  # cached casts would be freed
                 graph = _Graph(lambda x, t: last_state(velocity, x, solver, t), x, t)
-            LOOPS.keep(velocity, (*key, _state(velocity)), graph)  # after its first calls, which may have changed it
+            state = LOOPS.state_of(velocity) or State(velocity)  # after its first calls, which may have changed it
+            graph.own_all_but(state.storages)
+            LOOPS.keep(velocity, key, graph, state)
         return graph(x)
 
 
@@ -100,44 +112,91 @@ def _call_compiled(loop: Callable, velocity, x: Tensor, t: Tensor) -> Tensor:
         expect(False, "velocity", f"a network that torch.compile takes whole ({WAY_OUT})", reason, RuntimeError)
 
 
+def _hooks(velocity) -> tuple:
+    """What tells the hooks of all modules apart, which the compiler takes for those that it has seen: their numbers."""
+    modules = velocity.modules() if isinstance(velocity, nn.Module) else ()
+    return tuple(number for module in modules for name in FORWARD_HOOKS for number in getattr(module, name))
+
+
 # ---- CUDA graph ----
 
 
 class _Graph:
-    """One CUDA graph of `loop(x, t)`; called with a state, it returns the new one in memory of its own."""
+    """One CUDA graph of `loop(x, t)`; called with a state, it returns the new one in memory of its own.
+
+    A graph holds addresses. What was made while it was recorded is in its private pool. All else that it reads,
+    `reads`, is either of the velocity's `State`, so that a change of address is seen and the graph not replayed, or
+    held here.
+    """
 
     def __init__(self, loop: Callable, x: Tensor, t: Tensor):
         with torch.cuda.device(x.device), torch.inference_mode(False), torch.no_grad():
             self.x, self.t = x.clone(memory_format=torch.contiguous_format), t.clone()  # read by every replay
-            self.graph, self.out = _record(functools.partial(loop, self.x, self.t))
+            self.graph, self.out, self.reads = _record(functools.partial(loop, self.x, self.t), x.device)
             self.done = torch.cuda.Event()
+
+    def own_all_but(self, storages: Collection[int]) -> None:
+        """Hold what it reads, but for what the velocity's state has: old weights are not kept."""
+        self.reads = {place: storage for place, storage in self.reads.items() if place not in storages}
 
     def __call__(self, x: Tensor) -> Tensor:
         with torch.cuda.device(self.x.device):
-            self.done.wait()  # for a replay on another stream
+            _line_up(self.x.device)
             self.x.copy_(x)
             self.graph.replay()
             out = self.out.clone()
             self.done.record()
+            LAST[self.x.device] = self.done
         return out
 
+    def is_done(self) -> bool:
+        """Whether its last replay is over, as far as it can be told: a query would spoil a graph that is recorded."""
+        return not torch.cuda.is_current_stream_capturing() and self.done.query()
 
-def _record(loop: Callable[[], Tensor]) -> tuple:
-    """(graph, its output) of `loop()` on the current device, in a private pool of memory."""
-    outer, before, stream = sys.exc_info()[1], torch.cuda.get_sync_debug_mode(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+
+# One stream for each device, on which all graphs are recorded: cuBLAS keeps scratch memory for each stream, which these
+# graphs share. So what they do, and their recording, is one after another.
+STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+LAST: dict[torch.device, torch.cuda.Event] = {}  # behind the last of that
+
+
+def _line_up(device: torch.device) -> None:
+    """The current stream goes on behind all that graphs of this device do."""
+    if device in LAST:
+        LAST[device].wait()
+
+
+@contextlib.contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """On the stream for recording, between what this stream has done before and what it does after."""
+    if device not in STREAMS:
+        STREAMS[device] = torch.cuda.Stream(priority=-1)  # of the streams that torch hands out, one with few users
+    stream, current = STREAMS[device], torch.cuda.current_stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
+        _line_up(device)
+        try:
+            yield
+        finally:
+            LAST[device] = stream.record_event()
+            current.wait_stream(stream)
+
+
+def _record(loop: Callable[[], Tensor], device: torch.device) -> tuple:
+    """(graph, its output, memory that it reads and has not made) of `loop()` on the current device, in a private pool
+    of memory."""
+    outer, before = sys.exc_info()[1], torch.cuda.get_sync_debug_mode()
+    with _aside(device):
         loop()  # what is made at a first call: handles of libraries, tables that a network keeps
     graph = torch.cuda.CUDAGraph()
     try:
         # once with syncs forbidden, for an error that names the line and leaves no half-made graph behind
         torch.cuda.set_sync_debug_mode("error")
-        with torch.cuda.stream(stream):
+        with _aside(device), _Reads() as reads:
             loop()
         torch.cuda.set_sync_debug_mode(before)
-        torch.cuda.current_stream().wait_stream(stream)
         # thread_local: what other threads ask of the GPU meanwhile does not spoil the graph
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=STREAMS[device], capture_error_mode="thread_local"):
             out = loop()
     except RuntimeError as e:
         first = e
@@ -148,7 +207,33 @@ def _record(loop: Callable[[], Tensor]) -> tuple:
         expect(False, "velocity", expected, reason, RuntimeError)
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    return graph, out
+    return graph, out, reads.storages
+
+
+class _Reads(TorchDispatchMode):
+    """The memory that operations read or write and that none of them has made, by where its storage is."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.made = {}, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for storage in _storages((args, kwargs)):
+            if storage._cdata not in self.made:
+                self.storages[storage._cdata] = storage
+        out = func(*args, **(kwargs or {}))
+        self.made.update(storage._cdata for storage in _storages(out) if storage._cdata not in self.storages)
+        return out
+
+
+def _storages(values) -> Iterator[torch.UntypedStorage]:
+    todo = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+    while todo:
+        t = todo.pop()
+        if is_traceable_wrapper_subclass(t):
+            todo += [getattr(t, name) for name in t.__tensor_flatten__()[0]]
+        elif t.layout is torch.strided:
+            yield t.untyped_storage()
 
 
 def _first_line(error: BaseException) -> str:
@@ -156,104 +241,72 @@ def _first_line(error: BaseException) -> str:
 
 
 def _at(frames: Sequence[traceback.FrameSummary]) -> str:
-    """Where an error came from, torch's own frames aside."""
+    """Where an error came from, frames of torch's and of its modes aside."""
     own = [f for f in frames if not Path(f.filename).is_relative_to(Path(torch.__file__).parent)]
+    own = [f for f in own if f.name != _Reads.__torch_dispatch__.__name__]
     return f" at {own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
-
-
-PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
-CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set))
-LONGEST = 256  # entries of a container that are looked at
-SEEN = {"training", *HELD, *FORWARD_HOOKS}
-MACHINERY = frozenset(vars(nn.Module())) - SEEN
-
-
-def _hooks(velocity) -> tuple:
-    """What tells the hooks of all modules apart, which the compiler takes for those that it has seen: their numbers."""
-    modules = velocity.modules() if isinstance(velocity, nn.Module) else ()
-    return tuple(number for module in modules for name in FORWARD_HOOKS for number in getattr(module, name))
-
-
-def _state(velocity) -> tuple:
-    """What a graph has taken in for good: addresses and layouts of tensors, plain settings, identities of the rest.
-
-    Looked at are modules, functions with what they close over and the modules and tensors that they name,
-    `functools.partial`, bound methods, and in them short containers. Values in memory are none of it: a replay reads
-    what is there then.
-    """
-    state, todo, seen = [], [velocity], set()
-    if not isinstance(velocity, nn.Module):
-        todo.append(getattr(velocity, "__dict__", None))
-    while todo:
-        value = todo.pop()
-        kind = type(value)
-        if kind in PLAIN:
-            state.append(value)
-        elif isinstance(value, Tensor):
-            dense = value.layout is torch.strided
-            state.append((value.data_ptr(), value.dtype, value.shape, value.stride()) if dense else id(value))
-        elif kind in CONTAINERS:
-            if 0 < len(value) <= LONGEST and id(value) not in seen:
-                seen.add(id(value))
-                todo.extend(value.values() if isinstance(value, dict) else value)
-            state.append(len(value))
-        elif kind is types.MethodType:  # made anew at every access
-            todo.extend((value.__func__, value.__self__))
-        elif id(value) not in seen:
-            seen.add(id(value))
-            state.append(id(value))
-            if isinstance(value, nn.Module):
-                for name, v in vars(value).items():
-                    if name not in MACHINERY:
-                        (state if type(v) in PLAIN else todo).append(v)
-            elif isinstance(value, types.FunctionType):
-                todo.extend(cell.cell_contents for cell in value.__closure__ or ())
-                named = map(value.__globals__.get, value.__code__.co_names)
-                todo.extend(v for v in named if isinstance(v, (Tensor, nn.Module)))
-                todo.append(value.__defaults__)
-            elif isinstance(value, functools.partial):
-                todo.extend((value.func, value.args, value.keywords))
-    return tuple(state)
 
 
 # ---- what is kept ----
 
 
 class _Loops:
-    """Loops by the velocity they were made of, without keeping it alive; the least recently used go first."""
+    """Loops by the velocity they were made of and its state, without keeping it alive; the least recently used go
+    first. A graph that is dropped while a replay of it runs is kept until that is over."""
 
     def __init__(self):
-        self.lock, self.loops = threading.RLock(), OrderedDict()
+        self.lock, self.loops, self.dropped = threading.RLock(), OrderedDict(), []
 
-    def find(self, velocity, key):
-        _, key = _identity(velocity, key)
-        if key not in self.loops:
+    def state_of(self, velocity) -> State | None:
+        """The velocity's state now, if loops of it are kept."""
+        _, identity = _identity(velocity)
+        places = reversed(list(self.loops))  # a list: the end of a velocity takes loops away at any time
+        states = dict.fromkeys(state for of, _, state in places if of == identity and state is not None)
+        return next((state for state in states if state.holds(velocity)), None)
+
+    def find(self, velocity, key, state: State | None = None):
+        place = (_identity(velocity)[1], key, state)
+        if place not in self.loops:
             return None
-        self.loops.move_to_end(key)
-        return self.loops[key][0]
+        self.loops.move_to_end(place)
+        return self.loops[place][0]
 
-    def keep(self, velocity, key, loop):
-        owner, key = _identity(velocity, key)
+    def keep(self, velocity, key, loop, state: State | None = None):
+        owner, identity = _identity(velocity)
+        place = (identity, key, state)
         try:
-            gone = weakref.ref(owner, lambda _: self.loops.pop(key, None))
+            gone = weakref.ref(owner, lambda _: self._drop(place))
         except TypeError:
             expected = "a callable that can be weakly referenced, for capture (a VelocityField of it can)"
             expect(False, "velocity", expected, velocity, TypeError)
-        self.loops[key] = loop, gone
+        self.loops[place] = loop, gone
         while len(self.loops) > SIZE:
-            self.loops.popitem(last=False)
+            self._drop(next(iter(self.loops)))
         return loop
+
+    def _drop(self, place) -> None:
+        loop, _ = self.loops.pop(place, (None, None))
+        if isinstance(loop, _Graph) and not loop.is_done():
+            self.dropped.append(loop)
+
+    def drop_passed(self) -> None:
+        """Let go of dropped graphs whose replays are over."""
+        for graph in list(self.dropped):
+            if graph.is_done():
+                self.dropped.remove(graph)
 
     def clear(self) -> None:
         with self.lock:
-            self.loops.clear()
+            for place in list(self.loops):
+                self._drop(place)
 
 
-def _identity(velocity, key) -> tuple:
-    """(object that the loops of a velocity live as long as, key): a bound method is made anew at every access."""
+def _identity(velocity) -> tuple:
+    """(object that the loops of a velocity live as long as, what tells them apart): a bound method is made anew at
+    every access."""
     method = isinstance(velocity, types.MethodType)
     owner = velocity.__self__ if method else velocity
-    return owner, (id(owner), velocity.__func__ if method else None, key)
+    return owner, (id(owner), velocity.__func__ if method else None)
 
 
 LOOPS = _Loops()

@@ -1,0 +1,141 @@
+"""What a recorded loop has taken in of a velocity for good, and whether that is still so."""
+
+import functools
+import types
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowkernels.runtime import backends
+from flowkernels.runtime.torch_private import FORWARD_HOOKS, HELD, is_traceable_wrapper_subclass
+
+PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
+CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set))
+LONGEST = 256  # entries of a container that are looked at
+SEEN = {"training", *HELD, *FORWARD_HOOKS}
+MACHINERY = frozenset(vars(nn.Module())) - SEEN
+
+# kinds of marks
+SAME, WEAK, STRONG, TENSOR, WRAPPER, DICT, ORDERED, ITEMS, LENGTH, AGAIN, MODULE, METHOD, FUNCTION, PARTIAL = range(14)
+
+
+class State:
+    """Addresses and layouts of a velocity's tensors, its plain settings, and identities of the rest, as they are now.
+
+    Looked at are modules, functions with what they close over and the modules and tensors that they name,
+    `functools.partial`, bound methods, and in them short containers. Values in memory are none of it: a replay reads
+    what is there then.
+
+    Nothing in it keeps the velocity alive. It is a flat list of marks `(kind, ...)` in the order of a walk, each of
+    what was found in its place; `holds` takes the same walk, in C++ where the extension is built
+    (csrc/watch/state.cpp).
+    """
+
+    def __init__(self, velocity: Any):
+        self.marks, self.storages = _marks(velocity)
+        self._find = getattr(backends.extension(), "state_holds", None)
+
+    def holds(self, velocity: Any) -> bool:
+        """Whether all of it is as it was."""
+        if self._find is not None:
+            return self._find(self.marks, _roots(velocity))
+        return holds_reference(self.marks, velocity)
+
+
+def holds_reference(marks: tuple, velocity: Any) -> bool:
+    """What the extension does, for builds without it, and to compare with."""
+    now, _ = _marks(velocity)
+    return len(now) == len(marks) and all(map(_same, now, marks))
+
+
+def _same(now: tuple, then: tuple) -> bool:
+    if now[0] == then[0] == SAME:
+        return now[1] is then[1] or (type(now[1]) is type(then[1]) and now[1] == then[1])
+    return _equal(now, then)
+
+
+def _equal(now: Any, then: Any) -> bool:
+    """Numbers and texts by their values, all else by its identity."""
+    if isinstance(now, tuple):
+        return isinstance(then, tuple) and len(now) == len(then) and all(map(_equal, now, then))
+    return now is then or (type(now) is type(then) and type(now) in (int, str, bytes) and now == then)
+
+
+def _roots(velocity: Any) -> tuple:
+    return velocity, None if isinstance(velocity, nn.Module) else getattr(velocity, "__dict__", None)
+
+
+def _marks(velocity: Any) -> tuple[tuple, frozenset[int]]:
+    """(marks, storages of the tensors in them)."""
+    marks, storages, seen, containers, todo = [], set(), set(), {}, list(_roots(velocity))
+    while todo:
+        value = todo.pop()
+        mark, parts = _mark(value, seen, containers)
+        if mark[0] == TENSOR:
+            storages.add(value.untyped_storage()._cdata)
+        marks.append(mark)
+        todo.extend(parts)
+    return tuple(marks), frozenset(storages)
+
+
+def _mark(value: Any, seen: set[int], containers: dict[int, int]) -> tuple[tuple, Any]:
+    """Of one value, and what is to be looked at in it. seen: all that was looked at before, but for containers, which
+    are numbered."""
+    kind = type(value)
+    if kind in PLAIN:
+        return (SAME, value), ()
+    if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+        names = tuple(value.__tensor_flatten__()[0])
+        return (WRAPPER, weakref.ref(value), names), [getattr(value, name) for name in names]
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        return (TENSOR, kind, value.data_ptr(), value.dtype, value.shape, value.stride()), ()
+    if kind is types.MethodType:  # made anew at every access
+        return (METHOD,), (value.__func__, value.__self__)
+    if kind in CONTAINERS:
+        if id(value) in containers:
+            return (AGAIN, containers[id(value)]), ()
+        containers[id(value)] = len(containers)
+        if not 0 < len(value) <= LONGEST:
+            return (LENGTH, kind, len(value)), ()
+        if isinstance(value, dict):
+            return (DICT if kind is dict else ORDERED, tuple(value)), value.values()
+        return (ITEMS, kind, len(value)), value
+    try:
+        is_known, known = WEAK, weakref.ref(value)
+    except TypeError:
+        is_known, known = STRONG, value
+    if id(value) in seen:
+        return (is_known, known), ()
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        held = dict(vars(value))  # other threads may write there meanwhile
+        read = bytes(name not in MACHINERY for name in held)
+        return (MODULE, known, tuple(held), read), [v for name, v in held.items() if name not in MACHINERY]
+    if isinstance(value, types.FunctionType):
+        return _mark_function(value, known)
+    if isinstance(value, functools.partial):
+        return (PARTIAL, known), (value.func, value.args, value.keywords)
+    return (is_known, known), ()
+
+
+def _mark_function(f: types.FunctionType, known: weakref.ref) -> tuple[tuple, list]:
+    """With what it closes over, and of the globals that it names the tensors and modules.
+
+    Of each of both: None for a part, False for what is not there, or the type of one that is passed over.
+    """
+    parts, kinds = [f.__defaults__, f.__kwdefaults__], []
+    for cell in f.__closure__ or ():
+        try:
+            parts.append(cell.cell_contents)
+            kinds.append(None)
+        except ValueError:  # empty
+            kinds.append(False)
+    for name in f.__code__.co_names:
+        there, value = name in f.__globals__, f.__globals__.get(name)
+        followed = isinstance(value, (Tensor, nn.Module))
+        parts.extend([value] * followed)
+        kinds.append(None if followed else there and type(value))
+    return (FUNCTION, known, f.__code__, tuple(kinds)), parts
