@@ -9,8 +9,11 @@ from importlib.metadata import version
 import _host_cuda
 import gpu_model
 import pytest
+import torch
 from machine_code import binaries, rules
 from machine_code.rules import Rule
+
+from flowkernels.bench import suite
 
 ARCHITECTURES = {"80", "90a", "100", "120"}
 
@@ -150,9 +153,10 @@ def test_hot_loop():
         /*0060*/   BRA `(.L_x_2) ;
         /*0070*/   NOP ;
 """
-    found, loops = binaries.instructions(listing)
+    found, loops, places = binaries.instructions(listing)
     assert found == ["MOV", "LDG.E.128", "FFMA", "BRA", "BRA", "EXIT", "BRA"]
     assert loops == [range(1, 4)]
+    assert places == list(range(7))
 
 
 OCCUPANCY = """
@@ -201,7 +205,7 @@ TRITON = "## The Triton kernels"
 
 def skeleton(text: str) -> list[str]:
     """Without what depends on the release of the compiler."""
-    floors, _, compiled = text.rpartition("## One kernel of each op")
+    floors, _, compiled = text.partition("## What the kernels are expected to take")
     plain = [line for line in floors.splitlines() if not line.startswith("Compiled by")]
     of_kernels = [line for line in compiled.splitlines() if not line.startswith("Compiled by")]
     return plain + [line.split(" | ")[0] if line.startswith("|") else line for line in of_kernels]
@@ -226,8 +230,152 @@ def test_every_op_has_a_floor(monkeypatch):
         gpu_model.document()
 
 
+def test_the_cases_are_those_that_a_gpu_is_given_first():
+    for op, of_op in gpu_model.FLOORS.items():
+        assert {f.case for f in of_op} <= {c.name for c in suite.cases(op, torch.device("cuda")) if c.main}
+
+
 def test_floors():
     (a100,) = (g for g in gpu_model.GPUS if g.name.startswith("A100"))
-    floor = rules.Floor("", dict(n=10**9, k=3), "n * 2 * k", "n * 5", "fp32", "")
+    floor = rules.Floor("", dict(n=10**9, k=3), "n * 2 * k", "n * 5", "fp32", "n", "", "1", "")
     assert a100.seconds(floor) == (pytest.approx(6 / 2040), "memory")
     assert a100.seconds(dataclasses.replace(floor, computes="n * 195")) == (pytest.approx(0.01), "fp32")
+
+
+# ---- the model ----
+def control(stall: int, write: int = 7, read: int = 7, wait: int = 0) -> int:
+    return stall | write << 5 | read << 8 | wait << 11
+
+
+def modelled(registers: int = 64, loop: tuple = ("FFMA",) * 8, stall: int = 4, shared: int = 0) -> binaries.Kernel:
+    """A kernel of one loop, in blocks of 256 threads."""
+    among = [range(1, 1 + len(loop))]
+    controls = [control(1), *(control(stall) for _ in loop)]
+    return binaries.Kernel("k", "80", registers, 0, 0, shared, 256, ["MOV", *loop], among, controls)
+
+
+def test_clocks():
+    """Two loads that one instruction waits for, one after the other, and stores that read late."""
+    kernel = dataclasses.replace(
+        modelled(loop=("LDS", "LDS", "FFMA", "STS")),
+        control=[0, control(2, write=0), control(1, write=1), control(4, wait=0b11), control(1, read=3)],
+    )
+    assert kernel.clocks(range(1, 5)) == 2 + 29 + 4 + 1
+    assert kernel.clocks(range(3, 5)) == 5
+    waiting = dataclasses.replace(kernel, control=[0, control(2, wait=8), *kernel.control[2:]])
+    assert waiting.clocks(range(1, 5)) > 2 + 1 + 4 + 1  # the next turn begins with what the store has read
+    assert kernel.code != waiting.code
+
+
+@pytest.mark.parametrize(
+    ("what", "by"),
+    [
+        (dict(computes="n * 4096"), "fp32"),
+        (dict(moves="n * 4000"), "memory"),
+        (dict(memory="n * 4000", l2="n"), "memory"),
+        (dict(l2="n * 16000"), "L2"),
+        (dict(shared="n * 40000"), "shared memory"),
+        (dict(issues="n * 40 * FFMA"), "instructions"),
+        (dict(launches=1000), "launches"),
+    ],
+)
+def test_what_limits_a_model(monkeypatch, what, by):
+    (a100,) = (g for g in gpu_model.GPUS if g.name.startswith("A100"))
+    monkeypatch.setattr(rules, "cuda", lambda: [Rule("k", 255, 0)])
+    floor = rules.Floor("", dict(n=1 << 20), "n", "n", "fp32", "n", "k", "ceil(n, 1024)", "n / 32 * FFMA")
+    before, _ = a100.model(floor, [modelled()])
+    after, found = a100.model(dataclasses.replace(floor, **what), [modelled()])
+    assert found == by
+    assert after > 2 * before
+
+
+@pytest.mark.parametrize(
+    "worse", [dict(registers=255), dict(shared=100 << 10), dict(stall=9), dict(loop=("IADD3",) * 12 + ("FFMA",) * 8)]
+)
+def test_a_model_sees_the_machine_code(monkeypatch, worse):
+    (a100,) = (g for g in gpu_model.GPUS if g.name.startswith("A100"))
+    monkeypatch.setattr(rules, "cuda", lambda: [Rule("k", 255, 0)])
+    floor = rules.Floor("", dict(n=1 << 24), "n", "n", "fp32", "n", "k", "ceil(n, 1024)", "n * FFMA")
+    assert a100.model(floor, [modelled(**worse)])[0] > 1.1 * a100.model(floor, [modelled()])[0]
+
+
+def test_waves():
+    """A block more than fit takes as long again as those."""
+    (a100,) = (g for g in gpu_model.GPUS if g.name.startswith("A100"))
+    (floor,) = (f for f in gpu_model.FLOORS["cost_from_gram"])
+    took = [
+        a100.model(dataclasses.replace(floor, blocks=str(blocks), issues=f"{blocks} * 3200 * DMUL"), kernels())[0]
+        for blocks in (108, 109)
+    ]
+    assert took[1] > 1.8 * took[0]
+
+
+def test_no_kernel_is_further_from_its_floor():
+    """Each kernel's last row in benchmarks/results/gpu/model.csv, which gpu_model.py --write appends, less 5 %."""
+    if gpu_model.history()[-1]["nvcc"] != (compiler := binaries.compiler(binaries.built())):
+        pytest.skip(f"built by nvcc {compiler}")
+    new = gpu_model.news(kernels())
+    found = gpu_model.further(new)
+    assert not found, "\n".join(found)
+    assert not new, "python scripts/gpu_model.py --write docs/gpu.md"
+
+
+def test_a_kernel_further_from_its_floor_is_found(monkeypatch, tmp_path):
+    rows = gpu_model.news(kernels()) or gpu_model.history()[-3:]
+    monkeypatch.setattr(gpu_model, "HISTORY", tmp_path / "model.csv")
+    gpu_model.append(rows)
+    again = [{**row, "fraction": str(0.96 * float(row["fraction"]))} for row in rows if row["fraction"]]
+    assert gpu_model.further(again) == []
+    lower = [{**row, "fraction": str(0.94 * float(row["fraction"]))} for row in again]
+    assert len(gpu_model.further(lower)) == len(again) > 0
+
+
+def test_the_history_grows_with_changes_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_model, "HISTORY", tmp_path / "model.csv")
+    first = gpu_model.news(kernels())
+    assert len(first) == len(gpu_model.cases()) * len(ARCHITECTURES)
+    gpu_model.append(first)
+    assert gpu_model.news(kernels()) == []
+    changed = [
+        dataclasses.replace(k, registers=k.registers + 8) if k.name == first[0]["kernel"] else k for k in kernels()
+    ]
+    new = gpu_model.news(changed)
+    assert {row["arch"] for row in new} == {"80", "90", "100", "120"}
+    gpu_model.append(new)
+    assert gpu_model.history() == first + new
+
+
+def test_measurements_stand_beside_the_model_of_what_was_measured(monkeypatch, tmp_path):
+    (op, f), *_ = gpu_model.cases()
+    monkeypatch.setattr(gpu_model, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_model, "HISTORY", tmp_path / "model.csv")
+    row = next(r for r in gpu_model.news(kernels()) if r["op"] == op and r["case"] == f.case and r["gpu"] == "H200")
+    row |= {"floor_us": "29", "model_us": "60"}
+    gpu_model.append([row | {"commit": "abc"}, row | {"commit": "def", "code": "other", "model_us": "50"}])
+    folder = tmp_path / "nvidia-h200-2026-11-29"
+    folder.mkdir()
+    source = "NVIDIA H200,580,{},2026-11-29"
+    for commit, model, ratio, since in (("abc", 60, "2.05", ""), ("def", 50, "2.46", "yes")):
+        (folder / "kernels.csv").write_text(
+            "op,case,kernel,us,device,driver,commit,date\n"
+            + "".join(
+                f'{op},"{f.case}",{kernel},{us},{source.format(commit)}\n' for kernel, us in (("a", 100), ("b", 23))
+            )
+        )
+        text = "\n".join(gpu_model.measured(kernels()))
+        assert f"NVIDIA H200, driver 580, commit {commit}, 2026-11-29:" in text
+        assert f"| {op} | {f.case} | 29 | {model} | 123 |  | {row['limit']} | {ratio} | 24% | {since} |" in text
+        assert text.count(f"| {op} |") == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "alone"),
+    [
+        (dict(host_us=300.0, looped_us=300.0, p50_us=20.0), True),
+        (dict(host_us="", looped_us="", p50_us=3000.0), True),
+        (dict(host_us="", looped_us=140.0, p50_us=130.0), True),
+        (dict(looped_us=120.0, p50_us=80.0), False),
+    ],
+)
+def test_times_that_hold_launches_are_not_the_device_s(row, alone):
+    assert gpu_model.of_the_device(row) == alone

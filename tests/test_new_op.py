@@ -86,6 +86,7 @@ assert "axpy" in suite.entries()
 assert "axpy, one 8x8 image" in [case.name for case in suite.cases("overhead", torch.device("cpu"))]
 assert "axpy_kernel" in [rule.name for rule in rules.cuda()]
 assert len(rules.triton("axpy")) == 1
+assert rules.floors()["axpy"][0].bytes() == 3 << 20
 _bad_calls._ops()
 assert "axpy" in [place.name for place in _bad_calls.PLACES]
 """

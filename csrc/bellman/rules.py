@@ -16,11 +16,16 @@ TRITON = [
 FLOORS = [
     # a sum and a comparison for each pair and step
     Floor(
-        case="float64",
+        case="K=1000, N=1..20",
         sizes=dict(K=1000, N=20),
         moves="K * (K + 1) // 2 * 8 + (N + 1) * (K + 1) * 16",
         computes="N * K * (K + 1)",
         unit="fp64",
+        elements="N * K * K / 2",
         kernel="bellman_kernel",
+        blocks="1",
+        l2="(N + 1) * K * K / 2 * 8",
+        issues="(N + 1) * K * K / 2 / 32 * DADD",
+        longest=2,  # that of the last knots
     ),
 ]

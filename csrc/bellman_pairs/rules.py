@@ -14,11 +14,16 @@ TRITON = [
 FLOORS = [
     # what is read of the costs is a sixth of them
     Floor(
-        case="float64",
+        case="K=400, N=1..10",
         sizes=dict(K=400, N=10),
         moves="(K + 1) * K * (K - 1) // 6 * 8 + (N + 1) * (K + 1) ** 2 * 16",
         computes="2 * (N - 2) * (K + 1) * K * (K - 1) // 6",
         unit="fp64",
+        elements="(N - 1) * (K + 1) * K * (K - 1) // 6",
         kernel="bellman_pairs_step_kernel",
+        blocks="ceil(K + 1, 32) * (K + 1) * (N - 1)",
+        l2="(N - 1) * ((K + 1) * K * (K - 1) // 6 * 8 + 3 * (K + 1) ** 2 * 8)",
+        issues="(N - 1) * (K + 1) * K * (K - 1) / 6 / 32 * FP64 + blocks * 8 * 100",
+        launches=11,
     ),
 ]

@@ -13,11 +13,15 @@ TRITON = [
 FLOORS = [
     # half of a symmetric matrix in, all costs out; two sums of products and three recursions for each pair
     Floor(
-        case="float64",
+        case="K=256",
         sizes=dict(K=256),
         moves="K * (K - 1) // 2 * 8 + (K + 1) ** 2 * 8",
         computes="13 * K * (K + 1) // 2",
         unit="fp64",
+        elements="K * K",
         kernel="cost_from_gram_kernel<false>",
+        blocks="ceil(K + 1, 32)",
+        # of the first block, which has most, as if all were like it: 32 columns at a time
+        issues="blocks * ceil(K + 1, 32) * 32 * (220 + 20 * SHFL)",
     ),
 ]

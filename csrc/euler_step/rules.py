@@ -17,21 +17,25 @@ TRITON = [
 
 FLOORS = [
     Floor(
-        case="guided, bfloat16 velocities and copy",
+        case="65536 Ki elements, guided, bfloat16 velocities and copy, given",
         sizes=dict(n=64 << 20),
         moves="n * (4 + 2 + 2 + 4 + 2)",
         computes="n * 5",
         unit="fp32",
+        elements="n",
         kernel="euler_step_kernel<float, __nv_bfloat16, __nv_bfloat16, true, 4>",
-        elements=8,
+        blocks="ceil(n, 256 * 8)",
+        issues="n * 3 / 32 * FP32",
     ),
     Floor(
-        case="float32",
+        case="16384 Ki elements, float32",
         sizes=dict(n=16 << 20),
         moves="n * (4 + 4 + 4)",
         computes="n * 2",
         unit="fp32",
+        elements="n",
         kernel="euler_step_kernel<float, float, float, false, 4>",
-        elements=4,
+        blocks="ceil(n, 256 * 4)",
+        issues="n / 32 * FP32",
     ),
 ]

@@ -41,20 +41,32 @@ TRITON = [
 ]
 
 FLOORS = [
+    # Three products of parts. Of 16 tokens: a block reads all weights, scales and shifts.
     Floor(
-        case="bfloat16, normed, three products of parts",
+        case="4,096 tokens of 3,072 -> 64, bfloat16",
         sizes=dict(T=4096, d=3072, o=64),
         moves="T * d * 2 + o * d * 2 + T * o * (4 + 4)",
         computes="3 * 2 * T * d * o",
         unit="16-bit",
+        elements="T * d",
         kernel="linear_euler_kernel<__nv_bfloat16, __nv_bfloat16, false, 1, 8>",
+        blocks="ceil(T, 16)",
+        issues="T * d / 256 * (24 * HMMA + 80 + LDGSTS) + blocks * 8 * 450",
+        l2="T * d * 2 + blocks * (o + 2) * d * 2 + T * o * (4 + 4)",
+        shared="4 * T * d * 2 + 2 * blocks * 8 * 16 * o * 4",
     ),
+    # Six products of parts, of 32 outputs
     Floor(
-        case="float32, normed and guided, six products of parts",
+        case="1,024 tokens of 1,152 -> 4 channels of 2x2, guided, float32",
         sizes=dict(T=1024, d=1152, o=16),
         moves="2 * T * d * 4 + o * d * 4 + T * o * (4 + 4)",
         computes="6 * 2 * 2 * T * d * o",
         unit="16-bit",
+        elements="2 * T * d",
         kernel="linear_euler_kernel<float, float, false, 1, 4>",
+        blocks="ceil(T, 8)",
+        issues="2 * T * d / 256 * (24 * HMMA + 60 + 2 * LDGSTS) + blocks * 8 * 450",
+        l2="2 * T * d * 4 + blocks * (o + 4) * d * 4 + T * o * (4 + 4)",
+        shared="4 * 2 * T * d * 4 + 2 * blocks * 8 * 16 * 32 * 4",
     ),
 ]

@@ -15,21 +15,25 @@ TRITON = [
 
 FLOORS = [
     Floor(
-        case="float32",
+        case="4096 Ki elements, 16 terms, float32",
         sizes=dict(n=4 << 20, terms=16),
         moves="n * (4 + 4 * terms + 4)",
         computes="n * 2 * terms",
         unit="fp32",
+        elements="n * terms",
         kernel="linear_update_kernel<float, float, float, 4>",
-        fp32=1,
+        blocks="ceil(n, 256 * 4)",
+        issues="n / 32 * (terms * FP32 + 20)",
     ),
     Floor(
-        case="bfloat16 velocities",
+        case="4096 Ki elements, 16 terms, bfloat16",
         sizes=dict(n=4 << 20, terms=16),
         moves="n * (4 + 2 * terms + 4)",
         computes="n * 2 * terms",
         unit="fp32",
+        elements="n * terms",
         kernel="linear_update_kernel<float, __nv_bfloat16, float, 8>",
-        fp32=1,
+        blocks="ceil(n, 256 * 8)",
+        issues="n / 32 * (terms * FP32 + 20)",
     ),
 ]

@@ -33,21 +33,37 @@ TRITON = [
     Rule(r"mlp_sample_kernel<.*updates=int64.*", 255, 0.12, has="tensor_cores LDGSTS"),
 ]
 
+WEIGHTS = 2 * 64 * 256 + 2 * 256 * 256
+
 FLOORS = [
+    # A block reads all weights in every step, and multiplies as many samples as it has room for. What is not products,
+    # of a layer: 137 us / 32 layers for one sample with bfloat16 weights on an H200, 2026-11-29, less these.
     Floor(
-        case="D -> w x 3 -> D, float32",
-        sizes=dict(n=4096, D=64, w=256, N=8),
-        moves="n * D * 8 + 4 * (2 * D * w + 2 * w * w)",
-        computes="2 * n * N * (2 * D * w + 2 * w * w)",
+        case="64 -> 256 x 3 -> 64, N=8, n=4096, float32 weights",
+        sizes=dict(n=4096, D=64, w=256, N=8, weights=WEIGHTS),
+        moves="n * D * 8 + 4 * weights",
+        computes="2 * n * N * weights",
         unit="fp32",
+        elements="n * N",
         kernel="mlp_sample_kernel<Fma<8, 4>, false>",
+        blocks="ceil(n, min(32, ceil(n, sms)))",
+        issues="blocks * N * (weights * (FFMA + LDGSTS / 4 / 32) + 32 * (3 * w + D) / 32 * 80)",
+        l2="blocks * N * 4 * weights",
+        chain="N * 4 * 5000",
+        shared="blocks * N * weights / 128 * (8 * 128 + 4 * 512)",
     ),
     Floor(
-        case="D -> w x 3 -> D, bfloat16 weights (A100: Mma<2>)",
-        sizes=dict(n=1024, D=64, w=256, N=8),
-        moves="n * D * 8 + 2 * (2 * D * w + 2 * w * w)",
-        computes="2 * n * N * (2 * D * w + 2 * w * w)",
+        case="64 -> 256 x 3 -> 64, N=8, n=1024, bfloat16 weights",
+        sizes=dict(n=1024, D=64, w=256, N=8, weights=WEIGHTS),
+        moves="n * D * 8 + 2 * weights",
+        computes="2 * n * N * weights",
         unit="16-bit",
-        kernel="mlp_sample_kernel<Mma<1>, false>",
+        elements="n * N",
+        kernel={sm: f"mlp_sample_kernel<Mma<{2 if sm == 80 else 1}>, false>" for sm in (80, 90, 100, 120)},
+        blocks="ceil(n, min(32, ceil(n, sms)))",
+        issues="blocks * N * (weights * (ceil(n, 8 * sms) * HMMA / 256 + LDGSTS / 8 / 32) + 8 * (3 * w + D) / 32 * 80)",
+        l2="blocks * N * 2 * weights",
+        chain="N * 4 * 5000",
+        shared="blocks * N * weights * 2 * 2",
     ),
 ]

@@ -25,12 +25,14 @@ TRITON = [
 
 FLOORS = [
     Floor(
-        case="float32, places all different",
+        case="n=256, D=65536",  # places all different
         sizes=dict(B=256, D=65536),
         moves="B * D * (4 + 4 + 4)",
         computes="B * D * 3",
         unit="fp32",
+        elements="B * D",
         kernel="segment_points_kernel<float, float, true, 4>",
-        fp32=2,
+        blocks="B * D // 4096",
+        issues="B * D / 4 / 32 * STG_128",
     ),
 ]

@@ -42,13 +42,17 @@ TRITON = [
 ]
 
 FLOORS = [
-    # two rows of the bank, velocities, their gradient
+    # two rows of the bank, velocities, their gradient; a join and a mean follow
     Floor(
-        case="float32, with gradient, places all different",
+        case="n=256, D=65536, l2, float32",  # places all different
         sizes=dict(B=256, D=65536),
         moves="B * D * (4 + 4 + 4 + 4)",
         computes="B * D * 6",
         unit="fp32",
+        elements="B * D",
         kernel="straighten_loss_kernel<float, float, 4>",
+        blocks="1024",
+        issues="B * D / 4 / 32 * STG_128",
+        launches=3,
     ),
 ]

@@ -53,22 +53,42 @@ TRITON = [
     Rule(r"velocity_gram_sum_kernel<.*", 96, 0.31, double=True, has="LDG.128"),
 ]
 
+# Of a slab of 32 columns, with tiles of 32 x 32 sums: 24 products for each half of a tile, 8 lanes for a row's
+# increments, 16 bytes a copy; and what scales and adds the sums up.
+SLABS = dict(
+    blocks="sms * resident",
+    issues="M // 32 * (tiles * 48 * HMMA + 96 * SHFL + K * {element} / 16 * LDGSTS + 2400)",
+    l2="K * M * {element} + 2 * blocks * tiles * 4096",
+    # velocities in, twice out; halves in; the halves of both sides of a tile, and scales
+    shared="M // 32 * (K * 32 * {element} * 3 + 128 * 128 + tiles * (16 * 512 + 12 * 128))",
+    launches=2,
+)
+
+
+def slabs(element: int) -> dict:
+    return {key: value.format(element=element) if isinstance(value, str) else value for key, value in SLABS.items()}
+
+
 FLOORS = [
-    # each pair of increments once
+    # each pair of increments once, as three products of halves
     Floor(
-        case="float32, three products of halves",
-        sizes=dict(K=100, M=307200),
+        case="K=100, n=100, D=3072, float32",
+        sizes=dict(K=100, M=307200, tiles=10),
         moves="K * M * 4",
         computes="3 * K * (K - 1) * M",
         unit="16-bit",
+        elements="K * M",
         kernel="velocity_gram_increments_kernel<float, false>",
+        **slabs(4),
     ),
     Floor(
-        case="bfloat16, three products of halves",
-        sizes=dict(K=100, M=307200),
+        case="K=100, n=100, D=3072, bfloat16",
+        sizes=dict(K=100, M=307200, tiles=10),
         moves="K * M * 2",
         computes="3 * K * (K - 1) * M",
         unit="16-bit",
+        elements="K * M",
         kernel="velocity_gram_increments_kernel<__nv_bfloat16, false>",
+        **slabs(2),
     ),
 ]

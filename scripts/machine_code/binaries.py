@@ -52,6 +52,14 @@ INSTRUCTIONS = {
     "FP64": r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64\b|MUFU\..*64H\b",
 }
 
+# The bits of an instruction from the 105th on: clocks until the warp's next, the counters that it sets until it has
+# written and read its operands, and those that it waits for
+CONTROL = 105
+FIELDS = (0, 15), (5, 7), (8, 7), (11, 63)
+# Clocks until what takes its time is there: of shared memory, the second-level cache and products of matrices as Luo et
+# al. measured them on an H100 (arXiv 2402.13499); the others, and 20 where there is none, are taken to be about that
+LATENCIES = {"LDGSTS|STG|RED": 10, "LDG": 263, "LDSM": 33, "LDS|ATOMS|STS": 29, "SHFL": 25, "HMMA": 33, "MUFU|D": 30}
+
 
 @functools.cache  # there are few, in many places
 def is_one(what: str, instruction: str) -> bool:
@@ -69,6 +77,7 @@ class Kernel:
     threads: int  # in a block, at most
     instructions: list[str] = field(repr=False)  # without operands: "LDG.E.128"
     loops: list[range] = field(repr=False)  # the innermost ones, as places in instructions
+    control: list[int] = field(repr=False)  # of each instruction: when the warp goes on, and what it waits for
 
     @property
     def sm(self) -> int:
@@ -81,6 +90,33 @@ class Kernel:
     def count(self, what: str, among: range | None = None) -> int:
         which = self.instructions if among is None else (self.instructions[i] for i in among)
         return sum(is_one(what, i) for i in which)
+
+    def loop_of(self, what: str) -> range:
+        """The innermost loop of which most is that kind, else the whole kernel."""
+        most = max(self.loops, key=lambda loop: self.count(what, loop) / len(loop), default=range(0))
+        return most if self.count(what, most) else range(len(self.instructions))
+
+    def clocks(self, among: range) -> int:
+        """What a warp alone takes for these, in a loop: the compiler's stalls, and the latencies of what comes when it
+        comes and is waited for. Barriers of a block take no time here."""
+        now, ready = 0, [0] * 6
+        for _ in range(2):  # the second time, for what the first one has left on its way
+            start = now
+            for i in among:
+                stall, write, read, wait = (self.control[i] >> at & bits for at, bits in FIELDS)
+                now = max([now, *(ready[b] for b in range(6) if wait >> b & 1)])
+                latency = next((n for kind, n in LATENCIES.items() if re.match(kind, self.instructions[i])), 20)
+                for barrier, n in ((write, latency), (read, 10)):
+                    if barrier < 6:
+                        ready[barrier] = max(ready[barrier], now + n)
+                now += max(stall, 1)
+        return now - start
+
+    @property
+    def code(self) -> str:
+        """A digest of what it is."""
+        found = (self.registers, self.stack, self.local, self.shared, self.threads, self.instructions, self.control)
+        return hashlib.sha256(repr(found).encode()).hexdigest()[:12]
 
     @property
     def hot_loop(self) -> range | None:
@@ -152,21 +188,25 @@ def max_threads(cubin: bytes) -> dict[str, int]:
     return found
 
 
-def instructions(listing: str) -> tuple[list[str], list[range]]:
-    """Of one kernel's disassembly: instructions, and the innermost loops. Branches go to labels, or to addresses."""
-    found, labels, branches = [], {}, []
+def instructions(listing: str) -> tuple[list[str], list[range], list[int]]:
+    """Of one kernel's disassembly: instructions, the innermost loops, and the instructions' places in the code, 16
+    bytes each. Branches go to labels, or to addresses."""
+    found, labels, branches, places, first = [], {}, [], [], None
     for m in re.finditer(r"^(\.L\w+):|/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", listing, re.M):
         if m[1]:
             labels[m[1]] = len(found)
             continue
-        labels[int(m[2], 16)] = len(found)
+        address = int(m[2], 16)
+        first = address if first is None else first
+        labels[address] = len(found)
         if m[3].startswith("BRA") and (to := re.search(r"`\((\.L\w+)\)|\b(0x[0-9a-f]+)\s*$", m[4])):
             branches.append((len(found), to[1] or int(to[2], 16)))
         if m[3] != "NOP":
             found.append(m[3])
+            places.append((address - first) // 16)
     loops = [range(labels[to], at + 1) for at, to in branches if labels.get(to, at) < at]
     inner = [a for a in loops if not any(b != a and a.start <= b.start and b.stop <= a.stop for b in loops)]
-    return found, inner
+    return found, inner, places
 
 
 def read_cubin(path: Path) -> list[Kernel]:
@@ -199,15 +239,17 @@ def read_cubins(paths: list[Path], arch: str) -> list[list[Kernel]]:
 def kernels_of(cubin: Path, arch: str, texts: dict[str, str]) -> list[Kernel]:
     usage = run(tool("cuobjdump"), "--dump-resource-usage", cubin)
     threads = max_threads(cubin.read_bytes())
+    codes = {name[6:]: code for name, code in sections(cubin.read_bytes()) if name.startswith(".text.")}
     found = re.findall(r"Function (\S+):\s*\n\s*(.*)", usage)
     kernels = []
     for (symbol, line), name in zip(found, demangle([symbol for symbol, _ in found]), strict=True):
         use = {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", line)}
         # from sm_90 on, what is reserved is counted in
         shared = use["SHARED"] - (SHARED_RESERVED if int(arch.rstrip("af")) >= 90 and use["SHARED"] else 0)
-        sass, loops = instructions(texts[symbol])
+        sass, loops, places = instructions(texts[symbol])
+        words = [int.from_bytes(codes[symbol][16 * at : 16 * at + 16], "little") >> CONTROL for at in places]
         limit = threads.get(symbol, 1024)
-        kernels.append(Kernel(name, arch, use["REG"], use["STACK"], use["LOCAL"], shared, limit, sass, loops))
+        kernels.append(Kernel(name, arch, use["REG"], use["STACK"], use["LOCAL"], shared, limit, sass, loops, words))
     return kernels
 
 

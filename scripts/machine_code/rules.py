@@ -9,16 +9,18 @@ multiple of 8. Dynamic shared memory is what the launcher asks for in the cases 
 import functools
 import importlib.util
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
 from flowkernels.ops.public import OPS
-from machine_code.binaries import Kernel, occupancy
+from machine_code.binaries import INSTRUCTIONS, Kernel, occupancy
 
 ROOT = Path(__file__).parents[2]
 LOW = "(__half|__nv_bfloat16)"
+FUNCTIONS = {"ceil": lambda n, d: -(-n // d), "max": max, "min": min}
 ONE_BLOCK = {80: 0.125, 90: 0.125, 100: 0.125, 120: 0.166}  # of 256 threads on a multiprocessor
 TWO_BLOCKS = {80: 0.25, 90: 0.25, 100: 0.25, 120: 0.333}
 TWO_WITH_HOPPER = {80: 0.125, 90: 0.25, 100: 0.25, 120: 0.166}
@@ -47,26 +49,62 @@ def by_sm(value, sm: int):
     return value[sm] if isinstance(value, dict) else value
 
 
+class Names(dict):
+    """What formulas know: what is given, and what goes with each instruction of a kind in a kernel: `each(kernel, the
+    loop that has most of them)`, shared out among these."""
+
+    def __init__(self, given: dict[str, float], kernel: Kernel | None, each: Callable[[Kernel, range], float]):
+        super().__init__(given)
+        self.kernel, self.each = kernel, each
+
+    def __missing__(self, name: str) -> float:
+        if self.kernel is None or (what := name.replace("_", ".")) not in INSTRUCTIONS:
+            raise KeyError(name)
+        loop = self.kernel.loop_of(what)
+        return self.each(self.kernel, loop) / max(self.kernel.count(what, loop), 1)
+
+
 @dataclass(frozen=True)
 class Floor:
-    """A piece of work: bytes that must move and operations that must happen, and the kernel that does it."""
+    """A case of benchmarks/: what must move and be computed at least, and what the kernel does beside, for the model.
+
+    Formulas are of the sizes, of `sms`, the multiprocessors of a device, of `resident`, the blocks that one of them
+    holds, and of `blocks`. In `issues` a kind of instruction, such as HMMA, stands for the instructions of a warp that
+    go with each of these, addresses and the loop included, in the innermost loop of which they are most, and else in
+    the whole kernel.
+    """
 
     case: str
     sizes: dict[str, int]
-    moves: str  # bytes, in terms of the sizes
+    moves: str  # bytes of device memory
     computes: str  # operations; a multiply-add is two
     unit: str  # what computes them: a key of a GPU's rates in gpu_model.py
-    kernel: str  # its whole name
-    # Elements that a thread takes in one pass through the kernel, which has no loop; or FP32 instructions for each in
-    # the hot loop, which nvcc may unroll; neither where it does not do the same for each.
-    elements: int = 0
-    fp32: int = 0
+    elements: str  # that `issues` and bytes are given for each of
+    kernel: str | dict[int, str]  # its whole name, or by architecture
+    blocks: str
+    issues: str  # instructions of all warps
+    memory: str = ""  # bytes of device memory that do move, where they are more than have to
+    l2: str = ""  # bytes that pass through the second-level cache; where there is none, those that move
+    shared: str = ""  # bytes to and from shared memory
+    longest: float = 1  # the busiest warp's instructions, in those of the mean one
+    chain: str = ""  # clocks of a block beside its loops, one after another
+    launches: int = 1
+
+    def __call__(self, formula: str, **names: float) -> float:
+        return eval(formula or "0", FUNCTIONS, self.sizes | names)
+
+    def instructions(self, kernel: Kernel, **names: float) -> tuple[float, float]:
+        """Of all warps; and the clocks that a warp alone takes for one of them, by those that are counted in loops."""
+        value = lambda each: eval(self.issues, FUNCTIONS, Names(self.sizes | names, kernel, each))  # noqa: E731
+        outside, all_of_them = value(lambda k, loop: 0), value(lambda k, loop: len(loop))
+        clocks = value(lambda k, loop: k.clocks(loop))
+        return all_of_them, (clocks - outside) / (all_of_them - outside)
 
     def bytes(self) -> int:
-        return eval(self.moves, {}, self.sizes)
+        return self(self.moves)
 
     def operations(self) -> int:
-        return eval(self.computes, {}, self.sizes)
+        return self(self.computes)
 
 
 @functools.cache

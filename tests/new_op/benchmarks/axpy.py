@@ -17,7 +17,7 @@ def cases(device) -> Iterator[Case]:
         calls = ours(lambda: axpy(x, y, 0.5), device) | {"torch eager": lambda: torch.add(x, y, alpha=0.5)}
         return Work(calls, lambda got: error_and_bound(sample, got.cpu()), moved=12 * x.numel())
 
-    yield Case("256 Ki elements", 1 << 18, make, quick=True)
+    yield Case("256 Ki elements", 1 << 18, make, quick=True, main=True)
 
 
 def small(device) -> Small:

@@ -6,12 +6,14 @@ CUDA = [Rule(r"axpy_kernel", 16, 1.0)]
 TRITON = [Rule(r"axpy_kernel.*", 32, 1.0)]
 FLOORS = [
     Floor(
-        case="float32",
-        sizes=dict(n=1 << 24),
+        case="256 Ki elements",
+        sizes=dict(n=1 << 18),
         moves="n * (4 + 4 + 4)",
         computes="n * 2",
         unit="fp32",
+        elements="n",
         kernel="axpy_kernel",
-        elements=1,
+        blocks="ceil(n, 256)",
+        issues="n / 32 * FP32",
     )
 ]
