@@ -317,15 +317,26 @@ def expect_low(low, x: Tensor) -> None:
         expect(False, "low", "torch.bfloat16, torch.float16 or a tensor of one of them", low, TypeError)
 
 
-def expect_noise(noise, name: str = "noise") -> Tensor:
-    """Noise `[n, *shape]`: floating point, not empty, finite (while compiled, values are not known yet)."""
+def is_waited_for(t: Tensor) -> bool:
+    """Whether a look at its values waits for all that was asked of its device before."""
+    return t.device.type != "cpu"
+
+
+def expect_noise(noise, name: str = "noise", look: bool = True) -> Tensor:
+    """Noise `[n, *shape]`: floating point, not empty; finite, where values are looked at."""
     expect_values(noise, name, FLOATS)
     expect(noise.dim() >= 2, name, "shape [n, *shape] with at least 2 dimensions", noise)
     expect(noise.numel() > 0, name, "at least one sample and one feature", noise)
+    if look:
+        expect_finite(noise, name)
+    return noise
+
+
+def expect_finite(noise: Tensor, name: str) -> None:
+    """No NaN or Inf (while compiled, values are not known yet)."""
     if not torch.compiler.is_compiling() and not torch.isfinite(noise).all():
         bad = (~torch.isfinite(noise.flatten(1)).all(1)).nonzero()[0].item()
         expect(False, name, "finite values", f"NaN or Inf in sample {bad}")
-    return noise
 
 
 def expect_times(times, name: str) -> Tensor:

@@ -586,6 +586,7 @@ def _stages(cal) -> None:
         noise=noise,
         schedule=plan,
         capture=(None, is_one_of(None, "auto")),
+        check=(True, is_flag),
         progress=bar,
     )
     place(
@@ -594,7 +595,7 @@ def _stages(cal) -> None:
         **dict(
             velocity=field, data=noise, schedule=plan, round_trip=(True, is_flag), resample_with=(3, or_none(is_plan))
         ),
-        **dict(capture=(None, is_one_of(None, "auto")), progress=bar),
+        **dict(capture=(None, is_one_of(None, "auto")), check=(True, is_flag), progress=bar),
     )
     names = or_none(lambda v: isinstance(v, str) and v != "")
     given = (lambda: {"c": rand(N, D)}, or_none(is_dict), "unconditional")

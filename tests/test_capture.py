@@ -21,6 +21,8 @@ import flowkernels as fk
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import DiT, ResidualMLP, UNet
 from flowkernels.sampling import capture
+from flowkernels.sampling import rollout as rollout_module
+from flowkernels.sampling import sample as sample_module
 from flowkernels.sampling.loop import initial_state, steps
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
@@ -215,6 +217,75 @@ def check(velocity, noise, schedule, mode, **tolerance):
     else:
         assert torch.equal(got, expected)
     return got
+
+
+# ---- how often a call waits ----
+
+
+class Waits(TorchDispatchMode):
+    """Counts looks at values of what is made of a tensor, as those of a GPU that wait for it."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.count, self.of = 0, {noise.untyped_storage()._cdata: noise}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        ours = any(t.untyped_storage()._cdata in self.of for t in given)
+        self.count += ours and func.overloadpacket in SYNCS
+        out = func(*args, **(kwargs or {}))
+        if ours:
+            made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self.of |= {t.untyped_storage()._cdata: t for t in made}
+        return out
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """The CPU is a device that is waited for."""
+    for module in (sample_module, rollout_module):
+        monkeypatch.setattr(module, "is_waited_for", lambda t: True)
+
+
+STAGES = {
+    "sample": fk.sample,
+    "captured": functools.partial(fk.sample, capture="graph"),
+    "invert": functools.partial(fk.invert, round_trip=False),
+    "round trip": fk.invert,
+    "rollout": fk.rollout,
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", VELOCITIES)
+def test_a_call_waits_once_and_not_at_all_without_checks(name, stage, far, host_cuda):
+    make, noise, schedule = VELOCITIES[name]
+    velocity, run = make(), STAGES[stage]
+    run(velocity, noise, schedule)  # which records
+    for options, expected in ({}, 2 if stage == "round trip" else 1), (dict(check=False), 0):
+        if stage == "rollout" and options:
+            continue
+        with Waits(noise) as waits:
+            run(velocity, noise, schedule, **options)
+        assert waits.count == expected
+
+
+@pytest.mark.parametrize("capture", [None, "graph"])
+def test_what_is_not_looked_at_shows(capture, far, host_cuda):
+    noise = normal(3, 4)
+    noise[1, 2] = math.nan
+    with pytest.raises(ValueError, match=r"^noise: expected finite values, got NaN or Inf in sample 1"):
+        fk.sample(linear_field(), noise, 2, capture=capture)
+    got = fk.sample(linear_field(), noise, 2, capture=capture, check=False)
+    assert torch.isnan(got).any(1).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match=r"^noise: expected finite values, got NaN or Inf in sample 1"):
+        fk.rollout(linear_field(), noise, 2)
+    with pytest.raises(ValueError, match=r"^data: expected finite values, got NaN or Inf in sample 1"):
+        fk.invert(linear_field(), noise, 2)
+    overflows = fk.sample(lambda x, t: x * 1e30, normal(3, 4), 4, capture=capture, check=False)
+    assert not torch.isfinite(overflows).any()
+    with pytest.raises(ValueError, match=r"^velocity: .* in sample 0"):
+        fk.sample(lambda x, t: x * 1e30, normal(3, 4), 4, capture=capture)
 
 
 # ---- both modes: nothing inside looks at a value ----

@@ -37,6 +37,7 @@ def invert(
     round_trip: bool = True,
     resample_with: Schedule | Solver | int | Sequence[float] | Tensor | None = None,
     capture: str | None = None,
+    check: bool = True,
     progress: bool = False,
 ) -> Inversion:
     """The noise that a flow makes the data of: its steps from t = 1 to t = 0.
@@ -51,6 +52,7 @@ def invert(
         resample_with: what samples on the way back, as `sample` takes it. None: the schedule itself. A solver of other
             than Euler steps does not know its counterpart, so that it has to be given.
         capture: as for `sample`.
+        check: as for `sample`.
         progress: as for `sample`.
 
     The first evaluation is at t = 1. Velocities that are not defined there, such as
@@ -85,10 +87,10 @@ def invert(
     expect(resample_with is not None or not round_trip, "resample_with", expected, "None")
     back = expect_solver(resample_with, "resample_with") if round_trip else None
     if resolve(velocity).fused_run(solver) is not None:  # which would speak of noise
-        expect_noise(data, "data")
-    noise = run(velocity, data, solver, capture, progress, "data", "invert")
+        expect_noise(data, "data", look=expect_bool(check, "check"))
+    noise = run(velocity, data, solver, capture, check, progress, "data", "invert")
     error = None
     if back is not None:
-        again = run(velocity, noise, back, capture, progress, "noise", "round trip")
+        again = run(velocity, noise, back, capture, check, progress, "noise", "round trip")
         error = (again.double() - data.double()).flatten(1).square().sum(1)
     return Inversion(noise, error, solver.evaluations)

@@ -8,7 +8,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels._casts import no_grad
-from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_room
+from flowkernels._checks import (
+    expect,
+    expect_bool,
+    expect_finite,
+    expect_finite_flow,
+    expect_noise,
+    expect_room,
+    is_waited_for,
+)
 from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import initial_state, steps
 from flowkernels.schedule import Schedule
@@ -65,7 +73,9 @@ def rollout(
     if fused is not None:
         _, x, v = fused.run(noise, states=True, velocities=True)
         return Trajectory(solver.times, x, v)
-    x0 = initial_state(expect_noise(noise))
+    x0 = initial_state(expect_noise(noise, look=False))
+    if not is_waited_for(x0):
+        expect_finite(noise, "noise")
     warn_if_training(velocity)
     K = solver.steps
     expect_room(x0.nbytes * (2 * K + 1), "grid", "states and velocities", f"{K} steps")
@@ -76,5 +86,7 @@ def rollout(
         if velocities is None:
             velocities = fresh(torch.empty(K, *v.shape, dtype=v.dtype, device=v.device))
         velocities[i] = v
-    expect_finite_flow(states[-1], velocities, solver.times)
+    if not torch.isfinite(states[-1]).all():
+        expect_finite(noise, "noise")
+        expect_finite_flow(states[-1], velocities, solver.times)
     return Trajectory(solver.times, states, velocities)

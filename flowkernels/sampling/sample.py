@@ -7,7 +7,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels._casts import no_grad
-from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_times
+from flowkernels._checks import (
+    expect,
+    expect_bool,
+    expect_finite,
+    expect_finite_flow,
+    expect_noise,
+    expect_times,
+    is_waited_for,
+)
 from flowkernels.sampling import capture as capture_module
 from flowkernels.sampling.loop import OPS, initial_state, last_state, steps, traced_euler, velocities_along
 from flowkernels.schedule import Schedule
@@ -23,6 +31,7 @@ def sample(
     schedule: Schedule | Solver | int | Sequence[float] | Tensor,
     *,
     capture: str | None = None,
+    check: bool = True,
     progress: bool = False,
 ) -> Tensor:
     """Samples at t = 1: one Euler step from each knot of the schedule to the next, or the steps of a solver.
@@ -45,6 +54,9 @@ def sample(
             The last 16 recorded loops are kept, none longer than its velocity. A velocity that looks at values on
             the host can be neither recorded nor compiled. What a graph does not see: changes inside objects that are
             no tensors, modules, functions or short containers.
+        check: look for NaN and Inf, and raise. On a GPU noise and samples are looked at together, so that it is waited
+            for once, behind the last step. False looks at nothing and waits for nothing: they show in the samples. A
+            `FusedSampler` looks for them on a CPU, in passing, and not on a GPU.
         progress: show a progress bar; a captured loop, which is one call, has none.
 
     Inside `torch.compile(fullgraph=True, dynamic=True)` the loop is one graph whatever the number of steps, the
@@ -73,7 +85,7 @@ def sample(
         return _traced(velocity, noise, schedule, capture)
     backward = isinstance(schedule, Solver) and schedule.is_inverse
     expect(not backward, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
-    return run(velocity, noise, expect_solver(schedule, "schedule"), capture, progress)
+    return run(velocity, noise, expect_solver(schedule, "schedule"), capture, check, progress)
 
 
 def run(
@@ -81,6 +93,7 @@ def run(
     noise: Tensor,
     solver: Solver,
     capture: str | None,
+    check: bool,
     progress: bool,
     name: str = "noise",
     bar: str = "sample",
@@ -88,10 +101,13 @@ def run(
     """The last state of a solver, in either direction. name: of the argument `noise`; bar: of the progress bar."""
     known = resolve(velocity)
     fused = known.fused_run(solver)
+    check = expect_bool(check, "check")
     expect_bool(progress, "progress")
     if fused is not None:
         return fused(noise)
-    x0 = initial_state(expect_noise(noise, name))
+    x0 = initial_state(expect_noise(noise, name, look=False))
+    if check and not is_waited_for(x0):
+        expect_finite(noise, name)
     mode = capture_module.choose(capture, x0.device)
     warn_if_training(velocity, stacklevel=5)
     if mode is not None:
@@ -100,8 +116,10 @@ def run(
         made = steps(known, x0, solver)
         for step in tqdm(made, bar, solver.evaluations, disable=not progress, leave=False):
             x1, _ = step
-    what = "step" if solver.evaluations == solver.steps else "evaluation"
-    expect_finite_flow(x1, velocities_along(velocity, x0, solver), solver.model_times, what=what)
+    if check and not torch.isfinite(x1).all():
+        expect_finite(noise, name)
+        what = "step" if solver.evaluations == solver.steps else "evaluation"
+        expect_finite_flow(x1, velocities_along(velocity, x0, solver), solver.model_times, what=what)
     return x1
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -90,6 +91,25 @@ def test_no_host_sync(name):
             capture.run("graph", velocity, x, solver)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("capture_mode", ["graph", None])
+@pytest.mark.parametrize("name", VELOCITIES)
+def test_a_call_waits_once_and_not_at_all_without_checks(name, capture_mode):
+    make, shape = VELOCITIES[name]
+    velocity, noise = make(), normal(*shape).cuda()
+    expected = fk.sample(velocity, noise, 4, capture=capture_mode)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        got = fk.sample(velocity, noise, 4, capture=capture_mode, check=False)
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            fk.sample(velocity, noise, 4, capture=capture_mode)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "called a synchronizing" in str(w.message)]) == 1
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 def test_what_changes_is_seen():
