@@ -73,8 +73,10 @@ __host__ __device__ __forceinline__ bool needs_copy(int in, int in_width) {
 }
 // Inputs of a panel of so many outputs
 template <class W>
+constexpr int kDeep = kPanel / int(sizeof(W)) / kWide;  // of kWide
+template <class W>
 __host__ __device__ __forceinline__ int panel_depth(int outputs) {
-  return kPanel / int(sizeof(W)) / outputs / kUnit<W> * kUnit<W>;
+  return outputs == kWide ? kDeep<W> : kPanel / int(sizeof(W)) / outputs / kUnit<W> * kUnit<W>;
 }
 // f(weights, bytes) for every panel, in order
 template <class W, class F>
@@ -122,14 +124,17 @@ class Ring {
   __device__ __forceinline__ Ring(const Run& a, char* memory, int64_t passes)
       : panels_(a.program.panels), memory_(memory), count_(a.program.panel_count), resident_(a.resident) {
     if (resident_) {
-      for (int i = 0, place = 0; i < count_; i++) place += copy(panels_[i], memory_ + place);
+      for (int i = 0, place = 0; i < count_; i++) {
+        copy(panels_[i], memory_ + place);
+        place += int(panels_[i].bytes);
+      }
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();
       return;
     }
     left_ = passes * count_;
-    for (int i = 0; i < kStages - 1; i++) issue();
+    for (int i = 0; i < kStages - 1; i++) issue(left_ > 0 ? panels_[panel_] : Panel{});
   }
   // The next panel, which has so many bytes. A barrier, unless all are there.
   __device__ __forceinline__ const char* next(int bytes) {
@@ -138,9 +143,10 @@ class Ring {
       at_ += bytes;
       return panel;
     }
+    const Panel ahead = panels_[panel_];  // on its way while the others are waited for
     cp_async_wait<kStages - 2>();
     __syncthreads();  // for the panel, and for the slot of the one before, which everyone has left
-    issue();
+    issue(ahead);
     const char* panel = memory_ + at_ * kPanel;
     at_ = at_ + 1 == kStages ? 0 : at_ + 1;
     return panel;
@@ -150,13 +156,22 @@ class Ring {
   }
 
  private:
-  __device__ __forceinline__ int copy(const Panel& p, char* to) {
-    for (int i = int(threadIdx.x) * 16; i < int(p.bytes); i += kThreads * 16) cp_async16(to + i, p.data + i);
-    return int(p.bytes);
+  // Whole panels, which most are, in a few instructions that wait for nothing: warps come here between products.
+  __device__ __forceinline__ void copy(const Panel& p, char* to) {
+    const int first = int(threadIdx.x) * 16, bytes = int(p.bytes);
+    if (bytes == kPanel) {
+      const char* from = p.data + first;
+      to += first;
+#pragma unroll
+      for (int i = 0; i < kPanel; i += kThreads * 16) cp_async16(to + i, from + i);
+    } else {
+#pragma unroll 1
+      for (int i = first; i < bytes; i += kThreads * 16) cp_async16(to + i, p.data + i);
+    }
   }
-  __device__ __forceinline__ void issue() {
+  __device__ __forceinline__ void issue(const Panel& p) {
     if (left_ > 0) {
-      copy(panels_[panel_], memory_ + slot_ * kPanel);
+      copy(p, memory_ + slot_ * kPanel);
       panel_ = panel_ + 1 == count_ ? 0 : panel_ + 1;
       left_--;
     }
@@ -178,6 +193,22 @@ struct Fma {
   using W = float;
   static constexpr int kSamples = RT * OT, kTogether = RT > 1 ? 2 : 1;
 
+  // the products with four inputs
+  static __device__ __forceinline__ void add(float (&sum)[RT][OT], const float* row, int x_pitch, const float* w,
+                                             int outputs) {
+    float input[RT][4];
+#pragma unroll
+    for (int r = 0; r < RT; r++) load_vector(input[r], row + r * x_pitch);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      float weight[OT];
+      load_vector(weight, w + j * outputs);
+#pragma unroll
+      for (int r = 0; r < RT; r++)
+#pragma unroll
+        for (int i = 0; i < OT; i++) sum[r][i] = __fmaf_rn(input[r][j], weight[i], sum[r][i]);
+    }
+  }
   template <bool wide>
   static __device__ __forceinline__ void multiply(const Layer& l, Ring& ring, const float* x, int x_pitch, float* rows,
                                                   int pitch, int samples) {
@@ -188,27 +219,18 @@ struct Fma {
       const int rest = min(l.out_width - c, kWide), outputs = padded<W>(rest), deep = panel_depth<W>(outputs);
       const bool mine = o < outputs && first < samples;
       float sum[RT][OT] = {};
-      for (int k = 0; k < in; k += deep) {
-        const int inputs = min(deep, in - k);
-        const float* w = reinterpret_cast<const float*>(ring.next(inputs * outputs * int(sizeof(W)))) + o;
-        if (!mine) continue;
-        const float* row = x + first * x_pitch + k;
+      const auto take_panels = [&](auto whole) {
+        constexpr bool kWhole = decltype(whole)::value;
+        for (int k = 0; k < in; k += kWhole ? kDeep<W> : deep) {
+          const int inputs = kWhole ? kDeep<W> : min(deep, in - k), across = kWhole ? kWide : outputs;
+          const float* w = reinterpret_cast<const float*>(ring.next(inputs * across * int(sizeof(W)))) + o;
+          if (!mine) continue;
+          const float* row = x + first * x_pitch + k;
 #pragma unroll(RT > 4 ? 1 : 4)
-        for (int q = 0; q < inputs; q += 4) {
-          float input[RT][4];
-#pragma unroll
-          for (int r = 0; r < RT; r++) load_vector(input[r], row + r * x_pitch + q);
-#pragma unroll
-          for (int j = 0; j < 4; j++) {
-            float weight[OT];
-            load_vector(weight, w + (q + j) * outputs);
-#pragma unroll
-            for (int r = 0; r < RT; r++)
-#pragma unroll
-              for (int i = 0; i < OT; i++) sum[r][i] = __fmaf_rn(input[r][j], weight[i], sum[r][i]);
-          }
+          for (int q = 0; q < inputs; q += 4) add(sum, row + q, x_pitch, w + q * across, across);
         }
-      }
+      };
+      outputs == kWide&& in % kDeep<W> == 0 ? take_panels(std::true_type{}) : take_panels(std::false_type{});
       if (mine)
 #pragma unroll
         for (int r = 0; r < RT; r++)
@@ -234,37 +256,41 @@ struct Mma {
     for (int c = 0; c < l.out_width; c += kWide) {
       const int rest = min(l.out_width - c, kWide), outputs = padded<W>(rest), deep = panel_depth<W>(outputs);
       float sum[MT][NT][4] = {};
-      for (int k = 0; k < in; k += deep) {
-        const int inputs = min(deep, in - k);
-        const auto* w = reinterpret_cast<const uint32_t*>(ring.next(inputs * outputs * int(sizeof(W))));
-        if (warp * 16 >= outputs) continue;
-        for (int q = 0; q < inputs; q += 16) {
-          uint32_t input[NT][2];
-          const bf16* row = x + k + q;
-          if constexpr (wide) {  // not in shared memory
-            const auto* p = reinterpret_cast<const uint32_t*>(row + lane / 4 * x_pitch + lane % 4 * 2);
-            input[0][0] = p[0], input[0][1] = p[4];
-          } else if constexpr (NT == 1) {
-            ldmatrix_x2(input[0], row + lane % 8 * x_pitch + lane / 8 % 2 * 8);
-          } else {
+      const auto take_panels = [&](auto whole) {
+        constexpr bool kWhole = decltype(whole)::value;
+        for (int k = 0; k < in; k += kWhole ? kDeep<W> : deep) {
+          const int inputs = kWhole ? kDeep<W> : min(deep, in - k), across = kWhole ? kWide : outputs;
+          const auto* w = reinterpret_cast<const uint32_t*>(ring.next(inputs * across * int(sizeof(W))));
+          if (warp * 16 >= across) continue;
+          for (int q = 0; q < inputs; q += 16) {
+            uint32_t input[NT][2];
+            const bf16* row = x + k + q;
+            if constexpr (wide) {  // not in shared memory
+              const auto* p = reinterpret_cast<const uint32_t*>(row + lane / 4 * x_pitch + lane % 4 * 2);
+              input[0][0] = p[0], input[0][1] = p[4];
+            } else if constexpr (NT == 1) {
+              ldmatrix_x2(input[0], row + lane % 8 * x_pitch + lane / 8 % 2 * 8);
+            } else {
 #pragma unroll
-            for (int j = 0; j < NT; j += 2) {
-              uint32_t two[4];
-              ldmatrix_x4(two, row + ((j + lane / 16) * 8 + lane % 8) * x_pitch + lane / 8 % 2 * 8);
-              input[j][0] = two[0], input[j][1] = two[1], input[j + 1][0] = two[2], input[j + 1][1] = two[3];
+              for (int j = 0; j < NT; j += 2) {
+                uint32_t two[4];
+                ldmatrix_x4(two, row + ((j + lane / 16) * 8 + lane % 8) * x_pitch + lane / 8 % 2 * 8);
+                input[j][0] = two[0], input[j][1] = two[1], input[j + 1][0] = two[2], input[j + 1][1] = two[3];
+              }
+            }
+#pragma unroll
+            for (int i = 0; i < MT; i++) {
+              const int tile = warp + i * kWarps;
+              if (tile * 16 >= across) continue;
+              uint32_t weight[4];
+              load_vector(weight, w + ((q / 16 * (across / 16) + tile) * kLanes + lane) * 4);
+#pragma unroll
+              for (int j = 0; j < NT; j++) mma_m16n8k16<bf16>(sum[i][j], weight, input[j]);
             }
           }
-#pragma unroll
-          for (int i = 0; i < MT; i++) {
-            const int tile = warp + i * kWarps;
-            if (tile * 16 >= outputs) continue;
-            uint32_t weight[4];
-            load_vector(weight, w + ((q / 16 * (outputs / 16) + tile) * kLanes + lane) * 4);
-#pragma unroll
-            for (int j = 0; j < NT; j++) mma_m16n8k16<bf16>(sum[i][j], weight, input[j]);
-          }
         }
-      }
+      };
+      outputs == kWide&& in % kDeep<W> == 0 ? take_panels(std::true_type{}) : take_panels(std::false_type{});
 #pragma unroll
       for (int i = 0; i < MT; i++)
 #pragma unroll
