@@ -300,12 +300,13 @@ def measured(kernels) -> list[str]:
                 least, expected = float(row["floor_us"]) * 1e-6, float(row["model_us"]) * 1e-6
                 cells = [microseconds(t) if t else "" for t in (least, expected, *times)]
                 since = "" if row["code"] in codes else "yes"
-                rows.append([op, case, *cells, row["limit"], f"{took / expected:.2f}", share(least / took), since])
+                off = took / expected
+                rows.append((off, [op, case, *cells, row["limit"], f"{off:.2f}", share(least / took), since]))
         if rows:
             lines.append(f"{where['device']}, driver {where['driver']}, commit {where['commit']}, {where['date']}:")
             head = ["op", "case", *(f"{what}, us" for what in ("floor", "model", "kernels", "call"))]
             head += ["limit", "of the model", "floor's part", "changed since"]
-            lines += table(head, rows, (2, 3, 4, 5, 7, 8))
+            lines += table(head, [row for _, row in sorted(rows, reverse=True)], (2, 3, 4, 5, 7, 8))
     return lines
 
 
@@ -489,10 +490,10 @@ def plot(path: Path) -> None:
         axis.set_title(f"{op}\n{f.case}", fontsize=7)
         axis.set_xticks(range(len(commits)), commits, rotation=45, fontsize=7)
         axis.set_yscale("log")
-        axis.set_ylim(0.02, 120)
+        axis.set_ylim(0.02, 150)
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
-        axis.set_ylabel("% of the floor", fontsize=8)
+        axis.set_ylabel("floor, % of the time", fontsize=8)
     found = [pair for axis in axes.flat for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
     handles = {label: handle for handle, label in found}
     for axis in axes.flat[len(cases()) :]:
