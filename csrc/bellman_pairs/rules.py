@@ -22,8 +22,9 @@ FLOORS = [
         elements="(N - 1) * (K + 1) * K * (K - 1) // 6",
         kernel="bellman_pairs_step_kernel",
         blocks="ceil(K + 1, 32) * (K + 1) * (N - 1)",
+        memory="(N - 1) * (K + 1) * K * (K - 1) // 6 * 8 + (N + 1) * (K + 1) ** 2 * 16",
         l2="(N - 1) * ((K + 1) * K * (K - 1) // 6 * 8 + 3 * (K + 1) ** 2 * 8)",
-        issues="(N - 1) * (K + 1) * K * (K - 1) / 6 / 32 * FP64 + blocks * 8 * 100",
+        issues="(N - 1) * (K + 1) * K * (K - 1) / 6 / 32 * FP64 + blocks * 8 * 170",
         launches=11,
     ),
 ]
