@@ -265,11 +265,11 @@ def models(kernels) -> list[str]:
     return [MODEL, *rates, *expected, "![The parts of the floors that the model expects](gpu.png)", ""]
 
 
-def measurements(gpu: Gpu) -> tuple[dict, dict[tuple[str, str], float], dict[tuple[str, str], float]]:
-    """The newest on such a GPU: a row that says where and when, and by op and case the seconds of the kernels, by
-    Nsight Compute, and of a call on the device, by the benchmark."""
+def measurements(gpu: Gpu, results: Path) -> tuple[dict, dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+    """The newest on such a GPU that a folder of results has: a row that says where and when, and by op and case the
+    seconds of the kernels, by Nsight Compute, and of a call on the device, by the benchmark."""
     found = {}, {}, {}
-    for folder in sorted(RESULTS.glob("*-????-??-??"), key=lambda folder: folder.name[-10:]):
+    for folder in sorted(results.glob("*-????-??-??"), key=lambda folder: folder.name[-10:]):
         rows = {path.stem: tables.read_csv(path) for path in sorted(folder.glob("*.csv"))}
         calls = [r for op in OPS for r in rows.get(op, []) if r["provider"] == "flowkernels cuda" and r["gate"] == "ok"]
         where = next(iter(calls or rows.get("kernels", [])), {"device": ""})
@@ -288,25 +288,45 @@ def of_the_device(row: dict) -> bool:
     return row.get("host_us", "") != "" or row["looped_us"] == "" or row["looped_us"] < 1.15 * row["p50_us"]
 
 
+def beside(gpu: Gpu, results: Path | None = None) -> tuple[dict, list[dict]]:
+    """Where and when it was measured, and the cases measured beside the model of what was: the furthest first."""
+    where, of_kernels, of_calls = measurements(gpu, results or RESULTS)
+    found = []
+    for key, row in at_commit(gpu, where.get("commit", "")).items():
+        times = {"kernels": of_kernels.get(key), "call": of_calls.get(key)}
+        if took := times["kernels"] or times["call"]:
+            of_model = {what: float(row[f"{what}_us"]) * 1e-6 for what in ("floor", "model")}
+            ratios = {"ratio": took / of_model["model"], "part": of_model["floor"] / took}
+            found.append(row | of_model | times | ratios)
+    return where, sorted(found, key=lambda row: -row["ratio"])
+
+
 def measured(kernels) -> list[str]:
     lines = [MEASURED]
     codes = {k.code for k in kernels}
     for g in GPUS:
-        where, of_kernels, of_calls = measurements(g)
+        where, found = beside(g)
+        if not found:
+            continue
+        lines.append(f"{where['device']}, driver {where['driver']}, commit {where['commit']}, {where['date']}:")
+        times = ("floor", "model", "kernels", "call")
         rows = []
-        for (op, case), row in at_commit(g, where.get("commit", "")).items():
-            times = [found.get((op, case)) for found in (of_kernels, of_calls)]
-            if took := times[0] or times[1]:
-                least, expected = float(row["floor_us"]) * 1e-6, float(row["model_us"]) * 1e-6
-                cells = [microseconds(t) if t else "" for t in (least, expected, *times)]
-                since = "" if row["code"] in codes else "yes"
-                off = took / expected
-                rows.append((off, [op, case, *cells, row["limit"], f"{off:.2f}", share(least / took), since]))
-        if rows:
-            lines.append(f"{where['device']}, driver {where['driver']}, commit {where['commit']}, {where['date']}:")
-            head = ["op", "case", *(f"{what}, us" for what in ("floor", "model", "kernels", "call"))]
-            head += ["limit", "of the model", "floor's part", "changed since"]
-            lines += table(head, [row for _, row in sorted(rows, reverse=True)], (2, 3, 4, 5, 7, 8))
+        for row in found:
+            cells = [microseconds(row[what]) if row[what] else "" for what in times]
+            since = "" if row["code"] in codes else "yes"
+            rows.append(
+                [row["op"], row["case"], *cells, row["limit"], f"{row['ratio']:.2f}", share(row["part"]), since]
+            )
+        head = [
+            "op",
+            "case",
+            *(f"{what}, us" for what in times),
+            "limit",
+            "of the model",
+            "floor's part",
+            "changed since",
+        ]
+        lines += table(head, rows, (2, 3, 4, 5, 7, 8))
     return lines
 
 
@@ -482,7 +502,7 @@ def plot(path: Path) -> None:
             at, parts = [commits.index(r["commit"]) for r in own], [100 * float(r["fraction"]) for r in own]
             if own:  # as it was until the commit that changed it
                 axis.step([*at, len(commits) - 0.5], [*parts, parts[-1]], where="post", label=f"{g.name}, model")
-            where, of_kernels, of_calls = measurements(g)
+            where, of_kernels, of_calls = measurements(g, RESULTS)
             if seconds := (of_calls | of_kernels).get((op, f.case)):
                 at = commits.index(where["commit"]) if where["commit"] in commits else len(commits) - 0.5
                 label = f"{g.name}, measured {where['date']}"
