@@ -144,8 +144,9 @@ many blocks as come to it.
   a clock. Registers and shared memory limit how many blocks are there at once;
 - launches: 2.2 us each, the least that a kernel took on the H200.
 
-The formulas are in csrc/<op>/rules.py, beside the floors. In brackets the floor as a part of the time. A test holds the
-kernels to the last row of each in benchmarks/results/gpu/model.csv, less 5 %.
+scripts/gpu_rates.cu measures these rates and latencies on a GPU, and has not run on one yet. The formulas are in
+csrc/<op>/rules.py, beside the floors. In brackets the floor as a part of the time. A test holds the kernels to the last
+row of each in benchmarks/results/gpu/model.csv, less 5 %.
 """
 MEASURED = """
 ## What they took

@@ -199,6 +199,11 @@ def test_occupancy_is_what_nvidia_reckons(tmp_path):
     assert got == list(map(int, expected.stdout.split()))
 
 
+def test_the_program_that_measures_rates_is_compiled(tmp_path):
+    source = _host_cuda.ROOT / "scripts/gpu_rates.cu"
+    binaries.run(_host_cuda.nvcc(), "-std=c++17", "-arch=sm_90a", "-c", "-o", tmp_path / "rates.o", source)
+
+
 # ---- docs/gpu.md ----
 TRITON = "## The Triton kernels"
 
