@@ -116,10 +116,11 @@ def kernel_of(floor: rules.Floor, kernels: list[binaries.Kernel], sm: int) -> tu
 HEAD = """\
 # The GPU kernels: floors, a model, and measurements
 
-All ops' CUDA and Triton kernels ran on an NVIDIA H200 (sm_90, driver 580.159.04) on 2026-11-29: their errors against
-float64 were within the bounds, and compute-sanitizer's four tools found nothing. CUDA graphs of the sampling loop gave
-wrong numbers there until they were mended that day. For sm_80, sm_100 and sm_120 the kernels have been compiled, and
-run on the host ([host-cuda.md](host-cuda.md)), and on no GPU.
+At commit ae0d00c all ops' CUDA and Triton kernels ran on an NVIDIA H200 (sm_90, driver 580.159.04, 2026-11-29): their
+errors against float64 were within the bounds, and compute-sanitizer's four tools found nothing. CUDA graphs of the
+sampling loop gave wrong numbers there, and Triton's bellman, bellman_pairs and cost_from_gram could not be captured;
+both have been mended since. What has changed since has run on the host ([host-cuda.md](host-cuda.md)) and on no GPU:
+of the cases below, it is marked. For sm_80, sm_100 and sm_120 the kernels have been compiled, and have run on no GPU.
 
 Three times stand below for each case. The floor: how long a GPU must take at least for the bytes that have to move and
 the operations that have to happen, if it moved and computed at the rates stated and did nothing else. The model: what

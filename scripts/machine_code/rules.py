@@ -81,7 +81,7 @@ class Floor:
     unit: str  # what computes them: a key of a GPU's rates in gpu_model.py
     elements: str  # that `issues` and bytes are given for each of
     kernel: str | dict[int, str]  # its whole name, or by architecture
-    blocks: str
+    blocks: str  # of a launch; all else is of all launches together
     issues: str  # instructions of all warps
     memory: str = ""  # bytes of device memory that do move, where they are more than have to
     l2: str = ""  # bytes that pass through the second-level cache; where there is none, those that move
