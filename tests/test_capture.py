@@ -7,6 +7,7 @@ import inspect
 import math
 import threading
 import types
+import warnings
 import weakref
 
 import pytest
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import flowkernels as fk
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import DiT, ResidualMLP, UNet
+from flowkernels.runtime.torch_private import uncompiled
 from flowkernels.sampling import capture
 from flowkernels.sampling import rollout as rollout_module
 from flowkernels.sampling import sample as sample_module
@@ -93,8 +95,16 @@ class HostGraph:
 class Recording(TorchDispatchMode):
     def __init__(self, graph, **settings):
         super().__init__()
-        self.graph = graph
+        self.graph, self.eager = graph, uncompiled()  # a mode of the host's, not of a GPU's capture
         assert settings["capture_error_mode"] == "thread_local"
+
+    def __enter__(self):
+        self.eager.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.eager.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -541,6 +551,22 @@ def test_values_in_place_are_picked_up(host_cuda):
     assert recorded(field) == 0
 
 
+def test_a_network_in_training_mode_is_warned_of_at_every_call(host_cuda, recwarn):
+    class Net(LinearField):
+        def __init__(self):
+            super().__init__(torch.eye(4))
+            self.drop = nn.Dropout()
+
+    net, warned = Net().eval(), []
+    warnings.simplefilter("always")
+    for training in (False, True, True, False, True):
+        recwarn.clear()
+        fk.sample(net.train(training), normal(3, 4), 2, capture="graph")
+        warned.append([w.filename for w in recwarn if "training mode" in str(w.message)])
+    assert warned == [[], [__file__], [__file__], [], [__file__]]
+    assert host_cuda.made == 2
+
+
 def test_memory_that_moves_is_recorded_anew(host_cuda):
     field = guided()
     net = field.net
@@ -748,3 +774,42 @@ def test_a_sync_is_named(velocity, line, host_cuda):
     assert "capture=None" in message
     assert "capture='compile'" in message
     assert not capture.LOOPS.loops
+
+
+class Compiled(nn.Module):
+    """A network with a compiled block, and how often what was compiled of it has run."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs = []
+        block = nn.Sequential(nn.Linear(4, 8), nn.SiLU())
+        self.block, self.head = torch.compile(block, backend=self._compiler), nn.Linear(8, 4)
+
+    def _compiler(self, graph, inputs):
+        def run(*args):
+            self.runs.append(1)
+            return graph(*args)
+
+        return run
+
+    def forward(self, x, t):
+        return self.head(self.block(x))
+
+
+LOOKERS = {
+    "a graph": lambda net, x: fk.sample(net, x, 2, capture="graph"),
+    "a fused head": lambda net, x: fk.sample(fk.fuse_head(net), x, 2),
+    "a fused network": lambda net, x: fk.fuse(net, 2),
+}
+
+
+@pytest.mark.parametrize("looker", LOOKERS)
+def test_what_was_compiled_stays_so(looker, host_cuda):
+    torch._dynamo.reset()
+    net, x = Compiled().eval(), normal(3, 4)
+    with torch.no_grad():
+        net(x, 0)
+        LOOKERS[looker](net, x)
+        net.runs.clear()
+        net(x, 0)
+    assert len(net.runs) == 1

@@ -266,6 +266,14 @@ def test_velocities_of_all_kinds(velocity):
     assert [holds(velocity) for holds in ways(state)] == [False] * len(ways(state))
 
 
+def test_all_parts_of_a_module_are_looked_at():
+    net = nn.Sequential(*(nn.Linear(1, 1) for _ in range(LONGEST + 1)))
+    state = State(net)
+    assert [holds(net) for holds in ways(state)] == [True] * len(ways(state))
+    net[-1].weight = nn.Parameter(torch.ones(1, 1))
+    assert [holds(net) for holds in ways(state)] == [False] * len(ways(state))
+
+
 def test_another_velocity_is_another():
     state = State(made())
     for other in (made(), made().net, closing_over(1), functools.partial(print), object(), None, 1, {}, [1], "a"):

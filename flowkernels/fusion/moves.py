@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flowkernels._checks import FLOATS
-from flowkernels.runtime.torch_private import DisableTorchFunction, OpOverload, TorchDispatchMode, tree_leaves
+from flowkernels.runtime.torch_private import (
+    DisableTorchFunction,
+    OpOverload,
+    TorchDispatchMode,
+    tree_leaves,
+    uncompiled,
+)
 
 SHAPE_OF = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")  # and new_*
 TORCH, HERE = (os.path.join(folder, "") for folder in (os.path.dirname(torch.__file__), Path(__file__).parents[1]))
@@ -44,7 +50,7 @@ class Moves(TorchDispatchMode):
     def run(self, call: Callable[[], Any]) -> Any:
         """`call()`, looked at; raises Refused also where the call has caught it, or made another error of it."""
         try:
-            with self._reads, self:
+            with uncompiled(), self._reads, self:
                 return call()
         finally:
             if self._refused is not None:

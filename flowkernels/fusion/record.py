@@ -22,6 +22,7 @@ from flowkernels.runtime.torch_private import (
     TorchDispatchMode,
     tree_flatten,
     tree_map,
+    uncompiled,
 )
 
 TIME, ROWS, STATE = "time", "conditioning", "state"  # what a value may depend on
@@ -74,7 +75,7 @@ class Record(TorchDispatchMode):
 
     def run(self, call: Callable[[], Tensor]) -> int:
         """Record `call()`; where its result is."""
-        with torch.no_grad(), self, _Reads(self):
+        with torch.no_grad(), uncompiled(), self, _Reads(self):
             out = call()
         return self._places[id(out)]
 

@@ -17,7 +17,7 @@ from flowkernels.fusion.record import ROWS, STATE, TIME, NotFusable, Numbers, Re
 from flowkernels.fusion.watch import Unwatchable, Watch, executed
 from flowkernels.ops.library import Made, is_captured
 from flowkernels.ops.mlp_sample import Layer, plan_for
-from flowkernels.runtime.torch_private import tree_flatten
+from flowkernels.runtime.torch_private import tree_flatten, uncompiled
 from flowkernels.solver import Update
 from flowkernels.velocity.field import HOOKS, VelocityField, float64_device, overridden
 from flowkernels.velocity.protocol import is_per_sample
@@ -151,7 +151,7 @@ class Recorded:
     def _numbers(self, network: Network, given: Mapping[str, Any]) -> set[int]:
         """The integers and sizes that a call on a few samples deals with."""
         x, t, kwargs = self._inputs(network, given, FEW)
-        with contextlib.suppress(Exception), Numbers() as numbers:  # the recording says what is wrong
+        with contextlib.suppress(Exception), uncompiled(), Numbers() as numbers:  # the recording says what is wrong
             self.field.call_network(x, t, kwargs)
         return numbers.found
 

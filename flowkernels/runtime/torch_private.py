@@ -4,6 +4,9 @@
 Tried on torch 2.6, 2.13 and 2.14 on the CPU; `scripts/test_versions` tries the ends of the range.
 """
 
+import contextlib
+import sys
+
 import torch
 from torch import nn
 from torch._C import (
@@ -79,6 +82,12 @@ def compiler_errors() -> tuple[type[Exception], ...]:
     from torch._dynamo import exc
 
     return exc.TorchDynamoException, *([exc.FailOnRecompileLimitHit] if hasattr(exc, "FailOnRecompileLimitHit") else [])
+
+
+def uncompiled():
+    """A context in which what torch.compile has made runs as it was written. Without, under a dispatch mode, it would
+    run so for ever after."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def keeps_parametrized() -> bool:

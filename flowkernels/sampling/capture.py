@@ -27,10 +27,12 @@ from flowkernels.runtime.torch_private import (
     compiler_errors,
     is_traceable_wrapper_subclass,
     tree_leaves,
+    uncompiled,
 )
 from flowkernels.sampling.loop import OPS, REFERENCE, AsFunctions, evaluated_steps, last_state
 from flowkernels.sampling.state import State
 from flowkernels.solver import Solver, euler_sizes
+from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.protocol import Velocity, resolve
 
 MODES = (None, "auto", "graph", "compile")
@@ -79,12 +81,13 @@ def run(mode: str, velocity: Velocity, x: Tensor, solver: Solver) -> Tensor:
     with LOOPS.lock:
         LOOPS.drop_passed()
         state = LOOPS.state_of(velocity)
+        warns = (state is None or state.warns) and warn_if_training(velocity, stacklevel=6)
         graph = None if state is None else LOOPS.find(velocity, key, state)
         if graph is None:
             t = known.model_times(solver.model_times, x)
             with torch.autocast(kind, autocast[1], autocast[0], cache_enabled=False):  # cached casts would be freed
                 graph = _Graph(lambda x, t: last_state(velocity, x, solver, t), x, t)
-            state = LOOPS.state_of(velocity) or State(velocity)  # after its first calls, which may have changed it
+            state = LOOPS.state_of(velocity) or State(velocity, warns)  # after first calls, which may have changed it
             graph.own_all_but(state.storages)
             LOOPS.keep(velocity, key, graph, state)
         return graph(x)
@@ -192,7 +195,7 @@ def _record(loop: Callable[[], Tensor], device: torch.device) -> tuple:
     try:
         # once with syncs forbidden, for an error that names the line and leaves no half-made graph behind
         torch.cuda.set_sync_debug_mode("error")
-        with _aside(device), _Reads() as reads:
+        with _aside(device), uncompiled(), _Reads() as reads:
             loop()
         torch.cuda.set_sync_debug_mode(before)
         # thread_local: what other threads ask of the GPU meanwhile does not spoil the graph

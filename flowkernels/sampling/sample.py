@@ -109,7 +109,8 @@ def run(
     if check and not is_waited_for(x0):
         expect_finite(noise, name)
     mode = capture_module.choose(capture, x0.device)
-    warn_if_training(velocity, stacklevel=5)
+    if mode != "graph":  # which knows what it has looked at before
+        warn_if_training(velocity, stacklevel=5)
     if mode is not None:
         x1 = capture_module.run(mode, velocity, x0, solver)
     else:

@@ -14,7 +14,7 @@ from flowkernels.runtime.torch_private import FORWARD_HOOKS, HELD, is_traceable_
 
 PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
 CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set))
-LONGEST = 256  # entries of a container that are looked at
+LONGEST = 256  # entries of a container that are looked at, unless it is a module's own of its parts
 SEEN = {"training", *HELD, *FORWARD_HOOKS}
 MACHINERY = frozenset(vars(nn.Module())) - SEEN
 
@@ -29,13 +29,16 @@ class State:
     `functools.partial`, bound methods, and in them short containers. Values in memory are none of it: a replay reads
     what is there then.
 
+    warns: whether `warn_if_training` has something to say, which follows from what is looked at.
+
     Nothing in it keeps the velocity alive. It is a flat list of marks `(kind, ...)` in the order of a walk, each of
     what was found in its place; `holds` takes the same walk, in C++ where the extension is built
     (csrc/watch/state.cpp).
     """
 
-    def __init__(self, velocity: Any):
+    def __init__(self, velocity: Any, warns: bool = False):
         self.marks, self.storages = _marks(velocity)
+        self.warns = warns
         self._find = getattr(backends.extension(), "state_holds", None)
 
     def holds(self, velocity: Any) -> bool:
@@ -70,10 +73,12 @@ def _roots(velocity: Any) -> tuple:
 
 def _marks(velocity: Any) -> tuple[tuple, frozenset[int]]:
     """(marks, storages of the tensors in them)."""
-    marks, storages, seen, containers, todo = [], set(), set(), {}, list(_roots(velocity))
+    marks, storages, seen, containers, whole, todo = [], set(), set(), {}, set(), list(_roots(velocity))
     while todo:
         value = todo.pop()
-        mark, parts = _mark(value, seen, containers)
+        mark, parts = _mark(value, seen, containers, whole)
+        if mark[0] == MODULE:
+            whole |= {id(vars(value).get(name)) for name in HELD}
         if mark[0] == TENSOR:
             storages.add(value.untyped_storage()._cdata)
         marks.append(mark)
@@ -81,9 +86,9 @@ def _marks(velocity: Any) -> tuple[tuple, frozenset[int]]:
     return tuple(marks), frozenset(storages)
 
 
-def _mark(value: Any, seen: set[int], containers: dict[int, int]) -> tuple[tuple, Any]:
+def _mark(value: Any, seen: set[int], containers: dict[int, int], whole: set[int]) -> tuple[tuple, Any]:
     """Of one value, and what is to be looked at in it. seen: all that was looked at before, but for containers, which
-    are numbered."""
+    are numbered; whole: those that are looked at however long they are."""
     kind = type(value)
     if kind in PLAIN:
         return (SAME, value), ()
@@ -98,7 +103,7 @@ def _mark(value: Any, seen: set[int], containers: dict[int, int]) -> tuple[tuple
         if id(value) in containers:
             return (AGAIN, containers[id(value)]), ()
         containers[id(value)] = len(containers)
-        if not 0 < len(value) <= LONGEST:
+        if not (0 < len(value) <= LONGEST or (value and id(value) in whole)):
             return (LENGTH, kind, len(value)), ()
         if isinstance(value, dict):
             return (DICT if kind is dict else ORDERED, tuple(value)), value.values()

@@ -37,18 +37,20 @@ def evaluate(
 TRAINING = "velocity: expected a network in eval mode"
 
 
-def warn_if_training(velocity: Velocity, stacklevel: int = 4) -> None:
-    """Dropout or batch statistics make a velocity random: warn if a network is left in training mode.
+def warn_if_training(velocity: Velocity, stacklevel: int = 4) -> bool:
+    """Dropout or batch statistics make a velocity random: warn if a network is left in training mode. Whether one is.
 
     The warning points at the caller of the stage that asks, below the frame of its `torch.no_grad` decorator.
     """
     velocity = as_given(velocity)
     if not isinstance(velocity, nn.Module):
-        return
+        return False
     for name, module in velocity.named_modules():
         if not module.training:
             continue
         random = isinstance(module, Dropout) and module.p > 0
         if random or isinstance(module, BatchNorm):
             text = f"{TRAINING}, got {type(module).__name__} {name!r} in training mode; call .eval() first"
-            return warn(text, stacklevel)
+            warn(text, stacklevel)
+            return True
+    return False
