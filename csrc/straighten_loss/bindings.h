@@ -35,7 +35,12 @@ void bind_straighten_loss(Module& m) {
 
 template <class Module>
 void bind_straighten_loss_cuda(Module& m) {
-  m.def("straighten_loss_partials", &fk::cuda::straighten_loss_partials, py::arg("B"), py::arg("D"),
+  m.def("straighten_loss_partials", &fk::cuda::straighten_loss_partials, py::arg("B"), py::arg("D"), py::arg("knots"),
         "Elements of the bank's type that straighten_loss takes for its sums.");
   m.def("straighten_loss", on_stream(straighten_loss_args, fk::cuda::straighten_loss));
+  m.def("straighten_loss_scale",
+        [](Address gradient, Address factor, int v_type, int bank_type, int64_t n, int device, Address stream) {
+          launch(fk::cuda::straighten_loss_scale,
+                 {at(gradient), at(factor), fk::Dtype(v_type), fk::Dtype(bank_type), n}, device, stream);
+        });
 }

@@ -191,27 +191,85 @@ __global__ void __launch_bounds__(kRowBlock) straighten_loss_join_kernel(Job<X, 
   if (row < g.B && threadIdx.x == 0) g.per_sample[row] = sample_loss(g, sum);
 }
 
-// The mean over an interval's samples, a block each, and by the last block the weighted one over all.
+// ---- the means: of all samples, weighted, and of those of each interval ----
+constexpr int kChunk = 1024, kIntervals = 32;  // samples and intervals of a block
+
+template <class X>
+__device__ __forceinline__ X warp_sum(X value) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) value += __shfl_xor_sync(kAll, value, d);
+  return value;
+}
+// `own`: an interval, or after the last one all of them. 0 / 0 is the NaN of an interval that was not drawn.
 template <class X, class V>
-__global__ void __launch_bounds__(1024) straighten_loss_mean_kernel(Job<X, V> g) {
-  FK_SHARED(X, scratch, [2][32]);
-  const int64_t own = blockIdx.x;
-  const bool all = own == g.knots - 1;
-  Sum<X> sum;
-  X count = 0;
-#pragma unroll 4
-  for (int64_t r = threadIdx.x; r < g.B; r += blockDim.x) {
-    const X loss = g.per_sample[r];
-    if (all) {
-      sum.add(g.weight ? g.weight[r] * loss : loss);
-    } else if (g.interval[r] == own) {
-      sum.add(loss);
+__device__ __forceinline__ void write_mean(const Job<X, V>& g, int64_t own, X sum, X count) {
+  (own == g.knots - 1 ? *g.loss : g.per_interval[own]) = sum / count;
+}
+
+// A chunk of samples and some intervals, for each of which a warp looks at the samples in shared memory. Of several
+// chunks there are sums and counts.
+template <class X, class V>
+__global__ void __launch_bounds__(kChunk) straighten_loss_mean_kernel(Job<X, V> g) {
+  FK_SHARED(X, scratch, [32]);
+  FK_SHARED(X, losses, [kChunk]);
+  FK_SHARED(int, intervals, [kChunk]);
+  const int thread = threadIdx.x, samples = blockDim.x;
+  const int64_t r = int64_t(blockIdx.x) * kChunk + thread, all = g.knots - 1, first = int64_t(blockIdx.y) * kIntervals;
+  auto write = [&](int64_t own, X sum, X count) {
+    if (gridDim.x == 1) return write_mean(g, own, sum, count);
+    X* to = g.sums + 2 * (blockIdx.x * g.knots + own);
+    to[0] = sum, to[1] = count;
+  };
+  const X loss = r < g.B ? g.per_sample[r] : X(0);
+  const int64_t interval = r < g.B ? g.interval[r] - first : -1;
+  losses[thread] = loss;
+  intervals[thread] = uint64_t(interval) < kIntervals ? int(interval) : -1;
+  __syncthreads();
+  for (int own = thread / 32; own < kIntervals && first + own < all; own += samples / 32) {
+    Sum<X> sum;
+    X count = 0;
+    for (int i = thread % 32; i < samples; i += 32) {
+      if (intervals[i] != own) continue;
+      sum.add(losses[i]);
       count += 1;
     }
+    const X total = warp_sum(sum.value()), found = warp_sum(count);
+    if (thread % 32 == 0) write(first + own, total, found);
   }
-  const X total = row_sum(sum.value(), scratch[0]), samples = all ? X(g.B) : row_sum(count, scratch[1]);
-  // 0 / 0 is the NaN of an interval that was not drawn
-  if (threadIdx.x == 0) (all ? *g.loss : g.per_interval[own]) = total / samples;
+  if (blockIdx.y) return;
+  const X total = row_sum(r < g.B && g.weight ? g.weight[r] * loss : loss, scratch);
+  const int64_t left = g.B - int64_t(blockIdx.x) * kChunk;
+  if (thread == 0) write(all, total, X(left < kChunk ? left : kChunk));
+}
+
+// Of the sums of all chunks, a warp each.
+template <class X, class V>
+__global__ void __launch_bounds__(kRowBlock) straighten_loss_join_means_kernel(Job<X, V> g, int64_t chunks) {
+  const int64_t own = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  Sum<X> sum;
+  X count = 0;
+  for (int64_t i = threadIdx.x; own < g.knots && i < chunks; i += blockDim.x) {
+    const X* from = g.sums + 2 * (i * g.knots + own);
+    sum.add(from[0]);
+    count += from[1];
+  }
+  const X total = warp_sum(sum.value()), samples = warp_sum(count);
+  if (own < g.knots && threadIdx.x == 0) write_mean(g, own, total, samples);
+}
+
+// ---- the gradient times what comes from behind the loss: nothing is moved where that is 1 ----
+template <class X, class V, int E>
+__global__ void __launch_bounds__(kRowBlock) straighten_loss_scale_kernel(V* gradient, const X* factor, int64_t words) {
+  const X scale = *factor;
+  if (scale == 1) return;
+  for (int64_t w = int64_t(blockIdx.x) * kRowBlock + threadIdx.x; w < words; w += int64_t(gridDim.x) * kRowBlock) {
+    V values[E];
+    X scaled[E];
+    load_vector(values, gradient + w * E);
+#pragma unroll
+    for (int i = 0; i < E; i++) scaled[i] = convert<X>(values[i]);
+    write_gradient(gradient + w * E, scaled, scale);
+  }
 }
 
 // 2,048 elements or more in each, and blocks enough for the largest devices.
@@ -219,9 +277,14 @@ static int64_t parts_of(int64_t B, int64_t D) {
   const int64_t most = B > 0 ? 1024 / B : 1, full = D / 2048, parts = most < full ? most : full;
   return parts > 1 ? parts : 1;
 }
-int64_t straighten_loss_partials(int64_t B, int64_t D) {
-  const int64_t parts = parts_of(B, D);
-  return parts > 1 ? B * parts : 0;
+static int64_t chunks_of(int64_t B) {
+  return B > kChunk ? (B + kChunk - 1) / kChunk : 1;
+}
+// The parts of rows are added up before there are sums of chunks.
+int64_t straighten_loss_partials(int64_t B, int64_t D, int64_t knots) {
+  const int64_t parts = parts_of(B, D), chunks = chunks_of(B);
+  const int64_t rows = parts > 1 ? B * parts : 0, means = chunks > 1 ? 2 * chunks * knots : 0;
+  return rows > means ? rows : means;
 }
 
 template <class X, class V>
@@ -268,10 +331,34 @@ int run(const StraightenLossArgs& g, void* stream) {
     const int status = with_words<16 / sizeof(X)>(g.D, rows, job.v, job.bank, static_cast<const V*>(job.gradient));
     if (status) return status;
   }
-  const int64_t threads = g.B < 1024 ? (g.B + 31) / 32 * 32 : 1024;
-  FK_LAUNCH((straighten_loss_mean_kernel<X, V>), dim3(static_cast<unsigned>(g.knots)),
-            dim3(static_cast<unsigned>(threads > 32 ? threads : 32)), 0, stream, job);
+  const int64_t chunks = chunks_of(g.B), threads = g.B < kChunk ? (g.B + 31) / 32 * 32 : kChunk;
+  const dim3 grid(unsigned(chunks), unsigned((g.knots + kIntervals - 2) / kIntervals)), warps(32, kRowBlock / 32);
+  FK_LAUNCH((straighten_loss_mean_kernel<X, V>), grid, dim3(unsigned(threads > 32 ? threads : 32)), 0, stream, job);
+  if (chunks > 1)
+    FK_LAUNCH((straighten_loss_join_means_kernel<X, V>), dim3(row_blocks(g.knots, warps)), warps, 0, stream, job,
+              chunks);
   return launched();
+}
+
+template <class X, class V>
+int scale(const StraightenLossScaleArgs& g, void* stream) {
+  auto* gradient = static_cast<V*>(g.gradient);
+  return with_words<16 / sizeof(V)>(
+      g.n,
+      [&](auto neighbours) {
+        constexpr int E = decltype(neighbours)::value;
+        const int64_t words = g.n / E, blocks = (words + kRowBlock - 1) / kRowBlock, most = 8 * multiprocessors();
+        FK_LAUNCH((straighten_loss_scale_kernel<X, V, E>), dim3(unsigned(blocks < most ? blocks : most)),
+                  dim3(kRowBlock), 0, stream, gradient, static_cast<const X*>(g.factor), words);
+        return launched();
+      },
+      gradient);
+}
+int straighten_loss_scale(const StraightenLossScaleArgs& g, void* stream) {
+  if (g.n == 0) return launched();
+  if (g.bank_type == Dtype::f64) return scale<double, double>(g, stream);
+  if (g.v_type == Dtype::f32) return scale<float, float>(g, stream);
+  return with_low_type(g.v_type, [&](auto v) { return scale<float, typename decltype(v)::type>(g, stream); });
 }
 
 int straighten_loss(const StraightenLossArgs& g, void* stream) {

@@ -28,7 +28,15 @@ CUDA = [
     Rule(r"straighten_loss_held_kernel<double, double, 2>", 80, 0.375, has="LDG.128>=12 STG.128>=4"),
     Rule(r"straighten_loss_held_kernel<double, double, 1>", 56, 0.5),
     Rule(r"straighten_loss_join_kernel<.*>", 32, 1.0),
-    Rule(r"straighten_loss_mean_kernel<.*>", 40, 0.66),
+    Rule(r"straighten_loss_mean_kernel<.*>", 48, 0.5),
+    Rule(r"straighten_loss_join_means_kernel<.*>", 32, 1.0),
+    Rule(
+        rf"straighten_loss_scale_kernel<(float, float, 4|double, double, 2|float, {LOW}, 8)>",
+        32,
+        1.0,
+        has="LDG.128 STG.128",
+    ),
+    Rule(rf"straighten_loss_scale_kernel<(float, float, [12]|double, double, 1|float, {LOW}, [124])>", 32, 1.0),
 ]
 
 TRITON = [

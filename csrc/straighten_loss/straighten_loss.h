@@ -23,16 +23,24 @@ struct StraightenLossArgs {
   void* per_interval;  // [knots - 1] out, f64: mean of the samples' losses, NaN where there are none
   void* gradient;      // [B, D] out, of v's type: of loss with respect to v; or null
   int threads;
-  void* partial = nullptr;  // on a GPU: room for cuda::straighten_loss_partials(B, D) sums
+  void* partial = nullptr;  // on a GPU: room for cuda::straighten_loss_partials(...) sums
 };
 
 // Returns the first b whose interval or sample is out of range, and nothing is written then; else -1.
 using straighten_loss_fn = int64_t(const StraightenLossArgs&);
 FK_DECLARE(straighten_loss_fn, straighten_loss)
 namespace cuda {
-int64_t straighten_loss_partials(int64_t B, int64_t D);
+int64_t straighten_loss_partials(int64_t B, int64_t D, int64_t knots);
 // Nothing is returned of places out of range: their losses and gradients are NaN, and so is the loss.
 int straighten_loss(const StraightenLossArgs&, void* stream);
+
+struct StraightenLossScaleArgs {
+  void* gradient;      // [n] in, out
+  const void* factor;  // [1], of the bank's type, read by the device; 1 moves nothing
+  Dtype v_type, bank_type;
+  int64_t n;
+};
+int straighten_loss_scale(const StraightenLossScaleArgs&, void* stream);
 }  // namespace cuda
 
 }  // namespace fk

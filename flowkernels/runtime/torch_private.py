@@ -35,6 +35,8 @@ from torch.utils._pytree import (
 )
 
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # of a device's number; None in a torch without CUDA
+# whether the backward that runs keeps its graph, to go through it again
+graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 DelayedError = torch._C._functions.DelayedError  # a function whose backward raises
 add_each_ = torch._foreach_add_  # numbers to the tensors of a list, as arguments of a launch
 CALL_MODULE = nn.Module._call_impl  # what calls a forward with its hooks; a frame of it is a module that runs

@@ -407,15 +407,53 @@ def test_a_second_derivative_raises(dispatched, name):
                 gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
 @pytest.mark.parametrize("v_dtype", [BF16, F16])
-def test_a_scaled_loss_in_half_precision(v_dtype):
+def test_a_scaled_loss_in_half_precision(v_dtype, name):
     """A gradient scaler starts at 65,536, which float16 does not hold; a third is not rounded to bfloat16 first."""
     v, call = leaves(dtype=F32, v_dtype=v_dtype)
-    (plain,) = torch.autograd.grad(call(v).loss, v)
-    for scale in (65536.0, 1 / 3, 1e-3):
-        (got,) = torch.autograd.grad(call(v).loss * scale, v)
-        assert got.dtype == v_dtype
-        assert torch.equal(got, (plain.float() * torch.tensor(scale)).to(v_dtype))
+    with backend(name):
+        (plain,) = torch.autograd.grad(call(v).loss, v)
+        for scale in (65536.0, 1 / 3, 1e-3):
+            (got,) = torch.autograd.grad(call(v).loss * scale, v)
+            assert got.dtype == v_dtype
+            assert torch.equal(got, (plain.float() * torch.tensor(scale)).to(v_dtype))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("features", [1, 5, 8, 600])
+@pytest.mark.parametrize("scale", [1.0, 3.0, math.nan])
+def test_a_gpu_scales_the_gradient_where_it_lies(scale, features, dtypes):
+    """And only if its graph is not gone through again: what a kept one holds, stays."""
+    args, _ = drawn((3, 2, features), 4, 0, dtypes)
+    v, held = args[0].requires_grad_(), []
+    with backend("cuda"), torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        loss = straighten_loss(*args).loss * scale
+        before = held[0].clone()
+        expected = before * scale
+        (kept,) = torch.autograd.grad(loss, v, retain_graph=True)
+        torch.testing.assert_close(kept, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(held[0], before)
+        (last,) = torch.autograd.grad(loss, v)
+        torch.testing.assert_close(last, expected, rtol=0, atol=0, equal_nan=True)
+        assert last.data_ptr() == held[0].data_ptr()
+
+
+def test_a_gradient_is_not_scaled_twice():
+    """Torch frees a graph after the hooks of a node; one that stops backward leaves it."""
+    v, call = leaves()
+
+    def stop(*_):
+        raise RuntimeError("stopped")
+
+    with backend("cuda"):
+        loss = call(v).loss
+        hook = loss.grad_fn.register_hook(stop)
+        for again in ("stopped", "backward a second time"):
+            with pytest.raises(RuntimeError, match=again):
+                (loss * 3).backward()
+        hook.remove()
+        assert v.grad is None
 
 
 @EACH

@@ -17,12 +17,13 @@ from flowkernels.ops.library import (
     is_transformed,
     register,
     register_autograd,
+    stream_of,
     threads_or,
 )
 from flowkernels.ops.segment_points import expect_bank, refuse_place
 from flowkernels.ops.segment_points.reference import expect_places
 from flowkernels.ops.straighten_loss import reference
-from flowkernels.runtime.torch_private import DelayedError
+from flowkernels.runtime.torch_private import DelayedError, graph_is_kept
 
 
 class StraightenLoss(NamedTuple):
@@ -126,7 +127,7 @@ def _launch(C, v, bank, step_sizes, interval, sample, weight, huber_c, losses, g
         step_sizes, weight = step_sizes.double(), None if weight is None else weight.double()
     step_sizes, weight = step_sizes.contiguous(), None if weight is None else weight.contiguous()
     (knots, n), B, D = bank.shape[:2], v.shape[0], math.prod(v.shape[1:])
-    partial = bank.new_empty(C.straighten_loss_partials(B, D)) if where else None
+    partial = bank.new_empty(C.straighten_loss_partials(B, D, knots)) if where else None
     bad = C.straighten_loss(
         *(v.data_ptr(), bank.data_ptr(), step_sizes.data_ptr(), interval.data_ptr(), sample.data_ptr()),
         *(0 if weight is None else weight.data_ptr(), huber_c, DTYPE_CODES[v.dtype], DTYPE_CODES[bank.dtype]),
@@ -197,6 +198,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, C, where, *args):
         mean, others, gradient = directly(C, where, *args, True)
+        ctx.C, ctx.on_gpu, ctx.is_scaled = C, bool(where), False
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(others)
         ctx.set_materialize_grads(False)
@@ -204,21 +206,39 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        return (None, None, *_backward(ctx, grad)[:-1])
+        scaled = _scaled_on_gpu if ctx.on_gpu else _scaled
+        return (None, None, *_backward(ctx, grad, scaled=scaled)[:-1])
 
 
-def _is_known(grad: Tensor) -> bool:
-    """Whether its value can be looked at without waiting."""
-    return not is_batched(grad) and grad.is_cpu and direct("straighten_loss", grad, gradient=True) is not None
+def _scaled(ctx, grad: Tensor) -> Tensor:
+    """The gradient that forward has left, times `grad`."""
+    (gradient,) = ctx.saved_tensors
+    if not is_batched(grad) and grad.is_cpu and direct("straighten_loss", grad, gradient=True) and grad.item() == 1:
+        return gradient
+    # in grad's dtype: a gradient scaler's 65,536 is more than float16 holds
+    return (gradient.to(grad.dtype) * grad).to(gradient.dtype)
 
 
-def _backward(ctx, grad, *_):
+def _scaled_on_gpu(ctx, grad: Tensor) -> Tensor:
+    """The same in place, without waiting for `grad`: where it is 1, and it mostly is, nothing is moved. A graph that is
+    kept may be gone through again, and keeps what it has."""
+    if ctx.is_scaled:  # by a backward that some hook has stopped before torch freed the graph
+        raise RuntimeError("straighten_loss: backward a second time, where the first did not have retain_graph=True")
+    (gradient,) = ctx.saved_tensors
+    if graph_is_kept() or is_batched(grad) or not direct("straighten_loss", grad, gradient, gradient=True):
+        return _scaled(ctx, grad)
+    if not gradient.is_contiguous():  # what hooks have made of it
+        return _scaled(ctx, grad)
+    ctx.is_scaled = True
+    codes = DTYPE_CODES[gradient.dtype], DTYPE_CODES[grad.dtype]
+    ctx.C.straighten_loss_scale(gradient.data_ptr(), grad.data_ptr(), *codes, gradient.numel(), *stream_of(grad))
+    return gradient
+
+
+def _backward(ctx, grad, *_, scaled=_scaled):
     if grad is None:
         return (None,) * 8
-    (gradient,) = ctx.saved_tensors
-    if not (_is_known(grad) and grad.item() == 1):
-        # in grad's dtype: a gradient scaler's 65,536 is more than float16 holds
-        gradient = (gradient.to(grad.dtype) * grad).to(gradient.dtype)
+    gradient = scaled(ctx, grad)
     if torch.is_grad_enabled():  # create_graph: the second derivative is not there, and is not to be taken for zero
         message = "straighten_loss: its gradient is not differentiable; ops.straighten_loss.reference is, twice"
         gradient = gradient if gradient.requires_grad else gradient.detach().requires_grad_()

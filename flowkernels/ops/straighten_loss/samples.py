@@ -49,6 +49,7 @@ def sample_inputs() -> Iterator[Sample]:
             yield sample(shape, batch, loss)
         for shape, batch in [((3, 2, 1023), 3), ((3, 2, 1089), 2), ((3, 2, 16385), 3), ((2, 2, 33008), 1)]:
             yield sample(shape, batch, loss, weighted=True)
+        yield sample((36, 2, 3), 2100, loss, weighted=True)  # the means: of chunks, and of groups of intervals
         for v_dtype in (f64, bf16, f16):
             yield sample((4, 3, 37), 6, loss, v_dtype, True)
             yield sample((2, 4, 3, 8, 8), 1, loss, v_dtype)
