@@ -34,7 +34,7 @@ from flowkernels.models.networks import ResidualMLP
 from flowkernels.schedule import Schedule
 from flowkernels.training import settings as settings_module
 from flowkernels.training import straighten as straighten_module
-from flowkernels.training.bank import Bank
+from flowkernels.training.bank import Bank, generator_on
 from flowkernels.training.modules import architecture
 from flowkernels.training.settings import SHARED, Settings
 from flowkernels.training.targets import StraightLine
@@ -1004,6 +1004,20 @@ def test_a_loop_of_ones_own(u):
         optimizer.step()
     there = result.student.state_dict()
     assert all(torch.equal(value, there[key]) for key, value in student.state_dict().items())
+
+
+def test_what_a_gpu_draws_follows_from_the_generator_on_the_cpu():
+    """Here a second device of the same kind stands for it: its draws, in turn, from seeds that a checkpoint keeps."""
+    device, generator = torch.device("cpu:0"), torch.Generator().manual_seed(3)
+
+    def drawn():
+        return torch.randint(1000, (64,), generator=generator_on(device, generator)).tolist()
+
+    state, first, second = generator.get_state(), drawn(), drawn()
+    assert first != second
+    generator.set_state(state)
+    assert [drawn(), drawn()] == [first, second]
+    assert generator_on(torch.device("cpu"), generator) is generator
 
 
 # ---- bad input ----

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from flowkernels._checks import expect
 from flowkernels.runtime import backends, observers
 from flowkernels.runtime.torch_private import (
     functorch,
@@ -47,13 +48,20 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 
 
 KERNELS: dict[str, Callable] = {}  # of the registered ops, what `register` was given
+TENSORS: dict[str, list[tuple[int, str, bool]]] = {}  # their tensors: place, name, whether it may be on the CPU
 
 
-def register(schema: str, kernel, reference, fake, *, cuda: bool = True) -> None:
+def register(schema: str, kernel, reference, fake, *, cuda: bool = True, host: tuple[str, ...] = ()) -> None:
     """Define an op: `kernel(C, *args)` runs on the compiled module, `kernel(module, *args, device, stream)` on that of
     CUDA kernels, unless it has none (`cuda`), the function of its name in <op>/triton_kernel.py on Triton,
-    `reference(*args)` on torch. An op that takes numbers gets a second overload, `tensor`: see `_register_open`."""
+    `reference(*args)` on torch. An op that takes numbers gets a second overload, `tensor`: see `_register_open`.
+
+    Tensors that are not where the first one is raise: of them, a kernel would read an address that means nothing there.
+    host: the names of those that may be on the CPU wherever the others are."""
     name = schema.split("(")[0]
+    TENSORS[name] = [
+        (i, tensor, tensor in host) for i, (kind, tensor) in enumerate(_arguments(schema)) if kind.startswith("Tensor")
+    ]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     KERNELS[name] = kernel
     if cuda:
@@ -70,6 +78,7 @@ def register(schema: str, kernel, reference, fake, *, cuda: bool = True) -> None
             return reference(*args)
 
     def run(*args):
+        expect_places(name, args)
         choice = backends.choose(name, args[0].device)
         if not observers.present:
             return on(choice, args)
@@ -82,6 +91,15 @@ def register(schema: str, kernel, reference, fake, *, cuda: bool = True) -> None
         _register_open(schema, run, fake)
 
 
+def expect_places(op: str, args: tuple) -> None:
+    """The tensors of a registered op: all where the first one is, but for those that the host reads."""
+    device = args[0].device
+    for i, name, on_host in TENSORS[op]:
+        for t in args[i] if isinstance(args[i], (list, tuple)) else (args[i],):
+            if t is not None and t.device != device and not (on_host and t.is_cpu):
+                expect(False, name, f"a tensor on {device}{' or the CPU' if on_host else ''}", t)
+
+
 def no_autocast(t: Tensor):
     """A context in which torch's own operations compute in the dtypes that they are given, as the kernels do."""
     device = t.device.type
@@ -92,8 +110,13 @@ def no_autocast(t: Tensor):
 NUMBERS: dict[str, list[str]] = {}  # of ops that take numbers, the types of their arguments
 
 
+def _arguments(schema: str) -> list[list[str]]:
+    """Type and name of each."""
+    return [argument.split() for argument in schema[schema.index("(") + 1 : schema.rindex(") ->")].split(", ")]
+
+
 def _kinds(schema: str) -> list[str]:
-    return [argument.split()[0] for argument in schema[schema.index("(") + 1 : schema.rindex(") ->")].split(", ")]
+    return [kind for kind, _ in _arguments(schema)]
 
 
 def _register_open(schema: str, run, fake) -> None:

@@ -23,7 +23,7 @@ NOISE = "a tensor, a shape or a function (n, generator)"
 
 
 class Places(NamedTuple):
-    """A batch: the intervals i, 0..N-1, and the samples s, 0..n-1, of a bank; int64 `[B]`, on the CPU."""
+    """A batch: the intervals i, 0..N-1, and the samples s, 0..n-1, of a bank; int64 `[B]`, where it is."""
 
     interval: Tensor
     sample: Tensor
@@ -94,9 +94,20 @@ class Bank:
         self.states = knots(self._teacher, noise, self._grid, self._indices, self.batch, self._progress)
 
     def sample(self, generator: torch.Generator) -> Places:
-        """Places drawn uniformly, from a generator on the CPU."""
-        interval = torch.randint(self.steps, (self.batch,), generator=generator, device="cpu")
-        return Places(interval, torch.randint(self.size, (self.batch,), generator=generator, device="cpu"))
+        """Places drawn uniformly, from a generator on the CPU; see `generator_on`."""
+        device = self.times.device
+        generator = generator_on(device, generator)
+        interval = torch.randint(self.steps, (self.batch,), generator=generator, device=device)
+        return Places(interval, torch.randint(self.size, (self.batch,), generator=generator, device=device))
+
+
+def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """To draw with on a device, where a run's generator is on the CPU: that itself there. On a GPU, whose queue a copy
+    of what the CPU draws would have to wait for, one whose seed that draws: all that a checkpoint has to keep."""
+    if device == generator.device:
+        return generator
+    seed = torch.randint(2**63 - 1, (), generator=generator, device="cpu").item()
+    return torch.Generator(device).manual_seed(seed)
 
 
 @no_grad

@@ -15,6 +15,8 @@ from flowkernels.training.checkpoint import HISTORY, checks_of, expect_optimizer
 from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
 from flowkernels.training.students import trained_parameters
 
+UNCOUNTED = 64  # batches whose losses wait on the device, at most
+
 
 class State:
     """What an iteration changes.
@@ -42,19 +44,28 @@ class State:
         self.generator = torch.Generator().manual_seed(seed)
         self.iteration, self.history = 0, {name: [] for name in HISTORY}
         self.totals, self.counts = torch.zeros(2, bank.steps, dtype=torch.float32, device="cpu")
+        self._uncounted: list[tuple[Tensor, Tensor]] = []  # what is still to be added to these
 
     def update_average(self) -> None:
         if self.average is not None:
             self.average.update_parameters(unwrapped(self.student))
 
     def count(self, interval: Tensor, losses: Tensor) -> None:
-        """Add the losses `[B]` of samples of the intervals `[B]`, the latter on the CPU."""
-        losses = losses.float().cpu()
-        self.totals.index_add_(0, interval, losses)
-        self.counts.index_add_(0, interval, torch.ones_like(losses))
+        """Add the losses `[B]` of samples of the intervals `[B]`; once in a while, since it waits for a GPU."""
+        self._uncounted.append((interval, losses.detach()))
+        if len(self._uncounted) == UNCOUNTED:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        for interval, losses in self._uncounted:
+            interval, losses = interval.cpu(), losses.float().cpu()
+            self.totals.index_add_(0, interval, losses)
+            self.counts.index_add_(0, interval, torch.ones_like(losses))
+        self._uncounted = []
 
     def log(self, **row: float) -> None:
         """A row of the history, with the losses of the intervals since the last."""
+        self._add_up()
         for name, entry in (row | {"interval_loss": (self.totals / self.counts).tolist()}).items():
             self.history[name].append(entry)
         self.totals.zero_(), self.counts.zero_()
@@ -69,6 +80,7 @@ class State:
 
     def contents(self) -> dict[str, Any]:
         """What a checkpoint holds."""
+        self._add_up()
         return {
             "setting": self.setting,
             "iteration": self.iteration,

@@ -106,7 +106,8 @@ def straighten(
         clip: largest norm of the gradient, or None.
         ema: decay of the averaged weights that are returned, or None to return the last ones.
         grid: the teacher's fine grid, for a schedule that has none.
-        seed: of noise, samples, intervals and u.
+        seed: of noise, samples, intervals and u. All but the noise are drawn where the bank is: on a GPU by a generator
+            of its own, from seeds that the CPU's draws, so that they are others than on the CPU, the same in every run.
         log_every: iterations a row of the history.
         checkpoint: file that keeps the whole state of the training, written every `checkpoint_every` iterations and at
             the end; whole or not at all. Where one cannot be written, as on a full disk, a warning says so, the one
@@ -203,7 +204,8 @@ def straighten(
         _fill(trajectories, state, settings, saved)
     if saved is not None:
         state.load_random_states(saved)
-    train(state, StraightLine(settings.u, settings.loss, settings.huber_c, settings.weight), settings)
+    weight = None if settings.weight is None else settings.weight.to(state.bank.times.device)
+    train(state, StraightLine(settings.u, settings.loss, settings.huber_c, weight), settings)
     return Straightened(state.result(), state.history)
 
 

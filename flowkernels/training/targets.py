@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from flowkernels.ops.segment_points import segment_points
 from flowkernels.ops.straighten_loss import StraightenLoss, straighten_loss
-from flowkernels.training.bank import Bank, Places
+from flowkernels.training.bank import Bank, Places, generator_on
 from flowkernels.training.students import student_velocity
 
 
@@ -53,10 +53,11 @@ class StraightLine:
     def loss_of(self, student: nn.Module, bank: Bank, places: Places, generator: torch.Generator) -> StraightenLoss:
         """The loss of a batch. Neither the target nor the states at the ends of the intervals are materialised."""
         device = bank.times.device
-        interval, sample = places.interval.to(device), places.sample.to(device)
+        interval, sample = places
         u, t = None, bank.times[interval]
         if self.u == "uniform":
-            u = torch.rand(len(interval), generator=generator, dtype=torch.float32, device="cpu").to(device)
+            drawing = generator_on(device, generator)
+            u = torch.rand(len(interval), generator=drawing, dtype=torch.float32, device=device)
             t = t + u * bank.step_sizes[interval]
         x = segment_points(bank.states, interval, sample, u)
         v = student_velocity(student, x, t, sample, bank.size)

@@ -109,6 +109,39 @@ def test_the_reference_when_asked_for(op, way):
     assert way() == "dispatcher"
 
 
+REGISTERED = [name for op in OPS for name in (op, f"{op}_out") if name in library.TENSORS]
+
+
+@pytest.mark.parametrize("op", REGISTERED)
+def test_tensors_on_another_device_are_refused(op, monkeypatch):
+    """A kernel would read their addresses on its own. The meta device stands for a GPU."""
+    here, there = torch.zeros(2, dtype=F64), torch.zeros(2, dtype=F64, device="meta")
+    (first, _, _), *others = library.TENSORS[op]
+    assert first == 0
+    for i, name, on_host in others:
+        for x, t in ((here, there), (there, here)):
+            args = [x] * (1 + max(at for at, *_ in others))
+            args[i] = [x, t] if name in ("v", "history", "tensors") and op != "euler_step" else t
+            if on_host and t is here:
+                library.expect_places(op, args)
+                continue
+            with pytest.raises(ValueError, match=f"^{name}: expected a tensor on {x.device}.*, got .* on {t.device}"):
+                library.expect_places(op, args)
+    asked = []
+    monkeypatch.setattr(library, "expect_places", lambda *args: asked.append(args[0]))
+    if op in CALLS:
+        with Seen():
+            call(op)
+        assert asked == [op]
+
+
+def test_times_that_the_host_reads():
+    v, x, times = torch.randn(3, 2, 4), torch.randn(4, 2, 4), torch.zeros(4, dtype=F64, device="meta")
+    for where in ((), (0, 0)):
+        with pytest.raises(ValueError, match="times: expected a tensor on the CPU"):
+            library.KERNELS["velocity_gram"](None, v, x, times, *where)
+
+
 # ---- what the dispatcher has to see ----
 
 

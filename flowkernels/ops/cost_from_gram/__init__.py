@@ -58,4 +58,5 @@ def _fake(gram: Tensor, times: Tensor, states: bool) -> Tensor:
     return gram.new_empty(times.shape[0], times.shape[0])
 
 
-register("cost_from_gram(Tensor gram, Tensor times, bool states) -> Tensor", _kernel, reference.cost_from_gram, _fake)
+register("cost_from_gram(Tensor gram, Tensor times, bool states) -> Tensor", _kernel, reference.cost_from_gram, _fake,
+         host=("times",))  # fmt: skip

@@ -85,6 +85,8 @@ def _as_rows(v: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None, int, i
 
 
 def _kernel(C, v: Tensor, x: Tensor | None, times: Tensor | None, *where) -> Tensor:
+    if times is not None and not times.is_cpu:
+        expect(False, "times", "a tensor on the CPU, which reads it", times)
     v, states, K, M, v_stride, x_stride = _as_rows(v, x)
     gram = _fake(v, x, times)
     if gram.numel() == 0 or M == 0:
@@ -104,4 +106,5 @@ def _fake(v: Tensor, x: Tensor | None, times: Tensor | None) -> Tensor:
     return v.new_empty(size, size, dtype=torch.float64)
 
 
-register("velocity_gram(Tensor v, Tensor? x, Tensor? times) -> Tensor", _kernel, reference.velocity_gram, _fake)
+register("velocity_gram(Tensor v, Tensor? x, Tensor? times) -> Tensor", _kernel, reference.velocity_gram, _fake,
+         host=("times",))  # fmt: skip
