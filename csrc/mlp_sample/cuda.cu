@@ -30,6 +30,12 @@ constexpr int kMost = 32;  // samples of a tile
 constexpr int kStatic = 1 << 10;  // bytes of shared memory that are not asked for at the launch, and more
 
 // ---- the program: what mlp_program writes ----
+// How a block's threads share out rows of so many elements, without a division in the kernel: thread / width is
+// thread * inverse >> 16, which is exact for 256 threads.
+static_assert(kThreads <= 256);
+struct alignas(16) Split {
+  int width, inverse, rows, columns;  // rows and columns of kThreads elements
+};
 struct Table {
   const float* data;  // null: there is none
   int64_t step, sample;
@@ -41,6 +47,7 @@ struct alignas(16) Layer {
   int in, in_width, out, out_width, other;
   float eps, alpha, gain;
   Table scale, shift, shift_each;
+  Split outputs, inputs;  // inputs: as `copy_inputs` takes them
 };
 struct alignas(16) Panel {
   const char* data;
@@ -104,6 +111,7 @@ void for_panels(const MlpPrepared& p, F f) {
 
 struct Run {
   Program program;
+  Split state;  // of rows of D
   int D, steps, layers, velocity, uncond;  // uncond: place of the unconditional velocity
   bool guided, resident, wide, multistep;
   float guidance;
@@ -330,8 +338,12 @@ __device__ __forceinline__ float activate(float x, Activation a, float alpha) {
 struct Walk {
   int r, c, width, dr, dc;
   Walk() = default;
-  explicit __device__ __forceinline__ Walk(int w)
-      : r(int(threadIdx.x) / w), c(int(threadIdx.x) % w), width(w), dr(kThreads / w), dc(kThreads % w) {}
+  explicit __device__ __forceinline__ Walk(const Split& s)
+      : r(int(threadIdx.x) * s.inverse >> 16),
+        c(int(threadIdx.x) - r * s.width),
+        width(s.width),
+        dr(s.rows),
+        dc(s.columns) {}
   __device__ __forceinline__ void next() {
     r += dr;
     c += dc;
@@ -385,12 +397,12 @@ __device__ __forceinline__ void moments(const Layer& l, const float* rows, int p
 // The inputs of a linear layer as the products take them: rounded, at a multiple of 16 bytes, zero past the last one.
 __device__ __forceinline__ void copy_inputs(const Layer& l, const float* rows, int pitch, int samples, float* to,
                                             int to_pitch) {
-  for (Walk at(padded<float>(l.in_width)); at.r < samples; at.next())
+  for (Walk at(l.inputs); at.r < samples; at.next())
     to[at.r * to_pitch + at.c] = at.c < l.in_width ? rows[at.r * pitch + l.in + at.c] : 0.0f;
 }
 __device__ __forceinline__ void copy_inputs(const Layer& l, const float* rows, int pitch, int samples, bf16* to,
                                             int to_pitch) {
-  for (Walk at(padded<bf16>(l.in_width) / 2); at.r < samples; at.next()) {
+  for (Walk at(l.inputs); at.r < samples; at.next()) {
     const float* x = rows + at.r * pitch + l.in + at.c * 2;  // what lies past the last one is in the row, too
     float from[2];
     if (l.in % 2 == 0) {
@@ -427,7 +439,7 @@ __device__ __forceinline__ void run_layer(const Layer& l, const Run& a, Ring& ri
   Walk at, ahead;
   Entries<E> entry;
   auto look_ahead = [&] {
-    at = ahead = Walk(l.out_width);
+    at = ahead = Walk(l.outputs);
     entry.load(l, step, sample, ahead, samples);
   };
   constexpr bool early = Linear::kSamples <= 8;  // on their way while the products are done, where registers are left
@@ -493,7 +505,7 @@ __global__ void __launch_bounds__(kThreads, wide ? 1 : 2) mlp_sample_kernel(Run 
   for (int64_t tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
     const int64_t sample = tile * a.per, place = sample * a.D;
     const int samples = int(a.n - sample < a.per ? a.n - sample : a.per);
-    for (Walk at(a.D); at.r < samples; at.next()) {
+    for (Walk at(a.state); at.r < samples; at.next()) {
       const int64_t i = int64_t(at.r) * a.D + at.c;
       const float x = a.x[place + i];
       rows[at.r * a.pitch + at.c] = x;
@@ -505,7 +517,7 @@ __global__ void __launch_bounds__(kThreads, wide ? 1 : 2) mlp_sample_kernel(Run 
       const float h = a.multistep ? 0.0f : a.program.h[s];
       for (int pass = 0; pass <= a.guided; pass++) {
         if (pass) {  // what the layers have found is the unconditional velocity
-          for (Walk at(a.D); at.r < samples; at.next()) {
+          for (Walk at(a.state); at.r < samples; at.next()) {
             float* row = rows + at.r * a.pitch + at.c;
             row[a.uncond] = row[a.velocity];
           }
@@ -517,7 +529,7 @@ __global__ void __launch_bounds__(kThreads, wide ? 1 : 2) mlp_sample_kernel(Run 
           run_layer<Linear, wide>(l, a, ring, rows, inputs, moment, s, sample, samples);
         }
       }
-      for (Walk at(a.D); at.r < samples; at.next()) {
+      for (Walk at(a.state); at.r < samples; at.next()) {
         float* row = rows + at.r * a.pitch + at.c;
         float v = row[a.velocity];
         if (a.guided) v = __fmaf_rn(a.guidance, v - row[a.uncond], row[a.uncond]);
@@ -537,12 +549,15 @@ __global__ void __launch_bounds__(kThreads, wide ? 1 : 2) mlp_sample_kernel(Run 
       if (a.multistep) terms += a.program.updates[s].terms;
       __syncthreads();
     }
-    for (Walk at(a.D); at.r < samples; at.next())  // what this thread itself has written
+    for (Walk at(a.state); at.r < samples; at.next())  // what this thread itself has written
       a.out[place + int64_t(at.r) * a.D + at.c] = rows[at.r * a.pitch + at.c];
   }
 }
 
 // ---- launches ----
+Split split(int width) {
+  return {width, (1 << 16) / width + 1, kThreads / width, kThreads % width};
+}
 int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
 }
@@ -555,6 +570,7 @@ Run arrange(const MlpSampleArgs& a, int& room) {
   r.D = int(a.D), r.steps = int(a.steps), r.layers = int(a.layer_count), r.velocity = int(a.velocity);
   r.guided = a.tables_uncond != nullptr, r.multistep = a.updates != nullptr;
   r.guidance = float(a.guidance);
+  r.state = split(r.D);
   r.n = a.n;
   int64_t weights = 0, widest = 0;
   for_panels(a, [&](const char*, int bytes) { weights += bytes; });
@@ -633,13 +649,26 @@ __global__ void mlp_upload_kernel(Piece piece, uint4* to, int count) {
   if (i < count) to[i] = piece.words[i];
 }
 
-Layer layer_of(const MlpLayer& l, const MlpTable* tables) {
+Layer layer_of(const MlpLayer& l, const MlpTable* tables, bool low) {
   auto table = [&](int64_t i) {
     return i < 0 ? Table{} : Table{tables[i].data, tables[i].step_stride, tables[i].sample_stride};
   };
-  return {l.map,         l.activation,     l.combine,      int(l.in),          int(l.in_width),
-          int(l.out),    int(l.out_width), int(l.other),   float(l.eps),       float(l.alpha),
-          float(l.gain), table(l.scale),   table(l.shift), table(l.shift_each)};
+  return {l.map,
+          l.activation,
+          l.combine,
+          int(l.in),
+          int(l.in_width),
+          int(l.out),
+          int(l.out_width),
+          int(l.other),
+          float(l.eps),
+          float(l.alpha),
+          float(l.gain),
+          table(l.scale),
+          table(l.shift),
+          table(l.shift_each),
+          split(int(l.out_width)),
+          split(low ? padded<bf16>(int(l.in_width)) / 2 : padded<float>(int(l.in_width)))};
 }
 
 int64_t terms_of(const MlpPrepared& p) {
@@ -677,7 +706,7 @@ int64_t mlp_program(const MlpPrepared& p, void* to) {
   if (!to) return bytes;
   for (bool uncond : {true, false})
     for (int64_t i = 0; (!uncond || p.tables_uncond) && i < p.layer_count; i++)
-      *r.layers++ = layer_of(p.layers[i], uncond ? p.tables_uncond : p.tables);
+      *r.layers++ = layer_of(p.layers[i], uncond ? p.tables_uncond : p.tables, p.low);
   for_panels(p, [&](const char* weights, int bytes) { *r.panels++ = {weights, bytes}; });
   for (int64_t s = 0; s < p.steps; s++) {
     if (p.updates)

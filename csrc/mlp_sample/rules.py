@@ -16,7 +16,7 @@ CUDA = [
     # no tensor cores. The wide ones have their rows in device memory.
     Rule(r"mlp_sample_kernel<Fma<1, 1>, false>", 92, {**TWO_BLOCKS, 120: 0.166}, tile(1, 4), "FFMA LDGSTS HMMA<=0"),
     Rule(r"mlp_sample_kernel<Fma<4, 1>, false>", 128, {**TWO_BLOCKS, 120: 0.166}, tile(4, 4), "FFMA LDGSTS HMMA<=0"),
-    Rule(r"mlp_sample_kernel<Fma<8, 1>, false>", 112, TWO_WITH_HOPPER, tile(8, 4), "FFMA LDGSTS HMMA<=0"),
+    Rule(r"mlp_sample_kernel<Fma<8, 1>, false>", 116, TWO_WITH_HOPPER, tile(8, 4), "FFMA LDGSTS HMMA<=0"),
     Rule(r"mlp_sample_kernel<Fma<8, 2>, false>", 116, TWO_WITH_HOPPER, tile(16, 4), "FFMA>=128 LDGSTS HMMA<=0"),
     Rule(r"mlp_sample_kernel<Fma<8, 4>, false>", 128, ONE_BLOCK, tile(32, 4), "FFMA>=256 LDGSTS HMMA<=0"),
     Rule(r"mlp_sample_kernel<Fma<8, 1>, true>", 128, {**TWO_BLOCKS, 120: 0.166}, 64 << 10, "FFMA LDGSTS HMMA<=0"),
