@@ -743,6 +743,21 @@ def test_a_dropped_graph_is_kept_until_its_replay_is_over(drop, host_cuda, monke
     assert graph() is None
 
 
+def test_what_graphs_of_a_device_do_is_one_after_another(host_cuda, monkeypatch):
+    """Their products share scratch memory, that of the stream on which they are recorded."""
+    order = []
+    monkeypatch.setattr(Event, "record", lambda event: order.append(("end", event)))
+    monkeypatch.setattr(Event, "wait", lambda event: order.append(("wait", event)))
+    nets = linear_field(), linear_field(seed=4)
+    for net in (*nets, *nets):
+        fk.sample(net, normal(3, 4), 2, capture="graph")
+    waits = [event for what, event in order if what == "wait"]
+    ends = [event for what, event in order if what == "end"]
+    assert len(ends) == 4
+    assert order[-4:] == [("wait", ends[1]), ("end", ends[2]), ("wait", ends[2]), ("end", ends[3])]
+    assert ends[0] in waits  # of the first graph, by the recording of the second
+
+
 def test_threads_share_a_graph(host_cuda):
     net = BUNDLED["digits"].load()
     noises = [normal(3, 1, 8, 8, seed=i) for i in range(4)]

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from _flows import linear_field, normal
+from test_capture import Looking
 from torch import nn
 
 import flowkernels as fk
@@ -170,6 +171,36 @@ def test_memory_goes_with_the_velocity():
     gc.collect()
     assert gone() is None
     assert not capture.LOOPS.loops
+
+
+def test_memory_is_kept_for_a_graph_where_no_change_of_it_is_seen():
+    net, noise = Looking().cuda(), normal(3, 4).cuda()
+    net.table.values = net.table.values.cuda()
+    first = check(net, noise, 2)
+    net.table.values = torch.full((4,), 3.0, device="cuda")
+    junk = [torch.full((4,), torch.nan, device="cuda") for _ in range(100)]
+    assert torch.equal(fk.sample(net, noise, 2, capture="graph"), first)
+    del junk
+
+
+def test_a_dropped_graph_runs_to_its_end():
+    net, noise = linear_field().cuda(), normal(3, 4).cuda()
+
+    def slow(x, t):
+        torch.cuda._sleep(20_000_000)  # some 10 ms
+        return net(x, t) * t[:, None]
+
+    expected = fk.sample(slow, noise, 4, capture="graph")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        got = fk.sample(slow, noise, 4, capture="graph", check=False)
+    capture.LOOPS.clear()
+    assert len(capture.LOOPS.dropped) == 1
+    junk = [torch.full((n,), torch.nan, device="cuda") for n in (4, 12) for _ in range(100)]
+    torch.cuda.synchronize()
+    assert torch.equal(got, expected)
+    capture.LOOPS.drop_passed()
+    assert not capture.LOOPS.dropped
+    del junk
 
 
 def test_compiled():
