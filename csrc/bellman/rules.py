@@ -3,7 +3,11 @@
 from machine_code.rules import Floor, Rule
 
 CUDA = [
-    Rule(r"bellman_kernel", 64, 0.5, double=True, has="DMUL DFMA<=0"),  # a product is rounded, then the sum
+    # a product is rounded, then the sum
+    Rule(r"bellman_kernel<[48]>", 40, 0.75, double=True, has="DMUL DFMA<=0"),
+    Rule(r"bellman_kernel<16>", 64, 0.5, double=True, has="DMUL DFMA<=0"),
+    Rule(r"bellman_step_kernel<(false|true)>", 40, 0.75, double=True, has="DMUL DFMA<=0"),
+    Rule(r"bellman_(start|refused)_kernel", 32, 1.0, double=True),
 ]
 
 TRITON = [
@@ -22,10 +26,12 @@ FLOORS = [
         computes="N * K * (K + 1)",
         unit="fp64",
         elements="N * K * K / 2",
-        kernel="bellman_kernel",
-        blocks="1",
-        l2="(N + 1) * K * K / 2 * 8",
-        issues="(N + 1) * K * K / 2 / 32 * DADD",
+        kernel="bellman_step_kernel<false>",
+        blocks="ceil(K + 1, 8)",  # of a launch, and of all that come after each other the rest
+        l2="(N - 1) * K * K / 2 * 8",
+        issues="(N - 1) * (K * K / 2 / 32 * DADD + blocks * 16 * 100)",
         longest=2,  # that of the last knots
+        chain="(N - 1) * 600",  # the sums of a block's warps
+        launches=20,
     ),
 ]

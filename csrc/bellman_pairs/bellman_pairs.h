@@ -14,7 +14,7 @@ struct BellmanPairsArgs {
   int64_t steps;  // largest number of steps
   double* value;  // [steps + 1, n, n] out: V(s, j, k), infinite where (j, k) are no last two knots of s steps
   int64_t* parent;  // [steps + 1, n, n] out: the smallest i that attains V(s, j, k), -1 where there is none
-  int64_t* bad = nullptr;  // [1] out, on a GPU only; -1 before the call
+  int64_t* bad = nullptr;  // [1] out, on a GPU only
 };
 
 // Returns the place of the first value that is NaN or -Inf, k in `first` or n + (i * n + j) * n + k in `cost`; what has

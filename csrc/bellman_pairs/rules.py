@@ -3,7 +3,8 @@
 from machine_code.rules import Floor, Rule
 
 CUDA = [
-    Rule(r"bellman_pairs_(check|start|step)_kernel", 48, 0.62, double=True),
+    Rule(r"bellman_pairs_step_kernel<(false|true)>", 48, 0.62, double=True),
+    Rule(r"bellman_pairs_(start|refused)_kernel", 32, 1.0, double=True),
 ]
 
 TRITON = [
@@ -20,11 +21,11 @@ FLOORS = [
         computes="2 * (N - 2) * (K + 1) * K * (K - 1) // 6",
         unit="fp64",
         elements="(N - 1) * (K + 1) * K * (K - 1) // 6",
-        kernel="bellman_pairs_step_kernel",
-        blocks="ceil(K + 1, 32) * (K + 1) * (N - 1)",
+        kernel="bellman_pairs_step_kernel<false>",
+        blocks="16 * ceil(K + 1, 32) * (ceil(K + 1, 32) + 1) * (N - 1)",
         memory="(N - 1) * (K + 1) * K * (K - 1) // 6 * 8 + (N + 1) * (K + 1) ** 2 * 16",
         l2="(N - 1) * ((K + 1) * K * (K - 1) // 6 * 8 + 3 * (K + 1) ** 2 * 8)",
         issues="(N - 1) * (K + 1) * K * (K - 1) / 6 / 32 * FP64 + blocks * 8 * 170",
-        launches=11,
+        launches=10,
     ),
 ]

@@ -1,96 +1,144 @@
-// A block has 32 rows j of costs and goes along k, 32 columns at a time. First a warp is a column: its lanes add up the
-// products of a_k with the increments before it, from row k of the symmetric matrix, for every j. Then a warp is a row:
-// the recursion along k is three prefix sums over lanes (five with states), carried on from one 32 to the next.
+// A block is up to kParts rows j of costs and goes along k, kColumns at a time. First a thread is a column k and a part
+// of the increments m before it, whose products with a_k it adds up: those that all rows have, and by itself the first,
+// which is only in the rows before it. Then a warp is a row: along k the recursion is linear in |B|^2, <S, B> and
+// |S|^2, so that runs of columns are joined as in a prefix sum over lanes, and carried on to the next kColumns.
 #include "common/cuda.h"
 #include "cost_from_gram/cost_from_gram.h"
 
 namespace fk {
 namespace cuda {
 
-constexpr int kSide = 32;
 constexpr unsigned kAll = 0xffffffffu;
-
-// value of this lane and those before it, and of the lane before: `carry` for the first
-struct Prefix {
-  double here, before;
-};
-__device__ __forceinline__ Prefix prefix(double value, double carry, int lane) {
-#pragma unroll
-  for (int d = 1; d < kSide; d *= 2) {
-    const double other = __shfl_up_sync(kAll, value, d);
-    if (lane >= d) value += other;
-  }
-  value += carry;
-  const double before = __shfl_up_sync(kAll, value, 1);
-  return {value, lane ? before : carry};
+constexpr int kOfLane = 4, kColumns = 32 * kOfLane, kParts = 8, kInFlight = 4;
+// Columns in shared memory, as threads write them and lanes read kOfLane each, without bank conflicts.
+constexpr int kApart = 36, kRoom = kOfLane * kApart;
+__device__ __forceinline__ int place_of(int column) {
+  return column % kOfLane * kApart + column / kOfLane;
 }
-__device__ __forceinline__ double from_last(double value) {
-  return __shfl_sync(kAll, value, kSide - 1);
+
+// Of a run of columns: the sum h of its steps, and the |B|^2, <S, B> and |S|^2 that it ends with when it begins with 0.
+struct Run {
+  double h, bb, sb, ss;
+};
+__device__ __forceinline__ Run joined(const Run& a, const Run& b) {
+  return {a.h + b.h, a.bb + b.bb, a.sb + b.sb + b.h * a.bb, a.ss + b.ss + 2 * b.h * a.sb + b.h * b.h * a.bb};
+}
+__device__ __forceinline__ Run before(const Run& run, int lanes) {
+  return {__shfl_up_sync(kAll, run.h, lanes), __shfl_up_sync(kAll, run.bb, lanes), __shfl_up_sync(kAll, run.sb, lanes),
+          __shfl_up_sync(kAll, run.ss, lanes)};
+}
+__device__ __forceinline__ Run of_last(const Run& run) {
+  return {__shfl_sync(kAll, run.h, 31), __shfl_sync(kAll, run.bb, 31), __shfl_sync(kAll, run.sb, 31),
+          __shfl_sync(kAll, run.ss, 31)};
+}
+// Along kColumns columns with steps h, of which each adds b to |B|^2 and s to <S, B>; `carry` is what is before them,
+// and then what is before the next. In the place of b comes |S|^2, or without s, for |B|^2 read <B, e>, <S, e>.
+template <bool squared>
+__device__ __forceinline__ void along(const double* h, double* b, const double* s, Run& carry) {
+  const int lane = threadIdx.x % 32;
+  auto column = [&](int i) {
+    return Run{h[i * kApart + lane], b[i * kApart + lane], squared ? s[i * kApart + lane] : 0, 0};
+  };
+  Run run = column(0);
+#pragma unroll
+  for (int i = 1; i < kOfLane; i++) run = joined(run, column(i));
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const Run other = before(run, d);
+    if (lane >= d) run = joined(other, run);
+  }
+  Run here = before(run, 1);
+  here = lane ? joined(carry, here) : carry;
+  carry = joined(carry, of_last(run));
+#pragma unroll
+  for (int i = 0; i < kOfLane; i++) {
+    here = joined(here, column(i));
+    b[i * kApart + lane] = squared ? here.ss : here.sb;
+  }
 }
 
 template <bool states>
-__global__ void __launch_bounds__(kSide* kSide)
-    cost_from_gram_kernel(const double* gram, const double* t, int64_t K, double* cost) {
-  FK_SHARED(double, steps, [2][kSide][kSide + 1]);  // |B(j, k)|^2 - |B(j, k-1)|^2 and <S(j, k), a_k> at [k][j]
-  const int lane = threadIdx.x % kSide, warp = threadIdx.x / kSide;
-  const int64_t R = states ? 2 * K - 1 : K - 1, j0 = int64_t(blockIdx.x) * kSide, j = j0 + warp;
-  double BB = 0, SB = 0, SS = 0, Be = 0, Se = 0;  // at the last k of the 32 before
-  for (int64_t k0 = 0; k0 <= K; k0 += kSide) {
-    const int64_t k = k0 + lane;
-    if (k0 + kSide <= j0 + 1) {  // k <= j throughout
-      if (j <= K) cost[j * (K + 1) + k] = INFINITY;
-      continue;
-    }
-    const int64_t column = k0 + warp;
-    double b = 0, s = 0, far_b = 0, far_s = 0, square = 0;  // sums over m > j, those that all rows share, |a_k|^2
-    if (column > j0 && column < K) {
-      const double* a = gram + (column - 1) * R;  // <a_column, a_m> at m - 1
-      const double end = t[column];
-      square = a[column - 1];
-      int64_t m = j0 + 1 + lane;
-      if (m < column) b = a[m - 1], s = (end - t[m]) * b;
-#pragma unroll 4
-      for (m += kSide; m < column; m += kSide) far_b += a[m - 1], far_s += (end - t[m]) * a[m - 1];
-    }
+__global__ void __launch_bounds__(kColumns* kParts)
+    cost_from_gram_kernel(const double* gram, const double* t, int K, int rows, double* cost) {
+  FK_SHARED(double, room, [4 * kParts * kColumns]);  // first sums, then steps
+  FK_SHARED(double, h, [kRoom]);
+  static_assert(3 * kParts * kRoom <= 4 * kParts * kColumns, "");
+  double *sums = room, *steps = room;
+  const int column = threadIdx.x % kColumns, part = threadIdx.x / kColumns, warp = threadIdx.x / 32;
+  const int R = states ? 2 * K - 1 : K - 1, j0 = blockIdx.x * rows, j = j0 + part;
+  const bool is_row = part < rows && j <= K;
+  const int64_t row = int64_t(j) * (K + 1);
+
+  const int first = (j0 + 1) / kColumns * kColumns;
+  if (is_row)
+    for (int k = column; k < first; k += kColumns) cost[row + k] = INFINITY;
+  Run carry{0, 0, 0, 0}, carry_e{0, 0, 0, 0};
+  for (int k0 = first; k0 <= K; k0 += kColumns) {
+    const int k = k0 + column, end = k < K ? k : 0, stop = k0 + kColumns < K ? k0 + kColumns : K;
+    const double t_k = k <= K ? t[k] : 0;
+    const double* a = gram + k - 1;  // <a_m, a_k> at (m - 1) R
+    double b = 0, s = 0, far_b = 0, far_s = 0;
+    const int near = j0 + 1 + part;
+    if (near < end) b = a[int64_t(near - 1) * R], s = (t_k - t[near]) * b;
+#pragma unroll 1
+    for (int m = near + kParts; m < stop; m += kParts * kInFlight) {
+      double product[kInFlight], span[kInFlight];
 #pragma unroll
-    for (int d = 1; d < kSide; d *= 2) {
-      const double next_b = __shfl_down_sync(kAll, b, d), next_s = __shfl_down_sync(kAll, s, d);
-      if (lane + d < kSide) b += next_b, s += next_s;
-      far_b += __shfl_xor_sync(kAll, far_b, d);
-      far_s += __shfl_xor_sync(kAll, far_s, d);
+      for (int i = 0; i < kInFlight; i++) {
+        const int at = m + i * kParts;
+        product[i] = at < end ? a[int64_t(at - 1) * R] : 0;
+        span[i] = at < end ? t_k - t[at] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; i++) far_b += product[i], far_s += span[i] * product[i];
     }
-    steps[0][warp][lane] = 2 * (b + far_b) + square;
-    steps[1][warp][lane] = s + far_s;
+    const bool is_inner = is_row && j < k && k < K;
+    const double square = is_inner ? a[int64_t(k - 1) * R] : 0;
+    const double e = states && is_inner ? a[int64_t(K - 1 + j) * R] : 0;
+    const double sums_of[4] = {b, s, far_b, far_s};
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums[(i * kParts + part) * kColumns + column] = sums_of[i];
+    if (part == 0) h[place_of(column)] = k > 0 && k <= K ? t_k - t[k - 1] : 0;
     __syncthreads();
 
-    const bool step = j < k && k <= K, inner = step && k < K;
-    const double h = step ? t[k] - t[k - 1] : 0;
-    const Prefix bb = prefix(inner ? steps[0][lane][warp] : 0, BB, lane);
-    const Prefix sb = prefix(h * bb.before + (inner ? steps[1][lane][warp] : 0), SB, lane);
-    const Prefix ss = prefix(2 * h * sb.before + h * h * bb.before, SS, lane);
-    double c = ss.here;
-    if constexpr (states) {
-      const double* e = gram + (K - 1 + j) * R;  // <e_j, a_k> at k - 1
-      const Prefix be = prefix(inner ? e[k - 1] : 0, Be, lane);
-      const Prefix se = prefix(h * be.before, Se, lane);
-      const double span = step ? t[k] - t[j] : 0;
-      c += 2 * span * se.here + span * span * (step ? e[K - 1 + j] : 0);
-      Be = from_last(be.here);
-      Se = from_last(se.here);
+    b = s = 0;
+#pragma unroll
+    for (int p = 0; p < kParts; p++) {
+      if (p >= part) b += sums[p * kColumns + column], s += sums[(kParts + p) * kColumns + column];
+      b += sums[(2 * kParts + p) * kColumns + column], s += sums[(3 * kParts + p) * kColumns + column];
     }
-    // rounding may leave a residual of zero at -1e-17; NaN stays
-    if (j <= K && k <= K) cost[j * (K + 1) + k] = !step ? double(INFINITY) : c < 0 ? 0 : c;
-    BB = from_last(bb.here);
-    SB = from_last(sb.here);
-    SS = from_last(ss.here);
-    __syncthreads();  // the next 32 take the place of these
+    __syncthreads();
+    double* own = steps + part * kRoom + place_of(column);
+    own[0] = is_inner ? 2 * b + square : 0;
+    own[kParts * kRoom] = is_inner ? s : 0;
+    if (states) own[2 * kParts * kRoom] = e;
+    __syncthreads();
+
+    if (warp < rows) {
+      double* of_row = steps + warp * kRoom;
+      along<true>(h, of_row, of_row + kParts * kRoom, carry);
+      if (states) along<false>(h, of_row + 2 * kParts * kRoom, nullptr, carry_e);
+    }
+    __syncthreads();
+    if (is_row && k <= K) {
+      double c = own[0];
+      if (states) {
+        const double span = t_k - t[j];
+        c += 2 * span * own[2 * kParts * kRoom] + span * span * (j < k ? gram[int64_t(K - 1 + j) * (R + 1)] : 0);
+      }
+      // rounding may leave a residual of zero at -1e-17; NaN stays
+      cost[row + k] = j >= k ? double(INFINITY) : c < 0 ? 0 : c;
+    }
+    __syncthreads();
   }
 }
 
 int cost_from_gram(const CostFromGramArgs& g, void* stream) {
-  const dim3 grid(static_cast<unsigned>((g.K + kSide) / kSide));
+  const int K = static_cast<int>(g.K);
+  int rows = 1;
+  while (rows < kParts && (K + rows) / rows > multiprocessors()) rows *= 2;
   auto run = [&](auto kernel) {
-    FK_LAUNCH(kernel, grid, dim3(kSide * kSide), 0, stream, g.gram, g.times, g.K, g.cost);
+    FK_LAUNCH(kernel, dim3((K + rows) / rows), dim3(kColumns * kParts), 0, stream, g.gram, g.times, K, rows, g.cost);
     return launched();
   };
   return g.states ? run(cost_from_gram_kernel<true>) : run(cost_from_gram_kernel<false>);

@@ -259,6 +259,10 @@ inline float __frcp_rn(float x) {
 inline float __fmaf_rn(float a, float b, float c) {
   return fmaf(a, b, c);
 }
+inline double __dmul_rn(double a, double b) {  // never contracted with a sum
+  const volatile double product = a * b;
+  return product;
+}
 template <class T>
 constexpr const T& min(const T& a, const T& b) {
   return b < a ? b : a;

@@ -211,8 +211,8 @@ def test_a_sum_that_overflows_is_unreachable(name):
     assert parent[2].tolist() == [-1] * 3
 
 
-@pytest.mark.parametrize("n", [1024, 1030, 2049])
-def test_on_a_gpu_more_knots_than_a_block_has_threads(n):
+@pytest.mark.parametrize("n", [32, 64, 128, 129, 1030, 2049])
+def test_on_a_gpu_as_many_knots_as_a_block_holds_and_more(n):
     """Few values, so that many paths tie."""
     cost = torch.randint(4, (n, n), generator=generator(0)).double()
     with backend("cuda"):
@@ -220,20 +220,21 @@ def test_on_a_gpu_more_knots_than_a_block_has_threads(n):
     assert all(torch.equal(a, b) for a, b in zip(got, bellman(cost, 4), strict=True))
 
 
-@pytest.mark.parametrize("n", [4, 40, 1030])
-def test_on_a_gpu_bad_costs_are_in_the_tables(n):
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [6, 40, 128, 1030])
+def test_on_a_gpu_bad_costs_are_in_the_tables(n, steps):
     """For a captured graph, whose launches nobody waits for; otherwise the first one raises."""
     cost = torch.ones(n, n, dtype=F64)
     cost[2, 3], cost[1, n - 1], cost[1, 2] = math.nan, -math.inf, math.nan
-    value, parent = torch.zeros(3, n, dtype=F64), torch.zeros(3, n, dtype=torch.int64)
+    value, parent = torch.zeros(steps + 1, n, dtype=F64), torch.zeros(steps + 1, n, dtype=torch.int64)
     place = torch.zeros((), dtype=torch.int64)
     tables = value.data_ptr(), parent.data_ptr(), place.data_ptr()
-    backends.cuda_module().bellman(cost.data_ptr(), n, 2, 1.0, *tables, 0, 0)
+    backends.cuda_module().bellman(cost.data_ptr(), n, steps, 1.0, *tables, 0, 0)
     assert place == n + 2
     assert value.isnan().all()
     assert parent.eq(-1).all()
     with backend("cuda"), pytest.raises(ValueError, match=r"got cost\[1, 2\] = nan"):
-        bellman(cost, 2)
+        bellman(cost, steps)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

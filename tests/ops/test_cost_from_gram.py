@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.ops.cost_from_gram.samples import weights
-from flowkernels.ops.samples import generator
+from flowkernels.ops.samples import generator, of_sum, rounding
 from flowkernels.ops.velocity_gram import velocity_gram
 from flowkernels.runtime.backends import BACKENDS, backend
 
@@ -47,6 +47,17 @@ def test_is_the_quadratic_form(K, seed, states):
     cost = cost_from_gram(rows @ rows.T, t, states=states)
     torch.testing.assert_close(cost[inside], (w @ (rows @ rows.T) * w).sum(2)[inside], rtol=1e-9, atol=1e-12)
     assert (cost[inside] >= 0).all()
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("K", [127, 128, 300])
+def test_on_a_gpu_more_columns_than_a_block_takes_at_a_time(K, states):
+    """Terms of a cost are not below zero, so that errors are relative to it."""
+    rows = torch.rand(2 * K - 1 if states else K - 1, 50, generator=generator(0), dtype=torch.float64)
+    with backend("cuda"):
+        cost = cost_from_gram(rows @ rows.T, K, states=states)
+    bound = 2 * rounding(6 + of_sum(3 * K), torch.float64)
+    torch.testing.assert_close(cost, cost_from_gram(rows @ rows.T, K, states=states), rtol=bound, atol=0)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -69,7 +69,7 @@ def _kernel(C, first: Tensor, cost: Tensor, steps: int, *where) -> tuple[Tensor,
     first, cost, n = first.contiguous(), cost.contiguous(), first.shape[0]
     value, parent = map(fresh, _fake(first, cost, steps))
     arguments = first.data_ptr(), cost.data_ptr(), n, steps, value.data_ptr(), parent.data_ptr()
-    bad = cost.new_full((), -1, dtype=torch.int64) if where else None
+    bad = cost.new_empty((), dtype=torch.int64) if where else None
     if (place := refused_place(C.bellman_pairs, arguments, bad, where)) >= 0:
         _refuse(first, cost, place)
     return value, parent

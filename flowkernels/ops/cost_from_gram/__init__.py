@@ -13,8 +13,7 @@ def cost_from_gram(gram: Tensor, times: Tensor, *, states: bool = False) -> Tens
 
     Args:
         gram: float64, what `velocity_gram` returns divided by the number of samples: `[K-1, K-1]`, or `[2K-1, 2K-1]`
-            with `states`. Symmetric: only one triangle of increments is read, the lower one by the CUDA kernel and
-            the upper one by the others, with the rows of e and the diagonal.
+            with `states`. Symmetric: of the increments only the upper triangle and the diagonal are read.
         times: the K+1 knots; on the CPU they are copied to gram's device at every call.
         states: whether `velocity_gram` was given states.
 
