@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -151,6 +152,12 @@ def test_main_cases_are_profiled_in_one_process():
     assert command[command.index("--profile-from-start") + 1] == "off"
     assert command[-2:] == [str(ROOT / "scripts/profile_driver.py"), "main"]
     assert "main: expected no case, got K=16" in run(PROFILE, "main", "K=16").stderr
+
+
+def test_every_gpu_test_is_in_a_stage():
+    files = runpy.run_path(str(ROOT / "scripts/test_gpu"))["FILES"]
+    there = [path.stem.removeprefix("test_") for path in (ROOT / "tests/gpu").glob("test_*.py")]
+    assert sorted(file for of_stage in files.values() for file in of_stage) == sorted(there)
 
 
 @pytest.fixture(scope="module")
