@@ -184,6 +184,16 @@ def stream_of(t: Tensor) -> tuple[int, int]:
     return device, raw_stream(device)
 
 
+def uploaded(C, t: Tensor, like: Tensor, where: tuple) -> Tensor:
+    """The numbers `t` of the CPU on the GPU of `like`. They travel as arguments of launches: nothing waits, and a graph
+    can hold it."""
+    words = -(-t.nbytes // 16)
+    padded = torch.nn.functional.pad(t, (0, 16 * words // t.element_size() - len(t))).contiguous()
+    there = like.new_empty(padded.shape, dtype=t.dtype)
+    C.mlp_upload(padded.data_ptr(), padded.nbytes, there.data_ptr(), *where)
+    return there[: len(t)]
+
+
 class Made:
     """Tensors that work on the current stream has made, to be kept and used on any: the GPU's queues wait for one
     another, the host for none, and memory is not given away before the last one is done with it.

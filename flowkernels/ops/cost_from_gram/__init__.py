@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flowkernels._checks import expect, expect_bool, expect_tensor, expect_times
 from flowkernels.ops.cost_from_gram import reference
-from flowkernels.ops.library import direct, register
+from flowkernels.ops.library import direct, register, uploaded
 
 
 def cost_from_gram(gram: Tensor, times: Tensor, *, states: bool = False) -> Tensor:
@@ -46,7 +46,8 @@ def cost_from_gram(gram: Tensor, times: Tensor, *, states: bool = False) -> Tens
 
 
 def _kernel(C, gram: Tensor, times: Tensor, states: bool, *where) -> Tensor:
-    times = times.to(gram.device) if where else times
+    if where and times.is_cpu:
+        times = uploaded(C, times, gram, where)
     gram, times = gram.contiguous(), times.contiguous()
     cost = _fake(gram, times, states)
     C.cost_from_gram(gram.data_ptr(), times.data_ptr(), len(times) - 1, states, cost.data_ptr(), *where)

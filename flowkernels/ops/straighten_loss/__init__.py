@@ -127,7 +127,8 @@ def _launch(C, v, bank, step_sizes, interval, sample, weight, huber_c, losses, g
         step_sizes, weight = step_sizes.double(), None if weight is None else weight.double()
     step_sizes, weight = step_sizes.contiguous(), None if weight is None else weight.contiguous()
     (knots, n), B, D = bank.shape[:2], v.shape[0], math.prod(v.shape[1:])
-    partial = bank.new_empty(C.straighten_loss_partials(B, D, knots)) if where else None
+    size = C.straighten_loss_partials(B, D, knots) if where else 0
+    partial = bank.new_empty(size) if size else None
     bad = C.straighten_loss(
         *(v.data_ptr(), bank.data_ptr(), step_sizes.data_ptr(), interval.data_ptr(), sample.data_ptr()),
         *(0 if weight is None else weight.data_ptr(), huber_c, DTYPE_CODES[v.dtype], DTYPE_CODES[bank.dtype]),
