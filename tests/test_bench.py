@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+from machine_code import rules
 
 from flowkernels.bench import command, harness, suite, tables, timers
 from flowkernels.bench.case import Case, Work, ours
@@ -353,8 +354,16 @@ def test_main_cases_come_first(bench_on_the_stand_in):
     assert [case for _, case in command._in_order(chosen, False)] == [case for of in chosen.values() for case in of]
 
 
-def test_every_op_has_a_main_case():
-    assert {op for op in OPS if any(case.main for case in suite.cases(op, CPU))} == {*OPS} - {"bellman_pairs"}
+@pytest.mark.parametrize("op", OPS)
+def test_main_cases_are_those_of_the_model(op):
+    """What a GPU gets first has a floor and a model in docs/gpu.md, and these have a measurement."""
+    cases = suite.cases(op, torch.device("cuda"))
+    main_cases, modelled = (
+        {case.name for case in cases if case.main},
+        {floor.case for floor in rules.floors()[op]},
+    )
+    assert main_cases
+    assert main_cases <= modelled <= {case.name for case in cases}
 
 
 def test_a_run_is_resumed(bench_on_the_stand_in, monkeypatch, tmp_path, capsys):

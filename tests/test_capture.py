@@ -133,6 +133,7 @@ def host_cuda(monkeypatch):
     syncs = contextlib.ExitStack()
 
     def set_sync_debug_mode(mode):
+        warnings.warn("Synchronization debug mode is a prototype feature and does not", UserWarning, stacklevel=1)
         syncs.enter_context(NoSync()) if mode == "error" else syncs.close()
 
     stream = types.SimpleNamespace(wait_stream=lambda other: None, record_event=Event)
@@ -278,6 +279,16 @@ def test_a_call_waits_once_and_not_at_all_without_checks(name, stage, far, host_
         with Waits(noise) as waits:
             run(velocity, noise, schedule, **options)
         assert waits.count == expected
+
+
+def test_recording_warns_of_nothing(host_cuda):
+    """Torch warns of the mode in which it looks for syncs."""
+    name = next(iter(VELOCITIES))
+    make, noise, schedule = VELOCITIES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fk.sample(make(), noise, schedule, capture="graph")
+    assert host_cuda.made == 1
 
 
 @pytest.mark.parametrize("capture", [None, "graph"])

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 from machine_code import binaries, rules, triton_binaries
@@ -47,6 +48,16 @@ def test_every_target_has_every_kernel(op):
     names = {t: {v["label"].split("<")[0] for v in variants if v["target"] == t} for t in TARGETS}
     assert names["80"]
     assert all(of == names["80"] for of in names.values())
+
+
+@pytest.mark.parametrize(("release", "registers", "occupancy"), [("3.9", 64, 0.5), ("3.6", 72, 0.5), ("4.0", 255, 0.0)])
+def test_rules_are_of_the_release(release, registers, occupancy, monkeypatch):
+    """Those of a release that none was read on hold no kernel to figures of another one."""
+    one = rules.Rule("a_kernel", 64, 0.5, has="LDG", older={"3.6": 72})
+    monkeypatch.setattr(rules, "version", lambda name: f"{release}.1")
+    monkeypatch.setattr(rules, "of_op", lambda op: types.SimpleNamespace(TRITON=[one]))
+    (found,) = rules.triton("an op")
+    assert (found.registers, found.occupancy, found.has) == (registers, occupancy, "LDG")
 
 
 # ---- the checks, on kernels that are not as they should be ----

@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 import types
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -193,7 +194,9 @@ def _record(loop: Callable[[], Tensor], device: torch.device) -> tuple:
         loop()  # what is made at a first call: handles of libraries, tables that a network keeps
     graph = torch.cuda.CUDAGraph()
     try:
-        # once with syncs forbidden, for an error that names the line and leaves no half-made graph behind
+        # once with syncs forbidden, for an error that names the line and leaves no half-made graph behind; of a mode
+        # that torch has not done with, as it says at the first use
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("error")
         with _aside(device), uncompiled(), _Reads() as reads:
             loop()

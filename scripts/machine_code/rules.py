@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,7 @@ from machine_code.binaries import INSTRUCTIONS, Kernel, occupancy
 ROOT = Path(__file__).parents[2]
 LOW = "(__half|__nv_bfloat16)"
 FUNCTIONS = {"ceil": lambda n, d: -(-n // d), "max": max, "min": min}
+READ = ("3.5", "3.6")  # releases of Triton that the rules were read on beside 3.9
 ONE_BLOCK = {80: 0.125, 90: 0.125, 100: 0.125, 120: 0.166}  # of 256 threads on a multiprocessor
 TWO_BLOCKS = {80: 0.25, 90: 0.25, 100: 0.25, 120: 0.333}
 TWO_WITH_HOPPER = {80: 0.125, 90: 0.25, 100: 0.25, 120: 0.166}
@@ -37,6 +38,7 @@ class Rule:
     has: str = ""  # instructions that occur, or how many at least or at most: "LDG.128 STG.128>=2 STG.narrow<=1"
     double: bool = False  # computes in double, whatever its template arguments
     threads: int = 0  # of a block, where they are fewer than the kernel was compiled for
+    older: dict[str, int] = field(default_factory=dict)  # registers, at most, by earlier releases of Triton
 
     def shared(self, k: Kernel) -> int:
         return k.shared + by_sm(self.dynamic, k.sm)
@@ -124,10 +126,14 @@ def cuda() -> list[Rule]:
 
 
 def triton(op: str) -> list[Rule]:
+    """Those of the release at hand; of one that none was read on, that nothing is spilled and what the kernels hold."""
     rules = list(getattr(of_op(op), "TRITON", ()))
-    if version("triton").startswith("3.9."):
+    release = ".".join(version("triton").split(".")[:2])
+    if release == "3.9":
         return rules
-    return [replace(rule, registers=255, occupancy=0.0) for rule in rules]
+    if release not in READ:
+        return [replace(rule, registers=255, occupancy=0.0) for rule in rules]
+    return [replace(rule, registers=rule.older.get(release, rule.registers)) for rule in rules]
 
 
 def floors() -> dict[str, list[Floor]]:

@@ -244,7 +244,10 @@ def straighten_loss_mean_kernel(
         total, lost = _add(total, lost, tl.where(mine, x, 0))
         count += mine.to(tl.int32)
     mean = _divide(_sum(total, lost), tl.sum(count).to(dtype))  # 0 / 0 is the NaN of an interval that was not drawn
-    tl.store(per_interval + own if own < knots - 1 else loss, mean)
+    if own < knots - 1:
+        tl.store(per_interval + own, mean)
+    else:  # no choice of pointers: Triton 3.6 does not compile one for AMD
+        tl.store(loss, mean)
 
 
 def straighten_loss(v, bank, step_sizes, interval, sample, weight, huber_c, gradient) -> tuple[Tensor, ...]:
