@@ -35,8 +35,14 @@ CUDA = [
 
 TRITON = [
     # tokens and weights come asynchronously; the state of a token's 64 outputs 16 bytes at once, that of patches not
-    Rule(r"linear_euler_kernel<x=float32.*BLOCK_O=64.*", 136, 0.1, has="tensor_cores LDGSTS LDG.128 STG.128"),
-    Rule(r"linear_euler_kernel<x=float32.*BLOCK_O=(16|32).*", 104, 0.1, has="tensor_cores LDGSTS"),
+    Rule(
+        r"linear_euler_kernel<x=float32.*BLOCK_O=64.*",
+        136,
+        0.1,
+        has="tensor_cores LDGSTS LDG.128 STG.128",
+        older={"3.6": 168},
+    ),
+    Rule(r"linear_euler_kernel<x=float32.*BLOCK_O=(16|32).*", 104, 0.1, has="tensor_cores LDGSTS", older={"3.6": 128}),
     Rule(r"linear_euler_kernel<x=float64.*", 128, 0.1, has="FP64 LDGSTS"),
 ]
 

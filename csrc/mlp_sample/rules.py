@@ -29,7 +29,7 @@ CUDA = [
 
 TRITON = [
     # Euler steps; and updates of a solver, whose places and factors are held as well
-    Rule(r"mlp_sample_kernel<.*updates=None.*", 240, 0.12, has="tensor_cores LDGSTS"),
+    Rule(r"mlp_sample_kernel<.*updates=None.*", 240, 0.12, has="tensor_cores LDGSTS", older={"3.6": 248}),
     Rule(r"mlp_sample_kernel<.*updates=int64.*", 255, 0.12, has="tensor_cores LDGSTS"),
 ]
 

@@ -42,10 +42,10 @@ CUDA = [
 TRITON = [
     Rule(r"straighten_loss_held_kernel<v=(float32|float64).*", 56, 0.56, has="LDG.128 STG.128"),
     Rule(r"straighten_loss_held_kernel<v=b?float16.*", 40, 1.0, has="LDG.128"),
-    Rule(r"straighten_loss_part_kernel<.*", 56, 0.56, has="LDG.128"),
+    Rule(r"straighten_loss_part_kernel<.*", 56, 0.56, has="LDG.128", spilled={"3.6": 8}),  # for sm_120
     Rule(r"straighten_loss_gradient_kernel<.*", 40, 0.75, has="LDG.128 STG.128"),
     Rule(r"straighten_loss_join_kernel<.*", 24, 1.0, has="LDG.128"),
-    Rule(r"straighten_loss_mean_kernel<per_sample=float32.*", 48, 0.62, has="LDG.128"),
+    Rule(r"straighten_loss_mean_kernel<per_sample=float32.*", 48, 0.62, has="LDG.128", older={"3.6": 56}),
     Rule(r"straighten_loss_mean_kernel<per_sample=float64.*", 80, 0.37, has="LDG.128"),
 ]
 
