@@ -49,6 +49,7 @@ def cases(device) -> Iterator[Case]:
             calls["flowkernels unhooked"] = lambda: fk.sample(hidden, x0, N)
             if device.type == "cuda":
                 calls["flowkernels graph"] = lambda: fk.sample(net, x0, N, capture="graph")
+                calls["flowkernels graph, unchecked"] = lambda: fk.sample(net, x0, N, capture="graph", check=False)
             if compiled:
                 calls["flowkernels compile"] = lambda: fk.sample(net, x0, N, capture="compile")
                 calls["torch compile"] = by_hand(torch.compile(net), x0)  # of the network, called in a loop

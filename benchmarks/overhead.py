@@ -1,6 +1,7 @@
 """What a call costs beside its work, by layer: every op on one 8x8 image, by the public function, by the dispatcher of
 torch, by the call of our own stages, which has checked its arguments before, and by the bare binding of the C++ kernel;
-the choice of a backend, and the look of a fused sampler at its network, beside one at the weights' versions alone."""
+the choice of a backend; the look of a fused sampler at its network, beside one at the weights' versions alone, and that
+of a captured loop, beside one at their addresses alone."""
 
 from collections.abc import Iterator
 
@@ -13,9 +14,11 @@ import flowkernels as fk
 from flowkernels.bench import suite
 from flowkernels.bench.case import Case, Work, ours
 from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.networks import DiT
 from flowkernels.ops.library import KERNELS
 from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends
+from flowkernels.sampling.state import State, holds_reference
 
 
 class _Seen(TorchDispatchMode):
@@ -121,3 +124,16 @@ def cases(device) -> Iterator[Case]:
     yield Case("look at a fused network of 3 layers, for changes", 1, lambda: watch(mlp, (8,)), quick=True)
     digits = BUNDLED["digits"]
     yield Case("look at the digits' fused network, for changes", 1, lambda: watch(digits.load(), digits.shape))
+
+    def held(net: nn.Module):
+        state, known = State(net), [(p, p.data_ptr()) for p in net.parameters()]
+        return Work(
+            {
+                "flowkernels state": lambda: state.holds(net),
+                "flowkernels state, in Python": lambda: holds_reference(state.marks, net),
+                "torch eager": lambda: all(p.data_ptr() == pointer for p, pointer in known),
+            },
+            lambda got: (0.0, 0.0 if got else -1.0),
+        )
+
+    yield Case("look at a DiT, for a captured loop", 1, lambda: held(DiT().to(device).eval()))
