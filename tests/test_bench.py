@@ -17,7 +17,7 @@ from machine_code import rules
 from flowkernels.bench import command, harness, suite, tables, timers
 from flowkernels.bench.case import Case, Work, ours
 from flowkernels.bench.harness import Measured, Shares, measure, rows
-from flowkernels.bench.tables import FIELDS, print_case
+from flowkernels.bench.tables import FIELDS, print_case, print_summary
 from flowkernels.bench.timers import CudaEvents, WallClock
 from flowkernels.cli import main
 from flowkernels.ops.public import OPS
@@ -197,6 +197,28 @@ def test_a_failing_case_and_a_red_gate_are_failures(monkeypatch, capsys):
         monkeypatch.setattr(suite, "cases", lambda entry, device, make=make: [Case("c", 1, make, quick=True)])
         assert main.main(["bench", "bellman", "--quick"]) == code
     assert "RuntimeError: no inputs" in capsys.readouterr().out
+
+
+def test_the_summary_says_whose_gates_are_red(monkeypatch, capsys):
+    """Of torch's, and of its arithmetic in our reference, they are no failure."""
+
+    def one(*red):
+        calls = {
+            name: lambda name=name: name in red for name in ("flowkernels cpu", "flowkernels reference", "torch raw")
+        }
+        work = Work(calls, lambda got: (float(got), 0.5))
+        monkeypatch.setattr(suite, "cases", lambda entry, device: [Case("c", 1, lambda: work, quick=True)])
+        results = []
+        monkeypatch.setattr(command, "print_case", lambda rows, titles: results.extend(rows))
+        code = main.main(["bench", "bellman", "--quick"])
+        capsys.readouterr()
+        print_summary(results, ("% copy", "% matmul"))
+        return code, capsys.readouterr().out.splitlines()[-1].split("  ")[-1]
+
+    assert one() == (0, "ok")
+    assert one("torch raw") == (0, "RED: torch raw")
+    assert one("flowkernels reference", "torch raw") == (0, "RED: reference, torch raw")
+    assert one("flowkernels cpu") == (1, "RED: cpu")
 
 
 # ---- a GPU's timer, on a stand-in for torch.cuda ----

@@ -68,6 +68,11 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and backends.triton_interpreted()
 
 
+def is_kernel(provider: str) -> bool:
+    """Whether it is ours and its arithmetic too: the reference adds up as torch does."""
+    return provider.startswith("flowkernels") and provider != "flowkernels reference"
+
+
 def ours(call: Callable[[], Any], device: torch.device) -> dict[str, Callable[[], Any]]:
     """A provider for each of our backends that can run on the device: the automatic choice, then the others."""
     chosen, *others = [b for b in backends.BACKENDS if backends.why_not(b, device) is None and not interpreted(b)]

@@ -12,7 +12,7 @@ import torch
 from flowkernels import _options
 from flowkernels._files import expect_target, write_or_keep
 from flowkernels.bench import suite
-from flowkernels.bench.case import Case
+from flowkernels.bench.case import Case, is_kernel
 from flowkernels.bench.harness import measure, pinned, rows
 from flowkernels.bench.tables import print_case, print_summary, read_csv, write_csv
 from flowkernels.bench.timers import timer
@@ -43,7 +43,7 @@ def add_arguments(add: Callable) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the entries asked for; 1 if a gate of ours was red or a case failed."""
+    """Run the entries asked for; 1 if a gate of our kernels was red or a case failed."""
     quality = args.entries[:1] == ["quality"]
     alone = [name for name in ("data", "rows", "seeds") if getattr(args, name) is not None]
     if quality and (args.entries[1:] or args.match or args.seconds is not None or args.device != "cpu"):
@@ -144,7 +144,7 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
         if args.out is not None:
             write_or_keep(args.out / f"{entry}.csv", "--out", functools.partial(write_csv, results=results[entry]))
     everything = [row for of_entry in results.values() for row in of_entry]
-    failed |= any(row["gate"] != "ok" for row in everything if row["provider"].startswith("flowkernels"))
+    failed |= any(row["gate"] != "ok" for row in everything if is_kernel(row["provider"]))
     if args.out is not None:
         for entry, of_entry in results.items():
             if of_entry:

@@ -57,8 +57,8 @@ PEERS = {"x eager": "torch eager", "x compile": "torch compile", "x loop": "publ
 
 
 def print_summary(results: list[dict], titles: tuple[str, str]) -> None:
-    """One line a case: our default call, how many times as long its peers take on the device, and how near it is to
-    the limits."""
+    """One line a case: our default call, how many times as long its peers take on the device, how near it is to the
+    limits, and whose gates are red."""
     if not results:
         return
     name = 2 + max(len(f"{row['entry']}: {row['case']}") for row in results)
@@ -73,7 +73,8 @@ def print_summary(results: list[dict], titles: tuple[str, str]) -> None:
         ratios = [t / mine["p50_us"] if known and t != "" else "" for t in times]
         cells = [mine[c] for c in ("p50_us", "host_us", "looped_us")]
         cells += [*ratios, mine["stream_percent"], mine["fma_percent"]]
-        gates = "ok" if all(row["gate"] == "ok" for row in ours_of) else "RED"
+        red = [name.removeprefix("flowkernels ") for name, row in of.items() if row["gate"] != "ok"]
+        gates = f"RED: {', '.join(red)}" if red else "ok"
         print(f"{': '.join(key):<{name}}" + "".join(f"{cell(c):>11}" for c in cells) + f"  {gates}", flush=True)
 
 
