@@ -1,32 +1,32 @@
 // Two kernels, and the sum of what their blocks leave.
 //
-// Increments alone, of float32 or shorter velocities, go through the tensor cores. A block takes slabs of columns, all
-// rows of them: each byte is read once. Every increment, taken in float32, is split into two halves of 11 bits,
-// s a = hi + lo, where the power of two s brings the largest of a row's 32 columns near the end of half's range: the
-// two parts hold what float32 does, whatever the size of the row. <a_i, a_j> is summed from three products,
-// hi hi + hi lo + lo hi; lo lo is below 2^-24 |a_i| |a_j|. The unit adds in float32 and truncates, so that its sums
-// move on after 32 columns, to ordinary float32.
+// Increments alone, of float32 or shorter velocities, go through the tensor cores. A block takes columns, all rows of
+// them: each byte is read once. Every increment, taken in float32, is split into two halves of 11 bits,
+// s a = hi + lo, where the power of two s belongs to the row: it brings the largest of the block's first columns into
+// the upper part of half's range, and is lowered, the sums with it, when a larger one comes. What half cannot hold is
+// below 2^-33 of the largest so far, so that the two parts do for a row of any size. <a_i, a_j> is summed from three
+// products, hi hi + hi lo + lo hi; lo lo is below 2^-24 |a_i| |a_j|. The unit adds in float32 and truncates, so that
+// its sums move on after 32 columns, to ordinary float32.
 //
-//   v [K, M] --cp.async--> slab [K, columns] --differences, split--> hi, lo [rows, 32] --tiles of 32 x 32 sums, upper
-//   triangle, in registers--> a partial sum for each block --in float64, in a fixed order--> gram
+//   v [K, M] --loaders: columns of four, down the rows--> differences, split --> hi, lo [rows, columns] of two slabs
+//   --the other warps: tiles of 32 x 32 sums, upper triangle, in registers--> a partial sum for each block
+//   --in float64, in a fixed order--> gram
+//
+// Loaders form one slab while the others multiply the one before; one barrier a slab. An increment is formed once.
 //
 // float64 velocities, and rows from states (secants differ in few digits: float64 until they have been subtracted), go
 // through a kernel without tensor cores. With more than 128 rows, both multiply pairs of panels of rows.
 #include "common/cuda.h"
+#include "velocity_gram/plan.h"
 #include "velocity_gram/velocity_gram.h"
 
 namespace fk {
 namespace cuda {
 namespace {
 
-constexpr int64_t kMostColumns = 32768;  // that a block adds up in float32
+using gram::ceil_div;
+using gram::pairs;
 
-int64_t ceil_div(int64_t n, int64_t d) {
-  return (n + d - 1) / d;
-}
-int64_t pairs(int64_t n) {  // i <= j < n
-  return n * (n + 1) / 2;
-}
 // The p-th of (0, 0), (0, 1), (1, 1), (0, 2), ..
 __device__ __forceinline__ void pair_of(int p, int& i, int& j) {
   for (j = 0; p > j; j++) p -= j + 1;
@@ -38,49 +38,44 @@ __device__ __forceinline__ int index_of(int i, int j) {
 
 // ---- increments on tensor cores ----
 
-constexpr int kTile = 32;             // rows and columns of a warp's sums; also the columns that share a scale
-constexpr int kLaneSums = 32;         // of a tile, in each lane
-constexpr int kMostRows = 128;        // of a panel
-constexpr int kMostWarps = 16;        // of a block
-constexpr int kRowBytes = 2 * kTile;  // of hi or lo, 32 columns: four words of 16 bytes
+constexpr int kTile = gram::kBand;  // rows and columns of a warp's sums; also the columns that it adds up at a time
+constexpr int kLaneSums = 32;    // of a tile, in each lane
+constexpr int kMostRows = gram::kMostRows;
+constexpr int kLow = 1 << 14;    // bytes from hi to lo
+constexpr int kSlab = 2 * kLow;  // of both
+constexpr int kBlockBarrier = 1, kTileBarrier = 2;
 
-// How a block is cut. It takes one panel of rows, or two where panels are multiplied with each other. A slab has
-// 128 rows by bands of 32 columns, of either panel.
+// A slab is 128 rows of 64 columns; 256 of 32 where two panels are multiplied with each other.
+template <bool two>
+constexpr int kColumns = two ? 32 : 64;
+template <bool two>
+constexpr int kRows = two ? 2 * kMostRows : kMostRows;
+template <bool two>
+constexpr int kRun = two ? 8 : 12;  // increments that a lane forms, one below the other
+template <bool two>
+constexpr int kMostThreads = two ? 640 : 512;  // of 96 registers, 128
+
+// How a block is cut: in warps that load, and warps that have a tile each. It takes one panel of rows, or two where
+// panels are multiplied with each other. Panels of up to 64 rows leave room in a slab for groups of columns.
 struct Cut {
   int panels, panel_rows;  // that the rows make; 16 or a multiple of 32
   int across;              // tiles along a panel
   int tiles;               // of a block
-  int band_bits;           // log2 of a slab's bands
-  int shared_bands;        // whether two warps share a tile and a band, 16 columns each
-  int raw_rows, pitch;     // of a slab of velocities, in elements
-  int stages;              // slabs in flight or at work
-  int aligned;             // whether rows can be copied by 16 bytes
-  int slabs;               // no device holds the 2^36 columns that an int could not count
+  int groups;              // of columns in a slab; as many warps have a tile
+  int runs;                // of rows in a group
+  int loaders;
+  int aligned;       // whether rows can be read by four
+  uint64_t jobs[2];  // a byte for each warp: its tile + tiles * group; or ~loader
 
-  __host__ __device__ int group_bits() const { return 7 - band_bits; }          // log2 of the rows of hi for a band
-  __host__ __device__ int units() const { return 1 << (band_bits + shared_bands); }  // warps on a tile
-  int threads() const { return 32 * tiles * units(); }
-  __host__ __device__ int columns() const { return kTile << band_bits; }
+  __host__ __device__ int multipliers() const { return tiles * groups; }
+  int warps() const { return multipliers() + loaders; }
+  __device__ int job(int warp) const { return int8_t((warp < 8 ? jobs[0] : jobs[1]) >> warp % 8 * 8); }
 };
 
-// Parts in shared memory: hi, lo [group, row, 32 columns], scales [group, row], the warps' shares; then the stages,
-// or at the end what warps exchange.
+// Parts in shared memory: two slabs; scales [rows] and what they were multiplied by for each slab [2, rows]; whether a
+// loader has lowered one for it [2, 8]. At the end slabs make room for what warps exchange.
 template <bool two>
-constexpr int kGroupRows = two ? 2 * kMostRows : kMostRows;
-template <bool two>
-constexpr int kLow = kGroupRows<two> * kRowBytes;  // from hi to lo
-template <bool two>
-constexpr int kParts = 2 * kLow<two> + 4 * (kGroupRows<two> + kMostWarps);
-// Two blocks of 320 on a multiprocessor leave a thread 96 registers; one of 512, 128.
-template <bool two>
-constexpr int kMostThreads = two ? 512 : 640;
-
-template <class V, bool two>
-int shared_bytes(const Cut& c) {
-  const int work = kParts<two> + c.stages * c.raw_rows * c.pitch * int(sizeof(V));
-  const int exchange = c.units() > 1 ? c.threads() * kLaneSums * 4 : 0;
-  return work > exchange ? work : exchange;
-}
+constexpr int kShared = 2 * kSlab + 4 * (3 * kRows<two> + 16);
 
 template <class V, bool two>
 Cut cut_for(const VelocityGramArgs& g) {
@@ -90,33 +85,57 @@ Cut cut_for(const VelocityGramArgs& g) {
   c.panel_rows = R <= 16 ? 16 : int(ceil_div(ceil_div(R, c.panels), kTile) * kTile);
   c.across = int(ceil_div(c.panel_rows, kTile));
   c.tiles = two ? c.across * c.across : int(pairs(c.across));
-  c.band_bits = c.panel_rows == 16 ? 3 : c.panel_rows == 32 ? 2 : c.panel_rows == 64 ? 1 : 0;
-  c.shared_bands = c.panel_rows == 32;
-  c.raw_rows = c.panels == 1 ? int(g.K) : (two ? 2 : 1) * (c.panel_rows + 1);
-  // neighbouring rows of 32 short velocities are in different banks
-  c.pitch = c.columns() + (sizeof(V) == 2 && c.band_bits ? kTile : 0);
-  c.slabs = int(ceil_div(g.M, c.columns()));
-  c.aligned = reinterpret_cast<uintptr_t>(g.v) % 16 == 0 && g.v_stride * sizeof(V) % 16 == 0;
-  // as many slabs in flight as leave room for the blocks that registers allow
-  const int blocks = kMostThreads<two> / c.threads(), room = (shared_limit() + 1024) / blocks - 1024;
-  for (c.stages = 4; c.stages > 2 && shared_bytes<V, two>(c) > room;) c.stages--;
+  c.groups = two || c.panel_rows > 64 ? 1 : kMostRows / c.panel_rows;
+  c.runs = int(ceil_div(c.panels > 1 ? c.panel_rows : R, kRun<two>));
+  c.loaders = two ? 4 : int(ceil_div(c.runs * c.groups, 2));
+  c.aligned = reinterpret_cast<uintptr_t>(g.v) % (4 * sizeof(V)) == 0 && g.v_stride % 4 == 0;
+
+  // Each of a multiprocessor's four schedulers has every fourth warp: the same share of quarters of tiles for each,
+  // the largest first.
+  auto quarters = [&](int tile) {
+    int j = 0;
+    for (; tile > j; j++) tile -= j + 1;
+    const bool narrow = c.panels == 1 && R - j * kTile <= 16;
+    return tile == j ? (narrow ? 1 : 3) : narrow ? 2 : 4;
+  };
+  int share[4] = {}, taken[4] = {}, loader = 0;
+  c.jobs[0] = c.jobs[1] = 0;
+  auto give = [&](int scheduler, int job) {
+    const int warp = scheduler + 4 * taken[scheduler]++;
+    c.jobs[warp / 8] |= uint64_t(uint8_t(job)) << warp % 8 * 8;
+  };
+  auto free = [&](int scheduler) { return scheduler + 4 * taken[scheduler] < c.warps(); };
+  for (int size = 4; !two && size > 0; size--)
+    for (int job = 0; job < c.multipliers(); job++) {
+      if (quarters(job % c.tiles) != size) continue;
+      int least = -1;
+      for (int k = 0; k < 4; k++)
+        if (free(k) && (least < 0 || share[k] < share[least])) least = k;
+      share[least] += size;
+      give(least, job);
+    }
+  for (int k = 0; !two && k < 4; k++)
+    while (free(k)) give(k, ~loader++);
   return c;
 }
 
-// Where a lane's row of hi begins that it gives to ldmatrix for 16 rows and the k-th 16 columns. The words of 16 bytes
-// are moved about in a row, so that those of eight rows are in different banks. In a left operand the second 8x8 matrix
-// is the first one's other 8 rows; in a right one, its other 8 columns.
+// Where 8 columns of a row of hi begin, a word of 16 bytes. Words are moved about so that those of eight rows are in
+// different banks, and so is what the lanes of a loader store at once.
+template <bool two>
 __device__ __forceinline__ int word_at(int row, int word) {
-  return row * kRowBytes + (word ^ (row / 2 % 4)) * 16;
+  if constexpr (two)
+    return row / 2 * 128 + ((row ^ row / 8) & 1) * 64 + (word ^ (row / 2 % 4)) * 16;
+  else
+    return row * 128 + (word ^ (row % 8)) * 16;
 }
-__device__ __forceinline__ int left_at(int lane, int k) {
-  return word_at(lane % 16, 2 * k + lane / 16);
+// .. that word r rows further down, from a multiple of kRun on
+template <bool two>
+__device__ __forceinline__ int rows_below(int at, int r) {
+  return two ? (at ^ (r % 2 * 64 + r / 2 % 4 * 16)) + r / 2 * 128 : (at ^ (r % 8 * 16)) + r * 128;
 }
-__device__ __forceinline__ int right_at(int lane, int k) {
-  return word_at(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
-}
+template <bool two>
 __device__ __forceinline__ void fragment(uint32_t (&f)[4], const unsigned char* at, int part) {
-  ldmatrix_x4(f, at + part * 16 * kRowBytes);
+  ldmatrix_x4(f, at + part * 16 * 2 * kColumns<two>);
 }
 
 // 16 rows of the left, 16 of the right
@@ -130,218 +149,292 @@ __device__ __forceinline__ void multiply(float (&first)[4], float (&second)[4], 
 // quarter below it is left out.
 struct Shape {
   bool narrow, diagonal;
-  __device__ __forceinline__ bool row(int i) const { return i == 0 || !narrow || !diagonal; }
-  __device__ __forceinline__ bool column(int j) const { return j == 0 || !narrow; }
-  __device__ __forceinline__ bool quarter(int i, int j) const { return column(j) && (i == 0 || j == 1 || !diagonal); }
+  __device__ __forceinline__ bool quarter(int i, int j) const {
+    return (j == 0 || !narrow) && (i == 0 || j == 1 || !diagonal);
+  }
 };
 
 // hi lo, hi hi and lo hi of 16 columns of a tile
-template <int low>
+template <bool two>
 __device__ __forceinline__ void step(float (&sums)[2][4][4], const unsigned char* left, const unsigned char* right,
-                                     Shape shape) {
-  uint32_t a[2][4], b[2][4], lo[4];
-  auto add = [&](int i, int j, const uint32_t (&l)[4], const uint32_t (&r)[4]) {
-    if (shape.quarter(i, j)) multiply(sums[i][2 * j], sums[i][2 * j + 1], l, r);
-  };
+                                     bool narrow) {
+  uint32_t a[2][4], b[2][4], low[4];
 #pragma unroll
-  for (int i = 0; i < 2; i++)
-    if (shape.row(i)) fragment(a[i], left, i);
+  for (int i = 0; i < 2; i++) fragment<two>(a[i], left, i);
 #pragma unroll
   for (int j = 0; j < 2; j++) {
-    if (shape.column(j)) fragment(lo, right + low, j);
+    if (j == 1 && narrow) continue;
+    fragment<two>(low, right + kLow, j);
 #pragma unroll
-    for (int i = 0; i < 2; i++) add(i, j, a[i], lo);
+    for (int i = 0; i < 2; i++) multiply(sums[i][2 * j], sums[i][2 * j + 1], a[i], low);
   }
 #pragma unroll
   for (int j = 0; j < 2; j++) {
-    if (shape.column(j)) fragment(b[j], right, j);
+    if (j == 1 && narrow) continue;
+    fragment<two>(b[j], right, j);
 #pragma unroll
-    for (int i = 0; i < 2; i++) add(i, j, a[i], b[j]);
+    for (int i = 0; i < 2; i++) multiply(sums[i][2 * j], sums[i][2 * j + 1], a[i], b[j]);
   }
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    if (shape.row(i)) fragment(lo, left + low, i);
+    fragment<two>(low, left + kLow, i);
 #pragma unroll
-    for (int j = 0; j < 2; j++) add(i, j, lo, b[j]);
+    for (int j = 0; j < 2; j++)
+      if (j == 0 || !narrow) multiply(sums[i][2 * j], sums[i][2 * j + 1], low, b[j]);
   }
 }
 
-// Four increments into their parts; eight lanes have the row's 32 columns. Returns 1 / s.
-__device__ __forceinline__ float split(const float (&a)[4], uint64_t& hi, uint64_t& lo) {
-  float most = fmaxf(fmaxf(fabsf(a[0]), fabsf(a[1])), fmaxf(fabsf(a[2]), fabsf(a[3])));
+// The same of a tile on the diagonal, whose rows are read once: a right operand has a left one's words in another
+// order.
+template <bool two>
+__device__ __forceinline__ void step(float (&sums)[2][4][4], const unsigned char* rows, bool narrow) {
+  uint32_t a[2][4], low[2][4];
 #pragma unroll
-  for (int lanes = 1; lanes < 8; lanes *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, lanes));
-  // s = 2^(14 - exponent of the largest), 2^127 at most; an infinity stays one and leaves no number in lo
-  const unsigned exponent = max(__float_as_uint(most) >> 23, 15u);
-  const float s = __uint_as_float((268u - exponent) << 23);
-  float rest[4];
+  for (int i = 0; i < 2; i++) {
+    if (i == 1 && narrow) continue;
+    fragment<two>(a[i], rows, i);
+    fragment<two>(low[i], rows + kLow, i);
+    auto add = [&](const uint32_t (&l)[2][4], const uint32_t (&r)[4]) {
 #pragma unroll
-  for (int c = 0; c < 4; c++) rest[c] = a[c] * s;
-  hi = half_pair(rest[0], rest[1]) | uint64_t(half_pair(rest[2], rest[3])) << 32;
-  half h[4];
-  memcpy(h, &hi, sizeof(h));
-#pragma unroll
-  for (int c = 0; c < 4; c++) rest[c] -= widen(h[c]);
-  lo = half_pair(rest[0], rest[1]) | uint64_t(half_pair(rest[2], rest[3])) << 32;
-  return __uint_as_float((exponent - 14u) << 23);
+      for (int k = 0; k <= i; k++) multiply(sums[k][2 * i], sums[k][2 * i + 1], l[k], {r[0], r[2], r[1], r[3]});
+    };
+    add(a, low[i]), add(a, a[i]), add(low, a[i]);
+  }
 }
+
+// s that makes an increment of this size 2^9 to 2^10; 2^126 at most. An infinity stays one and leaves no number in lo.
+__device__ __forceinline__ float scale_for(float most) {
+  return __uint_as_float((263u - max(__float_as_uint(most) >> 23, 10u)) << 23);
+}
+__device__ __forceinline__ float inverse(float scale) {
+  return __uint_as_float((254u << 23) - __float_as_uint(scale));
+}
+constexpr float kTooLarge = 32768, kFirstScale = 0x1p126f;
 
 // Grid: the splits of the columns x the panels, or pairs of different panels.
 template <class V, bool two>
-__global__ void __launch_bounds__(kMostThreads<two>)
+__global__ void __launch_bounds__(kMostThreads<two>, 1)
     velocity_gram_increments_kernel(const V* __restrict__ v,  // [K, M], rows `stride` apart
                                     int64_t stride, int K, int64_t M, Cut c,
                                     float* __restrict__ partial) {  // [splits, tiles, 32 sums, 32 lanes]
-  constexpr int low = kLow<two>;
+  constexpr int columns = kColumns<two>, rows = kRows<two>;
   FK_DYNAMIC_SHARED(unsigned char, parts);
-  float* scales = reinterpret_cast<float*>(parts + 2 * low);
-  int* shares = reinterpret_cast<int*>(scales + kGroupRows<two>);
-  V* raw = reinterpret_cast<V*>(parts + kParts<two>);
-  const int R = K - 1;
-  int first_i = blockIdx.y * c.panel_rows, first_j = first_i;
-  if constexpr (two) {
-    pair_of(blockIdx.y, first_i, first_j);
-    first_i *= c.panel_rows, first_j = (first_j + 1) * c.panel_rows;
+  float* scales = reinterpret_cast<float*>(parts + 2 * kSlab);
+  float* ratios = scales + rows;
+  unsigned* lowered = reinterpret_cast<unsigned*>(ratios + 2 * rows);
+  const int R = K - 1, threads = 32 * (c.tiles * c.groups + c.loaders),
+            warp = __shfl_sync(~0u, int(threadIdx.x / 32), 0),
+            job = !two             ? c.job(warp)
+                  : warp < c.tiles ? warp
+                                   : ~(warp - c.tiles);
+  // Both kinds of warps find this out for themselves, which leaves them the registers.
+  struct Share {
+    int first_i, first_j, slabs, columns;
+    int64_t begin;
+  };
+  auto share = [&] {
+    Share s;
+    s.first_i = s.first_j = blockIdx.y * c.panel_rows;
+    if constexpr (two) {
+      pair_of(blockIdx.y, s.first_i, s.first_j);
+      s.first_i *= c.panel_rows, s.first_j = (s.first_j + 1) * c.panel_rows;
+    }
+    const unsigned bands = unsigned((M + kTile - 1) / kTile), each = bands / gridDim.x, more = bands % gridDim.x;
+    s.begin = int64_t(blockIdx.x * each + min(blockIdx.x, more)) * kTile;
+    const int64_t left = M - s.begin;
+    s.columns = int(min(left, int64_t(each + (blockIdx.x < more)) * kTile));
+    s.slabs = (s.columns + columns * c.groups - 1) / (columns * c.groups);
+    return s;
+  };
+
+  // also for rows that no loader has, and loaders that there are not
+  for (int i = threadIdx.x; i < 2 * kSlab / 16; i += threads) reinterpret_cast<uint4*>(parts)[i] = {};
+  for (int i = threadIdx.x; i < 3 * rows; i += threads) scales[i] = i < rows ? kFirstScale : 1;
+  if (threadIdx.x < 16) lowered[threadIdx.x] = 0;
+  __syncthreads();
+
+  if (job < 0) {  // a loader: its lanes have four columns each of a run of rows, of two runs where there are two panels
+    constexpr int run = kRun<two>, lanes = columns / 4, passes = two ? 2 : 1;
+    V raw[run + 1][4] = {};
+    const Share own = share();
+    const int lane = threadIdx.x % 32, loader = ~job, place = loader * (32 / lanes) + lane / lanes,
+              group = place / c.runs, row = place % c.runs * run, at = group * c.panel_rows + row;  // in a slab
+    auto first_of = [&](int pass) { return two && pass ? own.first_j : own.first_i; };
+    auto rows_of = [&](int pass) {  // that there are
+      return group < c.groups ? min(R - first_of(pass) - row, min(run, c.panel_rows - row)) : 0;
+    };
+    // An item's rows into registers. No thread is the 1,024th: that adds nothing to n, but nothing that follows from n
+    // is kept from item to item.
+    auto load = [&](int item) {
+      const int slab = item / passes, pass = item % passes, n = rows_of(pass) + (thread_again() >> 10);
+      const int m = slab * (columns * c.groups) + group * columns + thread_again() % lanes * 4;
+      if (slab >= own.slabs || n <= 0) return;
+      const V* from = v + (first_of(pass) + row) * stride + own.begin + m;
+      if (c.aligned && m + 4 <= own.columns) {
+#pragma unroll
+        for (int r = 0; r <= run; r++) {
+          load_vector(raw[r], from);
+          from += r < n ? stride : 0;  // the last row over and over: increments of zero
+        }
+      } else {
+#pragma unroll
+        for (int r = 0; r <= run; r++) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) raw[r][e] = m + e < own.columns ? from[e] : convert<V>(0.f);
+          from += r < n ? stride : 0;
+        }
+      }
+    };
+    using Increments = float[run][4];
+    // for rows with an increment that is too large
+    auto lower = [&](const Increments& a, float* scale, float* ratio, int n) {
+      __syncwarp();
+#pragma unroll
+      for (int r = 0; r < run; r++) {
+        float most = fmaxf(fmaxf(fabsf(a[r][0]), fabsf(a[r][1])), fmaxf(fabsf(a[r][2]), fabsf(a[r][3])));
+#pragma unroll
+        for (int other = 1; other < lanes; other *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, other));
+        if (lane % lanes == 0 && r < n) {
+          const float before = scale[r], s = most * before >= kTooLarge ? scale_for(most) : before;
+          scale[r] = s;
+          ratio[r] = s * inverse(before);
+        }
+      }
+      __syncwarp();
+    };
+    // into hi and lo
+    auto split = [&](const Increments& increments, const float* scale, int n, int to) {
+#pragma unroll
+      for (int r = 0; r < run; r++) {
+        const float s = r < n ? scale[r] : 0;
+        float a[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) a[e] = increments[r][e] * s;
+        const uint64_t hi = half_pair(a[0], a[1]) | uint64_t(half_pair(a[2], a[3])) << 32;
+        half h[4];
+        memcpy(h, &hi, sizeof(h));
+#pragma unroll
+        for (int e = 0; e < 4; e++) a[e] -= widen(h[e]);
+        const uint64_t lo = half_pair(a[0], a[1]) | uint64_t(half_pair(a[2], a[3])) << 32;
+        unsigned char* p = parts + rows_below<two>(to, r);
+        if (r < n) {
+          *reinterpret_cast<uint64_t*>(p) = hi;
+          *reinterpret_cast<uint64_t*>(p + kLow) = lo;
+        }
+      }
+    };
+
+    unsigned stale = 0;  // ratios that are not 1, a bit for each pass and slab
+    bool some = false;
+    auto produce = [&](int item) {
+      const int pass = item % passes, buffer = item / passes & 1, first = pass * kMostRows + at, n = rows_of(pass);
+      const unsigned bit = 1u << (2 * pass + buffer);
+      float *scale = scales + first, *ratio = ratios + buffer * rows + first;
+      float a[run][4], most = 0;
+#pragma unroll
+      for (int r = 0; r < run; r++) {
+        float of_row = 0;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          a[r][e] = convert<float>(raw[r + 1][e]) - convert<float>(raw[r][e]);
+          of_row = fmaxf(of_row, fabsf(a[r][e]));
+        }
+        most = fmaxf(most, of_row * (r < n ? scale[r] : 0));
+      }
+      const bool change = __any_sync(~0u, most >= kTooLarge) || item < passes;  // first there is no scale yet
+      if (change) lower(a, scale, ratio, n);
+      split(a, scale, n, buffer * kSlab + word_at<two>(first, lane % lanes / 2) + lane % 2 * 8);
+      if (!change && (stale & bit) && lane % lanes == 0)
+#pragma unroll 1
+        for (int r = 0; r < n; r++) ratio[r] = 1;
+      stale = change ? stale | bit : stale & ~bit;
+      some |= change;
+      load(item + 1);
+      if (pass < passes - 1) return;
+      if (lane == 0) lowered[8 * buffer + loader] = some;
+      some = false;
+      named_barrier(kBlockBarrier, threads);
+    };
+    load(0);
+#pragma unroll 1
+    for (int item = 0; item < own.slabs * passes; item++) produce(item);
+    named_barrier(kBlockBarrier, threads);
+    return;
   }
 
-  // a slab's velocities on their way into a stage; beyond the last column they are zero
-  auto fetch = [&](int slab, int stage) {
-    const int64_t m = int64_t(slab) * c.columns();
-    const int thread = thread_again(), threads = blockDim.x;
-    V* to = raw + stage * (c.raw_rows * c.pitch);
-    auto row_of = [&](int r) { return two && r > c.panel_rows ? first_j + r - c.panel_rows - 1 : first_i + r; };
-    if (c.aligned) {
-      constexpr int E = 16 / sizeof(V);
-      const int bits = c.band_bits + (E == 4 ? 3 : 2);  // log2 of a row's words of 16 bytes
-#pragma unroll 1
-      for (int i = thread; i < c.raw_rows << bits; i += threads) {
-        const int r = i >> bits, row = row_of(r), at = E * (i & ((1 << bits) - 1));
-        const int64_t left = M - m - at;
-        if (row < K)
-          cp_async16(to + r * c.pitch + at, left > 0 ? v + row * stride + m + at : v,
-                     left >= E  ? 16
-                     : left > 0 ? left * sizeof(V)
-                                : 0);
-      }
-    } else {
-      const int bits = c.band_bits + 5;
-#pragma unroll 4
-      for (int i = thread; i < c.raw_rows << bits; i += threads) {
-        const int r = i >> bits, row = row_of(r), at = i & ((1 << bits) - 1);
-        if (row < K) to[r * c.pitch + at] = at < M - m ? v[row * stride + m + at] : convert<V>(0.f);
-      }
-    }
-  };
-
-  // its increments into hi, lo and scales; rows that do not exist are zero
-  auto take = [&](int stage) {
-    const int thread = thread_again(), threads = blockDim.x, lane = thread % 32;
-    const V* from = raw + stage * (c.raw_rows * c.pitch) + 4 * (lane % 8);
-    const int items = two ? kMostRows + c.panel_rows : c.band_bits ? kMostRows : c.panel_rows;
-#pragma unroll 1
-    for (int i = thread / 8; i < items; i += threads / 8) {
-      const int group = i >> c.group_bits(), row = i & ((1 << c.group_bits()) - 1);
-      float a[4] = {};
-      if (row < c.panel_rows && (two && group ? first_j : first_i) + row < R) {
-        const V* at = from + (two ? row + group * (c.panel_rows + 1) : row) * c.pitch + (two ? 0 : group * kTile);
-        V last[4], next[4];
-        load_vector(last, at);
-        load_vector(next, at + c.pitch);
-#pragma unroll
-        for (int e = 0; e < 4; e++) a[e] = convert<float>(next[e]) - convert<float>(last[e]);
-      }
-      uint64_t hi, lo;
-      const float scale = split(a, hi, lo);
-      unsigned char* to = parts + (i - row) * kRowBytes + word_at(row, lane % 8 / 2) + lane % 2 * 8;
-      *reinterpret_cast<uint64_t*>(to) = hi;
-      *reinterpret_cast<uint64_t*>(to + low) = lo;
-      if (lane % 8 == 0) scales[i] = scale;
-    }
-  };
-
-  // a warp's tile and its share of a slab, in one word that it reads again for every slab: rows of hi to the left and
-  // to the right; columns, all 32 or the first or last 16; whether the tile is used, is narrow, is on the diagonal
-  auto share_of = [&](int warp) {
-    const int unit = warp / c.tiles, tile = warp % c.tiles;
-    int ti = tile / c.across, tj = tile % c.across;
-    if constexpr (!two) pair_of(tile, ti, tj);
-    const int band = two ? 0 : (unit >> c.shared_bands) << c.group_bits(), rest = R - first_j - tj * kTile;
-    return (band + ti * kTile) | ((two ? kMostRows : band) + tj * kTile) << 8 |
-           (c.shared_bands ? 1 + unit % 2 : 0) << 16 | (rest > 0) << 18 | (rest <= 16) << 19 | (!two && ti == tj) << 20;
-  };
-  if (threadIdx.x < kMostWarps) shares[threadIdx.x] = share_of(threadIdx.x);
+  const Share own = share();
+  const int lane = thread_again() % 32, tile = job % c.tiles, group = job / c.tiles;
+  int ti = tile / c.across, tj = tile % c.across;
+  if constexpr (!two) pair_of(tile, ti, tj);
+  const int left = group * c.panel_rows + ti * kTile, right = (two ? kMostRows : group * c.panel_rows) + tj * kTile;
+  const int rest = R - own.first_j - tj * kTile;
+  const Shape shape = {rest <= 16, !two && ti == tj};
   float sums[2][4][4] = {};
-  auto add_products = [&] {
-    const int thread = thread_again(), lane = thread % 32, mine = shares[thread / 32], left = mine & 255,
-              right = mine >> 8 & 255;
-    if (!(mine >> 18 & 1)) return;
-    float products[2][4][4] = {};
-    const int columns = mine >> 16 & 3;
-    const Shape shape = {bool(mine >> 19 & 1), bool(mine >> 20)};
-    int a = left * kRowBytes + left_at(lane, columns / 2), b = right * kRowBytes + right_at(lane, columns / 2);
-#pragma unroll 1
-    for (int k = columns ? 1 : 2; k > 0; k--) {
-      step<low>(products, parts + a, parts + b, shape);
-      a ^= 32, b ^= 32;  // the other 16 columns
-    }
-    // with panels of 16 rows, the last scales are the 16 words after them, for products that nobody wants
-    const float *row_scales = scales + left + lane / 4, *column_scales = scales + right + 2 * (lane % 4);
+  auto scale_sums = [&](auto factor) {
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
       for (int j = 0; j < 4; j++)
+        if (shape.quarter(i, j / 2))
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-          sums[i][j][e] += products[i][j][e] * row_scales[16 * i + 8 * (e / 2)] * column_scales[8 * j + e % 2];
+          for (int e = 0; e < 4; e++)
+            sums[i][j][e] = sums[i][j][e] * factor(left + 16 * i + 8 * (e / 2) + lane / 4) *
+                            factor(right + 8 * j + e % 2 + 2 * (lane % 4));
   };
-
-  const int splits = gridDim.x, ahead = c.stages - 1;
-  int slab = blockIdx.x, stage = 0;
+  // In a left operand the second 8x8 matrix is the first one's other 8 rows; in a right one, its other 8 columns.
+  const int a = word_at<two>(left + lane % 16, lane / 16),
+            b = word_at<two>(right + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll 1
-  for (int s = 0; s < ahead; s++) {
-    if (slab + s * splits < c.slabs) fetch(slab + s * splits, s);
-    cp_async_commit();
-  }
+  for (int slab = 0; slab < own.slabs; slab++) {
+    named_barrier(kBlockBarrier, threads);
+    if (rest <= 0) continue;
+    const int buffer = slab & 1;
+    unsigned any[8];
+    load_vector(any, lowered + 8 * buffer);
+    if (any[0] | any[1] | any[2] | any[3] | any[4] | any[5] | any[6] | any[7])
+      scale_sums([&](int row) { return ratios[buffer * rows + row]; });
+    constexpr int steps = two ? 1 : 2;  // at a time, for registers
 #pragma unroll 1
-  for (; slab < c.slabs; slab += splits) {
-    if (ahead == 1)
-      cp_async_wait<0>();
-    else if (ahead == 2)
-      cp_async_wait<1>();
-    else
-      cp_async_wait<2>();
-    __syncthreads();  // this slab is there; the parts of the one before have been used, and its stage
-    if (slab + ahead * splits < c.slabs) fetch(slab + ahead * splits, stage == 0 ? ahead : stage - 1);
-    cp_async_commit();
-    take(stage);
-    stage = stage == ahead ? 0 : stage + 1;
-    __syncthreads();
-    add_products();
+    for (int band = 0; band < columns / kTile; band++) {
+      float products[2][4][4] = {};
+#pragma unroll steps
+      for (int k = 0; k < 2; k++) {
+        const unsigned char* from = parts + buffer * kSlab;
+        const int moved = 64 * band + 32 * k;  // 16 columns on
+        if (shape.diagonal)
+          step<two>(products, from + (a ^ moved), shape.narrow);
+        else
+          step<two>(products, from + (a ^ moved), from + (b ^ moved), shape.narrow);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) sums[i][j][e] += products[i][j][e];
+    }
   }
+  named_barrier(kBlockBarrier, threads);
+  if (rest > 0) scale_sums([&](int row) { return inverse(scales[row]); });
 
-  const int warp = thread_again() / 32, lane = thread_again() % 32;
-  if (!two && c.units() > 1) {  // the warps that share a tile, in their order
-    float* exchange = reinterpret_cast<float*>(parts) + warp * kLaneSums * 32 + lane;
-    cp_async_wait<0>();
-    __syncthreads();
+  if (!two && c.groups > 1) {  // the warps that share a tile, in their order
+    float* exchange = reinterpret_cast<float*>(parts) + job * kLaneSums * 32 + lane;
 #pragma unroll
     for (int k = 0; k < kLaneSums; k++) exchange[k * 32] = sums[k / 16][k / 4 % 4][k % 4];
-    __syncthreads();
-    if (warp >= c.tiles) return;
+    named_barrier(kTileBarrier, 32 * c.multipliers());
+    if (group) return;
 #pragma unroll 1
-    for (int other = 1; other < c.units(); other++) {
+    for (int other = 1; other < c.groups; other++) {
       exchange += c.tiles * kLaneSums * 32;
 #pragma unroll
       for (int k = 0; k < kLaneSums; k++) sums[k / 16][k / 4 % 4][k % 4] += exchange[k * 32];
     }
   }
-  const int mine = share_of(warp);
-  if (!(mine >> 18 & 1)) return;
-  const int across = (R + kTile - 1) / kTile;
-  const int i = (first_i + (mine & 127)) / kTile, j = (first_j + (mine >> 8 & 127)) / kTile;
-  const int64_t at = int64_t(blockIdx.x) * index_of(0, across) + index_of(i, j);
+  if (rest <= 0) return;
+  const int across = (R + kTile - 1) / kTile, i = own.first_i / kTile + ti, j = own.first_j / kTile + tj;
+  const int64_t to = int64_t(blockIdx.x) * index_of(0, across) + index_of(i, j);
 #pragma unroll
-  for (int k = 0; k < kLaneSums; k++) partial[(at * kLaneSums + k) * 32 + lane] = sums[k / 16][k / 4 % 4][k % 4];
+  for (int k = 0; k < kLaneSums; k++) partial[(to * kLaneSums + k) * 32 + lane] = sums[k / 16][k / 4 % 4][k % 4];
 }
 
 struct IncrementSums {  // where a lane's sums belong
@@ -452,11 +545,16 @@ constexpr int kSumGroups = 8;
 template <class Sums, class T>
 __global__ void __launch_bounds__(32 * kSumGroups)
     velocity_gram_sum_kernel(const T* __restrict__ partial,  // [splits, entries]
-                             int splits, int64_t entries, int R,
+                             int own, int other, int panel,  // splits on a panel's diagonal, off it; tiles of a panel
+                             int64_t entries, int R,
                              double* __restrict__ gram) {  // [R, R]
   FK_SHARED(double, groups, [kSumGroups][32]);
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
   const int64_t entry = int64_t(blockIdx.x) * 32 + lane;
+  constexpr int size = Sums::kSize;
+  int I, J, row, column;
+  pair_of(int(entry / (size * size)), I, J);
+  const int splits = I / panel == J / panel ? own : other;
   double sum = 0;
 #pragma unroll 8
   for (int s = group; s < splits; s += kSumGroups) sum += static_cast<double>(partial[s * entries + entry]);
@@ -464,62 +562,41 @@ __global__ void __launch_bounds__(32 * kSumGroups)
   __syncthreads();
   if (group > 0) return;
   for (int g = 1; g < kSumGroups; g++) sum += groups[g][lane];
-  constexpr int size = Sums::kSize;
-  int I, J, row, column;
-  pair_of(int(entry / (size * size)), I, J);
   Sums::place(int(entry % (size * size)) / Sums::kThreads, int(entry % Sums::kThreads), row, column);
   const int64_t i = I * size + row, j = J * size + column;
   if (i <= j && j < R) gram[i * R + j] = gram[j * R + i] = sum;
 }
 
 template <class Sums, class T>
-int sum_blocks(const T* partial, int64_t splits, int64_t R, double* gram, void* stream) {
+int sum_blocks(const T* partial, int64_t own, int64_t other, int panel, int64_t R, double* gram, void* stream) {
   const int64_t entries = pairs(ceil_div(R, Sums::kSize)) * Sums::kSize * Sums::kSize;
   FK_LAUNCH((velocity_gram_sum_kernel<Sums, T>), dim3(unsigned(entries / 32)), dim3(32 * kSumGroups), 0, stream,
-            partial, int(splits), entries, int(R), gram);
+            partial, int(own), int(other), panel, entries, int(R), gram);
   return launched();
 }
 
 // ---- launchers ----
 
-// As many as fill the device once, if each has a slab; more where one would add up too many columns.
-int64_t splits_for(int64_t M, int64_t slab, int64_t blocks, int64_t blocks_of_split) {
-  const int64_t slabs = ceil_div(M, slab), fill = ceil_div(blocks, blocks_of_split), least = ceil_div(M, kMostColumns);
-  const int64_t splits = fill > least ? fill : least;
-  return splits < slabs ? splits : slabs;
-}
-
-template <class V>
-struct Increments {
-  Cut one, two;
-  int64_t splits, bytes;
-};
-template <class V>
-Increments<V> plan_increments(const VelocityGramArgs& g) {
-  const auto kernel = velocity_gram_increments_kernel<V, false>;
-  Increments<V> p;
-  p.one = cut_for<V, false>(g), p.two = cut_for<V, true>(g);
-  const int shared = shared_bytes<V, false>(p.one);
-  allow_shared(kernel, shared);
-  const int blocks = multiprocessors() * resident_blocks(kernel, p.one.threads(), shared);
-  p.splits = splits_for(g.M, p.one.columns(), blocks, pairs(p.one.panels));
-  p.bytes = p.splits * pairs(ceil_div(g.K - 1, kTile)) * kTile * kTile * 4;
-  return p;
+int64_t increments_workspace(const VelocityGramArgs& g) {
+  const gram::Grids grids = gram::grids_for(g.K, g.M, multiprocessors());
+  const int64_t splits = grids.own > grids.other ? grids.own : grids.other;
+  return splits * pairs(ceil_div(g.K - 1, kTile)) * kTile * kTile * 4;
 }
 
 template <class V>
 int launch_increments(const VelocityGramArgs& g, void* stream) {
-  const Increments<V> p = plan_increments<V>(g);
+  const gram::Grids grids = gram::grids_for(g.K, g.M, multiprocessors());
   auto* partial = static_cast<float*>(g.workspace);
-  auto run = [&](auto kernel, const Cut& c, int shared, int64_t y) {
+  auto run = [&](auto kernel, const Cut& c, int shared, int64_t splits, int64_t blocks) {
     allow_shared(kernel, shared);
-    FK_LAUNCH(kernel, dim3(unsigned(p.splits), unsigned(y)), dim3(c.threads()), shared, stream,
+    FK_LAUNCH(kernel, dim3(unsigned(splits), unsigned(blocks)), dim3(32 * c.warps()), shared, stream,
               static_cast<const V*>(g.v), g.v_stride, int(g.K), g.M, c, partial);
   };
-  run(velocity_gram_increments_kernel<V, false>, p.one, shared_bytes<V, false>(p.one), p.one.panels);
-  if (p.one.panels > 1)
-    run(velocity_gram_increments_kernel<V, true>, p.two, shared_bytes<V, true>(p.two), pairs(p.one.panels - 1));
-  return sum_blocks<IncrementSums>(partial, p.splits, g.K - 1, g.gram, stream);
+  const Cut one = cut_for<V, false>(g);
+  run(velocity_gram_increments_kernel<V, false>, one, kShared<false>, grids.own, grids.panels);
+  if (grids.pairs)
+    run(velocity_gram_increments_kernel<V, true>, cut_for<V, true>(g), kShared<true>, grids.other, grids.pairs);
+  return sum_blocks<IncrementSums>(partial, grids.own, grids.other, one.across, g.K - 1, g.gram, stream);
 }
 
 template <class T>
@@ -531,7 +608,7 @@ Rows<T> plan_rows(const VelocityGramArgs& g) {
   Rows<T> p;
   p.R = g.x ? 2 * g.K - 1 : g.K - 1;
   p.pairs = pairs(ceil_div(p.R, kRowTile));
-  p.splits = splits_for(g.M, TileRow<T>::kColumns, 2 * multiprocessors(), p.pairs);
+  p.splits = gram::splits_for(g.M, TileRow<T>::kColumns, 2 * multiprocessors(), p.pairs);
   p.knots = g.x ? ceil_div(g.K + 1, 2) * 16 : 0;
   p.bytes = p.knots + p.splits * p.pairs * kRowSums * kRowThreads * int64_t(sizeof(T));
   return p;
@@ -551,16 +628,14 @@ int launch_rows(const VelocityGramArgs& g, void* stream) {
   FK_LAUNCH((velocity_gram_rows_kernel<T, V>), dim3(unsigned(p.splits), unsigned(p.pairs)), dim3(kRowThreads), 0,
             stream, static_cast<const V*>(g.v), g.v_stride, static_cast<const T*>(g.x), g.x_stride, t, int(g.K), g.M,
             partial);
-  return sum_blocks<RowSums>(partial, p.splits, p.R, g.gram, stream);
+  return sum_blocks<RowSums>(partial, p.splits, p.splits, 1, p.R, g.gram, stream);
 }
 
 }  // namespace
 
 int64_t velocity_gram_workspace(const VelocityGramArgs& g) {
   if (g.v_type == Dtype::f64) return plan_rows<double>(g).bytes;
-  if (g.x) return plan_rows<float>(g).bytes;
-  if (g.v_type == Dtype::f32) return plan_increments<float>(g).bytes;
-  return g.v_type == Dtype::bf16 ? plan_increments<bf16>(g).bytes : plan_increments<half>(g).bytes;
+  return g.x ? plan_rows<float>(g).bytes : increments_workspace(g);
 }
 
 int velocity_gram(const VelocityGramArgs& g, void* stream) {

@@ -1,39 +1,38 @@
 """What the machine code of the kernels of velocity_gram is like, and what they have to move and compute at least."""
 
-from machine_code.rules import LOW, TWO_BLOCKS, Floor, Rule
+from machine_code.rules import LOW, Floor, Rule
 
 CUDA = [
-    # K = 100, blocks of 320 threads; for pairs of panels K = 256, blocks of 512; as many slabs in flight as there is
-    # room for
+    # One block on a multiprocessor. K = 100: ten warps have a tile and five load; pairs of panels: 16 and 4.
     Rule(
         r"velocity_gram_increments_kernel<float, false>",
-        96,
-        {80: 0.3125, 90: 0.3125, 100: 0.3125, 120: 0.416},
-        dynamic={80: 68160, 90: 68160, 100: 68160, 120: 42560},
-        threads=320,
-        has="HMMA>=24 LDSM>=8 LDGSTS",
+        128,
+        {80: 0.23, 90: 0.23, 100: 0.23, 120: 0.31},
+        dynamic=67136,
+        threads=480,
+        has="HMMA>=84 LDSM>=24 LDG.128>=13",
     ),
     Rule(
         rf"velocity_gram_increments_kernel<{LOW}, false>",
-        96,
-        {80: 0.3125, 90: 0.3125, 100: 0.3125, 120: 0.416},
-        dynamic=42560,
-        threads=320,
-        has="HMMA>=24 LDSM>=8 LDGSTS",
+        120,
+        {80: 0.23, 90: 0.23, 100: 0.23, 120: 0.31},
+        dynamic=67136,
+        threads=480,
+        has="HMMA>=84 LDSM>=24 LDG>=13",
     ),
     Rule(
         r"velocity_gram_increments_kernel<float, true>",
-        104,
-        TWO_BLOCKS,
-        dynamic={80: 165952, 90: 165952, 100: 165952, 120: 99904},
-        has="HMMA>=24 LDSM>=8 LDGSTS",
+        96,
+        {80: 0.31, 90: 0.31, 100: 0.31, 120: 0.41},
+        dynamic=68672,
+        has="HMMA>=24 LDSM>=8 LDG.128>=9",
     ),
     Rule(
         rf"velocity_gram_increments_kernel<{LOW}, true>",
-        104,
-        TWO_BLOCKS,
-        dynamic=99904,
-        has="HMMA>=24 LDSM>=8 LDGSTS",
+        96,
+        {80: 0.31, 90: 0.31, 100: 0.31, 120: 0.41},
+        dynamic=68672,
+        has="HMMA>=24 LDSM>=8 LDG>=9",
     ),
     # secants of states differ in few digits
     Rule(r"velocity_gram_rows_kernel<float, .*>", 112, 0.25, double=True),
@@ -53,14 +52,16 @@ TRITON = [
     Rule(r"velocity_gram_sum_kernel<.*", 96, 0.31, double=True, has="LDG.128"),
 ]
 
-# Of a slab of 32 columns, with tiles of 32 x 32 sums: 24 products for each half of a tile, 8 lanes for a row's
-# increments, 16 bytes a copy; and what scales and adds the sums up.
+# Of a slab of 64 columns: 24 products for each quarter of a tile; what a loader does for 12 increments of its lanes,
+# by hand, for its loop also holds what seldom happens; and the loops of the ten warps that multiply.
 SLABS = dict(
-    blocks="sms * resident",
-    issues="M // 32 * (tiles * 48 * HMMA + 96 * SHFL + K * {element} / 16 * LDGSTS + 2400)",
-    l2="K * M * {element} + 2 * blocks * tiles * 4096",
-    # velocities in, twice out; halves in; the halves of both sides of a tile, and scales
-    shared="M // 32 * (K * 32 * {element} * 3 + 128 * 128 + tiles * (16 * 512 + 12 * 128))",
+    blocks="sms",
+    issues="M // 64 * (quarters * 24 * HMMA + loaders * 620 + 700)",
+    # loaders share the rows between them; partial sums
+    l2="K * M * {element} * 13 / 12 + 2 * blocks * tiles * 4096",
+    # halves in; and out, 16 rows of 16 columns a load
+    shared="M // 64 * (K * 64 * 4 + 224 * 512)",
+    longest=1.6,
     launches=2,
 )
 
@@ -73,7 +74,7 @@ FLOORS = [
     # each pair of increments once, as three products of halves
     Floor(
         case="K=100, n=100, D=3072, float32",
-        sizes=dict(K=100, M=307200, tiles=10),
+        sizes=dict(K=100, M=307200, tiles=10, quarters=28, loaders=5),
         moves="K * M * 4",
         computes="3 * K * (K - 1) * M",
         unit="16-bit",
@@ -83,7 +84,7 @@ FLOORS = [
     ),
     Floor(
         case="K=100, n=100, D=3072, bfloat16",
-        sizes=dict(K=100, M=307200, tiles=10),
+        sizes=dict(K=100, M=307200, tiles=10, quarters=28, loaders=5),
         moves="K * M * 2",
         computes="3 * K * (K - 1) * M",
         unit="16-bit",

@@ -1,5 +1,8 @@
 #include "common/test.h"
 
+#include <utility>
+
+#include "velocity_gram/plan.h"
 #include "velocity_gram/velocity_gram.h"
 
 namespace {
@@ -50,9 +53,40 @@ void velocity_gram_case(Dtype x_type, Dtype v_type, int64_t K, int64_t M, bool s
   }
 }
 
+// What the blocks of the CUDA kernels leave idle: none adds up too many columns, and a device whose time is that of its
+// longest blocks, wave after wave, is at work for 0.9 of it at least.
+void plan_case(int64_t M, int64_t unit, int64_t room, std::vector<std::pair<int64_t, int64_t>> grids) {
+  const int64_t units = fk::gram::ceil_div(M, unit);
+  double work = 0, time = 0;
+  for (auto [splits, each] : grids) {
+    const int64_t longest = fk::gram::ceil_div(units, splits), waves = fk::gram::ceil_div(splits * each, room);
+    if (splits < 1 || longest * unit > fk::gram::kMostColumns) fail("splits", 0, double(splits), 1);
+    work += double(units * each), time += double(room * waves * longest);
+  }
+  if (work < 0.9 * time) fail("at work", 0, work / time, 1, 0.1);
+}
+
+void plan_cases() {
+  for (int64_t multiprocessors : {108, 132, 148, 160})
+    for (int64_t K = 16; K <= 513; K++)
+      for (double columns = 1e5; columns < 1.01e9; columns *= 1.23) {
+        const int64_t M = int64_t(columns);
+        CASE("velocity_gram plan K %ld M %ld multiprocessors %ld", long(K), long(M), long(multiprocessors));
+        const fk::gram::Grids g = fk::gram::grids_for(K, M, multiprocessors);
+        std::vector<std::pair<int64_t, int64_t>> grids = {{g.own, g.panels}};
+        if (g.pairs) grids.push_back({g.other, g.pairs});
+        plan_case(M, fk::gram::kBand, multiprocessors, grids);
+        for (int64_t R : {K - 1, 2 * K - 1}) {  // rows of float64, and from states
+          const int64_t each = fk::gram::pairs(fk::gram::ceil_div(R, 64)), room = 2 * multiprocessors;
+          plan_case(M, 32, room, {{fk::gram::splits_for(M, 32, room, each), each}});
+        }
+      }
+}
+
 }  // namespace
 
 TEST(velocity_gram) {
+  plan_cases();
   for (auto [x_type, v_type] : kStates)
     for (bool states : {false, true}) {
       for (int64_t K : {1, 2, 3, 4, 5, 7, 8, 9, 14})

@@ -443,6 +443,24 @@ def test_gpu_increments_of_any_size(name, scale):
 
 
 @ON_GPU
+@pytest.mark.parametrize(("K", "M"), [(10, 9000), (30, 4500), (60, 2500), (100, 1500), (140, 600)])
+def test_gpu_rows_that_grow(name, K, M):
+    """A kernel that keeps a row's scale has to lower it as larger columns come, with what it has summed so far: in some
+    rows only, in none where they shrink."""
+    g = generator(0)
+    v = torch.randn(K, 1, M, generator=g)
+    columns = torch.arange(M) * (45 / M)
+    v[1::3] *= 2.0**columns
+    v[2::3] *= 2.0**-columns
+    v[:, :, : M // 9] *= 1e-3  # the first slabs
+    a = v.double().flatten(1).diff(dim=0)
+    truth, norms = a @ a.T, a.norm(dim=1)
+    with backend(name):
+        error = (velocity_gram(v) - truth).abs()
+    assert (error <= 1e-6 * norms[:, None] * norms).all()
+
+
+@ON_GPU
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("K", [11, 40, 70])
 def test_gpu_nan_and_inf_show_in_the_rows_they_touch(name, K, bad):
