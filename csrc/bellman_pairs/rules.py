@@ -22,10 +22,10 @@ FLOORS = [
         unit="fp64",
         elements="(N - 1) * (K + 1) * K * (K - 1) // 6",
         kernel="bellman_pairs_step_kernel<false>",
-        blocks="16 * ceil(K + 1, 32) * (ceil(K + 1, 32) + 1) * (N - 1)",
+        blocks="16 * ceil(K + 1, 32) * (ceil(K + 1, 32) + 1)",
         memory="(N - 1) * (K + 1) * K * (K - 1) // 6 * 8 + (N + 1) * (K + 1) ** 2 * 16",
         l2="(N - 1) * ((K + 1) * K * (K - 1) // 6 * 8 + 3 * (K + 1) ** 2 * 8)",
-        issues="(N - 1) * (K + 1) * K * (K - 1) / 6 / 32 * FP64 + blocks * 8 * 170",
+        issues="(N - 1) * ((K + 1) * K * (K - 1) / 6 / 32 * DADD + blocks * 8 * 170)",
         launches=10,
     ),
 ]
