@@ -60,6 +60,14 @@ def test_rules_are_of_the_release(release, registers, occupancy, monkeypatch):
     assert (found.registers, found.occupancy, found.has) == (registers, occupancy, "LDG")
 
 
+def test_stack_is_left_to_releases_that_need_it(monkeypatch):
+    kernel = dataclasses.replace(triton_binaries.read("euler_step")[0][0], stack=8)
+    rule = rules.Rule(".*", 255, 0.0, spilled={"3.6": 8})
+    for release, expected in (("3.6", 0), ("3.9", 1)):
+        monkeypatch.setattr(rules, "version", lambda name, release=release: f"{release}.0")
+        assert len(rules.problems([kernel], [rule])) == expected
+
+
 # ---- the checks, on kernels that are not as they should be ----
 BAD = """
 import triton

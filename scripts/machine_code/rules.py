@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 LOW = "(__half|__nv_bfloat16)"
 FUNCTIONS = {"ceil": lambda n, d: -(-n // d), "max": max, "min": min}
 READ = ("3.6",)  # releases of Triton that the rules were read on beside 3.9
+FEW = 16  # bytes of stack
 ONE_BLOCK = {80: 0.125, 90: 0.125, 100: 0.125, 120: 0.166}  # of 256 threads on a multiprocessor
 TWO_BLOCKS = {80: 0.25, 90: 0.25, 100: 0.25, 120: 0.333}
 TWO_WITH_HOPPER = {80: 0.125, 90: 0.25, 100: 0.25, 120: 0.166}
@@ -131,13 +132,14 @@ def triton_release() -> str:
 
 
 def triton(op: str) -> list[Rule]:
-    """Those of the release at hand; of one that none was read on, that nothing is spilled and what the kernels hold."""
+    """Those of the release at hand; of one that none was read on, what the kernels hold, and that they spill no more
+    than a few values."""
     rules = list(getattr(of_op(op), "TRITON", ()))
     release = triton_release()
     if release == "3.9":
         return rules
     if release not in READ:
-        return [replace(rule, registers=255, occupancy=0.0) for rule in rules]
+        return [replace(rule, registers=255, occupancy=0.0, spilled={release: FEW}) for rule in rules]
     return [replace(rule, registers=rule.older.get(release, rule.registers)) for rule in rules]
 
 
