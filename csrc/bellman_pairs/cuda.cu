@@ -1,5 +1,6 @@
-// A launch for each step, since a step needs all values of the step before. A block is one j and 32 knots k, of which
-// one at least comes after j; lanes take the k, so that rows of costs are read in order; its warps share the knots i,
+// A step needs all values of the step before. Up to 32 knots one block makes all steps: a warp is one j, and its lanes
+// the knots k, so that rows of costs are read in order, from the second time on out of the L1. With more knots a step
+// is a launch: a block is one j and 32 knots k, of which one at least comes after j, and its warps share the knots i,
 // with several rows in flight, and then find the least of their sums. Of equal sums the one of the smaller i is taken,
 // wherever two meet. Step 2 reads all costs and looks for NaN and -Inf; the last one asks what was found.
 #include "bellman_pairs/bellman_pairs.h"
@@ -11,6 +12,59 @@ namespace cuda {
 constexpr int kLanes = 32, kWarps = 8, kInFlight = 4;
 constexpr unsigned long long kNone = ~0ull;  // -1 as a place: none
 constexpr int64_t kCached = 24 << 20;  // bytes of costs that are taken to stay in the L2 until the next step
+
+__global__ void __launch_bounds__(kLanes* kLanes)
+    bellman_pairs_kernel(const double* first, const double* cost, int n, int steps, double* value, int64_t* parent,
+                         int64_t* bad) {
+  FK_SHARED(double, last, [2][kLanes][kLanes]);
+  FK_SHARED(unsigned long long, found, [1]);
+  const int k = threadIdx.x, j = threadIdx.y, at = j * n + k, plane = n * n;
+  const int pairs = j < k && k < n ? j : 0;  // pairs (i, j) before k
+  const double inf = INFINITY;
+  // f(knot i, cost) for begin <= i < end
+  auto each_cost = [&](int begin, int end, auto f) {
+#pragma unroll 1
+    for (int i = begin; i < end; i += 2 * kInFlight) {
+      double c[2 * kInFlight];
+#pragma unroll
+      for (int r = 0; r < 2 * kInFlight; r++) c[r] = i + r < end ? cost[(i + r) * plane + at] : inf;
+#pragma unroll
+      for (int r = 0; r < 2 * kInFlight; r++)
+        if (i + r < end) f(i + r, c[r]);
+    }
+  };
+  if (at == 0) found[0] = kNone;
+  unsigned long long mine = j == 0 && k > 0 && k < n && !(first[k] > -inf) ? k : kNone;
+  each_cost(0, pairs, [&](int i, double c) {
+    if (!(c > -inf) && mine == kNone) mine = n + i * plane + at;
+  });
+  __syncthreads();
+  if (mine != kNone) atomicMin(found, mine);
+  __syncthreads();
+  const bool refused = found[0] != kNone, is_pair = j < n && k < n;
+  if (at == 0) *bad = static_cast<int64_t>(found[0]);
+  const double one = j == 0 && k > 0 && k < n ? first[k] : inf;
+  last[1][j][k] = one;
+  if (is_pair) {
+    value[at] = refused ? NAN : at ? inf : 0, value[plane + at] = refused ? NAN : one;
+    parent[at] = parent[plane + at] = -1;
+  }
+  for (int s = 2; s <= steps; s++) {
+    __syncthreads();
+    const double (&before)[kLanes][kLanes] = last[(s - 1) % 2];
+    double best = inf;
+    int from = -1;
+    // a pair (0, j) ends one step and no other; knot i > 0 is at most the i-th of a path
+    each_cost(s == 2 ? 0 : s - 2, s == 2 && pairs > 1 ? 1 : pairs, [&](int i, double c) {
+      const double sum = before[i][j] + c;
+      if (sum < best) best = sum, from = i;
+    });
+    last[s % 2][j][k] = best;
+    if (is_pair) value[s * plane + at] = refused ? double(NAN) : best, parent[s * plane + at] = refused ? -1 : from;
+  }
+}
+
+// ---- a launch for each step ----
 
 // Steps 0 and 1, which have no costs of pairs; of the others, by blockIdx.y, what no step writes.
 __global__ void __launch_bounds__(kLanes* kWarps)
@@ -106,6 +160,11 @@ __global__ void __launch_bounds__(kLanes* kWarps)
 
 int bellman_pairs(const BellmanPairsArgs& a, void* stream) {
   const int n = static_cast<int>(a.n), steps = static_cast<int>(a.steps);
+  if (n <= kLanes) {
+    FK_LAUNCH(bellman_pairs_kernel, dim3(1), dim3(kLanes, kLanes), 0, stream, a.first, a.cost, n, steps, a.value,
+              a.parent, a.bad);
+    return launched();
+  }
   const dim3 threads(kLanes, kWarps), grid(static_cast<unsigned>(blocks_of((n + kLanes - 1) / kLanes)));
   const bool cached = a.n * a.n * a.n / 6 * 8 <= kCached;
   FK_LAUNCH(bellman_pairs_start_kernel, dim3((n + kWarps - 1) / kWarps, steps + 1), threads, 0, stream, a.first, n,

@@ -3,6 +3,7 @@
 from machine_code.rules import Floor, Rule
 
 CUDA = [
+    Rule(r"bellman_pairs_kernel", 64, 0.5, double=True),
     Rule(r"bellman_pairs_step_kernel<(false|true)>", 48, 0.62, double=True),
     Rule(r"bellman_pairs_(start|refused)_kernel", 32, 1.0, double=True),
 ]

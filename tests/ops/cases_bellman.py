@@ -13,8 +13,9 @@ TRITON_PTX = True
 
 
 def accesses():
-    # columns begin and end where the triangle does, within a sector, and the tables are small
-    yield Accesses(fk.bellman, (torch.rand(32, 32, dtype=torch.float64), 4), {}, {"": 1.25})
+    for n in (32, 136):  # in one block, and a launch for each step
+        # columns begin and end where the triangle does, within a sector, and the tables are small
+        yield Accesses(fk.bellman, (torch.rand(n, n, dtype=torch.float64), 4), {}, {"": 1.25})
 
 
 def guarded(page) -> None:

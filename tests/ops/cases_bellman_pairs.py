@@ -15,8 +15,9 @@ TRITON_PTX = True
 
 
 def accesses():
-    first, cost = torch.rand(32, dtype=torch.float64), torch.rand(32, 32, 32, dtype=torch.float64)
-    yield Accesses(fk.bellman_pairs, (first, cost, 4), {}, {"": 1.25})  # as those of bellman
+    for n in (32, 64):  # in one block, and a launch for each step
+        first, cost = (torch.rand((n,) * d, dtype=torch.float64) for d in (1, 3))
+        yield Accesses(fk.bellman_pairs, (first, cost, 4), {}, {"": 1.25})  # as those of bellman
 
 
 def guarded(page) -> None:
