@@ -341,9 +341,7 @@ def test_the_history_grows_with_changes_alone(monkeypatch, tmp_path):
     assert len(first) == len(gpu_model.cases()) * len(ARCHITECTURES)
     gpu_model.append(first)
     assert gpu_model.news(kernels()) == []
-    changed = [
-        dataclasses.replace(k, registers=k.registers + 8) if k.name == first[0]["kernel"] else k for k in kernels()
-    ]
+    changed = [dataclasses.replace(k, local=8) if k.name == first[0]["kernel"] else k for k in kernels()]
     new = gpu_model.news(changed)
     assert {row["arch"] for row in new} == {"80", "90", "100", "120"}
     gpu_model.append(new)
