@@ -143,6 +143,20 @@ def test_checked(op, sample, checked):
         assert error <= bound
 
 
+@pytest.mark.parametrize(
+    ("K", "M", "dtype"), [(140, 200, torch.float32), (160, 133, torch.bfloat16), (300, 70, torch.float32)]
+)
+def test_checked_velocity_gram_of_more_rows_than_a_panel(K, M, dtype, checked):
+    """Samples have fewer. The columns grow: scales are lowered as they come."""
+    _, run = checked
+    v = (torch.randn(K, 1, M, generator=generator()) * 2.0 ** (torch.arange(M) * (30 / M))).to(dtype)
+    gram, missing = run(fk.velocity_gram, v)
+    assert missing == 0
+    a = v.double().flatten(1).diff(dim=0)
+    norms = a.norm(dim=1)
+    assert ((gram - a @ a.T).abs() <= 1e-6 * norms[:, None] * norms).all()
+
+
 # ---- orders of threads ----
 
 
