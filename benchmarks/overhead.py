@@ -15,7 +15,7 @@ from flowkernels.bench import suite
 from flowkernels.bench.case import Case, Work, ours
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import DiT
-from flowkernels.ops.library import KERNELS
+from flowkernels.ops.library import KERNELS, stream_of
 from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends
 from flowkernels.sampling.state import State, holds_reference
@@ -72,9 +72,10 @@ def layers(op: str, public):
     calls = {"flowkernels by the dispatcher": dispatched}
     if op == "mlp_sample":
         return calls
-    spy, kept = _Spy(backends.extension()), _Kept()
-    with kept:
-        kept.tensors.append(KERNELS[op](spy, *args))
+    on_gpu = backends.choose(op, args[0].device) == "cuda"
+    spy, where = (_Spy(backends.cuda_module()), stream_of(args[0])) if on_gpu else (_Spy(backends.extension()), ())
+    with _Kept() as kept:
+        kept.tensors.append(KERNELS[op](spy, *args, *where))
     binding, addresses = spy.call
 
     def bare():
@@ -87,13 +88,16 @@ def layers(op: str, public):
 
 def cases(device) -> Iterator[Case]:
     on_cpu = device.type == "cpu" and backends.extension() is not None
+    on_gpu = device.type == "cuda" and backends.cuda_module() is not None
 
     def case(op, build):
         def make():
             call, inner, peer, check = build(device)
             calls = ours(call, device)
             if on_cpu:
-                calls |= {"flowkernels inner call": inner} | layers(op, call)
+                calls |= {"flowkernels inner call": inner}
+            if on_cpu or on_gpu:
+                calls |= layers(op, call)
             return Work(calls | {"torch eager": peer}, check)
 
         return Case(f"{op}, one 8x8 image", 64, make, quick=True)
