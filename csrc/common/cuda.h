@@ -44,6 +44,11 @@ __device__ __forceinline__ int thread_again() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
+__device__ __forceinline__ int block_again() {  // the same of blockIdx.x
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
 __device__ __forceinline__ uint32_t half_pair(float first, float second) {  // rounded to nearest, as one word
   const __half2 pair = __floats2half2_rn(first, second);
   uint32_t word;

@@ -299,6 +299,9 @@ inline void narrow(half& to, float v) {
 inline int thread_again() {
   return int(threadIdx.x);
 }
+inline int block_again() {
+  return int(blockIdx.x);
+}
 inline uint32_t half_pair(float first, float second) {
   half pair[2];
   narrow(pair[0], first), narrow(pair[1], second);

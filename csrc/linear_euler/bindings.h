@@ -58,7 +58,25 @@ void bind_linear_euler(Module& m) {
   m.def("linear_euler", ON_THREADS(linear_euler, LinearEulerArgs), py::call_guard<py::gil_scoped_release>());
 }
 
+template <class... A>
+auto linear_euler_on_stream(fk::LinearEulerArgs (*make)(A...)) {
+  return [=](A... a, Address workspace, int device, Address stream) {
+    fk::LinearEulerArgs args = make(a...);
+    args.workspace = at(workspace);
+    launch(fk::cuda::linear_euler, args, device, stream);
+  };
+}
+
 template <class Module>
 void bind_linear_euler_cuda(Module& m) {
-  m.def("linear_euler", on_stream(linear_euler_args, fk::cuda::linear_euler));
+  m.def("linear_euler", linear_euler_on_stream(linear_euler_args));
+  m.def("linear_euler_workspace",
+        [](std::array<int64_t, 4> sizes, int z_type, int weight_type, bool plain, bool guided, int device) {
+          fk::cuda::DeviceGuard guard(device);
+          fk::LinearEulerArgs a{};
+          a.n = sizes[0], a.T = sizes[1], a.d = sizes[2], a.outputs = sizes[3];
+          a.z.type = fk::Dtype(z_type), a.weight.type = fk::Dtype(weight_type);
+          a.normed = !plain, a.guided = guided;
+          return fk::cuda::linear_euler_workspace(a);
+        });
 }

@@ -42,6 +42,7 @@ struct LinearEulerArgs {
   double h;         // step size
   double guidance;  // w: v = v_u + w (v_c - v_u)
   int threads;
+  void* workspace = nullptr;  // on a GPU: linear_euler_workspace bytes, or null
 };
 
 using linear_euler_fn = void(const LinearEulerArgs&);
@@ -50,6 +51,7 @@ namespace cuda {
 // weight, norm_weight, norm_bias, scale and shift are of one type. Unless that is float64, a row starts at a multiple
 // of the size of four entries, and d is a multiple of 4 or there are zeros behind the row up to one.
 int linear_euler(const LinearEulerArgs&, void* stream);
+int64_t linear_euler_workspace(const LinearEulerArgs&);  // bytes; looks at sizes and types alone
 }  // namespace cuda
 
 }  // namespace fk

@@ -24,14 +24,9 @@ from flowkernels._checks import expect
 from flowkernels.runtime import backends
 from flowkernels.runtime.torch_private import (
     FORWARD_HOOKS,
-    GLOBAL_HOOKS,
-    SPARSE_PARTS,
     TorchDispatchMode,
     compiler_errors,
-    float32_convolutions,
-    float32_products,
     is_traceable_wrapper_subclass,
-    of_all_modules,
     tree_leaves,
     uncompiled,
 )
@@ -67,8 +62,7 @@ def run(mode: str, velocity: Velocity, x: Tensor, solver: Solver) -> Tensor:
     plain = mode == "compile" and not backends.asked()
     backend = "reference" if plain else backends.choose(op, kind)
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    settings = float32_products(), float32_convolutions(), torch.are_deterministic_algorithms_enabled()
-    settings += torch.get_default_dtype(), *(tuple(vars(of_all_modules)[name]) for name in GLOBAL_HOOKS)
+    settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     what = tuple(solver.model_times.tolist()), solver.updates()
     key = mode, COMPILER, backend, *what, x.shape, x.dtype, x.device, autocast, settings
 
@@ -198,17 +192,13 @@ def _record(loop: Callable[[], Tensor], device: torch.device) -> tuple:
     outer, before = sys.exc_info()[1], torch.cuda.get_sync_debug_mode()
     with _aside(device):
         loop()  # what is made at a first call: handles of libraries, tables that a network keeps
-        reads = _Reads()
-        # where it fails, by memory say, of which compiled parts take more as they were written: what it saw until then
-        with contextlib.suppress(Exception), uncompiled(), reads:
-            loop()
     graph = torch.cuda.CUDAGraph()
     try:
         # once with syncs forbidden, for an error that names the line and leaves no half-made graph behind; of a mode
         # that torch has not done with, as it says at the first use
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("error")
-        with _aside(device):
+        with _aside(device), uncompiled(), _Reads() as reads:
             loop()
         torch.cuda.set_sync_debug_mode(before)
         # thread_local: what other threads ask of the GPU meanwhile does not spoil the graph
@@ -229,8 +219,6 @@ def _record(loop: Callable[[], Tensor], device: torch.device) -> tuple:
 class _Reads(TorchDispatchMode):
     """The memory that operations read or write and that none of them has made, by where its storage is."""
 
-    supports_higher_order_operators = True
-
     def __init__(self):
         super().__init__()
         self.storages, self.made = {}, set()
@@ -250,8 +238,6 @@ def _storages(values) -> Iterator[torch.UntypedStorage]:
         t = todo.pop()
         if is_traceable_wrapper_subclass(t):
             todo += [getattr(t, name) for name in t.__tensor_flatten__()[0]]
-        elif t.layout in SPARSE_PARTS:
-            todo += [getattr(t, name)() for name in SPARSE_PARTS[t.layout]]
         elif t.layout is torch.strided:
             yield t.untyped_storage()
 
@@ -261,8 +247,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _at(frames: Sequence[traceback.FrameSummary]) -> str:
-    """Where an error came from, torch's own frames aside."""
+    """Where an error came from, frames of torch's and of its modes aside."""
     own = [f for f in frames if not Path(f.filename).is_relative_to(Path(torch.__file__).parent)]
+    own = [f for f in own if f.name != _Reads.__torch_dispatch__.__name__]
     return f" at {own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
 
 

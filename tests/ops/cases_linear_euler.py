@@ -24,7 +24,10 @@ CALLS = {
 def accesses():
     make, bf16 = samples.make, torch.bfloat16
     # the sums go to the state in its order, which is not theirs, once an output
-    exceptions = {"total[o * (M + 1)": 2.0}
+    exceptions = {"total[o * row": 2.0}
+    # two rows of 16 outputs, or two outputs of 16 rows, at once, once a block
+    exceptions |= {"sum += partial[(i * M + r) * S::sum_row + o]": 2.0, "total[o * (M + 1) + r] = sum;": 2.0}
+    exceptions["total[(o + j) * (M + 1) + r]"] = 2.0
     patches = dict(shape=(1, 4, 8, 16), d=256, patch=2)
     modulated = dict(extra=4, guidance=2.0, options="bias norm scale shift")
     for sample in (
@@ -35,6 +38,9 @@ def accesses():
         make((2, 16, 16), 256, (16,), guidance=2.0, options="bias scale shift", terms=1),
         make((1, 32, 64), 256, (32,), dtype=bf16),
         make((1, 32, 64), 256, (32,), options="bias norm"),
+        make((1, 64, 64), 512, (64,), dtype=bf16, options="bias norm scale shift"),
+        make((1, 64, 32), 256, (64,), options="bias norm scale shift"),
+        make((1, 4, 16, 16), 256, patch=2, **modulated),
     ):
         yield Accesses(fk.linear_euler, sample.args, sample.kwargs, exceptions)
 

@@ -1,5 +1,6 @@
 """The last layer of a velocity network with the step in its epilogue: the velocity never touches memory."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -212,6 +213,19 @@ def _for_cuda(operands: list[Tensor | None], state: torch.dtype) -> list[Tensor 
     return [readable(weight), bias, *map(readable, parameters)]
 
 
+@functools.lru_cache(4096)
+def _workspace_bytes(C, *args) -> int:
+    return C.linear_euler_workspace(*args)
+
+
+def _workspace(C, z, operands, norm, guidance, size, device) -> Tensor | None:
+    """Memory for the sums of slices of the features, for a call whose features the CUDA kernels take so."""
+    types = DTYPE_CODES[z.dtype], DTYPE_CODES[operands[0].dtype]
+    plain = norm is None and operands[4] is operands[5] is None
+    size = _workspace_bytes(C, size, *types, plain, guidance is not None, device)
+    return z.new_empty(size, dtype=torch.uint8) if size else None
+
+
 def _launch(C, x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b,
             out, low, velocity_out, *where) -> None:  # fmt: skip
     if scale is not None and shift is not None and scale.dtype != shift.dtype:
@@ -219,9 +233,12 @@ def _launch(C, x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, p
     # tensors whose addresses are taken have names here, and so live until the call is over
     z = _dense(z if z.dim() < 4 else z.flatten(1, -2))
     T, token = (1, 0) if z.dim() == 2 else (z.shape[1], z.stride(1))
+    size = (len(x), T, z.shape[-1], len(weight))
     operands = [t if t is None else _dense(t) for t in (weight, bias, norm_weight, norm_bias, scale, shift)]
     if where:
         operands = _for_cuda(operands, x.dtype)
+        workspace = _workspace(C, z, operands, norm, guidance, size, where[0])
+        where = (0 if workspace is None else workspace.data_ptr(), *where)
     x, history = x.contiguous(), [t.contiguous() for t in history]
     given = (out, low, velocity_out)
     to = [t if t is None or t.is_contiguous() else OP.empty(t) for t in given]
@@ -230,8 +247,8 @@ def _launch(C, x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, p
     C.linear_euler(
         *(x.data_ptr(), (z.data_ptr(), DTYPE_CODES[z.dtype], z.stride(0)), token, *map(_rows, operands)),
         *([t.data_ptr() for t in history], b, *pointers, *codes),
-        *((len(x), T, z.shape[-1], len(weight)), (0, 0, 0, 0) if patch is None else (patch, *x.shape[1:])),
-        *(order == "cpq", norm, h, guidance, *threads_or(where)),
+        *(size, (0, 0, 0, 0) if patch is None else (patch, *x.shape[1:]), order == "cpq", norm, h, guidance),
+        *threads_or(where),
     )
     for t, written in zip(given, to, strict=True):
         if t is not written:

@@ -121,6 +121,13 @@ def sample_inputs() -> Iterator[Sample]:
         yield make((3, 12), 21, (4,), dtype=BF16, options="bias scale shift shared", low=BF16, layout=layout)
     for dtype in (F32, BF16):
         yield make((2, 24), 96, (6,), dtype=dtype, options="bias norm", mean=100.0)
+    # many tokens of a sample, whose features a GPU takes in slices: rows and features past the last tile and chunk
+    yield make((1, 65, 20), 136, (65,), dtype=BF16, options=every, low=F16)
+    yield make((2, 4, 16, 16), 72, patch=2, guidance=4.0, options="bias norm scale shift", terms=1, low=BF16)
+    yield make((1, 64, 5), 200, (64,), dtype=F16, options="norm shift shared", mean=100.0)
+    yield make((1, 64, 3), 2112, (64,), dtype=BF16, parameters=F32, options="norm scale", mean=-30.0)
+    yield make((1, 64, 70), 264, (64,), options="norm affine")
+    yield make((2, 3, 16, 16), 64, dtype=BF16, patch=2, extra=1, order="cpq", guidance=0.5, options="scale")
     for modulation in ("shift", "scale"):  # with the affine map, whose parameters may be combined with it
         yield make((3, 12), 40, (4,), dtype=BF16, options=f"norm affine {modulation}")
 
