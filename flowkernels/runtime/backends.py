@@ -27,8 +27,8 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 OLDEST_TRITON = (3, 5)
 CUDA_OPS: set[str] = set()  # registered with a CUDA kernel
 HAS_RUN = {  # where each backend's kernels have been run and compared with float64, in every test run
-    "cuda": "compiled for the host, and as PTX on the host; on a GPU by scripts/test_gpu: H200, 2026-11-29",
-    "triton": "in Triton's interpreter; PTX of the Gram, the reductions and the loss on the host; on the H200",
+    "cuda": "compiled for the host, and as PTX on the host; tests/gpu on an H200, 2026-11-29",
+    "triton": "in Triton's interpreter; PTX of the Gram, the reductions and the loss on the host; on the same H200",
     "cpu": "x86-64: baseline, AVX2, AVX-512, AMX",
     "reference": "x86-64",
 }
