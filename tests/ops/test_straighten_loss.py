@@ -439,6 +439,19 @@ def test_a_gpu_scales_the_gradient_where_it_lies(scale, features, dtypes):
         assert last.data_ptr() == held[0].data_ptr()
 
 
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_kept_graph_gives_away_nothing(scale, name):
+    """Writing to a gradient does not spoil the next."""
+    v, call = leaves()
+    with backend(name):
+        loss = call(v).loss * scale
+        (first,) = torch.autograd.grad(loss, v, retain_graph=True)
+        expected = first.clone()
+        first.zero_()
+        assert torch.equal(torch.autograd.grad(loss, v)[0], expected)
+
+
 def test_a_gradient_is_not_scaled_twice():
     """Torch frees a graph after the hooks of a node; one that stops backward leaves it."""
     v, call = leaves()

@@ -214,7 +214,8 @@ class _Direct(torch.autograd.Function):
 def _scaled(ctx, grad: Tensor) -> Tensor:
     """The gradient that forward has left, times `grad`."""
     (gradient,) = ctx.saved_tensors
-    if not is_batched(grad) and grad.is_cpu and direct("straighten_loss", grad, gradient=True) and grad.item() == 1:
+    plain = not is_batched(grad) and grad.is_cpu and direct("straighten_loss", grad, gradient=True)
+    if plain and not graph_is_kept() and grad.item() == 1:  # what a kept one holds is not given away
         return gradient
     # in grad's dtype: a gradient scaler's 65,536 is more than float16 holds
     return (gradient.to(grad.dtype) * grad).to(gradient.dtype)
