@@ -291,6 +291,20 @@ def test_profiles_and_tables_of_a_gpu(tmp_path):
     assert "velocity_gram_increments_kernel" in done.stdout
     assert "not measured" in done.stdout
 
+    (one / "pipeline").mkdir()
+    (one / "pipeline/results.jsonl").write_text(json.dumps(dict(test="a", outcome="passed")) + '\n{"test": "b", "out')
+    whole, cut, empty, other = (tmp_path / f"{name}.tar.gz" for name in ("whole", "cut", "empty", "other"))
+    for path, folder in ((whole, one), (empty, None), (other, one / "bench")):
+        with tarfile.open(path, "w:gz") as tar:
+            if folder:
+                tar.add(folder, "gpu")
+    cut.write_bytes(whole.read_bytes()[:200])
+    broken = [cut, empty, other, tmp_path / "nowhere.tar.gz", one / "bench", one / "machine.json"]
+    done = run(sys.executable, ROOT / "scripts/gpu_report", *broken, whole, "--out", tmp_path / "of_whole")
+    assert done.returncode == 1
+    assert [line.split(": ")[1] for line in done.stderr.splitlines()] == list(map(str, broken))
+    assert "1 rows of the benchmark, 1 tests, 1 launches profiled" in done.stdout
+
     (two / "profile/log").write_text("bellman, case K=16\n==PROF== Profiling k: 0%\n")
     done = run(sys.executable, ROOT / "scripts/gpu_report", two, "--out", tmp_path / "results")
     assert "differ in the ops profiled" in done.stderr
