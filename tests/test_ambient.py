@@ -336,6 +336,12 @@ STATES = {
     "function mode": Passive,
     "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
 }
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # from torch 2.9; torch then refuses the question about all
+    STATES["matmul precision of one backend"] = lambda: setting(
+        "tf32",
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value),
+    )
 ROUNDING = ("one thread",)  # where sums are in another order
 
 

@@ -22,7 +22,7 @@ import flowkernels as fk
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import DiT, ResidualMLP, UNet
 from flowkernels.runtime.torch_private import uncompiled
-from flowkernels.sampling import capture
+from flowkernels.sampling import capture, state
 from flowkernels.sampling import rollout as rollout_module
 from flowkernels.sampling import sample as sample_module
 from flowkernels.sampling.loop import initial_state, steps
@@ -661,6 +661,65 @@ def test_autocast_is_its_own_graph(host_cuda):
     assert not torch.equal(plain, narrow)
     assert torch.equal(fk.sample(net, noise, 2, capture="graph"), plain)
     assert host_cuda.made == 2
+
+
+@contextlib.contextmanager
+def set_to(module, name, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    yield
+    setattr(module, name, before)
+
+
+@contextlib.contextmanager
+def default_dtype():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def hook_of_all_modules():
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: 2 * out)
+    yield
+    hook.remove()
+
+
+class Ambient(nn.Module):
+    """Of what torch is set to."""
+
+    def forward(self, x, t):
+        third = torch.full((), 1.0) / 3
+        return x * float(torch.backends.cudnn.allow_tf32) + third.double().to(x.dtype)
+
+
+AMBIENT = {
+    "the default dtype": default_dtype,
+    "convolutions": lambda: set_to(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32),
+    "a hook of all modules": hook_of_all_modules,
+}
+
+
+@pytest.mark.parametrize("setting", AMBIENT)
+def test_what_torch_is_set_to_is_its_own_graph(setting, host_cuda):
+    net, noise = Ambient().eval(), normal(3, 1, 8, 8).double()
+    plain = check(net, noise, 2, "graph")
+    with AMBIENT[setting]():
+        other = check(net, noise, 2, "graph")
+    assert not torch.equal(plain, other)
+    assert torch.equal(fk.sample(net, noise, 2, capture="graph"), plain)
+    assert host_cuda.made == 2
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc], ids=str)
+def test_the_memory_of_sparse_tensors_is_held(layout):
+    matrix = torch.eye(4).to_sparse(layout=layout)
+    with capture._Reads() as reads:
+        torch.sparse.mm(matrix, torch.ones(4, 2))
+    marks, storages = state._marks(matrix)
+    assert state.SPARSE in [kind for kind, *_ in marks]
+    assert storages
+    assert storages <= set(reads.storages)
 
 
 def test_inference_mode(host_cuda):

@@ -20,6 +20,9 @@ class Opaque:
     def __init__(self):
         self.inside = 1
 
+    def method(self, x, t):
+        return x
+
 
 class Slotted:
     __slots__ = ("inside",)
@@ -50,7 +53,25 @@ class Twice(torch.Tensor):
         return return_and_correct_aliasing(func, args, kwargs, out)
 
 
-GLOBAL, LATER = nn.Linear(2, 2), None
+class Raising:
+    """As proxies do of what is not there."""
+
+    @property
+    def __class__(self):
+        raise RuntimeError("no class")
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+Named = collections.namedtuple("Named", "first")
+GLOBAL, LATER, INSIDE = nn.Linear(2, 2), None, nn.Linear(2, 2)
+
+
+def of_inner_globals(x):
+    return sum(INSIDE(x) for _ in range(2))
 
 
 def of_globals(x):
@@ -79,7 +100,16 @@ class Net(nn.Module):
         self.act, self.globally = closing_over(nn.Linear(1, 1)), of_globals
         self.part = functools.partial(self.act, torch.ones(5), keyword=torch.ones(6))
         self.method = self.layer.forward
-        self.twice, self.sparse = Twice(torch.ones(2)), torch.eye(2).to_sparse()
+        self.twice, self.sparse, self.rows = (
+            Twice(torch.ones(2)),
+            torch.eye(2).to_sparse(),
+            torch.eye(2).to_sparse_csr(),
+        )
+        self.complex, self.zero, self.nan = torch.ones(2, dtype=torch.complex64), 0.0, float("nan")
+        self.nested, self.lazy = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), [nn.LazyLinear(2)]
+        self.keys, self.named = {1000: 1, (2000, "b"): 2}, Named([1])
+        self.proxy, self.inside = weakref.proxy(self.opaque), of_inner_globals
+        self.__dict__.update(raising=Raising(), gone=weakref.proxy(Opaque()))
 
 
 def made():
@@ -196,6 +226,21 @@ CHANGES = {
     "another method": lambda f: setattr(f.net, "method", f.net.norm.forward),
     "a tensor inside a tensor": lambda f: setattr(f.net.twice, "inner", torch.ones(2)),
     "a sparse tensor": attribute("sparse", torch.eye(2).to_sparse()),
+    "a sparse tensor's memory": lambda f: f.net.sparse.add_(torch.ones(2, 2).to_sparse()),
+    "a compressed tensor's memory": lambda f: f.net.rows.resize_as_sparse_(torch.ones(3, 3).to_sparse_csr()),
+    "a compressed tensor": attribute("rows", None),
+    "a conjugate in the same memory": lambda f: setattr(f.net, "complex", f.net.complex.conj()),
+    "a negative in the same memory": lambda f: setattr(f.net, "shift", torch._neg_view(f.net.shift)),
+    "nested tensors": attribute("nested", None),
+    "weights yet to be made": lambda f: f.net.lazy[0](torch.ones(1, 2)),
+    "a module's class": lambda f: setattr(f.net.layer, "__class__", Linear),
+    "the sign of zero": attribute("zero", -0.0),
+    "nothing for an object": attribute("opaque", None),
+    "nothing for a function": attribute("act", None),
+    "inside a named tuple": lambda f: f.net.named.first.append(1),
+    "another proxy": attribute("proxy", weakref.proxy(GLOBAL)),
+    "a function's attribute": lambda f: setattr(f.net.act, "gain", 2.0),
+    "a module that a function inside a function names": global_one("INSIDE", nn.Linear(2, 2)),
 }
 
 
@@ -207,6 +252,8 @@ SAME = {
     "values": lambda f: [p.data.mul_(2) for p in f.parameters()],
     "a state dict": lambda f: f.load_state_dict({k: v + 1 for k, v in f.state_dict().items()}),
     "values of conditioning": lambda f: f.conditioning["label"].add_(1),
+    "keys of a dict": attribute("keys", {int("1000"): 1, (int("2000"), "b"): 2}),
+    "no number": attribute("nan", float("nan")),
     "an equal number": lambda f: setattr(f, "guidance", float("2.5")),
     "an equal text": attribute("name", "".join(["a"])),
     "a gradient": lambda f: setattr(f.net.layer.weight, "grad", torch.ones(3, 2)),
@@ -220,9 +267,9 @@ SAME = {
 
 @pytest.fixture(autouse=True)
 def globals_as_they_were():
-    kept = GLOBAL, LATER
+    kept = dict(GLOBAL=GLOBAL, LATER=LATER, INSIDE=INSIDE)
     yield
-    globals().update(GLOBAL=kept[0], LATER=kept[1])
+    globals().update(kept)
 
 
 def ways(state):
@@ -254,10 +301,11 @@ def test_what_a_replay_reads_itself_or_not_at_all_is_no_change(change):
         closing_over(nn.Linear(1, 1)),
         functools.partial(nn.Linear(1, 1), torch.ones(1)),
         nn.Linear(1, 1).forward,
+        Opaque().method,
         types.SimpleNamespace(matrix=torch.ones(2)),
         Net(),
     ],
-    ids=["function", "partial", "method", "object", "module"],
+    ids=["function", "partial", "method", "method of an object", "object", "module"],
 )
 def test_velocities_of_all_kinds(velocity):
     state = State(velocity)

@@ -2,6 +2,7 @@
 // `holds_reference` this is, mark for mark. A few nanoseconds for a setting, some hundred for a tensor.
 #include <Python.h>
 
+#include <cmath>
 #include <vector>
 
 #include "watch/watch.h"
@@ -33,6 +34,8 @@ struct Names {
   FK_NAME(dtype);
   FK_NAME(shape);
   FK_NAME(stride);
+  FK_NAME(is_conj);
+  FK_NAME(is_neg);
   FK_NAME(func);
   FK_NAME(args);
   FK_NAME(keywords);
@@ -46,6 +49,7 @@ enum Kind {
   STRONG,
   TENSOR,
   WRAPPER,
+  SPARSE,
   DICT,
   ORDERED,
   ITEMS,
@@ -61,11 +65,29 @@ bool equal(PyObject* a, PyObject* b) {
   return a == b || PyObject_RichCompareBool(a, b, Py_EQ) > 0;
 }
 
+// Numbers and texts by their values, also those in tuples.
 bool same_key(PyObject* now, PyObject* then) {
-  return now == then || (PyUnicode_CheckExact(now) && PyUnicode_CheckExact(then) && equal(now, then));
+  if (now == then) return true;
+  if (Py_TYPE(now) != Py_TYPE(then)) return false;
+  if (PyTuple_CheckExact(now)) {
+    const Py_ssize_t n = PyTuple_GET_SIZE(now);
+    bool same = n == PyTuple_GET_SIZE(then);
+    for (Py_ssize_t i = 0; same && i < n; i++) same = same_key(PyTuple_GET_ITEM(now, i), PyTuple_GET_ITEM(then, i));
+    return same;
+  }
+  return (PyUnicode_CheckExact(now) || PyLong_CheckExact(now) || PyBytes_CheckExact(now)) && equal(now, then);
+}
+
+bool same_setting(PyObject* now, PyObject* then) {
+  if (now == then) return true;
+  if (Py_TYPE(now) != Py_TYPE(then)) return false;
+  if (!PyFloat_CheckExact(now)) return equal(now, then);
+  const double a = PyFloat_AS_DOUBLE(now), b = PyFloat_AS_DOUBLE(then);
+  return a == b ? std::signbit(a) == std::signbit(b) : std::isnan(a) && std::isnan(b);
 }
 
 bool is_target(PyObject* weak, PyObject* value) {
+  if (value == Py_None) return false;  // which a dead reference gives
 #if PY_VERSION_HEX >= 0x030D0000
   PyObject* target = nullptr;
   PyWeakref_GetRef(weak, &target);
@@ -105,12 +127,14 @@ class Walk {
 
   void push_attribute(PyObject* value, PyObject* name) { todo_.emplace_back(PyObject_GetAttr(value, name)); }
 
+  void push_made(PyObject* value, PyObject* method) { todo_.emplace_back(PyObject_CallMethodNoArgs(value, method)); }
+
   // `mark` holds of `value`, whose parts are pushed.
   bool is(PyObject* value, PyObject* mark) {
     PyObject* a = PyTuple_GET_SIZE(mark) > 1 ? PyTuple_GET_ITEM(mark, 1) : nullptr;
     PyObject* b = PyTuple_GET_SIZE(mark) > 2 ? PyTuple_GET_ITEM(mark, 2) : nullptr;
     switch (PyLong_AsLong(PyTuple_GET_ITEM(mark, 0))) {
-      case SAME: return value == a || (Py_TYPE(value) == Py_TYPE(a) && equal(value, a));
+      case SAME: return same_setting(value, a);
       case WEAK: return is_target(a, value);
       case STRONG: return value == a;
       case TENSOR: return type_is(value, a) && is_tensor(value, mark);
@@ -118,13 +142,17 @@ class Walk {
         if (!is_target(a, value)) return false;
         for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(b); i++) push_attribute(value, PyTuple_GET_ITEM(b, i));
         return true;
+      case SPARSE:
+        if (!is_target(a, value)) return false;
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(b); i++) push_made(value, PyTuple_GET_ITEM(b, i));
+        return true;
       case DICT: return number(value) && PyDict_CheckExact(value) && is_dict(value, a, nullptr);
       case ORDERED: return number(value) && is_ordered(value, a);
       case ITEMS: return number(value) && type_is(value, a) && is_items(value, b);
       case LENGTH: return number(value) && type_is(value, a) && PyObject_Size(value) == PyLong_AsSsize_t(b);
       case AGAIN: return value == containers_[PyLong_AsSize_t(a)].get();
       case MODULE: {
-        if (!is_target(a, value)) return false;
+        if (!is_target(a, value) || !is_target(PyTuple_GET_ITEM(mark, 4), (PyObject*)Py_TYPE(value))) return false;
         const Ref held(PyObject_GenericGetDict(value, nullptr));
         return held && is_dict(held.get(), b, PyBytes_AS_STRING(PyTuple_GET_ITEM(mark, 3)));
       }
@@ -133,7 +161,8 @@ class Walk {
         push(PyMethod_GET_FUNCTION(value));
         push(PyMethod_GET_SELF(value));
         return true;
-      case FUNCTION: return is_target(a, value) && is_function(value, b, PyTuple_GET_ITEM(mark, 3));
+      case FUNCTION:
+        return is_target(a, value) && is_function(value, b, PyTuple_GET_ITEM(mark, 3), PyTuple_GET_ITEM(mark, 4));
       case PARTIAL:
         if (!is_target(a, value)) return false;
         push_attribute(value, names_.func);
@@ -153,7 +182,9 @@ class Walk {
   bool is_tensor(PyObject* t, PyObject* mark) {
     auto is = [mark](int i, const Ref& now) { return now && equal(now.get(), PyTuple_GET_ITEM(mark, i)); };
     return is(2, Ref(PyObject_CallMethodNoArgs(t, names_.data_ptr))) && is(3, Ref(PyObject_GetAttr(t, names_.dtype))) &&
-           is(4, Ref(PyObject_GetAttr(t, names_.shape))) && is(5, Ref(PyObject_CallMethodNoArgs(t, names_.stride)));
+           is(4, Ref(PyObject_GetAttr(t, names_.shape))) && is(5, Ref(PyObject_CallMethodNoArgs(t, names_.stride))) &&
+           is(6, Ref(PyObject_CallMethodNoArgs(t, names_.is_conj))) &&
+           is(7, Ref(PyObject_CallMethodNoArgs(t, names_.is_neg)));
   }
 
   // read: of each value whether it is a part; null: all are.
@@ -191,11 +222,12 @@ class Walk {
     return true;
   }
 
-  bool is_function(PyObject* f, PyObject* code, PyObject* kinds) {
+  bool is_function(PyObject* f, PyObject* code, PyObject* names, PyObject* kinds) {
     if (PyFunction_GetCode(f) != code) return false;
     PyObject *defaults = PyFunction_GetDefaults(f), *keywords = PyFunction_GetKwDefaults(f);
     push(defaults ? defaults : Py_None);
     push(keywords ? keywords : Py_None);
+    todo_.emplace_back(PyObject_GenericGetDict(f, nullptr));
     PyObject* closure = PyFunction_GetClosure(f);
     const Py_ssize_t cells = closure ? PyTuple_GET_SIZE(closure) : 0;
     for (Py_ssize_t i = 0; i < cells; i++) {
@@ -203,10 +235,8 @@ class Walk {
       if ((held == nullptr) != (PyTuple_GET_ITEM(kinds, i) == Py_False)) return false;
       if (held) push(held);
     }
-    const Ref named(PyObject_GetAttrString(code, "co_names"));
-    if (!named) return false;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(named.get()); i++) {
-      PyObject* value = PyDict_GetItemWithError(PyFunction_GetGlobals(f), PyTuple_GET_ITEM(named.get(), i));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); i++) {
+      PyObject* value = PyDict_GetItemWithError(PyFunction_GetGlobals(f), PyTuple_GET_ITEM(names, i));
       PyObject* kind = PyTuple_GET_ITEM(kinds, cells + i);
       if (!value) {
         if (kind != Py_False) return false;

@@ -22,7 +22,14 @@ from flowkernels.fusion.moves import Moves, Refused
 from flowkernels.fusion.watch import Unwatchable, Watch, executed
 from flowkernels.ops.linear_euler import ONE_OF_ORDERS, ORDERS, linear_euler
 from flowkernels.ops.linear_euler.reference import unpatchify
-from flowkernels.runtime.torch_private import CALL_MODULE, COMPILED_MODULE, FORWARD_HOOKS, of_all_modules, tree_flatten
+from flowkernels.runtime.torch_private import (
+    CALL_MODULE,
+    COMPILED_MODULE,
+    FORWARD_HOOKS,
+    float32_products,
+    of_all_modules,
+    tree_flatten,
+)
 from flowkernels.solver import Solver, last_uses
 from flowkernels.velocity.field import VelocityField, float64_device, is_called_whole
 from flowkernels.velocity.protocol import Velocity, resolve
@@ -490,7 +497,7 @@ class FusedHead(VelocityField):
     def _precision(self, operands: dict[str, Any], *results: Tensor) -> float:
         """A few roundings in the least precise dtype in which the network may compute its final layer."""
         dtypes = [operands["weight"].dtype, operands["z"].dtype, *(t.dtype for t in results)]
-        if torch.get_float32_matmul_precision() != "highest":
+        if not {"highest", "ieee"}.issuperset(float32_products()):
             dtypes.append(torch.bfloat16)
         return max(1e-4, 8 * max(torch.finfo(dtype).eps for dtype in dtypes))
 

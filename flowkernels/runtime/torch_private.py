@@ -45,6 +45,12 @@ CALL_MODULE = nn.Module._call_impl  # what calls a forward with its hooks; a fra
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 HELD = ("_parameters", "_buffers", "_modules")
+# Of a sparse tensor: the methods that give the tensors it is made of
+COMPRESSED = {
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
+}
+SPARSE_PARTS = {torch.sparse_coo: ("_indices", "_values"), **COMPRESSED}
 NOT_IN_STATE = "_non_persistent_buffers_set"  # names of buffers that no state dict has
 COMPILED_CALL = "_compiled_call_impl"  # of `Module.compile()`, in the place of CALL_MODULE
 OF_COMPILER = (COMPILED_CALL, "_is_torch_compile")  # that the compiler leaves on a module
@@ -90,6 +96,22 @@ def uncompiled():
     """A context in which what torch.compile has made runs as it was written. Without, under a dispatch mode, it would
     run so for ever after."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+def float32_products() -> tuple[str, ...]:
+    """How precise float32's products are to be, "highest" or "ieee" where nothing was asked for. Set for one backend
+    apart (since torch 2.9), after which torch raises where it is asked about all, it is told for each."""
+    try:
+        return (torch.get_float32_matmul_precision(),)
+    except RuntimeError:
+        each = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        return tuple({"none": "ieee"}.get(b.fp32_precision, b.fp32_precision) for b in each)
+
+
+def float32_convolutions():
+    """The same of cuDNN's convolutions: a text, or a boolean before torch 2.9."""
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision if hasattr(cudnn, "conv") else cudnn.allow_tf32
 
 
 def keeps_parametrized() -> bool:

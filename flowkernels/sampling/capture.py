@@ -24,9 +24,14 @@ from flowkernels._checks import expect
 from flowkernels.runtime import backends
 from flowkernels.runtime.torch_private import (
     FORWARD_HOOKS,
+    GLOBAL_HOOKS,
+    SPARSE_PARTS,
     TorchDispatchMode,
     compiler_errors,
+    float32_convolutions,
+    float32_products,
     is_traceable_wrapper_subclass,
+    of_all_modules,
     tree_leaves,
     uncompiled,
 )
@@ -62,7 +67,8 @@ def run(mode: str, velocity: Velocity, x: Tensor, solver: Solver) -> Tensor:
     plain = mode == "compile" and not backends.asked()
     backend = "reference" if plain else backends.choose(op, kind)
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    settings = float32_products(), float32_convolutions(), torch.are_deterministic_algorithms_enabled()
+    settings += torch.get_default_dtype(), *(tuple(vars(of_all_modules)[name]) for name in GLOBAL_HOOKS)
     what = tuple(solver.model_times.tolist()), solver.updates()
     key = mode, COMPILER, backend, *what, x.shape, x.dtype, x.device, autocast, settings
 
@@ -238,6 +244,8 @@ def _storages(values) -> Iterator[torch.UntypedStorage]:
         t = todo.pop()
         if is_traceable_wrapper_subclass(t):
             todo += [getattr(t, name) for name in t.__tensor_flatten__()[0]]
+        elif t.layout in SPARSE_PARTS:
+            todo += [getattr(t, name)() for name in SPARSE_PARTS[t.layout]]
         elif t.layout is torch.strided:
             yield t.untyped_storage()
 

@@ -53,7 +53,8 @@ def sample(
             "auto": "graph" on a GPU; None on a CPU, where there is nothing to record and a compilation has to pay off.
             The last 16 recorded loops are kept, none longer than its velocity. A velocity that looks at values on
             the host can be neither recorded nor compiled. What a graph does not see: changes inside objects that are
-            no tensors, modules, functions or short containers; it goes on with the tensors that they had.
+            no tensors, modules (TorchScript's are such objects), functions or short containers; it goes on with the
+            tensors that they had.
         check: look for NaN and Inf, and raise. On a GPU noise and samples are looked at together, so that it is waited
             for once, behind the last step. False looks at nothing and waits for nothing: they show in the samples. A
             `FusedSampler` looks for them on a CPU, in passing, and not on a GPU.

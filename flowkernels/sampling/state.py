@@ -1,5 +1,6 @@
 """What a recorded loop has taken in of a velocity for good, and whether that is still so."""
 
+import contextlib
 import functools
 import types
 import weakref
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels.runtime import backends
-from flowkernels.runtime.torch_private import FORWARD_HOOKS, HELD, is_traceable_wrapper_subclass
+from flowkernels.runtime.torch_private import FORWARD_HOOKS, HELD, SPARSE_PARTS, is_traceable_wrapper_subclass
 
 PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
 CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set))
@@ -19,7 +20,8 @@ SEEN = {"training", *HELD, *FORWARD_HOOKS}
 MACHINERY = frozenset(vars(nn.Module())) - SEEN
 
 # kinds of marks
-SAME, WEAK, STRONG, TENSOR, WRAPPER, DICT, ORDERED, ITEMS, LENGTH, AGAIN, MODULE, METHOD, FUNCTION, PARTIAL = range(14)
+SAME, WEAK, STRONG, TENSOR, WRAPPER, SPARSE = range(6)
+DICT, ORDERED, ITEMS, LENGTH, AGAIN, MODULE, METHOD, FUNCTION, PARTIAL = range(6, 15)
 
 
 class State:
@@ -56,19 +58,26 @@ def holds_reference(marks: tuple, velocity: Any) -> bool:
 
 def _same(now: tuple, then: tuple) -> bool:
     if now[0] == then[0] == SAME:
-        return now[1] is then[1] or (type(now[1]) is type(then[1]) and now[1] == then[1])
+        a, b = now[1], then[1]
+        equal = a.hex() == b.hex() if type(a) is type(b) is float else a == b  # -0.0 is not 0.0, NaN is NaN
+        return a is b or (type(a) is type(b) and equal)
     return _equal(now, then)
 
 
 def _equal(now: Any, then: Any) -> bool:
     """Numbers and texts by their values, all else by its identity."""
-    if isinstance(now, tuple):
-        return isinstance(then, tuple) and len(now) == len(then) and all(map(_equal, now, then))
-    return now is then or (type(now) is type(then) and type(now) in (int, str, bytes) and now == then)
+    if now is then or type(now) is not type(then):
+        return now is then
+    if issubclass(type(now), tuple):
+        return len(now) == len(then) and all(map(_equal, now, then))
+    return type(now) in (int, bool, str, bytes) and now == then
 
 
 def _roots(velocity: Any) -> tuple:
-    return velocity, None if isinstance(velocity, nn.Module) else getattr(velocity, "__dict__", None)
+    """With the attributes of an object, or of one whose method it is."""
+    owner = velocity.__self__ if type(velocity) is types.MethodType else velocity
+    held = None if isinstance(owner, nn.Module) else getattr(owner, "__dict__", None)
+    return velocity, held if type(held) is dict else None
 
 
 def _marks(velocity: Any) -> tuple[tuple, frozenset[int]]:
@@ -92,14 +101,12 @@ def _mark(value: Any, seen: set[int], containers: dict[int, int], whole: set[int
     kind = type(value)
     if kind in PLAIN:
         return (SAME, value), ()
-    if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
-        names = tuple(value.__tensor_flatten__()[0])
-        return (WRAPPER, weakref.ref(value), names), [getattr(value, name) for name in names]
-    if isinstance(value, Tensor) and value.layout is torch.strided:
-        return (TENSOR, kind, value.data_ptr(), value.dtype, value.shape, value.stride()), ()
+    if issubclass(kind, Tensor):  # isinstance would ask a proxy for what it stands for
+        with contextlib.suppress(Exception):  # of what has no memory, or not one: nested, or yet to be initialized
+            return _mark_tensor(value, kind)
     if kind is types.MethodType:  # made anew at every access
         return (METHOD,), (value.__func__, value.__self__)
-    if kind in CONTAINERS:
+    if kind in CONTAINERS or issubclass(kind, tuple):
         if id(value) in containers:
             return (AGAIN, containers[id(value)]), ()
         containers[id(value)] = len(containers)
@@ -115,32 +122,50 @@ def _mark(value: Any, seen: set[int], containers: dict[int, int], whole: set[int
     if id(value) in seen:
         return (is_known, known), ()
     seen.add(id(value))
-    if isinstance(value, nn.Module):
+    if issubclass(kind, nn.Module):
         held = dict(vars(value))  # other threads may write there meanwhile
         read = bytes(name not in MACHINERY for name in held)
-        return (MODULE, known, tuple(held), read), [v for name, v in held.items() if name not in MACHINERY]
-    if isinstance(value, types.FunctionType):
+        mark = MODULE, known, tuple(held), read, weakref.ref(kind)
+        return mark, [v for name, v in held.items() if name not in MACHINERY]
+    if kind is types.FunctionType:
         return _mark_function(value, known)
-    if isinstance(value, functools.partial):
+    if issubclass(kind, functools.partial):
         return (PARTIAL, known), (value.func, value.args, value.keywords)
     return (is_known, known), ()
 
 
+def _mark_tensor(t: Tensor, kind: type) -> tuple[tuple, list]:
+    if is_traceable_wrapper_subclass(t):
+        names = tuple(t.__tensor_flatten__()[0])
+        return (WRAPPER, weakref.ref(t), names), [getattr(t, name) for name in names]
+    if t.layout in SPARSE_PARTS:
+        names = SPARSE_PARTS[t.layout]
+        return (SPARSE, weakref.ref(t), names), [getattr(t, name)() for name in names]
+    where = t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg()
+    return (TENSOR, kind, *where), []
+
+
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Of globals and attributes, those of functions inside as well."""
+    inner = (name for c in code.co_consts if isinstance(c, types.CodeType) for name in _names(c))
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
+
+
 def _mark_function(f: types.FunctionType, known: weakref.ref) -> tuple[tuple, list]:
-    """With what it closes over, and of the globals that it names the tensors and modules.
+    """With its attributes, what it closes over, and of the globals that it names the tensors and modules.
 
     Of each of both: None for a part, False for what is not there, or the type of one that is passed over.
     """
-    parts, kinds = [f.__defaults__, f.__kwdefaults__], []
+    parts, kinds, names = [f.__defaults__, f.__kwdefaults__, f.__dict__], [], _names(f.__code__)
     for cell in f.__closure__ or ():
         try:
             parts.append(cell.cell_contents)
             kinds.append(None)
         except ValueError:  # empty
             kinds.append(False)
-    for name in f.__code__.co_names:
+    for name in names:
         there, value = name in f.__globals__, f.__globals__.get(name)
-        followed = isinstance(value, (Tensor, nn.Module))
+        followed = issubclass(type(value), (Tensor, nn.Module))
         parts.extend([value] * followed)
         kinds.append(None if followed else there and type(value))
-    return (FUNCTION, known, f.__code__, tuple(kinds)), parts
+    return (FUNCTION, known, f.__code__, names, tuple(kinds)), parts
