@@ -198,13 +198,17 @@ def _record(loop: Callable[[], Tensor], device: torch.device) -> tuple:
     outer, before = sys.exc_info()[1], torch.cuda.get_sync_debug_mode()
     with _aside(device):
         loop()  # what is made at a first call: handles of libraries, tables that a network keeps
+        reads = _Reads()
+        # where it fails, by memory say, of which compiled parts take more as they were written: what it saw until then
+        with contextlib.suppress(Exception), uncompiled(), reads:
+            loop()
     graph = torch.cuda.CUDAGraph()
     try:
         # once with syncs forbidden, for an error that names the line and leaves no half-made graph behind; of a mode
         # that torch has not done with, as it says at the first use
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("error")
-        with _aside(device), uncompiled(), _Reads() as reads:
+        with _aside(device):
             loop()
         torch.cuda.set_sync_debug_mode(before)
         # thread_local: what other threads ask of the GPU meanwhile does not spoil the graph
@@ -224,6 +228,8 @@ def _record(loop: Callable[[], Tensor], device: torch.device) -> tuple:
 
 class _Reads(TorchDispatchMode):
     """The memory that operations read or write and that none of them has made, by where its storage is."""
+
+    supports_higher_order_operators = True
 
     def __init__(self):
         super().__init__()
@@ -255,9 +261,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _at(frames: Sequence[traceback.FrameSummary]) -> str:
-    """Where an error came from, frames of torch's and of its modes aside."""
+    """Where an error came from, torch's own frames aside."""
     own = [f for f in frames if not Path(f.filename).is_relative_to(Path(torch.__file__).parent)]
-    own = [f for f in own if f.name != _Reads.__torch_dispatch__.__name__]
     return f" at {own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
 
 
