@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kColumns* kParts)
     for (int k = column; k < first; k += kColumns) cost[row + k] = INFINITY;
   Run carry{0, 0, 0, 0}, carry_e{0, 0, 0, 0};
   for (int k0 = first; k0 <= K; k0 += kColumns) {
-    const int k = k0 + column, end = k < K ? k : 0, stop = k0 + kColumns < K ? k0 + kColumns : K;
+    const int k = k0 + column, end = k < K ? k : 0, last = k | 31;  // of the warp
+    const int stop = last - 31 >= K ? 0 : last < K ? last : K - 1;
     const double t_k = k <= K ? t[k] : 0;
     const double* a = gram + k - 1;  // <a_m, a_k> at (m - 1) R
     double b = 0, s = 0, far_b = 0, far_s = 0;

@@ -22,7 +22,8 @@ FLOORS = [
         kernel="cost_from_gram_kernel<false>",
         blocks="ceil(K + 1, 2 if sms > K / 2 else 4)",
         # of the first block, which has most, as if all were like it: 128 columns at a time
-        issues="blocks * 32 * (ceil(K + 1, 128) * 200 + (128 + K + K) / 8 * 2 * LDG)",
+        issues="blocks * (32 * ceil(K + 1, 128) * 200 + K * (K + 32) / 64 * 2 * LDG)",
+        longest=1.3,
         chain="ceil(K + 1, 128) * 1500",  # barriers and the prefix sums
     ),
 ]
