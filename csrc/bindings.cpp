@@ -17,6 +17,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("watch_changed", [](const py::tuple& entries) { return fk::watch_changed(entries.ptr()); });
   m.def("state_holds",
         [](const py::tuple& marks, const py::tuple& roots) { return fk::state_holds(marks.ptr(), roots.ptr()); });
+  m.attr("state_form") = fk::kStateForm;
   m.def("advise_large_pages", [](Address p, size_t bytes) { fk::advise_large_pages(at(p), bytes); });
 #define BIND(op) bind_##op(m);
   FK_EACH_OP(BIND)

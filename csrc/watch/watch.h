@@ -7,6 +7,10 @@ namespace fk {
 // flowkernels/fusion/watch.py has what the entries are.
 Py_ssize_t watch_changed(PyObject* entries);
 
+// What marks are: a number that changes with it, here and in flowkernels/sampling/state.py, so that no build reads
+// others'.
+constexpr int kStateForm = 2;
+
 // Whether the marks, a tuple of tuples, hold of the objects from `roots` on, a tuple: flowkernels/sampling/state.py.
 bool state_holds(PyObject* marks, PyObject* roots);
 }  // namespace fk

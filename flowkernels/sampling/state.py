@@ -19,6 +19,7 @@ LONGEST = 256  # entries of a container that are looked at, unless it is a modul
 SEEN = {"training", *HELD, *FORWARD_HOOKS}
 MACHINERY = frozenset(vars(nn.Module())) - SEEN
 
+FORM = 2  # of the marks: the extension's, if it is to read them
 # kinds of marks
 SAME, WEAK, STRONG, TENSOR, WRAPPER, SPARSE = range(6)
 DICT, ORDERED, ITEMS, LENGTH, AGAIN, MODULE, METHOD, FUNCTION, PARTIAL = range(6, 15)
@@ -41,7 +42,8 @@ class State:
     def __init__(self, velocity: Any, warns: bool = False):
         self.marks, self.storages = _marks(velocity)
         self.warns = warns
-        self._find = getattr(backends.extension(), "state_holds", None)
+        C = backends.extension()
+        self._find = C.state_holds if getattr(C, "state_form", None) == FORM else None
 
     def holds(self, velocity: Any) -> bool:
         """Whether all of it is as it was."""
