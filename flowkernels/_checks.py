@@ -36,6 +36,8 @@ def describe(value) -> str:
     """A value as an error message shows it: one short line, whatever the value's own `repr` does."""
     try:
         if isinstance(value, Tensor):
+            if value.is_nested:
+                return f"a nested {value.dtype} tensor on {value.device}"  # of no one shape
             layout = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "
             return f"a {layout}{value.dtype} tensor of shape {list(value.shape)} on {value.device}"
         if isinstance(value, np.ndarray):
@@ -66,7 +68,7 @@ def expect_tensor(value, name: str, dtypes: Sequence[torch.dtype] | None = None)
         expect(False, name, "a torch.Tensor", f"{type(value).__name__} {describe(value)}", TypeError)
     if dtypes is not None and value.dtype not in dtypes:
         expect(False, name, " or ".join(str(d) for d in dtypes), value, TypeError)
-    if value.layout is not torch.strided:
+    if value.layout is not torch.strided or value.is_nested:
         expect(False, name, "a dense tensor (.to_dense())", value, TypeError)
     return value
 

@@ -207,6 +207,7 @@ VALUES: dict[str, Callable[[], Any]] = {
     "meta number": lambda: torch.tensor(0.5, device="meta"),
     "sparse tensor": lambda: rand(N, D).to_sparse(),
     "sparse rows": sparse_rows,
+    "nested tensor": lambda: torch.nested.as_nested_tensor([rand(D), rand(D + 1)]),
     "sparse float64 [K+1, K+1]": lambda: torch.eye(K + 1, dtype=F64).to_sparse(),
     "sparse int64 [n]": lambda: torch.zeros(N, dtype=torch.int64).to_sparse(),
     "mkldnn tensor": lambda: rand(N, D).to_mkldnn(),

@@ -11,6 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+import flowkernels as fk
+
 CALLS = int(os.environ.get("FLOWKERNELS_BAD_CALLS", "1000"))
 SEED = int(os.environ.get("FLOWKERNELS_BAD_CALLS_SEED", "0"))
 UNNAMED = 0.01  # of all calls, at most
@@ -44,3 +49,16 @@ def test_bad_calls_are_named(tmp_path):
     assert counts["unnamed"] <= UNNAMED * CALLS, told
     assert set(counts) <= {"named", "works", "unnamed"}, told
     assert counts["named"] > CALLS / 2, told  # most of the values mean nothing
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch._mkldnn, torch.strided], ids=str)
+def test_tensors_that_are_not_dense_are_named(layout):
+    """Of layout strided a nested one, of which torch raises where it is asked for its shape."""
+    dense = torch.eye(3)
+    if layout is torch.strided:
+        odd = torch.nested.nested_tensor([dense[0], dense[0, :2]])
+    else:
+        odd = dense.to_mkldnn() if layout is torch._mkldnn else dense.to_sparse(layout=layout)
+    for call in (lambda: fk.sample(lambda x, t: x, odd, 2), lambda: fk.velocity_gram(odd)):
+        with pytest.raises(TypeError, match=r"^(noise|v): expected a dense tensor \(.to_dense\(\)\), got a \w+ "):
+            call()
