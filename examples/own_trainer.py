@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--steps", type=int, default=4, help="evaluations of the sampler")
     parser.add_argument("--grid", type=int, default=100, help="fine steps of the teacher")
     args = parser.parse_args(argv)
+    if args.iterations < 1:
+        parser.error(f"--iterations: expected 1 or more, got {args.iterations}")
 
     torch.manual_seed(0)
     model = BUNDLED["digits"]

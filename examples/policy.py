@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> Tensor:
     parser.add_argument("--grid", type=int, default=50, help="fine steps of the teacher")
     parser.add_argument("--calls", type=int, default=10, help="observations to act on")
     args = parser.parse_args(argv)
+    if args.calls < 1:
+        parser.error(f"--calls: expected 1 or more, got {args.calls}")
 
     torch.manual_seed(0)
     policy = Policy().eval()

@@ -66,3 +66,10 @@ def test_tabular():
 def test_own_trainer():
     first, last = script("own_trainer")(["--iterations", "30", "--grid", "20"])
     assert last < first
+
+
+@pytest.mark.parametrize(("name", "option"), [("policy", "--calls"), ("own_trainer", "--iterations")])
+def test_no_work_is_refused(name, option, capsys):
+    with pytest.raises(SystemExit):
+        script(name)([option, "0"])
+    assert f"{option}: expected 1 or more, got 0" in capsys.readouterr().err
