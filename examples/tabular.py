@@ -2,8 +2,8 @@
 
     python examples/tabular.py
 
-The network is a stack of linear layers with the time as a further column (torchcfm's convention), so that it fuses
-whole.
+Needs scikit-learn. The network is a stack of linear layers with the time as a further column (torchcfm's convention),
+so that it fuses whole.
 """
 
 import argparse

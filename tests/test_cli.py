@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import importlib
 import importlib.metadata
 import io
 import json
@@ -57,6 +58,15 @@ class Stateful(torch.nn.Linear):
 
 def stateful():
     return Stateful(8, 8)
+
+class Labelled(torch.nn.Linear):
+    def forward(self, x, t, label):
+        return super().forward(x) * t.view(-1, 1) * label
+
+def guided():
+    torch.manual_seed(0)
+    labels = {"conditioning": {"label": torch.ones(1, 1)}, "unconditional": {"label": torch.zeros(1, 1)}}
+    return fk.VelocityField(Labelled(8, 8), guidance=4.0, **labels)
 
 def number():
     return 3
@@ -188,6 +198,20 @@ def test_straighten_and_sample_the_student(run, calibrated):
     assert "straightened for the knots" in run(f"{sample} --steps 5 --out x.npy")[1]
     save_file(student.state_dict(), "plain.safetensors")
     assert "another one" in run(f"sample --model digits --checkpoint plain.safetensors {schedule} --out x.npy")[1]
+
+
+def test_guidance_that_a_student_has_learned_is_not_applied_again(run, folder):
+    line = "--model some_models:guided --schedule g.json --steps 2"
+    run("calibrate --model some_models:guided --shape 8 -n 16 --grid 8 --steps 2 --out g.json")
+    run(f"straighten {line} --batch 8 --bank 16 --iterations 6 --warmup 0 --lr 1e-2 --out g.safetensors")
+    out, _ = run(f"sample {line} --checkpoint g.safetensors -n 5 --seed 2 --out g.npy")
+    assert "which is not applied once more" in out
+    sys.path.insert(0, str(folder))
+    field = importlib.import_module("some_models").guided()
+    field.net.load_state_dict(load_file("g.safetensors"))
+    field.guidance = 1.0
+    expected = fk.sample(field, inputs.draw_noise(5, (8,), 2), fk.Calibration.load("g.json")[2])
+    torch.testing.assert_close(torch.from_numpy(np.load("g.npy")), expected)
 
 
 @pytest.mark.parametrize("model", ["network", "field"])

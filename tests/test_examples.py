@@ -22,10 +22,11 @@ PUBLIC["solver_scheduler"] = diffusers.solver_scheduler
 
 @pytest.mark.parametrize("name", PUBLIC)
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_the_example_runs(name, tmp_path):
+def test_the_example_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     text, module = inspect.getdoc(PUBLIC[name]), inspect.getmodule(PUBLIC[name])
-    names = dict(fk=fk, torch=torch, folder=tmp_path, solver_scheduler=diffusers.solver_scheduler)
+    names = dict(fk=fk, torch=torch, solver_scheduler=diffusers.solver_scheduler)
     example = doctest.DocTestParser().get_doctest(text, names, name, module.__file__, None)
     assert example.examples, f"{name} has no example"
     out = []

@@ -51,7 +51,7 @@ SMALLER = {"iterations=5000": "iterations=2", "noise=(3, 32, 32)": "noise=(4,)",
 # page: how many blocks it has, the features of a sample, what the last block leaves
 CODE = {
     "README.md": (1, 4, "x1"),
-    "docs/get-started.md": (5, 4, "x1"),
+    "docs/get-started.md": (6, 4, "x1"),
     "docs/fused-samplers.md": (1, 64, "actions"),
     "docs/triton.md": (1, 4, "x1"),
 }
@@ -65,6 +65,7 @@ def test_code_runs(page, tmp_path, monkeypatch):
     count, features, last = CODE[page]
     names = dict(net=Policy(features).eval(), noise=normal(16, features), policy=Policy(64).eval(), torch=torch, nn=nn)
     names |= dict(obs=normal(16, 3), zeros=torch.zeros(1, 3), next_obs=normal(16, 3, seed=1), fk=fk, np=np)
+    names |= dict(classes=lambda x, t, y: x * y[:, None] / 10)
     names |= dict(cal={4: fk.Schedule([0, 0.2, 0.4, 0.7, 1])}, velocity=names["net"])
     found = blocks(page)
     assert len(found) == count

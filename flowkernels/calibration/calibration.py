@@ -70,8 +70,8 @@ class Calibration(Measured, Mapping):
     Examples:
         >>> velocity, noise = (lambda x, t: x * t[:, None] ** 4), torch.randn(64, 2)
         >>> cal = fk.calibrate(velocity, noise, grid=20, steps=[2, 4], progress=False)
-        >>> cal.save(folder / "model.boss.json")
-        >>> fk.Calibration.load(folder / "model.boss.json")[4].times.equal(cal[4].times)
+        >>> cal.save("model.boss.json")
+        >>> fk.Calibration.load("model.boss.json")[4].times.equal(cal[4].times)
         True
     """
 

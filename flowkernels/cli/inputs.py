@@ -19,6 +19,7 @@ from flowkernels._checks import expect, expect_numbers, expect_room
 from flowkernels._files import damaged, expect_target
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.protocol import as_given, resolve
 
 
 class InputError(Exception):
@@ -75,6 +76,9 @@ def load_model(args, calibration: fk.Calibration | None = None):
     """(velocity, shape of one sample, notes of its checkpoint), tried on one sample."""
     model = _build_model(args.model)
     notes = load_checkpoint(network_of(model), args.checkpoint) if args.checkpoint else {}
+    if notes.get("straightened_from") and getattr(model, "is_guided", False):  # a student has learned guidance
+        print(f"{args.checkpoint} was straightened with guidance, which is not applied once more")
+        model = as_given(resolve(model).without_guidance())
     if isinstance(model, nn.Module):
         with _of_model(f"{args.model} cannot be put on {args.device}"):
             model = model.to(args.device).eval()

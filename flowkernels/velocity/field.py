@@ -295,11 +295,13 @@ class VelocityField(nn.Module, VelocityBase):
         n, both = len(x), {}
         for k, cond in self.conditioning.items():
             uncond = other[k]
-            if all(isinstance(c, Tensor) and c.dim() and len(c) in (1, n) for c in (cond, uncond)):
+            odd = [c for c in (cond, uncond) if not (isinstance(c, Tensor) and c.dim() and len(c) in (1, n))]
+            if not odd:
                 both[k] = torch.cat([c.expand(n, *c.shape[1:]) for c in (cond, uncond)])
             else:
                 expected = f"rows for 1 or {n} samples, or the same for both, in a packed call (or packed=False)"
-                expect(_same(cond, uncond), f"unconditional[{k!r}]", expected, uncond)
+                name = "conditioning" if odd[0] is cond else "unconditional"
+                expect(_same(cond, uncond), f"{name}[{k!r}]", expected, odd[0])
                 both[k] = cond
         exact = exact_time(t)
         t = torch.cat([t, t]) if exact is t else _rounded(torch.cat([exact, exact]), t.device, t.dtype)
