@@ -128,7 +128,8 @@ the kernel, as compiled, is expected to take. And what was measured, where there
 is a model's.
 
 `python scripts/gpu_model.py --write docs/gpu.md` writes this page from the built extension and from
-benchmarks/results/gpu; a test compares them. Compiled by nvcc {compiler}.
+benchmarks/results/gpu; a test compares them.
+Compiled by nvcc {compiler}.
 """
 MODEL = """
 ## What the kernels are expected to take

@@ -68,3 +68,23 @@ def test_every_attribute_is_there_and_used():
     used = {n.attr for path in FILES for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
     assert torch_private.ATTRIBUTES.keys() <= PRIVATE
     assert torch_private.ATTRIBUTES.keys() <= used
+
+
+def test_what_runs_uncompiled_is_compiled_after_the_last_of_several_threads():
+    """The first to begin is not the last to end."""
+    runs = []
+
+    def compiler(graph, inputs):
+        runs.append(1)
+        return graph
+
+    first, second = torch_private.uncompiled(), torch_private.uncompiled()
+    double = torch.compile(lambda x: x + x, backend=compiler)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    double(torch.ones(2))
+    assert not runs
+    second.__exit__(None, None, None)
+    double(torch.ones(2))
+    assert runs

@@ -62,6 +62,18 @@ def small(K):
     return Case(f"K={K}", K, lambda: work)
 
 
+@pytest.fixture(autouse=True)
+def no_kernel_for_few_knots(monkeypatch, request):
+    """So that the small cases here launch the kernels of many."""
+    if request.function is test_the_tables_of_ops:
+        return
+    module = importlib.import_module("flowkernels.ops.bellman.triton_kernel")
+    for name in module.HELD:
+        monkeypatch.delitem(CONFIGS, name)
+        monkeypatch.delitem(SEARCH, name)
+    monkeypatch.setattr(module, "HELD", ())
+
+
 @pytest.fixture
 def cases(monkeypatch):
     """Two of them, for a search that is short."""
@@ -161,7 +173,7 @@ def test_all_works_count(cases):
 
 
 def test_a_wrong_one_is_dropped_and_said(works, launched):
-    launched(FAST, lambda args: args[2].add_(1.0))  # values
+    launched(FAST, lambda args: args[3].add_(1.0))  # values
     said = []
     found = search(Clock(at("bellman_step", [(FAST, 0.1)])), works, said=said)
     assert found.best == STEP
@@ -522,7 +534,7 @@ def test_another_file(command, tmp_path, capsys, monkeypatch):
 
 
 def test_a_wrong_result_fails_the_command(command, launched, capsys):
-    launched(FAST, lambda args: args[2].add_(1.0))
+    launched(FAST, lambda args: args[3].add_(1.0))
     assert main.main(["tune", "bellman"]) == 1
     out, err = capsys.readouterr()
     assert re.search(r"^bellman_step: 1 WRONG: \d > 0, K=3$", out, re.MULTILINE)

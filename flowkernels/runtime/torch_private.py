@@ -6,6 +6,8 @@ Tried on torch 2.6, 2.13 and 2.14 on the CPU; `scripts/test_versions` tries the 
 
 import contextlib
 import sys
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -92,10 +94,28 @@ def compiler_errors() -> tuple[type[Exception], ...]:
     return exc.TorchDynamoException, *([exc.FailOnRecompileLimitHit] if hasattr(exc, "FailOnRecompileLimitHit") else [])
 
 
-def uncompiled():
+_STANCE = threading.Lock()
+_eager: list = []  # for each context that is open the stance, of the first alone
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
     """A context in which what torch.compile has made runs as it was written. Without, under a dispatch mode, it would
-    run so for ever after."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    run so for ever after. The stance is the process's: of several threads the first sets it and the last resets it."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with _STANCE:
+        _eager.append(None if _eager else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _STANCE:
+            if len(_eager) == 1:
+                _eager[0].__exit__(None, None, None)
+                _eager.clear()
+            else:
+                _eager.pop()
 
 
 def float32_products() -> tuple[str, ...]:

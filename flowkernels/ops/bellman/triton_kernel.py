@@ -20,8 +20,8 @@ CONFIGS = {
     "bellman_step": {"BLOCK_J": 32, "BLOCK_K": 32, "num_warps": 4},
 }
 SEARCH = {
-    "bellman_32": {"BLOCK": (32,), "num_warps": (1, 2, 4)},
-    "bellman_64": {"BLOCK": (64,), "num_warps": (4, 8, 16)},
+    "bellman_32": {"num_warps": (1, 2, 4)},
+    "bellman_64": {"num_warps": (4, 8, 16)},
     "bellman_check": {"BLOCK": (64, 128, 256), "num_warps": (1, 2, 4)},
     "bellman_step": {"BLOCK_J": (16, 32, 64), "BLOCK_K": (16, 32, 64), "num_warps": (2, 4, 8)},
 }
