@@ -21,6 +21,7 @@ from flowkernels.ops.library import (
     no_autocast,
     register,
     stream_of,
+    uploaded,
 )
 from flowkernels.ops.mlp_sample import reference
 from flowkernels.solver import Update, euler_sizes, last_uses
@@ -415,8 +416,7 @@ class Prepared:
         if (program := self.program) is None:
             host = torch.empty(self.C.mlp_program(self.address, 0), dtype=torch.uint8, device="cpu")
             self.C.mlp_program(self.address, host.data_ptr())
-            program = torch.empty_like(host, device=x.device)
-            self.C.mlp_upload(host.data_ptr(), len(host), program.data_ptr(), *where)
+            program = uploaded(self.C, host, x, where)
             if not is_captured(x):
                 self.program, self.made = program, Made([program, *self.made.tensors])
         scratch = x.new_empty(self.C.mlp_scratch(self.address, len(x), where[0]), dtype=torch.uint8)
