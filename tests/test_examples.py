@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 WITHOUT = ("BackendError", "FusedHead", "FusedSampler", "HasTimeEmbedding", "Inversion", "NotFusable", "Straightened",
            "Trajectory", "Velocity", "__version__")  # fmt: skip
 PUBLIC = {name: getattr(fk, name) for name in fk.__all__ if name not in WITHOUT}
-PUBLIC["solver_scheduler"] = diffusers.solver_scheduler
+PUBLIC |= {name: getattr(diffusers, name) for name in diffusers.__all__}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -26,7 +26,7 @@ def test_the_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     text, module = inspect.getdoc(PUBLIC[name]), inspect.getmodule(PUBLIC[name])
-    names = dict(fk=fk, torch=torch, solver_scheduler=diffusers.solver_scheduler)
+    names = dict(fk=fk, torch=torch) | {name: PUBLIC[name] for name in diffusers.__all__}
     example = doctest.DocTestParser().get_doctest(text, names, name, module.__file__, None)
     assert example.examples, f"{name} has no example"
     out = []

@@ -4,6 +4,8 @@ import ast
 import importlib
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,11 @@ def test_nothing_takes_from_the_tests(folder):
         if re.search(r"""["']tests["']""", path.read_text(encoding="utf-8")):
             taken.append(f"{path.name}: the folder's name")
     assert not taken
+
+
+def test_an_ecosystem_s_door_holds_its_public_names_alone():
+    found = importlib.import_module("flowkernels.integrations.diffusers")
+    functions = {name for name, thing in vars(found).items() if callable(thing)}
+    assert functions == set(found.__all__)
+    code = "import sys, flowkernels.integrations.diffusers; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

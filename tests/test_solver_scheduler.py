@@ -13,7 +13,7 @@ from test_fuse_head import flux, randomised, sd3
 
 import flowkernels as fk
 from flowkernels import Schedule, Solver
-from flowkernels.integrations import diffusers as integration
+from flowkernels.integrations.diffusers import scheduler as integration
 from flowkernels.integrations.diffusers import solver_scheduler
 
 BF16, F64 = torch.bfloat16, torch.float64

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import flowkernels as fk
-from flowkernels.integrations.diffusers import solver_scheduler
+from flowkernels.integrations import diffusers
 
 
 def public():
@@ -21,7 +21,7 @@ def public():
                     yield f"{name}.{member}", function
         elif inspect.isroutine(thing):
             yield name, thing
-    yield "solver_scheduler", solver_scheduler
+    yield from ((name, getattr(diffusers, name)) for name in diffusers.__all__)
 
 
 @pytest.mark.parametrize(("name", "function"), list(public()), ids=[name for name, _ in public()])
