@@ -12,7 +12,8 @@ import hypothesis
 import pytest
 import torch
 
-collect_ignore = ["new_op"]  # test_new_op.py runs what is there, in a copy of the tree
+# test_new_op.py runs what is in the one, in a copy of the tree; scripts/test_pipelines runs the other
+collect_ignore = ["new_op", "pipelines"]
 
 # the same examples every time, but where scripts/test_seeds asks for others
 fixed = not os.environ.get("FLOWKERNELS_TEST_SEED")
