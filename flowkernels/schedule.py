@@ -1,15 +1,18 @@
 """Schedules: the knots of N steps, and what is known of their cost."""
 
+import itertools
 import math
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowkernels._checks import (
     expect,
+    expect_float64,
     expect_int,
     expect_list,
     expect_mapping,
@@ -24,7 +27,8 @@ from flowkernels._checks import (
 class Schedule:
     """The knots of an N-step sampler.
 
-    times: float64 `[N+1]`, from 0 (noise) to 1 (data).
+    times: float64 `[N+1]`, from 0 (noise), or later, to 1 (data). A schedule that begins later, as published tables
+        do whose first sigma is below 1, begins with the state there: where a stage takes noise, it is that state.
     grid: float64 `[K+1]`, the fine grid they were chosen from; None for times that come from no grid.
     indices: the knots' places in the grid; None without a grid.
     cost: sum of the step costs along the schedule; uniform_cost: of the uniform schedule on the same grid.
@@ -73,9 +77,21 @@ class Schedule:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def uniform(cls, steps: int) -> "Schedule":
-        """N equal steps, on no grid."""
-        return cls(expect_times(expect_positive_int(steps, "steps"), "steps"))
+    def uniform(cls, steps: int, start: float = 0.0, forced_knots: Sequence[float] | Tensor = ()) -> "Schedule":
+        """N equal steps from `start` to 1, on no grid.
+
+        forced_knots: times between, to be knots of it: the steps are equal between two of them, of which each has as
+        many as leave the longest step as short as can be. ValueError for fewer steps than they take.
+        """
+        expect_positive_int(steps, "steps")
+        start = expect_real(start, "start", "a time, 0 <= start < 1", lambda t: 0 <= t < 1)
+        forced = sorted(set(expect_float64(forced_knots, "forced_knots", "a sequence of times").flatten().tolist()))
+        expect(all(start < t < 1 for t in forced), "forced_knots", f"times between {start:g} and 1", forced)
+        _expect_enough(steps, len(forced))
+        knots, ends = [], torch.tensor([start, *forced, 1], dtype=torch.float64, device="cpu")
+        for (begin, end), n in zip(itertools.pairwise(ends), _shares(ends, steps), strict=True):
+            knots.append(torch.linspace(begin, end, n + 1, dtype=torch.float64, device="cpu")[:-1])
+        return cls(torch.cat([*knots, ends[-1:]]))
 
     @property
     def steps(self) -> int:
@@ -89,7 +105,7 @@ class Schedule:
 
     @property
     def sigmas(self) -> Tensor:
-        """1 - t, float64 `[N+1]`, from 1 to 0.
+        """1 - t, float64 `[N+1]`, from 1, or less, to 0.
 
         Diffusers' `FlowMatchEulerDiscreteScheduler(shift=1.0)` takes `sigmas[:-1].tolist()`: it appends the 0 itself,
         and any other shift moves them.
@@ -144,25 +160,61 @@ def _expect_interval(ends) -> tuple[float, float]:
     return low, high
 
 
-def uniform_indices(times: Tensor, steps: int) -> tuple[int, ...]:
-    """The grid's knots nearest to 0, 1/N, ..., 1, kept strictly increasing."""
+def _shares(ends: Tensor, steps: int, most: Sequence[int] | None = None) -> list[int]:
+    """How many of N steps each of the intervals between `ends` has: the longest step is as short as can be. most: that
+    an interval has room for."""
+    lengths, shares = ends.diff().tolist(), [1] * (len(ends) - 1)
+    for _ in range(steps - len(shares)):
+        room = [i for i, n in enumerate(shares) if most is None or n < most[i]]
+        shares[max(room, key=lambda i: lengths[i] / shares[i])] += 1
+    return shares
+
+
+def uniform_indices(times: Tensor, steps: int, forced: Sequence[int] = ()) -> tuple[int, ...]:
+    """The grid's knots nearest to those of N equal steps, kept strictly increasing; with forced ones, by their places,
+    equal between these."""
+    ends = [0, *forced, len(times) - 1]
+    found = [0]
+    for (a, b), n in zip(itertools.pairwise(ends), _shares(times[ends], steps, np.diff(ends).tolist()), strict=True):
+        found += [a + i for i in _evenly(times[a : b + 1], n)[1:]]
+    return tuple(found)
+
+
+def _evenly(times: Tensor, steps: int) -> list[int]:
     K = len(times) - 1
-    even = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
+    even = torch.linspace(times[0], times[-1], steps + 1, dtype=torch.float64, device="cpu")
     nearest = (times[None] - even[:, None]).abs().argmin(1).tolist()
     nearest[0], nearest[-1] = 0, K
     for i in range(1, steps):  # on a grid with large gaps two may share a knot
         nearest[i] = max(nearest[i], nearest[i - 1] + 1)
     for i in range(steps - 1, -1, -1):
         nearest[i] = min(nearest[i], nearest[i + 1] - 1, K - (steps - i))
-    return tuple(nearest)
+    return nearest
 
 
-def expect_steps(steps: int | Iterable[int], K: int) -> list[int]:
-    """The wanted numbers of steps, each an integer in 1..K."""
+def forced_places(forced_knots: Sequence[float] | Tensor, times: Tensor) -> tuple[int, ...]:
+    """The places of forced knots in a grid, rising; its ends, which every schedule has, are left out."""
+    forced = expect_float64(forced_knots, "forced_knots", "a sequence of times of the grid")
+    expect(forced.dim() == 1, "forced_knots", "a sequence of times of the grid", forced_knots)
+    expect(bool(torch.isfinite(forced).all()), "forced_knots", "finite times", forced.tolist())
+    distance, nearest = (times - forced[:, None]).abs().min(1)
+    for t, away, k in zip(forced.tolist(), distance.tolist(), nearest.tolist(), strict=True):
+        got = f"{t:.9g}, whose nearest one is {times[k]:.9g} (put it into the grid)"
+        expect(away < 1e-9, "forced_knots", "times of the grid", got)
+    return tuple(k for k in sorted(set(nearest.tolist())) if 0 < k < len(times) - 1)
+
+
+def _expect_enough(steps: int, forced: int) -> None:
+    expect(steps > forced, "steps", f"at least {forced + 1} steps, for forced knots within", steps)
+
+
+def expect_steps(steps: int | Iterable[int], K: int, forced: int = 0) -> list[int]:
+    """The wanted numbers of steps, each an integer in 1..K, and more than there are forced knots."""
     one = isinstance(steps, (numbers.Integral, str))
     expect_shown(not isinstance(steps, Tensor), "steps", "a number of steps or several", steps, TypeError)
     several = [steps] if one else expect_list(steps, "steps", "a number of steps or several", ordered=False)
     wanted = sorted({expect_positive_int(n, "steps") for n in several})
     expect(len(wanted) > 0, "steps", "at least one number of steps", "none")
     expect(wanted[-1] <= K, "steps", f"at most K = {K}, the steps of the grid", wanted[-1])
+    _expect_enough(wanted[0], forced)
     return wanted

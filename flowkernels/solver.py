@@ -57,7 +57,8 @@ class Solver:
 
         x_{i+1} = x_0 + sum_{l <= i} b[i, l] v_l,    v_i = v(x_i, model_times[i])
 
-    times: the knots of its N steps, float64 `[N+1]`, from 0 (noise) to 1 (data); of an inversion from 1 to 0.
+    times: the knots of its N steps, float64 `[N+1]`, from 0 (noise), or later, to 1 (data); of an inversion in
+        the other direction. One that begins later begins with the state there.
     model_times: the time that the velocity is given at each evaluation, float64 `[M]`.
     coefficients: b, float64 `[M, M]`, zero above the diagonal, in units of time.
     name: what it is, in a word.
@@ -80,7 +81,7 @@ class Solver:
     def __post_init__(self):
         times = expect_float64(self.times, "times", "a sequence of times")
         falls = times.dim() == 1 and len(times) > 1 and bool(times[0] > times[-1])
-        known = 1 - expect_times(1 - times, "times") if falls else expect_times(times, "times")
+        known = expect_times(times.flip(0) if falls else times, "times")
         t = expect_float64(self.model_times, "model_times", "a sequence of times, one for each evaluation")
         b = expect_float64(self.coefficients, "coefficients", "a table of numbers, a row for each evaluation")
         expect_text(self.name, "name"), expect_mapping(self.notes, "notes")
@@ -184,7 +185,7 @@ class Solver:
         """Euler steps on a schedule's knots.
 
         Args:
-            schedule: a Schedule, N for N uniform steps, or N+1 increasing times from 0 to 1.
+            schedule: a Schedule, N for N uniform steps, or N+1 increasing times, from 0 or later to 1.
             model_times: the time that the velocity is given at each step, where that is not the step's first knot.
             inverse: from data to noise, on the same knots.
         """
@@ -218,7 +219,7 @@ class Solver:
         polynomials in t of a degree below `order`, from the step on that has as many velocities.
 
         Args:
-            schedule: a Schedule, N for N uniform steps, or N+1 increasing times from 0 to 1.
+            schedule: a Schedule, N for N uniform steps, or N+1 increasing times, from 0 or later to 1.
             order: 1 (Euler) or more; beyond 3 or 4 it is unstable on most flows.
             inverse: from data to noise, on the same knots.
 
@@ -240,7 +241,7 @@ class Solver:
         An evaluation of the last knot, where velocities of flow models are at their worst, is avoided.
 
         Args:
-            schedule: a Schedule, N for N uniform steps, or N+1 increasing times from 0 to 1.
+            schedule: a Schedule, N for N uniform steps, or N+1 increasing times, from 0 or later to 1.
             inverse: from data to noise, on the same knots.
 
         Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, algorithm 1.

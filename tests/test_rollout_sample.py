@@ -239,12 +239,16 @@ def test_bad_noise(stage, bad):
 BAD_GRIDS = {
     "equal times": ([0, 0.5, 0.5, 1], ValueError, r"strictly increasing times, got times\[1\] = 0.5, times\[2\] = 0.5"),
     "decreasing": ([1, 0.5, 0], ValueError, r"strictly increasing times"),
-    "does not start at 0": (
-        [0.1, 0.5, 1],
+    "begins before 0": (
+        [-0.1, 0.5, 1],
         ValueError,
-        r"times from 0 \(noise\) to 1 \(data\), got times from 0.1 to 1",
+        r"times from 0 \(noise\), or later, to 1 .*got times from -0.1 to 1",
     ),
-    "does not end at 1": ([0, 0.5, 0.9], ValueError, r"times from 0 \(noise\) to 1 \(data\), got times from 0 to 0.9"),
+    "does not end at 1": (
+        [0, 0.5, 0.9],
+        ValueError,
+        r"times from 0 \(noise\), or later, to 1 .*got times from 0 to 0.9",
+    ),
     "NaN": ([0, math.nan, 1], ValueError, r"finite times"),
     "one time": ([0.0], ValueError, r".*at least two times"),
     "no times": ([], ValueError, r".*at least two times"),

@@ -21,7 +21,7 @@ class StepCost:
     devices, `torch.distributed.all_reduce(costs.state)` and nothing else; in one process, `costs.merge(other)`.
 
     Args:
-        times: K for a uniform grid, or K+1 increasing times from 0 to 1.
+        times: K for a uniform grid, or K+1 increasing times, from 0 or later to 1.
         states: True if `update` is given states that are not Euler steps of the velocities.
         device: where the accumulated Gram matrix lives, and the costs that `cost()` makes of it; best where the
             velocities are. None is the CPU.

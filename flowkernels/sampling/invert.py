@@ -40,14 +40,15 @@ def invert(
     check: bool = True,
     progress: bool = False,
 ) -> Inversion:
-    """The noise that a flow makes the data of: its steps from t = 1 to t = 0.
+    """The noise that a flow makes the data of: its steps from t = 1 to t = 0, or to the first time of a
+    schedule that begins later, with the state there for the noise.
 
     Args:
         velocity: as for `sample`, with its guidance and conditioning; a `FusedSampler` or fused head as well.
         data: `[n, *shape]`, the state at t = 1.
-        schedule: a Schedule, N for N uniform steps, or N+1 increasing times from 0 to 1: Euler steps on the same knots
-            from the last to the first, each with the velocity at the knot that it leaves. Or a Solver that is made
-            for inversion (`inverse=True`).
+        schedule: a Schedule, N for N uniform steps, or N+1 increasing times, from 0 or later to 1: Euler steps on the
+            same knots from the last to the first, each with the velocity at the knot that it leaves. Or a Solver that
+            is made for inversion (`inverse=True`).
         round_trip: sample from the noise again, and report the error.
         resample_with: what samples on the way back, as `sample` takes it. None: the schedule itself. A solver of other
             than Euler steps does not know its counterpart, so that it has to be given.

@@ -49,8 +49,8 @@ def rollout(
             `VelocityField`. What a network computes from the time alone is computed once for all steps where it says
             how (`fk.HasTimeEmbedding`). A `FusedSampler` makes all steps in one call, on a GPU without
             looking for NaN and Inf.
-        noise: `[n, *shape]`, the state at t = 0.
-        grid: K for K uniform steps, or K+1 increasing times from 0 to 1, or a Schedule, which has them.
+        noise: `[n, *shape]`, the state at the grid's first time.
+        grid: K for K uniform steps, or K+1 increasing times, from 0 or later to 1, or a Schedule, which has them.
         progress: show a progress bar.
 
     Returns:

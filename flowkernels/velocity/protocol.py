@@ -44,6 +44,8 @@ class VelocityBase:
     guidance: weight w of `v_uncond + w (v - v_uncond)`, of what `velocities` returns.
     conditioning: what it is called with beside x and t, by name.
     is_fused: it runs a solver, or a step, by kernels of its own (`fused_run`, `fused_steps`).
+    forced_knots: times that no step may span, such as where one network takes over from another; `calibrate` takes
+        them over.
 
     Examples:
         >>> class Decay(fk.VelocityBase):
@@ -56,6 +58,7 @@ class VelocityBase:
     guidance: float = 1.0
     conditioning: Mapping[str, Any] = MappingProxyType({})
     is_fused: bool = False
+    forced_knots: tuple[float, ...] = ()
 
     # ---- evaluation ----
 
@@ -137,6 +140,8 @@ class Called(VelocityBase):
     def __init__(self, function: Callable):
         self.function = function
         self._wrapped = None if torch.compiler.is_compiling() else unwrapped(function)
+        inside = self._inside()
+        self.forced_knots = () if inside is None else inside.forced_knots
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.function(x, t)

@@ -300,7 +300,7 @@ V, X = torch.ones(3, 2, 5), torch.ones(4, 2, 5)
         ),
         (
             ValueError,
-            r"times: expected times from 0 \(noise\) to 1 \(data\), got times from 0 to 0.9",
+            r"times: expected times from 0 \(noise\), or later, to 1 \(data\), got times from 0 to 0.9",
             (V,),
             dict(x=X, times=[0, 0.3, 0.6, 0.9]),
         ),
