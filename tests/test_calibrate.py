@@ -491,6 +491,9 @@ SOLVER = fk.Solver.euler(4).to_dict()
         change("verified", to={"4": {"another": 1.0}}),
         change("verified", to={"4.0": {"uniform": 1.0}}),
         change("verified", to={"4": [1.0]}),
+        change("verified_interval", to={"4": {"uniform": [2.0, 1.0]}}),
+        change("verified_interval", to={"4": {"uniform": [-1.0, 1.0]}}),
+        change("verified_interval", to={"4": {"another": [0.0, 1.0]}}),
     ],
 )
 def test_damaged_file(saved, damage):

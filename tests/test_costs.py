@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import warnings
 
 import pytest
@@ -592,10 +593,27 @@ def test_verified_on_other_noise(tmp_path):
             }
             assert cal.verified[n] == pytest.approx({name: error[name] for name in tried}, rel=1e-9)
             assert error["best"] <= error["uniform"]
+            for name, (low, high) in cal.verified_interval[n].items():
+                assert low < error[name] < high or (error[name] == low == high == 0)
     bad.save(tmp_path / "a.json")
     again = fk.Calibration.load(tmp_path / "a.json")
-    assert again.verified == bad.verified
+    assert (again.verified, again.verified_interval) == (bad.verified, bad.verified_interval)
+    assert str(again) == str(bad)
+    told = [line.split() for line in str(bad).splitlines()[-3:]]
+    assert [line[-1] for line in told] == ["bellman", "uniform", "uniform"]
+    assert told[2][1:3] == ["{:.4g}".format(bad.verified[5]["uniform"]),
+                            "({:.3g}..{:.3g})".format(*bad.verified_interval[5]["uniform"])]  # fmt: skip
     assert again.best(3) == bad.best(3) == fk.Schedule.uniform(3)
+
+
+@pytest.mark.parametrize("n", [10, 100, 5000])
+def test_the_interval_of_a_mean_holds_it(n):
+    """Of 200 draws about 95 %, and fewer of a heavy tail."""
+    draws = normal(200, n, dtype=torch.float64)
+    for values, mean, least in ((draws, 0.0, 0.91), (draws.exp(), math.exp(0.5), 0.8)):
+        held = [low <= mean <= high for low, high in map(sample_costs.mean_interval, values)]
+        assert least <= sum(held) / 200 <= 0.985
+    assert sample_costs.mean_interval(draws[0, :1]) is None
 
 
 def test_a_fused_sampler_is_verified():

@@ -27,7 +27,7 @@ from flowkernels._warnings import held_warnings, warn
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import BELLMAN, FITTED, UNIFORM, Calibration
 from flowkernels.calibration.fit import fit_solvers
-from flowkernels.calibration.sample_costs import SampleCosts, group_size
+from flowkernels.calibration.sample_costs import SampleCosts, group_size, mean_interval
 from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import initial_state
@@ -177,16 +177,17 @@ def _expect_other_noise(verify_noise: Tensor, noise: Tensor) -> None:
 
 def _verify(cal: Calibration, velocity: VelocityBase, noise: Tensor, steps: list[int], chunk: int, n: int) -> None:
     """Endpoint errors on other noise than the calibration's, and a warning where one is worse than uniform steps'."""
-    total = {N: {} for N in steps}
+    errors = {N: {} for N in steps}
     for start in range(0, len(noise), chunk):
         rows = slice(start, min(start + chunk, len(noise)))
         part = velocity.rows(rows, n)
         x1 = sample(part, noise[rows], cal.times)
         for N in steps:
             for name, plan in cal.choices(N).items():
-                errors = endpoint_errors(sample(part, noise[rows], plan), x1)
-                total[N][name] = total[N].get(name, 0.0) + errors.sum().item() / len(noise)
-    cal.add_verified(total)
+                errors[N].setdefault(name, []).append(endpoint_errors(sample(part, noise[rows], plan), x1).cpu())
+    errors = {N: {name: torch.cat(parts) for name, parts in of.items()} for N, of in errors.items()}
+    total = {N: {name: each.mean().item() for name, each in of.items()} for N, of in errors.items()}
+    cal.add_verified(total, {N: {name: mean_interval(each) for name, each in of.items()} for N, of in errors.items()})
     rounding, said = 1e-12 * endpoint_error(noise, torch.zeros_like(noise)), []
     for name, what in ((BELLMAN, "Bellman schedule"), (FITTED, "fitted solver")):
         worse = [str(N) for N in steps if total[N].get(name, 0) > total[N][UNIFORM] + rounding]

@@ -162,6 +162,20 @@ def tail_of(groups: int) -> float:
     return math.erfc(t * math.sqrt(groups / freedom / 2)) / 2
 
 
+def mean_interval(values: Tensor) -> tuple[float, float] | None:
+    """The bootstrap interval of 95 % of the mean of `values [n]`, always of the same resamples; None of fewer than two
+    values."""
+    if len(values) < 2:
+        return None
+    groups = values.detach().to("cpu", torch.float64).tensor_split(min(len(values), SINGLES))
+    sums = torch.stack([group.sum() for group in groups])
+    sizes = torch.tensor([len(group) for group in groups], dtype=torch.float64, device="cpu")
+    shape, generator = (RESAMPLES, len(groups)), torch.Generator("cpu").manual_seed(0)
+    picks = torch.randint(len(groups), shape, generator=generator, device="cpu")
+    ((low, high),) = ends((sums[picks].sum(1) / sizes[picks].sum(1))[None], tail_of(len(groups)))
+    return low, high
+
+
 def ends(values: Tensor, tail: float) -> list[list[float]]:
     """The quantiles of each row at `tail` and `1 - tail`, without sorting what lies between."""
     place = tail * (values.shape[1] - 1)

@@ -262,8 +262,6 @@ def _calibrate(args) -> None:
     )
     write_or_keep(args.targets["out"], "--out", calibration.save)
     print(calibration)
-    for N, errors in calibration.verified.items():
-        print(f"N = {N}: endpoint error " + ", ".join(f"{name} {e:.4g}" for name, e in errors.items()))
     found = f"{len(calibration)} schedules" + (f" and {len(calibration.solvers)} solvers" if args.fit else "")
     print(f"{args.out}: {found} from {calibration.provenance['n']} noises and {args.grid} fine steps")
 
