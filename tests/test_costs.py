@@ -191,13 +191,15 @@ def test_one_sample_has_no_interval():
     assert (cal[2].cost_interval, cal[2].samples_needed) == (None, None)
 
 
-def paths(K, steps):
-    return [(0, *inner, K) for inner in itertools.combinations(range(1, K), steps - 1)]
+def paths(K, steps, forced=()):
+    """All that have the forced knots."""
+    found = [(0, *inner, K) for inner in itertools.combinations(range(1, K), steps - 1)]
+    return [path for path in found if set(forced) <= set(path)]
 
 
-def least(K, steps, cost):
+def least(K, steps, cost, forced=()):
     """The path of least cost by trying all, and its cost."""
-    costs = {path: cost(path) for path in paths(K, steps)}
+    costs = {path: cost(path) for path in paths(K, steps, forced)}
     best = min(costs, key=costs.get)
     return best, costs[best]
 
@@ -214,30 +216,40 @@ class Turning(torch.nn.Module):
         return (2 * x @ self.matrix.T + 3 * s).sin() + 4 * s * s
 
 
-def calibrated(velocity, n=6, dim=3, K=7, **settings):
-    """A calibration in float64 on an uneven grid, and the teacher's trajectory."""
+def calibrated(velocity, n=6, dim=3, K=7, forced=(), **settings):
+    """A calibration in float64 on an uneven grid, and the teacher's trajectory. forced: places of knots."""
     noise, times = normal(n, dim, dtype=torch.float64), uneven_grid(K)
-    return fk.calibrate(velocity, noise, times, 2, **QUIET, **settings), fk.rollout(velocity, noise, times)
+    settings |= QUIET | {"forced_knots": times[list(forced)]}
+    cal = fk.calibrate(velocity, noise, times, max(2, len(forced) + 1), **settings)
+    return cal, fk.rollout(velocity, noise, times)
 
 
-@pytest.mark.parametrize(("objective", "gamma"), [("norm", 1.0), ("gits", 1.15), ("gits", 0.7), ("gits", 3.0)])
-def test_sums_of_norms_against_all_paths(objective, gamma):
-    cal, trajectory = calibrated(Turning())
-    options = {} if objective == "norm" else {"gamma": gamma}
-    e = errors(trajectory).mean(-1)
+FORCED = pytest.mark.parametrize("forced", [(), (2, 5), (6,)], ids=str)
+
+
+@FORCED
+@pytest.mark.parametrize(
+    ("objective", "gamma"), [("squared", 1.0), ("norm", 1.0), ("gits", 1.15), ("gits", 0.7), ("gits", 3.0)]
+)
+def test_sums_of_errors_against_all_paths(objective, gamma, forced):
+    cal, trajectory = calibrated(Turning(), forced=forced)
+    options, before, own = {} if objective != "gits" else {"gamma": gamma}, sorted(cal), objective == "squared"
+    e = (errors(trajectory).square() if own else errors(trajectory)).mean(-1)
 
     def cost(path):
         return sum(gamma**i * e[j, k].item() for i, (j, k) in enumerate(itertools.pairwise(path)))
 
-    plans = cal.find(range(1, 8), objective=objective, **options)
+    plans = cal.find(range(len(forced) + 1, 8), objective=objective, **options)
     for steps, schedule in plans.items():
-        best, expected = least(7, steps, cost)
+        best, expected = least(7, steps, cost, forced)
         assert schedule.indices == best
         assert schedule.cost == pytest.approx(expected, rel=1e-9)
-        assert schedule.uniform_cost == pytest.approx(cost(fk.schedule.uniform_indices(cal.times, steps)), rel=1e-9)
-        assert schedule.notes == {"objective": objective, "evaluations": 0, **options}
+        even = fk.schedule.uniform_indices(cal.times, steps, forced)
+        assert set(forced) <= set(even)
+        assert schedule.uniform_cost == pytest.approx(cost(even), rel=1e-9)
+        assert schedule.notes == ({} if own else {"objective": objective, "evaluations": 0, **options})
         assert (schedule.cost_interval is None) == (objective == "gits")
-    assert sorted(cal) == [2]  # only BOSS's are the calibration's own
+    assert sorted(cal) == (list(plans) if own else before)  # only BOSS's are the calibration's own
 
 
 def test_gits_weighs_by_default():
@@ -267,14 +279,16 @@ def carried(velocity, trajectory):
     return cost
 
 
-def test_errors_carried_to_the_endpoint_against_all_paths():
+@FORCED
+def test_errors_carried_to_the_endpoint_against_all_paths(forced):
     """In one dimension a random sign tells all there is."""
     velocity = ElementwiseField()
-    cal, trajectory = calibrated(velocity, dim=1)
+    cal, trajectory = calibrated(velocity, dim=1, forced=forced)
     cost = carried(velocity, trajectory)
     assert not torch.allclose(cost, errors(trajectory).square().mean(-1), rtol=0.1)
-    for steps, schedule in cal.find(range(1, 8), objective="endpoint", velocity=velocity).items():
-        best, expected = least(7, steps, lambda path: sum(cost[j, k].item() for j, k in itertools.pairwise(path)))
+    for steps, schedule in cal.find(range(len(forced) + 1, 8), objective="endpoint", velocity=velocity).items():
+        along = lambda path: sum(cost[j, k].item() for j, k in itertools.pairwise(path))  # noqa: E731
+        best, expected = least(7, steps, along, forced)
         assert schedule.indices == best
         assert schedule.cost == pytest.approx(expected, rel=1e-9, abs=1e-20)
         assert schedule.notes == {"objective": "endpoint", "evaluations": 30, "samples": 6, "probes": 2}
@@ -318,9 +332,9 @@ def test_a_fused_sampler_is_asked_for_its_velocity():
         assert all(torch.equal(got[n].times, expected[n].times) for n in (2, 3))
 
 
-@pytest.mark.parametrize("K", [1, 2, 3, 7])
-def test_pairs_against_all_paths(K):
-    cal, trajectory = calibrated(Turning(), K=K) if K > 1 else (None, None)
+@pytest.mark.parametrize(("K", "forced"), [(1, ()), (2, ()), (3, ()), (3, (1,)), (7, ()), (7, (2, 5))])
+def test_pairs_against_all_paths(K, forced):
+    cal, trajectory = calibrated(Turning(), K=K, forced=forced) if K > 1 else (None, None)
     if cal is None:
         noise = normal(6, 3, dtype=torch.float64)
         cal, trajectory = fk.calibrate(Turning(), noise, 1, 1, **QUIET), fk.rollout(Turning(), noise, 1)
@@ -335,11 +349,11 @@ def test_pairs_against_all_paths(K):
             total = total + e.square().sum(-1).mean()
         return total.item()
 
-    for steps, solver in cal.find(range(1, K + 1), objective="pairs").items():
-        best, expected = least(K, steps, cost)
+    for steps, solver in cal.find(range(len(forced) + 1, K + 1), objective="pairs").items():
+        best, expected = least(K, steps, cost, forced)
         assert solver.notes["indices"] == list(best)
         assert solver.notes["cost"] == pytest.approx(expected, rel=1e-9, abs=1e-20)
-        uniform = cost(fk.schedule.uniform_indices(t, steps))
+        uniform = cost(fk.schedule.uniform_indices(t, steps, forced))
         assert solver.notes["uniform_cost"] == pytest.approx(uniform, rel=1e-9, abs=1e-20)
         assert solver.notes["objective"] == "pairs"
         again = fk.Solver.adams_bashforth(t[list(best)])
@@ -365,10 +379,12 @@ def test_pairs_of_too_many_knots():
         pair_costs(gram, even_grid(645))
 
 
-def test_the_students_own_states():
-    """The recursion as it is written, and all paths where its choice is not greedy: two steps."""
+@FORCED
+def test_the_students_own_states(forced):
+    """The recursion as it is written, and all paths where its choice is not greedy: two steps, or one to each of the
+    forced knots and one more."""
     velocity = Turning()
-    cal, trajectory = calibrated(velocity)
+    cal, trajectory = calibrated(velocity, forced=forced)
     t, x = trajectory.times, trajectory.x
 
     def step(z, j, k):
@@ -377,12 +393,14 @@ def test_the_students_own_states():
     states = {(0, 0): (x[0], None)}  # (s, k): state, predecessor
     for s in range(1, 8):
         for k in range(s, 8):
-            reached = {j: step(states[s - 1, j][0], j, k) for j in range(k) if (s - 1, j) in states}
+            froms = [j for j in range(max([0, *(f for f in forced if f < k)]), k) if (s - 1, j) in states]
+            if not (reached := {j: step(states[s - 1, j][0], j, k) for j in froms}):
+                continue
             j = min(reached, key=lambda j: (reached[j] - x[k]).square().sum(-1).mean().item())
             states[s, k] = reached[j].detach(), j
     counted = Counted(velocity)
-    plans = cal.find(range(1, 8), objective="student", velocity=counted)
-    assert counted.calls == plans[3].notes["evaluations"] == 1 + 6 + 5 + 4 + 3 + 2 + 1
+    plans = cal.find(range(len(forced) + 1, 8), objective="student", velocity=counted)
+    assert counted.calls == plans[3].notes["evaluations"] == sum(k < 7 and s < 7 for s, k in states)
     for steps, schedule in plans.items():
         path = [7]
         for s in range(steps, 0, -1):
@@ -390,30 +408,31 @@ def test_the_students_own_states():
         assert schedule.indices == tuple(reversed(path))
         error = (fk.sample(velocity, x[0], schedule) - x[-1]).square().sum(-1).mean().item()
         assert schedule.cost == pytest.approx(error, rel=1e-9, abs=1e-20)
-    for steps in (1, 2):
-        best, expected = least(
-            7, steps, lambda p: (fk.sample(velocity, x[0], t[list(p)]) - x[-1]).square().sum().item()
-        )
+    for steps in (len(forced) + 1, 2) if len(forced) < 2 else (3,):
+        end = lambda p: (fk.sample(velocity, x[0], t[list(p)]) - x[-1]).square().sum().item()  # noqa: E731
+        best, expected = least(7, steps, end, forced)
         assert plans[steps].indices == best
         assert cal.find(steps, objective="student", velocity=velocity)[steps].cost == pytest.approx(
             expected / 6, rel=1e-9
         )
 
 
-def test_free_times_against_all_paths_and_times():
+@pytest.mark.parametrize("forced", [(), (2, 5)])
+def test_free_times_against_all_paths_and_times(forced):
     velocity, candidates = Turning(), (0.3, 0.0, 0.05)
-    cal, trajectory = calibrated(velocity)
+    cal, trajectory = calibrated(velocity, forced=forced)
     t, x = trajectory.times, trajectory.x
     cost = {}
     for j, k in itertools.combinations(range(8), 2):
         for f in candidates:
             v = velocity(x[j], (t[j] + f * (1 - t[j])).expand(6))
-            cost[j, k, f] = (x[k] - x[j] - (t[k] - t[j]) * v).square().sum(-1).mean().item()
-    plans = cal.find(range(1, 8), objective="free", velocity=velocity, candidates=candidates)
+            beyond = any(t[j] < t[knot] <= t[j] + f * (1 - t[j]) for knot in forced)
+            cost[j, k, f] = math.inf if beyond else (x[k] - x[j] - (t[k] - t[j]) * v).square().sum(-1).mean().item()
+    plans = cal.find(range(len(forced) + 1, 8), objective="free", velocity=velocity, candidates=candidates)
     for steps, solver in plans.items():
         tried = {
             (path, given): sum(cost[j, k, f] for (j, k), f in zip(itertools.pairwise(path), given, strict=True))
-            for path in paths(7, steps)
+            for path in paths(7, steps, forced)
             for given in itertools.product(candidates, repeat=steps)
         }
         path, given = min(tried, key=tried.get)
@@ -423,7 +442,7 @@ def test_free_times_against_all_paths_and_times():
         moved = torch.tensor([cost[j, k, 0.0] > 1e-20 for j, k in itertools.pairwise(path)])
         assert torch.allclose(solver.model_times[moved], expected[moved], rtol=0, atol=1e-12)
         assert solver.notes["evaluations"] == 14
-    assert (plans[2].model_times > plans[2].times[:-1]).any()
+    assert (plans[3].model_times > plans[3].times[:-1]).any()
 
 
 @pytest.mark.parametrize("objective", ["endpoint", "student", "free"])

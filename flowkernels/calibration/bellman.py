@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowkernels._checks import FLOATS, expect, expect_real, expect_times, expect_values
 from flowkernels.ops.bellman import bellman
-from flowkernels.schedule import Schedule, expect_steps, uniform_indices
+from flowkernels.schedule import Schedule, expect_steps, forced_places, uniform_indices
 
 
 def least_cost_schedules(
@@ -18,6 +18,7 @@ def least_cost_schedules(
     steps: int | Iterable[int] = range(1, 11),
     *,
     gamma: float = 1.0,
+    forced_knots: Sequence[float] | Tensor = (),
 ) -> dict[int, Schedule]:
     """The schedule of least total cost for each number of steps N, all from one table.
 
@@ -28,12 +29,14 @@ def least_cost_schedules(
         steps: the numbers of steps wanted, each 1..K.
         gamma: what every step weighs more than the one before it: the cost of a schedule is the sum of
             `gamma^i c_i` over its steps i = 0..N-1 (GITS, arXiv 2405.11326).
+        forced_knots: times of the grid that are to be knots of every schedule: no step spans one.
 
     Returns:
-        {N: Schedule}. Ties go to the smaller knot. No schedule costs more than the uniform one on the same grid.
+        {N: Schedule}. Ties go to the smaller knot. No schedule costs more than the uniform one on the same grid (with
+        forced knots: equal steps between these, `Schedule.uniform`).
 
     Raises:
-        ValueError: also if no path of N allowed steps exists.
+        ValueError: also if no path of N allowed steps exists, as of fewer than forced knots take.
 
     Examples:
         >>> trajectory = fk.rollout(lambda x, t: x * t[:, None] ** 4, torch.randn(64, 2), 4)
@@ -44,10 +47,12 @@ def least_cost_schedules(
     t = expect_times(times, "times")
     expect_values(cost, "cost", FLOATS)
     expect(tuple(cost.shape) == (len(t), len(t)), "cost", f"shape [{len(t)}, {len(t)}], one row a knot", cost)
-    wanted = expect_steps(steps, len(t) - 1)
+    forced = forced_places(forced_knots, t)
+    wanted = expect_steps(steps, len(t) - 1, len(forced))
     gamma = expect_real(gamma, "gamma", "a positive, finite number", lambda a: a > 0 and 1 / a < math.inf)
-    value, parent = (table.cpu() for table in bellman(cost.double(), max(wanted), 1 / gamma))
-    even = {n: uniform_indices(t, n) for n in wanted}
+    allowed = without_spans(cost.double(), forced)
+    value, parent = (table.cpu() for table in bellman(allowed, max(wanted), 1 / gamma))
+    even = {n: uniform_indices(t, n, forced) for n in wanted}
     j, k = zip(*(step for n in wanted for step in itertools.pairwise(even[n])), strict=True)
     uniform_costs = iter(cost[list(j), list(k)].tolist())  # one copy for all of them
     schedules = {}
@@ -58,6 +63,15 @@ def least_cost_schedules(
         least = value[n, -1].item() * gamma ** (n - 1)  # the recursion's last step weighs 1
         schedules[n] = Schedule(t[list(indices)], t, indices, least, uniform_cost)
     return schedules
+
+
+def without_spans(cost: Tensor, forced: Sequence[int]) -> Tensor:
+    """Costs `[..., K+1, K+1]` of steps with Inf for those that span a forced knot, of which these are the places in the
+    grid."""
+    cost = cost.clone() if len(forced) else cost
+    for f in forced:
+        cost[..., :f, f + 1 :] = torch.inf
+    return cost
 
 
 def path_of(parent: Tensor, steps: int, end: Sequence[int]) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ from flowkernels.sampling.loop import initial_state
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.sampling.sample import sample
 from flowkernels.sampling.teacher import Teacher
-from flowkernels.schedule import expect_steps
+from flowkernels.schedule import expect_steps, forced_places
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import TRAINING, warn_if_training
 from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
@@ -54,6 +54,7 @@ def calibrate(
     max_regret: float | None = None,
     verify_noise: Tensor | None = None,
     fit: bool = False,
+    forced_knots: Sequence[float] | Tensor | None = None,
     keep_bytes: int = KEEP_BYTES,
     chunk: int | None = None,
     progress: bool = True,
@@ -65,7 +66,8 @@ def calibrate(
         velocity: callable `velocity(x, t)` with x `[n, *shape]`, t `[n]`, a `VelocityField` or a `FusedSampler`; the
             teacher.
         noise: `[n, *shape]`, as many samples as wanted; a few hundred settle most schedules.
-        grid: K for K uniform fine steps, or K+1 increasing times from 0 to 1. Costs K evaluations a sample.
+        grid: K for K uniform fine steps, or K+1 increasing times, from 0 or later to 1. Costs K evaluations a sample.
+            `noise` is the state at its first time, where every schedule begins.
         steps: the numbers of steps N wanted, each 1..K.
         max_regret: a share, such as 0.02: stop as soon as no chosen schedule costs more than that above the least cost
             in 95 % of bootstrap resamples of the samples so far, looked at from 32 samples on whenever they are half
@@ -75,6 +77,9 @@ def calibrate(
             names the numbers of steps for which something is worse than uniform steps. K evaluations of each of its
             samples, and 2N for every N, 3N with `fit`. Conditioning with one row a sample gives it the first m rows.
         fit: fit a solver for each N (`fit_solver`), which needs kept samples; they are `solvers`.
+        forced_knots: times of the grid that every schedule has as knots, as no step may span them: such as where a
+            pipeline changes from one network to another. None takes the velocity's own (`VelocityBase.forced_knots`).
+            A schedule has one step more than forced knots, or more. Solvers may use velocities of before one.
         keep_bytes: of the teacher's trajectory, states and velocities of the first samples, that stay in memory as
             `kept`, for objectives and fits that need them; 0 keeps none.
         chunk: samples rolled out at once; None chooses so that their velocities take at most 256 MiB.
@@ -97,7 +102,9 @@ def calibrate(
     times = expect_times(grid, "grid")
     expect_noise(noise)
     K, n = len(times) - 1, len(noise)
-    wanted = expect_steps(steps, K)
+    forced = forced_places(given.unfused().forced_knots if forced_knots is None else forced_knots, times)
+    forced_knots = times[list(forced)]
+    wanted = expect_steps(steps, K, len(forced))
     if chunk is None:
         chunk = max(1, min(n, CHUNK_BYTES // (K * noise[0].numel() * 4)))
     expect_positive_int(chunk, "chunk")
@@ -127,8 +134,8 @@ def calibrate(
             v = rolled_out.velocities(start, stop, bar)
             samples.update(v)
             if stop in looks:
-                schedules = least_cost_schedules(samples.cost(), times, wanted)
-                if stable := max(samples.regrets(schedules).values()) <= max_regret:
+                schedules = least_cost_schedules(samples.cost(), times, wanted, forced_knots=forced_knots)
+                if stable := max(samples.regrets(schedules, forced).values()) <= max_regret:
                     break
     cost = samples.cost()
     provenance |= {"velocity_dtype": str(v.dtype)}
@@ -142,11 +149,12 @@ def calibrate(
     cal = Calibration(
         times,
         cost.cpu(),
-        samples.with_intervals(least_cost_schedules(cost, times, wanted)),
+        samples.with_intervals(least_cost_schedules(cost, times, wanted, forced_knots=forced_knots)),
         provenance,
         samples.gram.cpu(),
         kept=rolled_out.kept(stop),
         sample_costs=samples,
+        forced_knots=forced_knots,
     )
     if fit:
         with _warnings_once():

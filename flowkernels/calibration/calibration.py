@@ -7,7 +7,7 @@ import json
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ UNIFORM, BELLMAN, FITTED = CHOICES = ("uniform", "bellman", "fitted")  # what th
 class Calibration(Measured, Mapping):
     """The schedules of a model, by number of steps: `cal[4]`.
 
-    What was measured is in `Measured`'s attributes, of which the file keeps times, cost, norm_cost, provenance and gram
-    (files of before there was a Gram matrix have none), and `kept` and sample_costs are in memory only. Beside it there
-    are dicts, all of them in the file, into which a caller may put what is to be kept:
+    What was measured is in `Measured`'s attributes, of which the file keeps times, forced_knots, cost, norm_cost,
+    provenance and gram (files of before there was a Gram matrix have none), and `kept` and sample_costs are in memory
+    only. Beside it there are dicts, all of them in the file, into which a caller may put what is to be kept:
 
     schedules: {N: Schedule}. solvers: {N: Solver}, such as fits; empty until one is put there.
 
@@ -91,9 +91,11 @@ class Calibration(Measured, Mapping):
         norm_cost: Tensor | None = None,
         kept: Trajectory | None = None,
         sample_costs: SampleCosts | None = None,
+        forced_knots: Sequence[float] | Tensor = (),
     ):
         provenance = {} if provenance is None else provenance
-        super().__init__(times, cost, provenance, gram, norm_cost=norm_cost, kept=kept, sample_costs=sample_costs)
+        rest = dict(norm_cost=norm_cost, kept=kept, sample_costs=sample_costs, forced_knots=forced_knots)
+        super().__init__(times, cost, provenance, gram, **rest)
         self.schedules = schedules
         self.solvers = {} if solvers is None else solvers
         self.verified = {} if verified is None else verified
@@ -148,7 +150,7 @@ class Calibration(Measured, Mapping):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        wanted = expect_steps(steps, len(self.times) - 1)
+        wanted = expect_steps(steps, len(self.times) - 1, len(self.forced))
         known = isinstance(objective, str) and objective in OBJECTIVES
         expect(known, "objective", f"one of {list(OBJECTIVES)}", objective)
         make = OBJECTIVES[objective]
@@ -158,19 +160,26 @@ class Calibration(Measured, Mapping):
         if "velocity" in allowed:
             options["velocity"] = velocity
         plans = make(self, wanted, **options)
+        for plan in plans.values():
+            self.expect_forced(plan.times, "objective")
         if objective == "squared":
             self.schedules.update(plans)
         return plans
 
     def choices(self, steps: int) -> dict[str, Schedule | Solver]:
-        """What there is for N steps, by its name in `verified`: the uniform schedule, the Bellman schedule and the
-        solver; KeyError where there is no other than the uniform one."""
-        known = {UNIFORM: Schedule.uniform(steps)}
+        """What there is for N steps, by its name in `verified`: the uniform schedule (from the grid's first time, with
+        the forced knots), the Bellman schedule and the solver; KeyError where there is no other than the uniform
+        one."""
+        known = {UNIFORM: self.uniform(steps)}
         if steps in self.schedules or steps not in self.solvers:
             known[BELLMAN] = self[steps]
         if steps in self.solvers:
             known[FITTED] = self.solvers[steps]
         return known
+
+    def uniform(self, steps: int) -> Schedule:
+        """N equal steps from the grid's first time, on no grid; with forced knots, equal between these."""
+        return Schedule.uniform(steps, max(0.0, self.times[0].item()), self.forced_knots)
 
     def add_verified(
         self,
@@ -247,6 +256,8 @@ class Calibration(Measured, Mapping):
             "schedules": {str(n): _schedule_to_dict(s, self.times) for n, s in sorted(self.schedules.items())},
             "cost": _encoded(self.cost, 1),
         }
+        if self.forced:
+            data["forced_knots"] = list(self.forced_knots)
         if self.gram is not None:
             data["gram"] = _encoded(self.gram, 0)
         if (norm_cost := self.norm_cost) is not None:
@@ -303,7 +314,8 @@ def _from_dict(made: type[Calibration], data: dict) -> Calibration:
     """The calibration in a file, each of its entries checked."""
     expect_numbers(data["times"], "times")
     times = expect_times(data["times"], "times")
-    K = len(times) - 1
+    K, forced = len(times) - 1, data.get("forced_knots", [])
+    expect_numbers(forced, "forced_knots")
     tables = {"cost": (K + 1, 1), "gram": (K - 1, 0), "norm_cost": (K + 1, 1)}
     tables = {name: _decoded(data[name], name, *of) for name, of in tables.items() if name == "cost" or name in data}
     provenance = _object(data["provenance"], "provenance")
@@ -329,6 +341,7 @@ def _from_dict(made: type[Calibration], data: dict) -> Calibration:
         verified_as,
         verified_interval=intervals,
         norm_cost=tables.get("norm_cost"),
+        forced_knots=forced,
     )
     if "verified_as" not in data:  # as files once were: what is there is what was verified
         cal.add_verified({n: errors for n, errors in verified.items() if n in {*schedules, *solvers}})

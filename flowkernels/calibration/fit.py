@@ -54,7 +54,8 @@ def fit_solver(
         velocity: the teacher that the calibration was made with.
         calibration: from `calibrate`, with the teacher's trajectories that it keeps.
         steps: N.
-        schedule: the knots, a Schedule on the calibration's grid; None takes the calibration's own for N. Of several,
+        schedule: the knots, a Schedule on the calibration's grid; None takes the calibration's own for N. One that
+            begins later than the grid is fitted from the teacher's states at its first knot. Of several,
             such as `[cal.find(N, objective=o, velocity=velocity)[N] for o in ("squared", "norm", "endpoint")]`, a fit
             is made on each, and the one with the least error on the held-out samples is returned.
         noise: `[n, *shape]`, to roll the teacher out anew, which takes K more evaluations: for a calibration from a
@@ -91,13 +92,15 @@ def fit_solver(
     several = isinstance(schedule, Sequence) and not isinstance(schedule, (str, bytes))
     expect(not several or len(schedule) > 0, "schedule", "at least one schedule", schedule)
     plans = [schedule_on_grid(calibration, steps, s) for s in (schedule if several else [schedule])]
+    starts = sorted({plan.times[0].item() for plan in plans})
+    expect(len(starts) == 1, "schedule", "schedules that begin at one time", f"beginnings at {starts}")
     held_out = expect_real(held_out, "held_out", "a part between 0 and 1", lambda a: 0 < a < 1)
     order = steps if order is None else min(expect_positive_int(order, "order"), steps)
     if ridge is not None:
         ridge = expect_real(ridge, "ridge", "a finite number of at least 0", lambda a: a >= 0)
     ridges = (*RIDGES, math.inf) if ridge is None else (max(ridge, RIDGES[0]),)
     inverse = expect_bool(inverse, "inverse")
-    data = SplitSamples.of(velocity, calibration, noise, chunk, held_out)
+    data = SplitSamples.of(velocity, calibration, noise, chunk, held_out, start=plans[0].indices[0])
     return _best_fit(data, plans, order, ridges, inverse)
 
 
@@ -141,7 +144,7 @@ def _fit(data: "SplitSamples", plan: Schedule, order: int, ridges: tuple[float, 
     rows = x.new_zeros(N + 2, *x.shape)
     coefficients, chosen = torch.zeros(N, N, dtype=torch.float64, device="cpu"), []
     for k in range(N):
-        known = k == 0 and not inverse  # the teacher begins with it
+        known = k == 0 and not inverse  # the teacher's own there
         rows[k + 1] = data.velocity_at_start() if known else data.teacher.at(x, knots[k].item())
         expect_finite_flow(rows[k + 1], [rows[k + 1]], knots[k:])
         torch.sub(goals[k + 1], x, out=rows[k + 2]).div_(h[k])
@@ -159,7 +162,8 @@ def _fit(data: "SplitSamples", plan: Schedule, order: int, ridges: tuple[float, 
         ADAMS: Solver.adams_bashforth(plan, 2, inverse=inverse),
         FITTED: Solver(knots, knots[:-1], coefficients, FITTED),
     }
-    errors, past = {FITTED: endpoint_error(x[fitted:], goals[-1][fitted:])}, () if inverse else (data.first[fitted:],)
+    errors = {FITTED: endpoint_error(x[fitted:], goals[-1][fitted:])}
+    past = () if inverse else (data.velocity_at_start()[fitted:],)
     for name in (EULER, ADAMS):
         _, ends = data.teacher.run(solvers[name], goals[0][fitted:], past, fitted)
         errors[name] = endpoint_error(ends, goals[-1][fitted:])
@@ -223,15 +227,24 @@ def schedule_on_grid(calibration: Calibration, steps: int, schedule: Schedule | 
     expect_positive_int(steps, "steps")
     expect(steps <= K, "steps", f"at most K = {K}, the steps of the grid", steps)
     if schedule is None:
-        known = steps in calibration
-        return calibration[steps] if known else least_cost_schedules(calibration.cost, calibration.times, steps)[steps]
+        if steps in calibration:
+            return calibration[steps]
+        cost, times, forced = calibration.cost, calibration.times, calibration.forced_knots
+        return least_cost_schedules(cost, times, steps, forced_knots=forced)[steps]
     expect(isinstance(schedule, Schedule), "schedule", "a Schedule", schedule, TypeError)
     expect(schedule.steps == steps, "schedule", f"a schedule of {steps} steps", schedule)
-    indices = tuple(int((calibration.times - t).abs().argmin()) for t in schedule.times)
+    indices = tuple(place_on_grid(calibration, t, "schedule", schedule) for t in schedule.times.tolist())
     times = calibration.times[list(indices)]
-    on_grid = torch.allclose(times, schedule.times, rtol=0, atol=1e-9) and len(set(indices)) == len(indices)
-    expect(on_grid, "schedule", "knots on the calibration's grid", schedule)
+    expect(len(set(indices)) == len(indices), "schedule", "knots on the calibration's grid", schedule)
+    calibration.expect_forced(times, "schedule")
     return Schedule(times, calibration.times, indices)
+
+
+def place_on_grid(calibration: Calibration, t: float, name: str, given: Schedule | Solver) -> int:
+    """Of a knot, in the calibration's grid."""
+    distance, place = (calibration.times - t).abs().min(0)
+    expect(bool(distance <= 1e-9), name, "knots on the calibration's grid", given)
+    return int(place)
 
 
 @dataclass
@@ -239,12 +252,13 @@ class SplitSamples:
     """The samples that a solver is fitted to, those that are held out last: the teacher's states, and the teacher.
 
     teacher: evaluates them, in their order. x: the states, `[K+1, ., *shape]`. fitted: how many are not held out.
-    first: the velocities at the first states, once they are known.
+    start: the place and the time of the knot that solvers begin at. first: the velocities there, once they are known.
     """
 
     teacher: Teacher
     x: Tensor
     fitted: int
+    start: tuple[int, float]
     first: Tensor | None = None
 
     @classmethod
@@ -256,6 +270,7 @@ class SplitSamples:
         chunk: int | None,
         held_out: float,
         most: int | None = None,
+        start: int = 0,
         proven: bool = False,
     ):
         expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
@@ -281,9 +296,9 @@ class SplitSamples:
         if noise is not None:
             kept = rollout(velocity.rows(slice(n), total), noise[:n], calibration.times)
             teacher.evaluations = n * (len(calibration.times) - 1)
-        found = cls(teacher, kept.x, fitted)
+        found = cls(teacher, kept.x, fitted, (start, calibration.times[start].item()))
         if proven:
-            found.first = found._rows(kept.v[0]).to(kept.x.dtype)
+            found.first = found._rows(kept.v[start]).to(kept.x.dtype)
         return found
 
     @property
@@ -298,7 +313,8 @@ class SplitSamples:
     def velocity_at_start(self) -> Tensor:
         """At the first states of the n samples: the teacher's, or, where it may be another velocity's, its own."""
         if self.first is None:
-            self.first = self.teacher.at(self.state(0), 0.0)
+            place, t = self.start
+            self.first = self.teacher.at(self.state(place), t)
         return self.first
 
     def state(self, i: int) -> Tensor:

@@ -1,11 +1,14 @@
 """What a teacher's rollout has told of it: what objectives, fits and schedules are made from."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_mapping, expect_times, expect_values
 from flowkernels.calibration.sample_costs import SINGLES, SampleCosts
 from flowkernels.sampling.rollout import Trajectory
+from flowkernels.schedule import forced_places
 
 
 class Measured:
@@ -16,6 +19,7 @@ class Measured:
     gram: the mean Gram matrix of velocity increments, float64 `[K-1, K-1]` (`velocity_gram` divided by n), or None.
     kept: the teacher's trajectory of the first samples, where they are, or None.
     sample_costs: Gram matrices of groups of samples, or None.
+    forced_knots: times of the grid that every schedule has as knots; `forced`, their places in it.
 
     Tensors are on the CPU, those of `kept` and `sample_costs` aside.
     """
@@ -30,6 +34,7 @@ class Measured:
         norm_cost: Tensor | None = None,
         kept: Trajectory | None = None,
         sample_costs: SampleCosts | None = None,
+        forced_knots: Sequence[float] | Tensor = (),
     ):
         self.times = times = expect_times(times, "times")
         K = len(times) - 1
@@ -39,9 +44,22 @@ class Measured:
             expect_values(gram, "gram", (torch.float64,))
             expect(gram.shape == (K - 1, K - 1), "gram", f"shape {[K - 1, K - 1]}", gram)
         expect_mapping(provenance, "provenance")
+        self.forced = forced_places(forced_knots, times)
         self.cost, self.provenance, self.gram, self.kept, self.sample_costs = cost, provenance, gram, kept, sample_costs
         self._norm_cost = norm_cost
         self._of_kept: tuple | None = None  # the velocities and their version, and what was made of them
+
+    @property
+    def forced_knots(self) -> tuple[float, ...]:
+        return tuple(self.times[list(self.forced)].tolist())
+
+    def expect_forced(self, knots: Tensor, name: str) -> None:
+        """Raise where a step between the knots of a schedule spans a forced one."""
+        low, high = knots.min(), knots.max()
+        for t in self.forced_knots:
+            there = not low < t < high or bool(((knots - t).abs() <= 1e-9).any())
+            got = f"{[round(knot, 6) for knot in knots.tolist()]}"
+            expect(there, name, f"the forced knot {t:.6g} among the knots, as no step may span it", got)
 
     @property
     def single_costs(self) -> SampleCosts | None:

@@ -8,9 +8,10 @@ To add one, write a function here:
    without one, for an objective that evaluates the teacher. A name that is taken, or a builtin's, is refused.
 2. A docstring that says what is least, its options, its evaluations of each sample, and its source.
 3. A table of costs `[K+1, K+1]`, entry [j, k] being that of the step from knot j to knot k, which
-   `least_cost_schedules` makes schedules of, with `cost` and `uniform_cost`, the sums along each and along the uniform
-   one; or a recursion of its own, whose paths `path_of` reads, with its own least value as `cost` and the same of the
-   uniform path as `uniform_cost`, None where that takes evaluations that the recursion does not make (`student`).
+   `least_cost_schedules` makes schedules of, given `cal.forced_knots`, with `cost` and `uniform_cost`, the sums along
+   each and along the uniform one; or a recursion of its own, on costs `without_spans`, whose paths `path_of` reads,
+   with its own least value as `cost` and the same of the uniform path as `uniform_cost`, None where that takes
+   evaluations that the recursion does not make (`student`). `find` refuses what lacks a forced knot.
 4. The result {N: Schedule}, with `notes` that say the objective, its evaluations and its options (`_noted`); or
    {N: Solver}, whose notes say these, and `indices`, `cost` and `uniform_cost` too, which a Schedule has as its own.
 5. Its name in `find`'s docstring, its formula in docs/mathematics.md, and a test in tests/test_costs.py against all
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_float64, expect_positive_int, expect_shown
-from flowkernels.calibration.bellman import least_cost_schedules, path_of
+from flowkernels.calibration.bellman import least_cost_schedules, path_of, without_spans
 from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.step_cost import StepCost
 from flowkernels.ops.bellman_pairs import bellman_pairs
@@ -58,7 +59,7 @@ def objective(make: Callable) -> Callable:
 @objective
 def squared(cal: Measured, steps: list[int]) -> dict[int, Schedule]:
     """Least sum of E|e|^2. No evaluations. BOSS, arXiv 2312.16414."""
-    plans = least_cost_schedules(cal.cost, cal.times, steps)
+    plans = least_cost_schedules(cal.cost, cal.times, steps, forced_knots=cal.forced_knots)
     return plans if cal.sample_costs is None else cal.sample_costs.with_intervals(plans)
 
 
@@ -81,7 +82,7 @@ def gits(cal: Measured, steps: list[int], *, gamma: float = 1.15) -> dict[int, S
 def _of_norms(cal: Measured, steps: list[int], name: str, gamma: float) -> dict[int, Schedule]:
     cost = cal.norm_cost
     expect(cost is not None, "objective", f"a calibration that keeps samples, for {name!r}", "one of none")
-    plans = least_cost_schedules(cost, cal.times, steps, gamma=gamma)
+    plans = least_cost_schedules(cost, cal.times, steps, gamma=gamma, forced_knots=cal.forced_knots)
     has_intervals = gamma == 1 and cal.single_costs is not None
     return cal.single_costs.with_intervals(plans, norm=True) if has_intervals else plans
 
@@ -162,7 +163,7 @@ def endpoint(
         along = terms.flip(0).cumsum(0).flip(0)  # from m on
         cost[: k - 1, k] = along[1:].square().mean((1, 2))
         cost[k - 1, k] = 0
-    plans = least_cost_schedules(cost.cpu(), cal.times, steps)
+    plans = least_cost_schedules(cost.cpu(), cal.times, steps, forced_knots=cal.forced_knots)
     return _noted(plans, "endpoint", (1 + 2 * probes) * (K - 1), samples=n, probes=probes)
 
 
@@ -217,7 +218,8 @@ def pairs(cal: Measured, steps: list[int]) -> dict[int, Solver]:
     """
     expect(cal.gram is not None, "objective", "a calibration with its Gram matrix, for 'pairs'", "one of before that")
     times, K = cal.times, len(cal.times) - 1
-    first, cost = cal.cost[0].contiguous(), pair_costs(cal.gram, times)
+    first = without_spans(cal.cost, cal.forced)[0].contiguous()
+    cost = without_spans(pair_costs(cal.gram, times), cal.forced)
     value, parent = bellman_pairs(first, cost, max(steps))
     found = {}
     for n in steps:
@@ -232,7 +234,7 @@ def pairs(cal: Measured, steps: list[int]) -> dict[int, Solver]:
             "evaluations": 0,
             "indices": list(path),
             "cost": value[n, before, K].item(),
-            "uniform_cost": along(uniform_indices(times, n)),
+            "uniform_cost": along(uniform_indices(times, n, cal.forced)),
         }
         found[n] = replace(Solver.adams_bashforth(Schedule(times[list(path)], times, path)), notes=notes)
     return found
@@ -249,22 +251,23 @@ def student(
     """
     x, _, teacher = _samples(cal, velocity, "student", samples, chunk)
     K, t = len(cal.times) - 1, cal.times[:-1].tolist()
-    most = max(steps)
+    most, forced = max(steps), cal.forced
+    furthest = [0, *forced, *[K] * most]  # that so many steps reach, none of which spans a forced knot
     z, error = torch.empty_like(x), torch.zeros(most + 1, K + 1, dtype=torch.float64, device="cpu")
     z[0], parent, evaluations = x[0], torch.zeros(most + 1, K + 1, dtype=torch.int64, device="cpu"), 0
     v, ahead = torch.empty_like(x[:-1]), torch.empty_like(x)
     for s in range(1, most + 1):
-        starts = [0] if s == 1 else range(s - 1, K)
+        starts = range(s - 1, min(furthest[s - 1] + 1, K))
         for j in starts:
             v[j] = teacher.at(z[j], t[j])
         evaluations += len(starts)
-        for k in [K] if s == most and len(steps) == 1 else range(s, K + 1):
-            j = slice(starts[0], min(k, starts[-1] + 1))
+        for k in [K] if s == most and len(steps) == 1 else range(s, furthest[s] + 1):
+            j = slice(max([starts[0], *(f for f in forced if f < k)]), min(k, starts[-1] + 1))
             h = (cal.times[k] - cal.times[j]).to(x).view(-1, *[1] * (x.dim() - 1))
             reached = z[j] + h * v[j]
             errors = (reached - x[k]).square_().flatten(2).sum(-1, dtype=torch.float64).mean(1)
             best = int(errors.argmin())
-            error[s, k], parent[s, k], ahead[k] = errors[best], best + starts[0], reached[best]
+            error[s, k], parent[s, k], ahead[k] = errors[best], best + j.start, reached[best]
         z, ahead = ahead, z
     plans = {}
     for n in steps:
@@ -286,8 +289,8 @@ def free(
     """Least sum of E|e|^2 where the velocity of a step from t may be asked for at later times `t + f (1 - t)`, f being
     the best of the candidates.
 
-    The first knot's time is moved too. K evaluations for each candidate but 0. Returns Euler solvers with such model
-    times.
+    The first knot's time is moved too, and none to a forced knot or beyond. K evaluations for each candidate but 0.
+    Returns Euler solvers with such model times.
     """
     x, kept, teacher = _samples(cal, velocity, "free", samples, chunk)
     K = len(cal.times) - 1
@@ -301,9 +304,13 @@ def free(
         if part > 0:
             v = torch.stack([teacher.at(x[j], t + part * (1 - t)) for j, t in enumerate(cal.times[:-1].tolist())])
             evaluations += K
-        tables.append(StepCost(cal.times, states=True, device=v.device).update(v, x).cost().cpu())
+        table = StepCost(cal.times, states=True, device=v.device).update(v, x).cost().cpu()
+        at = cal.times[:-1] + part * (1 - cal.times[:-1])
+        for f in cal.forced:  # beyond it is another velocity
+            table[:f][at[:f] >= cal.times[f]] = torch.inf
+        tables.append(table)
     cost, which = torch.stack(tables).min(0)
-    plans, found = least_cost_schedules(cost, cal.times, steps), {}
+    plans, found = least_cost_schedules(cost, cal.times, steps, forced_knots=cal.forced_knots), {}
     for n, schedule in plans.items():
         j, k = (list(side) for side in zip(*itertools.pairwise(schedule.indices), strict=True))
         part = torch.tensor(given, dtype=torch.float64, device="cpu")[which[j, k]]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_positive_int, expect_real
 from flowkernels.calibration.calibration import Calibration
-from flowkernels.calibration.fit import SplitSamples, schedule_on_grid
+from flowkernels.calibration.fit import SplitSamples, place_on_grid, schedule_on_grid
 from flowkernels.evaluation.endpoint import endpoint_error
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.ops.velocity_gram import velocity_gram
@@ -44,7 +44,9 @@ def polish(
     Args:
         velocity: the teacher that the calibration was made with.
         calibration: from `calibrate`, with the teacher's trajectories that it keeps.
-        start: a Solver, of noise to data or back, or a Schedule on the calibration's grid.
+        start: a Solver, of noise to data or back, or a Schedule on the calibration's grid. One whose times begin later
+            than the grid is for the teacher's states at its first knot, which the grid must have. Forced knots of the
+            calibration stay, and evaluations on their sides of these.
         samples: at most as many of those that the calibration keeps, held-out ones among them.
         iterations: at most as many.
         held_out: the part of the samples that decides.
@@ -76,8 +78,11 @@ def polish(
     held_out = expect_real(held_out, "held_out", "a part between 0 and 1", lambda a: 0 < a < 1)
     expect_bool(progress, "progress")
     if isinstance(start, Schedule):
-        schedule_on_grid(calibration, start.steps, start)
-    data = SplitSamples.of(velocity, calibration, noise, chunk, held_out, samples)
+        place = schedule_on_grid(calibration, start.steps, start).indices[0]
+    else:
+        place = place_on_grid(calibration, start.times.min().item(), "start", start)
+        calibration.expect_forced(start.times, "start")
+    data = SplitSamples.of(velocity, calibration, noise, chunk, held_out, samples, place)
     with tqdm(total=iterations, desc="polish", disable=not progress, leave=False) as bar:
         if isinstance(start, Schedule):
             return _descend(data, calibration, start, iterations, bar)
@@ -89,9 +94,10 @@ DIFFERENCE = 0.02  # of coefficients and times, for derivatives: beyond the roun
 
 
 def _least_squares(data, calibration: Calibration, solver: Solver, iterations: int, bar) -> Solver:
-    begin, end = (data.state(i) for i in ((-1, 0) if solver.is_inverse else (0, -1)))
+    place, first = data.start
+    begin, end = (data.state(i) for i in ((-1, place) if solver.is_inverse else (place, -1)))
     given, fitted = solver, data.fitted
-    last = max(calibration.times[-2].item(), solver.model_times.max().item())  # the teacher is evaluated no later
+    limits, by = _limits(calibration, solver, first), DIFFERENCE * (1 - first)
     fit, rest = slice(fitted), slice(fitted, data.n)
 
     def errors(x):
@@ -101,14 +107,15 @@ def _least_squares(data, calibration: Calibration, solver: Solver, iterations: i
     error, held = errors(x)
     best, before, damping = (held, solver), held, DAMPING
     for _ in range(iterations):
-        gram = sum(_jacobian_gram(data, solver, begin, end, v, part, last) for part in data.teacher.chunks(fitted))
+        parts = data.teacher.chunks(fitted)
+        gram = sum(_jacobian_gram(data, solver, begin, end, v, part, limits, by) for part in parts)
         S, s = gram[:-1, :-1], gram[:-1, -1]
         if not torch.isfinite(gram).all():  # beside the teacher's times the velocity may not be defined
             break
         size = torch.where(S.diagonal() > 0, S.diagonal().sqrt(), 1.0)
         S, s, eye = S / size / size[:, None], s / size, torch.eye(len(s), dtype=torch.float64, device="cpu")
         for _ in range(6):
-            tried = _moved(solver, torch.linalg.solve(S + damping * eye, s) / size, last)
+            tried = _moved(solver, torch.linalg.solve(S + damping * eye, s) / size, limits)
             tried_v, tried_x = data.teacher.run(tried, begin)
             found = errors(tried_x)
             if found[0] < error:  # NaN is not
@@ -137,18 +144,39 @@ def _places(M: int) -> list[tuple[int, int | None]]:
     return [(i, where) for i in range(M) for where in (None, *range(i + 1))]
 
 
-def _moved(solver: Solver, by: Tensor, last: float) -> Solver:
+def _limits(calibration: Calibration, solver: Solver, first: float) -> list[tuple[float, float]]:
+    """Between which times each evaluation stays: where the teacher was evaluated, on its side of every forced knot."""
+    grid, t = calibration.times.tolist(), solver.model_times.tolist()
+    found = []
+    for now in t:
+        low = max([min(first, *t), *(grid[f] for f in calibration.forced if grid[f] <= now)])
+        high = min([max(grid[-2], *t), *(max(grid[f - 1], now) for f in calibration.forced if grid[f] > now)])
+        found.append((low, high))
+    return found
+
+
+def _difference(t: float, low: float, high: float, by: float) -> float:
+    """By how much a time is changed for a derivative: up, or down where there is more room; 0 where there is none."""
+    up, down = high - t, t - low
+    step = min(by, up) if up >= by or up >= down else -min(by, down)
+    return step if abs(step) > by / 16 else 0.0
+
+
+def _moved(solver: Solver, by: Tensor, limits: list[tuple[float, float]]) -> Solver:
     t, b = solver.model_times.clone(), solver.coefficients.clone()
     for (i, where), change in zip(_places(len(t)), by.tolist(), strict=True):
         if where is None:
-            t[i] = min(max(t[i].item() + change, 0.0), last)
+            t[i] = min(max(t[i].item() + change, limits[i][0]), limits[i][1])
         else:
             b[i, where] += change
     return replace(solver, model_times=t, coefficients=b)
 
 
-def _jacobian_gram(data, solver: Solver, begin, end, v: list[Tensor], part: slice, last: float) -> Tensor:
-    """The Gram matrix of the endpoint's derivatives and of its residual, over the samples `part`."""
+def _jacobian_gram(
+    data, solver: Solver, begin, end, v: list[Tensor], part: slice, limits: list[tuple[float, float]], size: float
+) -> Tensor:
+    """The Gram matrix of the endpoint's derivatives and of its residual, over the samples `part`. size: of what
+    coefficients and times are changed by for them."""
     start, M, places = begin[part], solver.evaluations, _places(solver.evaluations)
     v = [t[part] for t in v]
     x = linear_update(start, v, solver.coefficients[-1].tolist())
@@ -156,12 +184,13 @@ def _jacobian_gram(data, solver: Solver, begin, end, v: list[Tensor], part: slic
     for row, (i, where) in enumerate(places):
         if i == M - 1 and where is not None:
             derivative = v[where]
+        elif (step := size if where is not None else _difference(solver.model_times[i].item(), *limits[i], size)) == 0:
+            derivative = torch.zeros_like(start)
         else:
-            step = -DIFFERENCE if where is None and solver.model_times[i] + DIFFERENCE > last else DIFFERENCE
             by = torch.zeros(len(places), dtype=torch.float64, device="cpu")
             by[row] = step
             past = v[:i] if where is None else v[: i + 1]
-            _, moved = data.teacher.run(_moved(solver, by, last), start, past, part.start or 0)
+            _, moved = data.teacher.run(_moved(solver, by, limits), start, past, part.start or 0)
             derivative = moved.sub_(x).div_(step)
         torch.add(rows[row], derivative, out=rows[row + 1])
     torch.sub(end[part], x, out=rows[-1]).add_(rows[-2])
@@ -169,7 +198,7 @@ def _jacobian_gram(data, solver: Solver, begin, end, v: list[Tensor], part: slic
 
 
 def _descend(data, calibration: Calibration, given: Schedule, iterations: int, bar) -> Schedule:
-    begin, end, grid = data.state(0), data.state(-1), calibration.times
+    begin, end, grid = data.state(data.start[0]), data.state(-1), calibration.times
     plan, fit, K = schedule_on_grid(calibration, given.steps, given), slice(data.fitted), len(grid) - 1
     rounding = 1e-12 * endpoint_error(end, torch.zeros_like(end))
 
@@ -181,11 +210,12 @@ def _descend(data, calibration: Calibration, given: Schedule, iterations: int, b
         return v, endpoint_error(x, end[part])
 
     indices = list(plan.indices)
+    free = [i for i in range(1, plan.steps) if indices[i] not in calibration.forced]
     v, error = tried(indices, fit)
     step = max(1, K // 12)
     for _ in range(iterations):
         better = False
-        for i in range(1, plan.steps):
+        for i in free:
             for move in (step, -step):
                 other = [*indices[:i], indices[i] + move, *indices[i + 1 :]]
                 if not other[i - 1] < other[i] < other[i + 1]:
@@ -204,5 +234,6 @@ def _descend(data, calibration: Calibration, given: Schedule, iterations: int, b
         return given
     pairs = list(itertools.pairwise(indices))
     cost = sum(calibration.cost[j, k].item() for j, k in pairs)
-    even = calibration[plan.steps].uniform_cost if plan.steps in calibration else None
+    whole = indices[0] == 0 and plan.steps in calibration
+    even = calibration[plan.steps].uniform_cost if whole else None
     return replace(at(indices), cost=cost, uniform_cost=even)

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flowkernels._checks import expect
+from flowkernels.calibration.bellman import without_spans
 from flowkernels.ops.bellman import bellman
 from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.ops.velocity_gram import velocity_gram
@@ -123,16 +125,16 @@ class SampleCosts:
         weights = counts.to(self._grams.device, torch.float64)
         return weights / (weights @ self.sizes)[:, None]
 
-    def regrets(self, schedules: dict[int, Schedule]) -> dict[int, float]:
+    def regrets(self, schedules: dict[int, Schedule], forced: Sequence[int] = ()) -> dict[int, float]:
         """How much more than the least cost each schedule costs, as a share of it, in 95 % of resamples at most; Inf
-        for fewer than two groups."""
+        for fewer than two groups. forced: the places of knots that every schedule has."""
         if self.groups < 2:
             return dict.fromkeys(schedules, math.inf)
         weights, steps = self.resampled(FEW_RESAMPLES), list(schedules)
         costs = weights @ self.along(list(schedules.values()))
         resamples = (weights @ self.grams.flatten(1)).unflatten(1, self._grams.shape[1:])
-        tables = (bellman(cost_from_gram(gram, self.times), max(steps))[0] for gram in resamples)
-        least = torch.stack([table[steps, -1] for table in tables])
+        costs_of = (without_spans(cost_from_gram(gram, self.times), forced) for gram in resamples)
+        least = torch.stack([bellman(cost, max(steps))[0][steps, -1] for cost in costs_of])
         regret = torch.where(costs > least, costs / least - 1, 0.0)
         return dict(zip(steps, regret.quantile(0.95, 0).tolist(), strict=True))
 

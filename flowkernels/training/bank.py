@@ -119,11 +119,12 @@ def knots(
     teacher = Teacher(velocity, n, solver=Solver.euler(grid), chunk=chunk)
     dtype = initial_state(noise[:0]).dtype
     kept = fresh(torch.empty(len(indices), *noise.shape, dtype=dtype, device=noise.device))
-    kept[0] = noise
+    if 0 in places:
+        kept[places[0]] = noise
     bar = tqdm(total=-(-n // chunk) * (len(grid) - 1), desc="teacher", disable=not progress, leave=False, unit="eval")
     with bar:
         for rows in teacher.chunks(n):
-            x0 = kept[0, rows]
+            x0 = initial_state(noise[rows])
             if teacher.fused is not None:
                 _, x, _ = teacher.fused_flow(x0, rows.start, states=True)
                 kept[:, rows] = x[list(indices)]
