@@ -532,6 +532,7 @@ class Family:
     scheduler: tuple[str, dict]  # as the published model has it: class and configuration
     arguments: dict
     has: frozenset[str]
+    scale: float = 1000.0  # what the network's time is at sigma = 1, or with inverted_time at sigma = 0
     img2img: str | None = None
     config: dict = dataclasses.field(default_factory=dict)
     attributes: dict = dataclasses.field(default_factory=dict)  # of the pipeline, which does not save them
@@ -556,6 +557,14 @@ class Family:
             setattr(pipe, name, value)
         return pipe
 
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        """What sigma the network is told when it is called at its time t."""
+        t = t.double() / self.scale
+        return 1 - t if "inverted_time" in self.has else t
+
+    def networks(self, pipe) -> list[torch.nn.Module]:
+        return [pipe.transformer] + ([pipe.transformer_2] if "two_networks" in self.has else [])
+
     def call(self, prompts: list[str] | None = None) -> dict:
         """Arguments of a call for a sample of each prompt: all but the number of steps and the type of output."""
         prompts = PROMPTS if prompts is None else prompts
@@ -578,7 +587,7 @@ _ALL = [
         (EULER, dict(shift=3.0)),
         dict(**IMAGE, **CFG),
         frozenset({"cfg", "img2img"}),
-        "StableDiffusion3Img2ImgPipeline",
+        img2img="StableDiffusion3Img2ImgPipeline",
     ),
     Family(
         "flux",
@@ -587,7 +596,8 @@ _ALL = [
         (EULER, dict(shift=3.0, **DYNAMIC)),
         dict(**IMAGE, guidance_scale=3.5),
         frozenset({"embedded_guidance", "img2img"}),
-        "FluxImg2ImgPipeline",
+        scale=1.0,
+        img2img="FluxImg2ImgPipeline",
     ),
     Family(
         "flux2",
@@ -596,6 +606,7 @@ _ALL = [
         (EULER, dict(shift=3.0, **DYNAMIC)),
         dict(**IMAGE, guidance_scale=4.0, text_encoder_out_layers=(0, 1, 2)),
         frozenset({"embedded_guidance"}),
+        scale=1.0,
     ),
     Family(
         "qwenimage",
@@ -604,7 +615,8 @@ _ALL = [
         (EULER, dict(DYNAMIC, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)),
         dict(height=16, width=16, max_sequence_length=256, true_cfg_scale=4.0, negative_prompt=" "),
         frozenset({"cfg", "img2img"}),
-        "QwenImageImg2ImgPipeline",
+        scale=1.0,
+        img2img="QwenImageImg2ImgPipeline",
     ),
     Family(
         "wan21",
@@ -613,7 +625,7 @@ _ALL = [
         UNIPC,
         dict(**VIDEO, **CFG),
         frozenset({"cfg", "video", "img2img"}),
-        "WanVideoToVideoPipeline",
+        img2img="WanVideoToVideoPipeline",
     ),
     Family(
         "wan22",
@@ -647,6 +659,7 @@ _ALL = [
         (EULER, dict(shift=6.0)),
         dict(**CFG, height=64, width=64, max_sequence_length=48, system_prompt="draw"),
         frozenset({"cfg", "inverted_time"}),
+        scale=1.0,
     ),
     Family(
         "zimage",
@@ -655,7 +668,8 @@ _ALL = [
         (EULER, dict(shift=3.0)),
         dict(**IMAGE, guidance_scale=4.0),
         frozenset({"cfg", "inverted_time", "img2img"}),
-        "ZImageImg2ImgPipeline",
+        scale=1.0,
+        img2img="ZImageImg2ImgPipeline",
     ),
     Family(
         "cogview4",
@@ -689,6 +703,7 @@ _ALL = [
         (EULER, dict(shift=1.73)),
         dict(**IMAGE, **CFG),
         frozenset({"cfg"}),
+        scale=1.0,
     ),
     Family(
         "hunyuanvideo",
