@@ -5,6 +5,8 @@ x1 = fk.sample(velocity, noise, cal[4])        # four evaluations
 result = fk.straighten(None, velocity, cal[4], noise=(3, 32, 32), iterations=2000)
 """
 
+from typing import TYPE_CHECKING
+
 from flowkernels import _entry  # noqa: F401, _entry first: it sees to Ctrl-C
 from flowkernels._version import __version__
 from flowkernels.calibration.bellman import least_cost_schedules
@@ -30,6 +32,9 @@ from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
+if TYPE_CHECKING:
+    from flowkernels.integrations.export import export
+
 __all__ = [
     "BackendError",
     "Calibration",
@@ -50,6 +55,7 @@ __all__ = [
     "backend",
     "calibrate",
     "explain",
+    "export",
     "fit_solver",
     "fuse",
     "fuse_head",
@@ -64,6 +70,16 @@ __all__ = [
     "straighten",
 ]
 __all__.extend(OPS)
+
+
+def __getattr__(name: str):
+    """`export`, of the integrations, which are imported where they are asked for."""
+    if name == "export":
+        from flowkernels.integrations.export import export
+
+        return export
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 if _problem := not_built():
     import warnings

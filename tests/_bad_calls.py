@@ -43,6 +43,7 @@ from torch import Tensor, nn
 import flowkernels as fk
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.cli.main import main as command_line
+from flowkernels.integrations.export import RECEIVERS
 from flowkernels.models import bundled, closed_form, networks
 from flowkernels.ops.mlp_sample import Layer, Source
 from flowkernels.ops.public import OPS
@@ -676,6 +677,14 @@ def _stages(cal) -> None:
         path=("calibration.json", is_path),
         velocity=(None, or_none(is_function)),
     )
+    place(
+        "export",
+        fk.export,
+        (OSError,),
+        plan=(3, lambda v: is_plan(v) or isinstance(v, fk.Calibration)),
+        to=("sdcpp", is_one_of(*RECEIVERS)),
+        **dict(steps=(None, lambda v: v is None), path=(None, or_none(is_path)), knots_only=(False, is_flag)),
+    )
     of_cal = dict(velocity=field, calibration=(lambda: cal, nothing_else))
     part = (0.25, within(0, 1))
     place(
@@ -970,6 +979,9 @@ def _commands() -> None:
         **dict(
             n=positive, steps=is_text(int, 1, 10**6), chunk=positive, method=none, schedule=none, out=none, **shared
         ),
+    )
+    command(
+        "export", "calibration.json --to json --steps 2", to=is_one_of(*RECEIVERS), steps=is_text(int, 1, 2), out=none
     )
     command(
         "bench",

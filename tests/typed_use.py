@@ -28,6 +28,10 @@ def pipeline(net: nn.Module, noise: Tensor) -> Tensor:
     assert_type(trained.student, nn.Module)
     inversion = fk.invert(velocity, noise, fk.Solver.heun(8, inverse=True))
     assert_type(inversion, fk.Inversion)
+    assert_type(fk.export(cal, "comfy", steps=4, path="sigmas.txt"), str)
+    assert_type(fk.export(solver, "timegrid", knots_only=True), Tensor)
+    assert_type(fk.export(solver, "numpy")["coefficients"].shape, tuple[int, ...])
+    fk.export(cal, "json", steps=8), fk.export(solver, "diffusers")
     solver_scheduler(solver, num_train_timesteps=1000)
     return fk.sample(trained.student, inversion.noise, [0, 0.25, 1], capture="auto")
 

@@ -205,11 +205,14 @@ class Calibration(Measured, Mapping):
         return self.choices(steps)[self._best(steps)]
 
     def _best(self, steps: int) -> str:
-        known = dict(reversed(self.choices(steps).items()))  # the first of them where errors are equal or unknown
-        now, then = _hashes_of(known), self.verified_as.get(steps, {})
+        known, errors = self.choices(steps), self.errors(steps)  # the last of them where errors are equal or unknown
+        return min(reversed(known), key=lambda name: errors.get(name, math.inf))
+
+    def errors(self, steps: int) -> dict[str, float]:
+        """The verified errors of `choices` that are still what was verified, by name; KeyError as `choices`."""
+        now, then = _hashes_of(self.choices(steps)), self.verified_as.get(steps, {})
         as_it_was = {name for name in now if name == UNIFORM or then.get(name) == now[name]}
-        errors = {name: e for name, e in self.verified.get(steps, {}).items() if name in as_it_was and e == e}  # no NaN
-        return min(known, key=lambda name: errors.get(name, math.inf))
+        return {name: e for name, e in self.verified.get(steps, {}).items() if name in as_it_was and e == e}  # no NaN
 
     def __repr__(self) -> str:
         K, steps = len(self.times) - 1, ", ".join(map(str, sorted(self.schedules)))

@@ -48,6 +48,7 @@ def check_paths(args, *suffixes: str) -> None:
     the user's model goes to."""
     args.targets = {}
     inputs = [(f"--{option}", getattr(args, option, None)) for option in ("checkpoint", "schedule")]
+    inputs.append(("FILE", getattr(args, "file", None)))
     for option, path in inputs:
         require(path is None or path.is_file(), f"{option}: expected a file, got {path}, which is not one")
     for option in ("state", "out"):
@@ -62,11 +63,15 @@ def check_paths(args, *suffixes: str) -> None:
     require(known, f"--out: expected a file name ending in {' or '.join(suffixes)}, got {args.out}")
 
 
-def load_calibration(args) -> fk.Calibration:
+def read_calibration(path: Path, option: str) -> fk.Calibration:
     try:
-        calibration = fk.Calibration.load(args.schedule)
+        return fk.Calibration.load(path)
     except ValueError as e:
-        raise InputError(str(e).replace("path:", "--schedule:", 1)) from e
+        raise InputError(str(e).replace("path:", f"{option}:", 1)) from e
+
+
+def load_calibration(args) -> fk.Calibration:
+    calibration = read_calibration(args.schedule, "--schedule")
     there = args.steps in calibration
     require(there, f"--steps: expected one of {sorted(calibration)}, those of {args.schedule}, got {args.steps}")
     return calibration

@@ -1,4 +1,4 @@
-"""The `flowkernels` command: demo, calibrate, straighten, sample, bench, tune, record, replay and info."""
+"""The `flowkernels` command: demo, calibrate, straighten, sample, export, bench, tune, record, replay, info."""
 
 import argparse
 import contextlib
@@ -27,9 +27,11 @@ from flowkernels.cli.inputs import (
     load_model,
     network_of,
     own_line,
+    read_calibration,
     require,
 )
 from flowkernels.cli.outputs import SAMPLE_FORMATS, save_samples
+from flowkernels.integrations.export import RECEIVERS, Export
 from flowkernels.models.bundled import BUNDLED, save_network
 from flowkernels.ops import tuned
 from flowkernels.ops.public import OPS
@@ -178,6 +180,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--method", choices=METHODS, default="euler", help=methods)
     add("--chunk", type=_options.positive, help="samples drawn at once; all if not given")
     add("--out", type=_file, required=True, help=f"file to write: {', '.join(SAMPLE_FORMATS)}")
+
+    add = command("export", _export, "A schedule or a solver of a calibration in the form that another sampler takes.")
+    add("file", type=_options.path, metavar="FILE", help="calibration file (.boss.json)")
+    add("--to", choices=list(RECEIVERS), required=True, help="the sampler that is to take it")
+    add("--steps", type=_options.steps, help="number of steps N, whose best is taken; needed unless there is one")
+    lost = "leave out coefficients that the sampler cannot run, and a start below sigma = 1 as it takes it"
+    add("--knots-only", action="store_true", help=lost)
+    add("--out", type=_options.path, help="file to write, of diffusers a folder; the screen if not given")
 
     bench.add_arguments(command("bench", bench.run, "Time the kernels and their peers, side by side."))
     tune.add_arguments(command("tune", _tune, "Find the fastest configurations of the Triton kernels on this GPU."))
@@ -343,6 +353,21 @@ def _method(name: str, schedule: fk.Schedule, calibration: fk.Calibration | None
     if name == "heun":
         return fk.Solver.heun(schedule)
     return schedule if name == "euler" else fk.Solver.adams_bashforth(schedule, int(name[-1]))
+
+
+def _export(args) -> None:
+    require(args.file.is_file(), f"FILE: expected a file, got {args.file}, which is not one")
+    calibration, inputs = read_calibration(args.file, "FILE"), [("FILE", args.file)]
+    words = {"plan: exp": "--to: exp", "steps: exp": "--steps: exp", "knots_only=True (--knots-only)": "--knots-only"}
+    with _in_its_words(words):
+        made = Export(calibration, args.to, args.steps, args.knots_only)
+    if args.out is None:
+        require(made.text is not None, f"--out: expected a place for what {args.to} takes")
+        print(made.text)
+    else:
+        write_or_keep(made.expect_path(args.out, "--out", inputs), "--out", made.write)
+        print(f"{args.out}: {made.solver.steps} steps, {made.solver.evaluations} evaluations ({made.solver.name})")
+    print(made.words, file=sys.stderr)
 
 
 def _tune(args) -> int:

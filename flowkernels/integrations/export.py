@@ -1,0 +1,322 @@
+"""Schedules and solvers in the forms that other samplers take: docs/card.md."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowkernels import _checks
+from flowkernels._checks import expect, expect_bool, expect_choice, expect_positive_int, one_of
+from flowkernels._files import expect_target, plain, whole_file, whole_folder
+from flowkernels.calibration.calibration import FITTED, Calibration
+from flowkernels.schedule import Schedule
+from flowkernels.solver import Solver, expect_solver
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """A sampler elsewhere.
+
+    does: what it does with what it is given, in words, with the `{sampler}` that it is to run. suffixes: of the files
+    that are written for it; none for a folder. whole: whether it takes coefficients, and so every solver. named: the
+    solvers beside Euler's that it has by names of its own. scales: whether it begins at sigma[0] times the noise, and
+    so not at the noise itself where that is below 1.
+    """
+
+    does: str
+    suffixes: tuple[str, ...] = ()
+    whole: bool = False
+    named: tuple[str, ...] = ()
+    scales: bool = False
+
+
+RECEIVERS = {
+    "diffusers": Receiver(
+        "the folder of a scheduler, a pipeline's `scheduler/`: it runs every solver at its own times, with no shift on "
+        "top of them, where flowkernels is installed",
+        whole=True,
+    ),
+    "comfy": Receiver(
+        "the text of ComfyUI's ManualSigmas, or as .json for a node of one's own: SamplerCustom runs the sigmas as "
+        "they are, whatever the model's shift; choose the sampler {sampler}",
+        suffixes=(".txt", ".json"),
+        named=("heun",),
+        scales=True,
+    ),
+    "sdcpp": Receiver(
+        "arguments of stable-diffusion.cpp, which runs the sigmas as they are, whatever --flow-shift",
+        suffixes=(".txt",),
+        named=("heun",),
+        scales=True,
+    ),
+    "k-diffusion": Receiver(
+        "sigmas for k_diffusion.sampling's sample_{sampler}, from the noise itself, with a model(x, sigma) that gives "
+        "x + sigma v, where v = dx/dt at t = 1 - sigma",
+        suffixes=(".pt",),
+        named=("heun", "lms"),
+    ),
+    "timegrid": Receiver(
+        "rising times, 0 = noise: the time_grid of flow_matching's ODESolver.sample(step_size=None, method='euler'), "
+        "the t of torchdiffeq's odeint(method='euler')",
+        suffixes=(".pt",),
+    ),
+    "numpy": Receiver(
+        "float64 arrays for a loop of one's own: x[i+1] = x[0] + sum over l <= i of coefficients[i, l] v(x[l], "
+        "model_times[l])",
+        suffixes=(".npz",),
+        whole=True,
+    ),
+    "json": Receiver("the arrays of numpy as JSON, to the last digit", suffixes=(".json",), whole=True),
+}
+To = Literal["diffusers", "comfy", "sdcpp", "k-diffusion", "timegrid", "numpy", "json"]
+Plan = Calibration | Schedule | Solver | int | Sequence[float] | Tensor
+FOLDER = {"scheduler_config.json", "sigmas.json"}
+
+
+@overload
+def export(
+    plan: Plan, to: Literal["comfy", "sdcpp"], *, steps: int | None = ..., path: str | Path | None = ...,
+    knots_only: bool = ...,
+) -> str: ...  # fmt: skip
+@overload
+def export(
+    plan: Plan, to: Literal["k-diffusion", "timegrid"], *, steps: int | None = ..., path: str | Path | None = ...,
+    knots_only: bool = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def export(
+    plan: Plan, to: Literal["numpy"], *, steps: int | None = ..., path: str | Path | None = ..., knots_only: bool = ...
+) -> dict[str, np.ndarray]: ...
+@overload
+def export(
+    plan: Plan, to: Literal["json"], *, steps: int | None = ..., path: str | Path | None = ..., knots_only: bool = ...
+) -> dict[str, Any]: ...
+@overload
+def export(
+    plan: Plan, to: Literal["diffusers"], *, steps: int | None = ..., path: str | Path | None = ...,
+    knots_only: bool = ...,
+) -> "FlowMatchEulerDiscreteScheduler": ...  # fmt: skip
+def export(
+    plan: Plan, to: To, *, steps: int | None = None, path: str | Path | None = None, knots_only: bool = False
+) -> Any:
+    """A schedule or a solver in the form that another sampler takes.
+
+    Args:
+        plan: a Calibration, whose `best(steps)` is taken, a Solver, or what `fk.sample` takes as a schedule.
+        to: who receives it, and what comes back for it.
+            "diffusers": a scheduler for a pipeline, `solver_scheduler`; needs diffusers.
+            "comfy": falling sigmas with the last 0 as text, for ComfyUI's ManualSigmas.
+            "sdcpp": the arguments `--sigmas ... --sampling-method ... --steps ...` of stable-diffusion.cpp.
+            "k-diffusion": falling sigmas with the last 0, float32 `[N+1]`.
+            "timegrid": rising times, float32 `[N+1]`, for flow_matching and torchdiffeq.
+            "numpy": float64 arrays: times `[N+1]`, sigmas `[N+1]`, model_times `[M]`, coefficients `[M, M]`.
+            "json": the same as plain values, with the name, steps and evaluations, and the solver's notes.
+        steps: which N of a Calibration; not needed where it holds one.
+        path: a file to write as well: .txt (for "comfy" a .json too), .pt for tensors, .npz, .json; for "diffusers" a
+            folder, in which a plain Euler schedule has its sigmas for the stock scheduler beside it.
+        knots_only: where the receiver cannot run all of a plan, export its knots for Euler's steps, of a Calibration
+            those of its best schedule.
+
+    Sigmas are those at which the network is called: a shift is in them already. `RECEIVERS` in this module says what
+    each receiver does with them; docs/card.md says what was read and what was run.
+
+    Raises:
+        ValueError: naming the argument; also where the receiver would run something else: for coefficients that it
+            does not take (with how much worse Euler's steps on the knots are, where that is known), for a start below
+            sigma = 1 where it scales the noise by it, for knots that are equal in float32.
+        FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError: where `path` cannot be written.
+
+    Examples:
+        >>> fk.export([0, 0.1, 0.3, 0.6, 1], "comfy")
+        '1.0, 0.9, 0.7, 0.4, 0.0'
+        >>> fk.export(fk.Solver.heun(2), "sdcpp")
+        '--sigmas 1.0,0.5,0.0 --sampling-method heun --steps 2'
+    """
+    made = Export(plan, to, steps, knots_only)
+    if path is not None:
+        made.write(made.expect_path(path))
+    return made.value
+
+
+class Export:
+    """What `export` returns and writes, and what is said of it.
+
+    value: as `export` has it. text: the same for a screen; None where there is none. words: what the receiver does.
+    """
+
+    def __init__(self, plan: Plan, to: str, steps: int | None = None, knots_only: bool = False):
+        self.to, self.receiver = to, RECEIVERS[expect_choice(to, "to", list(RECEIVERS))]
+        self.knots_only = expect_bool(knots_only, "knots_only")
+        self.solver, self.sampler, dropped = self._chosen(plan, steps)
+        solver = self.solver
+        expect(not solver.is_inverse, "plan", "a solver from noise to data", solver)
+        begins = 1 - max(0.0, solver.times[0].item())
+        told = f"{to!r} begins at sigma[0] = {begins:.6g} times the noise"
+        fits = begins == 1 or not self.receiver.scales or self.knots_only
+        expect(fits, "plan", "a start at sigma = 1", f"{solver}; {told}, and not at the noise (knots_only=True: do)")
+        self.value, self.text = getattr(self, f"_{to.replace('-', '_')}")()
+        self.words = f"{to}: {self.receiver.does.format(sampler=self.sampler)}"
+        if dropped:
+            self.words += f"; {dropped}"
+        if begins < 1 and self.receiver.scales:
+            self.words += f"; {told}, where the plan begins at the noise itself"
+
+    def _chosen(self, plan: Plan, steps: int | None) -> tuple[Solver, str, str]:
+        """The solver that is exported, the receiver's sampler, and what has been left out, in words."""
+        if isinstance(plan, Calibration):
+            N = _steps_of(plan, steps)
+            schedules, errors, found = plan.choices(N), plan.errors(N), Solver.of(plan.best(N))
+            fitted = schedules.pop(FITTED, None)
+            knots = min(reversed(schedules), key=lambda name: errors.get(name, math.inf))
+            euler = Solver.of(schedules[knots])
+            both = (errors.get(FITTED), errors.get(knots)) if found is fitted else (None, None)
+            how = "endpoint errors on the verification noise"
+        else:
+            expect(steps is None, "steps", "None for a plan that is no Calibration", steps)
+            found = expect_solver(plan, "plan")
+            euler = found if found.is_inverse else Solver.euler(found.times)
+            held_out = found.notes.get("held_out")
+            held_out = held_out if isinstance(held_out, Mapping) else {}
+            both, how = (held_out.get(found.name), held_out.get("euler")), "endpoint errors on the held-out samples"
+        sampler = "" if self.receiver.whole else _sampler(found, self.receiver)
+        if sampler is not None:
+            return found, sampler, ""
+        known = all(isinstance(e, float) for e in both)
+        worse = f"{both[0]:.3g} with it, {both[1]:.3g} without: {how}" if known else "how much worse is not known"
+        named, knots = one_of(["euler", *self.receiver.named]), ", ".join(f"{t:.3g}" for t in euler.times)
+        got = f"{found.name!r} of {found.steps} steps, of which more than the knots would be lost ({worse}); "
+        got += f"knots_only=True (--knots-only) exports Euler's steps on the knots [{knots}]"
+        expect(self.knots_only, "plan", f"a solver that {self.to!r} has ({named})", got)
+        return euler, "euler", f"all but the knots of {found.name!r} is left out ({worse})"
+
+    @property
+    def _sigmas(self) -> Tensor:
+        """float32 `[N+1]`, falling, 0 at last."""
+        sigmas = (1 - self.solver.times).float()
+        sigmas[-1] = 0  # which it is to 1e-12
+        falls = bool((sigmas.diff() < 0).all())
+        expect(falls, "plan", "knots whose sigmas differ in float32", f"{self.solver}")
+        return sigmas
+
+    def _numbers(self) -> list[str]:
+        """Never with an exponent, which ManualSigmas takes for another number."""
+        return [np.format_float_positional(sigma, trim="0") for sigma in self._sigmas.numpy()]
+
+    def _comfy(self) -> tuple[str, str]:
+        return (text := ", ".join(self._numbers())), text
+
+    def _sdcpp(self) -> tuple[str, str]:
+        numbers = ",".join(self._numbers())
+        text = f"--sigmas {numbers} --sampling-method {self.sampler} --steps {self.solver.steps}"
+        return text, text
+
+    def _k_diffusion(self) -> tuple[Tensor, str]:
+        return self._sigmas, f"[{', '.join(self._numbers())}]"
+
+    def _timegrid(self) -> tuple[Tensor, str]:
+        times = self.solver.times.clamp(0, 1).float()
+        expect(bool((times.diff() > 0).all()), "plan", "knots that differ in float32", f"{self.solver}")
+        return times, f"[{', '.join(np.format_float_positional(t, trim='0') for t in times.numpy())}]"
+
+    def _numpy(self) -> tuple[dict[str, np.ndarray], None]:
+        solver = self.solver
+        tables = dict(times=solver.times, sigmas=1 - solver.times, model_times=solver.model_times)
+        return {k: t.numpy().copy() for k, t in (tables | dict(coefficients=solver.coefficients)).items()}, None
+
+    def _json(self) -> tuple[dict[str, Any], str]:
+        solver, tables = self.solver, {k: t.tolist() for k, t in self._numpy()[0].items()}
+        data = dict(name=solver.name, steps=solver.steps, evaluations=solver.evaluations, **tables)
+        data["notes"] = plain(solver.notes)
+        return data, json.dumps(data, indent=1)
+
+    def _diffusers(self) -> tuple["FlowMatchEulerDiscreteScheduler", None]:
+        from flowkernels.integrations.diffusers import solver_scheduler
+
+        return solver_scheduler(self.solver), None
+
+    # Files
+
+    def expect_path(
+        self, path: str | Path, name: str = "path", inputs: Iterable[tuple[str, str | Path | None]] = ()
+    ) -> Path:
+        """Where it can be written, as an absolute path; inputs as `expect_target` takes them."""
+        suffixes = self.receiver.suffixes
+        if not suffixes:
+            return _expect_folder(path, name)
+        target = expect_target(path, name, inputs)
+        fits = Path(path).suffix in suffixes
+        expect(fits, name, f"a file name ending in {' or '.join(suffixes)}", str(path))
+        return target
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all, at what `expect_path` gave."""
+        if not self.receiver.suffixes:
+            with whole_folder(path) as folder:
+                self.value.save_config(folder)
+                if self.solver.is_euler:
+                    note = "FlowMatchEulerDiscreteScheduler(shift=1.0).set_timesteps(sigmas=sigmas)"
+                    data = {"sigmas": self._sigmas[:-1].tolist(), "for": note}
+                    (folder / "sigmas.json").write_text(json.dumps(data, indent=1))
+            return
+        with whole_file(path) as partial, open(partial, "wb") as file:
+            if path.suffix == ".pt":
+                torch.save(self.value, file)
+            elif path.suffix == ".npz":
+                np.savez(file, **self.value)
+            elif self.to == "comfy" and path.suffix == ".json":
+                file.write(json.dumps({"sigmas": [float(number) for number in self._numbers()]}, indent=1).encode())
+            else:
+                file.write(f"{self.text}\n".encode())
+
+
+def _steps_of(calibration: Calibration, steps: int | None) -> int:
+    there = sorted({*calibration.schedules, *calibration.solvers})
+    if steps is None:
+        expect(len(there) == 1, "steps", f"one of {there}", "None")
+        return there[0]
+    expect_positive_int(steps, "steps")
+    expect(steps in there, "steps", f"one of {there}", steps)
+    return steps
+
+
+def _sampler(solver: Solver, receiver: Receiver) -> str | None:
+    """The receiver's own name for a solver, if it has one."""
+    if solver.is_euler:
+        return "euler"
+    if solver.is_inverse or solver.evaluations > 2 * solver.steps:
+        return None
+    named = {"euler": Solver.euler(solver.times)}
+    if "heun" in receiver.named:
+        named["heun"] = Solver.heun(solver.times)
+    if "lms" in receiver.named:  # its first steps are of lower order, as ours
+        orders = range(2, min(4, solver.steps) + 1)
+        named |= {f"lms(order={p})": Solver.adams_bashforth(solver.times, p) for p in orders}
+    for name, known in named.items():
+        same = torch.equal(known.model_times, solver.model_times)
+        if same and torch.allclose(known.coefficients, solver.coefficients, rtol=0, atol=1e-12):
+            return name
+    return None
+
+
+def _expect_folder(path: str | Path, name: str) -> Path:
+    """A folder for a scheduler: a new one, an empty one, or one that holds a scheduler and nothing else."""
+    target = Path(os.path.realpath(_checks.expect_path(path, name)))
+    if not target.is_dir():
+        expect(not target.exists(), name, "a folder", f"the file {path}", NotADirectoryError)
+        return expect_target(target, name)
+    writable = os.access(target.parent, os.W_OK | os.X_OK)
+    expect(writable, name, "a folder that exists and can be written to", str(target.parent), PermissionError)
+    foreign = sorted({entry.name for entry in target.iterdir()} - FOLDER)
+    holds = f"{path} with {foreign[0]!r} in it" if foreign else ""
+    expect(not foreign, name, "a new folder, or one that holds a scheduler alone", holds)
+    return target
