@@ -331,6 +331,15 @@ def is_function(v) -> bool:
     return callable(v) and not isinstance(v, type)
 
 
+def is_guidance(v) -> bool:
+    return within(-math.inf)(v) or (is_function(v) and not isinstance(v, nn.Module))
+
+
+def are_names(v) -> bool:
+    """Of conditioning with one entry, c; an iterator may be of anything."""
+    return hasattr(v, "__next__") or (not isinstance(v, (str, bytes, Tensor)) and all(k == "c" for k in v))
+
+
 def is_path(v) -> bool:
     return isinstance(v, (str, os.PathLike)) and v != "" and "\0" not in str(v) and len(str(v)) < 1000
 
@@ -613,8 +622,9 @@ def _stages(cal) -> None:
         "VelocityField",
         fk.VelocityField,
         **dict(net=(lambda: Net(), is_function), reverse_time=(False, is_flag), time_scale=(1.0, within(0))),
+        **dict(time_offset=(0.5, within(-math.inf)), shared=(("c",), are_names)),
         **dict(sign=(1, or_none(lambda v: is_int(-1, 1)(v) and v != 0)), x_name=("x", names, "time_name")),
-        **dict(time_name=("t", names), conditioning=given, guidance=(2.0, within(-math.inf))),
+        **dict(time_name=("t", names), conditioning=given, guidance=(2.0, is_guidance)),
         **dict(unconditional=(given[0], or_none(is_dict)), packed=(True, is_flag)),
         **dict(
             dtype=(None, or_none(lambda v: isinstance(v, torch.dtype) and v in FLOATS)), time_column=(False, is_flag)
@@ -623,7 +633,7 @@ def _stages(cal) -> None:
     place(
         "VelocityField used",
         fielded,
-        **dict(conditioning=given, unconditional=given, guidance=(2.0, within(-math.inf)), packed=(True, is_flag)),
+        **dict(conditioning=given, unconditional=given, guidance=(2.0, is_guidance), packed=(True, is_flag)),
         dtype=(None, or_none(lambda v: isinstance(v, torch.dtype) and v in FLOATS)),
     )
     conditioned = fk.VelocityField(Net(), conditioning={"c": rand(N, D)})

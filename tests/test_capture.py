@@ -936,3 +936,47 @@ def test_what_was_compiled_stays_so(looker, host_cuda):
         net.runs.clear()
         net(x, 0)
     assert len(net.runs) == 1
+
+
+# ---- guidance by a function ----
+
+
+class Weighted:
+    def __init__(self):
+        self.weight = 2.0
+
+    def __call__(self, cond, uncond, t):
+        return uncond + self.weight * SETTINGS.factor * (cond - uncond)
+
+
+SETTINGS = types.SimpleNamespace(factor=1.0)
+
+
+@pytest.mark.parametrize("capture", ["graph", "compile"])
+def test_captured_loops_notice_what_it_reads(capture, host_cuda, monkeypatch):
+    """Its attributes, numbers in globals, and another function of the same name."""
+    noise, guidance = normal(5, 9), Weighted()
+    velocity = guided(guidance=guidance)
+
+    def agrees(v):
+        torch.testing.assert_close(
+            fk.sample(v, noise, 2, capture=capture), fk.sample(v, noise, 2), rtol=1e-5, atol=1e-6
+        )
+
+    agrees(velocity)
+    guidance.weight = 5.0
+    agrees(velocity)
+    monkeypatch.setattr(SETTINGS, "factor", 3.0)
+    agrees(velocity)
+    for w in (1.5, 4.0):
+        velocity.guidance = lambda cond, uncond, t, w=w: uncond + w * (cond - uncond)
+        agrees(velocity)
+
+
+def test_a_graph_refuses_a_look_at_values(host_cuda):
+    def function(cond, uncond, t):
+        return cond if t[0] > 0.5 else uncond
+
+    noise = normal(5, 9)
+    with pytest.raises(RuntimeError, match=r"^velocity: expected a network without host syncs.*t\[0\] > 0.5"):
+        fk.sample(guided(guidance=function), noise, 2, capture="graph")

@@ -64,7 +64,7 @@ def flux(n):
     ids |= dict(txt_ids=torch.zeros(7, 3))
     rows = dict(encoder_hidden_states=normal(n, 7, 20, seed=1), pooled_projections=normal(n, 12, seed=2), **ids)
     other = dict(encoder_hidden_states=normal(1, 7, 20, seed=3), pooled_projections=normal(1, 12, seed=4))
-    convention = dict(reverse_time=True, x_name="hidden_states", time_name="timestep")
+    convention = dict(reverse_time=True, x_name="hidden_states", time_name="timestep", shared=("img_ids", "txt_ids"))
     return randomised(net), convention, rows, other, (24, 16)
 
 

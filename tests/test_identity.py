@@ -81,6 +81,7 @@ OTHERS = {
     "a tensor in a container": net(options={"offsets": [0.0, torch.ones(4)]}),
     "dtype": net().double(),
     "sign": fk.VelocityField(net(), sign=-1),
+    "an offset of the time": fk.VelocityField(net(), time_offset=1e-3),
     "a subclass": Half(net()),
 }
 
@@ -109,10 +110,11 @@ def fits(velocity, cal):
         (dict(conditioning={"y": torch.full((1, 1), 2.0)}), r"another.*\(conditioning 'y'\)"),
         (dict(unconditional={"y": torch.full((1, 1), 2.0)}), r"another.*\(unconditional 'y'\)"),
         (dict(guidance=3.0), r"another.*\(parameters "),
+        (dict(shared=("y",)), r"another.*\(shared \[\], now \['y'\]\)"),
         (dict(conditioning={"y": torch.ones(1, 1), "z": 1}), r"another.*\(conditioning 'z'"),
         (dict(conditioning={"y": object()}), r"another.*\(conditioning 'y' \(unknown\)"),
     ],
-    ids=["conditioning", "unconditional", "guidance", "another name", "unknown"],
+    ids=["conditioning", "unconditional", "guidance", "shared", "another name", "unknown"],
 )
 def test_conditioning_and_guidance_are_compared(settings, message, tmp_path):
     cal = calibrated(field())

@@ -39,15 +39,15 @@ class Recorder(nn.Module):
 # ---- conventions ----
 
 
-@pytest.mark.parametrize("scale", [1.0, 1000.0, 0.25])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1000.0, 0.0), (0.25, -3.0), (999 * 0.999, 0.999)])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_time_and_sign(reverse, sign, scale):
+def test_time_and_sign(reverse, sign, scale, offset):
     def net(x, tau):  # the same flow in the network's own convention
-        t = tau / scale
+        t = (tau - offset) / scale
         return sign * velocity(x, 1 - t if reverse else t)
 
-    field = VelocityField(net, reverse_time=reverse, time_scale=scale, sign=sign)
+    field = VelocityField(net, reverse_time=reverse, time_scale=scale, time_offset=offset, sign=sign)
     assert torch.allclose(field(X, T), velocity(X, T), rtol=1e-12, atol=1e-12)
 
 
@@ -126,7 +126,7 @@ def test_conditioning_per_sample_shared_and_plain():
         word="a",
         none=None,
     )
-    VelocityField(net, conditioning=conditioning)(X, T)
+    VelocityField(net, conditioning=conditioning, shared=("table",))(X, T)
     seen = net.calls[0][2]
     assert set(seen) == set(conditioning)
     assert torch.equal(seen["rows"], conditioning["rows"])
@@ -141,6 +141,7 @@ def test_rows(index):
     field = VelocityField(
         lambda x, t, rows, shared, table, on: x * rows.sum(1)[:, None, None] * shared[0].sum() * table.sum() * on,
         conditioning=dict(rows=rows, shared=shared, table=table, on=1.0),
+        shared=["table"],
     )
     part = field.rows(index, 6)
     assert torch.equal(part.conditioning["rows"], rows[index])
@@ -148,6 +149,58 @@ def test_rows(index):
     assert part.conditioning["table"] is table
     assert torch.allclose(part(X[index], T[index]), field(X, T)[index])
     assert field.conditioning["rows"] is rows
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_tensors_in_containers_follow_the_samples(packed):
+    rows, one, table = normal(6, 3), normal(1, 3), normal(6, 2)
+    given = dict(added={"y": [rows, one], "how": "so"}, tables=(table,))
+    other = dict(added={"y": [-rows, -one], "how": "so"})
+    calls = []
+
+    def net(x, t, added, tables):
+        calls.append(tables[0])
+        first, second = added["y"]
+        return x * (first + second)[:, None]
+
+    field = VelocityField(net, conditioning=given, unconditional=other, guidance=3.0, packed=packed, shared=("tables",))
+    expected = X * (5 * (rows + one))[:, None]
+    assert torch.allclose(field(X, T), expected)
+    index = torch.tensor([4, 0])
+    assert torch.allclose(field.rows(index, 6)(X[index], T[index]), expected[index])
+    assert all(tables is table for tables in calls)  # of as many rows as there are samples, and yet not per sample
+    assert field.to(torch.float64).conditioning["added"]["y"][0].dtype == torch.float64
+
+
+class Taking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(3, 3).double()
+
+    def forward(self, x, t, ids):
+        return self.last(x)
+
+
+@pytest.mark.parametrize("values", [normal(9, 3), [normal(9, 3)]], ids=["a tensor", "in a list"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda field: field(X, T),
+        lambda field: field.rows(slice(0, 6), 6),
+        lambda field: fk.calibrate(field, X, 3, [2], chunk=2, progress=False),
+        lambda field: fk.fuse_head(field).pair(X, T),
+    ],
+    ids=["call", "rows", "in parts", "fused head"],
+)
+@pytest.mark.parametrize("which", ["conditioning", "unconditional"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_other_numbers_of_rows_are_refused_by_name(which, packed, use, values):
+    given = dict(conditioning={"ids": normal(6, 3)}, unconditional={"ids": normal(1, 3)})
+    given[which] = {"ids": values}
+    field = VelocityField(Taking(), **given, guidance=2.0, packed=packed)
+    expected = r"(6|2) rows, one for each sample, or 1 \(shared=\('ids',\) for what is not per sample\)"
+    with pytest.raises(ValueError, match=rf"^{which}\['ids'\]: expected {expected}, got .* of shape \[9, 3\]"):
+        use(field)
 
 
 def test_rows_keep_every_setting():
@@ -213,6 +266,7 @@ def test_the_unconditional_call_keeps_the_other_arguments(packed):
     field = VelocityField(
         net,
         **dict(conditioning=dict(y=torch.ones(1), table=table, words=words, scalar=torch.tensor(3.0))),
+        shared=("table",),
         **dict(unconditional=dict(y=torch.zeros(1)), guidance=2.0, packed=packed),
     )
     field(X, T)
@@ -239,10 +293,12 @@ def test_the_unconditional_call_keeps_the_other_arguments(packed):
     ids=["no unconditional", "no conditional", "scalars", "mixed", "tables", "words", "numbers"],
 )
 def test_what_cannot_be_packed_says_so(cond, uncond):
-    settings = dict(conditioning={"y": cond}, unconditional={"y": uncond}, guidance=2.0)
-    fits = isinstance(cond, torch.Tensor) and cond.dim() and len(cond) in (1, 6)
+    table = isinstance(cond, torch.Tensor) and cond.shape == (9,)
+    settings = dict(conditioning={"y": cond}, unconditional={"y": uncond}, guidance=2.0, shared=("y",) * table)
+    fits = isinstance(cond, torch.Tensor) and cond.dim()
     name = "unconditional" if fits else "conditioning"  # the one that has no rows for these samples
-    with pytest.raises(ValueError, match=rf"^{name}\['y'\]: expected rows for 1 or 6 samples.*packed=False"):
+    expected = "the same for both, being shared" if table else "rows for 1 or 6 samples"
+    with pytest.raises(ValueError, match=rf"^{name}\['y'\]: expected {expected}.*packed=False"):
         VelocityField(Recorder(), **settings)(X, T)
     net = Recorder()
     VelocityField(net, packed=False, **settings)(X, T)
@@ -356,6 +412,12 @@ def test_parameter_hash():
         (dict(sign=2), ValueError, r"^sign: "),
         (dict(time_scale=0), ValueError, r"^time_scale: expected a positive number, got 0"),
         (dict(time_scale=-1000), ValueError, r"^time_scale: "),
+        (dict(time_offset=float("nan")), ValueError, r"^time_offset: expected a finite number, got nan"),
+        (dict(shared="y", conditioning={"y": 1}), TypeError, r"^shared: expected a tuple of names of conditioning"),
+        (dict(shared=["z"], conditioning={"y": 1}), ValueError, r"^shared: expected keys of conditioning \['y'\], got"),
+        (dict(guidance="7"), TypeError, r"^guidance: expected a finite weight or a function \(cond, uncond, t\) -> v"),
+        (dict(guidance=nn.Identity()), TypeError, r"^guidance: expected a finite weight or a function"),
+        (dict(guidance=torch.lerp), ValueError, r"^unconditional: expected a mapping with guidance, got None"),
         (dict(x_name="x"), ValueError, r"^time_name: expected a name as well, with x_name, got None"),
         (dict(guidance=2.0), ValueError, r"^unconditional: expected a mapping with guidance, got None"),
         (

@@ -22,6 +22,7 @@ from flowkernels._checks import (
     expect_times,
 )
 from flowkernels._files import plain
+from flowkernels._guidance import told
 from flowkernels._version import __version__
 from flowkernels._warnings import held_warnings, warn
 from flowkernels.calibration.bellman import least_cost_schedules
@@ -289,7 +290,7 @@ def _provenance(velocity: VelocityBase, noise: Tensor, K: int, seed: int | None)
             "shape": list(noise.shape[1:]),
             "state_dtype": str(initial_state(noise[:0]).dtype),
             "device": noise.device.type,
-            "guidance": velocity.guidance,
+            "guidance": told(velocity.guidance),
             "convention": velocity.convention(),
             **known,
             "noise_sha256": of_noise,

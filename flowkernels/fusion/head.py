@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import FLOATS, LOW, expect, expect_positive_int, expect_shown
+from flowkernels._guidance import expect_weight
 from flowkernels.fusion import transformers
 from flowkernels.fusion.final_layer import FinalLayer, after_trunk
 from flowkernels.fusion.moves import Moves, Refused
@@ -34,6 +35,7 @@ from flowkernels.solver import Solver, last_uses
 from flowkernels.velocity.field import VelocityField, float64_device, is_called_whole
 from flowkernels.velocity.protocol import Velocity, resolve
 
+WAY_OUT = "the velocity itself takes a function, unfused"
 KEPT = 16  # kinds of calls that are remembered as proven
 
 
@@ -108,6 +110,7 @@ def _expect_own_evaluation(field: VelocityField) -> None:
     expected = "a VelocityField's own evaluation, of which the head is the last part"
     expect(not other, "velocity", expected, f"{other} overridden")
     expect(not is_called_whole(field), "velocity", expected, "hooks on it")
+    expect_weight(field.guidance, "a fused head, whose kernel joins guidance with the step", WAY_OUT)
 
 
 def _final_layer(net: nn.Module, head: str | None, patch: int | None, order: str) -> FinalLayer:

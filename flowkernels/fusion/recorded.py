@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import LOW, expect, expect_mapping, expect_tensor
+from flowkernels._guidance import expect_weight
 from flowkernels.fusion.lowering import Lowering, Replayed
 from flowkernels.fusion.record import ROWS, STATE, TIME, NotFusable, Numbers, Record, sample_rows
 from flowkernels.fusion.watch import Unwatchable, Watch, executed
@@ -20,7 +21,7 @@ from flowkernels.ops.mlp_sample import Layer, plan_for
 from flowkernels.runtime.torch_private import tree_flatten, uncompiled
 from flowkernels.solver import Update
 from flowkernels.velocity.field import HOOKS, VelocityField, float64_device, overridden
-from flowkernels.velocity.protocol import is_per_sample
+from flowkernels.velocity.protocol import expect_rows, is_per_sample
 
 FEW = 3  # samples of a call that looks for the numbers that a network deals with
 WAY_OUT = "fk.sample(velocity, noise, schedule, capture=...) captures the loop of any network"
@@ -95,6 +96,10 @@ class Recorded:
         if other:  # what the recording does not call
             said = f"got {sorted(other)} overridden"
             raise NotFusable(f"velocity: expected a VelocityField's own evaluation, {said}; {WAY_OUT}")
+        try:
+            expect_weight(self.field.guidance, "a fused sampler, whose kernel joins guidance with the step", WAY_OUT)
+        except ValueError as e:
+            raise NotFusable(str(e)) from None
         net, unconditional = self.field.net, self.field.unconditional
         module = net if isinstance(net, nn.Module) else None
         self.each, self.keys = self._with_rows(n, given), (given.keys() | (), unconditional.keys() | ())
@@ -182,7 +187,13 @@ class Recorded:
 
     def _with_rows(self, n: int, given: Mapping[str, Any]) -> set[str]:
         """The names of the conditioning that has one row for each of n > 1 samples."""
-        return {k for k, v in [*given.items(), *self.field.unconditional.items()] if is_per_sample(v, n)}
+        each = set()
+        for name, kwargs in (("conditioning", given), ("unconditional", self.field.unconditional)):
+            for key, value in kwargs.items():
+                if key not in self.field.shared and isinstance(value, Tensor):
+                    expect_rows(value, f"{name}[{key!r}]", n)
+                    each |= {key} if is_per_sample(value, n) else set()
+        return each
 
     def fits(self, n: int, given: Mapping[str, Any]) -> bool:
         """Whether conditioning is of the same names, and has one row a sample where it had when recorded (or one for

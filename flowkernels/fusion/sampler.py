@@ -125,7 +125,8 @@ def _shape_of_sample(field: VelocityField) -> tuple[int, ...]:
 
 def _samples_of(field: VelocityField) -> int:
     """A number of samples that the conditioning fits."""
-    values = (*field.conditioning.values(), *field.unconditional.values())
+    given = (*field.conditioning.items(), *field.unconditional.items())
+    values = (v for k, v in given if k not in field.shared)
     lengths = [len(v) for v in values if isinstance(v, Tensor) and v.dim() and len(v) > 1]
     return lengths[0] if lengths else 3
 
@@ -269,7 +270,10 @@ class FusedSampler(VelocityBase):
             parts = []
             for begin in range(0, n, most):
                 rows, kept = slice(begin, begin + most), dict(states=states, velocities=velocities)
-                part = {k: v[rows] if is_per_sample(v, n) else v for k, v in (conditioning or {}).items()}
+                each = {k for k, v in (conditioning or {}).items() if is_per_sample(v, n)} - {
+                    *self._network.field.shared
+                }
+                part = {k: v[rows] if k in each else v for k, v in (conditioning or {}).items()}
                 parts.append(self.rows(rows, n).run(x[rows], part, **kept, first=first + begin))
             found = zip(*parts, (0, 1, 1), strict=True)
             return tuple(None if t[0] is None else torch.cat(t[:-1], t[-1]) for t in found)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import expect
+from flowkernels.fusion.watch import Unwatchable, Watch
 from flowkernels.runtime import backends
 from flowkernels.runtime.torch_private import (
     FORWARD_HOOKS,
@@ -39,6 +40,7 @@ from flowkernels.sampling.loop import OPS, REFERENCE, AsFunctions, evaluated_ste
 from flowkernels.sampling.state import State
 from flowkernels.solver import Solver, euler_sizes
 from flowkernels.velocity.evaluate import warn_if_training
+from flowkernels.velocity.hashes import unwrapped
 from flowkernels.velocity.protocol import Velocity, resolve
 
 MODES = (None, "auto", "graph", "compile")
@@ -74,14 +76,15 @@ def run(mode: str, velocity: Velocity, x: Tensor, solver: Solver) -> Tensor:
 
     if mode == "compile":
         # settings that are constants to the compiler
-        key += *(known.convention() or {}).values(), known.has_time_embedding(), _hooks(velocity)
+        guidance = known.guidance if callable(known.guidance) else None
+        key += *(known.convention() or {}).values(), id(guidance), known.has_time_embedding(), _hooks(velocity)
         with LOOPS.lock:
             loop = LOOPS.find(velocity, key)
             if loop is None:
                 t = known.model_times(solver.model_times, x)
                 next(evaluated_steps(velocity, x, solver, t))  # the velocity's own errors, not the compiler's
                 compiled = _compiled(solver, REFERENCE if backend == "reference" else OPS)
-                loop = LOOPS.keep(velocity, key, functools.partial(_call_compiled, compiled, t=t))
+                loop = LOOPS.keep(velocity, key, functools.partial(_call_compiled, compiled, t=t, guidance=guidance))
         return loop(velocity, x)
 
     # under the lock to the end: the graph's buffers are shared by all who call it
@@ -90,10 +93,11 @@ def run(mode: str, velocity: Velocity, x: Tensor, solver: Solver) -> Tensor:
         state = LOOPS.state_of(velocity)
         warns = (state is None or state.warns) and warn_if_training(velocity, stacklevel=6)
         graph = None if state is None else LOOPS.find(velocity, key, state)
-        if graph is None:
+        if graph is None or (graph.guidance is not None and graph.guidance.changed() is not None):
             t = known.model_times(solver.model_times, x)
             with torch.autocast(kind, autocast[1], autocast[0], cache_enabled=False):  # cached casts would be freed
-                graph = _Graph(lambda x, t: last_state(velocity, x, solver, t), x, t)
+                watch = _watch_guidance(velocity)
+                graph = _Graph(lambda x, t: last_state(velocity, x, solver, t), x, t, watch)
             state = LOOPS.state_of(velocity) or State(velocity, warns)  # after first calls, which may have changed it
             graph.own_all_but(state.storages)
             LOOPS.keep(velocity, key, graph, state)
@@ -114,7 +118,8 @@ def _compiled(solver: Solver, functions: AsFunctions) -> Callable:
     return torch.compile(own, fullgraph=True, dynamic=False, backend=COMPILER)
 
 
-def _call_compiled(loop: Callable, velocity, x: Tensor, t: Tensor) -> Tensor:
+def _call_compiled(loop: Callable, velocity, x: Tensor, t: Tensor, guidance: Callable | None) -> Tensor:
+    """guidance: kept, so that no other takes its place in the key."""
     try:
         return loop(velocity, x.detach().contiguous(), t)
     except compiler_errors() as e:
@@ -137,9 +142,12 @@ class _Graph:
     A graph holds addresses. What was made while it was recorded is in its private pool. All else that it reads,
     `reads`, is either of the velocity's `State`, so that a change of address is seen and the graph not replayed, or
     held here.
+
+    guidance: what says whether a function of guidance reads what it read then.
     """
 
-    def __init__(self, loop: Callable, x: Tensor, t: Tensor):
+    def __init__(self, loop: Callable, x: Tensor, t: Tensor, guidance: Watch | None):
+        self.guidance = guidance
         with torch.cuda.device(x.device), torch.inference_mode(False), torch.no_grad():
             self.x, self.t = x.clone(memory_format=torch.contiguous_format), t.clone()  # read by every replay
             self.graph, self.out, self.reads = _record(functools.partial(loop, self.x, self.t), x.device)
@@ -162,6 +170,17 @@ class _Graph:
     def is_done(self) -> bool:
         """Whether its last replay is over, as far as it can be told: a query would spoil a graph that is recorded."""
         return not torch.cuda.is_current_stream_capturing() and self.done.query()
+
+
+def _watch_guidance(velocity: Velocity) -> Watch | None:
+    """Of a function of guidance all that it reads: a number in a global, say, is a constant of the graph."""
+    guidance = getattr(unwrapped(velocity), "guidance", None)
+    if not callable(guidance):
+        return None
+    try:
+        return Watch(guidance)
+    except Unwatchable as e:
+        expect(False, "guidance", f"a function whose changes can be noticed, in a CUDA graph ({WAY_OUT})", str(e))
 
 
 # One stream for each device, on which all graphs are recorded: cuBLAS keeps scratch memory for each stream, which these

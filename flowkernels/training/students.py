@@ -87,7 +87,8 @@ def trained_parameters(student: nn.Module) -> list[nn.Parameter]:
 def field_identity(velocity: Velocity) -> str | None:
     """The hash of a field's convention and conditioning; None if they cannot be read."""
     settings = VelocityField.of(velocity).settings() | {"conditioning": dict(resolve(velocity).conditioning)}
-    return hash_of({k: v for k, v in settings.items() if k != "packed"}, "", {})
+    new = {k for k in ("time_offset", "shared") if not settings[k]}  # hashes of before are without them
+    return hash_of({k: v for k, v in settings.items() if k not in {"packed", *new}}, "", {})
 
 
 def student_velocity(student: nn.Module, x: Tensor, t: Tensor, sample: Tensor, n: int) -> Tensor:

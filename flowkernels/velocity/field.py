@@ -3,7 +3,7 @@
 import copy
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from flowkernels._checks import (
     expect_callable,
     expect_dtype,
     expect_int,
+    expect_list,
     expect_mapping,
     expect_positive_int,
     expect_real,
@@ -23,18 +24,19 @@ from flowkernels._checks import (
     expect_tensor,
     expect_text,
 )
-from flowkernels._guidance import guided
-from flowkernels.runtime.torch_private import BACKWARD_HOOKS, COMPILED_CALL, FORWARD_HOOKS, tree_flatten
+from flowkernels._guidance import Guidance, guided, guided_by, told
+from flowkernels.runtime.torch_private import BACKWARD_HOOKS, COMPILED_CALL, FORWARD_HOOKS, tree_flatten, tree_map
 from flowkernels.velocity.hashes import unwrapped, wraps
-from flowkernels.velocity.protocol import VelocityBase, is_per_sample, resolve
-from flowkernels.velocity.provenance import Identity, network_identity
+from flowkernels.velocity.protocol import VelocityBase, expect_rows, fits_rows, is_per_sample, on_tensors, resolve
+from flowkernels.velocity.provenance import Identity, hash_of, network_identity
 from flowkernels.velocity.time_embedding import Embedding, expand_embedding, takes_embedding
 
 
 class VelocityField(nn.Module, VelocityBase):
     """A network seen as a velocity field `v(x, t)`; call it with x `[n, *shape]` and t `[n]`.
 
-    What the network is called with is `time_scale * t`, or `time_scale * (1 - t)` with `reverse_time`.
+    What the network is called with is `time_scale * t + time_offset`, or `time_scale * (1 - t) + time_offset` with
+    `reverse_time`. One that takes (t (1 - eps) + eps) 999 has `time_scale=999 * (1 - eps), time_offset=999 * eps`.
     Diffusers' SD3 transformer, which takes sigma = 1 - t in thousandths and predicts noise - data:
     `VelocityField(net, reverse_time=True, time_scale=1000, x_name="hidden_states", time_name="timestep", ...)`;
     its Flux transformer takes sigma itself: the same without `time_scale`.
@@ -44,14 +46,20 @@ class VelocityField(nn.Module, VelocityBase):
             whose first entry is one, or an object with `.sample`.
         reverse_time: the network's time runs from data to noise.
         time_scale: factor on the time, such as 1000.
+        time_offset: what is added to the time last, after factor and reversal.
         sign: +1 if the network predicts dx/dt, -1 if it predicts -dx/dt. None: -1 with `reverse_time`, else +1.
         x_name: keyword name of x; None passes it by position.
         time_name: keyword name of the time; None passes it by position.
-        conditioning: further keyword arguments. A tensor whose first dimension is the number of samples is one row a
-            sample, and follows them when samples are chunked or shuffled (`rows`); one of first dimension 1 is shared
-            by all samples and expanded; anything else is passed on as it is. A container of tensors with one row a
-            sample is refused where the rows of some samples are taken.
-        guidance: classifier-free guidance weight w, `v = v_uncond + w (v_cond - v_uncond)`; 1 means no guidance.
+        conditioning: further keyword arguments. A tensor, by itself or in lists, tuples and dicts, has one row for each
+            sample, and follows them when samples are chunked or shuffled (`rows`), or one row for all, which is
+            expanded; another number of rows is an error. Tensors without dimensions and what is no tensor are passed
+            on as they are.
+        shared: names of the conditioning that is not per sample, such as `("img_ids", "txt_ids")`: passed on as it is,
+            whatever its shape.
+        guidance: classifier-free guidance weight w, `v = v_uncond + w (v_cond - v_uncond)`; 1 means no guidance. Or a
+            function `(cond, uncond, t) -> v` of the two velocities `[n, *shape]` in the state's dtype, and of the
+            times t `[n]`, for weights that depend on the time, rescaling and the like; `fuse` and `fuse_head` take a
+            weight alone.
         unconditional: the keyword arguments of the unconditional call that replace those of `conditioning`; needed
             with guidance.
         packed: the two velocities of guidance come from one call on a doubled batch (conditional half first), else from
@@ -82,11 +90,13 @@ class VelocityField(nn.Module, VelocityBase):
         *,
         reverse_time: bool = False,
         time_scale: float = 1.0,
+        time_offset: float = 0.0,
         sign: int | None = None,
         x_name: str | None = None,
         time_name: str | None = None,
         conditioning: Mapping[str, Any] | None = None,
-        guidance: float = 1.0,
+        shared: Sequence[str] = (),
+        guidance: Guidance = 1.0,
         unconditional: Mapping[str, Any] | None = None,
         packed: bool = True,
         dtype: torch.dtype | None = None,
@@ -97,7 +107,14 @@ class VelocityField(nn.Module, VelocityBase):
         sign = None if sign is None else expect_int(sign, "sign", "1, -1 or None", -1, 1)
         expect(sign != 0, "sign", "1, -1 or None", 0)
         time_scale = expect_real(time_scale, "time_scale", "a positive number", lambda a: a > 0)
-        guidance = expect_real(guidance, "guidance", "a finite weight")
+        time_offset = expect_real(time_offset, "time_offset", "a finite number")
+        if callable(guidance):
+            usable = not isinstance(guidance, (type, nn.Module))
+            expect_shown(
+                usable, "guidance", "a finite weight or a function (cond, uncond, t) -> v", guidance, TypeError
+            )
+        else:
+            guidance = expect_real(guidance, "guidance", "a finite weight or a function (cond, uncond, t) -> v")
         for name, given in (("x_name", x_name), ("time_name", time_name)):
             if given is not None:
                 expect_text(given, name, "the name of an argument, or None")
@@ -106,9 +123,15 @@ class VelocityField(nn.Module, VelocityBase):
                 expect_mapping(given, name, "a dict of keyword arguments")
         expect(x_name is None or time_name is not None, "time_name", "a name as well, with x_name", time_name)
         expect(time_name is None or x_name != time_name, "time_name", "another name than x_name", time_name)
-        expect(guidance == 1.0 or unconditional is not None, "unconditional", "a mapping with guidance", unconditional)
+        alone = not callable(guidance) and guidance == 1.0
+        expect(alone or unconditional is not None, "unconditional", "a mapping with guidance", unconditional)
         unknown = set(unconditional or {}) - set(conditioning or {})
         expect(not unknown, "unconditional", f"keys of conditioning {sorted(conditioning or {})}", f"{sorted(unknown)}")
+        names = "a tuple of names of conditioning"
+        expect_shown(not isinstance(shared, str), "shared", names, shared, TypeError)
+        shared = tuple(expect_text(key, "shared", names) for key in expect_list(shared, "shared", names, ordered=False))
+        unknown = set(shared) - set(conditioning or {})
+        expect(not unknown, "shared", f"keys of conditioning {sorted(conditioning or {})}", f"{sorted(unknown)}")
         taken = {x_name, time_name} & set(conditioning or {})
         expect(not taken, "conditioning", "other names than those of x and the time", f"{sorted(taken)}")
         if dtype is not None:
@@ -116,23 +139,23 @@ class VelocityField(nn.Module, VelocityBase):
         reverse_time, packed = expect_bool(reverse_time, "reverse_time"), expect_bool(packed, "packed")
         time_column = expect_bool(time_column, "time_column")
         self.net = net
-        self.reverse_time, self.time_scale = reverse_time, time_scale
+        self.reverse_time, self.time_scale, self.time_offset = reverse_time, time_scale, time_offset
         self.sign = sign if sign is not None else (-1 if reverse_time else 1)
         self.x_name, self.time_name = x_name, time_name
         self.conditioning, self.unconditional = dict(conditioning or {}), dict(unconditional or {})
-        self.guidance, self.packed, self.dtype = guidance, packed, dtype
+        self.shared, self.guidance, self.packed, self.dtype = shared, guidance, packed, dtype
         expect(not time_column or time_name is None, "time_name", "None with time_column", time_name)
         self.time_column = time_column
 
     def _apply(self, fn, recurse: bool = True) -> "VelocityField":
         """`.to(device)` and the like move the conditioning along with the network."""
         for kwargs in (self.conditioning, self.unconditional):
-            kwargs.update({k: fn(v) for k, v in kwargs.items() if isinstance(v, Tensor)})
+            kwargs.update({k: on_tensors(v, fn) for k, v in kwargs.items()})
         return super()._apply(fn, recurse)
 
     @property
     def is_guided(self) -> bool:
-        return self.guidance != 1.0
+        return callable(self.guidance) or self.guidance != 1.0
 
     @classmethod
     def of(cls, velocity: Any) -> "VelocityField":
@@ -141,19 +164,22 @@ class VelocityField(nn.Module, VelocityBase):
 
     def convention(self) -> dict:
         """What identifies this adapter beside the network's weights, for a calibration's provenance."""
-        return dict(
+        said = dict(
             reverse_time=self.reverse_time,
             time_scale=self.time_scale,
             sign=self.sign,
-            guidance=self.guidance,
+            guidance=told(self.guidance),
             dtype=None if self.dtype is None else str(self.dtype),
         )
+        # hashes of before are without it
+        return said | dict(time_offset=self.time_offset) if self.time_offset else said
 
     def settings(self) -> dict:
         """The keyword arguments that make it again."""
         return dict(
             reverse_time=self.reverse_time,
             time_scale=self.time_scale,
+            time_offset=self.time_offset,
             sign=self.sign,
             x_name=self.x_name,
             time_name=self.time_name,
@@ -161,6 +187,7 @@ class VelocityField(nn.Module, VelocityBase):
             dtype=self.dtype,
             time_column=self.time_column,
             conditioning=self.conditioning,
+            shared=self.shared,
             unconditional=self.unconditional,
             guidance=self.guidance,
         )
@@ -185,22 +212,19 @@ class VelocityField(nn.Module, VelocityBase):
 
     def rows(self, index: Tensor | slice, n: int) -> "VelocityField":
         """The same field for the samples `index` of n: conditioning that has one row a sample is indexed."""
-
         expect_positive_int(n, "n")
         expect_shown(isinstance(index, (Tensor, slice)), "index", "a tensor of places or a slice", index, TypeError)
         if isinstance(index, Tensor):
             expect_tensor(index, "index", (torch.int64, torch.int32, torch.bool))
 
+        changes: dict[str, Any] = {}
         whole = isinstance(index, slice) and index.indices(n) == (0, n, 1)
-
-        def pick(kwargs, name):
-            for k, v in kwargs.items() if not whole else ():
-                nested = not isinstance(v, Tensor) and any(is_per_sample(leaf, n) for leaf in tree_flatten(v)[0])
-                expected = "a tensor of one row a sample by itself, so that the rows of some samples can be taken"
-                expect_shown(not nested, f"{name}[{k!r}]", expected, v)
-            return {k: v[index] if is_per_sample(v, n) else v for k, v in kwargs.items()}
-
-        changes = {name: pick(getattr(self, name), name) for name in ("conditioning", "unconditional")}
+        for name in ("conditioning", "unconditional"):
+            kwargs = changes[name] = dict(getattr(self, name))
+            for k, v in kwargs.items():
+                if k not in self.shared:
+                    expect_rows(v, f"{name}[{k!r}]", n)
+                    kwargs[k] = v if whole else on_tensors(v, lambda t: t[index] if is_per_sample(t, n) else t)
         if isinstance(self.net, VelocityBase):
             changes["net"] = self.net.rows(index, n)
         return self._replace(**changes)
@@ -213,7 +237,8 @@ class VelocityField(nn.Module, VelocityBase):
         """In float64."""
         t = exact_time(t).to(float64_device(t.device), torch.float64, copy=True)
         t = self.time_scale * t  # before the difference: of k / 1000 and a scale of 1000, k
-        return self.time_scale - t if self.reverse_time else t
+        t = self.time_scale - t if self.reverse_time else t
+        return t + self.time_offset if self.time_offset else t
 
     def time_embedding(self, t: Tensor) -> Embedding:
         """The network's, at times of the library's convention; for networks that have one (`has_time_embedding`)."""
@@ -245,8 +270,11 @@ class VelocityField(nn.Module, VelocityBase):
         further = []
         if not type(self).__module__.startswith("flowkernels."):
             further.append(("field.", self, vars(VelocityField(unwrapped(self.net)))))
-        given = dict(conditioning=self.conditioning, unconditional=self.unconditional)
-        return network_identity(unwrapped(self.net), self.convention(), further=further, **given, weights=weights)
+        given = dict(conditioning=self.conditioning, unconditional=self.unconditional, shared=self.shared)
+        said, unknown = self.convention(), {}
+        if callable(self.guidance):
+            said["guidance_sha256"] = hash_of(self.guidance, "guidance", unknown)
+        return network_identity(unwrapped(self.net), said, further=further, **given, weights=weights, unknown=unknown)
 
     def call_network(
         self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], embedding: Embedding | None = None
@@ -259,10 +287,7 @@ class VelocityField(nn.Module, VelocityBase):
         plain = not (torch.compiler.is_compiling() or isinstance(net, VelocityBase) or wraps(type(net)))
         t = VelocityBase.time_for(self, time, x) if plain else resolve(net).time_for(time, x)
         x = x if self.dtype is None else x.to(self.dtype)
-        expanded = {
-            k: v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v
-            for k, v in kwargs.items()
-        }
+        expanded = {k: v if k in self.shared else self._expanded(k, v, n) for k, v in kwargs.items()}
         if embedding is not None:
             expanded["embedding"] = expand_embedding(embedding, n)
         if self.time_column:
@@ -281,6 +306,33 @@ class VelocityField(nn.Module, VelocityBase):
             expect(isinstance(v, Tensor), "net", "a tensor, a tuple of tensors or an object with .sample", v, TypeError)
         return v if self.sign == 1 else -v
 
+    def _expanded(self, key: str, value: Any, n: int, of: str | None = None) -> Any:
+        """Conditioning that is not shared, with a row for each of n samples."""
+        if not fits_rows(value, n):
+            of = of or ("unconditional" if value is self.unconditional.get(key) else "conditioning")
+            expect_rows(value, f"{of}[{key!r}]", n)
+        return on_tensors(value, lambda t: t.expand(n, *t.shape[1:]) if t.dim() and len(t) == 1 else t)
+
+    def _both(self, key: str, cond: Any, uncond: Any, n: int) -> Any:
+        """Conditioning of a packed call: that of both halves."""
+        if key in self.shared:
+            expected = "the same for both, being shared, in a packed call (or packed=False)"
+            expect_shown(_same(cond, uncond), f"unconditional[{key!r}]", expected, uncond)
+            return cond
+        cond, uncond = self._expanded(key, cond, n, "conditioning"), self._expanded(key, uncond, n, "unconditional")
+        (of_cond, form), (of_uncond, other) = tree_flatten(cond), tree_flatten(uncond)
+        rows = [isinstance(t, Tensor) and t.dim() > 0 for t in of_cond]
+        alike = form == other and rows == [isinstance(t, Tensor) and t.dim() > 0 for t in of_uncond]
+        alike = alike and all(r or _same_leaf(a, b) for r, a, b in zip(rows, of_cond, of_uncond, strict=True))
+        if not alike:
+            odd = "unconditional" if isinstance(cond, Tensor) and cond.dim() else "conditioning"
+            expected = f"rows for 1 or {n} samples, or the same for both, in a packed call (or packed=False)"
+            expect(False, f"{odd}[{key!r}]", expected, uncond if odd == "unconditional" else cond)
+        if not any(rows):
+            return cond
+        parts = iter([torch.cat([a, b]) if r else a for r, a, b in zip(rows, of_cond, of_uncond, strict=True)])
+        return next(parts) if isinstance(cond, Tensor) else tree_map(lambda _: next(parts), cond)
+
     def pair(self, x: Tensor, t: Tensor, embedding: Embedding | None = None) -> tuple[Tensor, Tensor | None]:
         """(conditional velocity, unconditional velocity), the second None without guidance.
 
@@ -294,15 +346,7 @@ class VelocityField(nn.Module, VelocityBase):
             return self.call_network(x, t, self.conditioning, *embedding), self.call_network(x, t, other, *embedding)
         n, both = len(x), {}
         for k, cond in self.conditioning.items():
-            uncond = other[k]
-            odd = [c for c in (cond, uncond) if not (isinstance(c, Tensor) and c.dim() and len(c) in (1, n))]
-            if not odd:
-                both[k] = torch.cat([c.expand(n, *c.shape[1:]) for c in (cond, uncond)])
-            else:
-                expected = f"rows for 1 or {n} samples, or the same for both, in a packed call (or packed=False)"
-                name = "conditioning" if odd[0] is cond else "unconditional"
-                expect(_same(cond, uncond), f"{name}[{k!r}]", expected, odd[0])
-                both[k] = cond
+            both[k] = self._both(k, cond, other[k], n)
         exact = exact_time(t)
         t = torch.cat([t, t]) if exact is t else _rounded(torch.cat([exact, exact]), t.device, t.dtype)
         v = self.call_network(torch.cat([x, x]), t, both, *embedding)
@@ -313,12 +357,20 @@ class VelocityField(nn.Module, VelocityBase):
     ) -> tuple[Tensor, Tensor | None, float]:
         if is_called_whole(self):
             return super().velocities(x, t, embedding)
-        return *self.pair(x, t, *(() if embedding is None else (embedding,))), self.guidance
+        v, v_uncond = self.pair(x, t, *(() if embedding is None else (embedding,)))
+        if not callable(self.guidance):
+            return v, v_uncond, self.guidance
+        return v if v_uncond is None else self._guided(v, v_uncond, t, x), None, 1.0
+
+    def _guided(self, v: Tensor, v_uncond: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        if callable(self.guidance):
+            return guided_by(self.guidance, v, v_uncond, VelocityBase.time_for(self, t, x), x)
+        return guided(v, v_uncond, self.guidance, x.dtype)
 
     def forward(self, x: Tensor, t: Tensor, embedding: Embedding | None = None) -> Tensor:
         expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
         v, v_uncond = self.pair(x, t, *(() if embedding is None else (embedding,)))
-        return v if v_uncond is None else guided(v, v_uncond, self.guidance, x.dtype)
+        return v if v_uncond is None else self._guided(v, v_uncond, t, x)
 
 
 REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_callable, expect_takes
+from flowkernels._guidance import Guidance
+from flowkernels.runtime.torch_private import tree_leaves, tree_map
 from flowkernels.velocity.hashes import unwrapped
 from flowkernels.velocity.provenance import Identity, network_identity
 from flowkernels.velocity.time_embedding import Embedding, expand_embedding, exposes_time_embedding
@@ -41,8 +43,10 @@ class VelocityBase:
     overrides, all of which have a default; the stages ask a velocity nothing but these. `VelocityField`, `FusedSampler`
     and `FusedHead` are such classes. One with a time embedding is a `HasTimeEmbedding` as well.
 
-    guidance: weight w of `v_uncond + w (v - v_uncond)`, of what `velocities` returns.
+    guidance: weight w of `v_uncond + w (v - v_uncond)`, of what `velocities` returns; or a function of both, which
+        `velocities` has applied.
     conditioning: what it is called with beside x and t, by name.
+    shared: the names of that which is not per sample.
     is_fused: it runs a solver, or a step, by kernels of its own (`fused_run`, `fused_steps`).
     forced_knots: times that no step may span, such as where one network takes over from another; `calibrate` takes
         them over.
@@ -55,8 +59,9 @@ class VelocityBase:
         tensor([[0.2500, 0.2500]])
     """
 
-    guidance: float = 1.0
+    guidance: Guidance = 1.0
     conditioning: Mapping[str, Any] = MappingProxyType({})
+    shared: tuple[str, ...] = ()
     is_fused: bool = False
     forced_knots: tuple[float, ...] = ()
 
@@ -156,7 +161,7 @@ class Called(VelocityBase):
     def rows(self, index: Tensor | slice, n: int) -> "Called":
         inside = self._inside()
         if inside is not None and len(range(n)[index] if isinstance(index, slice) else index) < n:
-            rows = sorted(k for k, v in inside.conditioning.items() if is_per_sample(v, n))
+            rows = sorted(k for k, v in inside.conditioning.items() if k not in inside.shared and is_per_sample(v, n))
             expected = "a VelocityField around the wrapped network, where conditioning has a row for each sample"
             got = f"a {type(self.function).__name__} around a VelocityField with {rows}"
             expect(not rows, "velocity", expected, got)
@@ -210,5 +215,34 @@ def as_given(velocity: Velocity) -> Velocity:
 
 
 def is_per_sample(value: Any, n: int) -> bool:
-    """Whether it has one row for each of n > 1 samples."""
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == n and n > 1
+    """Whether it, or a tensor in it, has one row for each of n > 1 samples, where it is not shared."""
+    return n > 1 and any(t.dim() > 0 and len(t) == n for t in _tensors(value))
+
+
+def fits_rows(value: Any, n: int) -> bool:
+    return all(not t.dim() or len(t) in (1, n) for t in _tensors(value))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def expect_rows(value: Any, name: str, n: int) -> None:
+    """Raise unless each tensor in conditioning that is not shared has one row for each of n samples, or one for all.
+
+    name: such as `conditioning['y']`.
+    """
+    for t in _tensors(value):
+        if not fits_rows(t, n):
+            rows = f"{n} rows, one for each sample, or 1" if n > 1 else "1 row, that of the sample"
+            key = name.partition("[")[2].removesuffix("]")
+            expect(False, name, f"{rows} (shared=({key},) for what is not per sample)", t)
+
+
+def on_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    """f of a tensor, or of those in a container; what holds none as it is."""
+    if isinstance(value, Tensor):
+        return f(value)
+    if not _tensors(value):
+        return value
+    return tree_map(lambda t: f(t) if isinstance(t, Tensor) else t, value)

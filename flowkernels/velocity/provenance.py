@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ class Identity:
     parameters: of the weights and the convention. of_state: that of what is in the state dict alone, which files of
     before have. attributes: of the classes of all modules and what they hold beside weights. conditioning,
     unconditional: of each of their values. None is unknown; `unknown` says why. unread: names of attributes and hooks
-    that have no hash.
+    that have no hash. shared: names of the conditioning that is not per sample.
     """
 
     parameters: str | None = None
@@ -28,11 +29,12 @@ class Identity:
     unconditional: dict[str, str | None] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
     def provenance(self) -> dict:
         """The entries of a file."""
         found = {"parameters_sha256": self.parameters, "attributes_sha256": self.attributes}
-        found |= {"conditioning": self.conditioning, "unconditional": self.unconditional}
+        found |= {"conditioning": self.conditioning, "unconditional": self.unconditional, "shared": list(self.shared)}
         return found | ({"unknown": self.unknown} if self.unknown else {})
 
     def is_proven(self, recorded: Mapping[str, Any]) -> bool:
@@ -64,6 +66,9 @@ class Identity:
             if isinstance(then, Mapping):
                 keys = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k) or then[k] is None)
                 found += [f"{name} {k!r}{'' if then.get(k) and now.get(k) else ' (unknown)'}" for k in keys]
+        shared = recorded.get("shared")
+        if isinstance(shared, list) and shared != list(self.shared):
+            found.append(f"shared {shared}, now {list(self.shared)}")
         return found
 
 
@@ -82,14 +87,16 @@ def network_identity(
     further: Sequence[tuple[str, nn.Module, Collection[str]]] = (),
     conditioning: Mapping[str, Any] | None = None,
     unconditional: Mapping[str, Any] | None = None,
+    shared: Sequence[str] = (),
     weights: bool = True,
+    unknown: Mapping[str, str] = MappingProxyType({}),
 ) -> Identity:
     """Of a network, wrappers aside, called by a convention; what is no module has no hash of its own.
 
     further: modules beside its own whose attributes count, as `hashes.attributes_hash` takes them. weights: False
-    leaves out the hashes of weights, which take as long as these take to be read.
+    leaves out the hashes of weights, which take as long as these take to be read. unknown: of the convention.
     """
-    digests, attributes, unknown = (None, None), (None, []), {}
+    digests, attributes, unknown = (None, None), (None, []), dict(unknown)
     if isinstance(net, nn.Module):
         try:
             digests = weights_hash(net, repr(sorted(convention.items()))) if weights else digests
@@ -102,4 +109,5 @@ def network_identity(
         {key: hash_of(value, f"{name}.{key}", unknown) for key, value in (given or {}).items()}
         for name, given in (("conditioning", conditioning), ("unconditional", unconditional))
     ]
-    return Identity(*digests[::-1], attributes[0], *kwargs, unknown, tuple(attributes[1]))
+    names = tuple(sorted(set(shared)))
+    return Identity(*digests[::-1], attributes[0], *kwargs, unknown, tuple(attributes[1]), names)
