@@ -107,8 +107,8 @@ class Schedule:
     def sigmas(self) -> Tensor:
         """1 - t, float64 `[N+1]`, from 1, or less, to 0.
 
-        Diffusers' `FlowMatchEulerDiscreteScheduler(shift=1.0)` takes `sigmas[:-1].tolist()`: it appends the 0 itself,
-        and any other shift moves them.
+        Samplers that shift what they are handed, as most of diffusers' do, run another schedule on them:
+        `flowkernels.integrations.diffusers.sigmas_for` undoes it.
         """
         return 1 - self.times
 

@@ -837,10 +837,15 @@ def _others(cal) -> None:
     place("load_network", bundled.load_network, (OSError,), path=of_path)
     place("network_notes", bundled.network_notes, (OSError,), path=of_path)
     with contextlib.suppress(ImportError):
-        importlib.import_module("diffusers")
-        from flowkernels.integrations.diffusers import solver_scheduler
+        diffusers = importlib.import_module("diffusers")
+        from flowkernels.integrations.diffusers import sigmas_for, solver_scheduler
 
-        place("solver_scheduler", solver_scheduler, solver=(3, is_plan), num_train_timesteps=(1000, is_int(1)))
+        stock = (lambda: diffusers.FlowMatchEulerDiscreteScheduler(), nothing_else)
+        is_held = lambda v: is_plan(v) or isinstance(v, fk.Calibration)  # noqa: E731
+        is_euler = lambda v: is_plan(v) and (not isinstance(v, fk.Solver) or v.is_euler)  # noqa: E731
+        place("solver_scheduler", solver_scheduler, solver=(3, is_held), like=stock)
+        mu = (None, or_none(within(-math.inf)))
+        place("sigmas_for", sigmas_for, schedule=(3, is_euler), scheduler=stock, mu=mu)
     del net
 
 

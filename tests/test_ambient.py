@@ -236,14 +236,18 @@ def stored_calls(w, tmp_path):
 @stage
 def scheduler(w, tmp_path):
     pytest.importorskip("diffusers")
-    from flowkernels.integrations.diffusers import solver_scheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
-    made = solver_scheduler(fk.Solver.adams_bashforth(w["cal"][3]))
+    from flowkernels.integrations.diffusers import sigmas_for, solver_scheduler
+
+    stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    made = solver_scheduler(fk.Solver.adams_bashforth(w["cal"][3]), like=stock)
     made.set_timesteps()
     x = w["noise"]
     for t in made.timesteps:
         x = made.step(w["net"](x, 1 - t.expand(len(x)) / 1000), t, x).prev_sample
-    return [x, made.sigmas, made.timesteps]
+    noisy = made.scale_noise(x, [made.timesteps[1]], w["noise"])
+    return [x, made.sigmas, made.timesteps, noisy, sigmas_for(w["cal"][3], stock)]
 
 
 @stage

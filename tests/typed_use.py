@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import assert_type
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels.integrations.diffusers import solver_scheduler
+from flowkernels.integrations.diffusers import sigmas_for, solver_scheduler
 
 
 def pipeline(net: nn.Module, noise: Tensor) -> Tensor:
@@ -34,7 +35,10 @@ def pipeline(net: nn.Module, noise: Tensor) -> Tensor:
     assert_type(fk.export(solver, "timegrid", knots_only=True), Tensor)
     assert_type(fk.export(solver, "numpy")["coefficients"].shape, tuple[int, ...])
     fk.export(cal, "json", steps=8), fk.export(solver, "diffusers")
-    solver_scheduler(solver, num_train_timesteps=1000)
+    stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = solver_scheduler(cal, like=stock)
+    solver_scheduler(solver, like=scheduler)
+    assert_type(sigmas_for(schedule, stock, mu=0.5), list[float])
     return fk.sample(trained.student, inversion.noise, [0, 0.25, 1], capture="auto")
 
 

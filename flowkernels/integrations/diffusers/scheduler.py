@@ -1,155 +1,304 @@
 """Solvers as a scheduler of diffusers' pipelines."""
 
 import functools
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from flowkernels._checks import expect, expect_positive_int
+from flowkernels._checks import describe, expect, expect_int, expect_mapping
+from flowkernels._files import plain
+from flowkernels._warnings import warn
+from flowkernels.calibration.calibration import Calibration
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.schedule import Schedule
-from flowkernels.solver import Solver, expect_solver, last_uses
+from flowkernels.solver import Solver, expect_solver, last_uses, polynomial_weights
 
 if TYPE_CHECKING:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
+
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+FLOW_MODES = ("UniPC", "DPMSolver", "DEIS", "SASolver")  # of schedulers that are for other models too
+LOWER = {torch.float32: (torch.bfloat16, torch.float16), torch.float64: (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def solver_scheduler(
-    solver: Solver | Schedule | int | Sequence[float] | torch.Tensor, num_train_timesteps: int = 1000
+    solver: Calibration | Solver | Schedule | int | Sequence[float] | torch.Tensor, like: "SchedulerMixin"
 ) -> "FlowMatchEulerDiscreteScheduler":
-    """A scheduler for diffusers' flow-matching pipelines (SD3, Flux and others), in place of their
-    FlowMatchEulerDiscreteScheduler, from which it is derived:
+    """A scheduler for diffusers' flow-matching pipelines, in place of the one that they have:
 
-        pipe.scheduler = solver_scheduler(cal[8])
+        pipe.scheduler = solver_scheduler(cal, like=pipe.scheduler)
         pipe(prompt, num_inference_steps=8)
 
     Args:
-        solver: a Solver from noise to data, or what `fk.sample` takes as a schedule. Pipelines are to be asked for as
-            many `num_inference_steps` as it has evaluations; sigmas and shifts that they bring along give way to its
-            own times.
-        num_train_timesteps: what the network is called with is as many times `1 - t`.
+        solver: a Calibration, of which `best(N)` serves each N that it holds; a Solver from noise to data; or what
+            `fk.sample` takes as a schedule. Pipelines are to be asked for as many `num_inference_steps` as one of them
+            has evaluations; sigmas, timesteps and shifts that they bring along give way to its own times.
+        like: the scheduler that it replaces, which knows how the network is called: the time scale
+            (`num_train_timesteps`), and where time is inverted (`invert_sigmas`) the other direction and the other
+            sign. FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, or UniPC, DPM-Solver, DEIS or
+            SA-Solver with `prediction_type="flow_prediction"` and `use_flow_sigmas=True`; others are refused. Its
+            config is kept, so that `type(like).from_config(pipe.scheduler.config)` is the way back.
 
-    The state is kept in float32 between steps, where the pipeline hands back what it was given, and steps go on from
-    what it hands back where it has changed it. An image as the start (strength below 1) needs a solver that looks back
-    at no velocity before it, such as Euler steps. `save_config` keeps the whole solver, and a pipeline that is saved
-    with it can be loaded. Pipelines whose own scheduler inverts its sigmas (`invert_sigmas`: Mochi, LongCat-AudioDiT)
-    have a network whose time runs the other way, which this one does not give: they are refused.
+    The state is kept in float32 between steps, where the pipeline hands back what it was given: each element that is
+    the kept one rounded to bfloat16 or float16 goes on from the kept one, and any other from what the pipeline has made
+    of it, however it was written. A start within the solver (an image, strength below 1) has no velocities before it:
+    steps that look further back are Euler's and then Adams-Bashforth's of order 2 on its knots, which a warning says
+    once. With `per_token_timesteps` each token's start is its own. Where the pipeline changes the shape of its latents
+    the solver starts anew there, as from an image.
+
+    `save_config` keeps all of it, numbers to the last digit. A pipeline that was saved with it is loaded after
+    `import flowkernels.integrations.diffusers`: diffusers does not import a module because a file names it. Copies
+    (`copy.deepcopy`, `from_config`) serve requests at the same time.
+
+    Raises:
+        TypeError, ValueError: naming the argument; at `set_timesteps` for a number of steps that it does not hold, and
+            for sigmas that begin below its own start (latents that the pipeline has noised less).
 
     Examples:
-        >>> scheduler = solver_scheduler(fk.Solver.adams_bashforth(8, order=2))
-        >>> scheduler.set_timesteps(8)
-        >>> len(scheduler.timesteps)
-        8
+        >>> from diffusers import FlowMatchEulerDiscreteScheduler
+        >>> stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        >>> scheduler = solver_scheduler(fk.Solver.adams_bashforth(4, order=2), like=stock)
+        >>> scheduler.set_timesteps(4)
+        >>> scheduler.timesteps
+        tensor([1000.,  750.,  500.,  250.])
     """
-    expect_positive_int(num_train_timesteps, "num_train_timesteps")
-    solver = expect_solver(solver, "solver")
-    expect(not solver.is_inverse, "solver", "a solver from noise to data", solver)
-    return _scheduler_class()(solver.to_dict(), num_train_timesteps)
+    solvers = {str(n): _to_dict(s) for n, s in sorted(_held(solver).items())}
+    _expect_flow(like)
+    return scheduler_class().from_config(like.config, solvers=solvers)
 
 
-def __getattr__(name: str):
-    """`SolverScheduler`, made where it is asked for: it takes diffusers to be there. A pipeline that is loaded looks
-    here for the class and for that of schedulers, which tells it how to load one."""
-    if name == "SolverScheduler":
-        return _scheduler_class()
-    if name == "SchedulerMixin":
-        from diffusers import SchedulerMixin
-
-        return SchedulerMixin
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-INVERTED = ("MochiPipeline", "LongCatAudioDiTPipeline")
+def _held(solver) -> dict[int, Solver]:
+    """By number of evaluations; of two with as many, that of more steps."""
+    if isinstance(solver, Calibration):
+        steps = sorted({*solver.schedules, *solver.solvers})
+        expect(len(steps) > 0, "solver", "a calibration that holds a schedule or a solver", "one of none")
+        held = [Solver.of(solver.best(n)) for n in steps]
+    else:
+        held = [expect_solver(solver, "solver")]
+    for each in held:
+        expect(not each.is_inverse, "solver", "a solver from noise to data", each)
+    return {each.evaluations: each for each in held}
 
 
-def _inverted_pipeline(scheduler) -> str | None:
-    """The pipeline that is calling the scheduler's method, if it is one of those that invert sigmas: nothing else
-    tells a scheduler where it is used."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        inverted = [kind.__name__ for kind in type(caller).__mro__ if kind.__name__ in INVERTED]
-        if inverted and caller.scheduler is scheduler:
-            return inverted[0]
-        frame = frame.f_back
-    return None
+def _to_dict(solver: Solver) -> dict:
+    if solver.is_euler:
+        return {"times": solver.times.tolist()}
+    return solver.to_dict() | {"notes": plain(solver.notes)}
+
+
+def _from_dict(data: dict) -> Solver:
+    return Solver.from_dict(data) if set(expect_mapping(data, "solvers")) != {"times"} else Solver.euler(data["times"])
+
+
+def _expect_flow(like) -> None:
+    """A scheduler of networks whose output is noise - data at x = (1 - sigma) data + sigma noise, without noise of its
+    own on the way."""
+    names = {kind.__name__ for kind in type(like).__mro__}
+    expected = (
+        "a scheduler of a flow-matching model, such as pipe.scheduler: one of "
+        f"{', '.join(FLOW)}, or of {', '.join(FLOW_MODES)} with prediction_type='flow_prediction' and "
+        "use_flow_sigmas=True"
+    )
+    expect("SchedulerMixin" in names, "like", expected, describe(like), TypeError)
+    config, name = like.config, type(like).__name__
+    of_modes = "prediction_type" in config and name.startswith(FLOW_MODES) and "Inverse" not in name
+    if of_modes:
+        prediction, flow = config["prediction_type"], config.get("use_flow_sigmas", False)
+        known = prediction == "flow_prediction" and flow
+        expect(known, "like", expected, f"{name} with prediction_type={prediction!r} and use_flow_sigmas={flow}")
+    expect(of_modes or not names.isdisjoint(FLOW), "like", expected, name)
+    edm = config.get("sigma_data") is not None and not of_modes  # Cosmos 2 writes it there, and scales latents by sigma
+    expect(not edm, "like", expected, f"{name} in the hands of an EDM pipeline (its config has sigma_data)")
+    noisy = config.get("stochastic_sampling", False)
+    expect(not noisy, "like", "a scheduler without noise of its own", f"{name} with stochastic_sampling=True")
 
 
 @functools.cache
-def _scheduler_class() -> type:
+def scheduler_class() -> type:
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.configuration_utils import register_to_config
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
     class SolverScheduler(FlowMatchEulerDiscreteScheduler):
-        """The steps of a Solver, given as its dict; `solver_scheduler` makes it."""
+        """The steps of Solvers, given as their dicts by number of evaluations; `solver_scheduler` makes it."""
 
         __qualname__ = "SolverScheduler"
+        __module__ = "flowkernels.integrations.diffusers"  # where a saved pipeline says that it is
         init_noise_sigma = 1.0
+        model_outputs, last_sample = (), None  # ChronoEdit cuts those of its scheduler with the latents
 
         @register_to_config
-        def __init__(
-            self,
-            solver: dict,
-            num_train_timesteps: int = 1000,
-            use_flow_sigmas: bool = True,
-            invert_sigmas: bool = False,
-            stochastic_sampling: bool = False,
-        ):
-            for name, value in dict(invert_sigmas=invert_sigmas, stochastic_sampling=stochastic_sampling).items():
-                expect(not value, name, "False: the steps are the solver's, from sigma 1 to 0", value)
-            super().__init__(num_train_timesteps=num_train_timesteps)
-            self.solver = Solver.from_dict(solver)
-            self._updates = self.solver.updates(chained=True)  # a pipeline may change the state between steps
-            self._last = last_uses(self._updates)
-            self.set_timesteps()
+        def __init__(self, solvers: dict | None = None, num_train_timesteps: int = 1000, invert_sigmas: bool = False):
+            whole = isinstance(solvers, dict) and len(solvers) > 0
+            expect(whole, "solvers", "those of a scheduler that solver_scheduler(..., like=scheduler) makes", solvers)
+            super().__init__(num_train_timesteps=num_train_timesteps, invert_sigmas=invert_sigmas)
+            self.solvers = {each.evaluations: each for each in map(_from_dict, solvers.values())}
+            self.solver = None
+            self._warned = False
+            if len(self.solvers) == 1:
+                self.set_timesteps()
 
-        def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None) -> None:
-            """Begin; sigmas and mu are taken for their number alone."""
-            solver, M = self.solver, self.solver.evaluations
-            inverted = _inverted_pipeline(self)
-            expected = "a pipeline whose network's time runs from num_train_timesteps down to 0"
-            expect(inverted is None, "scheduler", expected, f"{inverted}, whose own scheduler has invert_sigmas=True")
-            given = num_inference_steps if sigmas is None else len(sigmas)
-            expect(given in (None, M), "num_inference_steps", f"{M}, the evaluations of {solver!r}", given)
-            t = solver.model_times
-            known = solver.times if solver.steps == M else torch.cat([t, t.new_ones(1)])  # of the states
+        @classmethod
+        def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+            """Of `solver_scheduler`'s config; what else is there, of the scheduler in whose place it is, is kept."""
+            own, of_other = ("solvers", "num_train_timesteps", "invert_sigmas"), expect_mapping(config, "config")
+            merged = {k: v for k, v in {**of_other, **kwargs}.items() if k in config or k in own}
+            expected = "one with solvers, as solver_scheduler(..., like=scheduler) makes it"
+            expect("solvers" in merged, "config", expected, f"that of {config.get('_class_name', 'another scheduler')}")
+            made = cls(**{k: merged[k] for k in own if k in merged})
+            made.register_to_config(**{k: v for k, v in merged.items() if k[0] != "_"}, _use_default_values=[])
+            return (made, {k: v for k, v in kwargs.items() if k not in merged}) if return_unused_kwargs else made
+
+        def set_shift(self, shift: float) -> None:
+            expect(False, "set_shift", "no shift: the times are the solver's", shift)
+
+        def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
+            """Begin; sigmas and timesteps are taken for their number, and mu for nothing."""
+            given = {"num_inference_steps": num_inference_steps}
+            given |= {name: len(v) for name, v in (("sigmas", sigmas), ("timesteps", timesteps)) if v is not None}
+            self.solver = solver = self._of(given)
+            scale, start = self.config.num_train_timesteps, 1 - float(solver.times[0])
+            for name, values, unit in (("sigmas", sigmas, 1), ("timesteps", timesteps, scale)):
+                if values is not None:  # shifts leave 1 where it is; some pipelines begin at 0.999
+                    first, expected = (
+                        float(values[0]) / unit,
+                        f"a start at sigma {start:g}, that of {solver!r}, or above",
+                    )
+                    expect(first > start - 0.005, name, f"{expected} (a start within it has a begin_index)", first)
+            M, t = solver.evaluations, solver.model_times
+            self._updates = solver.updates(chained=True)  # a pipeline may change the state between steps
+            self._last = last_uses(self._updates)
+            self._known = solver.times if solver.steps == M else torch.cat([t, t.new_ones(1)])  # of the states
             self.num_inference_steps = M
-            self.sigmas = (1 - known).float().to(device)
-            self.timesteps = (self.config.num_train_timesteps * (1 - t)).float().to(device)
+            times = [self._known, t] if self.config.invert_sigmas else [1 - self._known, 1 - t]
+            self.sigmas, self.timesteps = times[0].float().to(device), (scale * times[1]).float().to(device)
             self._step_index = self._begin_index = None
-            self._past, self._state, self._given, self._version = {}, None, None, 0
+            self._start(0)
+
+        def _of(self, given: dict) -> Solver:
+            held = sorted(self.solvers)
+            one = f"{held[0]}, the evaluations of {self.solvers[held[0]]!r}"
+            expected = one if len(held) == 1 else f"one of {held}, the numbers of evaluations that the scheduler holds"
+            for name, number in given.items():
+                if number is not None:
+                    number = expect_int(number, name, expected, 1)
+                    expect(number in held, name, expected, number)
+            asked = {number for number in given.values() if number is not None} or set(held)
+            expect(len(asked) == 1, "num_inference_steps", expected, "none" if len(asked) == len(held) else given)
+            return self.solvers[int(asked.pop())]
+
+        def _start(self, begin: int) -> None:
+            """Nothing is known of before this evaluation."""
+            self._begin, self._past, self._state, self._joined = begin, {}, None, None
+            self._short = any(min(update.which) < begin for update in self._updates[begin:])
+
+        def _rule(self, i: int, begin: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+            """Velocities and factors of the step after evaluation i, of those from evaluation `begin` on.
+
+            The solver's own where it looks no further back. Else a step of lower order over the same interval. What
+            begins with one of Euler's has an error of the second order in the step there, so that no more than order 2
+            is to be had of it: Adams-Bashforth 2 on the knots suffices. The factors add up to the interval, and so
+            constant velocities stay exact, as they would not with the solver's own factors cut off.
+            """
+            _, which, factors = self._updates[i]
+            if min(which) >= begin:
+                return which, factors
+            t = self._known[max(i - 1, begin) : i + 2]
+            if len(t) == 2 or t[0] == t[1] or t[1] == t[2]:
+                return (i,), (float(t[-1] - t[-2]),)
+            return (i - 1, i), tuple(polynomial_weights(t[:2], t[1], t[2]).tolist())
 
         def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
+            """The nearest; of equal ones the last, after which most is left to be done, or the first of all."""
             timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
-            return int((timesteps - timestep).abs().argmin())
+            away = (timesteps - torch.as_tensor(timestep, dtype=timesteps.dtype, device=timesteps.device)).abs()
+            nearest = (away == away.min()).nonzero().flatten().tolist()
+            return nearest[-1] if nearest[0] else 0
 
-        def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
+        def scale_noise(self, sample, timestep, noise):
+            """Data with the noise that the state has before a step."""
+            if self.begin_index is None:
+                at = [self.index_for_timestep(t) for t in timestep]
+            else:  # before the first step, or for inpainting after one
+                at = [self.begin_index if self.step_index is None else self.step_index] * len(timestep)
+            t = self._known[at].to(sample.device, torch.promote_types(sample.dtype, torch.float32))
+            t = t.reshape(-1, *[1] * (sample.dim() - 1))
+            return (t * sample + (1 - t) * noise).to(sample.dtype)
+
+        def add_noise(self, original_samples, noise, timesteps):
+            return self.scale_noise(original_samples, timesteps, noise)
+
+        def scale_model_input(self, sample, timestep=None):
+            return sample
+
+        def step(
+            self, model_output, timestep, sample, generator=None, per_token_timesteps=None, return_dict: bool = True
+        ):
+            expect(self.solver is not None, "step", "set_timesteps before it", "none")
             if self.step_index is None:
                 self._init_step_index(timestep)
-                begin = self.step_index
-                back = any(min(update.which) < begin for update in self._updates[begin:])
-                way_out = "0, or a solver that looks back at no velocity before it (Euler's steps)"
-                expect(not back, "begin_index", f"{way_out}, for a start within {self.solver!r}", begin)
+                self._start(self.step_index)
             i, M = self.step_index, self.solver.evaluations
             expect(i < M, "step", f"{M} steps after set_timesteps", "one more")
+            if self._state is not None and self._state.shape != sample.shape:
+                self._start(i)
+            if self._short and not self._warned:
+                self._warned = True
+                text = f"begin_index: starts at evaluation {self._begin} of {self.solver!r}, whose steps look back at "
+                warn(text + "velocities before it; those steps are of lower order (Euler, then Adams-Bashforth 2)", 2)
             dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-            x = (self._state if self._is_as_given(sample) else sample).to(dtype)
+            x = self._taken(sample, dtype)
             v = model_output.to(dtype) if torch.float64 in (dtype, model_output.dtype) else model_output
-            self._past[i] = v.clone() if self._last[i] > i else v  # a pipeline may give the next in the same memory
-            _, which, factors = self._updates[i]
-            x = linear_update(x, [self._past[k] for k in which], [-b for b in factors])  # noise - data: -dx/dt
-            self._past = {k: past for k, past in self._past.items() if self._last[k] > i}
-            new = x.to(model_output.dtype)
-            self._state, self._given = x, new
-            self._version = None if new.is_inference() else new._version
+            by_token = per_token_timesteps is not None
+            as_before = i == self._begin or by_token == (self._joined is not None)
+            expect(as_before, "per_token_timesteps", "them for all steps of a run or for none", per_token_timesteps)
+            keeps = self._last[i] > i or ((self._short or by_token) and i + 1 < M)
+            self._past[i] = v.clone() if keeps else v  # a pipeline may give the next in the same memory
+            x = self._stepped_by_token(x, v, per_token_timesteps) if by_token else self._stepped(x, self._begin)
+            self._past = {k: past for k, past in self._past.items() if self._last[k] > i or (k == i and keeps)}
+            self._state = x
+            new = x if by_token else x.to(model_output.dtype)
             self._step_index += 1
             return SchedulerOutput(prev_sample=new) if return_dict else (new,)
 
-        def _is_as_given(self, sample) -> bool:
-            """Whether it is the last step's result, and nobody has written to it since."""
-            return sample is self._given and self._version is not None and sample._version == self._version
+        def _taken(self, sample, dtype):
+            """The sample, but the state that was kept wherever the sample is that one rounded, and no more: what is
+            lost where somebody has written to it is less than the rounding."""
+            x, kept = sample.to(dtype), self._state
+            if kept is None or kept is x:
+                return x
+            kept = kept.to(x.device, dtype)
+            for low in LOWER[dtype]:
+                x = torch.where(kept.to(low) == x, kept, x)
+            return x
+
+        def _stepped(self, x, begin: int, sign: int | None = None):
+            """sign: of dx/dt in terms of the network's output, which is noise - data, but where time is inverted."""
+            which, factors = self._rule(self.step_index, begin)
+            sign = (1 if self.config.invert_sigmas else -1) if sign is None else sign
+            past = [self._past[k] for k in which]
+            if len({v.dtype for v in past}) > 1:
+                past = [v.to(x.dtype) for v in past]
+            return linear_update(x, past, [sign * b for b in factors])
+
+        def _stepped_by_token(self, x, v, timesteps):
+            """As the stock scheduler, which pipelines of this kind give data - noise: tokens at the time of this step
+            make it, of lower order where they have come to it late; tokens at an earlier sigma make Euler's to the next
+            knot below; those at sigma 0 stay."""
+            i, sigma = self.step_index, timesteps[..., None] / self.config.num_train_timesteps
+            fits = x.dim() == 3 and sigma.dim() == 3 and sigma.shape[0] == len(x) and sigma.shape[1] in (1, x.shape[1])
+            expect(fits, "per_token_timesteps", f"shape [{len(x)}, 1 or tokens], of latents of 3 dimensions", timesteps)
+            inverted = self.config.invert_sigmas
+            expect(not inverted, "per_token_timesteps", "None, where time is inverted", timesteps)
+            knots = self.sigmas.to(sigma)
+            now = (sigma - self.timesteps[i].to(sigma) / self.config.num_train_timesteps).abs() <= 1e-6
+            joined = torch.full_like(sigma, self.solver.evaluations) if self._joined is None else self._joined
+            self._joined = joined = torch.where(now & (joined > i), i, joined)
+            below = torch.where(knots < sigma - 1e-6, knots, 0).amax(-1, keepdim=True)
+            new = x + (sigma - below) * v
+            for begin in joined[now].unique().int().tolist():
+                new = torch.where(now & (joined == begin), self._stepped(x, begin, 1), new)
+            return new
 
     return SolverScheduler
