@@ -204,7 +204,7 @@ def test_a_scheduler_folder(tmp_path):
     """Loads again, beside it the sigmas for the stock scheduler; no other folder is replaced."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from flowkernels.integrations.diffusers import scheduler as ours
+    from flowkernels.integrations import diffusers as ours
 
     field, noise, folder = linear_field(), normal(3, 4), tmp_path / "scheduler"
     for plan in (PLANS["fitted"], PLANS["euler"]):

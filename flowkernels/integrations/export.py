@@ -114,7 +114,8 @@ def export(
     Args:
         plan: a Calibration, whose `best(steps)` is taken, a Solver, or what `fk.sample` takes as a schedule.
         to: who receives it, and what comes back for it.
-            "diffusers": a scheduler for a pipeline, `solver_scheduler`; needs diffusers.
+            "diffusers": a scheduler for a pipeline that calls its network at 1000 sigma, as most do; `solver_scheduler`
+                makes one of the pipeline's own convention. Needs diffusers.
             "comfy": falling sigmas with the last 0 as text, for ComfyUI's ManualSigmas.
             "sdcpp": the arguments `--sigmas ... --sampling-method ... --steps ...` of stable-diffusion.cpp.
             "k-diffusion": falling sigmas with the last 0, float32 `[N+1]`.
@@ -240,9 +241,11 @@ class Export:
         return data, json.dumps(data, indent=1)
 
     def _diffusers(self) -> tuple["FlowMatchEulerDiscreteScheduler", None]:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
         from flowkernels.integrations.diffusers import solver_scheduler
 
-        return solver_scheduler(self.solver), None
+        return solver_scheduler(self.solver, like=FlowMatchEulerDiscreteScheduler()), None
 
     # Files
 
