@@ -657,7 +657,9 @@ def _stages(cal) -> None:
             keep_bytes=(10**6, is_int(0, 10**5000)),
         ),
         **dict(chunk=(None, or_none(is_int(1))), progress=bar, seed=(3, or_none(is_int(-(2**63), 2**64 - 1)))),
+        **dict(checkpoint=(None, or_none(is_path)), resume=(False, is_flag)),
     )
+    place("Calibration.merge", fk.Calibration.merge, calibrations=(lambda: [cal], lambda v: v is cal or v == [cal]))
     place(
         "Calibration",
         fk.Calibration,
@@ -981,6 +983,7 @@ def _commands() -> None:
             verify_noise=positive, chunk=positive, out=lambda t: len(t) < 200, model=none, checkpoint=none, **shared
         ),
     )
+    command("merge", "calibration.json --out cli.json", out=lambda t: len(t) < 200)
     command(
         "straighten",
         f"{model} --schedule calibration.json --steps 2 --out cli.safetensors --iterations 1",

@@ -81,6 +81,18 @@ def read_calibration(path):
     )
 
 
+def _progress(path):
+    noise, other = torch.linspace(-1, 1, 48).view(8, 6), torch.linspace(-2, 2, 24).view(4, 6)
+    rest = dict(keep_bytes=2000, chunk=3, fit=True, verify_noise=other, progress=False)
+    return fk.calibrate(field(), noise, 6, [1, 2, 3], checkpoint=path, **rest)
+
+
+def read_progress(path):
+    cal = _progress(path)
+    solvers = {n: s.to_dict() for n, s in cal.solvers.items()}
+    return _plain([cal.cost, cal.gram, cal.kept.x, cal.kept.v, solvers, cal.verified])
+
+
 def write_old_calibration(path):
     path.write_bytes((Path(__file__).parent / "data" / "calibration_1.boss.json").read_bytes())
 
@@ -141,6 +153,7 @@ def read_training(path):
 
 FORMATS = {
     "calibration.boss.json": (write_calibration, read_calibration),
+    "progress.safetensors": (_progress, read_progress),
     "old.boss.json": (write_old_calibration, read_calibration),
     "network.safetensors": (write_network, read_network),
     "weights.safetensors": (write_weights, read_checkpoint),

@@ -5,6 +5,7 @@ import numbers
 import platform
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,13 +22,14 @@ from flowkernels._checks import (
     expect_seed,
     expect_times,
 )
-from flowkernels._files import plain
+from flowkernels._files import expect_target, plain
 from flowkernels._guidance import told
 from flowkernels._version import __version__
 from flowkernels._warnings import held_warnings, warn
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import BELLMAN, FITTED, UNIFORM, Calibration
 from flowkernels.calibration.fit import fit_solvers
+from flowkernels.calibration.progress import Progress
 from flowkernels.calibration.sample_costs import SampleCosts, group_size, mean_interval
 from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.library import fresh
@@ -58,6 +60,8 @@ def calibrate(
     forced_knots: Sequence[float] | Tensor | None = None,
     keep_bytes: int = KEEP_BYTES,
     chunk: int | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = True,
     progress: bool = True,
     seed: int | None = None,
 ) -> Calibration:
@@ -84,6 +88,12 @@ def calibrate(
         keep_bytes: of the teacher's trajectory, states and velocities of the first samples, that stay in memory as
             `kept`, for objectives and fits that need them; 0 keeps none.
         chunk: samples rolled out at once; None chooses so that their velocities take at most 256 MiB.
+        checkpoint: file that keeps what has been done so far: costs, kept trajectories, solvers and endpoint errors. It
+            is written after the first chunk, then as often as takes 5 % of the time at most, and when the work is
+            interrupted by an error or Ctrl-C; it stays when all is done.
+        resume: go on from `checkpoint` if it exists: the result is that of an uninterrupted run, bit for bit where the
+            network gives the same twice. One of another velocity, noise, grid or chunk raises; an edited network of
+            equal weights, and a plain function, which has no hash, warn. False starts anew.
         progress: show a progress bar.
         seed: the seed that `noise` was made with, for the provenance.
 
@@ -115,7 +125,8 @@ def calibrate(
     expect(keep_bytes >= 0, "keep_bytes", "at least 0", keep_bytes)
     if max_regret is not None:
         max_regret = expect_real(max_regret, "max_regret", "a positive share, such as 0.02", lambda a: a > 0)
-    fit, progress = expect_bool(fit, "fit"), expect_bool(progress, "progress")
+    fit, progress, resume = (expect_bool(b, k) for b, k in ((fit, "fit"), (progress, "progress"), (resume, "resume")))
+    path = None if checkpoint is None else expect_target(checkpoint, "checkpoint")
     seed = None if seed is None else expect_seed(seed)
     if verify_noise is not None:
         _expect_other_noise(verify_noise, noise)
@@ -129,17 +140,33 @@ def calibrate(
     expect(rolled_out.most > 1 or not fit, too_few, wanted_kept, f"{rolled_out.most}")
     samples = SampleCosts(times, group_size(n) if max_regret is None else 1, device=noise.device)
     looks = [] if max_regret is None else _looks(n)
+    setting = {k: v for k, v in provenance.items() if k not in ("attributes_sha256", "seed", "device", "versions")}
+    setting |= {"times": times, "chunk": chunk, "kept": rolled_out.most, "max_regret": max_regret}
+    setting |= {} if max_regret is None else {"steps": wanted, "forced_knots": forced_knots}  # when it stops
+    setting |= {"fused": teacher.fused is not None and str(teacher.fused.weights)}
+    done = Progress(path, setting, provenance["attributes_sha256"])
+    if resume and path is not None and path.exists():
+        rolled_out.restore(done.load(samples, rolled_out.x))
     parts = list(_parts(n, chunk, [rolled_out.most, *looks]))
-    with tqdm(total=len(parts) * K, desc="calibrate", disable=not progress, leave=False, unit="eval") as bar:
+    expect(any(done.samples == stop for _, stop in [(0, 0), *parts]), "checkpoint", "whole chunks", done.samples)
+    with (
+        done.kept(),
+        tqdm(total=len(parts) * K, desc="calibrate", disable=not progress, leave=False, unit="eval") as bar,
+    ):
         for start, stop in parts:
-            v = rolled_out.velocities(start, stop, bar)
-            samples.update(v)
-            if stop in looks:
+            if stop > done.samples:
+                v = rolled_out.velocities(start, stop, bar)
+                with done.changes():
+                    samples.update(v)
+                    done.add_samples(samples, rolled_out.kept_so_far(), v.dtype)
+            else:
+                bar.update(K)
+            if stop in looks and stop >= done.samples:
                 schedules = least_cost_schedules(samples.cost(), times, wanted, forced_knots=forced_knots)
                 if stable := max(samples.regrets(schedules, forced).values()) <= max_regret:
                     break
     cost = samples.cost()
-    provenance |= {"velocity_dtype": str(v.dtype)}
+    provenance |= {"velocity_dtype": done.velocity_dtype}
     if velocity.identify(weights=False).attributes != provenance["attributes_sha256"]:
         provenance["attributes_sha256"] = None  # it counts its calls, say, or keeps what it has computed
     if teacher.fused is not None:
@@ -157,12 +184,15 @@ def calibrate(
         sample_costs=samples,
         forced_knots=forced_knots,
     )
-    if fit:
-        with _warnings_once():
-            cal.solvers.update(fit_solvers(given, cal, wanted, chunk))
-    if verify_noise is not None:
-        with _warnings_once():
-            _verify(cal, given, verify_noise, wanted, chunk, n)
+    with done.kept(), _warnings_once():
+        for N in wanted if fit else ():
+            if N not in done.solvers:
+                solver = fit_solvers(given, cal, [N], chunk)[N]
+                with done.changes():
+                    done.solvers[N] = solver
+            cal.solvers[N] = done.solvers[N]
+        if verify_noise is not None:
+            _verify(cal, given, verify_noise, wanted, chunk, n, done)
     return cal
 
 
@@ -184,17 +214,23 @@ def _expect_other_noise(verify_noise: Tensor, noise: Tensor) -> None:
     expect(other, "verify_noise", "other noise than the calibration's", "the same values")
 
 
-def _verify(cal: Calibration, velocity: VelocityBase, noise: Tensor, steps: list[int], chunk: int, n: int) -> None:
+def _verify(
+    cal: Calibration, velocity: VelocityBase, noise: Tensor, steps: list[int], chunk: int, n: int, done: Progress
+) -> None:
     """Endpoint errors on other noise than the calibration's, and a warning where one is worse than uniform steps'."""
-    errors = {N: {} for N in steps}
-    for start in range(0, len(noise), chunk):
+    plans = {N: cal.choices(N) for N in steps}
+    begun = done.verify(plans, noise)
+    for start in range(begun, len(noise), chunk):
         rows = slice(start, min(start + chunk, len(noise)))
         part = velocity.rows(rows, n)
         x1 = sample(part, noise[rows], cal.times)
-        for N in steps:
-            for name, plan in cal.choices(N).items():
-                errors[N].setdefault(name, []).append(endpoint_errors(sample(part, noise[rows], plan), x1).cpu())
-    errors = {N: {name: torch.cat(parts) for name, parts in of.items()} for N, of in errors.items()}
+        errors = {
+            N: {name: endpoint_errors(sample(part, noise[rows], plan), x1) for name, plan in of.items()}
+            for N, of in plans.items()
+        }
+        with done.changes():
+            done.add_errors(errors)
+    errors = done.errors()
     total = {N: {name: each.mean().item() for name, each in of.items()} for N, of in errors.items()}
     cal.add_verified(total, {N: {name: mean_interval(each) for name, each in of.items()} for N, of in errors.items()})
     rounding, said = 1e-12 * endpoint_error(noise, torch.zeros_like(noise)), []
@@ -257,6 +293,17 @@ class _Trajectories:
             found[i] = v
             bar.update()
         return found
+
+    def kept_so_far(self) -> tuple[Tensor, Tensor] | None:
+        """States and velocities, of all that are to be kept, as far as they have been rolled out."""
+        return (self.x, self.v) if self.most else None
+
+    def restore(self, kept: tuple[Tensor, Tensor] | None) -> None:
+        """Of the first samples, as they were kept before."""
+        if kept is not None:
+            rows = slice(kept[0].shape[1])
+            self.x[:, rows] = kept[0]
+            self._kept(rows, kept[1][0].to(self.x.device)).copy_(kept[1])
 
     def kept(self, n: int) -> Trajectory | None:
         """Of the first n samples, those that have been rolled out."""

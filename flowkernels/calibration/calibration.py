@@ -38,9 +38,11 @@ from flowkernels._files import (
     warn_of_no_sum,
     whole_file,
 )
+from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.calibration.sample_costs import SampleCosts
+from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.schedule import Schedule, expect_steps
 from flowkernels.solver import Solver
@@ -108,6 +110,54 @@ class Calibration(Measured, Mapping):
             expect_shown(known, name, expected, entries, TypeError)
             for n in entries:
                 expect_int(n, name, expected, 1)
+
+    @classmethod
+    def merge(cls, calibrations: Iterable["Calibration"]) -> "Calibration":
+        """One calibration from those of parts of the noise, such as of several machines: that of one call with all.
+
+        Args:
+            calibrations: of the same velocity, guidance and grid, each of other noise; from files too, which know all
+                but the scatter of samples.
+
+        Returns:
+            Calibration, with schedules of all numbers of steps that one of them has. Costs are those of one call, to
+            1e-12 in float64; in float32 to the rounding of the sums, about 1e-7. Intervals need calibrations in memory,
+            as does `kept`: the trajectories of the first ones, up to where one does not keep all of its samples.
+            Solvers and verified errors are of one part each, and left out: `fit_solver` makes them anew.
+
+        Raises:
+            TypeError, ValueError: naming what differs, or the two whose noise is the same.
+
+        Examples:
+            >>> velocity, noise = (lambda x, t: x * t[:, None] ** 4), torch.randn(64, 2)
+            >>> parts = [fk.calibrate(velocity, part, 20, [2], progress=False) for part in noise.split(16)]
+            >>> fk.Calibration.merge(parts).provenance["n"]
+            64
+        """
+        parts = list(calibrations) if isinstance(calibrations, Iterable) else [calibrations]
+        known = len(parts) > 0 and all(isinstance(part, Calibration) for part in parts)
+        expect_shown(known, "calibrations", "some Calibrations", calibrations, TypeError)
+        provenance = _merged_provenance([part.provenance for part in parts])
+        first, sizes = parts[0], [part.provenance["n"] for part in parts]
+        for part in parts:
+            expect(torch.equal(part.times, first.times), "calibrations", "one grid", "others")
+            expect(part.gram is not None, "calibrations", "Gram matrices", "one without, from an older file")
+            same = part.forced_knots == first.forced_knots
+            expect(same, "calibrations", f"the same forced knots, {first.forced_knots}", part.forced_knots)
+        gram = sum(part.gram * n for part, n in zip(parts, sizes, strict=True)) / sum(sizes)
+        norms, in_memory = [part.norm_cost for part in parts], [part.sample_costs for part in parts]
+        norm_cost = None
+        if all(norm is not None for norm in norms):
+            norm_cost = sum(norm * n for norm, n in zip(norms, sizes, strict=True)) / sum(sizes)
+        cost = cost_from_gram(gram, first.times)
+        wanted = sorted(set().union(*parts))
+        schedules = least_cost_schedules(cost, first.times, wanted, forced_knots=first.forced_knots)
+        costs = None
+        if all(part is not None for part in in_memory):
+            costs = SampleCosts.joined(in_memory)
+            schedules = costs.with_intervals(schedules)
+        known = dict(kept=_joined_trajectories(parts), sample_costs=costs, forced_knots=first.forced_knots)
+        return cls(first.times, cost, schedules, provenance, gram, norm_cost=norm_cost, **known)
 
     def __getitem__(self, steps: int) -> Schedule:
         known = isinstance(steps, numbers.Integral) and not isinstance(steps, bool) and steps in self.schedules
@@ -349,6 +399,49 @@ def _from_dict(made: type[Calibration], data: dict) -> Calibration:
     if "verified_as" not in data:  # as files once were: what is there is what was verified
         cal.add_verified({n: errors for n, errors in verified.items() if n in {*schedules, *solvers}})
     return cal
+
+
+OF_A_PART = ("n", "n_given", "seed", "noise_sha256", "max_regret", "stopped", "versions", "device", "unknown", "parts")
+OF_ROWS = ("conditioning", "unconditional")  # hashes, of each part's own rows perhaps
+
+
+def _merged_provenance(parts: list[dict]) -> dict:
+    """What they share, their sum, and what each has of its own, as "parts". ValueError where they are not of one
+    velocity, or two of the same noise."""
+    found, noises = dict(parts[0]), [p.get("noise_sha256") for p in parts]
+    for key in sorted(set().union(*parts) - {*OF_A_PART, *OF_ROWS}):
+        values = [p.get(key) for p in parts]
+        if key == "attributes_sha256":  # None where it counts its calls, say
+            values = [value for value in values if value is not None] or [None]
+        for value in values:
+            expect(value == values[0], "calibrations", f"the same {key} in all, {describe(values[0])}", value)
+        found[key] = values[0] if len(values) == len(parts) else None
+    for i, noise in enumerate(noises):
+        expect_int(parts[i].get("n"), "calibrations", "numbers of samples in provenance['n']", 1)
+        same = noise is not None and noise in noises[:i]
+        expect(not same, "calibrations", "other noise in each", f"numbers {noises.index(noise)} and {i} of the same")
+    for key in OF_ROWS:
+        hashes = [p.get(key) or {} for p in parts]
+        found[key] = {name: h if all(of.get(name) == h for of in hashes) else None for name, h in hashes[0].items()}
+    own = [{key: p[key] for key in (*OF_A_PART, *OF_ROWS) if key in p} for p in parts]
+    found = {key: value for key, value in found.items() if key not in OF_A_PART}
+    found |= {key: parts[0][key] for key in ("versions", "unknown") if key in parts[0]}
+    return found | {"n": sum(p["n"] for p in parts), "seed": None, "noise_sha256": None, "parts": own}
+
+
+def _joined_trajectories(parts: list[Calibration]) -> Trajectory | None:
+    """Those kept of the first samples of all, which end where a part does not keep all of its own."""
+    kept = []
+    for part in parts:
+        if part.kept is None or (kept and part.kept.v.dtype != kept[0].v.dtype):
+            break
+        kept.append(part.kept)
+        if part.kept.x.shape[1] < part.provenance.get("n_given", part.provenance["n"]):
+            break
+    if not kept:
+        return None
+    x, v = (torch.cat([getattr(k, name).to(kept[0].x.device) for k in kept], 1) for name in "xv")
+    return Trajectory(parts[0].times, x, v)
 
 
 def _texts(data, name: str) -> dict[str, str]:

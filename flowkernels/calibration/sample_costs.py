@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect
+from flowkernels._checks import expect, expect_values
 from flowkernels.calibration.bellman import without_spans
 from flowkernels.ops.bellman import bellman
 from flowkernels.ops.cost_from_gram import cost_from_gram
@@ -33,20 +33,54 @@ class SampleCosts:
     """Gram matrices of velocity increments, summed over the samples of each of a number of groups.
 
     times: float64 `[K+1]`. size: samples of a group, at first: there are never more than `most` groups, which become
-    half as many of twice the size when they would. The last one may have fewer. count: the samples so far. Large grids
-    have fewer groups than asked for. device: where the velocities are, and all that is made of them.
+    half as many of twice the size when they would. Some may have fewer: the last one, and what `joined` brings. count:
+    the samples so far. Large grids have fewer groups than asked for. device: where the velocities are, and all that is
+    made of them.
     """
 
     def __init__(self, times: Tensor, size: int = 1, most: int = GROUPS, device="cpu"):
         rows = len(times) - 2
-        self.times, self.count, self.size = times, 0, size
+        self.times, self.size, self._sizes = times, size, []
         self.most = min(most, max(32, GROUP_BYTES // (8 * max(1, rows) ** 2) // 2 * 2))
         self._grams = torch.empty(self.most, rows, rows, dtype=torch.float64, device=device)
         self._total = torch.zeros(rows, rows, dtype=torch.float64, device=device)
 
+    @classmethod
+    def joined(cls, parts: Sequence["SampleCosts"]) -> "SampleCosts":
+        """The samples of several, on the same times, on the first one's device: each brings its groups, which become
+        fewer where they are too many."""
+        first = parts[0]
+        found = cls(first.times, max(part.size for part in parts), GROUPS, first._total.device)
+        grams = torch.cat([part.grams.to(first._total.device) for part in parts])
+        sizes = [size for part in parts for size in part._sizes]
+        while len(sizes) > found.most:
+            grams, sizes = _paired(grams, sizes)
+            found.size *= 2
+        found._grams[: len(sizes)], found._sizes = grams, sizes
+        found._total = sum(part._total.to(first._total.device) for part in parts)
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """What `from_state` makes the same of: tensors, on their device."""
+        sizes = torch.tensor([self.size, *self._sizes], dtype=torch.int64, device="cpu")
+        return {"grams": self.grams, "total": self._total, "sizes": sizes}
+
+    def set_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from another's samples, of the same times and `most`; ValueError for what is no such state."""
+        grams, total = (expect_values(state[name], name, (torch.float64,)) for name in ("grams", "total"))
+        size, *sizes = expect_values(state["sizes"], "sizes", (torch.int64,)).tolist()
+        fits = grams.shape == (len(sizes), *self._total.shape) and total.shape == self._total.shape
+        expect(fits and len(sizes) <= self.most, "grams", f"at most {self.most} groups on these times", grams)
+        expect(all(0 < s <= size for s in sizes), "sizes", "sizes of the groups", sizes)
+        self._grams[: len(sizes)], self._total, self.size, self._sizes = grams, total.to(self._total), size, sizes
+
+    @property
+    def count(self) -> int:
+        return sum(self._sizes)
+
     @property
     def groups(self) -> int:
-        return -(-self.count // self.size)
+        return len(self._sizes)
 
     @property
     def grams(self) -> Tensor:
@@ -56,8 +90,7 @@ class SampleCosts:
     @property
     def sizes(self) -> Tensor:
         """Samples in each group, float64 `[groups]`."""
-        places = torch.arange(self.groups, dtype=torch.float64, device=self._grams.device)
-        return (self.count - places * self.size).clamp_max(self.size)
+        return torch.tensor(self._sizes, dtype=torch.float64, device=self._grams.device)
 
     @property
     def gram(self) -> Tensor:
@@ -81,22 +114,20 @@ class SampleCosts:
         """Add samples by their velocities `[K, n, *shape]`, which are finite."""
         first = 0
         while first < v.shape[1]:
-            if self.count == self.most * self.size:
-                self._merge()
-            group, there = divmod(self.count, self.size)
+            there = self._sizes[-1] if self._sizes and self._sizes[-1] < self.size else 0
+            if not there:
+                if self.groups == self.most:
+                    pairs, self._sizes = _paired(self._grams, self._sizes)
+                    self._grams[: len(pairs)] = pairs
+                    self.size *= 2
+                self._sizes.append(0)
             stop = min(first + self.size - there, v.shape[1])
-            gram = velocity_gram(v[:, first:stop])
+            gram, group = velocity_gram(v[:, first:stop]), self.groups - 1
             self._grams[group] = self._grams[group] + gram if there else gram
             self._total += gram
-            self.count += stop - first
+            self._sizes[-1] += stop - first
             first = stop
         return self
-
-    def _merge(self) -> None:
-        """Pairs of groups become one."""
-        half = self.most // 2
-        self._grams[:half] = self._grams[0::2] + self._grams[1::2]
-        self.size *= 2
 
     def along(self, schedules: list[Schedule], norm: bool = False) -> Tensor:
         """What each schedule's steps cost, summed over the samples of each group, `[groups, schedules]`.
@@ -152,6 +183,13 @@ class SampleCosts:
             needed = max(1, math.ceil(self.count * share**2))
             found[n] = replace(schedule, cost_interval=(low, high), samples_needed=needed)
         return found
+
+
+def _paired(grams: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
+    """Pairs of groups as one; of an odd number the last stays as it is."""
+    half = len(sizes) // 2
+    pairs = torch.cat([grams[0 : 2 * half : 2] + grams[1 : 2 * half : 2], grams[2 * half : len(sizes)]])
+    return pairs, [sum(sizes[i : i + 2]) for i in range(0, len(sizes), 2)]
 
 
 def tail_of(groups: int) -> float:

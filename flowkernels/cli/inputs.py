@@ -49,6 +49,7 @@ def check_paths(args, *suffixes: str) -> None:
     args.targets = {}
     inputs = [(f"--{option}", getattr(args, option, None)) for option in ("checkpoint", "schedule")]
     inputs.append(("FILE", getattr(args, "file", None)))
+    inputs += [("FILE", path) for path in getattr(args, "parts", ())]
     for option, path in inputs:
         require(path is None or path.is_file(), f"{option}: expected a file, got {path}, which is not one")
     for option in ("state", "out"):

@@ -140,6 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--fit", action="store_true", help="fit a solver for each number of steps as well")
     add("--verify-noise", type=_options.positive, help="other noises to measure endpoint errors on; none if not given")
     add("--chunk", type=_options.positive, help="noises rolled out at once; by memory if not given")
+    add("--state", type=_file, help="file that keeps what has been done, written as the calibration goes on")
+    add("--resume", action="store_true", help="go on from --state")
+    add("--out", type=_file, required=True, help="calibration file to write (.boss.json)")
+
+    add = command("merge", _merge, "Make one calibration of those of parts of the noise, by other machines perhaps.")
+    add("parts", type=_options.path, nargs="+", metavar="FILE", help="calibration files, each of another --seed")
     add("--out", type=_file, required=True, help="calibration file to write (.boss.json)")
 
     add = command("straighten", _straighten, "Fine-tune a student so that every step of a schedule is straight.")
@@ -253,40 +259,60 @@ def _demo(args) -> None:
     demo.run(args.data, args.out, seed=args.seed)
 
 
+def _check_state(args) -> None:
+    there = args.state is not None and args.state.exists()
+    require(args.resume or not there, f"--state: {args.state} exists; --resume goes on from it")
+    require(there or not args.resume, f"--resume: expected --state FILE of an earlier run, got {args.state}")
+
+
+def _of_state():
+    return _in_its_words({"checkpoint: ": "--state: ", "resume=False starts anew": ANEW})
+
+
 def _calibrate(args) -> None:
     check_paths(args)
+    _check_state(args)
     require(args.steps[-1] <= args.grid, f"--steps: expected at most --grid {args.grid}, got {args.steps[-1]}")
     velocity, shape, _ = load_model(args)
     noise = draw_noise(args.n, shape, args.seed).to(args.device)
     held_out = draw_noise(args.verify_noise, shape, args.seed + VERIFY).to(args.device) if args.verify_noise else None
-    calibration = fk.calibrate(
-        velocity,
-        noise,
-        args.grid,
-        args.steps,
-        max_regret=args.max_regret,
-        fit=args.fit,
-        verify_noise=held_out,
-        chunk=args.chunk,
-        seed=args.seed,
-    )
+    with _of_state():
+        calibration = fk.calibrate(
+            velocity,
+            noise,
+            args.grid,
+            args.steps,
+            max_regret=args.max_regret,
+            fit=args.fit,
+            verify_noise=held_out,
+            chunk=args.chunk,
+            checkpoint=args.targets.get("state"),
+            seed=args.seed,
+        )
     write_or_keep(args.targets["out"], "--out", calibration.save)
     print(calibration)
     found = f"{len(calibration)} schedules" + (f" and {len(calibration.solvers)} solvers" if args.fit else "")
     print(f"{args.out}: {found} from {calibration.provenance['n']} noises and {args.grid} fine steps")
 
 
+def _merge(args) -> None:
+    check_paths(args)
+    with _in_its_words({"calibrations: ": "FILE: "}):
+        merged = fk.Calibration.merge([read_calibration(path, "FILE") for path in args.parts])
+    write_or_keep(args.targets["out"], "--out", merged.save)
+    print(merged)
+    print(f"{args.out}: {len(merged)} schedules from {merged.provenance['n']} noises of {len(args.parts)} files")
+
+
 def _straighten(args) -> None:
     check_paths(args, ".safetensors")
-    there = args.state is not None and args.state.exists()
-    require(args.resume or not there, f"--state: {args.state} exists; --resume goes on from it")
-    require(there or not args.resume, f"--resume: expected --state FILE of an earlier run, got {args.state}")
+    _check_state(args)
     calibration = load_calibration(args)
     velocity, shape, _ = load_model(args, calibration)
     require(network_of(velocity) is not None, f"--model: expected a torch.nn.Module to train, got {args.model}")
     _weights.expect_storable(network_of(velocity).state_dict(), "--model")
     fk.Calibration.load(args.schedule, velocity)  # warns if it was made for another model
-    with _in_its_words({"checkpoint: ": "--state: ", "resume=False starts anew": ANEW}):
+    with _of_state():
         result = fk.straighten(
             None,
             velocity,
