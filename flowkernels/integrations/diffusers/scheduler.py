@@ -10,6 +10,7 @@ from flowkernels._checks import describe, expect, expect_int, expect_mapping
 from flowkernels._files import plain
 from flowkernels._warnings import warn
 from flowkernels.calibration.calibration import Calibration
+from flowkernels.integrations.diffusers.sigmas import before_shift, shift_of
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver, last_uses, polynomial_weights
@@ -154,7 +155,8 @@ def scheduler_class() -> type:
             expect(False, "set_shift", "no shift: the times are the solver's", shift)
 
         def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
-            """Begin; sigmas and timesteps are taken for their number, and mu for nothing."""
+            """Begin; sigmas and timesteps are taken for their number. A pipeline that gives both (CogView4) tells its
+            network sigma as it was before the shift, which mu may be; else mu is taken for nothing."""
             given = {"num_inference_steps": num_inference_steps}
             given |= {name: len(v) for name, v in (("sigmas", sigmas), ("timesteps", timesteps)) if v is not None}
             self.solver = solver = self._of(given)
@@ -172,6 +174,9 @@ def scheduler_class() -> type:
             self._known = solver.times if solver.steps == M else torch.cat([t, t.new_ones(1)])  # of the states
             self.num_inference_steps = M
             times = [self._known, t] if self.config.invert_sigmas else [1 - self._known, 1 - t]
+            if sigmas is not None and timesteps is not None and not self.config.invert_sigmas:
+                shift = shift_of(self.config, mu, self.config.get("shift", 1.0))
+                times[1] = before_shift(times[1], shift)
             self.sigmas, self.timesteps = times[0].float().to(device), (scale * times[1]).float().to(device)
             self._step_index = self._begin_index = None
             self._start(0)

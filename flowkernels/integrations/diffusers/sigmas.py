@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,19 +60,13 @@ def sigmas_for(
     expect(solver.is_euler and not solver.is_inverse, "schedule", "Euler steps; solver_scheduler takes others", solver)
     _expect_euler(scheduler)
     config = scheduler.config
-    dynamic, linear = config.get("use_dynamic_shifting", False), config.get("time_shift_type") == "linear"
-    if mu is not None:
-        fits = (lambda m: m > 0) if linear else (lambda m: abs(m) < 50)  # of which exp is a float32
-        mu = expect_real(mu, "mu", "a positive number" if linear else "a number from -50 to 50", fits)
-    expected = "the shift that the pipeline gives to a scheduler with use_dynamic_shifting"
-    expect(mu is not None or not dynamic, "mu", expected, mu)
-    shift = (mu if linear else math.exp(mu)) if dynamic else scheduler.shift
-    expect(shift > 0, "scheduler", "a positive shift", shift)
+    dynamic = config.get("use_dynamic_shifting", False)
+    shift = shift_of(config, mu, scheduler.shift)
     wanted = 1 - solver.times[:-1]
     end = config.get("shift_terminal")
     ends = not end or abs(float(wanted[-1]) - end) < WITHIN
     expect(ends, "scheduler", f"one that may end at sigma {float(wanted[-1]):g}", f"shift_terminal={end}")
-    sigmas = (wanted / (wanted + shift * (1 - wanted))).numpy().astype(np.float32)
+    sigmas = before_shift(wanted, shift).numpy().astype(np.float32)
     expect(bool((np.diff(sigmas) < 0).all()), "schedule", "sigmas that are apart in float32, before the shift", solver)
     tried = copy.deepcopy(scheduler)
     tried.set_timesteps(sigmas=sigmas.tolist(), **({"mu": mu} if dynamic else {}))
@@ -80,6 +74,23 @@ def sigmas_for(
     away = float((tried.sigmas.double().cpu() - known).abs().max()) if len(tried.sigmas) == len(known) else math.inf
     expect(away <= WITHIN, "scheduler", f"one that runs the schedule within {WITHIN:g}", f"{away:.2g} away from it")
     return sigmas.tolist()
+
+
+def shift_of(config: Mapping, mu: float | None, static: float) -> float:
+    """The shift s of a scheduler with this config, s sigma / (1 + (s - 1) sigma). static: without dynamic shifting."""
+    dynamic, linear = config.get("use_dynamic_shifting", False), config.get("time_shift_type") == "linear"
+    if mu is not None:
+        fits = (lambda m: m > 0) if linear else (lambda m: abs(m) < 50)  # of which exp is a float32
+        mu = expect_real(mu, "mu", "a positive number" if linear else "a number from -50 to 50", fits)
+    expected = "the shift that the pipeline gives to a scheduler with use_dynamic_shifting"
+    expect(mu is not None or not dynamic, "mu", expected, mu)
+    shift = (mu if linear else math.exp(mu)) if dynamic else static
+    expect(shift > 0, "scheduler", "a positive shift", shift)
+    return shift
+
+
+def before_shift(sigma: torch.Tensor, shift: float) -> torch.Tensor:
+    return sigma / (sigma + shift * (1 - sigma))
 
 
 def _expect_euler(scheduler) -> None:
