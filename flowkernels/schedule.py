@@ -83,9 +83,11 @@ class Schedule:
         forced_knots: times between, to be knots of it: the steps are equal between two of them, of which each has as
         many as leave the longest step as short as can be. ValueError for fewer steps than they take.
         """
-        expect_positive_int(steps, "steps")
+        even = expect_times(expect_positive_int(steps, "steps"), "steps")
         start = expect_real(start, "start", "a time, 0 <= start < 1", lambda t: 0 <= t < 1)
-        forced = sorted(set(expect_float64(forced_knots, "forced_knots", "a sequence of times").flatten().tolist()))
+        forced = sorted(set(_expect_forced(forced_knots).tolist()))
+        if not start and not forced:
+            return cls(even)
         expect(all(start < t < 1 for t in forced), "forced_knots", f"times between {start:g} and 1", forced)
         _expect_enough(steps, len(forced))
         knots, ends = [], torch.tensor([start, *forced, 1], dtype=torch.float64, device="cpu")
@@ -192,11 +194,15 @@ def _evenly(times: Tensor, steps: int) -> list[int]:
     return nearest
 
 
+def _expect_forced(forced_knots) -> Tensor:
+    forced, expected = expect_float64(forced_knots, "forced_knots", "a sequence of times"), "a sequence of finite times"
+    expect(forced.dim() == 1 and bool(torch.isfinite(forced).all()), "forced_knots", expected, forced_knots)
+    return forced
+
+
 def forced_places(forced_knots: Sequence[float] | Tensor, times: Tensor) -> tuple[int, ...]:
     """The places of forced knots in a grid, rising; its ends, which every schedule has, are left out."""
-    forced = expect_float64(forced_knots, "forced_knots", "a sequence of times of the grid")
-    expect(forced.dim() == 1, "forced_knots", "a sequence of times of the grid", forced_knots)
-    expect(bool(torch.isfinite(forced).all()), "forced_knots", "finite times", forced.tolist())
+    forced = _expect_forced(forced_knots)
     distance, nearest = (times - forced[:, None]).abs().min(1)
     for t, away, k in zip(forced.tolist(), distance.tolist(), nearest.tolist(), strict=True):
         got = f"{t:.9g}, whose nearest one is {times[k]:.9g} (put it into the grid)"
@@ -205,7 +211,7 @@ def forced_places(forced_knots: Sequence[float] | Tensor, times: Tensor) -> tupl
 
 
 def _expect_enough(steps: int, forced: int) -> None:
-    expect(steps > forced, "steps", f"at least {forced + 1} steps, for forced knots within", steps)
+    expect(steps > forced, "steps", f"at least {forced + 1}, one more than forced_knots", steps)
 
 
 def expect_steps(steps: int | Iterable[int], K: int, forced: int = 0) -> list[int]:

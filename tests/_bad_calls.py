@@ -293,7 +293,7 @@ def is_times(v) -> bool:
         and not t.is_meta
         and t.dtype not in (torch.bool, torch.complex64)
     )
-    return rises and bool((t.diff() > 0).all()) and t[0] == 0 and t[-1] == 1
+    return rises and bool((t.diff() > 0).all()) and t[0] >= 0 and t[-1] == 1
 
 
 def is_plan(v) -> bool:
@@ -548,7 +548,12 @@ def _schedules() -> None:
         ),
         **dict(cost_interval=interval, samples_needed=(3, or_none(is_int(1))), notes=(lambda: {"a": 1}, is_dict)),
     )
-    place("Schedule.uniform", fk.Schedule.uniform, steps=(3, is_int(1, 10**6)))
+    forced = (lambda: [0.5], are_numbers)
+    place(
+        "Schedule.uniform",
+        fk.Schedule.uniform,
+        **dict(steps=(3, is_int(1, 10**6)), start=(0.25, within(0, 1, "[)")), forced_knots=forced),
+    )
     place(
         "Solver",
         lambda **kwargs: repr(fk.Solver(**kwargs)),
@@ -581,7 +586,7 @@ def _schedules() -> None:
         cost=cost,
         times=(K, is_times, "cost"),
         steps=((1, 2), is_steps),
-        gamma=(1.0, within(0)),
+        **dict(gamma=(1.0, within(0)), forced_knots=((), are_numbers)),
     )
 
 
@@ -655,6 +660,7 @@ def _stages(cal) -> None:
             verify_noise=(lambda: rand(N, D) + 1, or_none(is_noise)),
             fit=(False, is_flag),
             keep_bytes=(10**6, is_int(0, 10**5000)),
+            forced_knots=(None, or_none(are_numbers)),
         ),
         **dict(chunk=(None, or_none(is_int(1))), progress=bar, seed=(3, or_none(is_int(-(2**63), 2**64 - 1)))),
         **dict(checkpoint=(None, or_none(is_path)), resume=(False, is_flag)),
@@ -670,7 +676,9 @@ def _stages(cal) -> None:
         ),
         **dict(provenance=(lambda: {}, or_none(is_dict)), gram=(lambda: cal.gram, or_none(is_dense(F64)))),
         **dict(solvers=(lambda: {}, or_none(is_dict)), verified=(lambda: {}, or_none(is_dict))),
+        forced_knots=((), are_numbers),
     )
+    place("cal.uniform", cal.uniform, steps=(2, is_int(1, 10**6)))
     place("cal[]", lambda steps: cal[steps], (KeyError,), steps=(2, is_int(1, K)))
     place("cal.choices", cal.choices, (KeyError,), steps=(2, is_int(1, K)))
     place("cal.best", cal.best, (KeyError,), steps=(2, is_int(1, K)))
@@ -975,7 +983,8 @@ def _commands() -> None:
         f"{model} --out cli.json -n 4 --grid 4 --steps 2",
         **dict(
             n=positive,
-            grid=is_text(int, 2, 10_000),
+            grid=lambda t: is_text(int, 2, 10_000)(t) or "," in t,
+            knot=is_text(float, 0, 1, "[)"),
             steps=lambda t: all(c in "0123456789-, " for c in t),
             max_regret=number,
         ),

@@ -183,6 +183,22 @@ def test_calibrate_fits_and_verifies(run, fails):
     assert "--method: expected --schedule FILE" in fails("sample --model digits --steps 4 --method best --out x.npy")
 
 
+def test_a_grid_that_begins_late_and_a_forced_knot(run, fails):
+    calibrate = "calibrate --model digits -n 8 --grid 0.2,0.3,0.45,0.6,0.8,1"
+    out, _ = run(f"{calibrate} --knot 0.45 --steps 2,3 --out late.json")
+    assert "2 schedules from 8 noises and 5 fine steps" in out
+    cal = fk.Calibration.load("late.json")
+    assert cal.forced_knots == (0.45,)
+    assert cal[2].times.tolist() == [0.2, 0.45, 1.0]
+    run("sample --model digits --schedule late.json --steps 3 -n 2 --out x.npy")
+    net, noise = BUNDLED["digits"].load(), torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.from_numpy(np.load("x.npy")), fk.sample(net, noise, cal[3]))
+    assert "--knot: expected times of the grid, got 0.5" in fails(f"{calibrate} --knot 0.5 --steps 2 --out x.json")
+    told = "--steps: expected at least 2, one more than --knot, got 1"
+    assert told in fails(f"{calibrate} --knot 0.45 --steps 1 --out x.json")
+    assert "--grid: expected times from 0 (noise)" in fails("calibrate --model digits --grid 0.2,0.9 --out x.json")
+
+
 def test_straighten_and_sample_the_student(run, calibrated):
     schedule = "--schedule a.boss.json --steps 3"
     out, err = run(

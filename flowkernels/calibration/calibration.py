@@ -379,7 +379,7 @@ def _from_dict(made: type[Calibration], data: dict) -> Calibration:
         expect_int(size, "provenance.shape", "positive integers", 1)
     expect(made_for is None or isinstance(made_for, str), "provenance.parameters_sha256", "a text or null", made_for)
     schedules = {n: _schedule(s, f"schedules.{n}", n, times) for n, s in _by_steps(data, "schedules", K)}
-    solvers = {n: _solver(s, f"solvers.{n}", n) for n, s in _by_steps(data, "solvers", None)}
+    solvers = {n: _solver(s, f"solvers.{n}", n, times) for n, s in _by_steps(data, "solvers", None)}
     verified = {n: _errors(errors, f"verified.{n}") for n, errors in _by_steps(data, "verified", None)}
     verified_as = {n: _texts(hashes, f"verified_as.{n}") for n, hashes in _by_steps(data, "verified_as", None)}
     intervals = {n: _intervals(of, f"verified_interval.{n}") for n, of in _by_steps(data, "verified_interval", None)}
@@ -504,9 +504,11 @@ def _least(value, name: str) -> float:
     return expect_real(value, name, "a number of at least 0", lambda number: number >= 0)
 
 
-def _solver(data, name: str, N: int) -> Solver:
+def _solver(data, name: str, N: int, times: Tensor) -> Solver:
     solver = Solver.from_dict(_object(data, name))
     expect(solver.steps == N, name, f"a solver of {N} steps", f"one of {solver.steps}")
+    begins, grid = solver.times.min().item(), times[0].item()
+    expect(abs(begins - grid) <= 1e-9, name, f"a solver of the grid's times, from {grid:g}", f"one from {begins:g}")
     return solver
 
 

@@ -15,6 +15,7 @@ import torch
 
 import flowkernels as fk
 from flowkernels import _entry, _options, _weights
+from flowkernels._checks import expect_times
 from flowkernels._files import write_or_keep
 from flowkernels.bench import command as bench
 from flowkernels.bench import record, replay, tune
@@ -37,6 +38,7 @@ from flowkernels.ops import tuned
 from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends
 from flowkernels.runtime.environment import environment
+from flowkernels.schedule import forced_places
 from flowkernels.velocity.identity import parameter_hash
 
 METHODS = ("euler", "ab2", "ab3", "heun", "best")
@@ -130,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     add = command("calibrate", _calibrate, "Find the schedule of least cost for each number of steps.")
     takes_model(add)
     add("-n", type=_options.positive, default=1024, help="noises rolled out")
-    add("--grid", type=_options.steps, default=100, help="K, uniform fine steps of the teacher")
+    add("--grid", type=_grid, default=100, help="K, uniform fine steps of the teacher, or its times, such as 0.1,0.5,1")
+    knot = "time of the grid that every schedule is to have, as no step may span it; once for each"
+    add("--knot", type=_options.from_0_below_1, action="append", help=knot)
     add("--steps", type=_steps, default=_steps("1-10"), help="numbers of steps, such as 1-10 or 2,4,8")
     add(
         "--max-regret",
@@ -223,6 +227,13 @@ def _steps(text: str) -> list[int]:
     return sorted(steps)
 
 
+def _grid(text: str) -> int | list[float]:
+    """'100' steps, or times."""
+    if "," not in text:
+        return _options.steps(text)
+    return [_options.number("times such as 0.1,0.5,1", math.isfinite)(t.strip()) for t in text.split(",")]
+
+
 def _file(text: str) -> Path:
     """To be written. A path forgets that a name ends in a slash."""
     if text.endswith(os.sep):
@@ -272,7 +283,13 @@ def _of_state():
 def _calibrate(args) -> None:
     check_paths(args)
     _check_state(args)
-    require(args.steps[-1] <= args.grid, f"--steps: expected at most --grid {args.grid}, got {args.steps[-1]}")
+    with _in_its_words({"grid: ": "--grid: ", "forced_knots: ": "--knot: "}):
+        times = expect_times(args.grid, "grid")
+        forced = forced_places(args.knot or (), times)
+    K = len(times) - 1
+    require(args.steps[-1] <= K, f"--steps: expected at most --grid {K}, got {args.steps[-1]}")
+    enough = f"--steps: expected at least {len(forced) + 1}, one more than --knot, got {args.steps[0]}"
+    require(args.steps[0] > len(forced), enough)
     velocity, shape, _ = load_model(args)
     noise = draw_noise(args.n, shape, args.seed).to(args.device)
     held_out = draw_noise(args.verify_noise, shape, args.seed + VERIFY).to(args.device) if args.verify_noise else None
@@ -280,10 +297,11 @@ def _calibrate(args) -> None:
         calibration = fk.calibrate(
             velocity,
             noise,
-            args.grid,
+            times,
             args.steps,
             max_regret=args.max_regret,
             fit=args.fit,
+            forced_knots=args.knot,
             verify_noise=held_out,
             chunk=args.chunk,
             checkpoint=args.targets.get("state"),
@@ -292,7 +310,7 @@ def _calibrate(args) -> None:
     write_or_keep(args.targets["out"], "--out", calibration.save)
     print(calibration)
     found = f"{len(calibration)} schedules" + (f" and {len(calibration.solvers)} solvers" if args.fit else "")
-    print(f"{args.out}: {found} from {calibration.provenance['n']} noises and {args.grid} fine steps")
+    print(f"{args.out}: {found} from {calibration.provenance['n']} noises and {K} fine steps")
 
 
 def _merge(args) -> None:

@@ -14,7 +14,6 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from flowkernels.calibration.calibration import BELLMAN, FITTED, UNIFORM, Calibration
-from flowkernels.schedule import Schedule
 
 # Okabe and Ito's colours, told apart by colour-blind readers; each series has a marker and a line of its own as well
 LOOK = {
@@ -63,7 +62,7 @@ def _schedules(results: dict, calibration: Calibration) -> Figure:
     steps = [row["steps"] for row in results["table"]]
     figure, ax = _figure(7, 0.7 + 0.42 * len(steps))
     for y, n in enumerate(steps):
-        for name, schedule in ((UNIFORM, Schedule.uniform(n)), (BELLMAN, calibration[n])):
+        for name, schedule in ((UNIFORM, calibration.uniform(n)), (BELLMAN, calibration[n])):
             legend = dict(label=LOOK[name]["label"] if y == 0 else None, linestyle="none")
             ax.plot(schedule.times, [y] * (n + 1), **LOOK[name] | legend)
     ax.set(xlabel="time t (0 = noise, 1 = data)", ylabel="steps N", ylim=(len(steps) - 0.5, -0.5))
@@ -85,7 +84,7 @@ def _costs(results: dict, calibration: Calibration) -> Figure:
     norm = LogNorm(max(seen.min(), 1e-8 * seen.max()), seen.max())
     mesh = ax.pcolormesh(edges, edges, seen, norm=norm, cmap="viridis", rasterized=True)
     figure.colorbar(mesh, label="step cost c(j, k), mean squared error of the step", extend="min")
-    for name, schedule in ((UNIFORM, Schedule.uniform(plan.steps)), (BELLMAN, plan)):
+    for name, schedule in ((UNIFORM, calibration.uniform(plan.steps)), (BELLMAN, plan)):
         knots = np.repeat(schedule.times.numpy(), 2)  # a staircase: each corner off the diagonal is one step
         white = dict(color="white", clip_on=False, markevery=(1, 2), label=f"{LOOK[name]['label']}, N = {plan.steps}")
         ax.plot(knots[:-1], knots[1:], **LOOK[name] | white)

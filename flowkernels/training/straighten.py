@@ -87,10 +87,10 @@ def straighten(
             It may be compiled, or in DataParallel or DistributedDataParallel: files and copies are of what they wrap,
             as is what `ema` returns.
         velocity: the teacher; `VelocityField`, any callable `velocity(x, t)`, or a `FusedSampler`.
-        schedule: from `calibrate`; its grid is the teacher's.
-        noise: a tensor `[bank, *shape]` (a fixed bank of that many samples), a shape (standard normal noise of it), or
-            a function `(n, generator) -> [n, *shape]`, the generator on the CPU. Per-sample conditioning of a
-            `VelocityField` needs a tensor of as many samples.
+        schedule: from `calibrate`; its grid is the teacher's. It may begin later than a `grid` that is given.
+        noise: the states at the grid's first time: a tensor `[bank, *shape]` (a fixed bank of that many samples), a
+            shape (standard normal noise of it), or a function `(n, generator) -> [n, *shape]`, the generator on the
+            CPU. Per-sample conditioning of a `VelocityField` needs a tensor of as many samples.
         iterations: optimiser steps in all; a resumed run counts those before.
         batch: samples an iteration. bank: trajectories kept, where `noise` is not a tensor.
         refresh: iterations after which the bank is rolled out anew from fresh noise; None never.
