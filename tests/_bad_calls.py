@@ -714,6 +714,7 @@ def _stages(cal) -> None:
         **dict(steps=(2, is_int(1, K)), schedule=(None, or_none(lambda v: isinstance(v, (fk.Schedule, list))))),
         **dict(noise=(None, or_none(is_noise)), held_out=part, order=(2, or_none(is_int(1)))),
         **dict(ridge=(None, or_none(within(0, ends="[)"))), inverse=(False, is_flag), chunk=(None, or_none(is_int(1)))),
+        teacher=(None, or_none(is_function)),
     )
     place(
         "polish",
@@ -723,6 +724,7 @@ def _stages(cal) -> None:
         **dict(
             iterations=(1, is_int(1)), held_out=part, noise=(None, or_none(is_noise)), chunk=(None, or_none(is_int(1)))
         ),
+        teacher=(None, or_none(is_function)),
         progress=bar,
     )
     place(

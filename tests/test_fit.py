@@ -283,6 +283,33 @@ def test_inverse():
     assert (fitted - x0).square().mean() < (plain - x0).square().mean()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_students_solver_leads_to_the_teachers_states(from_file):
+    """Another velocity than the teacher's: twice as fast, along the same way, here. A fit to the teacher's states is
+    about as good as the teacher's own, and evaluates nothing but the student, the noise's rollout aside."""
+    teacher = Counted(mixture())
+    student = Counted(lambda x, t: 2 * teacher.velocity(x, t))
+    cal = calibrated(teacher)
+    given = dict(teacher=teacher) | (dict(noise=noise(96, 2, seed=3)) if from_file else {})
+    known = cal if not from_file else fk.Calibration(cal.times, cal.cost, dict(cal), cal.provenance)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "velocity: expected the model")  # plain functions have no hash
+        teacher.count = student.count = 0
+        solver = fk.fit_solver(student, known, 4, **given)
+        assert (teacher.count, student.count > 0) == ((96 * 40 if from_file else 0), True)
+        polished = fk.polish(student, known, solver, **given)
+        own = fk.fit_solver(teacher, known, 4, noise=given.get("noise"))
+    x0 = noise(256, 2, seed=7)
+    x1 = fk.sample(mixture(), x0, 40)
+
+    def error(plan, velocity=student):
+        return (fk.sample(velocity, x0, plan) - x1).square().sum(1).mean().item()
+
+    assert error(solver) < 1.5 * error(own, mixture())
+    assert max(error(solver), error(polished)) < 0.02 * error(fk.Schedule.uniform(4))
+
+
 def test_a_calibration_from_a_file_needs_noise(tmp_path):
     velocity = mixture()
     cal = calibrated(velocity)

@@ -41,6 +41,7 @@ def fit_solver(
     order: int | None = None,
     ridge: float | None = None,
     inverse: bool = False,
+    teacher: Velocity | None = None,
     chunk: int | None = None,
 ) -> Solver:
     """The multistep solver whose states are, by least squares, the teacher's at the knots. No training.
@@ -51,7 +52,8 @@ def fit_solver(
     the end it decides between the fit, Adams-Bashforth 2 and Euler on the same knots.
 
     Args:
-        velocity: the teacher that the calibration was made with.
+        velocity: the teacher that the calibration was made with; with `teacher`, a student of it, such as
+            `straighten` returns: the solver takes the student's velocities to the teacher's states.
         calibration: from `calibrate`, with the teacher's trajectories that it keeps.
         steps: N.
         schedule: the knots, a Schedule on the calibration's grid; None takes the calibration's own for N. One that
@@ -65,6 +67,7 @@ def fit_solver(
         ridge: how the departure from Adams-Bashforth is weighed, relative to the velocities' own size; None tries
             1e-7 to 1 and Adams-Bashforth itself.
         inverse: a solver from data to noise, fitted to the teacher's states in turn.
+        teacher: what the calibration was made with, where `velocity` is another.
         chunk: samples evaluated at once; None evaluates all.
 
     Returns:
@@ -100,7 +103,8 @@ def fit_solver(
         ridge = expect_real(ridge, "ridge", "a finite number of at least 0", lambda a: a >= 0)
     ridges = (*RIDGES, math.inf) if ridge is None else (max(ridge, RIDGES[0]),)
     inverse = expect_bool(inverse, "inverse")
-    data = SplitSamples.of(velocity, calibration, noise, chunk, held_out, start=plans[0].indices[0])
+    start = plans[0].indices[0]
+    data = SplitSamples.of(velocity, calibration, noise, chunk, held_out, start=start, teacher=teacher)
     return _best_fit(data, plans, order, ridges, inverse)
 
 
@@ -251,8 +255,9 @@ def place_on_grid(calibration: Calibration, t: float, name: str, given: Schedule
 class SplitSamples:
     """The samples that a solver is fitted to, those that are held out last: the teacher's states, and the teacher.
 
-    teacher: evaluates them, in their order. x: the states, `[K+1, ., *shape]`. fitted: how many are not held out.
-    start: the place and the time of the knot that solvers begin at. first: the velocities there, once they are known.
+    teacher: evaluates them, in their order, by a student's velocity perhaps. x: the states, `[K+1, ., *shape]`. fitted:
+        how many are not held out.
+    start: the place in the grid that they start from, and its time. first: the velocities there, once they are known.
     """
 
     teacher: Teacher
@@ -272,9 +277,11 @@ class SplitSamples:
         most: int | None = None,
         start: int = 0,
         proven: bool = False,
+        teacher: Velocity | None = None,
     ):
         expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
         velocity = resolve(velocity).unfused()
+        known_as = velocity if teacher is None else resolve(teacher, "teacher")
         if chunk is not None:
             expect_positive_int(chunk, "chunk")
         warn_if_training(velocity, stacklevel=5)
@@ -289,14 +296,15 @@ class SplitSamples:
             n = total = len(noise)
         n = min(n, most or n)
         expect(n >= 2, "calibration" if noise is None else "noise", "2 samples or more", f"{n}")
-        proven = proven or warn_if_another(velocity, known, stacklevel=5)
+        proven = proven or warn_if_another(known_as, known, stacklevel=5)
         proven = noise is not None or (proven and known.get("sampler_weights") in (None, "torch.float32"))
+        proven = proven and teacher is None  # a student has first velocities of its own
         order, fitted = held_out_last(n, held_out)
-        teacher = Teacher(velocity, total, order=torch.tensor(order, device="cpu"), chunk=chunk)
+        evaluated = Teacher(velocity, total, order=torch.tensor(order, device="cpu"), chunk=chunk)
         if noise is not None:
-            kept = rollout(velocity.rows(slice(n), total), noise[:n], calibration.times)
-            teacher.evaluations = n * (len(calibration.times) - 1)
-        found = cls(teacher, kept.x, fitted, (start, calibration.times[start].item()))
+            kept = rollout(known_as.rows(slice(n), total), noise[:n], calibration.times)
+            evaluated.evaluations = n * (len(calibration.times) - 1)
+        found = cls(evaluated, kept.x, fitted, (start, calibration.times[start].item()))
         if proven:
             found.first = found._rows(kept.v[start]).to(kept.x.dtype)
         return found

@@ -32,6 +32,7 @@ def polish(
     iterations: int = 6,
     held_out: float = 0.25,
     noise: Tensor | None = None,
+    teacher: Velocity | None = None,
     chunk: int | None = None,
     progress: bool = False,
 ) -> Plan:
@@ -42,7 +43,7 @@ def polish(
     Euler steps. A part of the samples is held out and decides which iterate is returned.
 
     Args:
-        velocity: the teacher that the calibration was made with.
+        velocity: the teacher that the calibration was made with; with `teacher`, a student of it.
         calibration: from `calibrate`, with the teacher's trajectories that it keeps.
         start: a Solver, of noise to data or back, or a Schedule on the calibration's grid. One whose times begin later
             than the grid is for the teacher's states at its first knot, which the grid must have. Forced knots of the
@@ -51,6 +52,7 @@ def polish(
         iterations: at most as many.
         held_out: the part of the samples that decides.
         noise: `[n, *shape]`, to roll the teacher out anew: for a calibration from a file.
+        teacher: what the calibration was made with, where `velocity` is another.
         chunk: samples evaluated at once; None evaluates all.
         progress: show a progress bar.
 
@@ -82,7 +84,7 @@ def polish(
     else:
         place = place_on_grid(calibration, start.times.min().item(), "start", start)
         calibration.expect_forced(start.times, "start")
-    data = SplitSamples.of(velocity, calibration, noise, chunk, held_out, samples, place)
+    data = SplitSamples.of(velocity, calibration, noise, chunk, held_out, samples, place, teacher=teacher)
     with tqdm(total=iterations, desc="polish", disable=not progress, leave=False) as bar:
         if isinstance(start, Schedule):
             return _descend(data, calibration, start, iterations, bar)
