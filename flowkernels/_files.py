@@ -344,13 +344,14 @@ def sealed(data: dict) -> dict:
     return {**data, SUM: digest(data)}
 
 
-def expect_unchanged(stored, found: str) -> None:
-    """Raise unless the digest in a file is that of what is in it."""
+def expect_unchanged(stored, found: str, way_out: str = "") -> None:
+    """Raise unless the digest in a file is that of what is in it. way_out: for who changed it on purpose."""
     if stored != found:
-        raise ValueError(f"its {SUM} is that of other contents: changed since it was written")
+        told = f"; {way_out}" if way_out else ""
+        raise ValueError(f"its {SUM} is that of other contents: changed since it was written{told}")
 
 
 def warn_of_no_sum(path: str | Path, stacklevel: int = 2) -> None:
     """Say, as the caller's caller, that a file could not be checked."""
-    text = f"{path} has no {SUM}, as files of earlier versions: damage to it would not be noticed; save it again"
-    warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+    text = f"{path} has no {SUM}, as files of earlier versions and edited ones: damage to it would not be noticed"
+    warnings.warn(f"{text}; save it again", UserWarning, stacklevel=stacklevel + 1)

@@ -660,6 +660,24 @@ def test_noise_to_verify_on():
         fk.calibrate(Sided(), noise, 5, 2, verify_noise=7, **QUIET)
 
 
+def as_version_1(card, entries):
+    """Files as they were: other names of a schedule's entries, hashes of what was verified in a table of their own, at
+    first not that of "uniform", and before that none."""
+    of_version_1 = ("format", "provenance", "times", "solvers", "cost", "gram", "norm_cost")
+    former = {k: card[k] for k in of_version_1} | {"version": 1}
+    names = {"indices": "indices", "cost": "cost", "uniform_cost": "uniform_cost"}
+    names |= {"cost_interval": "interval", "samples_needed": "enough"}
+    former["schedules"] = {n: {new: s[old] for old, new in names.items()} for n, s in card["schedules"].items()}
+    verified = card["verified"]
+    former["verified"] = {n: {name: e["error"] for name, e in of.items()} for n, of in verified.items()}
+    if "verified_as" in entries:
+        hashes = {n: {name: e["sha256"] for name, e in of.items()} for n, of in verified.items()}
+        former["verified_as"] = {
+            n: {k: v for k, v in of.items() if k in (*entries, "bellman", "fitted")} for n, of in hashes.items()
+        }
+    return former
+
+
 def test_fitted_solvers_are_verified(tmp_path):
     """Fits to samples that curve early, verified on samples that curve late: one helps there, and one does not."""
     velocity, noise, wrong = Sided(), normal(40, 2, dtype=torch.float64).abs() + 1, fk.Solver.euler(2)
@@ -678,19 +696,13 @@ def test_fitted_solvers_are_verified(tmp_path):
     again = fk.Calibration.load(tmp_path / "a.json")
     assert again.best(2).to_dict() == cal.solvers[2].to_dict()
     assert again.best(8) == cal.best(8)
-    former = json.loads((tmp_path / "a.json").read_text())  # as files were before: other names, no hash of "uniform"
-    for schedule in former["schedules"].values():
-        schedule["interval"], schedule["enough"] = schedule.pop("cost_interval"), schedule.pop("samples_needed")
-    for hashes in (former["verified_as"].values(), ()):
-        for of in hashes:
-            del of["uniform"]
-        if not hashes:  # or no hashes at all
-            del former["verified_as"]
-        former.pop("sha256", None)
+    for entries in ({}, {"verified_as"}, {"verified_as", "uniform"}):
+        former = as_version_1(json.loads((tmp_path / "a.json").read_text()), entries)
         (tmp_path / "b.json").write_text(json.dumps(sealed(former)))
         before = fk.Calibration.load(tmp_path / "b.json")
         assert before.best(2).to_dict() == cal.solvers[2].to_dict()
         assert before.best(8) == cal.best(8)
+        assert before.verified == cal.verified
         assert (before[8].cost_interval, before[8].samples_needed) == (cal[8].cost_interval, cal[8].samples_needed)
     cal.verified.clear()
     assert cal.best(8) is cal.solvers[8]  # what is not verified is the user's word

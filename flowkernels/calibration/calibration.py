@@ -8,6 +8,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from flowkernels._files import (
     warn_of_no_sum,
     whole_file,
 )
+from flowkernels._version import __version__
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.objectives import OBJECTIVES
@@ -50,6 +52,13 @@ from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.protocol import Velocity, resolve
 
 FORMAT = "flowkernels.calibration"
+RULE = {  # for readers of a file: what its numbers mean elsewhere
+    "time": "t = 1 - sigma: sigma 1 is noise, sigma 0 data, x = sigma noise + (1 - sigma) data; a schedule that begins "
+    "below sigma 1 begins with the state there",
+    "shift": "in these sigmas already: the network is called at them, and nothing shifts them once more",
+    "resolution": "provenance.pipeline has the size, shift, guidance and boundary that they were made at, where they "
+    "come from a pipeline; at others they run, and may not be the best",
+}
 UNIFORM, BELLMAN, FITTED = CHOICES = ("uniform", "bellman", "fitted")  # what there is for N steps, in every table
 
 
@@ -294,8 +303,18 @@ class Calibration(Measured, Mapping):
         between = "" if interval is None else " ({:.3g}..{:.3g})".format(*interval)
         return f"{errors[name]:.4g}{between}" if name in errors else "-"
 
+    def _verified_to_dict(self, n: int) -> dict:
+        more = {"interval": self.verified_interval.get(n, {}), "sha256": self.verified_as.get(n, {})}
+        return plain(
+            {
+                name: {"error": error} | {entry: of[name] for entry, of in more.items() if name in of}
+                for name, error in self.verified[n].items()
+            }
+        )
+
     def save(self, path: str | Path) -> None:
-        """Write a JSON file with its SHA-256; whole or not at all, and nothing that `load` would refuse.
+        """Write the card, a JSON file with its SHA-256 (docs/card.md): whole or not at all, and nothing that `load`
+        would refuse.
 
         In provenance and notes, arrays become lists, and numbers that are not finite become texts. TypeError for what
         JSON cannot hold.
@@ -303,25 +322,20 @@ class Calibration(Measured, Mapping):
         expect_target(path)
         data = {
             "format": FORMAT,
-            "version": 1,
+            "version": 2,
+            "written": {"by": f"flowkernels {__version__}", "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"},
+            "rule": RULE,
             "provenance": plain(self.provenance),
             "times": self.times.tolist(),
+            "forced_knots": list(self.forced_knots),
             "schedules": {str(n): _schedule_to_dict(s, self.times) for n, s in sorted(self.schedules.items())},
+            "solvers": {str(n): _solver_to_dict(s) for n, s in sorted(self.solvers.items())},
+            "verified": {str(n): self._verified_to_dict(n) for n in sorted(self.verified)},
+            "best": {str(n): self._best(n) for n in sorted({*self.schedules, *self.solvers})},
             "cost": _encoded(self.cost, 1),
         }
-        if self.forced:
-            data["forced_knots"] = list(self.forced_knots)
-        if self.gram is not None:
-            data["gram"] = _encoded(self.gram, 0)
-        if (norm_cost := self.norm_cost) is not None:
-            data["norm_cost"] = _encoded(norm_cost, 1)
-        if self.solvers:
-            data["solvers"] = {str(n): _solver_to_dict(s) for n, s in sorted(self.solvers.items())}
-        if self.verified:
-            data["verified"] = {str(n): plain(errors) for n, errors in sorted(self.verified.items())}
-            data["verified_as"] = {str(n): plain(hashes) for n, hashes in sorted(self.verified_as.items())}
-        if self.verified_interval:
-            data["verified_interval"] = {str(n): plain(of) for n, of in sorted(self.verified_interval.items())}
+        tables = {"gram": (self.gram, 0), "norm_cost": (self.norm_cost, 1)}
+        data |= {name: _encoded(table, diagonal) for name, (table, diagonal) in tables.items() if table is not None}
         _from_dict(type(self), data)
         text = json.dumps(sealed(data), indent=1)
         with whole_file(path) as partial:
@@ -332,7 +346,8 @@ class Calibration(Measured, Mapping):
         """Read a calibration written by `Calibration.save`.
 
         Args:
-            path: the file. One without a checksum, as earlier versions wrote them, is read with a warning.
+            path: the file. One without a checksum, as earlier versions wrote them, is read with a warning, and so is
+                one that was edited on purpose, once its entry "sha256" is taken out.
             velocity: the model it is to be used with; a warning says so if it was made for another one.
 
         Raises:
@@ -345,12 +360,15 @@ class Calibration(Measured, Mapping):
         kind = data.get("format") if isinstance(data, dict) else type(data).__name__
         expect(kind == FORMAT, "path", f"a file of format {FORMAT!r}", f"{path} of format {kind!r}")
         version = data.get("version")
-        expect(type(version) is int and version == 1, "path", "version 1", f"{path} of version {version!r}")
+        known = type(version) is int and version in (1, 2)
+        expect(known, "path", "version 1 or 2", f"{path} of version {version!r}")
         with damaged("path", wanted, path):
             found = digest(data)
             if SUM in data:
-                expect_unchanged(data[SUM], found)
-            cal = _from_dict(cls, data)
+                expect_unchanged(data[SUM], found, EDITED)
+            cal = _from_dict(cls, data if version == 2 else _from_version_1(data))
+            if version == 1 and "verified_as" not in data:  # as files once were: what is there is what was verified
+                cal.add_verified({n: of for n, of in cal.verified.items() if n in {*cal.schedules, *cal.solvers}})
         if SUM not in data:
             warn_of_no_sum(path)
         if velocity is not None and (differs := velocity.identify().differences(cal.provenance)):
@@ -367,7 +385,7 @@ def _from_dict(made: type[Calibration], data: dict) -> Calibration:
     """The calibration in a file, each of its entries checked."""
     expect_numbers(data["times"], "times")
     times = expect_times(data["times"], "times")
-    K, forced = len(times) - 1, data.get("forced_knots", [])
+    K, forced = len(times) - 1, data["forced_knots"]
     expect_numbers(forced, "forced_knots")
     tables = {"cost": (K + 1, 1), "gram": (K - 1, 0), "norm_cost": (K + 1, 1)}
     tables = {name: _decoded(data[name], name, *of) for name, of in tables.items() if name == "cost" or name in data}
@@ -378,27 +396,23 @@ def _from_dict(made: type[Calibration], data: dict) -> Calibration:
     for size in shape:
         expect_int(size, "provenance.shape", "positive integers", 1)
     expect(made_for is None or isinstance(made_for, str), "provenance.parameters_sha256", "a text or null", made_for)
-    schedules = {n: _schedule(s, f"schedules.{n}", n, times) for n, s in _by_steps(data, "schedules", K)}
+    of, version = _by_steps(data, "schedules", K), data["version"]
+    schedules = {n: _schedule(s, f"schedules.{n}", n, times, version) for n, s in of}
     solvers = {n: _solver(s, f"solvers.{n}", n, times) for n, s in _by_steps(data, "solvers", None)}
-    verified = {n: _errors(errors, f"verified.{n}") for n, errors in _by_steps(data, "verified", None)}
-    verified_as = {n: _texts(hashes, f"verified_as.{n}") for n, hashes in _by_steps(data, "verified_as", None)}
-    intervals = {n: _intervals(of, f"verified_interval.{n}") for n, of in _by_steps(data, "verified_interval", None)}
-    cal = made(
+    verified = [(n, *_verified(of, f"verified.{n}")) for n, of in _by_steps(data, "verified", None)]
+    return made(
         times,
         tables["cost"],
         schedules,
         provenance,
         tables.get("gram"),
         solvers,
-        verified,
-        verified_as,
-        verified_interval=intervals,
+        {n: errors for n, errors, _, _ in verified},
+        {n: hashes for n, _, hashes, _ in verified if hashes},
+        verified_interval={n: intervals for n, _, _, intervals in verified if intervals},
         norm_cost=tables.get("norm_cost"),
         forced_knots=forced,
     )
-    if "verified_as" not in data:  # as files once were: what is there is what was verified
-        cal.add_verified({n: errors for n, errors in verified.items() if n in {*schedules, *solvers}})
-    return cal
 
 
 OF_A_PART = ("n", "n_given", "seed", "noise_sha256", "max_regret", "stopped", "versions", "device", "unknown", "parts")
@@ -444,10 +458,19 @@ def _joined_trajectories(parts: list[Calibration]) -> Trajectory | None:
     return Trajectory(parts[0].times, x, v)
 
 
-def _texts(data, name: str) -> dict[str, str]:
-    for text in _object(data, name).values():
-        expect(isinstance(text, str), name, "texts", text)
-    return data
+def _from_version_1(data: dict) -> dict:
+    """With what was verified in one table, as version 2 has it, and today's names."""
+    verified, schedules = {}, {}
+    for n, errors in _object(data.get("verified", {}), "verified").items():
+        verified[n] = {name: {"error": error} for name, error in _object(errors, f"verified.{n}").items()}
+        for entry, table in {"sha256": "verified_as", "interval": "verified_interval"}.items():
+            known = _object(_object(data.get(table, {}), table).get(n, {}), f"{table}.{n}")
+            for name in verified[n].keys() & known:
+                verified[n][name][entry] = known[name]
+    for n, schedule in _object(data["schedules"], "schedules").items():
+        old = _object(schedule, f"schedules.{n}")
+        schedules[n] = {new: old[name] for new, name in RENAMED.items() if name in old} | old
+    return {"forced_knots": [], "solvers": {}} | data | {"verified": verified, "schedules": schedules}
 
 
 def _hashes_of(plans: dict[str, Schedule | Solver]) -> dict[str, str]:
@@ -463,25 +486,30 @@ def _object(value, name: str) -> dict:
 
 
 def _by_steps(data: dict, name: str, most: int | None) -> Iterator[tuple[int, Any]]:
-    """(N, entry) of a table by numbers of steps; only the schedules have to be there."""
-    for key, entry in _object(data[name] if name == "schedules" else data.get(name, {}), name).items():
+    """(N, entry) of a table by numbers of steps."""
+    for key, entry in _object(data[name], name).items():
         canonical = key.isascii() and key.isdecimal() and key[0] != "0"
         expect(canonical, name, "numbers of steps", repr(key))
         yield expect_int(int(key), name, "numbers of steps" + (f" up to {most}" if most else ""), 1, most), entry
 
 
+EDITED = f"one that was edited on purpose is loaded, with a warning, without its entry {SUM!r}, and saved again"
 RENAMED = {"cost_interval": "interval", "samples_needed": "enough"}  # entries of a schedule, as they once were
 
 
-def _schedule(data, name: str, N: int, times: Tensor) -> Schedule:
-    data = {new: data[old] for new, old in RENAMED.items() if old in _object(data, name)} | data
-    K, indices = len(times) - 1, data["indices"]
+def _schedule(data, name: str, N: int, times: Tensor, version: int) -> Schedule:
+    K, indices = len(times) - 1, _object(data, name)["indices"]
     expect(isinstance(indices, list), name, "a list of indices", indices)
     for i in indices:
         expect_int(i, f"{name}.indices", f"integers from 0 to {K}", 0, K)
     whole = len(indices) == N + 1 and indices[0] == 0 and indices[-1] == K
     whole = whole and all(a < b for a, b in itertools.pairwise(indices))
     expect(whole, f"{name}.indices", f"{N + 1} rising indices from 0 to {K}", indices)
+    if version > 1:
+        for entry, known in (("times", times[indices]), ("sigmas", 1 - times[indices])):
+            expect(
+                data[entry] == known.tolist(), f"{name}.{entry}", f"those of the indices, {known.tolist()}", data[entry]
+            )
     costs = (None if data[c] is None else _least(data[c], f"{name}.{c}") for c in ("cost", "uniform_cost"))
     interval = needed = None
     if "cost_interval" in data:
@@ -512,24 +540,31 @@ def _solver(data, name: str, N: int, times: Tensor) -> Solver:
     return solver
 
 
-def _errors(data, name: str) -> dict[str, float]:
-    return {what: _least(error, f"{name}.{what}") for what, error in _of_choices(data, name).items()}
-
-
-def _intervals(data, name: str) -> dict[str, tuple[float, float]]:
-    return {what: _interval(ends, f"{name}.{what}") for what, ends in _of_choices(data, name).items()}
-
-
-def _of_choices(data, name: str) -> dict:
+def _verified(data, name: str) -> tuple[dict[str, float], dict[str, str], dict[str, tuple[float, float]]]:
+    """Errors, hashes of what they are of, and intervals, each by choice."""
     unknown = sorted(set(_object(data, name)) - set(CHOICES))
     expect(not unknown, name, f"entries of {', '.join(CHOICES)}", f"{unknown}")
-    return data
+    errors, hashes, intervals = {}, {}, {}
+    for what, entry in data.items():
+        errors[what] = _least(_object(entry, f"{name}.{what}")["error"], f"{name}.{what}.error")
+        if "sha256" in entry:
+            expect(isinstance(entry["sha256"], str), f"{name}.{what}.sha256", "a text", entry["sha256"])
+            hashes[what] = entry["sha256"]
+        if "interval" in entry:
+            intervals[what] = _interval(entry["interval"], f"{name}.{what}.interval")
+    return errors, hashes, intervals
 
 
 def _schedule_to_dict(s: Schedule, times: Tensor) -> dict:
     on_it = s.grid is not None and torch.equal(s.grid, times)
     expect(on_it, "schedules", "schedules on the grid of the calibration", s)
-    data = {"indices": list(s.indices), "cost": s.cost, "uniform_cost": s.uniform_cost}
+    data = {
+        "times": s.times,
+        "sigmas": s.sigmas,
+        "indices": list(s.indices),
+        "cost": s.cost,
+        "uniform_cost": s.uniform_cost,
+    }
     if s.cost_interval is not None:
         data |= {"cost_interval": list(s.cost_interval), "samples_needed": s.samples_needed}
     return plain(data | ({"notes": s.notes} if s.notes else {}))
