@@ -426,7 +426,7 @@ def test_free_times_against_all_paths_and_times(forced):
     for j, k in itertools.combinations(range(8), 2):
         for f in candidates:
             v = velocity(x[j], (t[j] + f * (1 - t[j])).expand(6))
-            beyond = any(t[j] < t[knot] <= t[j] + f * (1 - t[j]) for knot in forced)
+            beyond = any(j < knot and t[j] + f * (1 - t[j]) > t[knot - 1] for knot in forced)
             cost[j, k, f] = math.inf if beyond else (x[k] - x[j] - (t[k] - t[j]) * v).square().sum(-1).mean().item()
     plans = cal.find(range(len(forced) + 1, 8), objective="free", velocity=velocity, candidates=candidates)
     for steps, solver in plans.items():

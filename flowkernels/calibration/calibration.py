@@ -190,7 +190,8 @@ class Calibration(Measured, Mapping):
         velocity: Velocity | None = None,
         **options: Any,
     ) -> dict[int, Schedule] | dict[int, Solver]:
-        """Schedules or solvers for numbers of steps, by an objective of choice; all of one call from one table.
+        """Schedules or solvers for numbers of steps, by an objective of choice; all of one call from one table. They
+        begin where the grid does, and have its forced knots.
 
         Args:
             steps: the numbers of steps N wanted, each 1..K.

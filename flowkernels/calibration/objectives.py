@@ -289,8 +289,8 @@ def free(
     """Least sum of E|e|^2 where the velocity of a step from t may be asked for at later times `t + f (1 - t)`, f being
     the best of the candidates.
 
-    The first knot's time is moved too, and none to a forced knot or beyond. K evaluations for each candidate but 0.
-    Returns Euler solvers with such model times.
+    The first knot's time is moved too, and none beyond the grid's last knot before a forced one. K evaluations for each
+    candidate but 0. Returns Euler solvers with such model times.
     """
     x, kept, teacher = _samples(cal, velocity, "free", samples, chunk)
     K = len(cal.times) - 1
@@ -306,8 +306,8 @@ def free(
             evaluations += K
         table = StepCost(cal.times, states=True, device=v.device).update(v, x).cost().cpu()
         at = cal.times[:-1] + part * (1 - cal.times[:-1])
-        for f in cal.forced:  # beyond it is another velocity
-            table[:f][at[:f] >= cal.times[f]] = torch.inf
+        for f in cal.forced:  # somewhere after the knot before it begins another velocity
+            table[:f][at[:f] > cal.times[f - 1]] = torch.inf
         tables.append(table)
     cost, which = torch.stack(tables).min(0)
     plans, found = least_cost_schedules(cost, cal.times, steps, forced_knots=cal.forced_knots), {}
