@@ -340,6 +340,14 @@ def are_names(v) -> bool:
     return hasattr(v, "__next__") or (not isinstance(v, (str, bytes, Tensor)) and all(k == "c" for k in v))
 
 
+def are_within_1(v) -> bool:
+    try:
+        t = torch.as_tensor(v).double()
+    except Exception:
+        return False
+    return t.numel() > 0 and bool(((t >= 0) & (t <= 1)).all())
+
+
 def is_path(v) -> bool:
     return isinstance(v, (str, os.PathLike)) and v != "" and "\0" not in str(v) and len(str(v)) < 1000
 
@@ -643,6 +651,12 @@ def _stages(cal) -> None:
     )
     conditioned = fk.VelocityField(Net(), conditioning={"c": rand(N, D)})
     place("VelocityField.rows", conditioned.rows, index=(lambda: slice(0, 2), anything), n=(N, is_int(1)))
+    place(
+        "VelocityField.check",
+        conditioned.check,
+        reference=(lambda: conditioned, is_function),
+        **dict(x=(lambda: rand(N, D), is_noise), times=((0.2, 0.6), are_within_1)),
+    )
     with torch.no_grad():
         place("VelocityField()", conditioned, x=noise, t=(lambda: torch.zeros(N), anything))
     some = dict(samples=(2, is_int(1)), chunk=(None, or_none(is_int(1))))

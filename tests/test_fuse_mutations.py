@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import prune  # noqa: F401
 
 import flowkernels as fk
-from flowkernels.fusion import watch as watch_module
+from flowkernels.runtime import watch as watch_module
 
 DIM, OBS, WIDTH, N = 5, 3, 11, 2
 SCALE, TABLE, ARRAY = 1.0, {"gain": 1.0, "list": [1.0, [2.0]]}, np.ones(WIDTH, np.float32)

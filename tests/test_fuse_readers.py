@@ -23,7 +23,7 @@ from test_fuse_mutations import Callable, Config, N, Slotted, closure, tools
 from torch import nn
 
 import flowkernels as fk
-from flowkernels.fusion import watch as watch_module
+from flowkernels.runtime import watch as watch_module
 
 KEPT = []
 

@@ -16,6 +16,7 @@ def pipeline(net: nn.Module, noise: Tensor) -> Tensor:
     velocity = fk.VelocityField(net, reverse_time=True, time_scale=1000, guidance=2.0, unconditional={"label": None})
     by_time = fk.VelocityField(net, time_offset=0.5, guidance=lambda c, u, t: u + t.view(-1, 1) * (c - u), shared=["a"])
     assert_type(by_time, fk.VelocityField)
+    assert_type(by_time.check(velocity, noise, times=(0.2, 0.7)), float)
     cal = fk.calibrate(velocity, noise, grid=100, steps=range(1, 11), fit=True, verify_noise=noise)
     assert_type(cal, fk.Calibration)
     schedule = cal[4]

@@ -1,4 +1,4 @@
-// Whether anything that a network's Python reads is not what it was: flowkernels/fusion/watch.py, whose `_changed`
+// Whether anything that a network's Python reads is not what it was: flowkernels/runtime/watch.py, whose `_changed`
 // this is, entry for entry. A few nanoseconds for an attribute, some fifty for a tensor's address, version, shape or
 // strides.
 #include "watch/watch.h"

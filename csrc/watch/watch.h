@@ -4,7 +4,7 @@
 
 namespace fk {
 // The place of the first entry, a tuple of a tuple, that does not hold any more; -1 if all do.
-// flowkernels/fusion/watch.py has what the entries are.
+// flowkernels/runtime/watch.py has what the entries are.
 Py_ssize_t watch_changed(PyObject* entries);
 
 // What marks are: a number that changes with it, here and in flowkernels/sampling/state.py, so that no build reads

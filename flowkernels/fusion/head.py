@@ -20,7 +20,6 @@ from flowkernels._guidance import expect_weight
 from flowkernels.fusion import transformers
 from flowkernels.fusion.final_layer import FinalLayer, after_trunk
 from flowkernels.fusion.moves import Moves, Refused
-from flowkernels.fusion.watch import Unwatchable, Watch, executed
 from flowkernels.ops.linear_euler import ONE_OF_ORDERS, ORDERS, linear_euler
 from flowkernels.ops.linear_euler.reference import unpatchify
 from flowkernels.runtime.torch_private import (
@@ -31,6 +30,7 @@ from flowkernels.runtime.torch_private import (
     of_all_modules,
     tree_flatten,
 )
+from flowkernels.runtime.watch import Unwatchable, Watch, executed
 from flowkernels.solver import Solver, last_uses
 from flowkernels.velocity.field import VelocityField, float64_device, is_called_whole
 from flowkernels.velocity.protocol import Velocity, resolve

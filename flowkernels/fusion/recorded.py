@@ -15,10 +15,10 @@ from flowkernels._checks import LOW, expect, expect_mapping, expect_tensor
 from flowkernels._guidance import expect_weight
 from flowkernels.fusion.lowering import Lowering, Replayed
 from flowkernels.fusion.record import ROWS, STATE, TIME, NotFusable, Numbers, Record, sample_rows
-from flowkernels.fusion.watch import Unwatchable, Watch, executed
 from flowkernels.ops.library import Made, is_captured
 from flowkernels.ops.mlp_sample import Layer, plan_for
 from flowkernels.runtime.torch_private import tree_flatten, uncompiled
+from flowkernels.runtime.watch import Unwatchable, Watch, executed
 from flowkernels.solver import Update
 from flowkernels.velocity.field import HOOKS, VelocityField, float64_device, overridden
 from flowkernels.velocity.protocol import expect_rows, is_per_sample

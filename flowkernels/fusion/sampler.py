@@ -30,7 +30,7 @@ from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, euler_sizes, expect_solver
 from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.field import VelocityField, float64_device
-from flowkernels.velocity.protocol import Velocity, VelocityBase, is_per_sample, resolve
+from flowkernels.velocity.protocol import Velocity, VelocityBase, is_per_sample, resolve, samples_of
 from flowkernels.velocity.provenance import Identity
 
 MOST_BYTES = 256 << 20  # of tables with a row for every step of every sample; more samples run in parts
@@ -110,7 +110,7 @@ def _shape_of_sample(field: VelocityField) -> tuple[int, ...]:
     """A vector as long as the velocity that the network returns for it; likely as long as the last linear layer's."""
     net = field.net
     linear = [m for m in net.modules() if isinstance(m, nn.Linear)] if isinstance(net, nn.Module) else []
-    n, said = _samples_of(field), "a network without nn.Linear"
+    n, said = samples_of(field), "a network without nn.Linear"
     for width in dict.fromkeys(m.out_features for m in reversed(linear)):
         x = torch.zeros(n, width, dtype=torch.float32, device=linear[0].weight.device)
         try:
@@ -121,14 +121,6 @@ def _shape_of_sample(field: VelocityField) -> tuple[int, ...]:
         except Exception as e:  # whatever a network makes of a wrong shape
             said = f"{type(e).__name__}: {e} on {list(x.shape)}"
     raise NotFusable(f"shape: expected the shape of one sample, which could not be found out ({said})")
-
-
-def _samples_of(field: VelocityField) -> int:
-    """A number of samples that the conditioning fits."""
-    given = (*field.conditioning.items(), *field.unconditional.items())
-    values = (v for k, v in given if k not in field.shared)
-    lengths = [len(v) for v in values if isinstance(v, Tensor) and v.dim() and len(v) > 1]
-    return lengths[0] if lengths else 3
 
 
 class FusedSampler(VelocityBase):
@@ -179,7 +171,7 @@ class FusedSampler(VelocityBase):
     @property
     def weights(self) -> torch.dtype:
         """float32 or bfloat16: what linear layers multiply."""
-        return self._prepare(_samples_of(self._network.field), None).network.low or torch.float32
+        return self._prepare(samples_of(self._network.field), None).network.low or torch.float32
 
     @property
     def stale(self) -> bool:
@@ -340,7 +332,7 @@ class FusedSampler(VelocityBase):
     def verify(self) -> None:
         """Raise NotFusable unless a few samples have the velocities that the network itself has."""
         field = self._network.field
-        n = _samples_of(field)
+        n = samples_of(field)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(n, *self.shape, generator=generator, dtype=torch.float32, device="cpu")
         x = x.to(self._network.device)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import expect
-from flowkernels.fusion.watch import Unwatchable, Watch
 from flowkernels.runtime import backends
 from flowkernels.runtime.torch_private import (
     FORWARD_HOOKS,
@@ -36,6 +35,7 @@ from flowkernels.runtime.torch_private import (
     tree_leaves,
     uncompiled,
 )
+from flowkernels.runtime.watch import Unwatchable, Watch
 from flowkernels.sampling.loop import OPS, REFERENCE, AsFunctions, evaluated_steps, last_state
 from flowkernels.sampling.state import State
 from flowkernels.solver import Solver, euler_sizes

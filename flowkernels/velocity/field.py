@@ -26,6 +26,7 @@ from flowkernels._checks import (
 )
 from flowkernels._guidance import Guidance, guided, guided_by, told
 from flowkernels.runtime.torch_private import BACKWARD_HOOKS, COMPILED_CALL, FORWARD_HOOKS, tree_flatten, tree_map
+from flowkernels.velocity.check import check
 from flowkernels.velocity.hashes import unwrapped, wraps
 from flowkernels.velocity.protocol import VelocityBase, expect_rows, fits_rows, is_per_sample, on_tensors, resolve
 from flowkernels.velocity.provenance import Identity, hash_of, network_identity
@@ -232,6 +233,34 @@ class VelocityField(nn.Module, VelocityBase):
     def without_guidance(self) -> "VelocityField":
         """The conditional field alone: what a student is that has guidance distilled into it."""
         return self._replace(guidance=1.0, unconditional={})
+
+    @torch.no_grad()
+    def check(self, reference: Any, x: Tensor | None = None, *, times: Sequence[float] = (0.3, 0.8)) -> float:
+        """Compare with a reference, and name what is wrong in the convention.
+
+        Args:
+            reference: a callable velocity(x, t) in the library's convention, such as `pipeline_velocity(pipe, ...)`; or
+                a diffusers pipeline, whose transformer is called by its stock convention with this field's conditioning
+                and guidance.
+            x: the states `[n, *shape]` to compare on; None takes the reference's `noise(n)`.
+            times: between 0 and 1, two or more: scale and offset of the time are told apart by two.
+
+        Returns:
+            The relative error, where they agree: to 1e-4, or 8 roundings of a narrower network. Both are evaluated
+            once at each time. Where they do not, about 40 conventions are tried (sign, direction, scales of 1, 999 and
+            1000, offsets), and if none agrees, Newton's steps look for another scale and offset.
+
+        Raises:
+            ValueError: naming what agrees, "velocity agrees with the reference if time_scale=1000 and sign is
+                reversed", or that no convention does.
+
+        Examples:
+            >>> net = lambda x, t: x * t[:, None] / 1000  # takes t in thousandths
+            >>> x = torch.ones(2, 3)
+            >>> fk.VelocityField(net, time_scale=1000).check(lambda x, t: x * t[:, None], x) < 1e-6
+            True
+        """
+        return check(self, reference, x, times)
 
     def _network_time(self, t: Tensor) -> Tensor:
         """In float64."""

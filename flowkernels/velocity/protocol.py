@@ -239,6 +239,13 @@ def expect_rows(value: Any, name: str, n: int) -> None:
             expect(False, name, f"{rows} (shared=({key},) for what is not per sample)", t)
 
 
+def samples_of(velocity: VelocityBase, default: int = 3) -> int:
+    """A number of samples that the conditioning fits."""
+    given = (*velocity.conditioning.items(), *getattr(velocity, "unconditional", {}).items())
+    rows = (len(t) for key, value in given if key not in velocity.shared for t in _tensors(value) if t.dim())
+    return next((n for n in rows if n > 1), default)
+
+
 def on_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     """f of a tensor, or of those in a container; what holds none as it is."""
     if isinstance(value, Tensor):
