@@ -210,6 +210,12 @@ def forced_places(forced_knots: Sequence[float] | Tensor, times: Tensor) -> tupl
     return tuple(k for k in sorted(set(nearest.tolist())) if 0 < k < len(times) - 1)
 
 
+def first_from(knots: Sequence[float], times: Tensor) -> list[float]:
+    """The first time of a grid that is not before each knot, of those within the grid."""
+    at = torch.searchsorted(times, torch.tensor(knots, dtype=torch.float64, device="cpu") - 1e-9)
+    return [times[i].item() for t, i in zip(knots, at.tolist(), strict=True) if times[0] < t <= times[-1]]
+
+
 def _expect_enough(steps: int, forced: int) -> None:
     expect(steps > forced, "steps", f"at least {forced + 1}, one more than forced_knots", steps)
 

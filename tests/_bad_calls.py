@@ -872,7 +872,44 @@ def _others(cal) -> None:
         place("solver_scheduler", solver_scheduler, solver=(3, is_held), like=stock)
         mu = (None, or_none(within(-math.inf)))
         place("sigmas_for", sigmas_for, schedule=(3, is_euler), scheduler=stock, mu=mu)
+        importlib.import_module("transformers")
+        _pipeline(diffusers)
     del net
+
+
+def are_within_one(t) -> bool:
+    try:
+        with np.errstate(all="ignore"):
+            t = np.asarray(t.detach().double() if isinstance(t, Tensor) else t)
+        return t.dtype.kind in "fiu" and t.size in (1, N) and bool(((t >= 0) & (t <= 1)).all())
+    except Exception:  # no numbers
+        return False
+
+
+def _pipeline(diffusers) -> None:
+    from flowkernels.integrations.diffusers import pipeline_velocity
+
+    sizes = dict(sample_size=2, in_channels=1, out_channels=1, num_layers=1, attention_head_dim=8)
+    dims = dict.fromkeys(("joint_attention_dim", "caption_projection_dim", "pooled_projection_dim"), 16)
+    net = diffusers.SD3Transformer2DModel(**sizes, num_attention_heads=2, **dims)
+    pipe = diffusers.StableDiffusion3Pipeline(net, diffusers.FlowMatchEulerDiscreteScheduler(), *[None] * 7)
+    texts = dict(prompt_embeds=rand(2, 4, 16), pooled_prompt_embeds=rand(2, 16))
+    arguments = dict(height=16, width=16, guidance_scale=1.0, **texts)
+    names = lambda v: isinstance(v, (list, tuple, set)) and set(v) <= set(arguments)  # noqa: E731
+    place(
+        "pipeline_velocity",
+        lambda **given: pipeline_velocity(**arguments, **given),
+        pipe=(lambda: pipe, nothing_else),
+        batch_size=(None, or_none(is_int(1))),
+        shared=(lambda: [], names),
+        check=(False, is_flag),
+    )
+    velocity = pipeline_velocity(pipe, **arguments)
+    x = (lambda: rand(N, 1, 2, 2), lambda v: is_dense(*FLOATS)(v) and v.shape[1:] == (1, 2, 2))
+    place("PipelineVelocity", velocity, x=x, t=(0.5, are_within_one))
+    place("PipelineVelocity.grid", velocity.grid, steps=(4, is_int(1, 100_000)))
+    is_generator = or_none(lambda v: isinstance(v, torch.Generator))
+    place("PipelineVelocity.noise", velocity.noise, n=(3, is_int(1)), generator=(None, is_generator))
 
 
 # ---- the command line ----

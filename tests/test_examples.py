@@ -23,6 +23,8 @@ PUBLIC |= {name: getattr(diffusers, name) for name in diffusers.__all__}
 @pytest.mark.parametrize("name", PUBLIC)
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_the_example_runs(name, tmp_path, monkeypatch):
+    if name == "pipeline_velocity":  # diffusers has few pipelines without it
+        pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     text, module = inspect.getdoc(PUBLIC[name]), inspect.getmodule(PUBLIC[name])

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from typing import assert_type
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels.integrations.diffusers import sigmas_for, solver_scheduler
+from flowkernels.integrations.diffusers import pipeline_velocity, sigmas_for, solver_scheduler
 
 
-def pipeline(net: nn.Module, noise: Tensor) -> Tensor:
+def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     velocity = fk.VelocityField(net, reverse_time=True, time_scale=1000, guidance=2.0, unconditional={"label": None})
     by_time = fk.VelocityField(net, time_offset=0.5, guidance=lambda c, u, t: u + t.view(-1, 1) * (c - u), shared=["a"])
     assert_type(by_time, fk.VelocityField)
@@ -40,6 +40,8 @@ def pipeline(net: nn.Module, noise: Tensor) -> Tensor:
     scheduler = solver_scheduler(cal, like=stock)
     solver_scheduler(solver, like=scheduler)
     assert_type(sigmas_for(schedule, stock, mu=0.5), list[float])
+    teacher = pipeline_velocity(pipe, prompt=["a fox"], height=512, batch_size=4)
+    fk.calibrate(teacher, teacher.noise(64), grid=teacher.grid(50), steps=[4, 8])
     return fk.sample(trained.student, inversion.noise, [0, 0.25, 1], capture="auto")
 
 

@@ -37,7 +37,7 @@ from flowkernels.sampling.loop import initial_state
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.sampling.sample import sample
 from flowkernels.sampling.teacher import Teacher
-from flowkernels.schedule import expect_steps, forced_places
+from flowkernels.schedule import expect_steps, first_from, forced_places
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import TRAINING, warn_if_training
 from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
@@ -83,7 +83,8 @@ def calibrate(
             samples, and 2N for every N, 3N with `fit`. Conditioning with one row a sample gives it the first m rows.
         fit: fit a solver for each N (`fit_solver`), which needs kept samples; they are `solvers`.
         forced_knots: times of the grid that every schedule has as knots, as no step may span them: such as where a
-            pipeline changes from one network to another. None takes the velocity's own (`VelocityBase.forced_knots`).
+            pipeline changes from one network to another. None takes the velocity's own (`VelocityBase.forced_knots`),
+            or the first times of the grid after them.
             A schedule has one step more than forced knots, or more. Solvers may use velocities of before one.
         keep_bytes: of the teacher's trajectory, states and velocities of the first samples, that stay in memory as
             `kept`, for objectives and fits that need them; 0 keeps none.
@@ -113,7 +114,9 @@ def calibrate(
     times = expect_times(grid, "grid")
     expect_noise(noise)
     K, n = len(times) - 1, len(noise)
-    forced = forced_places(given.unfused().forced_knots if forced_knots is None else forced_knots, times)
+    if forced_knots is None:
+        forced_knots = first_from(given.unfused().forced_knots, times)
+    forced = forced_places(forced_knots, times)
     forced_knots = times[list(forced)]
     wanted = expect_steps(steps, K, len(forced))
     if chunk is None:

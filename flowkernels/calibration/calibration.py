@@ -51,7 +51,7 @@ from flowkernels.solver import Solver
 from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.protocol import Velocity, resolve
 
-FORMAT = "flowkernels.calibration"
+FORMAT, PIPELINE = "flowkernels.calibration", "pipeline"
 RULE = {  # for readers of a file: what its numbers mean elsewhere
     "time": "t = 1 - sigma: sigma 1 is noise, sigma 0 data, x = sigma noise + (1 - sigma) data; a schedule that begins "
     "below sigma 1 begins with the state there",
@@ -173,13 +173,19 @@ class Calibration(Measured, Mapping):
         if not known:  # KeyError for all of them, which a Mapping's `in` takes for an answer
             got = describe(steps)
             raise KeyError(f"steps: expected one of {sorted(self.schedules)}, got {got}; find({got}) adds it")
-        return self.schedules[steps]
+        return self._marked(self.schedules[steps])
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.schedules)
 
     def __len__(self) -> int:
         return len(self.schedules)
+
+    def _marked(self, plan: Schedule | Solver) -> Schedule | Solver:
+        """With the settings of the pipeline that it is for, if there is one, in its notes: `sample` looks there."""
+        if PIPELINE in self.provenance:
+            plan.notes.setdefault(PIPELINE, self.provenance[PIPELINE])
+        return plan
 
     @no_grad
     def find(
@@ -224,7 +230,7 @@ class Calibration(Measured, Mapping):
             self.expect_forced(plan.times, "objective")
         if objective == "squared":
             self.schedules.update(plans)
-        return plans
+        return {n: self._marked(plan) for n, plan in plans.items()}
 
     def choices(self, steps: int) -> dict[str, Schedule | Solver]:
         """What there is for N steps, by its name in `verified`: the uniform schedule (from the grid's first time, with
@@ -235,7 +241,7 @@ class Calibration(Measured, Mapping):
             known[BELLMAN] = self[steps]
         if steps in self.solvers:
             known[FITTED] = self.solvers[steps]
-        return known
+        return {name: self._marked(plan) for name, plan in known.items()}
 
     def uniform(self, steps: int) -> Schedule:
         """N equal steps from the grid's first time, on no grid; with forced knots, equal between these."""
@@ -568,11 +574,16 @@ def _schedule_to_dict(s: Schedule, times: Tensor) -> dict:
     }
     if s.cost_interval is not None:
         data |= {"cost_interval": list(s.cost_interval), "samples_needed": s.samples_needed}
-    return plain(data | ({"notes": s.notes} if s.notes else {}))
+    return plain(data | ({"notes": notes} if (notes := _own_notes(s)) else {}))
 
 
 def _solver_to_dict(s: Solver) -> dict:
-    return s.to_dict() | {"notes": plain(s.notes)}
+    return s.to_dict() | {"notes": plain(_own_notes(s))}
+
+
+def _own_notes(plan: Schedule | Solver) -> dict:
+    """Those that do not come of the calibration's provenance."""
+    return {k: v for k, v in plan.notes.items() if k != PIPELINE}
 
 
 def _encoding(diagonal: int) -> str:

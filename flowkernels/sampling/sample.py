@@ -22,6 +22,7 @@ from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver
 from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.protocol import Velocity, resolve
+from flowkernels.velocity.provenance import warn_of_another_pipeline
 
 
 @no_grad
@@ -86,6 +87,7 @@ def sample(
         return _traced(velocity, noise, schedule, capture)
     backward = isinstance(schedule, Solver) and schedule.is_inverse
     expect(not backward, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
+    warn_of_another_pipeline(schedule, resolve(velocity).provenance, stacklevel=4)
     return run(velocity, noise, expect_solver(schedule, "schedule"), capture, check, progress)
 
 

@@ -49,7 +49,9 @@ class VelocityBase:
     shared: the names of that which is not per sample.
     is_fused: it runs a solver, or a step, by kernels of its own (`fused_run`, `fused_steps`).
     forced_knots: times that no step may span, such as where one network takes over from another; `calibrate` takes
-        them over.
+        them over: those of its grid, or the first ones after.
+    provenance: settings, ready for JSON, that a calibration made with it depends on beside weights, such as the size of
+        images; a warning says so where a schedule is used at others.
 
     Examples:
         >>> class Decay(fk.VelocityBase):
@@ -64,6 +66,7 @@ class VelocityBase:
     shared: tuple[str, ...] = ()
     is_fused: bool = False
     forced_knots: tuple[float, ...] = ()
+    provenance: Mapping[str, Any] = MappingProxyType({})
 
     # ---- evaluation ----
 

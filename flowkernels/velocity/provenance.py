@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
 
+from flowkernels._warnings import warn
 from flowkernels.velocity.hashes import Unknown, attributes_hash, modules_of, tensors_hash, weights_hash
 
 NO_MODULE = "not a module"
@@ -19,7 +21,7 @@ class Identity:
     parameters: of the weights and the convention. of_state: that of what is in the state dict alone, which files of
     before have. attributes: of the classes of all modules and what they hold beside weights. conditioning,
     unconditional: of each of their values. None is unknown; `unknown` says why. unread: names of attributes and hooks
-    that have no hash. shared: names of the conditioning that is not per sample.
+    that have no hash. shared: names of the conditioning that is not per sample. pipeline: `VelocityBase.provenance`.
     """
 
     parameters: str | None = None
@@ -30,11 +32,13 @@ class Identity:
     unknown: dict[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    pipeline: Mapping[str, Any] = field(default_factory=dict)
 
     def provenance(self) -> dict:
         """The entries of a file."""
         found = {"parameters_sha256": self.parameters, "attributes_sha256": self.attributes}
         found |= {"conditioning": self.conditioning, "unconditional": self.unconditional, "shared": list(self.shared)}
+        found |= {"pipeline": dict(self.pipeline)} if self.pipeline else {}
         return found | ({"unknown": self.unknown} if self.unknown else {})
 
     def is_proven(self, recorded: Mapping[str, Any]) -> bool:
@@ -69,7 +73,26 @@ class Identity:
         shared = recorded.get("shared")
         if isinstance(shared, list) and shared != list(self.shared):
             found.append(f"shared {shared}, now {list(self.shared)}")
-        return found
+        return found + pipeline_differences(recorded.get("pipeline"), self.pipeline)
+
+
+INDIFFERENT = ("prompts", "scheduler")  # of a pipeline: what the best schedules hardly depend on
+
+
+def pipeline_differences(then: Any, now: Mapping[str, Any]) -> list[str]:
+    """What a pipeline's settings (`VelocityBase.provenance`) differ in, in words, of those that both have."""
+    then = then if isinstance(then, Mapping) else {}
+    keys = [key for key in then if key in now and key not in INDIFFERENT and then[key] != now[key]]
+    return [f"{key} {then[key]}, now {now[key]}" for key in keys]
+
+
+def warn_of_another_pipeline(plan: Any, now: Mapping[str, Any], stacklevel: int) -> None:
+    """Where a Schedule or Solver was made for a pipeline at other settings than it is used with."""
+    if torch.compiler.is_compiling() or not now:
+        return
+    if differs := pipeline_differences(getattr(plan, "notes", {}).get("pipeline"), now):
+        text = f"schedule: expected the pipeline that it was calibrated for, got another one ({'; '.join(differs)})"
+        warn(f"{text}; it may not be the best for it", stacklevel)
 
 
 def hash_of(value: Any, name: str, unknown: dict[str, str]) -> str | None:

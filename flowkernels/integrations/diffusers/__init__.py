@@ -1,10 +1,11 @@
 """Diffusers' pipelines: the door, which holds public names alone. Nothing of diffusers is imported before it is asked
 for: the class that derives from one of its own is made in scheduler.py, where it is first needed."""
 
+from flowkernels.integrations.diffusers.pipeline import pipeline_velocity
 from flowkernels.integrations.diffusers.scheduler import solver_scheduler
 from flowkernels.integrations.diffusers.sigmas import sigmas_for
 
-__all__ = ["sigmas_for", "solver_scheduler"]
+__all__ = ["pipeline_velocity", "sigmas_for", "solver_scheduler"]
 
 
 def __getattr__(name: str):

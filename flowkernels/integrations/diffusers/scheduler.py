@@ -92,7 +92,7 @@ def _from_dict(data: dict) -> Solver:
     return Solver.from_dict(data) if set(expect_mapping(data, "solvers")) != {"times"} else Solver.euler(data["times"])
 
 
-def _expect_flow(like) -> None:
+def _expect_flow(like, argument: str = "like") -> None:
     """A scheduler of networks whose output is noise - data at x = (1 - sigma) data + sigma noise, without noise of its
     own on the way."""
     names = {kind.__name__ for kind in type(like).__mro__}
@@ -101,18 +101,18 @@ def _expect_flow(like) -> None:
         f"{', '.join(FLOW)}, or of {', '.join(FLOW_MODES)} with prediction_type='flow_prediction' and "
         "use_flow_sigmas=True"
     )
-    expect("SchedulerMixin" in names, "like", expected, describe(like), TypeError)
+    expect("SchedulerMixin" in names, argument, expected, describe(like), TypeError)
     config, name = like.config, type(like).__name__
     of_modes = "prediction_type" in config and name.startswith(FLOW_MODES) and "Inverse" not in name
     if of_modes:
         prediction, flow = config["prediction_type"], config.get("use_flow_sigmas", False)
         known = prediction == "flow_prediction" and flow
-        expect(known, "like", expected, f"{name} with prediction_type={prediction!r} and use_flow_sigmas={flow}")
-    expect(of_modes or not names.isdisjoint(FLOW), "like", expected, name)
+        expect(known, argument, expected, f"{name} with prediction_type={prediction!r} and use_flow_sigmas={flow}")
+    expect(of_modes or not names.isdisjoint(FLOW), argument, expected, name)
     edm = config.get("sigma_data") is not None and not of_modes  # Cosmos 2 writes it there, and scales latents by sigma
-    expect(not edm, "like", expected, f"{name} in the hands of an EDM pipeline (its config has sigma_data)")
+    expect(not edm, argument, expected, f"{name} in the hands of an EDM pipeline (its config has sigma_data)")
     noisy = config.get("stochastic_sampling", False)
-    expect(not noisy, "like", "a scheduler without noise of its own", f"{name} with stochastic_sampling=True")
+    expect(not noisy, argument, "a scheduler without noise of its own", f"{name} with stochastic_sampling=True")
 
 
 @functools.cache
