@@ -1,3 +1,4 @@
+import gc
 import os
 
 # before torch: idle threads sleep, since on a busy machine spinning ones hold back those that work
@@ -19,6 +20,25 @@ collect_ignore = ["new_op", "pipelines"]
 fixed = not os.environ.get("FLOWKERNELS_TEST_SEED")
 hypothesis.settings.register_profile("flowkernels", deadline=None, max_examples=40, derandomize=fixed)
 hypothesis.settings.load_profile("flowkernels")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="all combinations where tests take pairs of choices (_pairs.py)",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("exhaustive"):
+        os.environ["FLOWKERNELS_EXHAUSTIVE"] = "1"  # tests are parametrised as their files are imported
+
+
+def pytest_collection_finish(session):
+    """What is there by now stays: collections of garbage need not look at thousands of tests each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -431,9 +431,17 @@ def test_compiled_anew_for_another_shape_dtype_and_schedule(aot_eager):
     assert len(capture.LOOPS.loops) == len(WORKS)
 
 
-def test_more_compiled_loops_than_the_compiler_makes_of_one_function(aot_eager):
-    net, config = linear_field(), torch._dynamo.config
-    for n in range(1, 3 + getattr(config, "recompile_limit", config.cache_size_limit)):
+@pytest.fixture
+def few_recompilations():
+    """How many the compiler makes of one function before it gives up."""
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({name: 2}):
+        yield 2
+
+
+def test_more_compiled_loops_than_the_compiler_makes_of_one_function(aot_eager, few_recompilations):
+    net = linear_field()
+    for n in range(1, 3 + few_recompilations):
         check(net, normal(n, 4), 1, "compile")
 
 
@@ -448,9 +456,9 @@ def test_compiled_loops_keep_no_network_alive(aot_eager):
     assert not capture.LOOPS.loops
 
 
-def test_more_settings_than_the_compiler_makes_of_one_function(aot_eager):
+def test_more_settings_than_the_compiler_makes_of_one_function(aot_eager, few_recompilations):
     field = guided()
-    for _ in range(3 + getattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.cache_size_limit)):
+    for _ in range(3 + few_recompilations):
         field.guidance += 0.5
         check(field, normal(5, 9), 1, "compile", rtol=1e-5, atol=1e-5)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from _contract import identical
+from _pairs import pairs
 from torch import nn
 
 import flowkernels as fk
@@ -69,9 +70,10 @@ def head(x, v, u, h, w):
     return linear_euler(x, torch.cat([v, u]), v.T @ u, h, guidance=w, norm=1e-5, history=[v], b=[w])
 
 
-@AS_NUMBERS
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("function", [step, plain_step, step_in_place, update, update_in_place, head])
+STEPS = step, plain_step, step_in_place, update, update_in_place, head
+
+
+@pytest.mark.parametrize(("function", "name", "number"), pairs(STEPS, BACKENDS, [float, torch.tensor]))
 def test_numbers_stay_open(function, name, number):
     calls = [(*(randn(n, 8, seed=s) for s in range(3)), number(h), number(w)) for n, h, w in NUMBERED]
     with backend(name):
@@ -221,8 +223,8 @@ def knots(*times):
 
 
 SCHEDULES = {
-    "numbers": [3, 2, 4, 7, 12],
-    "tensors": [knots(0, 0.3, 0.5, 1), knots(0, 0.2, 0.5, 1), knots(0, 0.6, 1), torch.linspace(0, 1, 13, dtype=F64)],
+    "numbers": [3, 2, 7],
+    "tensors": [knots(0, 0.3, 0.5, 1), knots(0, 0.6, 1), torch.linspace(0, 1, 13, dtype=F64)],
     "schedules": [Schedule(knots(0, 0.3, 0.5, 1)), Schedule(knots(0, 0.7, 1)), Schedule(_uniform(8))],
 }
 

@@ -10,6 +10,7 @@ import ops_cases
 import pytest
 import torch
 from _contract import identical, tensors
+from _pairs import covering, words_of
 
 import flowkernels as fk
 from flowkernels.ops.public import OPS
@@ -19,6 +20,15 @@ from flowkernels.runtime.backends import BACKENDS, backend
 SAMPLES = {op: importlib.import_module(f"flowkernels.ops.{op}.samples") for op in OPS}
 FUNCTIONS = {op: getattr(fk, op) for op in OPS}
 CASES = [(op, s) for op in OPS for s in SAMPLES[op].sample_inputs()]
+
+
+def of_each_kind(together: int) -> list[tuple]:
+    """Of each op the samples that have every dtype, layout and option, or every pair of them that there is."""
+    of_ops = ([case for case in CASES if case[0] == op] for op in OPS)
+    return [case for cases in of_ops for case in covering(cases, lambda case: words_of(case[1].id), together)]
+
+
+KINDS, PAIRS = of_each_kind(1), of_each_kind(2)
 
 
 def over(cases):
@@ -118,18 +128,27 @@ def test_same_bits_every_run_from_poisoned_memory(op, sample, poisoned):
     assert identical(first, third)
 
 
+def opcheck(op, sample, *utils):
+    args = tuple(with_gradient(a) if i in DIFFERENTIABLE.get(op, ()) else a for i, a in enumerate(op_args(op, sample)))
+    torch.library.opcheck(getattr(torch.ops.flowkernels, op).default, args, test_utils=utils)
+
+
 @over(CASES)
 def test_opcheck(op, sample):
-    args = tuple(with_gradient(a) if i in DIFFERENTIABLE.get(op, ()) else a for i, a in enumerate(op_args(op, sample)))
-    torch.library.opcheck(getattr(torch.ops.flowkernels, op).default, args)
+    opcheck(op, sample, "test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@over(PAIRS)
+def test_opcheck_of_what_is_compiled(op, sample):
+    opcheck(op, sample, "test_aot_dispatch_dynamic")
 
 
 # schema, fake and gradient are those of the op; what a backend may get wrong is what it aliases, writes to and returns
 @pytest.mark.parametrize("name", [b for b in BACKENDS if b != "cpu"])
-@over(CASES[::5])
+@over(KINDS)
 def test_opcheck_of_other_backends(op, sample, name):
     with backend(name):
-        test_opcheck(op, sample)
+        opcheck(op, sample, "test_schema", "test_faketensor")
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -151,8 +170,7 @@ def test_gradients_that_arrive_in_any_layout(op, sample, layout, name):
     torch.testing.assert_close(got[0], x.to(got[0].dtype))
 
 
-# every fourth sample is one of each dtype and most layouts; a compilation takes 0.2 s
-@over(CASES[::4])
+@over(KINDS)
 def test_compiles_in_one_graph(op, sample):
     torch._dynamo.reset()
     compiled = torch.compile(FUNCTIONS[op], fullgraph=True, backend="aot_eager")

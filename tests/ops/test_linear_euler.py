@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from _pairs import covering, words_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -189,7 +190,7 @@ def test_one_row_of_modulation_for_all():
 
 
 @EACH
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.id)
+@pytest.mark.parametrize("sample", covering(SAMPLES, lambda s: words_of(s.id)), ids=lambda s: s.id)
 def test_in_place_equals_out_of_place(sample, name):
     x, *args = sample.args
     with backend(name):
