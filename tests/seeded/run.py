@@ -61,6 +61,7 @@ class Tree:
         self.path, self.builder, self.work = path, builder or self, path.parent
         if not path.exists():
             call("git", "clone", "-q", ROOT, path, cwd=self.work)
+        call("git", "fetch", "-q", ROOT, commit, cwd=path)
         call("git", "checkout", "-q", "-f", commit, cwd=path)
 
     def build(self, kind: str) -> None:
