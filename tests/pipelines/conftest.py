@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/pipelines.md"
-COLUMNS = ("times", "fitted", "stock", "image", "saved", "bfloat16", "compiled")
+COLUMNS = ("times", "sigmas", "fitted", "stock", "image", "saved", "bfloat16", "compiled")
 
 
 def pytest_addoption(parser):

@@ -310,13 +310,17 @@ def test_bfloat16(name, found):
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "wan21"])
 def test_a_compiled_transformer(name, found):
+    """One graph for all steps of the pipeline."""
     family, solver = tiny.FAMILIES[name], calibration(name).solvers[N]
     pipe = family.make()
+    v = pipeline_velocity(pipe, **family.call())
     pipe.scheduler = solver_scheduler(solver, like=pipe.scheduler)
     expected = run(pipe, family, N)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     pipe.transformer.compile()
     off = difference(run(pipe, family, N), expected)
     assert off <= 1e-4
-    v = pipeline_velocity(pipe, **family.call())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert difference(fk.sample(v, v.noise(2, torch.Generator().manual_seed(0)), solver), expected) <= 1e-4
     found("compiled", off)
