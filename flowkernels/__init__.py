@@ -33,6 +33,7 @@ from flowkernels.velocity.protocol import Velocity, VelocityBase
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 if TYPE_CHECKING:
+    from flowkernels.calibration.figure import plot
     from flowkernels.integrations.export import export
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "fuse_head",
     "invert",
     "least_cost_schedules",
+    "plot",
     "polish",
     "profile_ranges",
     "record_calls",
@@ -73,7 +75,11 @@ __all__.extend(OPS)
 
 
 def __getattr__(name: str):
-    """`export`, of the integrations, which are imported where they are asked for."""
+    """What is imported where it is asked for: `export` with the integrations, `plot` with matplotlib."""
+    if name == "plot":
+        from flowkernels.calibration.figure import plot
+
+        return plot
     if name == "export":
         from flowkernels.integrations.export import export
 

@@ -76,7 +76,7 @@ def _stat(path: str | Path, name: str) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as e:  # a name that is too long, links in a circle, a zero byte
-        raise ValueError(f"{name}: expected the name of a file, got {path} ({e})") from e
+        raise ValueError(f"{name}: expected the name of a file, got {path!s:.200} ({e!s:.200})") from e
 
 
 def _may_replace(folder: os.stat_result, there: os.stat_result) -> bool:

@@ -719,6 +719,15 @@ def _stages(cal) -> None:
         to=("sdcpp", is_one_of(*RECEIVERS)),
         **dict(steps=(None, lambda v: v is None), path=(None, or_none(is_path)), knots_only=(False, is_flag)),
     )
+    picture = (None, lambda v: v is None or (is_path(v) and str(v).endswith((".png", ".svg", ".pdf"))))
+    place(
+        "plot",
+        fk.plot,
+        (OSError,),
+        calibration=(lambda: cal, nothing_else),
+        path=picture,
+        steps=(2, or_none(is_int(1, 3))),
+    )
     of_cal = dict(velocity=field, calibration=(lambda: cal, nothing_else))
     part = (0.25, within(0, 1))
     place(
@@ -1060,6 +1069,7 @@ def _commands() -> None:
             n=positive, steps=is_text(int, 1, 10**6), chunk=positive, method=none, schedule=none, out=none, **shared
         ),
     )
+    command("plot", "calibration.json --out none/x.png", ("out",), steps=none, out=none)
     command(
         "export", "calibration.json --to json --steps 2", to=is_one_of(*RECEIVERS), steps=is_text(int, 1, 2), out=none
     )

@@ -33,6 +33,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     inversion = fk.invert(velocity, noise, fk.Solver.heun(8, inverse=True))
     assert_type(inversion, fk.Inversion)
     assert_type(fk.export(cal, "comfy", steps=4, path="sigmas.txt"), str)
+    fk.plot(cal, "plot.png", steps=4).axes[0].set_title("mine")
     assert_type(fk.export(solver, "timegrid", knots_only=True), Tensor)
     assert_type(fk.export(solver, "numpy")["coefficients"].shape, tuple[int, ...])
     fk.export(cal, "json", steps=8), fk.export(solver, "diffusers")

@@ -1,4 +1,4 @@
-"""The `flowkernels` command: demo, calibrate, straighten, sample, export, bench, tune, record, replay, info."""
+"""The `flowkernels` command: demo, calibrate, straighten, sample, export, plot, bench, tune, record, replay, info."""
 
 import argparse
 import contextlib
@@ -198,6 +198,11 @@ def _parser() -> argparse.ArgumentParser:
     lost = "leave out coefficients that the sampler cannot run, and a start below sigma = 1 as it takes it"
     add("--knots-only", action="store_true", help=lost)
     add("--out", type=_options.path, help="file to write, of diffusers a folder; the screen if not given")
+
+    add = command("plot", _plot, "Sigmas beside stock schedules, step costs and errors of a calibration, as a picture.")
+    add("file", type=_options.path, metavar="FILE", help="calibration file (.boss.json)")
+    add("--steps", type=_options.steps, help="number of steps N that is shown; 4, or the middle one, if not given")
+    add("--out", type=_file, required=True, help="file to write: .png, .svg or .pdf")
 
     bench.add_arguments(command("bench", bench.run, "Time the kernels and their peers, side by side."))
     tune.add_arguments(command("tune", _tune, "Find the fastest configurations of the Triton kernels on this GPU."))
@@ -412,6 +417,18 @@ def _export(args) -> None:
         write_or_keep(made.expect_path(args.out, "--out", inputs), "--out", made.write)
         print(f"{args.out}: {made.solver.steps} steps, {made.solver.evaluations} evaluations ({made.solver.name})")
     print(made.words, file=sys.stderr)
+
+
+def _plot(args) -> None:
+    check_paths(args, ".png", ".svg", ".pdf")
+    require(args.file.is_file(), f"FILE: expected a file, got {args.file}, which is not one")
+    calibration = read_calibration(args.file, "FILE")
+    with _in_its_words({"steps: exp": "--steps: exp", "calibration: exp": "FILE: exp"}):
+        figure = fk.plot(calibration, steps=args.steps)
+    from flowkernels.calibration.figure import write  # brings matplotlib along, which nothing else needs
+
+    write_or_keep(args.targets["out"], "--out", lambda path: write(figure, path))
+    print(f"{args.out}: {calibration!r}")
 
 
 def _tune(args) -> int:

@@ -8,30 +8,11 @@ import numpy as np
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from flowkernels.calibration.calibration import BELLMAN, FITTED, UNIFORM, Calibration
-
-# Okabe and Ito's colours, told apart by colour-blind readers; each series has a marker and a line of its own as well
-LOOK = {
-    UNIFORM: dict(label="uniform", color="#d55e00", marker="s", markersize=7, markerfacecolor="none", linestyle="--"),
-    BELLMAN: dict(label="Bellman", color="#0072b2", marker="o", markersize=5, linestyle="-"),
-    FITTED: dict(label="fitted", color="#cc79a7", marker="D", markersize=5, linestyle=":"),
-    "straightened": dict(label="straightened", color="#009e73", marker="*", markersize=11, linestyle="none"),
-}
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "grid.color": "#dddddd",
-    "legend.frameon": False,
-}
+from flowkernels.calibration.calibration import BELLMAN, UNIFORM, Calibration
+from flowkernels.calibration.figure import LOOK, STYLE, costs, plain_log
 
 
 def number(value: float | None) -> str:
@@ -46,15 +27,6 @@ def straightened_row(results: dict) -> dict:
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure((width, height), layout="constrained")
     return figure, figure.add_subplot()
-
-
-def _plain_log(ax: Axes, **labels: str) -> None:
-    """A logarithmic y axis with plain numbers."""
-    ax.set(yscale="log", **labels)
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.grid(axis="y")
 
 
 def _schedules(results: dict, calibration: Calibration) -> Figure:
@@ -76,20 +48,9 @@ def _schedules(results: dict, calibration: Calibration) -> Figure:
 
 def _costs(results: dict, calibration: Calibration) -> Figure:
     """The step costs as a map, with the path that Bellman's recursion takes through them."""
-    times, plan = calibration.times.numpy(), calibration[results["settings"]["straighten"]]
-    cost = calibration.cost.T.numpy()  # [k, j]: from t_j on the x axis, to t_k on the y axis
-    seen = np.ma.masked_where(~(np.isfinite(cost) & (cost > 0)), cost)
     figure, ax = _figure(6, 4.8)
-    edges = np.concatenate([times[:1], (times[1:] + times[:-1]) / 2, times[-1:]])  # cells centred on the knots
-    norm = LogNorm(max(seen.min(), 1e-8 * seen.max()), seen.max())
-    mesh = ax.pcolormesh(edges, edges, seen, norm=norm, cmap="viridis", rasterized=True)
+    mesh = costs(ax, calibration, results["settings"]["straighten"])
     figure.colorbar(mesh, label="step cost c(j, k), mean squared error of the step", extend="min")
-    for name, schedule in ((UNIFORM, calibration.uniform(plan.steps)), (BELLMAN, plan)):
-        knots = np.repeat(schedule.times.numpy(), 2)  # a staircase: each corner off the diagonal is one step
-        white = dict(color="white", clip_on=False, markevery=(1, 2), label=f"{LOOK[name]['label']}, N = {plan.steps}")
-        ax.plot(knots[:-1], knots[1:], **LOOK[name] | white)
-    ax.set(xlabel="step from time $t_j$", ylabel="step to time $t_k$", aspect="equal", xlim=(0, 1), ylim=(0, 1))
-    ax.legend(loc="lower right", facecolor="#666666", frameon=True, framealpha=1, edgecolor="none", labelcolor="white")
     return figure
 
 
@@ -101,7 +62,7 @@ def _errors(results: dict) -> Figure:
         n, mean, spread = ([row[k] for row in rows] for k in ("steps", f"error_{name}", f"error_{name}_se"))
         ax.errorbar(n, mean, spread, capsize=2, **look)
     ax.set_xticks([row["steps"] for row in results["table"]])
-    _plain_log(ax, xlabel="steps N (velocity evaluations)", ylabel="endpoint error, squared L2")
+    plain_log(ax, xlabel="steps N (velocity evaluations)", ylabel="endpoint error, squared L2")
     ax.legend()
     return figure
 
@@ -115,7 +76,7 @@ def _loss(results: dict) -> Figure:
     if averaged:
         ax.plot(iteration[5:-4], np.convolve(loss, np.full(10, 0.1), "valid"), color=colour, label="mean of 10")
         ax.legend()
-    _plain_log(ax, xlabel="iteration", ylabel="loss, squared velocity error / feature")
+    plain_log(ax, xlabel="iteration", ylabel="loss, squared velocity error / feature")
     return figure
 
 

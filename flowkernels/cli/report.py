@@ -6,7 +6,8 @@ import math
 import os
 from pathlib import Path
 
-from flowkernels.cli.plot import LOOK, number, straightened_row
+from flowkernels.calibration.figure import LOOK
+from flowkernels.cli.plot import number, straightened_row
 
 FORMAT = "flowkernels.report"
 FILES = {"report.html", "report.json", "schedule.boss.json", "samples.png", "student.safetensors"}

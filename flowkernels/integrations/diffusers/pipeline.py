@@ -296,11 +296,9 @@ class _Plan:
     """What a call is made for: asked by the scheduler that stands in for the pipeline's own.
 
     x: the state that the call goes on from, or None for its own.
-    dtype: to put it in, or None for that of its own.
     """
 
     x: Tensor | None = None
-    dtype: torch.dtype | None = None
 
     def __deepcopy__(self, memo):
         expect(False, "pipe", "a pipeline with one state", "one that copies its scheduler, for a second state")
@@ -322,7 +320,7 @@ class _Evaluation(_Plan):
     """The velocity of one state at one time."""
 
     def __init__(self, calls: "_Calls", x: Tensor, t: float):
-        self.calls, self.x, self.t, self.dtype = calls, x, t, calls.later_dtype
+        self.calls, self.x, self.t = calls, x, t
 
     def set_timesteps(self, scheduler, own, kwargs) -> None:
         self.calls.set_times(scheduler, [self.t], kwargs)
@@ -399,7 +397,6 @@ class _Calls:
         ]
         noise = self._run((0,), _Noise())
         self.shape, self.dtype = list(noise.latents.shape[1:]), noise.latents.dtype
-        self.later_dtype = None  # of latents after a step, where it is another: HunyuanVideo rounds times to it
         self.device = noise.latents.device
         plan = self._run((0,), _Grid())
         self._shift = None  # of what the network is told, where the pipeline gives times and sigmas (CogView4)
@@ -483,8 +480,6 @@ class _Calls:
         found = self._run(prompts, _Steps(self, times), num_inference_steps=len(times) - 1).found
         name, cast = type(self.pipe).__name__, 2 * torch.finfo(self.dtype).eps  # of the state
         exact = found[0][1].dtype in (torch.float32, torch.float64) and cast < 1e-4
-        if found[-1][0].dtype != found[0][0].dtype:
-            self.later_dtype = found[-1][0].dtype
         for i, (sample, output, _) in enumerate(found):
             self._expect_whole(sample, output, [len(prompts), *self.shape])
             if i:
@@ -708,7 +703,7 @@ class _Prepared:
                 return result
             expected = f"a state of shape {list(latents.shape)}, as the pipeline's latents"
             expect(plan.x.shape == latents.shape, "x", expected, plan.x)
-            x = plan.x.to(latents.device, plan.dtype or latents.dtype, copy=True)
+            x = plan.x.to(latents.device, latents.dtype, copy=True)
             return x if isinstance(result, Tensor) else type(result)([x, *result[1:]])
 
         return prepare_latents
