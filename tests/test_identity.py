@@ -312,3 +312,19 @@ def test_tables_are_of_the_samples_kept():
     assert cal.norm_cost is first
     cal.kept.v.mul_(2)
     assert torch.allclose(cal.norm_cost[0, 2:], 2 * first[0, 2:])
+
+
+def test_a_diffusers_model_is_itself_once_it_has_been_saved_and_loaded(tmp_path):
+    """Whose lists are tuples then, and whose configuration says where it came from."""
+    from diffusers import FluxTransformer2DModel
+
+    sizes = dict(in_channels=4, num_layers=1, num_single_layers=0, attention_head_dim=8, num_attention_heads=2)
+    sizes |= dict(joint_attention_dim=8, pooled_projection_dim=8)
+    net = FluxTransformer2DModel(**sizes, axes_dims_rope=[2, 2, 4]).eval()
+    before = identity(net)
+    net.save_pretrained(tmp_path)
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path)
+    assert identity(net) == before == identity(loaded)
+    other = FluxTransformer2DModel(**sizes, axes_dims_rope=[4, 2, 2]).eval()
+    other.load_state_dict(net.state_dict())
+    assert identity(other).attributes != before.attributes

@@ -32,7 +32,7 @@ def run(*command, **environment):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
 
 
-@pytest.mark.parametrize("script", ["demo", "test", "test_seeds", "setup.sh", "profile_kernel.sh"])
+@pytest.mark.parametrize("script", ["demo", "test", "test_pipelines", "test_seeds", "setup.sh", "profile_kernel.sh"])
 def test_syntax(script):
     done = run("bash", "-n", ROOT / "scripts" / script)
     assert (done.returncode, done.stderr) == (0, "")

@@ -38,6 +38,7 @@ WRAPPERS = IN_PLACE | {  # and those that hold more beside it
     "peft.tuners.lora.model.LoraModel": "model",
 }
 SHARDED = ("torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel", "torch.distributed.tensor")
+CONFIG = "_internal_dict"  # of diffusers, whose models hold their configuration there
 DEEPEST = 32  # containers in containers
 NAMED = {  # modules of this package in hashes: as they were called when files were first written with them
     "flowkernels.velocity.field": "flowkernels.velocity_field",
@@ -138,11 +139,23 @@ def attributes_hash(modules: Iterable[tuple[str, nn.Module, Collection[str]]]) -
             one = hashlib.sha256()
             try:
                 with _reading(name):
-                    _feed(one, f"{prefix}{name}", value)
+                    _feed(one, f"{prefix}{name}", _as_loaded(value, private=name != CONFIG))
                 digest.update(one.digest())
             except Unknown:
                 unread.append(f"{prefix}{name}")
     return digest.hexdigest(), unread
+
+
+def _as_loaded(value: Any, private: bool) -> Any:
+    """An attribute as it is where its module has been saved and loaded, which makes lists of tuples.
+
+    private: with entries whose names begin with an underscore; of a configuration, those say where it was loaded from.
+    """
+    if type(value) in (list, tuple):
+        return tuple(_as_loaded(v, private) for v in value)
+    if isinstance(value, Mapping):
+        return {k: _as_loaded(v, private) for k, v in value.items() if private or not str(k).startswith("_")}
+    return value
 
 
 def modules_of(net: nn.Module) -> list[tuple[str, nn.Module, Collection[str]]]:

@@ -459,7 +459,7 @@ def hidream():
         text_encoder=transformers.CLIPTextModelWithProjection(clip(16)),
         text_encoder_2=transformers.CLIPTextModelWithProjection(clip(16)),
         text_encoder_3=t5(32),
-        text_encoder_4=decoder_only("Llama", "ForCausalLM", attn_implementation="eager"),
+        text_encoder_4=decoder_only("Llama", "ForCausalLM"),
         tokenizer=tokenizer(16, bos=True),
         tokenizer_2=tokenizer(16, bos=True),
         tokenizer_3=tokenizer(16),
@@ -522,6 +522,7 @@ class Family:
     two_networks        one above a boundary in time, another below
     inverted_time       the network's time runs from 0, noise, to 1, data
     inverted_sigmas     so does the scheduler's (`invert_sigmas`)
+    unshifted_time      the network is told sigma as it was before the scheduler's shift
     video               latents have frames
     img2img             `img2img` is the class of a pipeline that begins at an image, with `strength`
     """
@@ -555,10 +556,12 @@ class Family:
         pipe.set_progress_bar_config(disable=True)
         for name, value in self.attributes.items():
             setattr(pipe, name, value)
+        if hasattr(pipe, "text_encoder_4"):  # HiDream asks it for attentions
+            pipe.text_encoder_4.set_attn_implementation("eager")
         return pipe
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        """What sigma the network is told when it is called at its time t."""
+        """What sigma the network is told when it is called at its time t; see `unshifted_time`."""
         t = t.double() / self.scale
         return 1 - t if "inverted_time" in self.has else t
 
@@ -677,7 +680,7 @@ _ALL = [
         cogview4,
         (EULER, dict(DYNAMIC, base_shift=0.25, max_shift=0.75, time_shift_type="linear")),
         dict(**IMAGE, **CFG),
-        frozenset({"cfg"}),
+        frozenset({"cfg", "unshifted_time"}),
     ),
     Family(
         "mochi",

@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,14 +71,16 @@ def pipeline_velocity(
         shared: names of arguments that are one thing for all prompts although they are lists as long as these, such
             as several images to one prompt.
         check: make two steps of the pipeline with its own loop, and compare both velocities: 4 evaluations of a sample
-            (two with several prompts). It finds what is no function of state and time. Without it nothing is evaluated.
+            (of two with several prompts). It finds what is no function of state and time. One evaluation of a sample is
+            made in any case.
         arguments: those of the pipeline's call. Sample i has prompt i mod P of P prompts, whatever the batch, and so
             with all that is given as a list of P entries and with tensors of prompts' embeddings. Texts may be of
             unlike lengths. A `generator` is copied, and draws what conditioning is sampled (none: one of seed 0).
 
-    The state x is what the scheduler sees: packed where the pipeline packs it. It is cast to the dtype of the
-    pipeline's latents, and the velocity is in that of its output. Some schedulers round times to integers: this does
-    not. Pipelines run without gradients: what is to be trained is to be called as a `fk.VelocityField`.
+    The state x is what the scheduler is given: packed where the pipeline packs it, and where it is given a part (image
+    to video of LTX, all frames but the first) that part. It is cast to the dtype of the pipeline's latents, and the
+    velocity is in that of its output. Some schedulers round times to integers: this does not. Pipelines run without
+    gradients: what is to be trained is to be called as a `fk.VelocityField`.
 
     Returns:
         PipelineVelocity: called with x `[n, *shape]` and t `[n]`; `grid(K)`, `noise(n)`, `provenance`, `forced_knots`.
@@ -86,7 +88,7 @@ def pipeline_velocity(
     Raises:
         TypeError, ValueError: naming the argument. For pipelines whose loop does what no velocity says: schedulers that
             are not for flow matching, a start at an image (`strength`), guidance that depends on the step's number or
-            on steps before, caches, steps of a part of the state or of several.
+            on steps before, caches, edits of the state between steps, two states.
 
     Examples:
         >>> import diffusers
@@ -221,7 +223,7 @@ class _Arguments:
     """The arguments of the pipeline's call, which prompts there are, and the arguments of a batch of these."""
 
     def __init__(self, pipe: "DiffusionPipeline", given: dict[str, Any], shared: frozenset[str]):
-        parameters = inspect.signature(type(pipe).__call__).parameters
+        parameters = dict(inspect.signature(type(pipe).__call__).parameters)
         unknown = sorted(set(given) - set(parameters) | ({"self"} & set(given)))
         known = f"those of {type(pipe).__name__}: {', '.join(sorted(set(parameters) - OURS - {'self'}))}"
         expect(not unknown, "arguments", known, f"{unknown}", TypeError)
@@ -295,65 +297,97 @@ class _Stop(BaseException):
 class _Plan:
     """What a call is made for: asked by the scheduler that stands in for the pipeline's own.
 
-    x: the state that the call goes on from, or None for its own.
+    x: the state that goes in where the pipeline makes its latents; None leaves them. dtype: to put it in, or None for
+        that of its own.
+    stubs: whether networks give what they gave before, which nobody looks at.
     """
 
     x: Tensor | None = None
+    dtype: torch.dtype | None = None
+    stubs = False
 
     def __deepcopy__(self, memo):
         expect(False, "pipe", "a pipeline with one state", "one that copies its scheduler, for a second state")
 
     def set_timesteps(self, scheduler, own: Callable, kwargs: dict) -> None:
-        raise NotImplementedError
+        """The scheduler's own times."""
+        own(**kwargs)
+        self.scheduler, self.mu = scheduler, kwargs.get("mu")
+        self.explicit = kwargs.get("timesteps") is not None and kwargs.get("sigmas") is not None
 
     def prepared(self, latents: Tensor, again: Callable) -> None:
-        """The pipeline has its latents; again: makes them for other arguments."""
+        """The pipeline has its latents; again: makes them for n samples by a generator."""
 
     def loop_begins(self) -> None:
         """All that comes before the first step is done."""
 
     def step(self, scheduler, model_output: Tensor, sample: Tensor) -> Tensor:
-        raise _Stop
-
-
-class _Evaluation(_Plan):
-    """The velocity of one state at one time."""
-
-    def __init__(self, calls: "_Calls", x: Tensor, t: float):
-        self.calls, self.x, self.t = calls, x, t
-
-    def set_timesteps(self, scheduler, own, kwargs) -> None:
-        self.calls.set_times(scheduler, [self.t], kwargs)
-
-    def step(self, scheduler, model_output, sample) -> Tensor:
         self.sample, self.output = sample, model_output
         raise _Stop
 
 
-class _Grid(_Plan):
-    """The scheduler's own times."""
+class _First(_Plan):
+    """The first step as it is."""
 
-    def set_timesteps(self, scheduler, own, kwargs) -> None:
-        own(**kwargs)
-        self.scheduler, self.mu = scheduler, kwargs.get("mu")
-        self.explicit = kwargs.get("timesteps") is not None and kwargs.get("sigmas") is not None
+    latents: Tensor | None = None
+
+    def prepared(self, latents, again) -> None:
+        self.latents = latents
+
+
+class _Grid(_Plan):
+    """The scheduler's own times, and no more."""
 
     def loop_begins(self) -> None:
         raise _Stop
 
 
 class _Noise(_Plan):
-    """What the pipeline begins with: of the shape of its batch, or of n samples."""
+    """What the pipeline begins n samples with."""
 
-    def __init__(self, n: int | None = None, generator: torch.Generator | None = None):
+    def __init__(self, n: int, generator: torch.Generator | None):
         self.n, self.generator = n, generator
 
-    def set_timesteps(self, scheduler, own, kwargs) -> None:
-        own(**kwargs)
-
     def prepared(self, latents, again) -> None:
-        self.latents = latents if self.n is None else again(self.n, self.generator)
+        self.sample = again(self.n, self.generator)
         raise _Stop
+
+
+class _NoiseOfStep(_Plan):
+    """The same of one sample, where the scheduler sees it first."""
+
+    stubs = True
+
+    def __init__(self, generator: torch.Generator | None):
+        self.generator = generator
+
+
+class _Evaluation(_Plan):
+    """The velocity of one state at one time."""
+
+    def __init__(self, calls: "_Calls", x: Tensor, t: float):
+        self.calls, self.x, self.t, self.dtype = calls, x, t, calls.later_dtype
+
+    def set_timesteps(self, scheduler, own, kwargs) -> None:
+        self.calls.set_times(scheduler, [self.t], kwargs)
+
+
+class _EvaluationOfStep(_Plan):
+    """The same by two steps, of which the first is for nothing but to give the loop its state."""
+
+    stubs = True
+
+    def __init__(self, calls: "_Calls", x: Tensor, t: float):
+        self.calls, self.state, self.t = calls, x, t
+
+    def set_timesteps(self, scheduler, own, kwargs) -> None:
+        self.calls.set_times(scheduler, [self.t] * 2, kwargs)
+
+    def step(self, scheduler, model_output, sample) -> Tensor:
+        if self.stubs:
+            self.stubs = False
+            return self.state.to(model_output.device, model_output.dtype, copy=True)
+        return super().step(scheduler, model_output, sample)
 
 
 class _Steps(_Plan):
@@ -385,7 +419,8 @@ class _Calls:
         if "solvers" in pipe.scheduler.config:  # it is `solver_scheduler`'s, which has kept the config of the stock one
             from diffusers import FlowMatchEulerDiscreteScheduler
 
-            self.pipe.__dict__["scheduler"] = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+            stock = {k: v for k, v in pipe.scheduler.config.items() if k != "solvers"}
+            self.pipe.__dict__["scheduler"] = FlowMatchEulerDiscreteScheduler.from_config(stock)
         self.config = self.pipe.scheduler.config
         self.sign = 1 if self.config.get("invert_sigmas") else -1  # of dx/dt beside the output
         self.device = pipe._execution_device
@@ -395,10 +430,14 @@ class _Calls:
             for name in dir(type(pipe))
             if PREPARED.match(name) and inspect.isfunction(getattr(type(pipe), name)) and name != "prepare_latents"
         ]
-        noise = self._run((0,), _Noise())
-        self.shape, self.dtype = list(noise.latents.shape[1:]), noise.latents.dtype
-        self.device = noise.latents.device
-        plan = self._run((0,), _Grid())
+        self.later_dtype = None  # of latents after a step, where it is another: HunyuanVideo rounds times to it
+        usual = arguments.value("num_inference_steps")
+        plan = self._run((0,), _First(), num_inference_steps=usual if isinstance(usual, int) else 50)
+        # whether the scheduler is given what prepare_latents has made, and not something of it (image to video)
+        seen, latents = plan.sample, plan.latents
+        self.direct = latents is not None and seen.shape == latents.shape and torch.equal(seen.float(), latents.float())
+        self.shape, self.device = list(seen.shape[1:]), seen.device
+        self.dtype = latents.dtype if self.direct else plan.output.dtype
         self._shift = None  # of what the network is told, where the pipeline gives times and sigmas (CogView4)
         if plan.explicit:
             self._shift = shift_of(self.config, plan.mu, self.config.get("shift", 1.0))
@@ -418,13 +457,14 @@ class _Calls:
         prepared = _Prepared(pipe, plan, kwargs.get("generator"), known, prompts, self.arguments.seed)
         prepared.put_over(self._methods)
         pipe.__dict__["scheduler"] = _stand_in(self.pipe.scheduler, plan)
-        if not hasattr(type(pipe), "prepare_latents") and plan.x is not None:
-            kwargs["latents"] = plan.x
+        if plan.stubs:
+            prepared.put_over_networks(self.networks())
+            kwargs |= {"generator": plan.generator} if isinstance(plan, _NoiseOfStep) else {}
         try:
             pipe(**kwargs)
         except _Stop:
-            if known is None and prepared.complete:
-                self._prepared[key] = prepared.results
+            if prepared.complete and prepared.results:
+                self._prepared[key] = {**(known or {}), **prepared.results}
                 while len(self._prepared) > KEPT:
                     self._prepared.popitem(last=False)
             return plan
@@ -432,7 +472,7 @@ class _Calls:
         raise ValueError(f"pipe: expected a pipeline that makes steps by scheduler.step, got {told}")
 
     def velocity(self, x: Tensor, t: float, prompts: tuple[int, ...]) -> Tensor:
-        made = self._run(prompts, _Evaluation(self, x, t))
+        made = self._run(prompts, (_Evaluation if self.direct else _EvaluationOfStep)(self, x, t))
         self._expect_whole(made.sample, made.output, list(x.shape))
         return made.output if self.sign > 0 else -made.output
 
@@ -465,14 +505,16 @@ class _Calls:
         return expect_times(times, "pipe.scheduler")
 
     def noise(self, n: int, generator: torch.Generator | None) -> Tensor:
-        images = any(not name.replace("negative_", "").startswith(("prompt", "pooled")) for name in self.arguments.rows)
-        if images:  # whose batch is that of the samples
-            prompts = tuple(i % self.arguments.prompts for i in range(n))
-            plan = self._run(prompts, _Noise(n, generator))
-        else:
-            plan = self._run((0,), _Noise(n, generator))
-        expect(len(plan.latents) == n, "n", f"{n} samples of the pipeline", plan.latents)
-        return plan.latents.float() if plan.latents.dtype != torch.float64 else plan.latents
+        P, rows = self.arguments.prompts, self.arguments.rows
+        if not self.direct:
+            parts = [self._run((i % P,), _NoiseOfStep(generator)).sample for i in range(n)]
+        else:  # in one, for as many prompts as there are images to them
+            images = any(not OF_PROMPTS.fullmatch(name) for name in rows)
+            prompts = tuple(i % P for i in range(n)) if images else (0,)
+            parts = [self._run(prompts, _Noise(n, generator)).sample]
+        x = torch.cat(parts)
+        expect(len(x) == n, "n", f"{n} samples of the pipeline", x)
+        return x if x.dtype == torch.float64 else x.float()
 
     def expect_velocity(self) -> None:
         """Two steps of the pipeline's loop, and the same velocities one by one."""
@@ -480,6 +522,8 @@ class _Calls:
         found = self._run(prompts, _Steps(self, times), num_inference_steps=len(times) - 1).found
         name, cast = type(self.pipe).__name__, 2 * torch.finfo(self.dtype).eps  # of the state
         exact = found[0][1].dtype in (torch.float32, torch.float64) and cast < 1e-4
+        if found[-1][0].dtype != found[0][0].dtype:
+            self.later_dtype = found[-1][0].dtype
         for i, (sample, output, _) in enumerate(found):
             self._expect_whole(sample, output, [len(prompts), *self.shape])
             if i:
@@ -613,6 +657,15 @@ class _Prepared:
         own["_progress_bar_config"] = {"disable": True}
         own["progress_bar"] = self._bar(self.pipe.progress_bar)
 
+    def put_over_networks(self, networks: Mapping[str, nn.Module]) -> None:
+        for name, network in networks.items():
+            self.pipe.__dict__[name] = _Stub(network, functools.partial(self._output, name, network))
+
+    def _output(self, name: str, network: nn.Module, *args, **kwargs):
+        if not self.plan.stubs:
+            return network(*args, **kwargs)
+        return self._result(f"{name}()", lambda: network(*args, **kwargs))
+
     def _bar(self, own: Callable) -> Callable:
         @functools.wraps(own)
         def progress_bar(*args, **kwargs):
@@ -684,6 +737,8 @@ class _Prepared:
         @functools.wraps(own)
         def prepare_latents(*args, **kwargs):
             plan = self.plan
+            if isinstance(plan, _NoiseOfStep):  # drawn anew, and so what the pipeline makes of it
+                return own(*args, **kwargs)
 
             def again(n: int, generator: torch.Generator | None) -> Tensor:
                 asked = inspect.signature(own).bind(*args, **kwargs)
@@ -694,7 +749,7 @@ class _Prepared:
                 asked.arguments.update({k: v for k, v in changes.items() if k in asked.arguments})
                 return _first(own(*asked.args, **asked.kwargs))
 
-            if isinstance(plan, _Noise) and plan.n is not None:
+            if isinstance(plan, _Noise):
                 plan.prepared(None, again)
             result = self._result("prepare_latents", lambda: own(*args, **kwargs))
             latents = _first(result)
@@ -703,10 +758,25 @@ class _Prepared:
                 return result
             expected = f"a state of shape {list(latents.shape)}, as the pipeline's latents"
             expect(plan.x.shape == latents.shape, "x", expected, plan.x)
-            x = plan.x.to(latents.device, latents.dtype, copy=True)
+            x = plan.x.to(latents.device, plan.dtype or latents.dtype, copy=True)
             return x if isinstance(result, Tensor) else type(result)([x, *result[1:]])
 
         return prepare_latents
+
+
+class _Stub:
+    """A network to a pipeline, called otherwise."""
+
+    def __init__(self, network: nn.Module, call: Callable):
+        self._network, self._call = network, call
+
+    __class__ = property(lambda self: type(self._network))
+
+    def __getattr__(self, name: str):
+        return getattr(self._network, name)
+
+    def __call__(self, *args, **kwargs):
+        return self._call(*args, **kwargs)
 
 
 def _first(result) -> Tensor:
