@@ -813,7 +813,6 @@ def _others(cal) -> None:
         "fuse_head",
         fk.fuse_head,
         **dict(velocity=(lambda: Net(), is_function), head=("last", or_none(is_one_of("last", "first")))),
-        **dict(patch=(None, or_none(is_int(1))), order=("pqc", is_one_of("pqc", "cpq"))),
     )
 
     def record(**kwargs):

@@ -10,13 +10,13 @@ import types
 import pytest
 import torch
 from _flows import normal
-from test_fuse_head import EACH, Perceptron, close, field_of, hooks
+from _transformers import TRANSFORMERS, field_of
+from test_fuse_head import Perceptron, close, hooks
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 import flowkernels as fk
-from flowkernels.runtime.torch_private import DisableTorchFunction
 
 
 class Behind(Perceptron):
@@ -68,16 +68,16 @@ def count(net, v):
     return 2 * v if net.calls > 9 else v
 
 
-def swallow(v, t):
+def swallow(v):
     try:
-        return 2 * v if t[0].item() > 0.9 else v
+        return v.clamp(-50, 50)
     except Exception:
         return v
 
 
 @torch.jit.script
-def scripted(v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return 2 * v if bool((t > 0.9).any()) else v
+def scripted(v: torch.Tensor, late: torch.Tensor) -> torch.Tensor:
+    return 2 * v if bool(late.any()) else v
 
 
 MORE = {
@@ -90,26 +90,15 @@ MORE = {
     "nothing of the state": lambda net, v, x, t: v + 0 * x,
     "norm": lambda net, v, x, t: v / v.norm(dim=1, keepdim=True).clamp(min=1e6) * 1e6,
     "samples in a circle": lambda net, v, x, t: torch.cat([v[1:], v[:1]]),
-    "features reordered": lambda net, v, x, t: v.view(4, 3, 4).transpose(1, 2).reshape(4, 12),
-    "negated": lambda net, v, x, t: -v,
     "to integers": lambda net, v, x, t: v.int().float(),
     "rounded": lambda net, v, x, t: v.bfloat16().float(),
+    "refused, and caught": lambda net, v, x, t: swallow(v),
     "an entry set": lambda net, v, x, t: set_item(v, (slice(None), 0), 0.0),
     "vmap": lambda net, v, x, t: torch.vmap(lambda a: a.clamp(-50, 50))(v),
     "compiled": lambda net, v, x, t: torch.compile(lambda a: a.clamp(-50, 50), backend="eager")(v),
     "numpy": lambda net, v, x, t: torch.from_numpy(v.numpy().clip(-50, 50)),
     "kept": lambda net, v, x, t: keep(net, v),
     "written to a buffer": lambda net, v, x, t: (net.buffer.copy_(v), v)[1],
-    "a counter behind": lambda net, v, x, t: (net.buffer.add_(1), v)[1],
-    "another call of it": lambda net, v, x, t: net.layers[4](net.layers[:4](torch.cat([x, t[:, None]], 1))),
-    "if of the time": lambda net, v, x, t: 2 * v if (t > 0.9).any() else v,
-    "if of the state": lambda net, v, x, t: 2 * v if x.abs().max() > 99 else v,
-    "if, caught": lambda net, v, x, t: swallow(v, t),
-    "if in TorchScript": lambda net, v, x, t: scripted(v, t),
-    "cond": lambda net, v, x, t: torch.cond((t > 0.9).any(), lambda a: 2 * a, lambda a: a.clone(), (v,)),
-    "tolist": lambda net, v, x, t: 2 * v if t.tolist()[0] > 0.9 else v,
-    "an index": lambda net, v, x, t: 2 * v if (1, 2)[(10 * t[0]).long() // 9] == 2 else v,
-    "a mask": lambda net, v, x, t: 2 * v if len(x[x > 99]) else v,
     "calls counted": lambda net, v, x, t: count(net, v),
 }
 
@@ -130,22 +119,59 @@ MOVED = {
     "a copy": lambda net, v, x, t: v.clone(),
     "parts together": lambda net, v, x, t: torch.cat(v.chunk(2, 1), 1),
     "there and back": lambda net, v, x, t: v.view(4, 3, 4).transpose(1, 2).contiguous().transpose(1, 2).reshape(4, 12),
+    "features reordered": lambda net, v, x, t: v.view(4, 3, 4).transpose(1, 2).reshape(4, 12),
+    "features backwards": lambda net, v, x, t: v.flip(1),
+    "negated": lambda net, v, x, t: -v,
     "negated twice": lambda net, v, x, t: v.neg().neg(),
     "in float64": lambda net, v, x, t: v.double(),
-    "batch of one size": lambda net, v, x, t: 2 * v if len(x) == 5 else v,
     "dropout in eval mode": lambda net, v, x, t: F.dropout(v, 0.5, net.training),
     "vmap": lambda net, v, x, t: torch.vmap(lambda a: a.reshape(-1))(v),
+    "a counter behind": lambda net, v, x, t: (net.buffer.add_(1), v)[1],
+    "another call of it": lambda net, v, x, t: net.layers[4](net.layers[:4](torch.cat([x, t[:, None]], 1))),
 }
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("name", MOVED)
-def test_what_only_moves_is_fused(name):
+def test_what_only_moves_is_fused(name, inference):
     net, noise = Behind(MOVED[name]).eval(), 30 * normal(4, 12)
+    with torch.inference_mode(inference):
+        close(fk.sample(fk.fuse_head(net), noise, 4), fk.sample(net, noise, 4), 2e-6)
+
+
+READS = {  # late: whether it is later than something
+    "if": lambda v, x, late: 2 * v if late.any() else v,
+    "item": lambda v, x, late: 2 * v if late[0].item() else v,
+    "tolist": lambda v, x, late: 2 * v if late.tolist()[0] else v,
+    "an index": lambda v, x, late: 2 * v if (1, 2)[late[0].long()] == 2 else v,
+    "a mask": lambda v, x, late: 2 * v if len(x[late]) else v,
+    "TorchScript": lambda v, x, late: scripted(v, late),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_depends_on_values(name):
+    """Each step shows what it does: right as long as the velocity is the outputs, and refused at the step where it is
+    not, even if none but this one does otherwise."""
+    noise = normal(4, 12)
+
+    def behind(begin, end):
+        return Behind(lambda net, v, x, t: READS[name](v, x, (t > begin) & (t < end))).eval()
+
+    net = behind(0.9, 1)
+    close(fk.sample(fk.fuse_head(net), noise, 4), fk.sample(net, noise, 4), 2e-6)
+    for begin, end in ((0.7, 1), (0.4, 0.6)):
+        with pytest.raises(fk.NotFusable, match=r"^head 'layers.4' of Behind: expected .* \(mul\)"):
+            fk.sample(fk.fuse_head(behind(begin, end)), noise, 4)
+
+
+def test_ways_that_depend_on_values():
+    """Moves in another way at some steps, and for other shapes: each is proven when it comes."""
+    net = Behind(lambda net, v, x, t: v.flip(1) if (t > 0.4).any() and len(x) == 4 else v).eval()
     fused = fk.fuse_head(net)
-    close(fk.sample(fused, noise, 4), fk.sample(net, noise, 4), 2e-6)
-    if name == "batch of one size":
-        with pytest.raises(ValueError, match="does more with the velocity"):
-            fk.sample(fused, normal(5, 12), 4)
+    for n in (4, 5):
+        close(fk.sample(fused, normal(n, 12), 4), fk.sample(net, normal(n, 12), 4), 2e-6)
+    assert len(fused.proven.places) == 3
 
 
 def test_patches_by_other_operations():
@@ -161,10 +187,12 @@ def test_patches_by_other_operations():
     noise = normal(2, 3, 6, 6)
     for place in (lambda v: F.pixel_shuffle(v.unflatten(2, (3, 3)), 2), lambda v: F.fold(v, (6, 6), 2, stride=2)):
         net = Patches(place).eval()
-        close(fk.sample(fk.fuse_head(net, patch=2, order="cpq"), noise, 3), fk.sample(net, noise, 3), 2e-6)
+        fused = fk.fuse_head(net)
+        close(fk.sample(fused, noise, 3), fk.sample(net, noise, 3), 2e-6)
+        assert [(p.patch, p.order) for p in fused.proven.places.values()] == [(2, "cpq")]
     net = Patches(lambda v: F.fold(v.repeat(1, 1, 25 // 9 + 1)[..., :25], (6, 6), 2)).eval()
     with pytest.raises(ValueError, match=r"^head 'head' of Patches"):
-        fk.sample(fk.fuse_head(net, patch=2, order="cpq"), noise, 3)
+        fk.sample(fk.fuse_head(net), noise, 3)
 
 
 def train(net):
@@ -219,7 +247,7 @@ def test_changes_after_the_first_run(name):
     before = fk.sample(fused, noise, 4)
     CHANGES[name](net)
     expected = fk.sample(net, noise, 4)
-    assert name == "compiled" or (before - expected).norm() > 1e-3 * expected.norm()
+    assert name == "compiled" or (before - expected).norm() > 1e-4 * expected.norm()
     try:
         got = fk.sample(fused, noise, 4)
     except ValueError as e:
@@ -234,45 +262,70 @@ def test_hooks_of_all_modules():
     expected = fk.sample(fused, noise, 3)
     handle = nn.modules.module.register_module_forward_hook(lambda m, a, out: 2 * out if m is net.layers[4] else None)
     try:
-        with pytest.raises(ValueError, match=r"^velocity: expected a torch.nn.Linear as 'layers.4'.*with hooks"):
+        with pytest.raises(ValueError, match=r"^head 'layers.4' of Perceptron: expected .*\(mul\)"):
             fk.sample(fused, noise, 3)
     finally:
         handle.remove()
     assert torch.equal(fk.sample(fused, noise, 3), expected)
 
 
-CHANGED_TRANSFORMERS = {
-    "a hook of the head": lambda net, head: head.register_forward_hook(lambda m, a, out: 2 * out),
-    "a hook before the head": lambda net, head: head.register_forward_pre_hook(lambda m, a: (2 * a[0],)),
-    "a hook of the norm": lambda net, head: net.norm_out.register_forward_hook(lambda m, a, out: 2 * out),
-    "a hook before the norm": lambda net, head: net.norm_out.register_forward_pre_hook(
-        lambda m, a: (a[0].sin(), *a[1:])
-    ),
-    "forward of the head": lambda net, head: setattr(head, "forward", lambda z: 2 * F.linear(z, head.weight)),
-    "forward of the norm": lambda net, head: setattr(net.norm_out, "forward", lambda z, *a: 2 * z),
-    "forward": lambda net, head: setattr(net, "forward", lambda hidden_states, **kwargs: (2 * hidden_states,)),
-    "class of the norm": lambda net, head: setattr(net, "norm_out", nn.Identity()),
-    "class of the head": lambda net, head: setattr(head, "__class__", Doubled),
-    "eps": lambda net, head: [setattr(m, "eps", 0.5) for m in net.norm_out.modules() if hasattr(m, "eps")],
-    "weights": lambda net, head: train(net),
+def twice_as_fast(net):
+    forward = net.forward
+
+    def call(*args, **kwargs):
+        v = forward(*args, **kwargs)
+        return 2 * (v if isinstance(v, torch.Tensor) else v[0])
+
+    net.forward = call
+
+
+def adapt(linear):
+    """As adapters are put into a layer: an update of low rank beside its own forward."""
+    down, up, forward = nn.Linear(linear.in_features, 2), nn.Linear(2, linear.out_features), linear.forward
+    linear.adapter = nn.Sequential(down, up).requires_grad_(False)
+    linear.forward = lambda z: forward(z) + linear.adapter(z)
+
+
+CHANGED_TRANSFORMERS = {  # the network, its last linear layer, and the module at which the final layer begins
+    "a hook of the head": lambda net, head, norm: head.register_forward_hook(lambda m, a, out: 2 * out),
+    "a hook before the head": lambda net, head, norm: head.register_forward_pre_hook(lambda m, a: (2 * a[0],)),
+    "a hook of the norm": lambda net, head, norm: norm.register_forward_hook(lambda m, a, out: 2 * out),
+    "a hook before the norm": lambda net, head, norm: norm.register_forward_pre_hook(lambda m, a: (a[0].sin(), *a[1:])),
+    "forward of the head": lambda net, head, norm: setattr(head, "forward", lambda z: 2 * F.linear(z, head.weight)),
+    "forward of the norm": lambda net, head, norm: setattr(norm, "forward", lambda z, *a: 2 * z),
+    "forward": lambda net, head, norm: twice_as_fast(net),
+    "class of the norm": lambda net, head, norm: setattr(norm, "__class__", nn.Identity),
+    "class of the head": lambda net, head, norm: setattr(head, "__class__", Doubled),
+    "eps": lambda net, head, norm: [setattr(m, "eps", 0.5) for m in norm.modules() if hasattr(m, "eps")],
+    "weights": lambda net, head, norm: train(net),
+    "an adapter": lambda net, head, norm: adapt(head),
+    "a parametrization": lambda net, head, norm: parametrize.register_parametrization(head, "weight", Double()),
+    "dropout in training": lambda net, head, norm: head.register_forward_hook(lambda m, a, out: F.dropout(out, 0.5)),
+    "no bias": lambda net, head, norm: setattr(head, "bias", None),
+    "a weight replaced": lambda net, head, norm: setattr(head, "weight", nn.Parameter(head.weight.flip(0))),
 }
 
 
-@EACH
-@pytest.mark.parametrize("change", CHANGED_TRANSFORMERS)
-def test_changed_transformers(name, change):
-    field, noise = field_of(name, 2)
-    fused, net = fk.fuse_head(field), field.net
-    before = fk.sample(fused, noise, 2)
-    CHANGED_TRANSFORMERS[change](net, net.get_submodule(fused.layer.linear))
-    try:
-        got = fk.sample(fused, noise, 2)
-    except (ValueError, TypeError) as e:
-        assert str(e).startswith("velocity: expected a ")  # noqa: PT017
-    else:
-        expected = fk.sample(field, noise, 2)
-        assert (before - expected).norm() > 1e-3 * expected.norm()
-        close(got, expected, 2e-6)
+@pytest.mark.parametrize(("place", "name"), list(enumerate(TRANSFORMERS)), ids=TRANSFORMERS)
+def test_changed_transformers(place, name):
+    """Three changes of each family, in turn: right, or refused."""
+    for i in range(place, place + 3 * 5, 5):
+        field, noise = field_of(name, 2)
+        fused, net = fk.fuse_head(field), field.net
+        before = fk.sample(fused, noise, 2)
+        change = list(CHANGED_TRANSFORMERS)[i % len(CHANGED_TRANSFORMERS)]
+        CHANGED_TRANSFORMERS[change](net, *map(net.get_submodule, (fused.layer.linear, fused.layer.stop)))
+        try:
+            got = fk.sample(fused, noise, 2)
+        except fk.NotFusable as e:
+            assert str(e).startswith(f"head '{fused.layer.linear}")  # noqa: PT017
+        except TypeError:  # the network's own
+            with pytest.raises(TypeError):
+                fk.sample(field, noise, 2)
+        else:
+            expected = fk.sample(field, noise, 2)
+            assert (before - expected).norm() > 1e-4 * expected.norm() or (change == "eps" and name == "auraflow")
+            close(got, expected, 2e-6)
 
 
 def test_the_cost_of_a_calibration():
@@ -284,12 +337,29 @@ def test_the_cost_of_a_calibration():
         fk.calibrate(fk.fuse_head(net), normal(4, 12), 6, 3, progress=False)
 
 
-@pytest.mark.parametrize("make", [lambda head: Adapted(40, 12), lambda head: Doubled(40, 12)])
-def test_a_head_of_another_class(make):
+class Coded(torch.Tensor):
+    """As quantized weights are: a class of its own."""
+
+
+def coded(linear):
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Coded))
+    return linear
+
+
+NAMED = {
+    "an adapter": (lambda linear: Adapted(40, 12), r"\(add\), in forward at .* of a Adapted"),
+    "another class": (lambda linear: Doubled(40, 12), r"\(mul\), in forward at .* of a Doubled"),
+    "a coded weight": (coded, r"has a Coded of torch.float32 for a parameter of its final layer.* of a Linear"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_head_of_another_class(name):
     net = Perceptron().eval()
+    make, said = NAMED[name]
     net.layers[4] = make(net.layers[4])
-    with pytest.raises(ValueError, match=r"^velocity: expected a torch.nn.Linear as 'layers.4'.*with another forward"):
-        fk.fuse_head(net, "layers.4")
+    with pytest.raises(fk.NotFusable, match=rf"^head 'layers.4.*' of Perceptron: expected .*{said}"):
+        fk.sample(fk.fuse_head(net), normal(4, 12), 2)
 
 
 class Own(fk.VelocityField):
@@ -361,8 +431,7 @@ def test_a_fused_head_inside_a_network():
             self.shared = shared
 
         def forward(self, x, t):
-            with DisableTorchFunction():  # whose times are read on the host
-                ((start, _),) = inner.fused_steps(noise, once)
+            ((start, _),) = inner.fused_steps(noise, once)
             return self.shared(start + x, t)
 
     expected = fk.sample(lambda x, t: shared(start + x, t), noise, 3)

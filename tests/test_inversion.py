@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 from _flows import Counted, LinearField, digits, digits_teacher, linear_field, normal, uneven_grid
+from _transformers import field_of
 from test_capture import aot_eager, no_loops  # noqa: F401
-from test_fuse_head import field_of
 from test_solver_sampling import definition, guided
 from torch import nn
 

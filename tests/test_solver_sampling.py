@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 from _flows import ConstantField, Counted, ElementwiseField, linear_field, normal, uneven_grid
+from _transformers import field_of
 from test_capture import Labelled, aot_eager, host_cuda, narrow_field, no_loops, scrambled  # noqa: F401
-from test_fuse_head import Counting, Perceptron, field_of
+from test_fuse_head import PROOF, Counting, Perceptron
 from test_fuse_head import Late as HeadLate
 from torch import nn
 
@@ -319,10 +320,10 @@ def steps(monkeypatch):
 def test_fused_heads(kind, name, steps):
     field, noise = field_of(kind, 3, guidance=3.0)
     got = fk.sample(fk.fuse_head(field), noise, SOLVERS[name])
-    assert len(steps) == 3 + SOLVERS[name].evaluations  # three comparisons before the first
+    assert len(steps) == PROOF + SOLVERS[name].evaluations
     expected = fk.sample(field, noise, SOLVERS[name])
     assert (got - expected).norm() <= 4e-6 * expected.norm()
-    terms = [1 + len(s.get("history", ())) for s in steps[3:]]
+    terms = [1 + len(s.get("history", ())) for s in steps[PROOF:]]
     assert terms == [len({i, *which}) for i, (_, which, _) in enumerate(SOLVERS[name].updates())]
 
 

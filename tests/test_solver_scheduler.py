@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from _flows import normal, uneven_grid
+from _transformers import flux, randomised, sd3
 from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
-from test_fuse_head import flux, randomised, sd3
 
 import flowkernels as fk
 from flowkernels import Schedule, Solver
@@ -83,6 +83,7 @@ def pipeline(scheduler, net, latents, rows, scale, steps, begin=False, other=Non
 @EACH
 def test_the_loop_of_sd3(name):
     net, convention, rows, other, shape = sd3(2)
+    randomised(net)
     noise, solver = normal(2, *shape), SOLVERS[name]
     other = {k: v.expand(2, *v.shape[1:]) for k, v in other.items()}
     field = fk.VelocityField(net, **convention, conditioning=rows, unconditional=other, guidance=3.0, packed=False)
@@ -93,6 +94,7 @@ def test_the_loop_of_sd3(name):
 @EACH
 def test_the_loop_of_flux(name):
     net, convention, rows, _, shape = flux(2)
+    randomised(net)
     noise, solver = normal(2, *shape), SOLVERS[name]
     scheduler = made(solver, use_dynamic_shifting=True)
     for _ in range(2):  # again, with the same object

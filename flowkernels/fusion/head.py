@@ -1,85 +1,79 @@
 """Fuse the last layer of a velocity network with the sampler's step.
 
-What is fused is told by a `FinalLayer` (final_layer.py): an nn.Linear, or the final layer of a transformer known by its
-class (transformers.py, where a new family is added). That it gives the velocity is proven by the operations of a call
-(moves.py), and watched from then on (watch.py).
+Where it begins is found in a call of the network (final_layer.py); what is done in it and with its outputs is seen at
+every step by a stand-in for what it reads (stand_in.py); where the outputs go is found once (places.py).
 """
 
 import contextlib
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowkernels._checks import FLOATS, LOW, expect, expect_positive_int, expect_shown
+from flowkernels._checks import LOW, expect, expect_shown
 from flowkernels._guidance import expect_weight
-from flowkernels.fusion import transformers
-from flowkernels.fusion.final_layer import FinalLayer, after_trunk
-from flowkernels.fusion.moves import Moves, Refused
-from flowkernels.ops.linear_euler import ONE_OF_ORDERS, ORDERS, linear_euler
-from flowkernels.ops.linear_euler.reference import unpatchify
-from flowkernels.runtime.torch_private import (
-    CALL_MODULE,
-    COMPILED_MODULE,
-    FORWARD_HOOKS,
-    float32_products,
-    of_all_modules,
-    tree_flatten,
-)
+from flowkernels.fusion.final_layer import FinalLayer
+from flowkernels.fusion.final_layer import find as find_layer
+from flowkernels.fusion.places import Places, Selected, select
+from flowkernels.fusion.places import find as find_places
+from flowkernels.fusion.record import NotFusable
+from flowkernels.fusion.stand_in import Head, Outputs, Refused, StandIn, Tail, Ways
+from flowkernels.ops.linear_euler import linear_euler
+from flowkernels.runtime.torch_private import COMPILED_MODULE, float32_products, uncompiled
 from flowkernels.runtime.watch import Unwatchable, Watch, executed
 from flowkernels.solver import Solver, last_uses
 from flowkernels.velocity.field import VelocityField, float64_device, is_called_whole
 from flowkernels.velocity.protocol import Velocity, resolve
 
 WAY_OUT = "the velocity itself takes a function, unfused"
-KEPT = 16  # kinds of calls that are remembered as proven
+log = logging.getLogger("flowkernels")
 
 
-def fuse_head(
-    velocity: Velocity, head: str | None = None, *, patch: int | None = None, order: str = "pqc"
-) -> "FusedHead":
+def fuse_head(velocity: Velocity, head: str | None = None) -> "FusedHead":
     """`velocity` with its last layer fused with the step, for `sample`, `rollout` and `calibrate`.
 
     A step then runs the network up to its final layer and one `linear_euler`, which does LayerNorm, modulation, Linear,
-    unpatchify, guidance and the step: the velocity is written only where it is kept. Diffusers' SD3, Flux and DiT
-    transformers are known, the latter with learned sigma as well, whose first half of channels is the velocity. Of
-    any other network the velocity has to be the output of one nn.Linear, reshaped or in patches.
+    unpatchify, guidance and the step: the velocity is written only where it is kept. The final layer is known by what
+    it does, in any network: a linear layer of tokens, before it a LayerNorm, factors and terms of a sample (each may
+    be missing), behind it nothing but moves of its outputs to their places, text tokens left out. So it is with
+    diffusers' transformers (docs/diffusers.md has a table). Of a final layer that does more before its linear layer,
+    such as an RMSNorm, the linear layer is fused alone.
 
     Args:
         velocity: a network `net(x, t)`, or a `VelocityField` of one; not compiled as a whole (its blocks may be).
-        head: path in the network of the nn.Linear, or of one of the transformers above. None: such a transformer if
-            there is one in the network, else the nn.Linear that it calls last.
-        patch: with a Linear head, the side of the patches that its outputs make of a state `[n, C, H, W]`, as for
-            `linear_euler`.
-        order: how a patch lies in the outputs, as for `linear_euler`.
+        head: path in the network of the nn.Linear that gives the velocity, or of a module that it is in. None: the one
+            that the network calls last.
 
     Returns:
         FusedHead, itself a VelocityField of the same convention and parameter hash; called as `velocity(x, t)` it is
         the network's own, unfused. Weights are read at every step, so they may change. It may be used by several
         threads, and by some while others call the network. Copies and pickles of it hold a network of their own.
 
-    Before the first step it is proven that the fused velocity is the network's own, whatever weights, times and states
-    will be: the network is evaluated at three times of the schedule (the first, the middle, the last) on the state
-    times 1, 0.1 and 30, and each operation is looked at. Between the output of the Linear and the velocity there may
-    be none but such as move it to where `linear_euler` writes it; the modules that `linear_euler` computes must have
-    no hooks and no forward but their class's own; and no value may be read on the host (`.item()`, `if t > 0.5`,
-    masks as an index), since another value could send the network another way. The velocities are compared as well.
-    What the proof does not hold for is refused. It costs three evaluations (one more if the Linear is to be found),
-    and is made again for each new shape, dtype or device of state and conditioning and when a module, attribute or hook
-    of the network has changed; while the velocity is all zeros, at every run. What it can't see: Python code that
-    depends on what is outside the network and its arguments (global variables, clocks, random numbers that are not
-    torch's), and values read through C extensions.
+    Nothing is assumed of the network from one step to the next. At every step its own Python runs to the end, from its
+    final layer on with a stand-in that has the shape of the tokens and no values: what is done with it tells what
+    `linear_euler` is to compute, and that the velocity is this and nothing more. Before the first step, and again when
+    a step does something that no step before it did, it is found where the final layer begins, where each output goes,
+    and the fused velocity is compared with the network's own, at two times of the schedule and on the state times 1
+    and 30. This costs four evaluations, some more where the final layer is fused in part. A step costs some hundreds of
+    microseconds more in Python. What is refused: a final layer that does more with the velocity than to move it (hooks
+    and adapters that do so included), reads its values or keeps it; weights that are no plain tensors; and networks
+    that a call changes, which would not be the same after this look at them.
 
     What the network computes in bfloat16 or float16 up to the velocity is here in the state's dtype from the final
-    layer on. It pays where the final layer is a part of the work. A step costs some tens of microseconds more in
-    Python, so that small networks on small batches are not faster.
+    layer on.
+
+    It pays where the final layer is a part of the work, and where the network runs uncompiled. `torch.compile` of the
+    network and the step together fuses the same passes but the product with the step, and the rest of the network as
+    well: where it takes the network, it is as good or better for any but a shallow one. benchmarks/head.py compares.
 
     Raises:
-        TypeError, ValueError: naming what is in the way; at the first step, what cannot be proven.
+        TypeError, ValueError: naming what is in the way.
+        NotFusable: a ValueError, at the first step: naming the module and what it does.
 
     Examples:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.SiLU(), torch.nn.Linear(8, 2))
@@ -89,17 +83,21 @@ def fuse_head(
         True
     """
     resolve(velocity)
-    patch = None if patch is None else expect_positive_int(patch, "patch")
-    expect(isinstance(order, str) and order in ORDERS, "order", ONE_OF_ORDERS, order)
     expect_shown(head is None or isinstance(head, str), "head", "the path of a module, or None", head, TypeError)
     field = VelocityField.of(velocity)
     _expect_own_evaluation(field)
     net = field.net
     expect(isinstance(net, nn.Module), "velocity", "an nn.Module or a VelocityField of one", net, TypeError)
-    layer = _final_layer(net, head, patch, order)
-    if layer.linear is not None:
-        _expect_as_known(net, layer)
-    return FusedHead(field, Proven((head, patch, order), layer))
+    module = net
+    if head is not None:
+        try:
+            module = net.get_submodule(head)
+        except AttributeError as e:
+            expect(False, "head", f"the path of a module in {type(net).__name__}", f"{head!r} ({e})")
+    linears = any(isinstance(m, nn.Linear) for m in module.modules())
+    expected = f"a {'network' if head is None else 'module'} with an nn.Linear that gives the velocity"
+    expect(linears, "velocity" if head is None else "head", expected, f"a {type(module).__name__}")
+    return FusedHead(field, Proven(head))
 
 
 def _expect_own_evaluation(field: VelocityField) -> None:
@@ -111,30 +109,6 @@ def _expect_own_evaluation(field: VelocityField) -> None:
     expect(not other, "velocity", expected, f"{other} overridden")
     expect(not is_called_whole(field), "velocity", expected, "hooks on it")
     expect_weight(field.guidance, "a fused head, whose kernel joins guidance with the step", WAY_OUT)
-
-
-def _final_layer(net: nn.Module, head: str | None, patch: int | None, order: str) -> FinalLayer:
-    if head is None:
-        if patch is None and (known := transformers.final_layer(net)) is not None:
-            return known
-        linears = any(isinstance(m, nn.Linear) for m in net.modules())
-        expect(linears, "velocity", "a network with an nn.Linear that gives the velocity", f"a {type(net).__name__}")
-        return FinalLayer(None, None, after_trunk, patch=patch, order=order)
-    try:
-        module = net.get_submodule(head)
-    except AttributeError as e:
-        expect(False, "head", f"the path of a module in {type(net).__name__}", f"{head!r} ({e})")
-    if isinstance(module, nn.Linear):
-        return FinalLayer(head, head, after_trunk, patch=patch, order=order)
-    layer = transformers.final_layer(module, head)
-    expected = f"the path of an nn.Linear, or of one of diffusers' {', '.join(transformers.FAMILIES)}"
-    expect(layer is not None, "head", expected, f"{head!r}, {kind_of(module)}")
-    return layer
-
-
-def kind_of(module: nn.Module) -> str:
-    kind = type(module)
-    return f"a {kind.__name__ if kind.__module__.startswith('torch.') else f'{kind.__module__}.{kind.__qualname__}'}"
 
 
 # ---- hooks that other threads do not meet ----
@@ -167,93 +141,55 @@ def _hooked(*hooks: tuple[Callable, Callable, dict]):
                 handle.remove()
 
 
-class _TrunkEnds(BaseException):
-    """Ends a forward pass at the final layer; no `except Exception` of a network stops it."""
-
-    def __init__(self, given: dict[str, Any]):
-        self.given = given
-
-
-def _expect_not_compiled(net: nn.Module, path: str) -> None:
-    """No hook is called in what is compiled, the module at `path` or one that it is in."""
+def _compiled(net: nn.Module, path: str) -> str | None:
+    """The module at `path`, or one that it is in, that is compiled, and calls no hook; None if there is none."""
     names = path.split(".") if path else []
     for i in range(len(names) + 1):
         module = net.get_submodule(".".join(names[:i]))
-        compiled = module._compiled_call_impl is not None or hasattr(module, COMPILED_MODULE)
-        which = repr(".".join(names[:i])) if i else type(net).__name__
-        expect(not compiled, "velocity", "a network of which at most blocks are compiled", f"{which}, compiled")
+        if module._compiled_call_impl is not None or hasattr(module, COMPILED_MODULE):
+            return repr(".".join(names[:i])) if i else type(net).__name__
+    return None
 
 
-def _expect_computed(net: nn.Module, path: str, kind: type[nn.Module], met: bool) -> None:
-    """That the module is what `linear_euler` computes in its place: `kind`, and nothing beside.
-
-    met: hooks before its call are called in a fused step as well.
-    """
-    module = net.get_submodule(path)
-    own, odd = type(module), None
-    before, after = _hooks_of_all()
-    hooks = (module._forward_hooks, after) if met else (module._forward_hooks, after, module._forward_pre_hooks, before)
-    if not isinstance(module, kind):
-        odd = kind_of(module)
-    elif own.forward is not kind.forward or "forward" in vars(module):
-        odd = f"{kind_of(module)} with another forward"
-    elif own.__call__ is not nn.Module.__call__ or own._call_impl is not CALL_MODULE:
-        odd = f"{kind_of(module)} with another __call__"
-    elif _foreign(*hooks):
-        odd = "one with hooks, on it or on all modules"
-    else:
-        for name in ("weight", "bias"):
-            t = getattr(module, name, None)
-            if t is not None and (type(t) not in (Tensor, nn.Parameter) or t.dtype not in FLOATS):
-                odd = f"one whose {name} is a {type(t).__name__} of {t.dtype}"
-    name = f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn.") else kind.__name__
-    expect(odd is None, "velocity", f"a {name} as {path!r}; head= names another one", odd)
+def _expect_not_compiled(net: nn.Module, path: str) -> None:
+    compiled = _compiled(net, path)
+    expected = "a network of which at most blocks are compiled"
+    _expect_fusable(compiled is None, "velocity", expected, f"{compiled}, compiled")
 
 
-def _hooks_of_all() -> tuple[dict, dict]:
-    """Those before and after every module's forward."""
-    return of_all_modules._global_forward_pre_hooks, of_all_modules._global_forward_hooks
-
-
-def _hooked_at(net: nn.Module, layer: FinalLayer) -> list[dict]:
-    """Where hooks of the library's come and go, those of other threads among them."""
-    after, before = FORWARD_HOOKS
-    places = (layer.stop, before), (layer.linear, after), (layer.also, after)
-    try:
-        return [getattr(net.get_submodule(path), hooks) for path, hooks in places if path is not None]
-    except AttributeError:  # gone
-        return []
-
-
-def _foreign(*hooks: dict) -> list[Callable]:
-    """Without those of the library, which change nothing."""
-    found = [hook for held in hooks for hook in list(held.values())]
-    return [hook for hook in found if not (getattr(hook, "__module__", None) or "").startswith("flowkernels.")]
-
-
-def _expect_as_known(net: nn.Module, layer: FinalLayer) -> None:
-    _expect_not_compiled(net, layer.stop)
-    for path, kind in (*layer.computed, (layer.linear, nn.Linear)):
-        _expect_computed(net, path, kind, met=path == layer.stop)
+def _expect_fusable(ok: bool, name: str, expected: str, got: str) -> None:
+    expect(ok, name, expected, got, NotFusable)
 
 
 @dataclass
 class Proven:
-    """The final layer that was found, and for which kinds of calls it is proven; shared by copies of other rows.
+    """Where the final layer begins, and where its outputs go, by the way in which a call has moved them; shared by
+    copies of other rows.
 
-    asked: the head, patch and order that `fuse_head` was asked for.
-    calls: of each kind, the network as it was, and objects in the conditioning, which keep their identity so.
+    asked: the head that `fuse_head` was asked for. parts: what `linear_euler` does of the final layer, in words.
     """
 
-    asked: tuple
-    layer: FinalLayer
-    calls: dict[tuple, tuple[Watch, list]] = field(default_factory=dict)
+    asked: str | None
+    layer: FinalLayer | None = None
+    parts: str = ""
+    ways: Ways = field(default_factory=Ways)
+    places: dict[tuple, Places] = field(default_factory=dict)
 
     def __getstate__(self) -> dict:
-        return vars(self) | dict(calls={})  # a copy is of another network
+        return vars(Proven(self.asked))  # a copy is of another network
 
     def __deepcopy__(self, memo) -> "Proven":
-        return Proven(self.asked, self.layer)
+        return Proven(self.asked)
+
+
+@dataclass
+class Evaluation:
+    """One of the network, up to its final layer: the heads of its one or two calls, in which way their outputs became
+    the velocity, and the places of the velocity of all samples in the outputs of each head."""
+
+    heads: list[Head]
+    way: tuple
+    places: list[Tensor] | None
 
 
 class FusedHead(VelocityField):
@@ -267,13 +203,15 @@ class FusedHead(VelocityField):
         self.proven = proven
 
     @property
-    def layer(self) -> FinalLayer:
+    def layer(self) -> FinalLayer | None:
+        """Where the final layer begins; None before the first step."""
         return self.proven.layer
 
     def fused_steps(
         self, x: Tensor, solver: Solver, out: Tensor | None = None, keep: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """What `loop.steps` yields."""
+        _expect_own_evaluation(self)
         times, updates = solver.model_times.tolist(), solver.updates()
         last = last_uses(updates)
         start = x.contiguous()
@@ -281,236 +219,225 @@ class FusedHead(VelocityField):
         low = torch.empty_like(x, dtype=self.dtype) if self.dtype in LOW else None
         seen = x  # what the network reads: from the second step on the copy that the step has left
         past = {}  # velocities that later updates read, as the network gives them
-        layer, since = self._proven_layer(x, times)
         for i, (now, update) in enumerate(zip(times, updates, strict=True)):
-            head = self._head(layer, x, seen, _times(now, x))
-            if since is not None:
-                self._expect_unchanged(since, "a call that ends at the head")
-                since = None
+            head, places = self._head(x, seen, now, times)
             new = x if out is None else out[i + 1]
             if any(_share_memory(head["z"], written) for written in (new, low)):  # a network without a trunk
                 head["z"] = head["z"].clone()
             kept = last[i] > i
             v = torch.empty_like(x) if keep or kept else None
-            terms = {k: self.sign * b for k, b in zip(update.which, update.factors, strict=True)}
+            terms = {k: places.sign * b for k, b in zip(update.which, update.factors, strict=True)}
             h = terms.pop(i, 0.0)
-            history = dict(history=[past[k] for k in terms], b=list(terms.values()))
-            begin = start if update.from_start else x
-            linear_euler(begin, **head, h=h, **history, out=new, low=low, velocity_out=v)
+            history = dict(history=[places.of(past[k]) for k in terms], b=list(terms.values()))
+            begin = places.of(start if update.from_start else x)
+            to = dict(out=places.room_in(new), low=places.room_in(low), velocity_out=places.room_in(v))
+            linear_euler(begin, **head, h=h, **history, **to)
+            for written, t in zip(to.values(), (new, low, v), strict=True):
+                places.put(written, t)
             past[i] = v
             past = {k: p for k, p in past.items() if last[k] > i}
             x, seen = new, new if low is None else low
-            if keep and self.sign == -1:
+            if keep and places.sign == -1:
                 v = -v if kept else v.neg_()
             yield x, v if keep else None
 
     # ---- one evaluation ----
 
-    def _evaluations(self, seen: Tensor, t: Tensor) -> list[Callable[[], Any]]:
-        """The calls of the network that make up one evaluation, each with all of its samples."""
-        if self.is_guided and not self.packed:
-            both = (self.conditioning, self.conditioning | self.unconditional)
-            return [lambda kwargs=kwargs: self.call_network(seen, t, kwargs) for kwargs in both]
-        return [lambda: self.pair(seen, t)]
-
-    def _head(self, layer: FinalLayer, x: Tensor, seen: Tensor, t: Tensor) -> dict[str, Any]:
+    def _head(self, x: Tensor, seen: Tensor, now: float, times: Sequence[float]) -> tuple[dict[str, Any], Places]:
         """The trunk's evaluation, as `linear_euler` takes what comes after it."""
-        parts = [self._until_head(layer, call) for call in self._evaluations(seen, t)]
-        given = parts[0]
-        if len(parts) > 1:
-            given = given | {k: torch.cat([p[k] for p in parts]) for k in ("z", "scale", "shift") if k in given}
-        samples = (2 if self.is_guided else 1) * len(x)
-        return self._operands(layer, given, samples, x.dtype) | dict(guidance=self.guidance if self.is_guided else None)
+        evaluation = None
+        if self._may_enter(self.layer):
+            with contextlib.suppress(Refused):  # the proof says why
+                evaluation = self._until_head(self.layer, seen, now)
+        key = (x.shape, x.device, *(() if evaluation is None else evaluation.way))
+        if (places := self.proven.places.get(key)) is None:
+            self._prove(x, now, times)
+            evaluation = self._until_head(self.layer, seen, now)
+            places = self.proven.places[(x.shape, x.device, *evaluation.way)]
+        guidance = self.guidance if self.is_guided else None
+        return _operands(evaluation, places, x, len(x) * (2 if self.is_guided else 1)) | dict(guidance=guidance), places
 
-    def _operands(self, layer: FinalLayer, given: dict[str, Any], samples: int, dtype: torch.dtype) -> dict[str, Any]:
-        """What `linear_euler` takes for that many samples, of what the final layer is given."""
-        linear = self.net.get_submodule(layer.linear)
-        z = given["z"]
-        if z.shape[0] != samples and z.numel() > 0 and z.shape[:-1].numel() % samples == 0:
-            z = z.reshape(samples, -1, z.shape[-1])  # tokens of all samples in a row
-        if torch.float64 in (dtype, z.dtype):  # a float64 state, or a wider network than the state
-            z = z.to(dtype)
-        head = given | dict(z=z, weight=linear.weight, bias=linear.bias)
-        for key, p in head.items():
-            if isinstance(p, Tensor):  # detached: a Parameter is not plain, and would take the way of the dispatcher
-                head[key] = p.detach() if p.dtype in (z.dtype, dtype) else p.detach().to(dtype)
-        return head | dict(patch=layer.patch, order=layer.order)
+    def _may_enter(self, layer: FinalLayer | None) -> bool:
+        """Whether a call is met where it began in another one."""
+        try:
+            return layer is not None and not any(_compiled(self.net, path) for path in (layer.stop, layer.linear))
+        except AttributeError:  # gone
+            return False
 
-    def _hooks(self, layer: FinalLayer, stop: Callable[[dict], None]) -> list[tuple[Callable, Callable, dict]]:
-        """Hooks that call `stop` with what the final layer is given, where it begins."""
-        also: list = []
+    def _until_head(self, layer: FinalLayer, seen: Tensor, now: float, with_places: bool = False) -> Evaluation:
+        """An evaluation with a stand-in for what the final layer reads. No hook is left behind."""
+        tail = Tail(self.proven.ways, with_places)
 
         def begins(module, args, kwargs):
-            stop(layer.arguments(self.net, layer, args, kwargs, also[-1] if also else None))
+            given, args = (kwargs, args) if isinstance(layer.given, str) else (list(args), args)
+            known = layer.given in given if given is kwargs else layer.given < len(given)
+            tail.expect(known, f"calls {layer.stop!r} with other arguments")
+            given[layer.given] = tail.begin(given[layer.given])
+            return (args, given) if given is kwargs else (tuple(given), kwargs)
 
-        hooks = [(self.net.get_submodule(layer.stop).register_forward_pre_hook, begins, dict(with_kwargs=True))]
-        if layer.also is not None:
-            catch = self.net.get_submodule(layer.also).register_forward_hook
-            hooks.append((catch, lambda module, args, output: also.append(output), {}))
-        return hooks
-
-    def _until_head(self, layer: FinalLayer, call: Callable[[], Any]) -> dict[str, Any]:
-        """Run `call` until the final layer begins, and give what it is called with. No hook is left behind."""
-
-        def stop(given):
-            raise _TrunkEnds(given)
-
+        register = self.net.get_submodule(layer.stop).register_forward_pre_hook
         try:
-            with _hooked(*self._hooks(layer, stop)):
-                call()
-        except _TrunkEnds as end:
-            return end.given
-        self._expect_called(layer, False)
-
-    def _expect_called(self, layer: FinalLayer, called: bool) -> None:
-        expected = f"a network that calls its module {layer.stop!r}, in the thread in which it is called"
-        expect(called, "velocity", expected, f"{type(self.net).__name__}, which does not")
+            with _hooked((register, begins, dict(with_kwargs=True))):
+                parts = self.pair(seen, _times(now, seen))
+        except Exception:
+            if tail.refused is not None:  # also where the network has made another error of it
+                raise tail.refused from None
+            raise
+        if tail.refused is None:
+            tail.expect(tail.begun > 0, f"does not call {layer.stop!r} in the thread in which it is called itself")
+            values = [part.value for part in parts if isinstance(part, StandIn) and isinstance(part.value, Outputs)]
+            whole = len(values) == sum(part is not None for part in parts)
+            tail.expect(whole, "returns something else than the outputs of its linear layer")
+        del parts
+        tail.end()
+        heads = list({id(v.head): v.head for v in values}.values())
+        places = [torch.cat([v.places for v in values if v.head is h]) for h in heads] if with_places else None
+        return Evaluation(heads, (len(heads), *(v.way for v in values)), places)
 
     # ---- the proof ----
 
-    def _proven_layer(self, x: Tensor, times: Sequence[float]) -> tuple[FinalLayer, Watch | None]:
-        """The final layer, proven for calls of this kind; and the network as it was, if that is news."""
-        _expect_own_evaluation(self)
-        kind, objects = self._kind_of_call(self.layer, x)
-        watch, _ = self.proven.calls.get(kind, (None, None))
-        if watch is not None and watch.changed() is None:
-            return self.layer, None
+    def _prove(self, x: Tensor, now: float, times: Sequence[float]) -> None:
+        """Find where the final layer begins, and where its outputs go, in calls like this one."""
         _expect_not_compiled(self.net, "")
-        layer = _final_layer(self.net, *self.proven.asked)
-        if layer.linear is None:
-            layer = self._find_last_linear(layer, x, times[0])
-        _expect_as_known(self.net, layer)
-        with executed() as codes:
-            told = self._compare(layer, x.clone(), times[0])
-        kind, objects = self._kind_of_call(layer, x)
-        watch = self._watch(layer, objects, codes)  # behind a first call, which may fill caches
-        for now, scale in ((times[len(times) // 2], 0.1), (times[-1], 30.0)):
-            told &= self._compare(layer, x * scale, now)
-        self._expect_unchanged(watch, "each call")
-        self.proven.layer = layer
-        self.proven.calls.pop(kind, None)
-        if told:
-            for old in list(self.proven.calls)[: 1 - KEPT]:
-                self.proven.calls.pop(old, None)
-            self.proven.calls[kind] = watch, objects
-        return layer, watch
-
-    def _watch(self, layer: FinalLayer, objects: list, codes: set | None) -> Watch:
-        """The network as it is, but for its weights and for the hooks, of which `_kind_of_call` takes care."""
-        hooks = *_hooks_of_all(), *_hooked_at(self.net, layer)
-        but = *self.net.parameters(), *self.net.buffers(), *hooks
-        try:
-            return Watch(self.net, *objects, codes=codes, but=but)
-        except Unwatchable as e:
-            raise ValueError(f"velocity: expected a network whose changes can be noticed, but {e}") from None
-
-    def _expect_unchanged(self, watch: Watch, who: str) -> None:
+        proven, net = self.proven, self.net
+        with uncompiled(), executed() as codes:
+            seen = x.clone()  # which the network may write to
+            own, linear, layers = find_layer(net, proven.asked, lambda: self.pair(seen, _times(now, x)))
+        kind = type(net).__name__
+        what = "an nn.Linear" if proven.asked is None else f"its module {proven.asked!r}"
+        _expect_fusable(linear is not None, "velocity", f"a network that calls {what}", f"a {kind}, which does not")
+        watch = self._watch(layers, codes)  # behind a first call, which may fill caches
+        which, refused = f"head {linear!r} of {kind}", Refused("calls it with no tokens")
+        for layer in layers:
+            if layer is layers[-1]:
+                _expect_not_compiled(net, layer.linear)
+            elif not self._may_enter(layer):
+                continue
+            try:
+                parts = self._compare(which, layer, own, x, now)
+                another = times[-1] if now != times[-1] else times[0]
+                with uncompiled():
+                    further = self.pair(30 * x, _times(another, x))
+                self._compare(which, layer, further, 30 * x, another)
+            except Refused as e:
+                refused = e
+            else:
+                break
+        else:
+            expected = "the network's own velocity, to be made by a linear layer and moved and copied alone"
+            _expect_fusable(False, which, expected, f"a network that {refused}; head= names another layer")
         expected = "a network that a call leaves as it was: what it does could change from step to step"
         changed = watch.changed()
-        expect(changed is None, "velocity", expected, f"{type(self.net).__name__}, of which {who} changes {changed}")
+        _expect_fusable(changed is None, "velocity", expected, f"{kind}, of which a call changes {changed}")
+        proven.layer, proven.parts = layer, parts
+        log.info("fuse_head, of a %s from %r on: %s", kind, layer.stop, parts)
 
-    def _kind_of_call(self, layer: FinalLayer, x: Tensor) -> tuple[tuple, list]:
-        """What may decide, beside what is watched, which operations the network runs; and the objects in it that are
-        known by their identity."""
-        leaves, form = tree_flatten(self.settings())
-        plain = (int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
-        objects = [a for a in leaves if not isinstance(a, (Tensor, *plain))]
-        values = tuple(_kind_of(a) if isinstance(a, (Tensor, *plain)) else id(a) for a in leaves)
-        device = x.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        modes = (autocast, torch.is_inference_mode_enabled(), torch.is_grad_enabled())
-        weights = tuple((t.shape, t.dtype, t.device) for t in (*self.net.parameters(), *self.net.buffers()))
-        hooks = _foreign(*_hooks_of_all(), *_hooked_at(self.net, layer))
-        return (_kind_of(x), str(form), values, modes, weights, tuple(map(id, hooks))), objects + hooks
-
-    def _find_last_linear(self, layer: FinalLayer, x: Tensor, now: float) -> FinalLayer:
-        """The layer with the nn.Linear that the network calls last."""
-        moves = Moves()
+    def _watch(self, layers: list[FinalLayer], codes: set | None) -> Watch:
+        """The network as it is, but for its weights and for hooks that other threads may have there."""
+        hooks = (self.net.get_submodule(layer.stop)._forward_pre_hooks for layer in layers)
+        but = *self.net.parameters(), *self.net.buffers(), *hooks
         try:
-            moves.run(lambda: self.pair(x.clone(), _times(now, x)))
-        except Refused as e:
-            expect(False, "velocity", "a network that runs alike for all values", f"one that {e}")
-        expected = "a network that calls an nn.Linear"
-        expect(bool(moves.linear), "velocity", expected, f"{type(self.net).__name__}, which calls none")
-        linears = [(name, m) for name, m in self.net.named_modules() if isinstance(m, nn.Linear)]
-        last = [n for n, m in linears if any(p is t for p in m._parameters.values() for t in moves.linear)]
-        expected = "the path of the nn.Linear that gives the velocity"
-        expect(bool(last), "head", expected, "None, and the weights that are used last are of none")
-        return replace(layer, stop=last[-1], linear=last[-1])
+            return Watch(self.net, codes=codes, but=but)
+        except Unwatchable as e:
+            raise NotFusable(f"velocity: expected a network whose changes can be noticed, but {e}") from None
 
-    def _compare(self, layer: FinalLayer, x: Tensor, now: float) -> bool:
-        """Raise unless the fused velocity is the network's own; whether values have told as much."""
-        samples = torch.cat([x, x]) if self.is_guided and self.packed else x
-        return all([self._compare_call(layer, call, samples) for call in self._evaluations(x, _times(now, x))])
-
-    def _compare_call(self, layer: FinalLayer, call: Callable[[], Any], x: Tensor) -> bool:
-        """The same of one call of the network, x as many samples as it has."""
-        which = f"head {layer.linear!r} of {type(self.net).__name__}"
-        way_out = "head= names another nn.Linear, patch= and order= its patches"
-        moves, given, outputs = Moves(), [], []
-
-        def follow(module, args, output):
-            outputs.append(output)
-            moves.follow(output)
-
-        result, refused = None, None
-        try:
-            ends = (self.net.get_submodule(layer.linear).register_forward_hook, follow, {})
-            with _hooked(*self._hooks(layer, given.append), ends):
-                result = moves.run(call)
-        except Refused as e:
-            refused = e
-        self._expect_called(layer, bool(given) or refused is not None)
-        if outputs:
-            velocity = torch.empty_like(x)
-            operands = self._operands(layer, given[0], len(x), x.dtype)
-            try:
-                linear_euler(x, **operands, h=0.0, velocity_out=velocity)
-            except ValueError as e:
-                raise ValueError(f"{which}: expected outputs that make the velocity, but {e}; {way_out}") from None
-        if refused is not None:
-            expected = "the network's own velocity, to be moved and copied alone, alike for all values"
-            expect(False, which, expected, f"a network that {refused}; {way_out}")
-        once = len(given) == len(outputs) == 1
-        expect(
-            once, which, "the network's own velocity, to be made in one call of it", f"{len(outputs)} calls; {way_out}"
-        )
-        parts = [part for part in (result if isinstance(result, tuple) else (result,)) if part is not None]
-        for part in parts:
-            fits = part.dim() == x.dim() and part[:, : x.shape[1]].shape[1:] == x.shape[1:]
-            expect(fits, "velocity", f"x's shape {[len(part), *x.shape[1:]]}", part)
-        own = torch.cat([part[:, : x.shape[1]] for part in parts]).to(x.dtype)
-        tokens = torch.arange(1, outputs[0].numel() + 1, device="cpu").view(len(x), -1, outputs[0].shape[-1])
-        at = tokens.reshape(x.shape) if layer.patch is None else unpatchify(tokens, x, layer.patch, layer.order)
-        places = [moves.places(part) for part in parts]
-        moved = all(p is not None for p in places)
-        moved = moved and torch.equal(torch.cat([p[:, : x.shape[1]] for p in places]), self.sign * at)
-        expected = "the network's own velocity, to be the Linear's output as patch= and order= have it"
-        expect(moved, which, expected, f"a network that returns something else; {way_out}")
+    def _compare(self, which: str, layer: FinalLayer, own: tuple[Tensor | None, ...], x: Tensor, now: float) -> str:
+        """Learn the way of a call to the velocity, which is `own`, and raise unless the fused one is the same; what is
+        fused, in words."""
+        with uncompiled():
+            evaluation = self._until_head(layer, x.clone(), now, with_places=True)
+        parts = [part for part in own if part is not None]
+        dtypes = [*(part.dtype for part in parts), *(head.weight.dtype for head in evaluation.heads)]
+        own = torch.cat([part[:, : x.shape[1]].to(x.dtype) for part in parts])
+        expect(own.shape[1:] == x.shape[1:], "velocity", f"x's shape {list(x.shape)}", own)
+        samples, calls = len(own), []
+        for head, at in zip(evaluation.heads, evaluation.places, strict=True):
+            tokens = head.features.z.shape[:-1].numel()
+            if tokens % len(at):
+                raise Refused(f"has {tokens} tokens in {len(at)} samples")
+            calls.append((at[:, : x.shape[1]], tokens // len(at)))
+        places = find_places(calls, len(evaluation.heads[0].weight), x.device)
+        operands = _operands(evaluation, places, x, samples)
+        state = torch.zeros_like(own, memory_format=torch.contiguous_format)
+        velocity = torch.empty_like(state)
+        room = places.room_in(velocity)
+        linear_euler(places.of(state), **operands, h=0.0, velocity_out=room)
+        places.put(room, velocity)
+        self.proven.places[(x.shape, x.device, *evaluation.way)] = places
+        known = dict(LayerNorm="norm", scale="scale", shift="shift")
+        words = ", ".join(word for word, key in known.items() if operands[key] is not None)
+        words = f"{words or 'linear layer alone'}; outputs {places.text}"
         if not own.isfinite().all():
-            return False  # which the stage reports
-        precision = self._precision(operands, outputs[0], parts[0])
-        error = (self.sign * velocity - own).norm() / own.norm().clamp(min=torch.finfo(x.dtype).tiny)
-        if not error <= precision:
-            expected = f"the network's own velocity, to a relative error of {precision:.2g}"
-            expect(False, which, expected, f"one that is {error:.2g} away; {way_out}")
-        # of a factor or a term of zeros nothing can be told
-        return all(bool(t.any()) for t in (own, *(operands[k] for k in ("scale", "shift") if k in operands)))
+            return words  # what is not, the stage reports
+        precision = _precision([operands["z"].dtype, *dtypes])
+        error = (places.sign * velocity - own).norm() / own.norm().clamp(min=torch.finfo(x.dtype).tiny)
+        expected = f"the network's own velocity, to a relative error of {precision:.2g}"
+        _expect_fusable(bool(error <= precision), which, expected, f"one that is {error:.2g} away")
+        return words
 
-    def _precision(self, operands: dict[str, Any], *results: Tensor) -> float:
-        """A few roundings in the least precise dtype in which the network may compute its final layer."""
-        dtypes = [operands["weight"].dtype, operands["z"].dtype, *(t.dtype for t in results)]
-        if not {"highest", "ieee"}.issuperset(float32_products()):
-            dtypes.append(torch.bfloat16)
-        return max(1e-4, 8 * max(torch.finfo(dtype).eps for dtype in dtypes))
+
+def _operands(evaluation: Evaluation, places: Places, x: Tensor, samples: int) -> dict[str, Any]:
+    """What `linear_euler` takes of it, for so many samples."""
+    dtype, calls = x.dtype, len(evaluation.heads)
+    parts = [
+        _head_operands(h, samples // calls, k, dtype) for h, k in zip(evaluation.heads, places.tokens, strict=True)
+    ]
+    head = parts[0]
+    if calls > 1:
+        for key in ("z", "scale", "shift"):
+            if head[key] is not None:
+                head[key] = torch.cat([p[key].expand(samples // calls, *p[key].shape[1:]) for p in parts])
+    head |= dict(weight=places.rows_of(head["weight"]), bias=places.rows_of(head["bias"]))
+    for key, p in head.items():
+        if isinstance(p, Tensor) and p.dtype not in (head["z"].dtype, dtype):
+            head[key] = p.to(dtype)
+    return head | dict(patch=places.patch, order=places.order)
+
+
+def _head_operands(head: Head, samples: int, tokens: Selected, dtype: torch.dtype) -> dict[str, Any]:
+    features = head.features
+    z = features.z
+    factor, shift = (_of_samples(t, z, dtype) for t in (features.factor, features.term))
+    if z.shape[0] != samples and z.numel() > 0:
+        shared = all(t is None or len(t) == 1 for t in (factor, shift))
+        if not shared or z.shape[:-1].numel() % samples:
+            raise Refused("modulates tokens of all samples in a row")
+        z = z.reshape(samples, -1, z.shape[-1])
+    z = select(z if z.dim() < 4 else z.flatten(1, -2), tokens)
+    if torch.float64 in (dtype, z.dtype):  # a float64 state, or a wider network than the state
+        z = z.to(dtype)
+    return dict(
+        z=z,
+        weight=head.weight,
+        bias=head.bias,
+        norm=features.norm,
+        norm_weight=features.norm_weight,
+        norm_bias=features.norm_bias,
+        scale=None if factor is None else factor.to(dtype) - 1,
+        shift=shift,
+    )
+
+
+def _of_samples(t: Any, z: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A factor or a term of tokens z `[m, *tokens, d]` as `[m, d]` or `[1, d]`."""
+    if t is None:
+        return None
+    t = t if isinstance(t, Tensor) else torch.full((), t, dtype=dtype, device=z.device)
+    t = t.reshape((1,) * (z.dim() - t.dim()) + t.shape)
+    if t.shape[1:-1].numel() != 1:
+        raise Refused("modulates each token by itself")
+    return t.reshape(len(t), -1).expand(-1, z.shape[-1])
+
+
+def _precision(dtypes: list[torch.dtype]) -> float:
+    """A few roundings in the least precise dtype in which the network may compute its final layer."""
+    if not {"highest", "ieee"}.issuperset(float32_products()):
+        dtypes = [*dtypes, torch.bfloat16]
+    return max(1e-4, 8 * max(torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def _times(now: float, x: Tensor) -> Tensor:
     return torch.full((len(x),), now, dtype=torch.float64, device=float64_device(x.device))
-
-
-def _kind_of(a: Any) -> tuple:
-    return (a.shape, a.dtype, a.device) if isinstance(a, Tensor) else (type(a), a)
 
 
 def _share_memory(a: Tensor, b: Tensor | None) -> bool:
