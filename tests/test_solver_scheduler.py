@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -230,6 +231,30 @@ def test_a_calibration_serves_what_it_holds():
 
 
 # ---- set_timesteps ----
+
+
+@pytest.mark.parametrize("again", [lambda s: s, copy.deepcopy, lambda s: type(s).from_config(s.config)])
+def test_a_calibration_of_other_latents_or_another_shift_is_said_so(again):
+    made_for = {"pipeline": "SomePipeline", "latent_shape": [3, 4, 4], "mu": 0.5, "height": 32}
+    cal = fk.calibrate(lambda x, t: x * t[:, None, None, None], normal(4, 3, 4, 4), 8, [2, 4], progress=False)
+    cal.provenance["pipeline"] = made_for
+    cal.solvers[4] = replace(Solver.adams_bashforth(cal[4], 2), notes={})
+    scheduler = again(made(cal, use_dynamic_shifting=True))
+    for steps in (2, 4):  # a schedule and a solver
+        for shape, mu, said in (
+            ([3, 4, 4], 0.5, None),
+            ([3, 8, 4], 0.5, r"latent_shape"),
+            ([3, 4, 4], 0.7, "mu 0.5, now 0.7"),
+        ):
+            scheduler.set_timesteps(steps, mu=mu)
+            x = normal(1, *shape)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for t in scheduler.timesteps:
+                    x = scheduler.step(x, t, x).prev_sample
+            texts = [str(w.message) for w in caught]
+            assert len(texts) == (said is not None)
+            assert all("expected the pipeline that it was calibrated for" in text and said in text for text in texts)
 
 
 def test_set_timesteps():

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from flowkernels.integrations.diffusers.sigmas import before_shift, shift_of
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver, last_uses, polynomial_weights
+from flowkernels.velocity.provenance import warn_of_another_pipeline
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -74,22 +76,31 @@ def _held(solver) -> dict[int, Solver]:
     if isinstance(solver, Calibration):
         steps = sorted({*solver.schedules, *solver.solvers})
         expect(len(steps) > 0, "solver", "a calibration that holds a schedule or a solver", "one of none")
-        held = [Solver.of(solver.best(n)) for n in steps]
+        held = [_with_notes(solver.best(n)) for n in steps]
     else:
-        held = [expect_solver(solver, "solver")]
+        held = [_with_notes(solver)]
     for each in held:
         expect(not each.is_inverse, "solver", "a solver from noise to data", each)
     return {each.evaluations: each for each in held}
 
 
+def _with_notes(plan) -> Solver:
+    """As a solver, with a schedule's notes too, which name the pipeline that it is for."""
+    solver = expect_solver(plan, "solver")
+    return replace(solver, notes=plan.notes) if isinstance(plan, Schedule) and plan.notes else solver
+
+
 def _to_dict(solver: Solver) -> dict:
     if solver.is_euler:
-        return {"times": solver.times.tolist()}
+        known = {"pipeline": solver.notes["pipeline"]} if "pipeline" in solver.notes else {}
+        return {"times": solver.times.tolist()} | ({"notes": plain(known)} if known else {})
     return solver.to_dict() | {"notes": plain(solver.notes)}
 
 
 def _from_dict(data: dict) -> Solver:
-    return Solver.from_dict(data) if set(expect_mapping(data, "solvers")) != {"times"} else Solver.euler(data["times"])
+    if set(expect_mapping(data, "solvers")) - {"times", "notes"}:
+        return Solver.from_dict(data)
+    return replace(Solver.euler(data["times"]), notes=expect_mapping(data.get("notes", {}), "notes"))
 
 
 def _expect_flow(like, argument: str = "like") -> None:
@@ -179,6 +190,7 @@ def scheduler_class() -> type:
                 times[1] = before_shift(times[1], shift)
             self.sigmas, self.timesteps = times[0].float().to(device), (scale * times[1]).float().to(device)
             self._step_index = self._begin_index = None
+            self._mu = mu if self.config.get("use_dynamic_shifting", False) else None
             self._start(0)
 
         def _of(self, given: dict) -> Solver:
@@ -244,6 +256,8 @@ def scheduler_class() -> type:
             if self.step_index is None:
                 self._init_step_index(timestep)
                 self._start(self.step_index)
+                now = {"latent_shape": list(sample.shape[1:])} | ({} if self._mu is None else {"mu": self._mu})
+                warn_of_another_pipeline(self.solver, now, stacklevel=2)
             i, M = self.step_index, self.solver.evaluations
             expect(i < M, "step", f"{M} steps after set_timesteps", "one more")
             if self._state is not None and self._state.shape != sample.shape:
