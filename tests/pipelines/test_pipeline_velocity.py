@@ -105,7 +105,7 @@ def offloaded():
 def variants():
     for name in tiny.FAMILIES:
         yield name, lambda name=name: (made(name), tiny.FAMILIES[name].call())
-    for name in ("sd3", "flux", "wan22", "mochi"):
+    for name in ("sd3", "flux", "wan22", "mochi", "hunyuanvideo"):
         yield f"{name}-bf16", lambda name=name: (made(name).to(torch.bfloat16), tiny.FAMILIES[name].call())
     true_cfg = dict(negative_prompt=["grey", "no"], true_cfg_scale=3.0)
     yield "flux-true-cfg", lambda: (made("flux"), tiny.FAMILIES["flux"].call() | true_cfg)

@@ -327,12 +327,22 @@ class _Plan:
 
 
 class _First(_Plan):
-    """The first step as it is."""
+    """The first step, and the dtype of the state at the second where it is another: HunyuanVideo rounds its times to
+    it. Networks are evaluated for the first."""
 
+    stubs = True
     latents: Tensor | None = None
 
     def prepared(self, latents, again) -> None:
         self.latents = latents
+
+    def step(self, scheduler, model_output, sample) -> Tensor:
+        if hasattr(self, "sample"):
+            self.later = sample.dtype if sample.dtype != self.sample.dtype else None
+            raise _Stop
+        self.sample, self.output = sample, model_output
+        self.counts.clear()  # of calls of the networks, which give the same once more
+        return sample.to(model_output.dtype)
 
 
 class _Grid(_Plan):
@@ -366,7 +376,7 @@ class _Evaluation(_Plan):
     """The velocity of one state at one time."""
 
     def __init__(self, calls: "_Calls", x: Tensor, t: float):
-        self.calls, self.x, self.t, self.dtype = calls, x, t, calls.later_dtype
+        self.calls, self.x, self.t, self.dtype = calls, x, t, calls.dtype
 
     def set_timesteps(self, scheduler, own, kwargs) -> None:
         self.calls.set_times(scheduler, [self.t], kwargs)
@@ -430,14 +440,13 @@ class _Calls:
             for name in dir(type(pipe))
             if PREPARED.match(name) and inspect.isfunction(getattr(type(pipe), name)) and name != "prepare_latents"
         ]
-        self.later_dtype = None  # of latents after a step, where it is another: HunyuanVideo rounds times to it
         usual = arguments.value("num_inference_steps")
         plan = self._run((0,), _First(), num_inference_steps=usual if isinstance(usual, int) else 50)
         # whether the scheduler is given what prepare_latents has made, and not something of it (image to video)
         seen, latents = plan.sample, plan.latents
         self.direct = latents is not None and seen.shape == latents.shape and torch.equal(seen.float(), latents.float())
         self.shape, self.device = list(seen.shape[1:]), seen.device
-        self.dtype = latents.dtype if self.direct else plan.output.dtype
+        self.dtype = plan.later or (latents.dtype if self.direct else plan.output.dtype)
         self._shift = None  # of what the network is told, where the pipeline gives times and sigmas (CogView4)
         if plan.explicit:
             self._shift = shift_of(self.config, plan.mu, self.config.get("shift", 1.0))
@@ -459,6 +468,7 @@ class _Calls:
         pipe.__dict__["scheduler"] = _stand_in(self.pipe.scheduler, plan)
         if plan.stubs:
             prepared.put_over_networks(self.networks())
+            plan.counts = prepared.counts
             kwargs |= {"generator": plan.generator} if isinstance(plan, _NoiseOfStep) else {}
         try:
             pipe(**kwargs)
@@ -522,8 +532,6 @@ class _Calls:
         found = self._run(prompts, _Steps(self, times), num_inference_steps=len(times) - 1).found
         name, cast = type(self.pipe).__name__, 2 * torch.finfo(self.dtype).eps  # of the state
         exact = found[0][1].dtype in (torch.float32, torch.float64) and cast < 1e-4
-        if found[-1][0].dtype != found[0][0].dtype:
-            self.later_dtype = found[-1][0].dtype
         for i, (sample, output, _) in enumerate(found):
             self._expect_whole(sample, output, [len(prompts), *self.shape])
             if i:
@@ -637,9 +645,9 @@ class _Prepared:
         prompts: tuple[int, ...],
         seed: int,
     ):
-        self.pipe, self.plan, self.generator, self.known = pipe, plan, generator, known
+        self.pipe, self.plan, self.generator, self.known = pipe, plan, generator, known or {}
         self.prompts, self.seed = prompts, seed
-        self.results, self.calls, self.complete, self._inside = {}, {}, False, False
+        self.results, self.counts, self.complete, self._inside = {}, {}, False, False
 
     def put_over(self, methods: Sequence[str]) -> None:
         own = self.pipe.__dict__
@@ -685,10 +693,11 @@ class _Prepared:
         return method
 
     def _result(self, name: str, make: Callable) -> Any:
-        key = name, self.calls.get(name, 0)
-        self.calls[name] = key[1] + 1
-        if self.known is not None and key in self.known:
-            result, state = self.known[key]
+        key = name, self.counts.get(name, 0)
+        self.counts[name] = key[1] + 1
+        known = self.results.get(key) or self.known.get(key)  # of this call where a plan has counted anew
+        if known is not None:
+            result, state = known
             if state is not None:
                 self.generator.set_state(state)
             return _rebuilt(result)
