@@ -13,7 +13,7 @@ import tiny
 import torch
 
 import flowkernels as fk
-from flowkernels.integrations.diffusers import pipeline_velocity
+from flowkernels.integrations.diffusers import pipeline_velocity, solver_scheduler
 
 EULER = "FlowMatchEulerDiscreteScheduler"
 
@@ -382,6 +382,22 @@ def test_the_page_runs():
     names = dict(fk=fk, pipe=made("sd3"), prompts=["a fox", "two whales"])
     exec(compile(code, "docs/diffusers.md", "exec"), names)
     assert set(names["cal"].solvers) == {2, 3}
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_a_scheduler_of_a_calibration_knows_it_too(name):
+    pipe, call = made(name), tiny.FAMILIES[name].call()
+    v = pipeline_velocity(pipe, **call)
+    cal = fk.calibrate(v, v.noise(4), grid=v.grid(8), steps=[2, 4], progress=False)
+    pipe.scheduler = solver_scheduler(cal, like=pipe.scheduler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for n in cal:
+            got = pipe(**call, num_inference_steps=n, output_type="latent", generator=seeded()).images
+            expected = fk.sample(v, v.noise(2, seeded()), cal.best(n))
+            assert (got - expected).norm() <= 1e-5 * expected.norm()
+    with pytest.warns(UserWarning, match=r"latent_shape \[16, 16\], now \[32, 16\]"):
+        pipe(**call | dict(height=32), num_inference_steps=4, output_type="latent")
 
 
 def test_a_calibration_knows_the_pipeline_that_it_is_for(tmp_path):

@@ -564,6 +564,7 @@ class _Calls:
         """Ready for JSON."""
         value, config = self.arguments.value, self.config
         transformer = next(iter(self.networks().values()), None)
+        again = self._run((0,), _Grid(), num_inference_steps=4)  # of Flux 2, mu is one for each number of steps
         guidance = {k: value(k) for k in self.arguments.parameters if "guidance_scale" in k or "cfg" in k}
         found = {
             "pipeline": type(self.pipe).__name__,
@@ -575,7 +576,7 @@ class _Calls:
             "scheduler": type(self.pipe.scheduler).__name__,
             "shift": config.get("shift", config.get("flow_shift")),
             "use_dynamic_shifting": bool(config.get("use_dynamic_shifting")),
-            "mu": None if plan.mu is None else float(plan.mu),
+            **({"mu": None if plan.mu is None else float(plan.mu)} if again.mu == plan.mu else {}),
             "inverted_time": self.sign > 0,
             "boundary_ratio": self.pipe.config.get("boundary_ratio"),
             "prompts": self.arguments.prompts,
