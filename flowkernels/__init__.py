@@ -17,6 +17,7 @@ from flowkernels.calibration.polish import polish
 from flowkernels.calibration.step_cost import StepCost, step_costs
 from flowkernels.fusion.head import FusedHead, fuse_head
 from flowkernels.fusion.sampler import FusedSampler, NotFusable, fuse
+from flowkernels.models.checkpoints import LoadedWeights, load_weights
 from flowkernels.ops.public import *  # noqa: F403, a function for each of OPS
 from flowkernels.ops.public import OPS
 from flowkernels.ops.recorded_calls import record_calls
@@ -43,6 +44,7 @@ __all__ = [
     "FusedSampler",
     "HasTimeEmbedding",
     "Inversion",
+    "LoadedWeights",
     "NotFusable",
     "Schedule",
     "Solver",
@@ -62,6 +64,7 @@ __all__ = [
     "fuse_head",
     "invert",
     "least_cost_schedules",
+    "load_weights",
     "plot",
     "polish",
     "profile_ranges",

@@ -172,10 +172,13 @@ def _expect_records(path: Path) -> None:
 def _claims(data: bytes, size: int) -> dict[str, int]:
     """The storages that a pickle of torch.save refers to, and how many bytes each is said to have. Nothing in it is
     imported or called."""
-    values, known = 0, set(OPCODES.split())
+    values, known, named = 0, set(OPCODES.split()), None
     for opcode, arg, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL":
+            named = arg.replace(" ", ".")
         if opcode.name not in known:
-            raise ValueError(f"a pickle with {opcode.name}")
+            made = f"{named}, which is no tensor or plain value" if opcode.name == "NEWOBJ" and named else None
+            raise ValueError(made or f"a pickle with {opcode.name}")
         if opcode.name == "LONG_BINPUT" and arg > len(data):
             raise ValueError(f"a pickle of {len(data)} bytes with {arg} objects")
         values += 32 if opcode.name in ("BINFLOAT", "BININT", "BININT1", "BININT2") else 64

@@ -869,6 +869,9 @@ def _others(cal) -> None:
         path=("new.safetensors", is_path),
     )
     place("load_network", bundled.load_network, (OSError,), path=of_path)
+    of_net = (lambda: bundled.load_network("net.safetensors"), lambda v: isinstance(v, nn.Module), "path")
+    prefer = ("ema", lambda v: isinstance(v, str) and v != "")
+    place("load_weights", fk.load_weights, (OSError,), net=of_net, path=of_path, prefer=prefer)
     place("network_notes", bundled.network_notes, (OSError,), path=of_path)
     with contextlib.suppress(ImportError):
         diffusers = importlib.import_module("diffusers")

@@ -14,8 +14,8 @@ from flowkernels.integrations import diffusers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # what a caller neither makes nor calls
-WITHOUT = ("BackendError", "FusedHead", "FusedSampler", "HasTimeEmbedding", "Inversion", "NotFusable", "Straightened",
-           "Trajectory", "Velocity", "__version__")  # fmt: skip
+WITHOUT = ("BackendError", "FusedHead", "FusedSampler", "HasTimeEmbedding", "Inversion", "LoadedWeights", "NotFusable",
+           "Straightened", "Trajectory", "Velocity", "__version__")  # fmt: skip
 PUBLIC = {name: getattr(fk, name) for name in fk.__all__ if name not in WITHOUT}
 PUBLIC |= {name: getattr(diffusers, name) for name in diffusers.__all__}
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from flowkernels import _weights
 from flowkernels._checks import expect, expect_numbers, expect_room
 from flowkernels._files import damaged, expect_target
 from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.checkpoints import WANTED, find_weights
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import as_given, resolve
 
@@ -51,7 +53,8 @@ def check_paths(args, *suffixes: str) -> None:
     inputs.append(("FILE", getattr(args, "file", None)))
     inputs += [("FILE", path) for path in getattr(args, "parts", ())]
     for option, path in inputs:
-        require(path is None or path.is_file(), f"{option}: expected a file, got {path}, which is not one")
+        there = path is None or path.is_file() or (option == "--checkpoint" and path.is_dir())
+        require(there, f"{option}: expected a file, got {path}, which is not one")
     for option in ("state", "out"):
         path = getattr(args, option, None)
         if path is not None:
@@ -81,7 +84,7 @@ def load_calibration(args) -> fk.Calibration:
 def load_model(args, calibration: fk.Calibration | None = None):
     """(velocity, shape of one sample, notes of its checkpoint), tried on one sample."""
     model = _build_model(args.model)
-    notes = load_checkpoint(network_of(model), args.checkpoint) if args.checkpoint else {}
+    notes = load_checkpoint(network_of(model), args.checkpoint, args.prefer) if args.checkpoint else {}
     if notes.get("straightened_from") and getattr(model, "is_guided", False):  # a student has learned guidance
         print(f"{args.checkpoint} was straightened with guidance, which is not applied once more")
         model = as_given(resolve(model).without_guidance())
@@ -130,22 +133,19 @@ def network_of(model) -> nn.Module | None:
     return net if isinstance(net, nn.Module) else None
 
 
-def load_checkpoint(net: nn.Module | None, path: Path) -> dict:
-    """Put the file's weights into the network. Returns the notes that a straightened student carries, else {}."""
+def load_checkpoint(net: nn.Module | None, path: Path, prefer: str = "ema") -> dict:
+    """Put the file's weights into the network, and say which, where there is more than one state dict in it. Returns
+    the notes that a straightened student carries, else {}."""
     require(net is not None, f"--checkpoint: expected a model that is a torch.nn.Module for the weights of {path}")
-    notes, wanted = {}, "a safetensors or torch file of tensors"
     try:
-        if path.suffix == ".safetensors":
-            state, metadata = _weights.read(path, "--checkpoint", wanted)
-            with damaged("--checkpoint", wanted, path):
-                notes = _notes(metadata)
-        else:
-            state = _weights.read_torch(path, "--checkpoint", wanted)
-        expect(isinstance(state, dict), "--checkpoint", "names and tensors", f"something else in {path}")
-        _weights.expect_fits(state, net.state_dict(), "--checkpoint", f"{type(net).__name__}, in {path}")
-    except ValueError as e:
-        raise InputError(str(e)) from e
+        found, state = find_weights(net, path, prefer, "--checkpoint", lambda value: f"--prefer {value}")
+        with damaged("--checkpoint", WANTED, path):
+            notes = _notes(found.metadata)
+    except (ValueError, OSError) as e:
+        raise InputError(re.sub("^prefer:", "--prefer:", str(e))) from e
     net.load_state_dict(state)
+    if found.source or found.others:
+        print(found)
     return notes
 
 

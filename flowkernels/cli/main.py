@@ -119,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         names = " or ".join(sorted(BUNDLED))
         builds = "module:function that builds a network, a VelocityField or any callable velocity(x, t)"
         add("--model", required=True, help=f"{names}, or {builds}")
-        add("--checkpoint", type=_options.path, help="weights for it: .safetensors, or a torch file of tensors")
+        kinds = "weights for it: .safetensors, an index or folder of shards, or a torch file of tensors"
+        add("--checkpoint", type=_options.path, help=kinds)
+        add("--prefer", default="ema", help="which weights of the checkpoint: ema where there are such, raw, or a name")
         add("--shape", type=_shape, help="of one sample, such as 3,32,32; needed unless a model or schedule says it")
         add("--seed", type=_options.seed, default=0, help="seed of the noise")
         add("--device", type=_device, default=torch.device("cpu"), help="torch device")
