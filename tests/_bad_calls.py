@@ -718,6 +718,7 @@ def _stages(cal) -> None:
         plan=(3, lambda v: is_plan(v) or isinstance(v, fk.Calibration)),
         to=("sdcpp", is_one_of(*RECEIVERS)),
         **dict(steps=(None, lambda v: v is None), path=(None, or_none(is_path)), knots_only=(False, is_flag)),
+        like=(None, lambda v: v is None),
     )
     picture = (None, lambda v: v is None or (is_path(v) and str(v).endswith((".png", ".svg", ".pdf"))))
     place(

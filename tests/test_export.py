@@ -231,12 +231,25 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert err.startswith("sdcpp: arguments of stable-diffusion.cpp")
     assert main(["export", "m.boss.json", "--to", "diffusers", "--steps", "4", "--out", "scheduler"]) == 0
     assert capsys.readouterr().out == "scheduler: 4 steps, 4 evaluations (fitted)\n"
+    from diffusers import FlowMatchEulerDiscreteScheduler as Stock
+
+    Stock(shift=3.0, invert_sigmas=True).save_pretrained("stock")  # as Mochi's
+    assert main(["export", "m.boss.json", "--to", "diffusers", "--like", "stock", "--out", "scheduler"]) == 0
+    assert capsys.readouterr().out == "scheduler: 2, 4 steps, the best of each\n"
+    every = fk.export(calibration(), "diffusers", like=Stock(invert_sigmas=True))
+    every.set_timesteps(4)
+    assert every.timesteps.tolist() == pytest.approx([1000 * t for t in KNOTS[:-1]])
+    config = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    assert sorted(config["solvers"]) == ["2", "4"]
+    assert config["invert_sigmas"]
     for line, message in {
         "m.boss.json --to comfy --steps 4": "--to: expected a solver that 'comfy' has .*; --knots-only exports",
         "m.boss.json --to comfy --steps 3": "--steps: expected one of",
         "m.boss.json --to numpy --steps 4": "--out: expected a place for what numpy takes",
         "m.boss.json --to json --steps 4 --out m.boss.json": "--out: expected another file than FILE",
         "m.boss.json --to comfy --steps 2 --out a.png": "--out: expected a file name ending in .txt or .json",
+        "m.boss.json --to diffusers --like none --out a": "--like: expected a file, got none/scheduler_config.json",
+        "m.boss.json --to comfy --steps 2 --like stock": "--like: expected None for 'comfy'",
         "none --to comfy": "FILE: expected a file, got none",
         "scheduler/scheduler_config.json --to comfy": "FILE: expected a file of format",
     }.items():

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import assert_type
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 import flowkernels as fk
@@ -36,10 +37,10 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     inversion = fk.invert(velocity, noise, fk.Solver.heun(8, inverse=True))
     assert_type(inversion, fk.Inversion)
     assert_type(fk.export(cal, "comfy", steps=4, path="sigmas.txt"), str)
-    fk.plot(cal, "plot.png", steps=4).axes[0].set_title("mine")
+    print(fk.plot(cal, "plot.png", steps=4).axes[0].get_title())
     assert_type(fk.export(solver, "timegrid", knots_only=True), Tensor)
-    assert_type(fk.export(solver, "numpy")["coefficients"].shape, tuple[int, ...])
-    fk.export(cal, "json", steps=8), fk.export(solver, "diffusers")
+    assert_type(fk.export(solver, "numpy")["coefficients"].ndim, int)
+    print(fk.export(cal, "json", steps=8)["sigmas"], fk.export(solver, "diffusers"))
     stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler = solver_scheduler(cal, like=stock)
     solver_scheduler(solver, like=scheduler)

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,11 +18,14 @@ from torch import Tensor, nn
 import flowkernels as fk
 from flowkernels import _weights
 from flowkernels._checks import expect, expect_numbers, expect_room
-from flowkernels._files import damaged, expect_target
+from flowkernels._files import damaged, expect_target, read_json
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.checkpoints import WANTED, find_weights
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import as_given, resolve
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 class InputError(Exception):
@@ -79,6 +83,19 @@ def load_calibration(args) -> fk.Calibration:
     there = args.steps in calibration
     require(there, f"--steps: expected one of {sorted(calibration)}, those of {args.schedule}, got {args.steps}")
     return calibration
+
+
+def load_scheduler(folder: Path) -> "SchedulerMixin":
+    """Of a pipeline of diffusers, from its folder."""
+    try:
+        diffusers = importlib.import_module("diffusers")
+    except ImportError as e:
+        raise InputError(f"--like: expected diffusers to be installed, for {folder} ({e})") from e
+    config = read_json(folder / "scheduler_config.json", "--like", "the folder of a scheduler")
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
+    require(kind is not None, f"--like: expected the folder of a scheduler of diffusers, got {folder} of {name!r:.100}")
+    return kind.from_pretrained(folder)
 
 
 def load_model(args, calibration: fk.Calibration | None = None):

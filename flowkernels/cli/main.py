@@ -26,6 +26,7 @@ from flowkernels.cli.inputs import (
     draw_noise,
     load_calibration,
     load_model,
+    load_scheduler,
     network_of,
     own_line,
     read_calibration,
@@ -199,6 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_options.steps, help="number of steps N, whose best is taken; needed unless there is one")
     lost = "leave out coefficients that the sampler cannot run, and a start below sigma = 1 as it takes it"
     add("--knots-only", action="store_true", help=lost)
+    stock = "of diffusers: the folder of the scheduler that it replaces, which knows how the network is called"
+    add("--like", type=_options.path, help=stock)
     add("--out", type=_options.path, help="file to write, of diffusers a folder; the screen if not given")
 
     add = command("plot", _plot, "Sigmas beside stock schedules, step costs and errors of a calibration, as a picture.")
@@ -409,15 +412,21 @@ def _method(name: str, schedule: fk.Schedule, calibration: fk.Calibration | None
 def _export(args) -> None:
     require(args.file.is_file(), f"FILE: expected a file, got {args.file}, which is not one")
     calibration, inputs = read_calibration(args.file, "FILE"), [("FILE", args.file)]
-    words = {"plan: exp": "--to: exp", "steps: exp": "--steps: exp", "knots_only=True (--knots-only)": "--knots-only"}
+    words = {
+        "plan: exp": "--to: exp",
+        "steps: exp": "--steps: exp",
+        "like: exp": "--like: exp",
+        "knots_only=True (--knots-only)": "--knots-only",
+    }
     with _in_its_words(words):
-        made = Export(calibration, args.to, args.steps, args.knots_only)
+        like = None if args.like is None else load_scheduler(args.like)
+        made = Export(calibration, args.to, args.steps, args.knots_only, like)
     if args.out is None:
         require(made.text is not None, f"--out: expected a place for what {args.to} takes")
         print(made.text)
     else:
         write_or_keep(made.expect_path(args.out, "--out", inputs), "--out", made.write)
-        print(f"{args.out}: {made.solver.steps} steps, {made.solver.evaluations} evaluations ({made.solver.name})")
+        print(f"{args.out}: {made.told}")
     print(made.words, file=sys.stderr)
 
 

@@ -20,7 +20,7 @@ from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver
 
 if TYPE_CHECKING:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,24 @@ def export(
 @overload
 def export(
     plan: Plan, to: Literal["diffusers"], *, steps: int | None = ..., path: str | Path | None = ...,
-    knots_only: bool = ...,
+    knots_only: bool = ..., like: "SchedulerMixin | None" = ...,
 ) -> "FlowMatchEulerDiscreteScheduler": ...  # fmt: skip
 def export(
-    plan: Plan, to: To, *, steps: int | None = None, path: str | Path | None = None, knots_only: bool = False
+    plan: Plan,
+    to: To,
+    *,
+    steps: int | None = None,
+    path: str | Path | None = None,
+    knots_only: bool = False,
+    like: "SchedulerMixin | None" = None,
 ) -> Any:
     """A schedule or a solver in the form that another sampler takes.
 
     Args:
         plan: a Calibration, whose `best(steps)` is taken, a Solver, or what `fk.sample` takes as a schedule.
         to: who receives it, and what comes back for it.
-            "diffusers": a scheduler for a pipeline that calls its network at 1000 sigma, as most do; `solver_scheduler`
-                makes one of the pipeline's own convention. Needs diffusers.
+            "diffusers": a scheduler for a pipeline, which needs diffusers; of a Calibration with all that it holds,
+                where `steps` is None.
             "comfy": falling sigmas with the last 0 as text, for ComfyUI's ManualSigmas.
             "sdcpp": the arguments `--sigmas ... --sampling-method ... --steps ...` of stable-diffusion.cpp.
             "k-diffusion": falling sigmas with the last 0, float32 `[N+1]`.
@@ -127,6 +133,8 @@ def export(
             folder, in which a plain Euler schedule has its sigmas for the stock scheduler beside it.
         knots_only: where the receiver cannot run all of a plan, export its knots for Euler's steps, of a Calibration
             those of its best schedule.
+        like: for "diffusers" the scheduler that it replaces, as `solver_scheduler` has it; None for one of a pipeline
+            that calls its network at 1000 sigma, as most do.
 
     Sigmas are those at which the network is called: a shift is in them already. `RECEIVERS` in this module says what
     each receiver does with them; docs/card.md says what was read and what was run.
@@ -143,7 +151,7 @@ def export(
         >>> fk.export(fk.Solver.heun(2), "sdcpp")
         '--sigmas 1.0,0.5,0.0 --sampling-method heun --steps 2'
     """
-    made = Export(plan, to, steps, knots_only)
+    made = Export(plan, to, steps, knots_only, like)
     if path is not None:
         made.write(made.expect_path(path))
     return made.value
@@ -153,24 +161,41 @@ class Export:
     """What `export` returns and writes, and what is said of it.
 
     value: as `export` has it. text: the same for a screen; None where there is none. words: what the receiver does.
+    told: what it is. solver: that; None where it is all of a calibration.
     """
 
-    def __init__(self, plan: Plan, to: str, steps: int | None = None, knots_only: bool = False):
+    def __init__(
+        self,
+        plan: Plan,
+        to: str,
+        steps: int | None = None,
+        knots_only: bool = False,
+        like: "SchedulerMixin | None" = None,
+    ):
         self.to, self.receiver = to, RECEIVERS[expect_choice(to, "to", list(RECEIVERS))]
         self.knots_only = expect_bool(knots_only, "knots_only")
-        self.solver, self.sampler, dropped = self._chosen(plan, steps)
-        solver = self.solver
+        expect(like is None or to == "diffusers", "like", f"None for {to!r}", like)
+        self.plan, self.like, self.solver, self.sampler, dropped = plan, like, None, "", ""
+        held = _held(plan) if isinstance(plan, Calibration) else []
+        if to == "diffusers" and steps is None and len(held) > 1:
+            self.told = f"{', '.join(map(str, held))} steps, the best of each"
+        else:
+            self.solver, self.sampler, dropped = self._chosen(plan, steps)
+            self.told = f"{self.solver.steps} steps, {self.solver.evaluations} evaluations ({self.solver.name})"
+            dropped += self._expect_start(self.solver)
+        self.value, self.text = getattr(self, f"_{to.replace('-', '_')}")()
+        self.words = f"{to}: {self.receiver.does.format(sampler=self.sampler)}{dropped}"
+
+    def _expect_start(self, solver: Solver) -> str:
+        """What becomes of the noise, in words, where that is another state than the plan's."""
         expect(not solver.is_inverse, "plan", "a solver from noise to data", solver)
         begins = 1 - max(0.0, solver.times[0].item())
-        told = f"{to!r} begins at sigma[0] = {begins:.6g} times the noise"
-        fits = begins == 1 or not self.receiver.scales or self.knots_only
-        expect(fits, "plan", "a start at sigma = 1", f"{solver}; {told}, and not at the noise (knots_only=True: do)")
-        self.value, self.text = getattr(self, f"_{to.replace('-', '_')}")()
-        self.words = f"{to}: {self.receiver.does.format(sampler=self.sampler)}"
-        if dropped:
-            self.words += f"; {dropped}"
-        if begins < 1 and self.receiver.scales:
-            self.words += f"; {told}, where the plan begins at the noise itself"
+        if begins == 1 or not self.receiver.scales:
+            return ""
+        told = f"{self.to!r} begins at sigma[0] = {begins:.6g} times the noise"
+        got = f"{solver}; {told}, and not at the noise (knots_only=True (--knots-only): this will do)"
+        expect(self.knots_only, "plan", "a start at sigma = 1", got)
+        return f"; {told}, where the plan begins at the noise itself"
 
     def _chosen(self, plan: Plan, steps: int | None) -> tuple[Solver, str, str]:
         """The solver that is exported, the receiver's sampler, and what has been left out, in words."""
@@ -198,7 +223,7 @@ class Export:
         got = f"{found.name!r} of {found.steps} steps, of which more than the knots would be lost ({worse}); "
         got += f"knots_only=True (--knots-only) exports Euler's steps on the knots [{knots}]"
         expect(self.knots_only, "plan", f"a solver that {self.to!r} has ({named})", got)
-        return euler, "euler", f"all but the knots of {found.name!r} is left out ({worse})"
+        return euler, "euler", f"; all but the knots of {found.name!r} is left out ({worse})"
 
     @property
     def _sigmas(self) -> Tensor:
@@ -245,7 +270,8 @@ class Export:
 
         from flowkernels.integrations.diffusers import solver_scheduler
 
-        return solver_scheduler(self.solver, like=FlowMatchEulerDiscreteScheduler()), None
+        like = FlowMatchEulerDiscreteScheduler() if self.like is None else self.like
+        return solver_scheduler(self.plan if self.solver is None else self.solver, like=like), None
 
     # Files
 
@@ -266,7 +292,7 @@ class Export:
         if not self.receiver.suffixes:
             with whole_folder(path) as folder:
                 self.value.save_config(folder)
-                if self.solver.is_euler:
+                if self.solver is not None and self.solver.is_euler:
                     note = "FlowMatchEulerDiscreteScheduler(shift=1.0).set_timesteps(sigmas=sigmas)"
                     data = {"sigmas": self._sigmas[:-1].tolist(), "for": note}
                     (folder / "sigmas.json").write_text(json.dumps(data, indent=1))
@@ -282,8 +308,12 @@ class Export:
                 file.write(f"{self.text}\n".encode())
 
 
+def _held(calibration: Calibration) -> list[int]:
+    return sorted({*calibration.schedules, *calibration.solvers})
+
+
 def _steps_of(calibration: Calibration, steps: int | None) -> int:
-    there = sorted({*calibration.schedules, *calibration.solvers})
+    there = _held(calibration)
     if steps is None:
         expect(len(there) == 1, "steps", f"one of {there}", "None")
         return there[0]
