@@ -640,6 +640,15 @@ _ALL = [
         config=dict(boundary_ratio=0.875),
     ),
     Family(
+        "wan22-5b",
+        "WanPipeline",
+        wan,
+        UNIPC,
+        dict(**VIDEO, **CFG),
+        frozenset({"cfg", "video"}),
+        config=dict(expand_timesteps=True),  # its network is told the time of every token
+    ),
+    Family(
         "ltx",
         "LTXPipeline",
         ltx,
