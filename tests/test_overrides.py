@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from _flows import ConstantField, normal
+from _pairs import pairs
 from test_capture import aot_eager, host_cuda, no_loops  # noqa: F401
 from torch import nn
 
@@ -278,14 +279,12 @@ class Changing(nn.Module):
         return self.act(self.layer(x)) * self.gain * sum(self.numbers) * sum(self.settings.values())
 
 
-@pytest.mark.parametrize("wrap", [lambda net: net, VelocityField], ids=["network", "field"])
-@pytest.mark.parametrize("mode", ["graph", "compile"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_captured_loops_are_of_what_is_there(change, mode, wrap, aot_eager, host_cuda):  # noqa: F811
+@pytest.mark.parametrize(("change", "mode", "kind"), pairs(CHANGES, ["graph", "compile"], ["network", "field"]))
+def test_captured_loops_are_of_what_is_there(change, mode, kind, aot_eager, host_cuda):  # noqa: F811
     torch._dynamo.reset()
     torch.manual_seed(0)
     net = Changing()
-    velocity = wrap(net)
+    velocity = VelocityField(net) if kind == "field" else net
     before = fk.sample(velocity, NOISE, 2, capture=mode)
     CHANGES[change](net)
     got = fk.sample(velocity, NOISE, 2, capture=mode)

@@ -10,7 +10,7 @@ import ops_cases
 import pytest
 import torch
 from _contract import identical, tensors
-from _pairs import covering, words_of
+from _pairs import covering, exhaustive, words_of
 
 import flowkernels as fk
 from flowkernels.ops.public import OPS
@@ -22,13 +22,13 @@ FUNCTIONS = {op: getattr(fk, op) for op in OPS}
 CASES = [(op, s) for op in OPS for s in SAMPLES[op].sample_inputs()]
 
 
-def of_each_kind(together: int) -> list[tuple]:
-    """Of each op the samples that have every dtype, layout and option, or every pair of them that there is."""
+def of_each_kind() -> list[tuple]:
+    """Of each op samples with every dtype, layout and option, and without."""
     of_ops = ([case for case in CASES if case[0] == op] for op in OPS)
-    return [case for cases in of_ops for case in covering(cases, lambda case: words_of(case[1].id), together)]
+    return [case for cases in of_ops for case in covering(cases, lambda case: words_of(case[1].id), together=1)]
 
 
-KINDS, PAIRS = of_each_kind(1), of_each_kind(2)
+KINDS = of_each_kind()
 
 
 def over(cases):
@@ -138,14 +138,19 @@ def test_opcheck(op, sample):
     opcheck(op, sample, "test_schema", "test_autograd_registration", "test_faketensor")
 
 
-@over(PAIRS)
+@over(KINDS)
 def test_opcheck_of_what_is_compiled(op, sample):
     opcheck(op, sample, "test_aot_dispatch_dynamic")
 
 
 # schema, fake and gradient are those of the op; what a backend may get wrong is what it aliases, writes to and returns
-@pytest.mark.parametrize("name", [b for b in BACKENDS if b != "cpu"])
-@over(KINDS)
+OTHERS = [b for b in BACKENDS if b != "cpu"]
+ON_OTHERS = [(*case, name) for i, case in enumerate(KINDS) for name in (OTHERS if exhaustive() else [OTHERS[i % 3]])]
+
+
+@pytest.mark.parametrize(
+    ("op", "sample", "name"), [pytest.param(op, s, b, id=f"{op}-{s.id}-{b}") for op, s, b in ON_OTHERS]
+)
 def test_opcheck_of_other_backends(op, sample, name):
     with backend(name):
         opcheck(op, sample, "test_schema", "test_faketensor")
@@ -170,7 +175,7 @@ def test_gradients_that_arrive_in_any_layout(op, sample, layout, name):
     torch.testing.assert_close(got[0], x.to(got[0].dtype))
 
 
-@over(KINDS)
+@over(KINDS[::2])  # a compilation takes 0.2 s
 def test_compiles_in_one_graph(op, sample):
     torch._dynamo.reset()
     compiled = torch.compile(FUNCTIONS[op], fullgraph=True, backend="aot_eager")

@@ -86,14 +86,19 @@ def check_samples():
     for name in OPS:
         op, samples = getattr(fk, name), importlib.import_module(f"flowkernels.ops.{name}.samples")
         for sample in samples.sample_inputs():
+            of_one = None
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 got = op(*sample.args, **sample.kwargs)
-                error, bound = samples.error_and_bound(sample, got)
-                assert error <= bound, f"{name} {sample.id}, {threads} threads: error {error:g} > {bound:g}"
-                again = op(*sample.args, **sample.kwargs)
-                for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, again)), strict=True):
-                    assert same(a, b), f"{name} {sample.id}: another result the second time"
+                if of_one is None or not alike(got, of_one):  # most do not depend on the threads
+                    error, bound = samples.error_and_bound(sample, got)
+                    assert error <= bound, f"{name} {sample.id}, {threads} threads: error {error:g} > {bound:g}"
+                again, of_one = op(*sample.args, **sample.kwargs), got
+                assert alike(got, again), f"{name} {sample.id}: another result the second time"
+
+
+def alike(*results):
+    return all(map(same, *(r if isinstance(r, tuple) else (r,) for r in results)))
 
 
 def same(a, b):

@@ -3,6 +3,7 @@ import operator
 
 import pytest
 import torch
+from _pairs import pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -305,9 +306,7 @@ def leaves(loss="l2", seed=0, dtype=F64, v_dtype=None):
     return v, lambda v: straighten_loss(v, bank, h, i, s, weight=weight, loss=loss)
 
 
-@EACH
-@LOSSES
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("weighted", "loss", "name"), pairs([False, True], ["l2", "huber"], BACKENDS))
 def test_gradcheck(weighted, loss, name):
     args, weight = drawn((3, 3, 3), 4, 0, (F64, F64))
     kwargs = dict(loss=loss, weight=weight if weighted else None, huber_c=0.3)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from _pairs import pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -397,10 +398,13 @@ def test_many_rows_in_parts():
 ON_GPU = pytest.mark.parametrize("name", BACKENDS[:2])
 
 
-@ON_GPU
-@pytest.mark.parametrize("K", [2, 16, 17, 18, 33, 34, 65, 66, 97, 98, 100, 128, 129, 130])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gpu_panels_of_rows(name, K, dtype):
+PANELS = [2, 16, 17, 18, 33, 34, 65, 66, 97, 98, 100, 128, 129, 130]
+
+
+@pytest.mark.parametrize(
+    ("K", "name", "dtype"), pairs(PANELS, BACKENDS[:2], [torch.float32, torch.bfloat16, torch.float16])
+)
+def test_gpu_panels_of_rows(K, name, dtype):
     """Around 16, 32, 64, 96 and 128 rows, the sizes of a block's panel; columns around those of its slabs, 256 to 32.
     Whole numbers of four bits: every sum of 500 products is exact, however it is cut."""
     for M in (1, 33) if K > 34 else (31, 255, 257, 515):
@@ -508,8 +512,8 @@ def test_triton_columns_in_parts(constants, monkeypatch):
 
 def test_triton_slices_are_short_and_fill_the_device():
     config = {"COLUMNS": 16, "num_warps": 4}
-    for M, pairs in ((1, 1), (17, 3), (100_000, 6), (30_000_000, 3)):
-        slices, columns = triton_kernel._slices(torch.empty(0), M, pairs, config)
+    for M, tiles in ((1, 1), (17, 3), (100_000, 6), (30_000_000, 3)):
+        slices, columns = triton_kernel._slices(torch.empty(0), M, tiles, config)
         assert columns % 16 == 0
         assert (slices - 1) * columns < M <= slices * columns
         assert columns <= 16 * triton_kernel.BLOCKS
