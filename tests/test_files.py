@@ -3,6 +3,7 @@ is read or is no file. Each test goes over every place that writes one."""
 
 import contextlib
 import errno
+import json
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from flowkernels import _files, _weights
 from flowkernels._files import whole_file, whole_folder
 from flowkernels.bench import tables, tune
 from flowkernels.cli import main, outputs
+from flowkernels.integrations.export import Export
 from flowkernels.models import bundled, networks
 
 
@@ -56,6 +58,7 @@ WRITERS = {
     "calls": record,
     "checkpoint": straighten,
     "tuned": lambda path: tune._write(Path(path), {"format": 1}),
+    "exported": lambda path: Export([0, 0.3, 1], "comfy").write(Path(path)),
     "csv": lambda path: tables.write_csv(Path(path), []),
     **{f"samples{suffix}": lambda path, suffix=suffix: save_samples(path, suffix) for suffix in outputs.SAMPLE_FORMATS},
 }
@@ -368,6 +371,8 @@ def inputs_and_outputs():
     yield "s.json", f"{line} --state OUT --out x.safetensors", "--schedule"
     yield "t.pt", f"{line} --state t.pt --resume --out OUT", "--state"
     yield "new.safetensors", f"{line} --state new.safetensors --out OUT", "--state"
+    yield "s.json", "export s.json --to json --steps 2 --out OUT", "FILE"
+    yield "s.json", "plot s.json --out OUT", "FILE"
     yield "script.py", "record euler_step --from script.py --out OUT", "--from"
 
 
@@ -401,6 +406,8 @@ LINES = {
     "sample.safetensors": "sample --model digits -n 2 --steps 2 --out x.safetensors",
     "sample.pt": "sample --model digits -n 2 --steps 2 --out x.pt",
     "sample.png": "sample --model digits -n 2 --steps 2 --out x.png",
+    "export": "export s.json --to json --steps 2 --out x.json",
+    "plot": "plot s.json --out x.png",
     "straighten": "straighten --model digits --schedule s.json --steps 2 --iterations 1 --batch 2 --bank 2 "
     "--out x.safetensors",
 }
@@ -410,6 +417,8 @@ READERS = {
     "sample.safetensors": lambda path: len(_weights.read(path, "path", "samples")[0]["samples"]),
     "sample.pt": lambda path: len(torch.load(path)),
     "sample.png": lambda path: 2 * path.read_bytes().startswith(b"\x89PNG"),
+    "export": lambda path: len(json.loads(path.read_text())["model_times"]),
+    "plot": lambda path: 2 * path.read_bytes().startswith(b"\x89PNG"),
     "straighten": lambda path: 2 * isinstance(bundled.load_network(path), networks.ResidualMLP),
 }
 
