@@ -302,7 +302,11 @@ def cached():
 
 
 REFUSED = {
-    "history": (lambda: loop("history"), {}, "velocity in step 2 of 2 is another by 0.*than by itself"),
+    "history": (
+        lambda: loop("history"),
+        {},
+        "Loop, velocities of step .* of 4 that are others by 0.*than by themselves",
+    ),
     "step": (lambda: loop("step"), dict(cfg_trunc_ratio=0.6), "cfg_trunc_ratio may be why"),
     "random": (lambda: loop("random"), {}, "velocities of state and time alone"),
     "edits": (lambda: loop("edits"), {}, "goes on from the state that a step has made.*Loop, which edits it"),
@@ -317,6 +321,11 @@ REFUSED = {
         "Img2ImgPipeline, which begins at an image",
     ),
     "cache": (cached, {}, "pipe.transformer: expected a network without a cache"),
+    "early steps": (
+        lambda: made("sd3"),
+        dict(tiny.FAMILIES["sd3"].call(), skip_guidance_layers=[0]),
+        "step 4 of 28 .*skip_guidance_layers may be why",
+    ),
     "control": (control, dict(control_guidance_end=0.5), "control_guidance_end may be why"),
     "unknown": (loop, dict(guidance=3), r"arguments: expected those of Loop: .*prompt.*got \['guidance'\]"),
     "ours": (loop, dict(num_inference_steps=3), r"got \['num_inference_steps'\]"),

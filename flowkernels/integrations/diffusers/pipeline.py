@@ -70,9 +70,9 @@ def pipeline_velocity(
         batch_size: samples in a call at most; None puts all that it is asked for into one.
         shared: names of arguments that are one thing for all prompts although they are lists as long as these, such
             as several images to one prompt.
-        check: make two steps of the pipeline with its own loop, and compare both velocities: 4 evaluations of a sample
-            (of two with several prompts). It finds what is no function of state and time. One evaluation of a sample is
-            made in any case.
+        check: run the pipeline's own loop, with its networks at 4 of its usual number of steps, and compare these
+            velocities: 9 evaluations at most of a sample (of two with several prompts). It finds what is no function of
+            state and time. One evaluation of a sample is made in any case.
         arguments: those of the pipeline's call. Sample i has prompt i mod P of P prompts, whatever the batch, and so
             with all that is given as a list of P entries and with tensors of prompts' embeddings. Texts may be of
             unlike lengths. A `generator` is copied, and draws what conditioning is sampled (none: one of seed 0).
@@ -401,24 +401,36 @@ class _EvaluationOfStep(_Plan):
 
 
 class _Steps(_Plan):
-    """Two Euler steps of the pipeline's own loop: every state, output and time of them."""
+    """Euler steps of the pipeline's own loop, with its networks at some of them: (number, state, output) of these.
+    Elsewhere they give what they gave before, as a loop that depends on its step's number takes no notice."""
 
-    def __init__(self, calls: "_Calls", times: list[float]):
-        self.calls, self.times, self.found = calls, times, []
+    stubs = True
+
+    def __init__(self, calls: "_Calls", times: list[float], places: Sequence[int]):
+        self.calls, self.times, self.places, self.found, self.i = calls, times, places, [], 0
 
     def set_timesteps(self, scheduler, own, kwargs) -> None:
         own(**kwargs)
+        self.stubs = False
         if not torch.is_floating_point(scheduler.timesteps):  # times that this scheduler rounds
             self.calls.set_times(scheduler, self.times[:-1], kwargs)
 
     def step(self, scheduler, model_output, sample) -> Tensor:
-        i = len(self.found)
-        h = self.times[i + 1] - self.times[i]
-        after = (sample.float() + self.calls.sign * h * model_output.float()).to(model_output.dtype)
-        self.found.append((sample, model_output, after))
-        if len(self.found) == len(self.times) - 1:
+        i, calls = self.i, self.calls
+        if i:
+            cast = 2 * torch.finfo(calls.dtype).eps  # of the state
+            same = sample.shape == self.after.shape and _relative(sample, self.after) <= cast
+            told = f"{type(calls.pipe).__name__}, which edits it"
+            expect(same, "pipe", "a loop that goes on from the state that a step has made", told)
+        if i in self.places:
+            self.found.append((i, sample, model_output))
+        if i == self.places[-1]:
             raise _Stop
-        return after
+        h = self.times[i + 1] - self.times[i]
+        self.after = (sample.float() + calls.sign * h * model_output.float()).to(model_output.dtype)
+        self.i, self.stubs = i + 1, i + 1 not in self.places
+        self.counts.clear()
+        return self.after
 
 
 class _Calls:
@@ -441,7 +453,8 @@ class _Calls:
             if PREPARED.match(name) and inspect.isfunction(getattr(type(pipe), name)) and name != "prepare_latents"
         ]
         usual = arguments.value("num_inference_steps")
-        plan = self._run((0,), _First(), num_inference_steps=usual if isinstance(usual, int) else 50)
+        self.usual = usual if isinstance(usual, int) and usual > 1 else 50
+        plan = self._run((0,), _First(), num_inference_steps=self.usual)
         # whether the scheduler is given what prepare_latents has made, and not something of it (image to video)
         seen, latents = plan.sample, plan.latents
         self.direct = latents is not None and seen.shape == latents.shape and torch.equal(seen.float(), latents.float())
@@ -527,23 +540,21 @@ class _Calls:
         return x if x.dtype == torch.float64 else x.float()
 
     def expect_velocity(self) -> None:
-        """Two steps of the pipeline's loop, and the same velocities one by one."""
-        prompts, times = tuple(range(min(2, self.arguments.prompts))), self.grid(2).tolist()
-        found = self._run(prompts, _Steps(self, times), num_inference_steps=len(times) - 1).found
-        name, cast = type(self.pipe).__name__, 2 * torch.finfo(self.dtype).eps  # of the state
-        exact = found[0][1].dtype in (torch.float32, torch.float64) and cast < 1e-4
-        for i, (sample, output, _) in enumerate(found):
+        """Velocities of the pipeline's loop at the begin, after an eighth, in the middle and at the end of its usual
+        number of steps, and the same by themselves."""
+        prompts, times = tuple(range(min(2, self.arguments.prompts))), self.grid(self.usual).tolist()
+        K = len(times) - 1
+        places = sorted({0, K // 8, K // 2, K - 1})
+        found = self._run(prompts, _Steps(self, times, places), num_inference_steps=self.usual).found
+        exact = found[0][2].dtype in (torch.float32, torch.float64) and torch.finfo(self.dtype).eps < 1e-4
+        for i, sample, output in found:
             self._expect_whole(sample, output, [len(prompts), *self.shape])
-            if i:
-                after = found[i - 1][2]
-                same = sample.shape == after.shape and _relative(sample, after) <= cast
-                expected = "a loop that goes on from the state that a step has made"
-                expect(same, "pipe", expected, f"{name}, which edits it")
             error = _relative(self.velocity(sample, times[i], prompts), self.sign * output)
             used = [a for a in BY_INDEX if self.arguments.value(a) not in (None, 0.0, 1.0)]
             because = f"; {', '.join(used)} may be why" if used else ""
-            told = f"{name}, whose velocity in step {i + 1} of 2 is another by {error:.2g} than by itself{because}"
-            expect(error <= (1e-4 if exact else 0.05), "pipe", "velocities of state and time alone", told)
+            told = f"velocities of step {i + 1} of {K} that are others by {error:.2g} than by themselves{because}"
+            expected = "velocities of state and time alone"
+            expect(error <= (1e-4 if exact else 0.05), "pipe", expected, f"{type(self.pipe).__name__}, {told}")
 
     def networks(self) -> dict[str, nn.Module]:
         """What the velocity is of."""
