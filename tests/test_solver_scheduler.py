@@ -526,7 +526,9 @@ def test_tokens_of_several_times():
 # ---- saved pipelines ----
 
 LOAD = """
-import sys, diffusers, numpy as np, torch
+import sys
+sys.modules["transformers"] = None  # which takes seconds to import
+import diffusers, numpy as np, safetensors.torch, torch
 folder = sys.argv[1]
 assert "flowkernels" not in sys.modules
 try:
