@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -173,12 +174,14 @@ class PipelineVelocity(VelocityBase):
 
     def rows(self, index: Tensor | slice, n: int) -> "PipelineVelocity":
         expect_shown(isinstance(index, (Tensor, slice)), "index", "a tensor of places or a slice", index, TypeError)
+        index = index.cpu() if isinstance(index, Tensor) else index
         if self._places is not None:
             places = self._places[index]
         elif isinstance(index, slice):  # prompts are for any number of samples: past n too
-            places = torch.arange(index.start or 0, n if index.stop is None else index.stop, index.step or 1)
+            ends = index.start or 0, n if index.stop is None else index.stop, index.step or 1
+            places = torch.arange(*ends, device="cpu")
         else:
-            places = torch.arange(n)[index.cpu()]
+            places = torch.arange(n, device="cpu")[index]
         return PipelineVelocity(self._calls, self._batch_size, places)
 
     def time_for(self, t: Tensor, x: Tensor) -> Tensor:
@@ -236,7 +239,7 @@ class _Arguments:
         known = generator is None or isinstance(generator, torch.Generator)
         expect(known, "generator", "one torch.Generator, or None", generator, TypeError)
         self.given, self.parameters = given, parameters
-        self.generator = torch.Generator().manual_seed(0) if generator is None else copy_of(generator)
+        self.generator = torch.Generator(device="cpu").manual_seed(0) if generator is None else copy_of(generator)
         self._initial = self.generator.get_state()
         self.seed = int(torch.randint(2**48, (), generator=copy_of(self.generator), device=self.generator.device))
         self.prompts = self._prompts()
@@ -568,8 +571,8 @@ class _Calls:
         ratio = self.pipe.config.get("boundary_ratio")
         if ratio is None or not {"transformer", "transformer_2"} <= set(self.networks()):
             return ()
-        below = torch.nextafter(torch.tensor(ratio, dtype=torch.float32), torch.tensor(0.0)).item()
-        return (1 - below,)
+        below = np.nextafter(np.float32(ratio), np.float32(0))  # there the second one is asked, as a float32
+        return (1 - float(below),)
 
     def _provenance(self, plan: _Grid) -> dict[str, Any]:
         """Ready for JSON."""
@@ -581,7 +584,7 @@ class _Calls:
             "pipeline": type(self.pipe).__name__,
             "networks": {k: type(v).__name__ for k, v in self.networks().items()},
             "latent_shape": self.shape,
-            **{name: value(name) for name in ("height", "width", "num_frames") if name in self.arguments.parameters},
+            **{name: value(name) for name in ("height", "width", "num_frames") if value(name) is not None},
             "guidance": {k: v for k, v in guidance.items() if isinstance(v, (int, float, bool, str))},
             "guidance_embeds": getattr(getattr(transformer, "config", None), "guidance_embeds", None),
             "scheduler": type(self.pipe.scheduler).__name__,
@@ -768,12 +771,12 @@ class _Prepared:
                 expect(batch is not None, "pipe", "prepare_latents of a batch_size", f"{list(asked.arguments)}")
                 changes = {batch: n, "generator": generator}
                 asked.arguments.update({k: v for k, v in changes.items() if k in asked.arguments})
-                return _first(own(*asked.args, **asked.kwargs))
+                return _latents_of(own(*asked.args, **asked.kwargs))
 
             if isinstance(plan, _Noise):
                 plan.prepared(None, again)
             result = self._result("prepare_latents", lambda: own(*args, **kwargs))
-            latents = _first(result)
+            latents = _latents_of(result)
             plan.prepared(latents, again)
             if plan.x is None:
                 return result
@@ -800,7 +803,7 @@ class _Stub:
         return self._call(*args, **kwargs)
 
 
-def _first(result) -> Tensor:
+def _latents_of(result) -> Tensor:
     latents = result if isinstance(result, Tensor) else result[0] if isinstance(result, (tuple, list)) else None
     expect(isinstance(latents, Tensor), "pipe", "latents of prepare_latents, or these first", type(result).__name__)
     return latents
