@@ -78,10 +78,9 @@ class Tree:
             shutil.copy2(file, self.path / "flowkernels")
 
     def first_failure(self, arguments: str) -> str | None:
-        """The first test that fails; None if all pass, "" if there is none."""
-        given = [
-            a for a in shlex.split(arguments) if not a.startswith("tests/") or (self.path / a.split("::")[0]).exists()
-        ]
+        """The first test that fails; None if all pass."""
+        given = shlex.split(arguments)
+        given = [a for a in given if not a.startswith("tests/") or (self.path / a.split("::")[0]).exists()]
         at = self.work / f"{self.path.name}.at"
         at.write_text("")
         env = dict(PYTHONPATH=f"{self.path}:{self.work}", SEEDED_AT=str(at), OMP_NUM_THREADS="2")
@@ -96,7 +95,11 @@ class Tree:
         if done.returncode in (0, 5):
             return None
         failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - |$)", done.stdout, re.MULTILINE)
-        return failed[1] if failed and done.returncode > 0 else f"{at.read_text() or done.stdout[-300:]} (ends there)"
+        if failed and done.returncode > 0:
+            return failed[1]
+        if not at.read_text():  # no test has begun
+            sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
+        return f"{at.read_text()} (ends there)"
 
 
 class Changed:
