@@ -236,3 +236,13 @@ GOOD = torch.ones(5, 5, dtype=torch.float64)
 def test_bad_input(cost, times, steps, error, message):
     with pytest.raises(error, match=message):
         fk.least_cost_schedules(cost, times, steps)
+
+
+def test_schedules_are_equal_with_all_that_they_say_of_the_knots():
+    times = [0, 0.5, 1]
+    grid, other = (torch.tensor([0, t, 0.5, 1], dtype=torch.float64) for t in (0.2, 0.3))
+    on_grid = Schedule(times, grid, (0, 2, 3), 1.0, 2.0)
+    assert on_grid == Schedule(times, grid.clone(), (0, 2, 3), 1.0, 2.0, notes={"objective": "norm"})
+    others = [(other, (0, 2, 3), 1.0, 2.0), (None, None, 1.0, 2.0), (grid, (0, 2, 3), 1.5, 2.0), (grid, (0, 2, 3), 1.0)]
+    assert not any(on_grid == Schedule(times, *given) for given in others)
+    assert on_grid != Schedule([0, 0.2, 1], grid, (0, 1, 3), 1.0, 2.0)
