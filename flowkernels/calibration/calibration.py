@@ -53,6 +53,7 @@ from flowkernels.schedule import Schedule, expect_steps
 from flowkernels.solver import Solver
 from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.protocol import Velocity, resolve
+from flowkernels.velocity.provenance import INDIFFERENT
 
 
 class Calibration(Measured, Mapping):
@@ -365,6 +366,9 @@ def _merged_provenance(parts: list[dict]) -> dict:
         values = [p.get(key) for p in parts]
         if key == "attributes_sha256":  # None where it counts its calls, say
             values = [value for value in values if value is not None] or [None]
+        if key == PIPELINE and None not in values:  # each part may be of other prompts
+            common = [k for k in values[0] if k not in INDIFFERENT or all(v.get(k) == values[0][k] for v in values)]
+            values = [{k: v for k, v in value.items() if k in common or k not in INDIFFERENT} for value in values]
         for value in values:
             expect(value == values[0], "calibrations", f"the same {key} in all, {describe(values[0])}", value)
         found[key] = values[0] if len(values) == len(parts) else None

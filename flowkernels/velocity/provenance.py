@@ -76,7 +76,7 @@ class Identity:
         return found + pipeline_differences(recorded.get("pipeline"), self.pipeline)
 
 
-INDIFFERENT = ("prompts", "scheduler")  # of a pipeline: what the best schedules hardly depend on
+INDIFFERENT = ("prompts", "prompts_sha256", "scheduler")  # of a pipeline: what the best schedules hardly depend on
 
 
 def pipeline_differences(then: Any, now: Mapping[str, Any]) -> list[str]:

@@ -428,6 +428,14 @@ def test_a_calibration_knows_the_pipeline_that_it_is_for(tmp_path):
         other = pipeline_velocity(pipe, **family.call(["a", "b", "c"]))  # other prompts are what it is for
         fk.sample(other, v.noise(3), cal.best(4))
         fk.Calibration.load(tmp_path / "wan.boss.json", other)
+        other_part = fk.calibrate(other, other.noise(4), grid=v.grid(8), steps=[2, 4], progress=False)
+    merged = fk.Calibration.merge([cal, other_part]).provenance["pipeline"]
+    assert merged.items() >= expected.items()
+    assert {"prompts", "prompts_sha256"} <= kept.keys() - merged.keys()
+    folder = dict(grid=v.grid(4), steps=[2], progress=False, checkpoint=tmp_path / "progress")
+    fk.calibrate(v, noise := v.noise(2), **folder)
+    with pytest.raises(ValueError, match="checkpoint"):  # of other prompts
+        fk.calibrate(pipeline_velocity(pipe, **family.call(["a", "b"])), noise, **folder)
     other = pipeline_velocity(pipe, **family.call() | dict(height=32, guidance_scale=2.0))
     for plan in (cal[2], cal.best(4), *cal.find(3).values(), *cal.find(3, objective="pairs").values()):
         with pytest.warns(UserWarning, match=r"latent_shape .* now \[4, 2, 4, 2\].*height 16, now 32.*guidance"):

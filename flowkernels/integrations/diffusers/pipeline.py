@@ -32,7 +32,7 @@ from flowkernels._checks import (
 from flowkernels.integrations.diffusers.scheduler import _expect_flow
 from flowkernels.integrations.diffusers.sigmas import before_shift, shift_of
 from flowkernels.velocity.protocol import VelocityBase
-from flowkernels.velocity.provenance import Identity, network_identity
+from flowkernels.velocity.provenance import Identity, hash_of, network_identity
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -275,10 +275,11 @@ class _Arguments:
                 found[name] = value
         return found
 
-    def conditioning(self) -> dict[str, Any]:
-        """What has a hash, but for the prompts: a calibration is made on some of them for all."""
+    def conditioning(self, of_prompts: bool = False) -> dict[str, Any]:
+        """What has a hash, but for the prompts, or these alone: a calibration is made on some of them for all."""
         texts = {k: v for k, v in self.given.items() if isinstance(v, (str, Tensor)) or k in self.rows}
-        return {k: v for k, v in texts.items() if k.startswith("negative_") or not OF_PROMPTS.fullmatch(k)}
+        positive = {k for k in texts if OF_PROMPTS.fullmatch(k) and not k.startswith("negative_")}
+        return {k: v for k, v in texts.items() if (k in positive) == of_prompts}
 
     def value(self, name: str):
         parameter = self.parameters.get(name)
@@ -594,6 +595,7 @@ class _Calls:
             "inverted_time": self.sign > 0,
             "boundary_ratio": self.pipe.config.get("boundary_ratio"),
             "prompts": self.arguments.prompts,
+            "prompts_sha256": hash_of(self.arguments.conditioning(of_prompts=True), "prompts", {}),
             "dtype": None if transformer is None else str(transformer.dtype),
         }
         return found
