@@ -526,7 +526,7 @@ class _Calls:
         if "num_inference_steps" not in self.arguments.parameters:
             expect(False, "pipe", "a pipeline that is told a number of steps", type(self.pipe).__name__)
         plan = self._run((0,), _Grid(), num_inference_steps=steps)
-        level = plan.scheduler.sigmas.double().cpu()
+        level = plan.scheduler.sigmas.cpu().double()
         times = level if self.sign > 0 else 1 - level
         times = times[torch.cat([times.new_ones(1, dtype=torch.bool), times.diff() != 0])]
         return expect_times(times, "pipe.scheduler")
@@ -730,9 +730,12 @@ class _Prepared:
     @contextlib.contextmanager
     def _drawing(self, further: int = 0) -> Iterator[None]:
         """What is drawn by the generator of all is the same each time, and not taken from the caller's."""
-        device = self.pipe._execution_device
+        device, seed = self.pipe._execution_device, self.seed + further
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed + further)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach other devices too
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             yield
 
     def _frozen(self, encoded):
