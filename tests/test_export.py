@@ -21,6 +21,7 @@ LATE = [0.02, 0.3, 0.62, 1]  # begins at sigma = 0.98
 PLANS = {
     "euler": fk.Schedule(KNOTS),
     "late": fk.Schedule(LATE),
+    "almost": fk.Schedule([1e-6, 0.1, 0.3, 1]),  # as UniPC's
     "small": fk.Schedule([0, 0.5, 1 - 3e-6, 1]),  # a sigma that is written with an exponent elsewhere
     "table": fk.Solver([0, 0.5, 1], [0, 0.5], [[0.5, 0], [0.5 + 1e-15, 0.5]]),  # Euler's, but for rounding
     "heun": fk.Solver.heun(KNOTS),
@@ -110,9 +111,9 @@ def diffusers(made, v, noise):
 READERS = dict(zip(RECEIVERS, (diffusers, comfy, sdcpp, k_diffusion, timegrid, loop, loop), strict=True))
 RUN = {  # what each runs as it is
     **{to: list(PLANS) for to in ("diffusers", "numpy", "json")},
-    **{to: ["euler", "small", "table", "heun"] for to in ("comfy", "sdcpp")},
-    "k-diffusion": ["euler", "late", "small", "table", "heun", "lms 2", "lms 4"],
-    "timegrid": ["euler", "late", "small", "table"],
+    **{to: ["euler", "almost", "small", "table", "heun"] for to in ("comfy", "sdcpp")},
+    "k-diffusion": ["euler", "late", "almost", "small", "table", "heun", "lms 2", "lms 4"],
+    "timegrid": ["euler", "late", "almost", "small", "table"],
 }
 
 
@@ -215,6 +216,10 @@ def test_a_scheduler_folder(tmp_path):
     stock, sigmas = FlowMatchEulerDiscreteScheduler(), json.loads((folder / "sigmas.json").read_text())["sigmas"]
     found = scheduler(partial(stock.set_timesteps, sigmas=sigmas), field, noise, stock)
     torch.testing.assert_close(found, fk.sample(field, noise, plan), rtol=1e-5, atol=1e-6)
+    (tmp_path / "model_index.json").touch()
+    with pytest.raises(ValueError, match=r"^path: expected a folder outside of a pipeline's .*scheduler, of a pip"):
+        fk.export(plan, "diffusers", path=folder)
+    (tmp_path / "model_index.json").unlink()
     (folder / "mine").touch()
     with pytest.raises(ValueError, match=r"^path: expected a new folder, or one .* alone, got .* with 'mine' in it"):
         fk.export(plan, "diffusers", path=folder)

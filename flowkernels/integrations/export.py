@@ -42,8 +42,8 @@ class Receiver:
 
 RECEIVERS = {
     "diffusers": Receiver(
-        "the folder of a scheduler, a pipeline's `scheduler/`: it runs every solver at its own times, with no shift on "
-        "top of them, where flowkernels is installed",
+        "the folder of a scheduler, which runs every solver at its own times, with no shift on top of them: "
+        "pipe.scheduler = flowkernels.integrations.diffusers.SolverScheduler.from_pretrained(folder)",
         whole=True,
     ),
     "comfy": Receiver(
@@ -80,6 +80,7 @@ RECEIVERS = {
 }
 To = Literal["diffusers", "comfy", "sdcpp", "k-diffusion", "timegrid", "numpy", "json"]
 Plan = Calibration | Schedule | Solver | int | Sequence[float] | Tensor
+ROUNDING = 1e-5  # of the noise: a start at sigma = 0.999999, as UniPC's, is one at 1
 FOLDER = {"scheduler_config.json", "sigmas.json"}
 
 
@@ -190,7 +191,7 @@ class Export:
         """What becomes of the noise, in words, where that is another state than the plan's."""
         expect(not solver.is_inverse, "plan", "a solver from noise to data", solver)
         begins = 1 - max(0.0, solver.times[0].item())
-        if begins == 1 or not self.receiver.scales:
+        if begins > 1 - ROUNDING or not self.receiver.scales:
             return ""
         told = f"{self.to!r} begins at sigma[0] = {begins:.6g} times the noise"
         got = f"{solver}; {told}, and not at the noise (knots_only=True (--knots-only): this will do)"
@@ -344,6 +345,9 @@ def _sampler(solver: Solver, receiver: Receiver) -> str | None:
 def _expect_folder(path: str | Path, name: str) -> Path:
     """A folder for a scheduler: a new one, an empty one, or one that holds a scheduler and nothing else."""
     target = Path(os.path.realpath(_checks.expect_path(path, name)))
+    inside = f"{path}, of a pipeline that would go on to load it as the class in its model_index.json"
+    outside = "a folder outside of a pipeline's (pipe.scheduler takes it, and pipe.save_pretrained keeps it)"
+    expect(not (target.parent / "model_index.json").exists(), name, outside, inside)
     if not target.is_dir():
         expect(not target.exists(), name, "a folder", f"the file {path}", NotADirectoryError)
         return expect_target(target, name)
