@@ -304,3 +304,11 @@ def test_reader(name, monkeypatch):
     finally:
         for undo in reversed(changes.undo):
             undo()
+
+
+def test_parameters_without_values_are_looked_at_as_well():
+    lazy = torch.nn.LazyLinear(4)
+    watch = watch_module.Watch(lazy)
+    assert watch.changed() is None
+    lazy(torch.zeros(2, 3))
+    assert watch.changed() is not None

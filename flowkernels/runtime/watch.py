@@ -488,7 +488,8 @@ def _values(a: np.ndarray) -> tuple:
 
 def _version_of_subclass(t: Tensor) -> tuple:
     with DisableTorchFunctionSubclass():
-        return t.shape, None if t.is_inference() else t._version
+        shape = None if nn.parameter.is_lazy(t) else t.shape  # of which one without values has none
+        return shape, None if t.is_inference() else t._version
 
 
 # Optimisers with fused=True raise no version counter

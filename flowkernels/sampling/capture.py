@@ -76,15 +76,14 @@ def run(mode: str, velocity: Velocity, x: Tensor, solver: Solver) -> Tensor:
 
     if mode == "compile":
         # settings that are constants to the compiler
-        guidance = known.guidance if callable(known.guidance) else None
-        key += *(known.convention() or {}).values(), id(guidance), known.has_time_embedding(), _hooks(velocity)
+        key += *(known.convention() or {}).values(), known.has_time_embedding(), _hooks(velocity)
         with LOOPS.lock:
             loop = LOOPS.find(velocity, key)
             if loop is None:
                 t = known.model_times(solver.model_times, x)
                 next(evaluated_steps(velocity, x, solver, t))  # the velocity's own errors, not the compiler's
                 compiled = _compiled(solver, REFERENCE if backend == "reference" else OPS)
-                loop = LOOPS.keep(velocity, key, functools.partial(_call_compiled, compiled, t=t, guidance=guidance))
+                loop = LOOPS.keep(velocity, key, functools.partial(_call_compiled, compiled, t=t))
         return loop(velocity, x)
 
     # under the lock to the end: the graph's buffers are shared by all who call it
@@ -118,8 +117,7 @@ def _compiled(solver: Solver, functions: AsFunctions) -> Callable:
     return torch.compile(own, fullgraph=True, dynamic=False, backend=COMPILER)
 
 
-def _call_compiled(loop: Callable, velocity, x: Tensor, t: Tensor, guidance: Callable | None) -> Tensor:
-    """guidance: kept, so that no other takes its place in the key."""
+def _call_compiled(loop: Callable, velocity, x: Tensor, t: Tensor) -> Tensor:
     try:
         return loop(velocity, x.detach().contiguous(), t)
     except compiler_errors() as e:

@@ -9,6 +9,7 @@ import tiny
 import torch
 
 import flowkernels as fk
+from flowkernels.integrations.diffusers import pipeline_velocity
 from flowkernels.velocity.check import STOCK, stock_settings
 
 OFF = dict(guidance_scale=1.0, true_cfg_scale=1.0)
@@ -92,3 +93,18 @@ def test_another_pipeline_is_refused_by_name():
     pipe = tiny.FAMILIES["zimage"].make()
     with pytest.raises(ValueError, match=r"^reference: expected a pipeline with one of .*ZImageTransformer2DModel"):
         fk.VelocityField(pipe.transformer).check(pipe, torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "lumina2"])
+def test_pipeline_velocity_is_a_reference(name):
+    """With noise of its own, and the pipeline's own casts."""
+    family = tiny.FAMILIES[name]
+    seen, call = Seen(family), family.call()
+    call |= {k: v for k, v in OFF.items() if k in call and "cfg" in family.has}
+    reference, right = pipeline_velocity(family.make(), **call), stock_settings(seen.net)
+    rest = {k: v for k, v in seen.rest.items() if k != right["time_name"]}
+    ids = tuple(k for k in rest if "ids" in k)
+    assert fk.VelocityField(seen.net, conditioning=rest, shared=ids, **right).check(reference) <= 1e-4
+    wrong = right | dict(sign=-right["sign"])
+    with pytest.raises(ValueError, match=r"agrees with the reference if sign is reversed"):
+        fk.VelocityField(seen.net, conditioning=rest, shared=ids, **wrong).check(reference)
