@@ -173,12 +173,14 @@ def test_sample_i_has_prompt_i_mod_p_in_any_batch(name):
     assert (whole[0] - whole[1]).norm() > 1e-3 * whole[0].norm()
 
 
-def test_what_is_drawn_of_images_is_drawn_once():
-    pipe, call = control()
+@pytest.mark.parametrize("images", [1, 2])
+def test_what_is_drawn_of_images_is_drawn_once(images):
+    given = [image(seed) for seed in range(images)]  # one for both prompts, or one for each
+    pipe, call = control(control_image=given if images > 1 else given[0])
     v, again = (pipeline_velocity(pipe, **call, generator=seeded(7)) for _ in range(2))
-    x, t, state = v.noise(4, seeded()), torch.full((4,), 0.4), torch.get_rng_state()
+    x, t, state = v.noise(5, seeded()), torch.full((5,), 0.4), torch.get_rng_state()
     whole = v(x, t)
-    got = torch.cat([again.rows(slice(i, i + 2), 4)(x[i : i + 2], t[:2]) for i in (0, 2)])
+    got = torch.cat([again.rows(slice(i, j), 5)(x[i:j], t[i:j]) for i, j in ((0, 2), (2, 5))])
     assert (got - whole).norm() <= 1e-5 * whole.norm()
     assert torch.equal(torch.get_rng_state(), state)
     other = pipeline_velocity(pipe, **call, generator=seeded(8))

@@ -535,10 +535,11 @@ class _Calls:
         P, rows = self.arguments.prompts, self.arguments.rows
         if not self.direct:
             parts = [self._run((i % P,), _NoiseOfStep(generator)).sample for i in range(n)]
-        else:  # in one, for as many prompts as there are images to them
+        else:  # in one, but where there are images to the prompts, which are as many as their batch
             images = any(not OF_PROMPTS.fullmatch(name) for name in rows)
-            prompts = tuple(i % P for i in range(n)) if images else (0,)
-            parts = [self._run(prompts, _Noise(n, generator)).sample]
+            sizes = [min(P, n - begin) for begin in range(0, n, P)] if images else [n]
+            prompts = [tuple(range(size)) if images else (0,) for size in sizes]
+            parts = [self._run(p, _Noise(k, generator)).sample for p, k in zip(prompts, sizes, strict=True)]
         x = torch.cat(parts)
         expect(len(x) == n, "n", f"{n} samples of the pipeline", x)
         return x if x.dtype == torch.float64 else x.float()
