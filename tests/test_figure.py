@@ -25,16 +25,17 @@ def lines(ax):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 50])
 def test_stock_schedules_by_their_sources(steps):
     from diffusers import FlowMatchEulerDiscreteScheduler
-    from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
     found = stock_sigmas(steps)
     u = np.linspace(1, 0, steps + 1)[:-1]
     sd3 = FlowMatchEulerDiscreteScheduler(shift=3.0)
     sd3.set_timesteps(sigmas=u.tolist())
     np.testing.assert_allclose(found["shift 3 (SD3)"], sd3.sigmas, atol=1e-6)
-    if steps > 1:  # Mochi's has no single step
-        quadratic = linear_quadratic_schedule(steps, 0.025)
-        np.testing.assert_allclose(found["linear-quadratic"], [*quadratic, 0], atol=1e-12)
+    if steps > 1:  # the one parabola from the line's end, with its slope, to 1; diffusers' Mochi has the same numbers
+        t, half = 1 - found["linear-quadratic"], steps // 2
+        np.testing.assert_allclose(t[: half + 1], np.linspace(0, 0.025, half + 1), atol=1e-12)
+        steeper = np.diff(t[half - 1 :], 2)  # half of what it is within the parabola, at its beginning
+        np.testing.assert_allclose(steeper, [steeper[0], *[2 * steeper[0]] * (len(steeper) - 1)], atol=1e-12)
     ratio = np.tan(u[1:] * np.pi / 2)
     np.testing.assert_allclose(found["cosine"][1:-1], ratio / (1 + ratio), atol=1e-12)
     for sigmas in found.values():
