@@ -328,6 +328,88 @@ def test_changed_transformers(place, name):
             close(got, expected, 2e-6)
 
 
+class Static(nn.Module):
+    """Its trunk writes to the same memory at every call, as a CUDA graph does; behind a LayerNorm, a gate."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(12, 40), nn.LayerNorm(40), nn.Linear(40, 12)
+        self.gate = gate
+        self.register_buffer("memory", torch.zeros(4, 40))
+
+    def forward(self, x, t, shift):
+        self.memory.copy_(self.body(x + shift).sin())
+        return self.head(self.norm(self.memory) * self.gate)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("gate", [1.25, 1e-5])
+def test_static_memory_and_gates(gate, packed):
+    """A gate that 1 + scale would round is left to the network."""
+    net = Static(gate).eval()
+    if packed:
+        net.memory = torch.zeros(8, 40)
+    given = dict(conditioning=dict(shift=normal(1, 12)), unconditional=dict(shift=normal(1, 12, seed=2)))
+    field = fk.VelocityField(net, guidance=3.0, packed=packed, **given)
+    fused, noise = fk.fuse_head(field), normal(4, 12)
+    close(fk.sample(fused, noise, 4), fk.sample(field, noise, 4), 2e-6)
+    assert fused.layer.stop == ("norm" if gate == 1.25 else "head")
+    got, expected = fk.rollout(fused, noise, 3), fk.rollout(field, noise, 3)
+    close(got.v, expected.v, 2e-6)
+
+
+class Residual(nn.Module):
+    """The features end with the state, which a step writes over; at some times it is negated."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(12, 12), nn.LayerNorm(12), nn.Linear(12, 12)
+
+    def forward(self, x, t):
+        v = self.head(self.norm(self.body(x)) * (1 + t[:, None]) + x)
+        return -v if (t > 0.4).all() else v
+
+
+@pytest.mark.parametrize("plan", [6, fk.Solver.adams_bashforth(6, 3)], ids=["euler", "multistep"])
+def test_features_of_the_state_and_signs_that_change(plan):
+    net, noise = Residual().eval(), normal(4, 12)
+    fused = fk.fuse_head(net)
+    close(fk.sample(fused, noise, plan), fk.sample(net, noise, plan), 2e-6)
+    got, expected = fk.rollout(fused, noise, 6), fk.rollout(net, noise, 6)
+    close(got.x, expected.x, 2e-6)
+    close(got.v, expected.v, 2e-6)
+    assert fused.layer.stop == "norm"
+    assert {p.sign for p in fused.proven.places.values()} == {1, -1}
+
+
+class Overwrites(Perceptron):
+    def forward(self, x, t):
+        z = self.layers[:4](torch.cat([x, t[:, None]], 1))
+        v = self.layers[4](z)
+        if (t > 0.4).any() and (t < 0.6).all():  # at no time of the proof
+            z.mul_(2)
+        return v
+
+
+def test_what_the_final_layer_reads_is_written_to():
+    with pytest.raises(
+        fk.NotFusable, match=r"^head 'layers.4' of Overwrites: .*writes to what its"
+    ):
+        fk.sample(fk.fuse_head(Overwrites().eval()), normal(4, 12), 4)
+
+
+def test_compiled_moves():
+    """Of parts behind the final layer that are compiled: right, or refused."""
+    net, noise = Behind(lambda net, v, x, t: flip(v)).eval(), normal(4, 12)
+    flip = torch.compile(lambda v: v.flip(1), backend="eager")
+    try:
+        got = fk.sample(fk.fuse_head(net), noise, 4)
+    except fk.NotFusable:
+        pass
+    else:
+        close(got, fk.sample(net, noise, 4), 2e-6)
+
+
 def test_the_cost_of_a_calibration():
     """Of a head that clamps what few noises reach: refused, where it used to report another network's cost."""
     net = Behind(MORE["clamp"]).eval()

@@ -218,23 +218,24 @@ class FusedHead(VelocityField):
         x = start.clone() if out is None else out[0].copy_(x)
         low = torch.empty_like(x, dtype=self.dtype) if self.dtype in LOW else None
         seen = x  # what the network reads: from the second step on the copy that the step has left
-        past = {}  # velocities that later updates read, as the network gives them
+        past = {}  # velocities that later updates read, as the network gives them, and their sign
         for i, (now, update) in enumerate(zip(times, updates, strict=True)):
             head, places = self._head(x, seen, now, times)
             new = x if out is None else out[i + 1]
-            if any(_share_memory(head["z"], written) for written in (new, low)):  # a network without a trunk
-                head["z"] = head["z"].clone()
+            for key, t in head.items():  # what is the state itself, such as the tokens of a network without a trunk
+                if isinstance(t, Tensor) and any(_share_memory(t, written) for written in (new, low)):
+                    head[key] = t.clone()
             kept = last[i] > i
             v = torch.empty_like(x) if keep or kept else None
-            terms = {k: places.sign * b for k, b in zip(update.which, update.factors, strict=True)}
+            past[i] = v, places.sign
+            terms = {k: past[k][1] * b for k, b in zip(update.which, update.factors, strict=True)}
             h = terms.pop(i, 0.0)
-            history = dict(history=[places.of(past[k]) for k in terms], b=list(terms.values()))
+            history = dict(history=[places.of(past[k][0]) for k in terms], b=list(terms.values()))
             begin = places.of(start if update.from_start else x)
             to = dict(out=places.room_in(new), low=places.room_in(low), velocity_out=places.room_in(v))
             linear_euler(begin, **head, h=h, **history, **to)
             for written, t in zip(to.values(), (new, low, v), strict=True):
                 places.put(written, t)
-            past[i] = v
             past = {k: p for k, p in past.items() if last[k] > i}
             x, seen = new, new if low is None else low
             if keep and places.sign == -1:
@@ -245,17 +246,24 @@ class FusedHead(VelocityField):
 
     def _head(self, x: Tensor, seen: Tensor, now: float, times: Sequence[float]) -> tuple[dict[str, Any], Places]:
         """The trunk's evaluation, as `linear_euler` takes what comes after it."""
-        evaluation = None
-        if self._may_enter(self.layer):
-            with contextlib.suppress(Refused):  # the proof says why
-                evaluation = self._until_head(self.layer, seen, now)
-        key = (x.shape, x.device, *(() if evaluation is None else evaluation.way))
-        if (places := self.proven.places.get(key)) is None:
+        if (known := self._known_head(x, seen, now)) is None:
             self._prove(x, now, times)
+            known = self._known_head(x, seen, now)
+            got = "one that does something else with its velocity at every call"
+            _expect_fusable(known is not None, "velocity", "a network that does the same at every call", got)
+        return known
+
+    def _known_head(self, x: Tensor, seen: Tensor, now: float) -> tuple[dict[str, Any], Places] | None:
+        """None for a call that does what no proven one has done; the proof then says what."""
+        if not self._may_enter(self.layer):
+            return None
+        with contextlib.suppress(Refused):
             evaluation = self._until_head(self.layer, seen, now)
-            places = self.proven.places[(x.shape, x.device, *evaluation.way)]
-        guidance = self.guidance if self.is_guided else None
-        return _operands(evaluation, places, x, len(x) * (2 if self.is_guided else 1)) | dict(guidance=guidance), places
+            places = self.proven.places.get((x.shape, x.device, *evaluation.way))
+            if places is not None:
+                operands = _operands(evaluation, places, x, len(x) * (2 if self.is_guided else 1))
+                return operands | dict(guidance=self.guidance if self.is_guided else None), places
+        return None
 
     def _may_enter(self, layer: FinalLayer | None) -> bool:
         """Whether a call is met where it began in another one."""
@@ -266,7 +274,7 @@ class FusedHead(VelocityField):
 
     def _until_head(self, layer: FinalLayer, seen: Tensor, now: float, with_places: bool = False) -> Evaluation:
         """An evaluation with a stand-in for what the final layer reads. No hook is left behind."""
-        tail = Tail(self.proven.ways, with_places)
+        tail = Tail(self.proven.ways, with_places, calls=2 if self.is_guided and not self.packed else 1)
 
         def begins(module, args, kwargs):
             given, args = (kwargs, args) if isinstance(layer.given, str) else (list(args), args)
@@ -356,6 +364,9 @@ class FusedHead(VelocityField):
             if tokens % len(at):
                 raise Refused(f"has {tokens} tokens in {len(at)} samples")
             calls.append((at[:, : x.shape[1]], tokens // len(at)))
+            factor = _of_samples(head.features.factor, head.features.z, x.dtype)
+            if factor is not None and not torch.equal(1 + (factor.to(x.dtype) - 1), factor.to(x.dtype)):
+                raise Refused("has a factor in its final layer that is no 1 + scale")
         places = find_places(calls, len(evaluation.heads[0].weight), x.device)
         operands = _operands(evaluation, places, x, samples)
         state = torch.zeros_like(own, memory_format=torch.contiguous_format)

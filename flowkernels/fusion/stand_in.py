@@ -75,11 +75,24 @@ class Features:
 
 @dataclass(frozen=True)
 class Head:
-    """A linear layer of features: its outputs are the velocity, only moved."""
+    """A linear layer of features: its outputs are the velocity, only moved. versions: of what `tensors` gives, as the
+    layer read them."""
 
     features: Features
     weight: Tensor
     bias: Tensor | None
+    versions: tuple[int | None, ...] = ()
+
+    def tensors(self) -> list[Tensor]:
+        f = self.features
+        found = (f.z, f.norm_weight, f.norm_bias, f.factor, f.term, self.weight, self.bias)
+        return [t for t in found if isinstance(t, Tensor)]
+
+    def stays(self) -> bool:
+        """Whether what it reads is there still, as it was."""
+        now = self.tensors()
+        there = all(t.numel() == 0 or t.untyped_storage().nbytes() > 0 for t in now)
+        return there and tuple(map(_version, now)) == self.versions
 
 
 @dataclass(frozen=True)
@@ -105,14 +118,17 @@ class Ways:
 
 @dataclass
 class Tail:
-    """The rest of one evaluation. with_places: the places of the outputs are followed."""
+    """The rest of one evaluation. with_places: the places of the outputs are followed. calls: how many calls it is made
+    of; of several, a later one may write where an earlier one has left what its final layer reads."""
 
     ways: Ways
     with_places: bool
+    calls: int = 1
     refused: Refused | None = None
     over: bool = False
     begun: int = 0
     _made: list = field(default_factory=list)
+    _heads: list[Head] = field(default_factory=list)
 
     def begin(self, z: Tensor) -> "StandIn":
         """In the place of z, what the final layer is called with."""
@@ -133,9 +149,20 @@ class Tail:
             self.refused = self.refused or Refused(what + _where())
             raise self.refused
 
+    def head(self, features: Features, weight: Tensor, bias: Tensor | None) -> Head:
+        if self.calls > 1:
+            names = ("z", "factor", "term")
+            given = {name: getattr(features, name) for name in names}
+            features = replace(features, **{k: t.clone() for k, t in given.items() if isinstance(t, Tensor)})
+        head = Head(features, weight.detach(), bias if bias is None else bias.detach())
+        self._heads.append(replace(head, versions=tuple(map(_version, head.tensors()))))
+        return self._heads[-1]
+
     def end(self) -> None:
         """Of the evaluation, after which nothing may hold a stand-in."""
         self.over = True
+        if not all(head.stays() for head in self._heads):
+            self.refused = self.refused or Refused("writes to what its final layer has read, or frees it")
         if any(made() is not None for made in self._made):
             self.refused = self.refused or Refused("keeps its velocity, or a part of it, beyond the call")
         if self.refused is not None:
@@ -244,7 +271,7 @@ def _linear(tail: Tail, input, weight, bias=None) -> StandIn:
     meta = torch.empty(shape, dtype=dtype, device="meta")
     places = torch.arange(1, meta.numel() + 1, device="cpu").view(shape) if tail.with_places else None
     way = tail.ways("linear", value.z.shape, value.z.dtype, shape, dtype)
-    return tail.make(meta, input.device, Outputs(Head(value, weight.detach(), _detached(bias)), way, places))
+    return tail.make(meta, input.device, Outputs(tail.head(value, weight, bias), way, places))
 
 
 def _autocast(t: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -266,8 +293,8 @@ def _expect_plain(tail: Tail, *parameters) -> None:
         tail.expect(ok, f"has {said} for a parameter of its final layer")
 
 
-def _detached(t: Tensor | None) -> Tensor | None:
-    return t if t is None else t.detach()
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
 
 
 def _reads_shape(tail: Tail, stand):
