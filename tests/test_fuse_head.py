@@ -217,10 +217,13 @@ def test_the_bundled_residual_mlp(head, sign, steps):
     assert [s.indices for s in cal.values()] == [s.indices for s in expected.values()]
 
 
-def test_a_network_without_a_field():
+def test_a_network_without_a_field(caplog):
     net, noise = Perceptron().eval(), normal(7, 3, 4)
     fused = fk.fuse_head(net)
-    close(fk.sample(fused, noise, 6), fk.sample(net, noise, 6), 2e-6)
+    with caplog.at_level("INFO", "flowkernels"):
+        close(fk.sample(fused, noise, 6), fk.sample(net, noise, 6), 2e-6)
+    said = "fuse_head, of a Perceptron from 'layers.4' on: linear layer alone; outputs as they come; torch.compile of"
+    assert caplog.text.count(said) == 1
     assert fused.layer.linear == "layers.4"
     x, t = noise, torch.full((7,), 0.25)
     assert torch.equal(fused(x, t), net(x, t))  # called, it is the network

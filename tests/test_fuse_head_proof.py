@@ -392,9 +392,7 @@ class Overwrites(Perceptron):
 
 
 def test_what_the_final_layer_reads_is_written_to():
-    with pytest.raises(
-        fk.NotFusable, match=r"^head 'layers.4' of Overwrites: .*writes to what its"
-    ):
+    with pytest.raises(fk.NotFusable, match=r"^head 'layers.4' of Overwrites: .*writes to what its"):
         fk.sample(fk.fuse_head(Overwrites().eval()), normal(4, 12), 4)
 
 

@@ -31,6 +31,7 @@ from flowkernels.velocity.field import VelocityField, float64_device, is_called_
 from flowkernels.velocity.protocol import Velocity, resolve
 
 WAY_OUT = "the velocity itself takes a function, unfused"
+COMPILE = "; torch.compile of network and step together, where it takes the network, does as well or better on a CPU"
 log = logging.getLogger("flowkernels")
 
 
@@ -59,17 +60,19 @@ def fuse_head(velocity: Velocity, head: str | None = None) -> "FusedHead":
     `linear_euler` is to compute, and that the velocity is this and nothing more. Before the first step, and again when
     a step does something that no step before it did, it is found where the final layer begins, where each output goes,
     and the fused velocity is compared with the network's own, at two times of the schedule and on the state times 1
-    and 30. This costs four evaluations, some more where the final layer is fused in part. A step costs some hundreds of
-    microseconds more in Python. What is refused: a final layer that does more with the velocity than to move it (hooks
+    and 30. This costs four evaluations, some more where the final layer is fused in part. A step costs up to a
+    millisecond more in Python. What is refused: a final layer that does more with the velocity than to move it (hooks
     and adapters that do so included), reads its values or keeps it; weights that are no plain tensors; and networks
     that a call changes, which would not be the same after this look at them.
 
     What the network computes in bfloat16 or float16 up to the velocity is here in the state's dtype from the final
     layer on.
 
-    It pays where the final layer is a part of the work, and where the network runs uncompiled. `torch.compile` of the
-    network and the step together fuses the same passes but the product with the step, and the rest of the network as
-    well: where it takes the network, it is as good or better for any but a shallow one. benchmarks/head.py compares.
+    `torch.compile` of the network and the step together fuses the same passes, all but the product with the step, and
+    the rest of the network as well. On a CPU it took less time than a fused head at every depth of a transformer, where
+    it takes the network (benchmarks/fused_head.py; on a GPU the two have not been compared), and the log `flowkernels`
+    says so at level INFO beside what is fused. A fused head is for networks that are not compiled whole: that read
+    values on the host, have hooks, offload or change their weights, or run at many sizes.
 
     Raises:
         TypeError, ValueError: naming what is in the way.
@@ -338,7 +341,9 @@ class FusedHead(VelocityField):
         changed = watch.changed()
         _expect_fusable(changed is None, "velocity", expected, f"{kind}, of which a call changes {changed}")
         proven.layer, proven.parts = layer, parts
-        log.info("fuse_head, of a %s from %r on: %s", kind, layer.stop, parts)
+        log.info(
+            "fuse_head, of a %s from %r on: %s%s", kind, layer.stop, parts, COMPILE if x.device.type == "cpu" else ""
+        )
 
     def _watch(self, layers: list[FinalLayer], codes: set | None) -> Watch:
         """The network as it is, but for its weights and for hooks that other threads may have there."""

@@ -44,10 +44,10 @@ COPIES = {
     *("clone", "_to_copy", "neg", "cat", "stack", "flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle"),
     "col2im",
 }
-READS = (
+READS = {
     *(Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__repr__, Tensor.__format__),
     *(Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__reduce_ex__, Tensor.__deepcopy__),
-)
+}
 PLAIN = (Tensor, nn.Parameter)
 TORCH, HERE = (os.path.join(folder, "") for folder in (os.path.dirname(torch.__file__), Path(__file__).parents[1]))
 
@@ -154,7 +154,7 @@ class Tail:
             names = ("z", "factor", "term")
             given = {name: getattr(features, name) for name in names}
             features = replace(features, **{k: t.clone() for k, t in given.items() if isinstance(t, Tensor)})
-        head = Head(features, weight.detach(), bias if bias is None else bias.detach())
+        head = Head(features, weight.detach(), _detached(bias))
         self._heads.append(replace(head, versions=tuple(map(_version, head.tensors()))))
         return self._heads[-1]
 
@@ -238,8 +238,12 @@ def _modulated(tail: Tail, function, name: str, args: tuple, kwargs: dict, given
     simple = len(args) == 2 and kwargs.get("alpha", 1) == 1 and isinstance(others[0], (Tensor, int, float))
     tail.expect(name in ("mul", "add") and simple, f"does more in its final layer than linear_euler does ({name})")
     other = others[0].detach() if isinstance(others[0], Tensor) else others[0]
-    fits = torch.broadcast_shapes(stand.shape, getattr(other, "shape", ())) == stand.shape
-    tail.expect(fits, f"spreads its final layer's input over more dimensions ({name})")
+    shape = other.shape if isinstance(other, Tensor) else ()
+    sizes = zip(reversed(shape), reversed(stand.shape), strict=False)
+    tail.expect(
+        len(shape) <= stand.dim() and all(a in (1, b) for a, b in sizes),
+        f"spreads its final layer's input over more dimensions ({name})",
+    )
     dtype = torch.result_type(stand.meta, other)
     meta = torch.empty_strided(stand.shape, stand.stride(), dtype=dtype, device="meta")
     factor, term = value.factor, value.term
@@ -257,7 +261,9 @@ def _layer_norm(tail: Tail, input, normalized_shape, weight=None, bias=None, eps
     _expect_plain(tail, weight, bias)
     dtype = _autocast(input, torch.float32) or input.dtype
     meta = torch.empty_strided(input.shape, input.stride(), dtype=dtype, device="meta")
-    return tail.make(meta, input.device, replace(value, norm=eps, norm_weight=weight, norm_bias=bias))
+    return tail.make(
+        meta, input.device, replace(value, norm=eps, norm_weight=_detached(weight), norm_bias=_detached(bias))
+    )
 
 
 def _linear(tail: Tail, input, weight, bias=None) -> StandIn:
@@ -291,6 +297,10 @@ def _expect_plain(tail: Tail, *parameters) -> None:
         ok = t is None or (type(t) in PLAIN and t.layout is torch.strided and t.dtype in FLOATS)
         said = "" if t is None else f"a {type(t).__name__} of {t.dtype}"
         tail.expect(ok, f"has {said} for a parameter of its final layer")
+
+
+def _detached(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.detach()
 
 
 def _version(t: Tensor) -> int | None:
