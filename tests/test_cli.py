@@ -246,6 +246,16 @@ def test_own_model_from_calibration_to_samples(run, model):
     run(f"sample {line} --checkpoint s.pt -n 3 --out b.npy")
     assert np.load("a.npy").shape == (3, 3, 2, 2)
     assert np.array_equal(np.load("a.npy"), np.load("b.npy"))
+    # and from what repositories write: averages beside raw weights, and folders
+    weights = load_file("s.safetensors")
+    torch.save({"model": {k: v + 1 for k, v in weights.items()}, "ema": weights}, "e.ckpt")
+    Path("shards").mkdir()
+    save_file({f"model.{k}": v for k, v in weights.items()}, "shards/m.safetensors")
+    for checkpoint, said in (("e.ckpt", "averaged weights 'ema'"), ("shards", "raw weights 'model'")):
+        assert said in run(f"sample {line} --checkpoint {checkpoint} -n 3 --out c.npy")[0]
+        assert np.array_equal(np.load("a.npy"), np.load("c.npy"))
+    run(f"sample {line} --checkpoint e.ckpt --prefer raw -n 3 --out d.npy")
+    assert not np.array_equal(np.load("a.npy"), np.load("d.npy"))
 
 
 # Bad input

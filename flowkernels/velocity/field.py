@@ -337,10 +337,12 @@ class VelocityField(nn.Module, VelocityBase):
 
     def _expanded(self, key: str, value: Any, n: int, of: str | None = None) -> Any:
         """Conditioning that is not shared, with a row for each of n samples."""
+        if value is None or (isinstance(value, Tensor) and value.dim() and len(value) == n):  # most, at each evaluation
+            return value
         if not fits_rows(value, n):
             of = of or ("unconditional" if value is self.unconditional.get(key) else "conditioning")
             expect_rows(value, f"{of}[{key!r}]", n)
-        return on_tensors(value, lambda t: t.expand(n, *t.shape[1:]) if t.dim() and len(t) == 1 else t)
+        return on_tensors(value, lambda t: t.expand(n, *t.shape[1:]) if t.dim() and len(t) != n else t)
 
     def _both(self, key: str, cond: Any, uncond: Any, n: int) -> Any:
         """Conditioning of a packed call: that of both halves."""
@@ -349,6 +351,10 @@ class VelocityField(nn.Module, VelocityBase):
             expect_shown(_same(cond, uncond), f"unconditional[{key!r}]", expected, uncond)
             return cond
         cond, uncond = self._expanded(key, cond, n, "conditioning"), self._expanded(key, uncond, n, "unconditional")
+        if isinstance(cond, Tensor) and isinstance(uncond, Tensor) and cond.dim() and uncond.dim():
+            return torch.cat([cond, uncond])
+        if cond is uncond and (cond is None or isinstance(cond, (str, int, float))):
+            return cond
         (of_cond, form), (of_uncond, other) = tree_flatten(cond), tree_flatten(uncond)
         rows = [isinstance(t, Tensor) and t.dim() > 0 for t in of_cond]
         alike = form == other and rows == [isinstance(t, Tensor) and t.dim() > 0 for t in of_uncond]

@@ -227,7 +227,11 @@ def fits_rows(value: Any, n: int) -> bool:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    if isinstance(value, Tensor):
+        return [value]
+    if value is None or isinstance(value, (str, int, float)):  # at every evaluation
+        return []
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def expect_rows(value: Any, name: str, n: int) -> None:
