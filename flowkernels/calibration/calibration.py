@@ -137,7 +137,8 @@ class Calibration(Measured, Mapping):
             >>> fk.Calibration.merge(parts).provenance["n"]
             64
         """
-        parts = list(calibrations) if isinstance(calibrations, Iterable) else [calibrations]
+        several = isinstance(calibrations, Iterable) and not isinstance(calibrations, Tensor)
+        parts = list(calibrations) if several else [calibrations]
         known = len(parts) > 0 and all(isinstance(part, Calibration) for part in parts)
         expect_shown(known, "calibrations", "some Calibrations", calibrations, TypeError)
         provenance = _merged_provenance([part.provenance for part in parts])
