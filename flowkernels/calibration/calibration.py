@@ -17,6 +17,7 @@ from flowkernels._checks import (
     describe,
     expect,
     expect_int,
+    expect_list,
     expect_path,
     expect_shown,
 )
@@ -137,8 +138,7 @@ class Calibration(Measured, Mapping):
             >>> fk.Calibration.merge(parts).provenance["n"]
             64
         """
-        several = isinstance(calibrations, Iterable) and not isinstance(calibrations, Tensor)
-        parts = list(calibrations) if several else [calibrations]
+        parts = expect_list(calibrations, "calibrations", "some Calibrations", ordered=False)
         known = len(parts) > 0 and all(isinstance(part, Calibration) for part in parts)
         expect_shown(known, "calibrations", "some Calibrations", calibrations, TypeError)
         provenance = _merged_provenance([part.provenance for part in parts])
