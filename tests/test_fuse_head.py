@@ -62,8 +62,9 @@ def close(got, expected, tolerance):
 # ---- the unfused numbers ----
 
 
-@EACH
-@pytest.mark.parametrize(("guidance", "packed"), [(None, True), (3.0, True), (3.0, False)])
+@pytest.mark.parametrize(
+    ("name", "guidance", "packed"), [("sd3", None, True), ("flux", 3.0, True), ("dit", 3.0, False)]
+)
 def test_transformers_give_the_unfused_numbers(name, guidance, packed, steps):
     field, noise = field_of(name, 3, guidance, packed)
     fused = fk.fuse_head(field)
@@ -108,8 +109,7 @@ def test_a_final_layer_that_no_linear_layer_ends():
         fk.sample(fk.fuse_head(field), noise, 2)
 
 
-@EACH
-@pytest.mark.parametrize("on", ["cuda", "triton"])
+@pytest.mark.parametrize(("name", "on"), [("sd3", "cuda"), ("flux", "cuda"), ("dit", "triton"), ("flux", "triton")])
 def test_kernels_of_a_gpu_give_the_unfused_numbers(name, on, steps):
     field, noise = field_of(name, 2, guidance=3.0)
     expected = fk.rollout(field, noise, 2)
@@ -134,8 +134,7 @@ def test_calibrations_agree(name, steps):
         assert got.provenance[key] == expected.provenance[key]
 
 
-@EACH
-@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize(("name", "guidance"), [("sd3", 2.0), ("flux", None), ("dit", 2.0)])
 def test_bfloat16_networks_with_a_float32_state(name, guidance, steps):
     """Nearer to the same weights in float32 than the unfused network, which rounds the final layer to bfloat16 too."""
     field, noise = field_of(name, 3, guidance, dtype=BF16)
@@ -151,8 +150,7 @@ def test_bfloat16_networks_with_a_float32_state(name, guidance, steps):
     assert (got - truth).norm() <= 1.05 * (unfused - truth).norm()
 
 
-@EACH
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(("name", "dtype"), [("sd3", torch.float32), ("flux", F64), ("dit", torch.float32)])
 def test_float64_states(name, dtype):
     field, noise = field_of(name, 2, dtype=dtype)
     got, expected = fk.rollout(fk.fuse_head(field), noise.double(), 3), fk.rollout(field, noise.double(), 3)
@@ -358,8 +356,7 @@ def test_what_is_not_finite_names_the_sample_and_the_step():
         fk.rollout(fused, normal(4, 12), 3)
 
 
-@EACH
-@pytest.mark.parametrize("where", ["trunk", "head"])
+@pytest.mark.parametrize(("name", "where"), [("sd3", "trunk"), ("flux", "head"), ("dit", "trunk")])
 def test_nothing_stays_hooked_after_an_exception(name, where, monkeypatch):
     field, noise = field_of(name, 2)
     fused = fk.fuse_head(field)

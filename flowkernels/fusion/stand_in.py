@@ -271,9 +271,11 @@ def _linear(tail: Tail, input, weight, bias=None) -> StandIn:
     tail.expect(features, _more("linear"))
     _expect_plain(tail, weight, bias)
     value = input.value
-    wide = all(torch.promote_types(c, d) == c for c in value.casts for d in (_narrowest(value.z.dtype, weight.dtype),))
+    low = _autocast(input, None)
+    least = _narrowest(value.z.dtype, weight.dtype, *([] if low is None else [low]))
+    wide = all(torch.promote_types(dtype, least) == dtype for dtype in value.casts)
     tail.expect(wide, "rounds its final layer's input to fewer digits")
-    shape, dtype = (*input.shape[:-1], len(weight)), _autocast(input, None) or weight.dtype
+    shape, dtype = (*input.shape[:-1], len(weight)), low or weight.dtype
     meta = torch.empty(shape, dtype=dtype, device="meta")
     places = torch.arange(1, meta.numel() + 1, device="cpu").view(shape) if tail.with_places else None
     way = tail.ways("linear", value.z.shape, value.z.dtype, shape, dtype)
