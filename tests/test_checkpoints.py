@@ -109,6 +109,10 @@ LAYOUTS = {
         *(EMA | {"scale": RAW["scale"]}, "model_ema"),
     ),
     "a field": (under("net.", RAW), RAW, "net"),
+    "an average of something else": (
+        {"model": RAW, "ema_critic": {"scale": torch.ones(1), "a": torch.ones(2)}},
+        *(RAW, "model"),
+    ),
     "twice the same": ({"model": RAW, "state_dict": RAW}, RAW, "model"),
     "a tied weight once": ({k: v for k, v in RAW.items() if k != "tied.weight"}, RAW, ""),
 }  # fmt: skip
@@ -159,14 +163,17 @@ def test_layouts(name, how, tmp_path):
     assert str(found).startswith(str(found.path))
 
 
-@pytest.mark.parametrize(("prefer", "expected"), [("ema", EMA), ("raw", RAW), ("model", RAW), ("student", OTHER)])
+@pytest.mark.parametrize(
+    ("prefer", "expected"), [("ema", EMA), ("raw", RAW), ("model", RAW), ("student", OTHER), ("inner", OTHER)]
+)
 def test_preferred_weights(prefer, expected, tmp_path, capsys):
-    content = {"ema": EMA, "model": RAW} | ({"student": OTHER} if prefer == "student" else {})
+    content = {"ema": EMA, "model": RAW}
+    content |= {"student": {"student": OTHER}, "inner": {"state": {"inner": OTHER}}}.get(prefer, {})
     torch.save(content, tmp_path / "a.pt")
     net = Net()
     found = fk.load_weights(net, tmp_path / "a.pt", prefer=prefer)
     assert equal(net, expected)
-    assert set(found.others) == {*content} - {found.source}
+    assert {source.split(".")[0] for source in found.others} == {*content} - {found.source.split(".")[0]}
     inputs.load_checkpoint(net, tmp_path / "a.pt", prefer)
     assert capsys.readouterr().out.strip() == str(found)
 
@@ -214,7 +221,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(name, tmp_path):
     with pytest.raises(inputs.InputError, match=r"^--checkpoint: "):
         inputs.load_checkpoint(net, tmp_path / "a.pt")
     assert equal(net, before)
-    with pytest.raises(ValueError, match=r"^(prefer: expected one of the weights in|path: )"):
+    with pytest.raises(ValueError, match=r"^(prefer: expected 'ema', 'raw' or the name of weights in|path: )"):
         fk.load_weights(net, tmp_path / "a.pt", prefer="nothing of the name")
 
 

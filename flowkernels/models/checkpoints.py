@@ -46,7 +46,8 @@ class LoadedWeights:
         said = f"{self.path}: {said}"
         if self.filled:
             said += f", with {_few(self.filled)} of the raw ones"
-        return said + (f"; others there: {', '.join(map(repr, self.others))}" if self.others else "")
+        others = ", ".join(repr(source) if source else "the whole file" for source in self.others)
+        return said + (f"; others there: {others}" if others else "")
 
 
 @torch.no_grad()
@@ -321,14 +322,16 @@ def _is_averaged(source: str) -> bool:
 
 
 def _choose(sets: list[_Set], prefer: str, net: nn.Module, path: Path, name: str, told: Callable[[str], str]) -> _Set:
-    kind, listed = type(net).__name__, [s.source for s in sets]
+    kind, listed = type(net).__name__, [repr(s.source) if s.source else "which has one state dict" for s in sets]
     expect(bool(sets), name, f"names and tensors, weights that fit {kind}", f"none in {path}")
-    averaged = [s for s in sets if s.averaged]
     raw = [s for s in sets if not s.averaged]
+    # an average with few of the network's names is one of another network, unless there is nothing else
+    most = max(len(s.state) for s in sets)
+    averaged = [s for s in sets if s.averaged and (not s.state or 2 * len(s.state) >= most)]
     pool = {"ema": averaged or raw, "raw": raw}.get(prefer)
     if pool is None:
-        pool = [s for s in sets if s.source == prefer or s.source.startswith(f"{prefer}.")]
-    expect(bool(pool), "prefer", f"one of the weights in {path}, {_few(map(repr, listed))}", repr(prefer))
+        pool = [s for s in sets if f".{prefer}." in f".{s.source}."]
+    expect(bool(pool), "prefer", f"'ema', 'raw' or the name of weights in {path}, {_few(listed)}", repr(prefer))
     fit = [s for s in pool if s.problem is None]
     fit = [s for i, s in enumerate(fit) if not any(_is_same(s, other) for other in fit[:i])]
     if len(fit) > 1:
