@@ -412,6 +412,29 @@ def kandinsky5(n):
     return net, dict(THOUSANDTHS, shared=tuple(positions)), rows, other, (3, 4, 6, 5)
 
 
+def omnigen(n):
+    net = diffusers.OmniGenTransformer2DModel(
+        in_channels=5,
+        hidden_size=24,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=28,
+        num_layers=1,
+        pad_token_id=0,
+        vocab_size=30,
+        rope_scaling=dict(long_factor=[1.0] * 6, short_factor=[1.0] * 6),
+        pos_embed_max_size=8,
+        time_step_dim=8,
+    )
+    length = 4 + 1 + 6  # words, time, patches
+    given = dict(input_img_latents=[], input_image_sizes={}, position_ids=torch.arange(length)[None])
+    given |= dict(attention_mask=torch.ones(1, length, length))
+    convention = dict(x_name="hidden_states", time_name="timestep", sign=1)
+    words = (dict(input_ids=torch.arange(4)[None] + torch.arange(k)[:, None] + first) for k, first in ((n, 1), (1, 9)))
+    rows, other = words
+    return net, convention, rows | given, other, (5, 4, 6)
+
+
 def acestep(n):
     net = diffusers.AceStepTransformer1DModel(
         hidden_size=24,
@@ -431,7 +454,22 @@ def acestep(n):
 TRANSFORMERS = {
     f.__name__: f
     for f in (
-        *(sd3, flux, flux2, qwenimage, chroma, dit, pixart, sana, lumina2, zimage, cogview4, hidream, auraflow),
+        *(
+            sd3,
+            flux,
+            flux2,
+            qwenimage,
+            chroma,
+            dit,
+            pixart,
+            sana,
+            lumina2,
+            zimage,
+            cogview4,
+            hidream,
+            auraflow,
+            omnigen,
+        ),
         *(wan, ltx, mochi, hunyuanvideo, hunyuanimage, cosmos, prx, kandinsky5),
     )
 }

@@ -346,9 +346,11 @@ class FusedHead(VelocityField):
         )
 
     def _watch(self, layers: list[FinalLayer], codes: set | None) -> Watch:
-        """The network as it is, but for its weights and for hooks that other threads may have there."""
+        """The network as it is, but for its weights, buffers (OmniGen makes some of them anew at every call) and hooks
+        that other threads may have there."""
         hooks = (self.net.get_submodule(layer.stop)._forward_pre_hooks for layer in layers)
-        but = *self.net.parameters(), *self.net.buffers(), *hooks
+        buffers = (module._buffers for module in self.net.modules())
+        but = *self.net.parameters(), *self.net.buffers(), *buffers, *hooks
         try:
             return Watch(self.net, codes=codes, but=but)
         except Unwatchable as e:
