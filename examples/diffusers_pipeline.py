@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         pipe.save_pretrained(out)
         without = {name: None for name, part in pipe.components.items() if part is None}
         loaded = DiffusionPipeline.from_pretrained(out, **without)
-        print(f"{latents.shape[0]} samples in {args.steps} steps; saved, and loaded with {type(loaded.scheduler).__name__}")
+        kind = type(loaded.scheduler).__name__
+        print(f"{len(latents)} samples in {args.steps} steps; saved, and loaded with its {kind}")
     return cal.verified[args.steps]
 
 

@@ -84,8 +84,8 @@ def test_a_pipeline_is_a_reference(seen):
 
 def test_the_page_says_the_same():
     page = (Path(__file__).parents[2] / "docs/diffusers.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", page, re.MULTILINE)
-    written = {name: (reverse.strip() == "yes", float(scale), int(sign)) for name, reverse, scale, sign in rows}
+    rows = re.findall(r"^\| `(\w+)` \| (yes|no) \| ([^|]+) \| ([^|]+) \|$", page, re.MULTILINE)
+    written = {name: (reverse == "yes", float(scale), int(sign)) for name, reverse, scale, sign in rows}
     assert written == {name: (c.reverse_time, c.time_scale, c.sign) for name, c in STOCK.items()}
 
 
