@@ -22,23 +22,13 @@ from flowkernels.runtime.torch_private import (
     CALL_MODULE,
     DisableTorchFunctionSubclass,
     OpOverload,
+    without_memory,
 )
 
 VIEWS = {
-    *(
-        "view",
-        "_unsafe_view",
-        "_reshape_alias",
-        "reshape",
-        "permute",
-        "transpose",
-        "t",
-        "movedim",
-        "unsqueeze",
-        "squeeze",
-    ),
-    *("expand", "slice", "select", "narrow", "split", "split_with_sizes", "unbind", "unfold", "as_strided"),
-    *("detach", "alias"),
+    *("view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "movedim", "unsqueeze"),
+    *("squeeze", "expand", "slice", "select", "narrow", "split", "split_with_sizes", "unbind", "unfold"),
+    *("as_strided", "detach", "alias"),
 }
 COPIES = {
     *("clone", "_to_copy", "neg", "cat", "stack", "flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle"),
@@ -176,7 +166,7 @@ class StandIn(Tensor):
 
     @staticmethod
     def __new__(cls, meta: Tensor, device: torch.device, tail: Tail, value: Features | Outputs):
-        made = Tensor._make_wrapper_subclass(
+        made = without_memory(
             cls,
             meta.shape,
             strides=meta.stride(),

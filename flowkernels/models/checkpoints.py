@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from flowkernels import _weights
 from flowkernels._checks import expect, expect_path, expect_shown, expect_text
 from flowkernels._files import read_json
+from flowkernels.runtime.torch_private import COMPILED_MODULE
 from flowkernels.velocity.field import VelocityField
 
 WANTED = "a safetensors or torch file of tensors"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-WRAPPED = {"module", "_orig_mod"}  # of DataParallel, DDP and torch.compile, anywhere in a name
+WRAPPED = {"module", COMPILED_MODULE}  # of DataParallel, DDP and torch.compile, anywhere in a name
 AVERAGED = re.compile(r"(^|[^a-z])(ema|swa)([^a-z]|$)|emamodel|modelema|shadow|averag|polyak")
 NOT_WEIGHTS = re.compile(r"^opt$|optim|scheduler|scaler|collected_params|temp_stored_params|grad")
 BOOKKEEPING = {"decay", "num_updates", "n_averaged", "initted", "step", "optimization_step"}

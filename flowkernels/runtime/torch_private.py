@@ -40,6 +40,7 @@ raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # of a device
 # whether the backward that runs keeps its graph, to go through it again
 graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 DelayedError = torch._C._functions.DelayedError  # a function whose backward raises
+without_memory = torch.Tensor._make_wrapper_subclass  # a tensor of a subclass, of a shape and without values
 add_each_ = torch._foreach_add_  # numbers to the tensors of a list, as arguments of a launch
 CALL_MODULE = nn.Module._call_impl  # what calls a forward with its hooks; a frame of it is a module that runs
 
@@ -69,14 +70,10 @@ REBUILD_TENSOR = tuple(f"torch._utils._rebuild_tensor_v{i}" for i in (2, 3))
 ATTRIBUTES = {
     "_apply": "overridden in a module, it moves more than parameters with `.to(device)`",
     "_buffers": "of a module, by name",
-    "_call_impl": "of a class of modules: CALL_MODULE, or another",
     "_cdata": "where the storage of a tensor is, also of one without memory",
     "_compiled_call_impl": "COMPILED_CALL, None where a module is not compiled",
     "_current_level": "of torch.autograd.forward_ad: -1 outside of dual_level",
-    "_forward_hooks": "of a module, by number",
     "_forward_pre_hooks": "of a module, by number",
-    "_global_forward_hooks": "of `of_all_modules`, by number",
-    "_global_forward_pre_hooks": "of `of_all_modules`, by number",
     "_indices": "of a sparse tensor, coalesced or not",
     "_is_zerotensor": "whether a tensor is zeros without memory, as forward-mode differentiation makes them",
     "_modules": "of a module, by name",
