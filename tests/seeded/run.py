@@ -148,7 +148,7 @@ def table(found: dict, old: str | None) -> str:
         for suite in suites:
             test, seconds = entry.get(suite, ["not tried", 0])
             name = (test or "").removeprefix("tests/")
-            cells += [f"`{name}`" if "::" in name else name or "**none**", f"{seconds:.0f}"]
+            cells += [f"`{name}`" if "::" in name else name or "**none**", f"{seconds:.0f}" if seconds else ""]
         where = Path(files.split("|")[0])
         name = f"{where.parent.name}: {bug.name}" if kind != "Python" else f"{where.stem}: {bug.name}"
         lines.append(f"| {kind}, {name} | {bug.breaks} | {' | '.join(cells)} |".replace("](", "] ("))
