@@ -7,6 +7,7 @@ in the wrong order have another shape or other values.
 """
 
 import diffusers
+import pytest
 import torch
 from _flows import normal
 from torch import nn
@@ -477,7 +478,12 @@ REFUSED = {"acestep": acestep}
 
 
 def field_of(name, n, guidance=None, packed=True, dtype=None):
-    net, convention, rows, other, shape = (TRANSFORMERS | REFUSED)[name](n)
+    try:
+        net, convention, rows, other, shape = (TRANSFORMERS | REFUSED)[name](n)
+    except AttributeError as e:
+        if not str(e).startswith("module diffusers has no attribute"):
+            raise
+        pytest.skip(f"diffusers {diffusers.__version__} has no such transformer")
     randomised(net)
     if dtype is not None:
         net = net.to(dtype)
