@@ -28,7 +28,9 @@ from flowkernels.sampling.rollout import Trajectory, rollout
 from flowkernels.sampling.sample import sample
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
+from flowkernels.training.bank import BankBatch
 from flowkernels.training.straighten import Straightened, straighten
+from flowkernels.training.targets import StraightenLoss
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendError",
+    "BankBatch",
     "Calibration",
     "FusedHead",
     "FusedSampler",
@@ -49,6 +52,7 @@ __all__ = [
     "Schedule",
     "Solver",
     "StepCost",
+    "StraightenLoss",
     "Straightened",
     "Trajectory",
     "Velocity",

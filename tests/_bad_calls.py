@@ -751,12 +751,41 @@ def _stages(cal) -> None:
         teacher=(None, or_none(is_function)),
         progress=bar,
     )
+
+    def of_loss(schedule):
+        names, shapes = ("l2", "huber", "huber_per_element", "cauchy"), ("start", "uniform", "u_shaped", "ten")
+        return dict(
+            schedule=(schedule, lambda v: isinstance(v, fk.Schedule)),
+            target=("boss", is_one_of("boss", "reflow", "distill"), "schedule"),
+            loss=("huber", lambda v: is_one_of(*names)(v) or is_function(v)),
+            huber_c=(0.03, within(0)),
+            weighting=(None, or_none(lambda v: is_one_of("per_sample_normalised")(v) or are_numbers(v))),
+            t_sampling=("start", or_none(lambda v: is_one_of(*shapes)(v) or is_function(v))),
+        )
+
+    place("StraightenLoss", fk.StraightenLoss, **of_loss(lambda: cal[2]))
+    straight = fk.StraightenLoss(cal[2], t_sampling="uniform")
+    learned = fk.StraightenLoss(fk.Solver.euler(2), target="solver")
+    known = (lambda: rand(3, N, D), is_dense(F32, F64))
+    index = (lambda: torch.zeros(N, dtype=torch.int64), is_dense(torch.int64))
+    student = (lambda: Net(), lambda v: isinstance(v, nn.Module))
+
+    def losses(student, states, interval, sample, generator):
+        return straight(student, fk.BankBatch(states, interval, sample), generator)
+
+    place(
+        "StraightenLoss()",
+        losses,
+        **dict(student=student, states=(*known, "sample", "interval"), interval=index, sample=(*index, "interval")),
+        generator=(None, or_none(lambda v: isinstance(v, torch.Generator))),
+    )
+    place("StraightenLoss.roll_out", learned.roll_out, student=student, states=known, chunk=(None, or_none(is_int(1))))
     place(
         "straighten",
         fk.straighten,
         (OSError,),
         **dict(student=(None, or_none(lambda v: isinstance(v, nn.Module)))),
-        **dict(velocity=(lambda: Net(), is_function), schedule=(lambda: cal[2], lambda v: isinstance(v, fk.Schedule))),
+        **dict(velocity=(lambda: Net(), is_function), **of_loss(lambda: cal[2])),
         noise=(
             (D,),
             lambda v: is_noise(v) or is_function(v) or (isinstance(v, (list, tuple)) and all(is_int(1)(d) for d in v)),
@@ -765,12 +794,7 @@ def _stages(cal) -> None:
             iterations=(1, is_int(1)), batch=(2, is_int(1)), bank=(4, is_int(1)), refresh=(None, or_none(is_int(1)))
         ),
         **dict(
-            u=("start", is_one_of("start", "uniform")),
-            loss=("huber", is_one_of("l2", "huber")),
-            huber_c=(0.03, within(0)),
-        ),
-        **dict(
-            weight=(None, or_none(are_numbers)),
+            rollout_every=(3, is_int(1)),
             init=(None, or_none(lambda v: is_dict(v) or is_one_of("teacher", "keep")(v))),
         ),
         **dict(lr=(1e-3, within(0)), optimizer=(None, or_none(is_function)), warmup=(0, is_int(0))),
@@ -1062,7 +1086,14 @@ def _commands() -> None:
         "straighten",
         f"{model} --schedule calibration.json --steps 2 --out cli.safetensors --iterations 1",
         **dict(steps=none, iterations=positive, batch=positive, bank=positive, refresh=positive, lr=number, seed=seed),
-        **dict(warmup=is_text(int, 0, 2**63), decay=none, u=none, loss=none, ema=is_text(float, 0, 1, "[)")),
+        **dict(
+            warmup=is_text(int, 0, 2**63),
+            decay=none,
+            target=none,
+            t_sampling=none,
+            loss=none,
+            ema=is_text(float, 0, 1, "[)"),
+        ),
         **dict(clip=is_text(float, 0, 1e307, "[)"), schedule=none, out=none, state=lambda t: 0 < len(t) < 200),
     )
     command(
@@ -1152,7 +1183,9 @@ def attempt(place: Place, bad: dict[str, Any]) -> Outcome:
             return Outcome("unnamed", said)
         if not isinstance(e, place.errors) and not names(str(e), wanted):
             return Outcome("unnamed", said)
-        evaluated = {"velocity", "net", "student", "noise", "optimizer"} & set(bad)  # what they do shows when they run
+        evaluated = {"velocity", "net", "student", "noise", "optimizer", "loss"} & set(
+            bad
+        )  # what they do shows when they run
         if Count.evaluations and not evaluated and place.name != "cal.find endpoint":
             return Outcome("late", said)
         if settings() != before:

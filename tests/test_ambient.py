@@ -148,14 +148,18 @@ def polish(w, tmp_path):
 
 def straightened(w, student=None, velocity=None, **settings):
     settings = dict(noise=(4,), iterations=6, bank=8, batch=4, lr=1e-2, warmup=1, log_every=1, refresh=4) | settings
-    return fk.straighten(student, velocity or w["net"], w["cal"][N], **settings, **QUIET)
+    schedule = settings.pop("schedule", w["cal"][N])
+    return fk.straighten(student, velocity or w["net"], schedule, **settings, **QUIET)
 
 
 @stage
 def straighten(w, tmp_path):
     fields = dict(velocity=w["guided"], noise=w["noise"], refresh=None)
-    uniform = dict(u="uniform", weight=[1, 2], loss="huber", ema=None, optimizer=lambda p: torch.optim.SGD(p, 0.1))
-    return [straightened(w), straightened(w, **fields), straightened(w, **uniform)]
+    uniform = dict(
+        t_sampling="uniform", weighting=[1, 2], loss="huber", ema=None, optimizer=lambda p: torch.optim.SGD(p, 0.1)
+    )
+    solver = dict(schedule=fk.Solver.adams_bashforth(w["cal"][N]), target="solver", grid=GRID, loss="cauchy")
+    return [straightened(w, **more) for more in ({}, fields, uniform, solver)]
 
 
 class Stopped(Exception):

@@ -213,6 +213,13 @@ def test_straighten_and_sample_the_student(run, calibrated):
     sample = "sample --model digits --checkpoint student.safetensors"
     assert not run(f"{sample} {schedule} --out x.npy")[1]
     assert "straightened for the knots" in run(f"{sample} --steps 5 --out x.npy")[1]
+    whole = f"straighten --model digits {schedule} --iterations 2 --batch 4 --bank 4"
+    run(f"{whole} --target distill --loss huber_per_element --out distilled.safetensors")
+    run(f"{whole} --target reflow --t-sampling u_shaped --loss cauchy --out reflowed.safetensors")
+    told = [run(f"sample --model digits --checkpoint {f}.safetensors --steps 5 --out x.npy")[1] for f in
+            ("distilled", "reflowed")]  # fmt: skip
+    assert "straightened for the knots 0 1" in told[0]
+    assert not told[1]
     save_file(student.state_dict(), "plain.safetensors")
     assert "another one" in run(f"sample --model digits --checkpoint plain.safetensors {schedule} --out x.npy")[1]
 

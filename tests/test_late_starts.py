@@ -69,7 +69,7 @@ def bank_of(f: Flow):
 
 
 def first_loss(f: Flow):
-    options = dict(iterations=1, batch=16, log_every=1, init="keep", grid=f.grid, u="uniform", **QUIET)
+    options = dict(iterations=1, batch=16, log_every=1, init="keep", grid=f.grid, t_sampling="uniform", **QUIET)
     history = fk.straighten(copy.deepcopy(f.net), f.velocity, f.plan, noise=NOISE.float(), **options).history
     return torch.tensor(history["loss"]) / f.rate**2
 

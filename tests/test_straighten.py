@@ -19,10 +19,8 @@ import torch
 from _flows import (
     ConstantField,
     ElementwiseField,
-    LinearField,
     RowField,
     even_grid,
-    linear_field,
     normal,
     uneven_grid,
 )
@@ -34,10 +32,10 @@ from flowkernels.models.networks import ResidualMLP
 from flowkernels.schedule import Schedule
 from flowkernels.training import settings as settings_module
 from flowkernels.training import straighten as straighten_module
-from flowkernels.training.bank import Bank, generator_on
+from flowkernels.training.bank import Bank, generator_on, knots_on_grid
+from flowkernels.training.checkpoint import read_checkpoint, write_checkpoint
 from flowkernels.training.modules import architecture
 from flowkernels.training.settings import SHARED, Settings
-from flowkernels.training.targets import StraightLine
 
 QUIET = dict(progress=False)
 
@@ -105,15 +103,57 @@ def test_a_few_steps_come_close_to_the_teacher():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_one_step_of_a_linear_flow_is_learned_exactly():
-    """exp(A) - 1 is itself a linear field: reflow on the one interval [0, 1] finds it."""
-    teacher = linear_field()
-    grid = even_grid(20)
-    noise = normal(64, 4)
-    settings = dict(noise=noise, iterations=400, batch=64, lr=0.05, init="keep", clip=None, ema=None)
-    result = fk.straighten(LinearField(torch.zeros(4, 4)), teacher, schedule_on(grid, 0, 20), **settings, **QUIET)
-    x1 = fk.rollout(teacher, noise, 20).x[-1]
-    assert torch.allclose(fk.sample(result.student, noise, 1), x1, rtol=1e-3, atol=1e-3)
+class Rational(nn.Module):
+    """w x / (1 + c t): straight lines to (1 + w) x where c = w."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.c = (nn.Parameter(torch.zeros(())) for _ in range(2))
+
+    def forward(self, x, t):
+        return self.w * x / (1 + self.c * t[:, None])
+
+
+class Affine(nn.Module):
+    """(p + q t) x."""
+
+    def __init__(self, p=0.0, q=0.0):
+        super().__init__()
+        self.p, self.q = nn.Parameter(torch.tensor(p)), nn.Parameter(torch.tensor(q))
+
+    def forward(self, x, t):
+        return (self.p + self.q * t[:, None]) * x
+
+
+TWO = [0.0, 0.4, 1.0]
+LEARNED = {  # target, its settings, a student that can, and the plans on which that is exact afterwards
+    "boss": (Affine, schedule_on(even_grid(20), 0, 8, 20), {}, [TWO]),
+    "boss, cauchy": (Affine, schedule_on(even_grid(20), 0, 8, 20), dict(loss="cauchy", huber_c=0.3), [TWO]),
+    "distill": (Affine, schedule_on(even_grid(20), 0, 8, 20), dict(loss="huber_per_element"), [1]),
+    "reflow": (Rational, schedule_on(even_grid(20), 0, 8, 20), {}, [1, 3]),
+    "reflow, improved": (Rational, 2, dict(t_sampling="u_shaped", loss="huber_per_element", huber_c=0.1), [1, 3]),
+    "reflow, simple": (Rational, 2, dict(t_sampling="ten"), [1, 3]),
+    "reflow, own": (Rational, 2, dict(t_sampling=lambda n, g: torch.rand(n, generator=g) ** 2,
+                                      loss=lambda v, target: (v - target).abs().flatten(1).mean(1)), [1, 3]),
+    "solver": (Affine, fk.Solver.adams_bashforth(TWO), dict(rollout_every=5), []),
+    "solver, of Euler": (Affine, fk.Solver.euler(TWO), dict(rollout_every=5, loss="huber", weighting=[1, 2]), [TWO]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_a_flow_that_can_be_learned_is_learned(case):
+    """x' = 0.8 x: the student ends where the teacher does, on the plans for which it was trained."""
+    make, schedule, settings, plans = LEARNED[case]
+    schedule = schedule if not isinstance(schedule, int) else Schedule.uniform(schedule)
+    noise, grid = normal(64, 2), even_grid(20)
+    settings = dict(iterations=500, batch=64, lr=0.1, warmup=0, clip=None, ema=None, grid=grid) | settings
+    target, teacher = case.split(",")[0], Affine(0.8).eval()
+    result = fk.straighten(make(), teacher, schedule, noise=noise, init="keep", target=target, **settings, **QUIET)
+    assert (result.solver is None) == (target != "solver")
+    x1 = fk.rollout(teacher, noise, grid).x[-1]
+    solvers = [schedule, result.solver] if target == "solver" else []
+    for plan in [*plans, *solvers]:
+        assert torch.allclose(fk.sample(result.student, noise, plan), x1, rtol=2e-3, atol=2e-3)
 
 
 def test_a_straight_flow_is_learned_before_it_starts():
@@ -145,11 +185,21 @@ def test_the_inputs_are_the_teachers_knots(grid):
     assert {s for _, s in seen} == set(range(24))
 
 
-def test_uniform_u_lies_on_the_chords():
+DENSITIES = {  # of u, up to a factor, as the papers have them
+    "uniform": lambda u: np.ones_like(u),
+    "u_shaped": lambda u: np.exp(4 * u) + np.exp(4 * (1 - u)),
+    "ten": lambda u: 10 ** (1 - u),
+    "own": lambda u: 2 * u,
+}
+OWN = dict(own=lambda n, generator: torch.rand(n, generator=generator).sqrt())
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_u_lies_on_the_chords_with_its_density(name):
     grid, places = uneven_grid(20), (0, 4, 9, 20)
     teacher, noise, schedule = ElementwiseField(), normal(12, 5), schedule_on(grid, *places)
     states = fk.rollout(teacher, noise, grid).x.double()
-    inputs, _ = recorded(teacher, schedule, noise, iterations=6, batch=50, u="uniform")
+    inputs, _ = recorded(teacher, schedule, noise, iterations=6, batch=100, t_sampling=OWN.get(name, name))
     us = []
     for x, t, _ in inputs:
         for row, time in zip(x.double(), t.double(), strict=True):
@@ -159,9 +209,11 @@ def test_uniform_u_lies_on_the_chords():
             chord = torch.lerp(states[places[i]], states[places[i + 1]], u)
             assert (chord - row).abs().amax(1).min() < 1e-5
             us.append(u.item())
-    assert min(us) < 0.05
-    assert max(us) > 0.95
-    assert np.mean(us) == pytest.approx(0.5, abs=5 / math.sqrt(12 * len(us)))
+    at = np.linspace(0, 1, 10001)
+    below = np.concatenate([[0], np.cumsum(DENSITIES[name](at[1:] / 2 + at[:-1] / 2))])
+    expected = np.interp(np.sort(us), at, below / below[-1])
+    distance = np.abs(expected - (np.arange(len(us)) + 0.5) / len(us)).max()
+    assert distance < 1.63 / math.sqrt(len(us))  # Kolmogorov and Smirnov's, at 1 %
 
 
 def matched(inputs, schedule, states, places):
@@ -175,24 +227,87 @@ def matched(inputs, schedule, states, places):
     return rows
 
 
-@pytest.mark.parametrize("weight", [None, [1.0, 0.0, 2.5]], ids=["alike", "weighted"])
-@pytest.mark.parametrize("loss", ["l2", "huber"])
+def per_sample(loss, error, c):
+    """The losses of a sample, as the papers have them."""
+    mse = error.square().mean()
+    return {
+        "l2": mse,
+        "huber": (mse + c * c).sqrt() - c,
+        "huber_per_element": ((error.square() + c * c).sqrt() - c).mean(),
+        "cauchy": torch.log(1 + error.square() / (2 * c * c)).mean(),
+        "own": error.abs().max(),
+    }[loss].item()
+
+
+OWN_LOSS = dict(own=lambda v, target: (v - target).abs().flatten(1).amax(1))
+
+
+@pytest.mark.parametrize("weight", [None, [1.0, 0.0, 2.5], "per_sample_normalised"], ids=str)
+@pytest.mark.parametrize("loss", ["l2", "huber", "huber_per_element", "cauchy", "own"])
 def test_the_loss_in_float64(loss, weight):
     grid, places, c = uneven_grid(20), (0, 4, 9, 20), 0.3
     teacher, noise, schedule = ElementwiseField(), normal(12, 5), schedule_on(grid, *places)
     states = fk.rollout(teacher, noise, grid).x
-    inputs, history = recorded(teacher, schedule, noise, answer=0.7, loss=loss, huber_c=c, weight=weight)
-    losses, intervals = [], []
+    settings = dict(loss=OWN_LOSS.get(loss, loss), huber_c=c, weighting=weight)
+    inputs, history = recorded(teacher, schedule, noise, answer=0.7, **settings)
+    losses, intervals, slopes = [], [], []
     for i, a, b in matched(inputs, schedule, states, places):
-        error = 0.7 - (b - a) / (schedule.times[i + 1] - schedule.times[i])
-        each = error.square().mean().item()
-        losses.append(math.sqrt(each + c * c) - c if loss == "huber" else each)
+        secant = (b - a) / (schedule.times[i + 1] - schedule.times[i])
+        losses.append(per_sample(loss, 0.7 - secant, c))
+        slopes.append((per_sample(loss, 0.7 + 1e-6 - secant, c) - per_sample(loss, 0.7 - 1e-6 - secant, c)) / 2e-6)
         intervals.append(i)
-    factors = weight or [1.0] * 3
-    expected = np.mean([factors[i] * each for i, each in zip(intervals, losses, strict=True)])
+    if weight == "per_sample_normalised":
+        factors = [1 / each for each in losses]
+    else:
+        factors = [(weight or [1.0] * 3)[i] for i in intervals]
+    expected = np.mean([w * each for w, each in zip(factors, losses, strict=True)])
     assert history["loss"][0] == pytest.approx(expected, rel=1e-5)
+    slope = np.mean([w * each for w, each in zip(factors, slopes, strict=True)])
+    assert history["grad_norm"][0] == pytest.approx(abs(slope), rel=1e-4)
     for i, found in enumerate(history["interval_loss"][0]):
         assert found == pytest.approx(np.mean([e for j, e in zip(intervals, losses, strict=True) if j == i]), rel=1e-5)
+
+
+def own_velocities(net, solver, start):
+    """Of a student on a solver, in float64, and the states where it has them."""
+    v, x = [], [start]
+    for k in range(solver.steps):
+        v.append(net(x[-1], solver.times[k].expand(len(start))))
+        x.append(start + sum(b * each for b, each in zip(solver.coefficients[k].tolist(), v, strict=False)))
+    return x, v
+
+
+@pytest.mark.parametrize("loss", ["l2", "cauchy"])
+def test_the_loss_of_a_solver_in_float64(loss):
+    """The velocity that lands the solver on the teacher's next knot, on the student's own states and the teacher's."""
+    noise, solver = normal(12, 5), fk.Solver.adams_bashforth([0, 0.3, 0.7, 1], 3)
+    states = torch.stack([noise, *(normal(12, 5, seed=k) for k in (1, 2, 3))])
+    student = DropoutNet(Affine(0.7, -0.4), 0.5)
+    objective = fk.StraightenLoss(solver, target="solver", loss=loss, huber_c=0.3)
+    interval, sample = torch.arange(60) % 3, torch.arange(60) % 12
+    batch = fk.BankBatch(states, interval, sample)
+    with pytest.raises(ValueError, match=r"^batch: expected the states that `roll_out` was given last"):
+        objective(student, batch)
+    objective.roll_out(student, states, chunk=5)
+    assert student.training
+    student, seen = student.eval(), []
+    student.register_forward_hook(lambda net, args, v: seen.append((args[0].double(), v.double())))
+    found = objective(student, batch, torch.Generator().manual_seed(0))
+    assert len(seen) == 1
+    double = DropoutNet(Affine(0.7, -0.4).double(), 0.5).eval()
+    with torch.no_grad():
+        x, v = own_velocities(double, solver, states[0].double())
+    own, b = 0, solver.coefficients
+    for row, answer, k, s, each in zip(*seen[0], interval, sample, found.per_sample, strict=True):
+        is_own = (row - x[k][s]).abs().max() < 1e-5
+        assert is_own or (row - states[k, s]).abs().max() < 1e-6
+        own += bool(is_own)
+        past = sum((b[k, i] * v[i][s] for i in range(k)), states[0, s].double())
+        goal = (states[k + 1, s].double() - past) / b[k, k]
+        assert each.item() == pytest.approx(per_sample(loss, answer - goal, 0.3), rel=1e-4)
+    assert 30 < own < 60  # of the first knots all are both
+    means = [found.per_sample[interval == i].mean() for i in range(3)]
+    torch.testing.assert_close(found.per_interval, torch.stack(means))
 
 
 def test_conditioning_follows_the_samples():
@@ -430,14 +545,22 @@ def test_weights_that_do_not_fit(init):
 # ---- checkpoints ----
 
 RUN = dict(iterations=24, bank=24, batch=8, lr=1e-2, warmup=4, log_every=3, noise=(4,), seed=3, **QUIET)
+SOLVER = dict(schedule=fk.Solver.adams_bashforth(even_grid(6)[[0, 2, 6]]), target="solver", grid=6, rollout_every=6)
 VARIANTS = {
     "plain": {},
     "refresh": dict(refresh=5),
     "refresh at the checkpoint": dict(refresh=7),
-    "uniform u": dict(u="uniform"),
+    "uniform u": dict(t_sampling="uniform"),
     "no average": dict(ema=None),
     "fixed bank": dict(noise=normal(24, 4, seed=8)),
-    "huber and weights": dict(loss="huber", weight=[1.0, 2.0], refresh=4, u="uniform"),
+    "reflow": dict(target="reflow", t_sampling="ten", weighting="per_sample_normalised"),
+    "distill": dict(target="distill", loss="cauchy"),
+    "functions": dict(
+        t_sampling=lambda n, g: torch.rand(n, generator=g), loss=lambda v, w: (v - w).abs().flatten(1).amax(1)
+    ),
+    "solver": SOLVER,
+    "solver, refreshed": SOLVER | dict(rollout_every=4, refresh=5),
+    "huber and weights": dict(loss="huber", weighting=[1.0, 2.0], refresh=4, t_sampling="uniform"),
     "momentum": dict(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
 }
 
@@ -447,11 +570,11 @@ class Stopped(Exception):
 
 
 def stop_after(calls, how=Stopped):
-    """A pre-forward hook that raises on a later call."""
+    """A pre-forward hook that raises on a later call in training mode."""
     left = [calls]
 
-    def hook(*_):
-        left[0] -= 1
+    def hook(module, _):
+        left[0] -= module.training
         if left[0] < 0:
             raise how
 
@@ -467,10 +590,10 @@ def same_result(a, b):
     return weights and json.dumps(a.history) == json.dumps(b.history)  # NaN equals NaN here
 
 
-def trained(student=None, **settings):
-    torch.manual_seed(7)
-    schedule = schedule_on(even_grid(6), 0, 2, 6)
-    return fk.straighten(student or small_net(1), small_net(0).eval(), schedule, **(RUN | settings))
+def trained(student=None, torch_seed=7, **settings):
+    torch.manual_seed(torch_seed)
+    settings = RUN | dict(schedule=schedule_on(even_grid(6), 0, 2, 6)) | settings
+    return fk.straighten(student or small_net(1), small_net(0).eval(), **settings)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain net", "dropout"])
@@ -489,9 +612,7 @@ def test_resuming_is_bit_for_bit(tmp_path, variant, dropout):
         with pytest.raises(Stopped):
             trained(student, **settings)
         assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
-    torch.manual_seed(1234)
-    schedule = schedule_on(even_grid(6), 0, 2, 6)
-    resumed = fk.straighten(small_net(6, dropout), small_net(0).eval(), schedule, **(RUN | settings))
+    resumed = trained(small_net(6, dropout), torch_seed=1234, **settings)
     assert same_result(whole, resumed)
     again = trained(small_net(6, dropout), **settings)  # a finished run is only loaded
     assert same_result(whole, again)
@@ -593,10 +714,10 @@ def test_kill_in_the_middle(tmp_path):
     [
         (dict(lr=2e-2), r"lr = 0.02.*got lr = 0.01"),
         (dict(iterations=25), r"iterations = 25.*got iterations = 24"),
-        (dict(u="uniform"), r"u = 'uniform'.*got u = 'start'"),
+        (dict(t_sampling="uniform"), r"t_sampling = 'uniform'.*got t_sampling = 'start'"),
         (dict(bank=25), r"bank = 25.*got bank = 24"),
         (dict(seed=4), r"seed = 4.*got seed = 3"),
-        (dict(weight=[1, 2]), r"weight = \[1.0, 2.0\].*got weight = None"),
+        (dict(weighting=[1, 2]), r"weighting = \[1.0, 2.0\].*got weighting = None"),
         (dict(ema=None), r"ema = None.*got ema = 0.999"),
         (dict(noise=(4, 1)), r"noise = '\[4, 1\]'.*got noise = "),
         (dict(noise=torch.ones(24, 4), seed=3), r"noise = '\[24, 4\] \w+'.*got noise = "),
@@ -637,6 +758,20 @@ def test_a_setting_that_came_later(tmp_path, monkeypatch):
     for run in (Later, Settings):
         with pytest.raises(ValueError, match=r"^checkpoint: expected one of this run .*got power = 3.0"):
             resumed(after, run)
+
+
+def test_a_checkpoint_of_before_names_were_changed(tmp_path):
+    path, settings = tmp_path / "run.pt", dict(t_sampling="uniform", weighting=[1.0, 2.0], checkpoint_every=10)
+    student = small_net(1)
+    student.register_forward_pre_hook(stop_after(15))
+    with pytest.raises(Stopped):
+        trained(student, checkpoint=path, **settings)
+    saved = {k: v for k, v in read_checkpoint(path).items() if k not in ("format", "version")}
+    saved["setting"]["u"], saved["setting"]["weight"] = (saved["setting"].pop(k) for k in ("t_sampling", "weighting"))
+    write_checkpoint(path, saved)
+    with pytest.raises(ValueError, match=r"t_sampling = 'start'.*got t_sampling = 'uniform'"):
+        trained(checkpoint=path, weighting=[1.0, 2.0])
+    assert same_result(trained(checkpoint=path, **settings), trained(**settings))
 
 
 def test_a_checkpoint_of_another_teacher_or_schedule(tmp_path):
@@ -840,6 +975,8 @@ FIRST = {
         r"^optimizer: expected .*got one of 1 other parameters",
     ),
     "not initialised": (dict(student=nn.LazyLinear(4)), r"^student: expected weights .*not initialised"),
+    "losses of nothing": (dict(loss=lambda v, w: v.mean()), r"^loss: expected a function .* one loss for each sample"),
+    "a loss of numbers": (dict(loss=lambda v, w: v.detach()[:, 0]), r"^loss: expected a function differentiable in v"),
     "a closure": (dict(optimizer=torch.optim.LBFGS), r"^optimizer: expected one whose step takes no closure"),
     "no optimiser": (dict(optimizer=lambda p: None), r"^optimizer: "),
     "state that is no data": (dict(student=Extra(threading.Lock(), 1)), r"^(checkpoint|student): expected a "),
@@ -986,21 +1123,31 @@ def test_classes_of_the_package_keep_their_names_in_files():
 # ---- its parts ----
 
 
-@pytest.mark.parametrize("u", ["start", "uniform"])
-def test_a_loop_of_ones_own(u):
-    """The bank and the target in a bare loop of torch make the weights that `straighten` makes."""
-    settings = dict(iterations=8, bank=24, batch=8, seed=3, u=u, loss="huber", huber_c=0.1)
-    teacher, schedule = small_net(0).eval(), schedule_on(even_grid(6), 0, 2, 6)
+LOOPS = {
+    "start": (schedule_on(even_grid(6), 0, 2, 6), dict(loss="huber", huber_c=0.1)),
+    "uniform": (schedule_on(even_grid(6), 0, 2, 6), dict(t_sampling="uniform", weighting=[2.0, 0.5])),
+    "reflow": (schedule_on(even_grid(6), 0, 2, 6), dict(target="reflow", loss="cauchy")),
+    "solver": (SOLVER["schedule"], dict(target="solver")),
+}
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_a_loop_of_ones_own(case):
+    """The bank and the loss in a bare loop of torch make the weights that `straighten` makes."""
+    schedule, learned = LOOPS[case]
+    settings = dict(iterations=8, bank=24, batch=8, seed=3, grid=6, **learned)
+    teacher = small_net(0).eval()
     more = dict(noise=(4,), init="keep", ema=None, clip=None, warmup=0, decay="none", lr=0.1, optimizer=torch.optim.SGD)
     result = fk.straighten(small_net(1), teacher, schedule, **more, **settings, **QUIET)
     student, generator = small_net(1).train(), torch.Generator().manual_seed(3)
-    bank = Bank(teacher, schedule.times, schedule.grid, schedule.indices, noise=(4,), size=24, batch=8)
-    target = StraightLine(u=u, loss="huber", huber_c=0.1)
+    objective = fk.StraightenLoss(schedule, **learned)
+    bank = Bank(teacher, objective.times, *knots_on_grid(objective.schedule, 6), noise=(4,), size=24, batch=8)
     bank.roll_out(bank.draw(generator))
+    objective.roll_out(student, bank.states)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     for _ in range(8):
         optimizer.zero_grad()
-        target.loss_of(student, bank, bank.sample(generator), generator).loss.backward()
+        objective(student, bank.sample(generator), generator).loss.backward()
         optimizer.step()
     there = result.student.state_dict()
     assert all(torch.equal(value, there[key]) for key, value in student.state_dict().items())
@@ -1079,8 +1226,37 @@ BAD = {
         ValueError,
         r"^noise: expected a shape or a function",
     ),
-    "u": (dict(u="end"), ValueError, r"^u: expected 'start' or 'uniform', got end"),
-    "loss": (dict(loss="l3"), ValueError, r"^loss: expected 'l2' or 'huber', got l3"),
+    "target": (dict(target="best"), ValueError, r"^target: expected 'boss', 'reflow', 'distill' or 'solver', got best"),
+    "t_sampling": (dict(t_sampling="end"), ValueError, r"^t_sampling: expected 'start', .* or 'ten', got end"),
+    "t_sampling of a target": (
+        dict(target="distill", t_sampling="uniform"),
+        ValueError,
+        r"^t_sampling: expected 'start' or None with target='distill', got uniform",
+    ),
+    "t_sampling too many": (
+        dict(t_sampling=lambda n, g: torch.zeros(n + 1)),
+        ValueError,
+        r"^t_sampling: expected a function that returns n = 2 numbers in \[0, 1\]",
+    ),
+    "t_sampling outside": (dict(t_sampling=lambda n, g: torch.ones(n) + 1), ValueError, r"^t_sampling: .* in \[0, 1\]"),
+    "t_sampling of nothing": (dict(t_sampling=lambda: 0), TypeError, r"^t_sampling: expected .* \(n, generator\)"),
+    "loss": (dict(loss="l3"), ValueError, r"^loss: expected 'l2', 'huber', 'huber_per_element' or 'cauchy', got l3"),
+    "loss of one": (dict(loss=lambda v: v), TypeError, r"^loss: expected .* a function \(v, target\)"),
+    "rollout_every": (dict(rollout_every=0), ValueError, r"^rollout_every: "),
+    "a solver": (dict(schedule=SOLVER["schedule"]), TypeError, r"^schedule: expected a Schedule, .*target='solver'"),
+    "no solver": (dict(target="solver"), TypeError, r"^schedule: expected a Solver, .* for target='solver', got Sched"),
+    "a solver of two stages": (
+        SOLVER | dict(schedule=fk.Solver.heun([0, 1 / 3, 1])),
+        ValueError,
+        r"^schedule: expected a solver of one evaluation a step",
+    ),
+    "a solver's grid": (SOLVER | dict(grid=None), ValueError, r"^grid: expected the teacher's fine grid"),
+    "a solver that skips": (
+        SOLVER | dict(schedule=fk.Solver([0, 1 / 3, 1], [0, 1 / 3], [[0.3, 0], [1, 0]])),
+        ValueError,
+        r"^schedule: expected a solver each of whose steps takes its last velocity",
+    ),
+    "one sample for a solver": (SOLVER | dict(bank=1), ValueError, r"^bank: expected at least 2 "),
     "huber_c": (dict(huber_c=0), ValueError, r"^huber_c: expected a positive number, got 0"),
     "decay": (dict(decay="step"), ValueError, r"^decay: "),
     "lr": (dict(lr=0.0), ValueError, r"^lr: expected a positive number, got 0.0"),
@@ -1089,9 +1265,9 @@ BAD = {
     "clip": (dict(clip=0.0), ValueError, r"^clip: expected a positive number or None"),
     "ema": (dict(ema=1.0), ValueError, r"^ema: expected a number in \[0, 1\) or None, got 1.0"),
     "seed": (dict(seed=0.5), TypeError, r"^seed: expected an integer, got 0.5"),
-    "weights too few": (dict(weight=[1.0]), ValueError, r"^weight: expected 2 finite numbers >= 0"),
-    "negative weight": (dict(weight=[1.0, -1.0]), ValueError, r"^weight: "),
-    "weight nan": (dict(weight=[1.0, math.nan]), ValueError, r"^weight: "),
+    "weights too few": (dict(weighting=[1.0]), ValueError, r"^weighting: expected 2 finite numbers >= 0"),
+    "negative weight": (dict(weighting=[1.0, -1.0]), ValueError, r"^weighting: "),
+    "weight nan": (dict(weighting=[1.0, math.nan]), ValueError, r"^weighting: "),
     "init": (dict(init="random"), ValueError, r"^init: expected 'teacher', 'keep', a state dict or None"),
     "noise": (dict(noise=4), TypeError, r"^noise: expected a tensor, a shape or a function"),
     "noise of no dimension": (dict(noise=()), ValueError, r"^noise: expected a shape of at least one dimension"),

@@ -40,6 +40,9 @@ from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends
 from flowkernels.runtime.environment import environment
 from flowkernels.schedule import forced_places
+from flowkernels.training.losses import LOSSES
+from flowkernels.training.t_sampling import T_SAMPLINGS
+from flowkernels.training.targets import TARGETS
 from flowkernels.velocity.identity import parameter_hash
 
 METHODS = ("euler", "ab2", "ab3", "heun", "best")
@@ -166,8 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--lr", type=_options.above_0, default=2e-4, help="peak learning rate")
     add("--warmup", type=_options.integer(0), default=100, help="iterations of warm-up")
     add("--decay", choices=["cosine", "none"], default="cosine", help="of the learning rate")
-    add("--u", choices=["start", "uniform"], default="start", help="where on an interval to train")
-    add("--loss", choices=["l2", "huber"], default="l2", help="squared error or pseudo-Huber")
+    targets = [name for name, row in TARGETS.items() if not row.solver]
+    add("--target", choices=targets, default="boss", help="steps of the schedule, or the whole way from noise to data")
+    add("--t-sampling", choices=list(T_SAMPLINGS), help="where on an interval to train; the target's own if not given")
+    add("--loss", choices=list(LOSSES), default="l2", help="squared error, pseudo-Huber or Cauchy's")
     add(
         "--ema",
         type=_options.from_0_below_1,
@@ -350,7 +355,8 @@ def _straighten(args) -> None:
             batch=args.batch,
             bank=args.bank,
             refresh=args.refresh,
-            u=args.u,
+            target=args.target,
+            t_sampling=args.t_sampling,
             loss=args.loss,
             lr=args.lr,
             warmup=args.warmup,
@@ -360,7 +366,10 @@ def _straighten(args) -> None:
             checkpoint=args.targets.get("state"),
             seed=args.seed,
         )
-    notes = {"straightened_from": parameter_hash(velocity), "times": calibration[args.steps].times.tolist()}
+    notes = {"straightened_from": parameter_hash(velocity)}
+    if args.target != "reflow":  # whose students are for any
+        times = calibration[args.steps].times.tolist()
+        notes["times"] = times if args.target == "boss" else [times[0], times[-1]]
     student = network_of(result.student).cpu()
 
     def save(path: Path) -> None:
@@ -384,8 +393,8 @@ def _sample(args) -> None:
     teacher = notes.get("straightened_from")
     if calibration and (teacher is None or teacher != calibration.provenance.get("parameters_sha256")):
         fk.Calibration.load(args.schedule, velocity)  # warns if it was made for another model
-    if teacher and notes.get("times") != schedule.times.tolist():
-        knots = " ".join(f"{t:.3g}" for t in notes.get("times", []))
+    if teacher and notes.get("times", schedule.times.tolist()) != schedule.times.tolist():
+        knots = " ".join(f"{t:.3g}" for t in notes["times"])
         warnings.warn(f"--checkpoint: {args.checkpoint} was straightened for the knots {knots}", stacklevel=1)
     plan = _method(args.method, schedule, calibration)
     trained = teacher is not None and args.method != "euler"

@@ -22,9 +22,16 @@ Noise = Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor]
 NOISE = "a tensor, a shape or a function (n, generator)"
 
 
-class Places(NamedTuple):
-    """A batch: the intervals i, 0..N-1, and the samples s, 0..n-1, of a bank; int64 `[B]`, where it is."""
+class BankBatch(NamedTuple):
+    """A batch of a bank: the teacher's states at the knots `[N+1, n, *shape]`, float32 or float64, and of each of its
+    examples the interval, 0..N-1, and the sample, 0..n-1; int64 `[B]`, where the states are.
 
+    Examples:
+        >>> states = fk.rollout(lambda x, t: -x, torch.randn(16, 2), 20).x[[0, 10, 20]]
+        >>> batch = fk.BankBatch(states, torch.randint(2, (8,)), torch.randint(16, (8,)))
+    """
+
+    states: Tensor
     interval: Tensor
     sample: Tensor
 
@@ -40,7 +47,7 @@ class Bank:
 
         noise = bank.draw(generator)
         bank.roll_out(noise)
-        interval, sample = bank.sample(generator)
+        states, interval, sample = bank.sample(generator)
 
     Args:
         teacher: a velocity, or a `FusedSampler`.
@@ -93,12 +100,13 @@ class Bank:
         """Put the teacher's trajectories of the noise in place of those that are there."""
         self.states = knots(self._teacher, noise, self._grid, self._indices, self.batch, self._progress)
 
-    def sample(self, generator: torch.Generator) -> Places:
-        """Places drawn uniformly, from a generator on the CPU; see `generator_on`."""
+    def sample(self, generator: torch.Generator) -> BankBatch:
+        """Intervals and samples drawn uniformly, from a generator on the CPU; see `generator_on`."""
         device = self.times.device
         generator = generator_on(device, generator)
         interval = torch.randint(self.steps, (self.batch,), generator=generator, device=device)
-        return Places(interval, torch.randint(self.size, (self.batch,), generator=generator, device=device))
+        sample = torch.randint(self.size, (self.batch,), generator=generator, device=device)
+        return BankBatch(self.states, interval, sample)
 
 
 def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:

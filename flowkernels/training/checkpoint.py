@@ -25,6 +25,8 @@ FORMAT, VERSION = "flowkernels.straighten", 2
 HISTORY = ("iteration", "loss", "lr", "grad_norm", "interval_loss")
 KEYS = {"setting", "iteration", "history", "student", "optimizer", "average"}
 KEYS |= {"bank_rng", "rng", "global_rng", "totals", "counts", "bank_noise"}
+ROLLED_OUT = "rolled_out"  # weights, of a run on its student's own samples alone
+RENAMED = {"u": "t_sampling", "weight": "weighting"}  # settings, since
 SINCE_2 = {"teacher_field", "student_field", "optimizer", "student"}  # settings that version 1 does not have
 
 
@@ -85,8 +87,9 @@ def read_checkpoint(path: Path, stacklevel: int = 3) -> dict:
         )
         if version == 1:
             saved.setdefault("bank_noise", None)
-        _expect(saved.keys() - {"format", "version"} == KEYS, f"{sorted(KEYS)}", sorted(saved, key=str))
+        _expect(saved.keys() - {"format", "version", ROLLED_OUT} == KEYS, f"{sorted(KEYS)}", sorted(saved, key=str))
         _expect(isinstance(saved["setting"], dict), "settings", saved["setting"])
+        saved["setting"] = {RENAMED.get(name, name): value for name, value in saved["setting"].items()}
         _expect(type(saved["bank_noise"]) in (str, type(None)), "a hash of the bank's noise", saved["bank_noise"])
     if version == 1:
         warn_of_no_sum(path, stacklevel)
@@ -122,6 +125,9 @@ def checkpoint_to_resume(
     with checks_of(path):
         expect_weights(student, saved["student"], "checkpoint", exact=True)
         _expect_setting(saved, shared)
+        _expect((ROLLED_OUT in saved) == settings.objective.needs_roll_out, f"{ROLLED_OUT} where it is used", [*saved])
+        if ROLLED_OUT in saved:
+            expect_weights(student, saved[ROLLED_OUT], "checkpoint", exact=True)
         _expect_progress(saved, settings)
         _expect_random_states(saved)
     _warn_of_doubts(path, saved["setting"].get("attributes"), teacher, stacklevel + 1)
@@ -153,7 +159,7 @@ def _expect_setting(saved: dict, setting: dict) -> None:
 def _expect_progress(saved: dict, settings: Settings) -> None:
     """Raise unless the number of iterations, the history and the sums of losses are those of such a run."""
     done, history = saved["iteration"], saved["history"]
-    iterations, N = settings.iterations, settings.schedule.steps
+    iterations, N = settings.iterations, settings.objective.schedule.steps
     _expect(type(done) is int and 1 <= done <= iterations, f"an iteration of 1 to {iterations}", done)
     rows = [it for it in range(done) if settings.is_logged(it)]
     _expect(isinstance(history, dict) and set(history) == set(HISTORY), f"a history of {list(HISTORY)}", history)

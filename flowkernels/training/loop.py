@@ -1,12 +1,11 @@
-"""The loop of a run: places of the bank, the target's loss, a step, the average, the history.
+"""The loop of a run: a batch of the bank, the loss of what is learned, a step, the average, the history.
 
 A loop of a caller's own takes the same parts:
 
     noise = bank.draw(generator)
     bank.roll_out(noise)
     for _ in range(iterations):
-        loss = target.loss_of(student, bank, bank.sample(generator), generator).loss
-        loss.backward()
+        objective(student, bank.sample(generator), generator).loss.backward()
         ...
 """
 
@@ -20,13 +19,12 @@ from flowkernels._checks import expect
 from flowkernels.training.settings import Settings
 from flowkernels.training.state import State
 from flowkernels.training.students import trained_parameters
-from flowkernels.training.targets import Target
 
 
-def train(state: State, target: Target, settings: Settings) -> None:
+def train(state: State, settings: Settings) -> None:
     """The iterations from where the state is to `settings.iterations`, on its bank, which is rolled out."""
     state.student.train()
-    bank = state.bank
+    bank, objective = state.bank, settings.objective
     parameters = trained_parameters(state.student)
     left = range(state.iteration, settings.iterations)
     quiet = not settings.progress
@@ -35,14 +33,16 @@ def train(state: State, target: Target, settings: Settings) -> None:
         for it in bar:
             if settings.is_refreshed(it):
                 bank.roll_out(bank.draw(state.generator))
+            if objective.needs_roll_out and settings.is_rolled_out(it):
+                state.roll_out(objective, settings.checkpoint is not None)
             rate = settings.rate(it)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
-            places = bank.sample(state.generator)
-            found = target.loss_of(state.student, bank, places, state.generator)
+            drawn = bank.sample(state.generator)
+            found = objective(state.student, drawn, state.generator)
             loss, norm = descend(found.loss, state.optimizer, parameters, settings.clip, it)
             state.update_average()
-            state.count(places.interval, found.per_sample)
+            state.count(drawn.interval, found.per_sample)
             state.iteration = it + 1
             if settings.is_logged(it):
                 state.log(iteration=it, loss=loss, lr=rate, grad_norm=norm)

@@ -13,7 +13,6 @@ from flowkernels._checks import (
     expect,
     expect_bool,
     expect_choice,
-    expect_float64,
     expect_int,
     expect_path,
     expect_positive_int,
@@ -23,8 +22,10 @@ from flowkernels._checks import (
 )
 from flowkernels._files import expect_target
 from flowkernels.schedule import Schedule
+from flowkernels.solver import Solver
 from flowkernels.training.bank import Noise, knots_on_grid
 from flowkernels.training.optimizers import OPTIMIZER
+from flowkernels.training.targets import Loss, StraightenLoss, TSampling
 
 Check = Callable[[Any, str], Any]  # of (value, name), to the value as it is kept
 
@@ -42,11 +43,6 @@ def _real(expected: str, ok: Callable[[float], bool]) -> Check:
     return lambda value, name: expect_real(value, name, expected, ok)
 
 
-def _is_squared(c: float) -> bool:
-    """Whether c^2 is a positive number in float32, in which a GPU computes the loss: with Inf nothing is trained."""
-    return c > 0 and 1e-38 < c * c < 3e38
-
-
 def _expect_optimizer(value, name: str):
     if not (isinstance(value, type) and issubclass(value, torch.optim.Optimizer)):
         expect_takes(value, name, OPTIMIZER, [])
@@ -60,29 +56,12 @@ def _expect_checkpoint(value, name: str) -> Path:
     return path
 
 
-def _expect_schedule(value, name: str) -> Schedule:
-    expected = "a Schedule, such as cal[4]: a student learns Euler steps (of a solver: Schedule(solver.times))"
-    expect(isinstance(value, Schedule), name, expected, value, TypeError)
-    return value
-
-
-def _expect_weight(value, steps: int) -> Tensor:
-    expected = f"{steps} finite numbers >= 0, one for each interval"
-    weight = expect_float64(value, "weight", expected).float()
-    ok = weight.shape == (steps,) and bool((weight >= 0).all()) and bool(torch.isfinite(weight).all())
-    expect(ok, "weight", expected, weight)
-    return weight
-
-
 CHECKS: dict[str, Check] = {
-    "schedule": _expect_schedule,
     "iterations": expect_positive_int,
     "batch": expect_positive_int,
     "bank": expect_positive_int,
     "refresh": _or_none(expect_positive_int),
-    "u": _choice("start", "uniform"),
-    "loss": _choice("l2", "huber"),
-    "huber_c": _real("a positive number", _is_squared),
+    "rollout_every": expect_positive_int,
     "lr": _real("a positive number", lambda a: a > 0),
     "optimizer": _or_none(_expect_optimizer),
     "warmup": lambda value, name: expect_int(value, name, "a number of iterations", 0),
@@ -98,8 +77,8 @@ CHECKS: dict[str, Check] = {
 }
 
 
-SHARED = ("iterations", "batch", "bank", "refresh", "u", "loss", "huber_c")  # by a run that is resumed
-SHARED += ("lr", "warmup", "decay", "clip", "ema", "seed", "log_every")
+SHARED = ("iterations", "batch", "bank", "refresh", "rollout_every", "lr", "warmup")  # by a run that is resumed
+SHARED += ("decay", "clip", "ema", "seed", "log_every")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,21 +86,23 @@ class Settings:
     """What `straighten` is told: its arguments of the same names, checked as they are set; TypeError or ValueError
     names the argument.
 
-    grid: kept as the teacher's fine grid, float64 `[K+1]`. indices: the places of the schedule's knots in it.
+    objective: the loss that schedule, target, t_sampling, loss, huber_c and weighting make.
+    grid: kept as the teacher's fine grid, float64 `[K+1]`. indices: the places of the loss's knots in it.
     noise: of it only what goes with the others is looked at here; `Bank` checks it.
     """
 
-    schedule: Schedule
+    schedule: Schedule | Solver
     grid: Any  # given as a number of steps, times, or None
     noise: Noise
     iterations: int
     batch: int
     bank: int
     refresh: int | None
-    u: str
-    loss: str
+    target: str
+    t_sampling: TSampling | None
+    loss: Loss
     huber_c: float
-    weight: Any  # kept as float32 `[N]`, or None
+    weighting: Any
     lr: float
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
     warmup: int
@@ -134,13 +115,16 @@ class Settings:
     checkpoint_every: int
     resume: bool
     progress: bool
+    rollout_every: int = 50
+    objective: StraightenLoss = field(init=False)
     indices: tuple[int, ...] = field(init=False)
 
     def __post_init__(self):
         checked = {name: check(getattr(self, name), name) for name, check in CHECKS.items()}
-        checked["grid"], checked["indices"] = knots_on_grid(self.schedule, self.grid)
-        if self.weight is not None:
-            checked["weight"] = _expect_weight(self.weight, self.schedule.steps)
+        learned = ("target", "loss", "huber_c", "weighting", "t_sampling")
+        objective = StraightenLoss(self.schedule, **{name: getattr(self, name) for name in learned})
+        checked["objective"] = objective
+        checked["grid"], checked["indices"] = knots_on_grid(objective.schedule, self.grid)
         if self.refresh is not None:
             expect(not isinstance(self.noise, Tensor), "noise", "a shape or a function, with refresh", self.noise)
         for name, value in checked.items():
@@ -168,12 +152,15 @@ class Settings:
         """Whether the bank is made anew before it."""
         return self.refresh is not None and iteration > 0 and iteration % self.refresh == 0
 
+    def is_rolled_out(self, iteration: int) -> bool:
+        """Whether the student's own samples are taken anew before it."""
+        return iteration % self.rollout_every == 0 or self.is_refreshed(iteration)
+
     def identity(self) -> dict[str, Any]:
         """What determines the result, in plain values: what a resumed run must share.
 
         A field with a default is left out at it: of what came later, checkpoints of before it say nothing either.
         """
-        found = {"times": self.schedule.times.tolist(), "grid": self.grid.tolist()}
+        found = {"times": self.objective.times.tolist(), "grid": self.grid.tolist()} | self.objective.identity()
         defaults = {f.name: f.default for f in fields(self)}
-        found |= {name: value for name in SHARED if (value := getattr(self, name)) != defaults[name]}
-        return found | {"weight": None if self.weight is None else self.weight.tolist()}
+        return found | {name: value for name in SHARED if (value := getattr(self, name)) != defaults[name]}

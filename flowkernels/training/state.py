@@ -1,5 +1,6 @@
 """The state of a run: all that a checkpoint keeps, so that a resumed run is the uninterrupted one, bit for bit."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from flowkernels._checks import expect
 from flowkernels.training.bank import Bank
-from flowkernels.training.checkpoint import HISTORY, checks_of, expect_optimizer_state, write_checkpoint
+from flowkernels.training.checkpoint import HISTORY, ROLLED_OUT, checks_of, expect_optimizer_state, write_checkpoint
 from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
 from flowkernels.training.students import trained_parameters
+from flowkernels.training.targets import StraightenLoss
 
 UNCOUNTED = 64  # batches whose losses wait on the device, at most
 
@@ -27,6 +29,7 @@ class State:
     iteration: iterations done. history: columns of `Straightened.history`. totals, counts: float32 `[N]`, the losses
         of each interval since the last row, and their number.
     setting: what a resumed run must share, in plain values.
+    rolled_out: the weights with which the student's own samples were taken last; None where none are, or not kept.
     """
 
     def __init__(
@@ -43,8 +46,14 @@ class State:
         self.average = None if ema is None else _averaged(student, ema)
         self.generator = torch.Generator().manual_seed(seed)
         self.iteration, self.history = 0, {name: [] for name in HISTORY}
+        self.rolled_out: dict[str, Any] | None = None
         self.totals, self.counts = torch.zeros(2, bank.steps, dtype=torch.float32, device="cpu")
         self._uncounted: list[tuple[Tensor, Tensor]] = []  # what is still to be added to these
+
+    def roll_out(self, objective: StraightenLoss, keep: bool) -> None:
+        """Take the student's own samples of the bank. keep: its weights, for a checkpoint."""
+        objective.roll_out(self.student, self.bank.states, self.bank.batch)
+        self.rolled_out = copy.deepcopy(plain_state(self.student)) if keep else None
 
     def update_average(self) -> None:
         if self.average is not None:
@@ -94,7 +103,7 @@ class State:
             "global_rng": _global_rng(),
             "totals": self.totals,
             "counts": self.counts,
-        }
+        } | ({} if self.rolled_out is None else {ROLLED_OUT: self.rolled_out})
 
     def save(self, path: Path, stacklevel: int) -> None:
         """Write a checkpoint; where that fails, as on a full disk, what is in memory is worth more than an error."""
@@ -117,9 +126,17 @@ class State:
                 self.average.load_state_dict(saved["average"])
             load_weights(self.student, saved["student"])
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
+            self.rolled_out = saved.get(ROLLED_OUT)
         self.iteration, self.history = saved["iteration"], saved["history"]
         self.totals, self.counts = saved["totals"], saved["counts"]
         self.generator.set_state(saved["bank_rng"])
+
+    def roll_out_again(self, objective: StraightenLoss) -> None:
+        """What the checkpoint's run last took, of the bank that is there again."""
+        now = copy.deepcopy(plain_state(self.student))
+        load_weights(self.student, self.rolled_out)
+        objective.roll_out(self.student, self.bank.states, self.bank.batch)
+        load_weights(self.student, now)
 
     def load_random_states(self, saved: Mapping[str, Any]) -> None:
         """Those of the checkpoint's last iteration, once the bank is there again."""

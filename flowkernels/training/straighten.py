@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import expect, expect_takes
+from flowkernels.calibration.fit import refit_solver
 from flowkernels.sampling.loop import initial_state
 from flowkernels.schedule import Schedule
+from flowkernels.solver import Solver
 from flowkernels.training.bank import Bank
 from flowkernels.training.checkpoint import checkpoint_to_resume, expect_storable
 from flowkernels.training.loop import train
@@ -27,7 +29,7 @@ from flowkernels.training.students import (
     trained_parameters,
     try_student,
 )
-from flowkernels.training.targets import StraightLine
+from flowkernels.training.targets import Loss, TSampling
 from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.identity import identity
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
@@ -40,27 +42,33 @@ class Straightened:
     student: the trained network in eval mode, with its averaged weights when `ema` is on.
     history: lists of equal length: iteration, loss, lr, grad_norm; and `interval_loss`, one list of N a row, the mean
     loss of each interval since the last row (NaN for one that was not drawn).
+    solver: of target="solver", the one to sample the student with: fitted to it on the bank, or the one that it was
+    trained for, whichever ends nearer to the teacher on the held-out samples (of the fit; the student has seen them).
+    None of other targets.
     """
 
     student: nn.Module
     history: dict[str, list] = field(repr=False)
+    solver: Solver | None = None
 
 
 @torch.inference_mode(False)  # which enables gradients too: a caller's no_grad and inference_mode do not count
 def straighten(
     student: nn.Module | None,
     velocity: Velocity,
-    schedule: Schedule,
+    schedule: Schedule | Solver,
     *,
     noise: Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor],
     iterations: int,
     batch: int = 128,
     bank: int = 1024,
     refresh: int | None = None,
-    u: str = "start",
-    loss: str = "l2",
+    target: str = "boss",
+    t_sampling: TSampling | None = None,
+    loss: Loss = "l2",
     huber_c: float = 0.03,
-    weight: Sequence[float] | Tensor | None = None,
+    weighting: Sequence[float] | Tensor | str | None = None,
+    rollout_every: int = 50,
     init: str | Mapping[str, Tensor] | None = None,
     lr: float = 2e-4,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
@@ -76,27 +84,36 @@ def straighten(
     resume: bool = True,
     progress: bool = True,
 ) -> Straightened:
-    """Fine-tune `student` so that on every interval of `schedule` it is the teacher's straight line.
+    """Fine-tune `student` so that on every interval of `schedule` it is the teacher's straight line, or has another
+    `target`.
 
     On an interval `[t_a, t_b]` with teacher states x_a, x_b: input `x = (1-u) x_a + u x_b` at
     `t = t_a + u (t_b - t_a)`, target `(x_b - x_a) / (t_b - t_a)`. Intervals and samples are drawn uniformly. The
-    teacher's trajectories are rolled out on the schedule's fine grid, in memory; only the N+1 knots are kept.
+    teacher's trajectories are rolled out on the schedule's fine grid, in memory; only the knots are kept.
 
     Args:
         student: the network to train, in place; None trains a copy of the teacher (its conditional field, if guided).
             It may be compiled, or in DataParallel or DistributedDataParallel: files and copies are of what they wrap,
             as is what `ema` returns.
         velocity: the teacher; `VelocityField`, any callable `velocity(x, t)`, or a `FusedSampler`.
-        schedule: from `calibrate`; its grid is the teacher's. It may begin later than a `grid` that is given.
+        schedule: from `calibrate`; its grid is the teacher's. It may begin later than a `grid` that is given. For
+            target="solver" a Solver, such as `fk.fit_solver(velocity, cal, 4)`, with `grid`.
         noise: the states at the grid's first time: a tensor `[bank, *shape]` (a fixed bank of that many samples), a
             shape (standard normal noise of it), or a function `(n, generator) -> [n, *shape]`, the generator on the
             CPU. Per-sample conditioning of a `VelocityField` needs a tensor of as many samples.
         iterations: optimiser steps in all; a resumed run counts those before.
         batch: samples an iteration. bank: trajectories kept, where `noise` is not a tensor.
         refresh: iterations after which the bank is rolled out anew from fresh noise; None never.
-        u: "start", u = 0, BOSS as published; or "uniform", u in [0, 1], piecewise reflow.
-        loss: "l2" or "huber" (pseudo-Huber with constant `huber_c`); see `fk.straighten_loss`.
-        weight: a factor on the loss of each interval, N numbers; None weighs all alike.
+        target: what is learned, as `fk.StraightenLoss` has it: "boss", the intervals of the schedule; "reflow", the one
+            from its first knot to its last; "distill", that in one step; "solver", the steps of a Solver on the
+            student's own states, beside the teacher's.
+        t_sampling: the distribution of u: "start", u = 0, BOSS as published; "uniform", piecewise reflow; "u_shaped";
+            "ten"; or a function. None takes the target's own. loss, huber_c: "l2", "huber", "huber_per_element",
+            "cauchy" or a function, and the constant. weighting: a factor on the loss of each interval,
+            "per_sample_normalised", or None. See `fk.StraightenLoss`. A resumed run cannot tell one function from
+            another.
+        rollout_every: of target="solver", iterations after which the student's own samples are taken anew: N - 1
+            evaluations of the bank without gradients.
         init: what the student starts from: "teacher" its weights, "keep" the student's own, or a state dict, such as
             EMA weights. None: the teacher's where it has any, else the student's own.
         lr: peak learning rate.
@@ -122,13 +139,13 @@ def straighten(
     caller's `no_grad` and `inference_mode` do not count; in `torch.autocast` both networks compute in its dtype.
 
     Returns:
-        Straightened(student, history).
+        Straightened(student, history, solver).
 
     Raises:
         TypeError, ValueError: naming the argument, before any work is done; for NaN or Inf in the loss, the iteration.
 
-    Source: BOSS (arXiv 2312.16414), straightening stage; `u="uniform"` is piecewise rectified flow, and on the one
-    interval [0, 1] rectified flow (arXiv 2209.03003).
+    Source: BOSS (arXiv 2312.16414), straightening stage; `t_sampling="uniform"` is piecewise rectified flow, and
+    `target="reflow"` rectified flow (arXiv 2209.03003). Those of the other settings are in `fk.StraightenLoss`.
 
     Examples:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.SiLU(), torch.nn.Linear(8, 2))
@@ -145,10 +162,12 @@ def straighten(
         batch=batch,
         bank=bank,
         refresh=refresh,
-        u=u,
+        target=target,
+        t_sampling=t_sampling,
         loss=loss,
         huber_c=huber_c,
-        weight=weight,
+        weighting=weighting,
+        rollout_every=rollout_every,
         lr=lr,
         optimizer=optimizer,
         warmup=warmup,
@@ -162,6 +181,7 @@ def straighten(
         resume=resume,
         progress=progress,
     )
+    objective = settings.objective
     teacher = resolve(velocity)
     velocity = as_given(teacher.unfused())
     expect_no_wrapped_field(velocity, "velocity")
@@ -173,7 +193,7 @@ def straighten(
     parameters = trained_parameters(student)
     trajectories = Bank(
         teacher,
-        schedule.times,
+        objective.times,
         settings.grid,
         settings.indices,
         noise=noise,
@@ -182,6 +202,8 @@ def straighten(
         device=parameters[0].device,
         progress=settings.progress,
     )
+    if objective.needs_roll_out:
+        expect(trajectories.size >= 2, "bank", "at least 2 samples, to fit the solver on", trajectories.size)
     opt = own_optimizer(optimizer, parameters, settings.lr)
     known = identity(velocity)
     setting = settings.identity() | {
@@ -200,13 +222,17 @@ def straighten(
     state = State(student, opt, trajectories, setting, ema=settings.ema, seed=settings.seed)
     if saved is not None:
         state.load(saved, settings.checkpoint)
-    if state.iteration < settings.iterations:
+    if state.iteration < settings.iterations or objective.needs_roll_out:
         _fill(trajectories, state, settings, saved)
+    if saved is not None and objective.needs_roll_out:
+        state.roll_out_again(objective)
     if saved is not None:
         state.load_random_states(saved)
-    weight = None if settings.weight is None else settings.weight.to(state.bank.times.device)
-    train(state, StraightLine(settings.u, settings.loss, settings.huber_c, weight), settings)
-    return Straightened(state.result(), state.history)
+    train(state, settings)
+    trained, solver = state.result(), None
+    if objective.needs_roll_out:
+        solver = refit_solver(trained, objective.solver, trajectories.states, trajectories.batch)
+    return Straightened(trained, state.history, solver)
 
 
 def _fill(bank: Bank, state: State, settings: Settings, saved: Mapping[str, Any] | None) -> None:
@@ -217,5 +243,7 @@ def _fill(bank: Bank, state: State, settings: Settings, saved: Mapping[str, Any]
         expect(bank.drawn == saved["bank_noise"], "noise", expected, "other values (resume=False starts anew)")
     if settings.checkpoint is not None:
         expect_storable(state.contents())
-    try_student(state.student, initial_state(noise), bank.times, bank.batch)
+    objective = settings.objective
+    own_loss = None if isinstance(objective.loss, str) else objective.each
+    try_student(state.student, initial_state(noise), bank.times, bank.batch, own_loss)
     bank.roll_out(noise)

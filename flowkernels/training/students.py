@@ -1,7 +1,7 @@
 """Students: made, given the weights that they start from, evaluated and tried."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +102,11 @@ def student_velocity(student: nn.Module, x: Tensor, t: Tensor, sample: Tensor, n
     return v.to(x.dtype) if torch.float64 in (v.dtype, x.dtype) else v
 
 
-def try_student(student: nn.Module, noise: Tensor, times: Tensor, batch: int) -> None:
-    """A forward and backward pass of a copy, before the work of a bank; the caller's generators stay as they are."""
+def try_student(student: nn.Module, noise: Tensor, times: Tensor, batch: int, loss: Callable | None = None) -> None:
+    """A forward and backward pass of a copy, before the work of a bank; the caller's generators stay as they are.
+
+    loss: (velocities, targets) -> `[B]`, where it is to be tried too; states stand for the targets.
+    """
     try:
         net = copied(student).train()
     except ValueError:  # not needed without an average
@@ -111,9 +114,11 @@ def try_student(student: nn.Module, noise: Tensor, times: Tensor, batch: int) ->
     devices = [noise.device] if noise.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         sample = torch.arange(batch, dtype=torch.int64, device=noise.device) % len(noise)
-        v = student_velocity(net, noise[sample], times[:1].expand(batch), sample, len(noise))
+        x = noise[sample]
+        v = student_velocity(net, x, times[:1].expand(batch), sample, len(noise))
         expect(v.requires_grad, "student", "a velocity with a gradient in its weights", "one without")
+        tried = v.float().square() if loss is None else loss(v.to(x.dtype), x)
         try:
-            v.float().square().mean().backward()
+            tried.mean().backward()
         except RuntimeError as e:
             raise ValueError(f"student: expected a velocity that can be differentiated, got RuntimeError: {e}") from e

@@ -83,8 +83,8 @@ def test_tensors_that_are_elsewhere_are_refused(gpu):
         op.euler_step(v.to(gpu), v, 0.5, None, 1.0, None)
 
 
-@pytest.mark.parametrize("u", ["start", "uniform"])
-def test_a_resumed_run_draws_the_same(u, gpu, tmp_path, monkeypatch):
+@pytest.mark.parametrize("t_sampling", ["start", "uniform"])
+def test_a_resumed_run_draws_the_same(t_sampling, gpu, tmp_path, monkeypatch):
     """Batches are drawn on the GPU, from seeds of the generator whose state a checkpoint has."""
 
     class Stopped(Exception):
@@ -97,7 +97,7 @@ def test_a_resumed_run_draws_the_same(u, gpu, tmp_path, monkeypatch):
     def run(path):
         more = dict(noise=(4,), grid=6, bank=24, batch=8, log_every=1, progress=False, decay="none")
         more |= dict(iterations=6, checkpoint=path, checkpoint_every=3)
-        return fk.straighten(net(), net(), fk.Schedule.uniform(3), u=u, **more)
+        return fk.straighten(net(), net(), fk.Schedule.uniform(3), t_sampling=t_sampling, **more)
 
     def save_and_stop(*args, save=State.save, **kwargs):
         save(*args, **kwargs)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flowkernels.ops.samples import Sample, arrange, generator
 from flowkernels.ops.segment_points import segment_points
 from flowkernels.ops.segment_points.samples import places
-from flowkernels.ops.straighten_loss import StraightenLoss, reference, straighten_loss
+from flowkernels.ops.straighten_loss import StraightenLosses, reference, straighten_loss
 from flowkernels.ops.straighten_loss.samples import error_and_bound, gradient_error_and_bound, sample_inputs
 from flowkernels.runtime.backends import BACKENDS, backend
 
@@ -222,7 +222,7 @@ def test_nan_and_inf_propagate(where, value, loss, name):
     c = 0.0 if loss == "l2" else 0.03
     with backend(name):
         got, gradient = with_gradient((v, bank, h, i, s), weight=weight, loss=loss)
-    expected = StraightenLoss(*reference.straighten_loss(v, bank, h, i, s, weight, c))
+    expected = StraightenLosses(*reference.straighten_loss(v, bank, h, i, s, weight, c))
     torch.testing.assert_close(tuple(got), tuple(expected), equal_nan=True)
     torch.testing.assert_close(gradient, reference.gradient(v, bank, h, i, s, weight, c), equal_nan=True)
     assert got.per_sample[0].isfinite()

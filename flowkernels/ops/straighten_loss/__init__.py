@@ -26,7 +26,7 @@ from flowkernels.ops.straighten_loss import reference
 from flowkernels.runtime.torch_private import DelayedError, graph_is_kept
 
 
-class StraightenLoss(NamedTuple):
+class StraightenLosses(NamedTuple):
     """loss: mean over samples of weight * loss, differentiable in v. per_sample: `[B]`, unweighted. per_interval:
     `[N]`, the mean of its samples' losses, NaN where none was drawn. All in the bank's dtype."""
 
@@ -45,7 +45,7 @@ def straighten_loss(
     weight: Tensor | None = None,
     loss: str = "l2",
     huber_c: float = 0.03,
-) -> StraightenLoss:
+) -> StraightenLosses:
     """How far a student's velocities are from the straight line between the teacher's states at two knots.
 
     With `x_a = bank[i, s]`, `x_b = bank[i+1, s]` and `e = v - (x_b - x_a) / h_i`, the loss of a sample is `|e|^2 / D`,
@@ -65,7 +65,7 @@ def straighten_loss(
     Inside torch.func's transforms and forward-mode differentiation it runs as plain torch.
 
     Returns:
-        StraightenLoss(loss, per_sample, per_interval); only `loss` has a gradient, and only in v.
+        StraightenLosses(loss, per_sample, per_interval); only `loss` has a gradient, and only in v.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; for an index outside the bank also
@@ -102,13 +102,13 @@ def straighten_loss(
     if is_transformed():
         if not (is_batched(interval) or is_batched(sample)):  # whose values cannot be looked at
             refuse_place(expect_places(interval, sample, bank), bank, interval, sample)
-        return StraightenLoss(*reference.straighten_loss(v, bank, step_sizes, interval, sample, weight, c))
+        return StraightenLosses(*reference.straighten_loss(v, bank, step_sizes, interval, sample, weight, c))
     args = (v, bank, step_sizes, interval, sample, weight, c)
     gradient = torch.is_grad_enabled() and v.requires_grad
     if (way := direct("straighten_loss", *args[:-1], gradient=True)) is not None:
         mean, others = _Direct.apply(*way, *args) if gradient else directly(*way, *args, False)[:2]
-        return StraightenLoss(mean, *others.split([len(v), len(bank) - 1]))
-    return StraightenLoss(*dispatch("straighten_loss", *args, gradient)[:3])
+        return StraightenLosses(mean, *others.split([len(v), len(bank) - 1]))
+    return StraightenLosses(*dispatch("straighten_loss", *args, gradient)[:3])
 
 
 def _expect_vector(t, name: str, length: int, v: Tensor) -> None:

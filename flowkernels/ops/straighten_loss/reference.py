@@ -4,10 +4,15 @@ import torch
 from torch import Tensor
 
 
+def secants(bank: Tensor, step_sizes: Tensor, interval: Tensor, sample: Tensor) -> Tensor:
+    """`(x_b - x_a) / h`, `[B, *shape]`, in the bank's dtype."""
+    h = step_sizes.to(bank.dtype)[interval].view(-1, *[1] * (bank.dim() - 2))
+    return (bank[interval + 1, sample] - bank[interval, sample]) / h
+
+
 def errors(v: Tensor, bank: Tensor, step_sizes: Tensor, interval: Tensor, sample: Tensor) -> Tensor:
     """`v - (x_b - x_a) / h`, in the bank's dtype."""
-    h = step_sizes.to(bank.dtype)[interval].view(-1, *[1] * (v.dim() - 1))
-    return v.to(bank.dtype) - (bank[interval + 1, sample] - bank[interval, sample]) / h
+    return v.to(bank.dtype) - secants(bank, step_sizes, interval, sample)
 
 
 def per_sample(error: Tensor, huber_c: float) -> Tensor:
@@ -27,9 +32,14 @@ def straighten_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(mean weighted loss, loss per sample `[B]`, mean loss per interval `[N]`); differentiable by torch."""
     each = per_sample(errors(v, bank, step_sizes, interval, sample), huber_c)
+    return means(each, weight, interval, len(bank) - 1)
+
+
+def means(each: Tensor, weight: Tensor | None, interval: Tensor, intervals: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the samples' losses `[B]`: (their weighted mean, they, their means by interval)."""
     loss = (each if weight is None else weight.to(each.dtype) * each).mean()
-    sums = each.new_zeros(len(bank) - 1).index_add(0, interval, each)
-    counts = each.new_zeros(len(bank) - 1).index_add(0, interval, torch.ones_like(each))
+    sums = each.new_zeros(intervals).index_add(0, interval, each)
+    counts = each.new_zeros(intervals).index_add(0, interval, torch.ones_like(each))
     return loss, each, sums / counts
 
 

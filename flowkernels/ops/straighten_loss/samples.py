@@ -21,7 +21,7 @@ from flowkernels.ops.samples import (
     step,
 )
 from flowkernels.ops.segment_points.samples import places, used
-from flowkernels.ops.straighten_loss import StraightenLoss, reference
+from flowkernels.ops.straighten_loss import StraightenLosses, reference
 
 
 def sample_inputs() -> Iterator[Sample]:
@@ -68,7 +68,7 @@ def from_op(args: tuple) -> Sample:
     return Sample("from_op", (v.detach().requires_grad_(gradient), bank, step_sizes, interval, s), kwargs)
 
 
-def parts(sample: Sample, got: StraightenLoss) -> Iterator[tuple[Sample, StraightenLoss]]:
+def parts(sample: Sample, got: StraightenLosses) -> Iterator[tuple[Sample, StraightenLosses]]:
     """The whole, with the part of the bank that is used."""
     v, bank, h, interval, s = sample.args
     smaller, where = used(bank, s)
@@ -95,7 +95,7 @@ def _truth(sample: Sample) -> tuple[tuple, Tensor, Tensor]:
     return args, terms, 10 * size + of_products(terms[:1].numel()) + 6
 
 
-def error_and_bound(sample: Sample, got: StraightenLoss) -> tuple[float, float]:
+def error_and_bound(sample: Sample, got: StraightenLosses) -> tuple[float, float]:
     """The relative error of a loss against twice its digits and what is allowed.
 
     Allowed are the roundings of the sample's loss (`_truth`), and in the means over samples those of the worst of them,
