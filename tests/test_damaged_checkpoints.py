@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from flowkernels.training.checkpoint import SINCE_2
 from flowkernels.velocity.hashes import tensors_hash
 
-SETTINGS = dict(checkpoint_every=5, refresh=7, u="uniform")
+SETTINGS = dict(checkpoint_every=5, refresh=7, t_sampling="uniform")
 LIKE = {  # another value of each type
     int: [-1, 0, 7, 2**40, 1.5, "5", None],
     float: [math.nan, 1, "1.0", None, [1.0]],

@@ -35,7 +35,7 @@ from flowkernels._checks import (
     one_of,
 )
 from flowkernels.ops.linear_update import linear_update
-from flowkernels.ops.segment_points import segment_points
+from flowkernels.ops.segment_points import expect_bank, segment_points
 from flowkernels.ops.straighten_loss import StraightenLosses, straighten_loss
 from flowkernels.ops.straighten_loss.reference import means, secants
 from flowkernels.sampling.teacher import Teacher
@@ -345,6 +345,7 @@ class StraightenLoss(nn.Module):
         whole = isinstance(batch, tuple) and len(batch) == 3
         expect(whole, "batch", "a BankBatch, (states, interval, sample)", batch, TypeError)
         self._expect_states(student, batch[0])
+        expect_bank(*batch)
         return BankBatch(*batch)
 
     def _expect_states(self, student, states) -> None:
