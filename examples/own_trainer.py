@@ -1,10 +1,10 @@
-"""Straightening inside a trainer's loop of one's own: two ops in place of the data set and the loss.
+"""Straightening inside a trainer's loop of one's own: a bank of states for the data set, and a module for the loss.
 
     python examples/own_trainer.py
+    python examples/own_trainer.py --t-sampling uniform --loss huber
 
-`fk.segment_points` gathers the network's inputs from a bank of the teacher's trajectories, `fk.straighten_loss` is the
-loss with its gradient, and no target is materialised. Everything else, the optimiser, mixed precision, logging, stays
-the trainer's.
+`fk.StraightenLoss` gathers the network's inputs from the bank, evaluates it once and is the loss, whose targets are
+not materialised. Everything else, the optimiser, mixed precision, logging, stays the trainer's.
 """
 
 import argparse
@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--steps", type=int, default=4, help="evaluations of the sampler")
     parser.add_argument("--grid", type=int, default=100, help="fine steps of the teacher")
+    parser.add_argument("--t-sampling", default="start", help="start is BOSS as published, uniform piecewise reflow")
+    parser.add_argument("--loss", default="l2")
     args = parser.parse_args(argv)
     if args.iterations < 1:
         parser.error(f"--iterations: expected 1 or more, got {args.iterations}")
@@ -34,16 +36,15 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     # the teacher's states at the schedule's knots, [N + 1, n, *shape]
     trajectory = fk.rollout(teacher, noise, args.grid)
     knots = torch.searchsorted(trajectory.times, schedule.times - 1e-9)
-    bank, step_sizes, times = trajectory.x[knots], schedule.times.diff().float(), schedule.times.float()
+    bank = trajectory.x[knots]
+    objective = fk.StraightenLoss(schedule, t_sampling=args.t_sampling, loss=args.loss)
 
     student = copy.deepcopy(teacher).train()
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
     losses = []
     for _ in range(args.iterations):
-        interval, sample = torch.randint(args.steps, (128,)), torch.randint(len(noise), (128,))
-        x = fk.segment_points(bank, interval, sample)  # the interval's first state: BOSS as published
-        v = student(x, times[interval])
-        loss = fk.straighten_loss(v, bank, step_sizes, interval, sample).loss
+        batch = fk.BankBatch(bank, torch.randint(args.steps, (128,)), torch.randint(len(noise), (128,)))
+        loss = objective(student, batch).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
