@@ -301,11 +301,11 @@ def test_the_loss_of_a_solver_in_float64(loss):
     for row, answer, k, s, each in zip(*seen[0], interval, sample, found.per_sample, strict=True):
         is_own = (row - x[k][s]).abs().max() < 1e-5
         assert is_own or (row - states[k, s]).abs().max() < 1e-6
-        own += bool(is_own)
+        own += bool(is_own and k > 0)  # of the first knots all are both
         past = sum((b[k, i] * v[i][s] for i in range(k)), states[0, s].double())
         goal = (states[k + 1, s].double() - past) / b[k, k]
         assert each.item() == pytest.approx(per_sample(loss, answer - goal, 0.3), rel=1e-4)
-    assert 30 < own < 60  # of the first knots all are both
+    assert 3 <= own <= 20  # a quarter of 40
     means = [found.per_sample[interval == i].mean() for i in range(3)]
     torch.testing.assert_close(found.per_interval, torch.stack(means))
 

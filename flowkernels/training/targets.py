@@ -48,7 +48,7 @@ from flowkernels.training.t_sampling import START, T_SAMPLINGS
 
 NORMALISED = "per_sample_normalised"
 LEAST = 1e-12  # that a sample's loss is divided by
-OWN = 0.75  # of the examples of "solver" are on the student's own states, the others on the teacher's
+OWN = 0.25  # of the examples of "solver" are on the student's own states, the others on the teacher's
 
 TSampling = str | Callable[[int, torch.Generator], Tensor]
 Loss = str | Callable[[Tensor, Tensor], Tensor]
