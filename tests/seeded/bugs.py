@@ -645,9 +645,16 @@ PYTHON = {
         Bug(
             "time of a point",
             "points of an interval are trained at the time of its begin",
-            "t = t + u * bank.step_sizes[interval]",
-            "t = t + 0 * u * bank.step_sizes[interval]",
+            "t = t + u * step_sizes[interval]",
+            "t = t + 0 * u * step_sizes[interval]",
             "tests/test_straighten.py",
+        ),
+        Bug(
+            "row of a solver",
+            "the target of a step on a solver is formed with the row of the one before",
+            "linear_update(start, v, b[k][:k])",
+            "linear_update(start, v, b[k - 1][:k])",
+            "tests/test_straighten.py -k solver",
         ),
     ],
     "flowkernels/training/state.py": [
@@ -656,6 +663,13 @@ PYTHON = {
             "a resumed run draws another bank",
             'self.generator.set_state(saved["bank_rng"])',
             'self.generator.set_state(saved["rng"])',
+            "tests/test_straighten.py -k resum",
+        ),
+        Bug(
+            "samples of a student",
+            "a resumed run takes its student's own samples with other weights",
+            "load_weights(self.student, self.rolled_out)",
+            "pass",
             "tests/test_straighten.py -k resum",
         ),
     ],
