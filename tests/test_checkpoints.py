@@ -124,7 +124,8 @@ def write_shards(content, path):
     keys, where = list(content), {}
     for i, part in enumerate((keys[::2], keys[1::2])):
         file = f"model-0000{i + 1}-of-00002.safetensors"
-        save_file({k: content[k].clone() for k in part}, path / file)
+        others = {k: torch.zeros_like(content[k]) for k in keys if k not in part}  # which the index has elsewhere
+        save_file(others | {k: content[k].clone() for k in part} | {"unlisted": torch.ones(1)}, path / file)
         where |= dict.fromkeys(part, file)
     index = path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))

@@ -166,9 +166,10 @@ def _shards(index: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     for file, path in files.items():
         content, _ = _file(path, name)
         expect(isinstance(content, dict), name, "shards of names and tensors", f"something else in {path}")
-        lost = [key for key, of in where.items() if of == file and key not in content]
+        here = [key for key, of in where.items() if of == file]
+        lost = [key for key in here if key not in content]
         expect(not lost, name, f"all of {index}", f"{file} without {len(lost)} of its weights ({_few(lost)})")
-        state |= content
+        state |= {key: content[key] for key in here}  # what the index has elsewhere may be here too, of before
     return state, {}
 
 
