@@ -104,6 +104,10 @@ def fits(velocity, cal):
     return fk.fit_solver(velocity, cal, 2, noise=NOISE.to(next(velocity.parameters()).dtype))
 
 
+def holding(weight):
+    return lambda cond, uncond, t: uncond + weight * (cond - uncond)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -113,8 +117,9 @@ def fits(velocity, cal):
         (dict(shared=("y",)), r"another.*\(shared \[\], now \['y'\]\)"),
         (dict(conditioning={"y": torch.ones(1, 1), "z": 1}), r"another.*\(conditioning 'z'"),
         (dict(conditioning={"y": object()}), r"another.*\(conditioning 'y' \(unknown\)"),
+        (dict(guidance=holding(3.0)), r"another.*guidance \(unknown\)"),
     ],
-    ids=["conditioning", "unconditional", "guidance", "shared", "another name", "unknown"],
+    ids=["conditioning", "unconditional", "guidance", "shared", "another name", "unknown", "unknown guidance"],
 )
 def test_conditioning_and_guidance_are_compared(settings, message, tmp_path):
     cal = calibrated(field())
@@ -124,6 +129,10 @@ def test_conditioning_and_guidance_are_compared(settings, message, tmp_path):
         fk.Calibration.load(tmp_path / "a.json", field())
     with pytest.warns(UserWarning, match=message):
         fk.Calibration.load(tmp_path / "a.json", field(**settings))
+    if callable(settings.get("guidance")):  # of either side
+        calibrated(field(**settings)).save(tmp_path / "a.json")
+        with pytest.warns(UserWarning, match=message):
+            fk.Calibration.load(tmp_path / "a.json", field(**settings))
 
 
 def wrapped_inside():

@@ -1,6 +1,7 @@
 """Calibrations that are interrupted and go on from their file, and those of parts of the noise, merged."""
 
 import contextlib
+import functools
 import warnings
 
 import pytest
@@ -98,7 +99,17 @@ def begun(path, net=None, **settings):
     settings = dict(grid=6, steps=[2], chunk=2, progress=False) | settings
     net = Net() if net is None else net
     noise = settings.pop("noise", normal(6, 4, dtype=torch.float64))
-    return fk.calibrate(net, noise, checkpoint=path, **settings)
+    with settings.pop("within", contextlib.nullcontext()):
+        return fk.calibrate(net, noise, checkpoint=path, **settings)
+
+
+def weighted(weight, cond, uncond, t):
+    return cond
+
+
+class Labelled(Net):
+    def forward(self, x, t, y):
+        return super().forward(x, t)
 
 
 def other_weights():
@@ -118,6 +129,7 @@ def other_weights():
         (dict(keep_bytes=0), "kept = 0"),
         (dict(max_regret=0.1), "max_regret = 0.1"),
         (dict(net=other_weights()), "parameters_sha256"),
+        (dict(within=torch.autocast("cpu", torch.bfloat16)), "autocast = 'torch.bfloat16'"),
         (dict(net=fk.VelocityField(Net(), time_scale=1000.0)), "convention"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -147,6 +159,14 @@ def test_what_has_no_hash_and_what_was_edited_is_said(tmp_path):
     begun(tmp_path / "f", lambda x, t: -x)
     with pytest.warns(UserWarning, match="checkpoint: expected the velocity that .* got one that has no hash"):
         begun(tmp_path / "f", lambda x, t: -x)
+    one = dict(
+        conditioning={"y": 1}, packed=False, unconditional={"y": 0}, guidance=functools.partial(weighted, object())
+    )
+    for missing, settings in (("guidance", {}), ("conditioning.y, guidance", dict(conditioning={"y": object()}))):
+        begun(path := tmp_path / missing, fk.VelocityField(Labelled(), **one | settings))
+        with pytest.warns(UserWarning, match=f"got one with no hash of {missing}$") as told:
+            begun(path, fk.VelocityField(Labelled(), **one | settings))
+        assert told[0].filename == __file__
     begun(tmp_path / "n")
     net = Net()
     net.scale = 2.0
@@ -219,6 +239,10 @@ def small(seed=0, net=None, **settings):
     return fk.calibrate(net or Net(), normal(4, 4, seed=seed, dtype=torch.float64), progress=False, **settings)
 
 
+def merged(*seeds):
+    return fk.Calibration.merge([small(seed) for seed in seeds])
+
+
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
@@ -227,6 +251,7 @@ def small(seed=0, net=None, **settings):
         (lambda: [small(grid=10), small(1, grid=12)], "the same K in all"),
         (lambda: [small(grid=2, steps=2), small(1, grid=[0, 0.3, 1], steps=2)], "one grid"),
         (lambda: [small(), small(1), small()], "other noise in each, got numbers 0 and 2"),
+        (lambda: [merged(0, 1), small(2), merged(3, 1)], "other noise in each, got numbers 0 and 2"),
         (lambda: [small(), small(1, other_weights())], "the same parameters_sha256"),
         (lambda: [small(), small(1, fk.VelocityField(Net(), time_scale=2.0))], "the same convention"),
         (lambda: [small(forced_knots=[0.5], steps=2), small(1, steps=2)], "the same forced knots"),

@@ -213,6 +213,10 @@ def test_a_calibration_serves_what_it_holds():
     pickled = pickle.loads(pickle.dumps(scheduler))
     copies = [scheduler, copy.deepcopy(scheduler), type(scheduler).from_config(saved), pickled]
     copies += [type(scheduler).from_config(scheduler.config), solver_scheduler(cal, like=scheduler)]
+    shifted = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    shifted.set_shift(3.0)  # which leaves its config as it was
+    assert {s.config.shift for s in (solver_scheduler(cal, like=shifted), made(cal, shift=3.0))} == {3.0}
+    assert solver_scheduler(cal, like=made(cal, shift=3.0)).config.shift == 3.0
     steps = [2, 3, 4, 2, 3, 4]
 
     def request(scheduler, n, seed):

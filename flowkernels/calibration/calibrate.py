@@ -93,8 +93,9 @@ def calibrate(
             is written after the first chunk, then as often as takes 5 % of the time at most, and when the work is
             interrupted by an error or Ctrl-C; it stays when all is done.
         resume: go on from `checkpoint` if it exists: the result is that of an uninterrupted run, bit for bit where the
-            network gives the same twice. One of another velocity, noise, grid or chunk raises; an edited network of
-            equal weights, and a plain function, which has no hash, warn. False starts anew.
+            network gives the same twice. One of another velocity, noise, grid, chunk or autocast raises; an edited
+            network of equal weights, and what has no hash (a plain function, guidance by one that holds values), warn.
+            False starts anew.
         progress: show a progress bar.
         seed: the seed that `noise` was made with, for the provenance.
 
@@ -147,6 +148,8 @@ def calibrate(
     setting |= {"times": times, "chunk": chunk, "kept": rolled_out.most, "max_regret": max_regret}
     setting |= {} if max_regret is None else {"steps": wanted, "forced_knots": forced_knots}  # when it stops
     setting |= {"fused": teacher.fused is not None and str(teacher.fused.weights)}
+    if torch.is_autocast_enabled(noise.device.type):  # files of before are without it
+        setting |= {"autocast": str(torch.get_autocast_dtype(noise.device.type))}
     done = Progress(path, setting, provenance["attributes_sha256"])
     if resume and path is not None and path.exists():
         rolled_out.restore(done.load(samples, rolled_out.x))

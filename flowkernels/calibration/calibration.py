@@ -362,7 +362,7 @@ OF_ROWS = ("conditioning", "unconditional")  # hashes, of each part's own rows p
 def _merged_provenance(parts: list[dict]) -> dict:
     """What they share, their sum, and what each has of its own, as "parts". ValueError where they are not of one
     velocity, or two of the same noise."""
-    found, noises = dict(parts[0]), [p.get("noise_sha256") for p in parts]
+    found, noises = dict(parts[0]), [_noises(p) for p in parts]
     for key in sorted(set().union(*parts) - {*OF_A_PART, *OF_ROWS}):
         values = [p.get(key) for p in parts]
         if key == "attributes_sha256":  # None where it counts its calls, say
@@ -375,8 +375,8 @@ def _merged_provenance(parts: list[dict]) -> dict:
         found[key] = values[0] if len(values) == len(parts) else None
     for i, noise in enumerate(noises):
         expect_int(parts[i].get("n"), "calibrations", "numbers of samples in provenance['n']", 1)
-        same = noise is not None and noise in noises[:i]
-        expect(not same, "calibrations", "other noise in each", f"numbers {noises.index(noise)} and {i} of the same")
+        same = [j for j in range(i) if noise & noises[j]]
+        expect(not same, "calibrations", "other noise in each", f"numbers {min(same, default=i)} and {i} of the same")
     for key in OF_ROWS:
         hashes = [p.get(key) or {} for p in parts]
         found[key] = {name: h if all(of.get(name) == h for of in hashes) else None for name, h in hashes[0].items()}
@@ -384,6 +384,12 @@ def _merged_provenance(parts: list[dict]) -> dict:
     found = {key: value for key, value in found.items() if key not in OF_A_PART}
     found |= {key: parts[0][key] for key in ("versions", "unknown") if key in parts[0]}
     return found | {"n": sum(p["n"] for p in parts), "seed": None, "noise_sha256": None, "parts": own}
+
+
+def _noises(provenance: dict) -> set[str]:
+    """The hashes of its noise, of a merged one those of its parts."""
+    own = {provenance.get("noise_sha256")} - {None}
+    return own.union(*map(_noises, provenance.get("parts", ())))
 
 
 def _joined_trajectories(parts: list[Calibration]) -> Trajectory | None:

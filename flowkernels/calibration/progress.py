@@ -142,9 +142,11 @@ class Progress:
                     shape = [length, rows, *states.shape[2:]]
                     expect(list(t.shape) == shape, name, f"shape {shape}", t)
                 self._kept = found
-        if self.attributes is None or about.get("attributes") != self.attributes:
-            why = "other attributes of its modules" if self.attributes else "one that has no hash"
-            warn(f"checkpoint: expected the velocity that {self.path} was made with, got {why}", stacklevel=3)
+        unknown = sorted(self.setting.get("unknown", ()))
+        if self.attributes is None or unknown or about.get("attributes") != self.attributes:
+            why = f"one with no hash of {', '.join(unknown)}" if unknown else "other attributes of its modules"
+            why = why if self.attributes else "one that has no hash"
+            warn(f"checkpoint: expected the velocity that {self.path} was made with, got {why}", stacklevel=4)
         return self._kept
 
     def _expect_setting(self, there: Mapping[str, Any]) -> None:

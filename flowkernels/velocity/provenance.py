@@ -70,6 +70,8 @@ class Identity:
             if isinstance(then, Mapping):
                 keys = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k) or then[k] is None)
                 found += [f"{name} {k!r}{'' if then.get(k) and now.get(k) else ' (unknown)'}" for k in keys]
+        if "guidance" in self.unknown or (isinstance(said, Mapping) and "guidance" in said):
+            found.append("guidance (unknown)")
         shared = recorded.get("shared")
         if isinstance(shared, list) and shared != list(self.shared):
             found.append(f"shared {shared}, now {list(self.shared)}")

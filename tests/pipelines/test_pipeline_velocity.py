@@ -374,6 +374,29 @@ def test_arguments_of_a_velocity_are_checked():
         v(torch.zeros(3, 2, 4), torch.tensor(1.25))
 
 
+FLOW_MODE = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+
+
+@pytest.mark.parametrize(
+    "stock",
+    [
+        diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),  # has each time twice
+        diffusers.DEISMultistepScheduler(**FLOW_MODE),  # ends at its last time but one
+        diffusers.SASolverScheduler(**FLOW_MODE),
+    ],
+    ids=lambda stock: type(stock).__name__,
+)
+def test_stock_schedulers_that_are_not_euler(stock):
+    pipe, call = made("sd3"), tiny.FAMILIES["sd3"].call()
+    pipe.scheduler = stock
+    v = pipeline_velocity(pipe, **call)
+    times, x, t = v.grid(5), v.noise(2), torch.tensor(0.3)
+    stock.set_timesteps(5)
+    levels = sorted({*stock.sigmas.tolist(), 0.0}, reverse=True)
+    assert (1 - times).tolist() == pytest.approx(levels, abs=1e-12)
+    assert torch.equal(v(x, t), pipeline_velocity(made("sd3"), **call)(x, t))
+
+
 def test_schedulers_that_round_their_times_have_a_grid_that_is_not_rounded():
     pipe = tiny.FAMILIES["wan21"].make()
     v = pipeline_velocity(pipe, **tiny.FAMILIES["wan21"].call())
@@ -423,6 +446,8 @@ def test_a_calibration_knows_the_pipeline_that_it_is_for(tmp_path):
     expected = dict(pipeline="WanPipeline", latent_shape=[4, 2, 2, 2], height=16, num_frames=5, boundary_ratio=0.875)
     assert kept.items() >= expected.items()
     assert kept["guidance"] == dict(guidance_scale=4.0, guidance_scale_2=3.0)
+    compiled = copy.copy(pipe)
+    compiled.transformer = torch.compile(pipe.transformer, backend="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cal = fk.Calibration.load(tmp_path / "wan.boss.json", v)
@@ -430,6 +455,8 @@ def test_a_calibration_knows_the_pipeline_that_it_is_for(tmp_path):
         other = pipeline_velocity(pipe, **family.call(["a", "b", "c"]))  # other prompts are what it is for
         fk.sample(other, v.noise(3), cal.best(4))
         fk.Calibration.load(tmp_path / "wan.boss.json", other)
+        with torch.compiler.set_stance("force_eager"):
+            fk.Calibration.load(tmp_path / "wan.boss.json", pipeline_velocity(compiled, **family.call()))
         other_part = fk.calibrate(other, other.noise(4), grid=v.grid(8), steps=[2, 4], progress=False)
     merged = fk.Calibration.merge([cal, other_part]).provenance["pipeline"]
     assert merged.items() >= expected.items()
@@ -444,3 +471,7 @@ def test_a_calibration_knows_the_pipeline_that_it_is_for(tmp_path):
             fk.sample(other, other.noise(1), plan)
     with pytest.warns(UserWarning, match="wan.boss.json was made for.*boundary|wan.boss.json was made for.*height 16"):
         fk.Calibration.load(tmp_path / "wan.boss.json", other)
+    pipe.scheduler.set_shift(5.0)
+    shifted = pipeline_velocity(pipe, **family.call(), check=False)
+    with pytest.warns(UserWarning, match="wan.boss.json was made for.*shift 3.0, now 5.0"):
+        fk.Calibration.load(tmp_path / "wan.boss.json", shifted)

@@ -30,7 +30,8 @@ from flowkernels._checks import (
     expect_times,
 )
 from flowkernels.integrations.diffusers.scheduler import _expect_flow
-from flowkernels.integrations.diffusers.sigmas import before_shift, shift_of
+from flowkernels.integrations.diffusers.sigmas import before_shift, shift_of, static_shift
+from flowkernels.velocity.hashes import unwrapped
 from flowkernels.velocity.protocol import VelocityBase
 from flowkernels.velocity.provenance import Identity, hash_of, network_identity
 
@@ -416,7 +417,8 @@ class _Steps(_Plan):
     def set_timesteps(self, scheduler, own, kwargs) -> None:
         own(**kwargs)
         self.stubs = False
-        if not torch.is_floating_point(scheduler.timesteps):  # times that this scheduler rounds
+        times = scheduler.timesteps  # which some round, and Heun's has twice
+        if not torch.is_floating_point(times) or len(times) != len(self.times) - 1:
             self.calls.set_times(scheduler, self.times[:-1], kwargs)
 
     def step(self, scheduler, model_output, sample) -> Tensor:
@@ -466,7 +468,7 @@ class _Calls:
         self.dtype = plan.later or (latents.dtype if self.direct else plan.output.dtype)
         self._shift = None  # of what the network is told, where the pipeline gives times and sigmas (CogView4)
         if plan.explicit:
-            self._shift = shift_of(self.config, plan.mu, self.config.get("shift", 1.0))
+            self._shift = shift_of(self.config, plan.mu, static_shift(self.pipe.scheduler) or 1.0)
         self.forced_knots = self._boundary()
         self.provenance = self._provenance(plan)
 
@@ -529,6 +531,8 @@ class _Calls:
         level = plan.scheduler.sigmas.cpu().double()
         times = level if self.sign > 0 else 1 - level
         times = times[torch.cat([times.new_ones(1, dtype=torch.bool), times.diff() != 0])]
+        if 0 < times[-1] < 1:  # of a scheduler that ends before
+            times = torch.cat([times, times.new_ones(1)])
         return expect_times(times, "pipe.scheduler")
 
     def noise(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -584,13 +588,13 @@ class _Calls:
         guidance = {k: value(k) for k in self.arguments.parameters if "guidance_scale" in k or "cfg" in k}
         found = {
             "pipeline": type(self.pipe).__name__,
-            "networks": {k: type(v).__name__ for k, v in self.networks().items()},
+            "networks": {k: type(unwrapped(v)).__name__ for k, v in self.networks().items()},
             "latent_shape": self.shape,
             **{name: value(name) for name in ("height", "width", "num_frames") if value(name) is not None},
             "guidance": {k: v for k, v in guidance.items() if isinstance(v, (int, float, bool, str))},
             "guidance_embeds": getattr(getattr(transformer, "config", None), "guidance_embeds", None),
             "scheduler": type(self.pipe.scheduler).__name__,
-            "shift": config.get("shift", config.get("flow_shift")),
+            "shift": static_shift(self.pipe.scheduler),
             "use_dynamic_shifting": bool(config.get("use_dynamic_shifting")),
             **({"mu": None if plan.mu is None else float(plan.mu)} if again.mu == plan.mu else {}),
             "inverted_time": self.sign > 0,

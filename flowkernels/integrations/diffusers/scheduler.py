@@ -11,7 +11,7 @@ from flowkernels._checks import describe, expect, expect_int, expect_mapping
 from flowkernels._files import plain
 from flowkernels._warnings import warn
 from flowkernels.calibration.calibration import Calibration
-from flowkernels.integrations.diffusers.sigmas import before_shift, shift_of
+from flowkernels.integrations.diffusers.sigmas import before_shift, shift_of, static_shift
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver, last_uses, polynomial_weights
@@ -68,7 +68,8 @@ def solver_scheduler(
     """
     solvers = {str(n): _to_dict(s) for n, s in sorted(_held(solver).items())}
     _expect_flow(like)
-    return scheduler_class().from_config(like.config, solvers=solvers)
+    now = {"shift": static_shift(like)} if "shift" in like.config else {}
+    return scheduler_class().from_config(like.config, solvers=solvers, **now)
 
 
 def _held(solver) -> dict[int, Solver]:

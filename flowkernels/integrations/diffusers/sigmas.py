@@ -89,6 +89,13 @@ def shift_of(config: Mapping, mu: float | None, static: float) -> float:
     return shift
 
 
+def static_shift(scheduler) -> float | None:
+    """That of a scheduler now, which `set_shift` leaves out of its config; None where it has none."""
+    config = scheduler.config
+    has_own = isinstance(getattr(type(scheduler), "shift", None), property) and "solvers" not in config
+    return scheduler.shift if has_own else config.get("shift", config.get("flow_shift"))
+
+
 def before_shift(sigma: torch.Tensor, shift: float) -> torch.Tensor:
     return sigma / (sigma + shift * (1 - sigma))
 
