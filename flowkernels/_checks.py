@@ -211,6 +211,9 @@ def expect_list(value, name: str, expected: str, ordered: bool = True) -> list:
 def expect_callable(value, name: str, expected: str) -> Callable:
     """Something to call; a class is not meant by any argument, and would be made an object of."""
     expect_shown(callable(value) and not isinstance(value, type), name, expected, value, TypeError)
+    if not torch.compiler.is_compiling() and "DiffusionPipeline" in {kind.__name__ for kind in type(value).__mro__}:
+        made = "flowkernels.integrations.diffusers.pipeline_velocity(pipe, prompt=prompts) makes one of a pipeline"
+        expect(False, name, f"{expected}; {made}", type(value).__name__, TypeError)
     return value
 
 
@@ -354,7 +357,10 @@ def expect_times(times, name: str) -> Tensor:
     if compiling:
         t = torch.as_tensor(times, dtype=torch.float64, device="cpu").detach().contiguous()
     else:
-        t = expect_float64(times, name, "a number of steps or a sequence of times")
+        expected = "a number of steps or a sequence of times"
+        if isinstance(times, Mapping):
+            expected += ", such as one schedule of a calibration: cal[N] or cal.best(N)"
+        t = expect_float64(times, name, expected)
     expect(t.dim() == 1 and len(t) >= 2, name, "a number of steps or at least two times in one dimension", times)
     if compiling:  # values are not known yet
         return t

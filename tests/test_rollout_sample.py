@@ -258,6 +258,7 @@ BAD_GRIDS = {
     "fraction": (2.5, ValueError, r"a number of steps or at least two times"),
     "word": ("ten", TypeError, r"a number of steps or a sequence of times"),
     "nothing": (object(), TypeError, r"a number of steps or a sequence of times"),
+    "calibration": ({4: [0, 1]}, TypeError, r"a number of steps or a sequence of times, .*cal\[N\] or cal.best\(N\)"),
 }
 
 
@@ -339,6 +340,11 @@ BAD_VELOCITIES = {
     "not a tensor": (lambda x, t: x.tolist(), TypeError, r"a tensor of shape \[\d, 3\], got list"),
     "a tuple": (lambda x, t: (x,), TypeError, r"a tensor of shape \[\d, 3\], got tuple"),
     "nothing": (lambda x, t: None, TypeError, r"got NoneType"),
+    "a pipeline": (
+        type("DiffusionPipeline", (), {"__call__": lambda self, x, t: x})(),
+        TypeError,
+        r"pipeline_velocity\(pipe, prompt=prompts\) makes one of a pipeline, got DiffusionPipeline",
+    ),
     "changes later": (lambda x, t: x if t[0] < 0.5 else x.sum(1), ValueError, r"x's shape .*t = 0.5, got"),
 }
 
