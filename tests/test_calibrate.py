@@ -171,10 +171,12 @@ def test_what_there_is_for_a_number_of_steps():
     cal.solvers[4] = cal.solvers[3] = fk.Solver.heun(2)
     assert list(cal.choices(4)) == ["uniform", "bellman", "fitted"]
     assert list(cal.choices(3)) == ["uniform", "fitted"]
+    assert str(cal).endswith("\na solver for N = 3, 4, not verified: cal.best(N)")
     with pytest.raises(KeyError, match=r"expected one of \[2, 4\], got 5"):
         cal.choices(5)
     cal.add_verified({4: {"uniform": 2.0, "bellman": 1.0, "fitted": 3.0}, 2: {"uniform": 1.0, "bellman": math.nan}})
     assert cal.best(4) is cal[4]
+    assert "a solver for N = 3, not verified" in str(cal)
     assert cal.best(2) == fk.Schedule.uniform(2)
     cal.schedules[4] = fk.Schedule(cal.times[[0, 1, 2, 3, 12]], cal.times, (0, 1, 2, 3, 12))
     assert cal.best(4) == fk.Schedule.uniform(4)  # of which there is an error, as there is not of the new one

@@ -289,6 +289,8 @@ class Calibration(Measured, Mapping):
             lines.append(
                 f"{n:>3} {figures[0]:>11.4g} {interval:>19} {needed:>7} {figures[1]:>11.4g} {figures[2]:>6.3f}  {knots}"
             )
+        if unmeasured := sorted(set(self.solvers) - set(self.verified)):
+            lines += ["", f"a solver for N = {', '.join(map(str, unmeasured))}, not verified: cal.best(N)"]
         if self.verified:
             lines += [
                 "",
