@@ -207,6 +207,8 @@ def test_a_calibration_serves_what_it_holds():
     for number in (5, None):
         with pytest.raises(ValueError, match=r"^num_inference_steps: expected one of \[2, 3, 4\], .*got (5|none)"):
             scheduler.set_timesteps(number)
+    with pytest.raises(ValueError, match=r"^num_inference_steps, or sigmas of that length: expected .*, got 28"):
+        scheduler.set_timesteps(sigmas=[1 - i / 28 for i in range(28)])
     with pytest.raises(ValueError, match=r"^step: expected set_timesteps before it"):
         scheduler.step(normal(2, 4), 0.0, normal(2, 4))
     saved = json.loads(scheduler.to_json_string())
@@ -615,7 +617,7 @@ def test_what_a_stock_scheduler_cannot_run():
         (4, dict(use_karras_sigmas=True), "scheduler: expected one without use_karras_sigmas"),
         (4, dict(use_exponential_sigmas=True), "scheduler: expected one without use_exponential_sigmas"),
         (4, dict(shift_terminal=0.1), r"scheduler: expected one that may end at sigma 0.25, .*=0.1"),
-        (4, dict(use_dynamic_shifting=True), "mu: expected the shift that the pipeline gives"),
+        (4, dict(use_dynamic_shifting=True), r'mu: expected .*cal.provenance\["pipeline"\]\["mu"\], got None'),
         ([0, 1e-9, 1], {}, "schedule: expected sigmas that are apart in float32"),
         (Solver.heun(3), {}, "schedule: expected Euler steps; solver_scheduler takes others"),
     ]

@@ -82,7 +82,8 @@ def shift_of(config: Mapping, mu: float | None, static: float) -> float:
     if mu is not None:
         fits = (lambda m: m > 0) if linear else (lambda m: abs(m) < 50)  # of which exp is a float32
         mu = expect_real(mu, "mu", "a positive number" if linear else "a number from -50 to 50", fits)
-    expected = "the shift that the pipeline gives to a scheduler with use_dynamic_shifting"
+    expected = "the shift that the pipeline gives to a scheduler with use_dynamic_shifting; a calibration of "
+    expected += 'pipeline_velocity has it: cal.provenance["pipeline"]["mu"]'
     expect(mu is not None or not dynamic, "mu", expected, mu)
     shift = (mu if linear else math.exp(mu)) if dynamic else static
     expect(shift > 0, "scheduler", "a positive shift", shift)
