@@ -206,7 +206,7 @@ UNFIT = {
     "nothing": ({"optimizer": OPTIMIZER, "step": 3}, "expected names and tensors, weights that fit Net, got none in"),
     "code": (
         {"model": RAW, "args": argparse.Namespace(lr=1)},
-        r"argparse.Namespace.*it would run code of its own.*torch.save\(c\['model'\]",
+        r"argparse.Namespace.*it would run code of its own.*torch.save\(c\['model'\].*torch.save\(c.state_dict\(\)",
     ),
 }
 

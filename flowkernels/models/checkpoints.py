@@ -132,7 +132,8 @@ def _file(path: Path, name: str) -> tuple[Any, dict[str, str]]:
             raise
         remedy = (
             "it would run code of its own when it is read, which is not done: in a process that trusts it, save its "
-            "tensors alone, c = torch.load(path, weights_only=False); torch.save(c['model'], 'weights.pt')"
+            "tensors alone, c = torch.load(path, weights_only=False); torch.save(c['model'], 'weights.pt'), or of a "
+            "whole module torch.save(c.state_dict(), 'weights.pt')"
         )
         raise ValueError(f"{e}; {remedy}") from e
 
