@@ -101,7 +101,8 @@ def _to_dict(solver: Solver) -> dict:
 def _from_dict(data: dict) -> Solver:
     if set(expect_mapping(data, "solvers")) - {"times", "notes"}:
         return Solver.from_dict(data)
-    return replace(Solver.euler(data["times"]), notes=expect_mapping(data.get("notes", {}), "notes"))
+    euler, notes = Solver.euler(data["times"]), expect_mapping(data.get("notes", {}), "notes")
+    return replace(euler, notes=notes) if notes else euler  # whose coefficients are not made, for many steps
 
 
 def _expect_flow(like, argument: str = "like") -> None:
