@@ -153,7 +153,11 @@ def test_it_is_the_pipelines_own_velocity_bit_for_bit(name, monkeypatch):
 def test_sample_i_has_prompt_i_mod_p_in_any_batch(name):
     pipe, family = made(name), tiny.FAMILIES[name]
     prompts = ["a fox", "two whales in the sea", "x"]
-    v = pipeline_velocity(pipe, **family.call(prompts), check=False)
+    call = copy.deepcopy(family.call(prompts))
+    v = pipeline_velocity(pipe, **call, check=False)
+    for value in call.values():
+        if isinstance(value, list):
+            value[:] = ["another"] * len(value)
     x, t = v.noise(7), torch.full((7,), 0.4)
     whole = v(x, t)
     alone = [pipeline_velocity(pipe, **family.call([p]), check=False) for p in prompts]

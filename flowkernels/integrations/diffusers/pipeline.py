@@ -239,7 +239,7 @@ class _Arguments:
         generator = given.pop("generator", None)
         known = generator is None or isinstance(generator, torch.Generator)
         expect(known, "generator", "one torch.Generator, or None", generator, TypeError)
-        self.given, self.parameters = given, parameters
+        self.given, self.parameters = _rebuilt(given), parameters  # which a caller may write to
         self.generator = torch.Generator(device="cpu").manual_seed(0) if generator is None else copy_of(generator)
         self._initial = self.generator.get_state()
         self.seed = int(torch.randint(2**48, (), generator=copy_of(self.generator), device=self.generator.device))
@@ -263,7 +263,7 @@ class _Arguments:
 
     def of(self, prompts: tuple[int, ...]) -> dict[str, Any]:
         """For a call on the prompts of these numbers."""
-        found = dict(self.given)
+        found = _rebuilt(self.given)
         for name, value in self.given.items():
             if name in self.rows:
                 found[name] = value[list(prompts)] if isinstance(value, Tensor) else [value[j] for j in prompts]
