@@ -153,6 +153,9 @@ def test_other_steps_and_a_fit_go_on_from_the_same_rollout(tmp_path):
     Net.left = 10**9
     cal = begun(tmp_path / "c", steps=[1, 2, 3], fit=True)
     assert contents(cal) == contents(begun(None, steps=[1, 2, 3], fit=True))
+    for forced in ([1 / 6], [], [0.5]):  # which a solver of before does not have, or has needlessly
+        settings = dict(steps=[2, 3], fit=True, forced_knots=forced, grid=6)
+        assert contents(begun(tmp_path / "c", **settings)) == contents(begun(None, **settings))
 
 
 def test_what_has_no_hash_and_what_was_edited_is_said(tmp_path):

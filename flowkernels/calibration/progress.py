@@ -34,12 +34,14 @@ class Progress:
     It is written after the first part of the work, then as often as takes 5 % of the time, and when the work ends or is
     interrupted. Without a path nothing is written.
 
-    samples: how many are in the costs. solvers: {N: Solver}.
+    samples: how many are in the costs. solvers: {N: Solver}. fitted: what these depend on beside the setting.
     """
 
-    def __init__(self, path: Path | None, setting: Mapping[str, Any], attributes: str | None):
+    def __init__(
+        self, path: Path | None, setting: Mapping[str, Any], attributes: str | None, fitted: Mapping[str, Any]
+    ):
         self.path, self.setting, self.attributes = path, json.loads(json.dumps(plain(dict(setting)))), attributes
-        self.samples, self.velocity_dtype, self.solvers = 0, "", {}
+        self.samples, self.velocity_dtype, self.solvers, self.fitted = 0, "", {}, fitted
         self._costs: dict[str, Tensor] = {}
         self._kept: tuple[Tensor, Tensor] | None = None
         self._verified_as, self._errors = "", {}
@@ -98,7 +100,7 @@ class Progress:
         tensors |= {f"{ERRORS}{N}.{name}": e for N, of in self.errors().items() for name, e in of.items()}
         solvers = {str(N): {**s.to_dict(), "notes": plain(s.notes)} for N, s in self.solvers.items()}
         about = dict(samples=str(self.samples), velocity_dtype=self.velocity_dtype, verified_as=self._verified_as)
-        about |= dict(setting=self.setting, attributes=self.attributes or "", solvers=solvers)
+        about |= dict(setting=self.setting, attributes=self.attributes or "", solvers=solvers, fitted=self.fitted)
         try:
             _weights.write(self.path, tensors, format=FORMAT, version=VERSION, **about)
         except Exception as e:
@@ -126,7 +128,8 @@ class Progress:
             self._costs = {name: tensors[COSTS + name] for name in ("grams", "total", "sizes")}
             costs.set_state(self._costs)
             expect(costs.count == self.samples, "samples", f"{costs.count}, those of the costs", self.samples)
-            self.solvers = {int(N): Solver.from_dict(s) for N, s in _weights.parsed(about, "solvers").items()}
+            solvers = {int(N): Solver.from_dict(s) for N, s in _weights.parsed(about, "solvers").items()}
+            self.solvers = solvers if _weights.parsed(about, "fitted") == self.fitted else {}
             for name, errors in tensors.items():
                 if name.startswith(ERRORS):
                     N, what = name.removeprefix(ERRORS).split(".", 1)
