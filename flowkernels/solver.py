@@ -135,7 +135,8 @@ class Solver:
 
         chained: all from x_i, for a caller that changes states on the way.
         """
-        return self._find_updates(chained) if expect_bool(chained, "chained") else self._updates
+        as_is = not expect_bool(chained, "chained") or self.is_euler  # whose steps are from x_i
+        return self._updates if as_is else self._find_updates(chained)
 
     def _find_updates(self, chained: bool = False) -> tuple[Update, ...]:
         b, found = self.coefficients, []

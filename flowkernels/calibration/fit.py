@@ -263,6 +263,7 @@ def schedule_on_grid(calibration: Calibration, steps: int, schedule: Schedule | 
 
 def place_on_grid(calibration: Calibration, t: float, name: str, given: Schedule | Solver) -> int:
     """Of a knot, in the calibration's grid."""
+    expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
     distance, place = (calibration.times - t).abs().min(0)
     expect(bool(distance <= 1e-9), name, "knots on the calibration's grid", given)
     return int(place)

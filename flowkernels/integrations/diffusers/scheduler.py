@@ -66,8 +66,8 @@ def solver_scheduler(
         >>> scheduler.timesteps
         tensor([1000.,  750.,  500.,  250.])
     """
-    solvers = {str(n): _to_dict(s) for n, s in sorted(_held(solver).items())}
     _expect_flow(like)
+    solvers = {str(n): _to_dict(s) for n, s in sorted(_held(solver).items())}
     now = {"shift": static_shift(like)} if "shift" in like.config else {}
     return scheduler_class().from_config(like.config, solvers=solvers, **now)
 
