@@ -417,7 +417,7 @@ def test_what_takes_no_solver():
         fk.sample(velocity, noise, Solver.heun(3, inverse=True))
     with pytest.raises(TypeError, match=r"^grid: expected a fine grid.*fk.sample runs a solver.*got Solver"):
         fk.rollout(velocity, noise, SOLVERS["ab2"])
-    with pytest.raises(TypeError, match=r"^schedule: expected a Schedule.*Schedule\(solver.times\)\), got Solver"):
+    with pytest.raises(TypeError, match=r"^schedule: expected a Schedule.*target='solver'\), got Solver"):
         fk.straighten(None, velocity, SOLVERS["ab2"], noise=noise, iterations=1)
     assert velocity.calls == 0
     with pytest.raises(ValueError, match=r"^velocity: expected x's shape .* at t = 0.1, got"):

@@ -271,7 +271,10 @@ def test_set_timesteps():
     torch.testing.assert_close(scheduler.sigmas, (1 - uneven_grid(4)).float())
     bad = {
         "num_inference_steps": (dict(num_inference_steps=28), "4, the evaluations of Solver.*got 28"),
-        "sigmas": (dict(sigmas=[1.0, 0.5]), "4, the evaluations of Solver.*got 2"),
+        "num_inference_steps, or sigmas of that length": (
+            dict(sigmas=[1.0, 0.5]),
+            "4, the evaluations of Solver.*got 2",
+        ),
         "timesteps": (dict(num_inference_steps=4, timesteps=[500.0]), "4, the evaluations of Solver.*got 1"),
     }
     for name, (kwargs, told) in bad.items():
