@@ -623,6 +623,11 @@ def test_verified_on_other_noise(tmp_path):
     assert told[2][1:3] == ["{:.4g}".format(bad.verified[5]["uniform"]),
                             "({:.3g}..{:.3g})".format(*bad.verified_interval[5]["uniform"])]  # fmt: skip
     assert again.best(3) == bad.best(3) == fk.Schedule.uniform(3)
+    again.verified[5], again.verified_interval[5]["bellman"] = (
+        dict(uniform=0.01234, bellman=1.234e-6),
+        (1.23e-7, 1.23e-4),
+    )
+    assert len(str(again).splitlines()[-1].split()) == 7  # columns apart
 
 
 @pytest.mark.parametrize("n", [10, 100, 5000])

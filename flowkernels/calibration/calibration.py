@@ -294,10 +294,10 @@ class Calibration(Measured, Mapping):
         if self.verified:
             lines += [
                 "",
-                f"{'N':>3} {''.join(f'{name:>28}' for name in CHOICES)}  best of the verified endpoint errors",
+                f"{'N':>3} {''.join(f'{name:>32}' for name in CHOICES)}  best of the verified endpoint errors",
             ]
         for n, errors in sorted(self.verified.items()):
-            cells = "".join(f"{self._verified_cell(n, name, errors):>28}" for name in CHOICES)
+            cells = "".join(f"{self._verified_cell(n, name, errors):>32}" for name in CHOICES)
             known = n in self.schedules or n in self.solvers  # a caller may take schedules out
             lines.append(f"{n:>3} {cells}  {self._best(n) if known else '-'}")
         return "\n".join(lines)
