@@ -171,10 +171,14 @@ def test_what_has_no_hash_and_what_was_edited_is_said(tmp_path):
             begun(path, fk.VelocityField(Labelled(), **one | settings))
         assert told[0].filename == __file__
     begun(tmp_path / "n")
-    net = Net()
-    net.scale = 2.0
-    with pytest.warns(UserWarning, match="got other attributes of its modules"):
-        begun(tmp_path / "n", net)
+    scaled, hooked, replaced = Net(), Net(), Net()
+    scaled.scale = 2.0
+    hooked.register_forward_hook(lambda module, args, out: 2 * out)
+    replaced.forward = lambda x, t: -x
+    for net in (scaled, hooked, replaced):
+        with pytest.warns(UserWarning, match="got other attributes of its modules"):
+            begun(tmp_path / "n", net)
+        begun(tmp_path / "n", resume=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         begun(tmp_path / "n")

@@ -150,7 +150,10 @@ def calibrate(
     setting |= {"fused": teacher.fused is not None and str(teacher.fused.weights)}
     if torch.is_autocast_enabled(noise.device.type):  # files of before are without it
         setting |= {"autocast": str(torch.get_autocast_dtype(noise.device.type))}
-    done = Progress(path, setting, provenance["attributes_sha256"], {"forced_knots": forced_knots.tolist()})
+    attributes = provenance["attributes_sha256"]
+    if attributes is not None and path is not None:  # and the names of hooks and of what else has no hash
+        attributes = " ".join([attributes, *velocity.identify(weights=False).unread])
+    done = Progress(path, setting, attributes, {"forced_knots": forced_knots.tolist()})
     if resume and path is not None and path.exists():
         rolled_out.restore(done.load(samples, rolled_out.x))
     parts = list(_parts(n, chunk, [rolled_out.most, *looks]))
