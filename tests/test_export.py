@@ -238,7 +238,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "scheduler: 4 steps, 4 evaluations (fitted)\n"
     from diffusers import FlowMatchEulerDiscreteScheduler as Stock
 
-    Stock(shift=3.0, invert_sigmas=True).save_pretrained("stock")  # as Mochi's
+    Stock(shift=3.0, invert_sigmas=True).save_pretrained("stock/scheduler")  # as Mochi's
+    (tmp_path / "stock/model_index.json").write_text("{}")
     assert main(["export", "m.boss.json", "--to", "diffusers", "--like", "stock", "--out", "scheduler"]) == 0
     assert capsys.readouterr().out == "scheduler: 2, 4 steps, the best of each\n"
     every = fk.export(calibration(), "diffusers", like=Stock(invert_sigmas=True))

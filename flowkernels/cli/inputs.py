@@ -91,6 +91,8 @@ def load_scheduler(folder: Path) -> "SchedulerMixin":
         diffusers = importlib.import_module("diffusers")
     except ImportError as e:
         raise InputError(f"--like: expected diffusers to be installed, for {folder} ({e})") from e
+    if not (folder / "scheduler_config.json").exists() and (folder / "model_index.json").exists():
+        folder /= "scheduler"  # of a saved pipeline
     config = read_json(folder / "scheduler_config.json", "--like", "the folder of a scheduler")
     name = config.get("_class_name") if isinstance(config, dict) else None
     kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
