@@ -254,7 +254,7 @@ def merged(*seeds):
     ("parts", "said"),
     [
         (lambda: [], "some Calibrations"),
-        (lambda: [small(), 3], "some Calibrations"),
+        (lambda: ["a.boss.json"], "some Calibrations, of files what Calibration.load makes of each"),
         (lambda: [small(grid=10), small(1, grid=12)], "the same K in all"),
         (lambda: [small(grid=2, steps=2), small(1, grid=[0, 0.3, 1], steps=2)], "one grid"),
         (lambda: [small(), small(1), small()], "other noise in each, got numbers 0 and 2"),

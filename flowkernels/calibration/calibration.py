@@ -140,7 +140,8 @@ class Calibration(Measured, Mapping):
         """
         parts = expect_list(calibrations, "calibrations", "some Calibrations", ordered=False)
         known = len(parts) > 0 and all(isinstance(part, Calibration) for part in parts)
-        expect_shown(known, "calibrations", "some Calibrations", calibrations, TypeError)
+        expected = "some Calibrations, of files what Calibration.load makes of each"
+        expect_shown(known, "calibrations", expected, calibrations, TypeError)
         provenance = _merged_provenance([part.provenance for part in parts])
         first, sizes = parts[0], [part.provenance["n"] for part in parts]
         for part in parts:
