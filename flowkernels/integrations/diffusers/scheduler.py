@@ -66,7 +66,7 @@ def solver_scheduler(
         >>> scheduler.timesteps
         tensor([1000.,  750.,  500.,  250.])
     """
-    _expect_flow(like)
+    expect_flow(like)
     solvers = {str(n): _to_dict(s) for n, s in sorted(_held(solver).items())}
     now = {"shift": static_shift(like)} if "shift" in like.config else {}
     return scheduler_class().from_config(like.config, solvers=solvers, **now)
@@ -105,7 +105,7 @@ def _from_dict(data: dict) -> Solver:
     return replace(euler, notes=notes) if notes else euler  # whose coefficients are not made, for many steps
 
 
-def _expect_flow(like, argument: str = "like") -> None:
+def expect_flow(like, argument: str = "like") -> None:
     """A scheduler of networks whose output is noise - data at x = (1 - sigma) data + sigma noise, without noise of its
     own on the way."""
     names = {kind.__name__ for kind in type(like).__mro__}
