@@ -121,7 +121,8 @@ class Calibration(Measured, Mapping):
 
         Args:
             calibrations: of the same velocity, guidance and grid, each of other noise; from files too, which know all
-                but the scatter of samples.
+                but the scatter of samples. Where samples have conditioning or prompts of their own, each of the
+                velocity of its rows, such as `velocity.rows(slice(32, 64), 64)`.
 
         Returns:
             Calibration, with schedules of all numbers of steps that one of them has. Costs are those of one call, to
