@@ -444,7 +444,9 @@ def test_ranges_are_stated_once():
         if found := re.match(r"\| ([^|]+?) \| (\d[\d.]*)", line):
             stated[found[1].lower()] = found[2]
     text = {name: (ROOT / name).read_text() for name in ("pyproject.toml", "CMakeLists.txt", "scripts/setup.sh")}
-    declared = dict(re.findall(r'"(\w+)>=([\d.]+)"', text["pyproject.toml"]))
+    declared = {}
+    for name, oldest in re.findall(r'"(\w+)>=([\d.]+)"', text["pyproject.toml"]):
+        declared.setdefault(name, oldest)  # what the extra for pipelines asks for is newer
     declared["python"] = re.search(r'requires-python = ">=([\d.]+)"', text["pyproject.toml"])[1]
     declared |= {"gcc": re.search(r"OLDEST_GNU (\d+)", text["CMakeLists.txt"])[1]}
     declared |= {"clang": re.search(r"OLDEST_Clang (\d+)", text["CMakeLists.txt"])[1]}
