@@ -516,6 +516,23 @@ class Slotted:
         return x
 
 
+class Flows:
+    """Whose methods are velocities."""
+
+    def out(self, x, t):
+        return x * t[:, None]
+
+    def back(self, x, t):
+        return -x * t[:, None]
+
+
+@pytest.mark.parametrize("mode", ["compile", "graph"])
+def test_methods_of_one_object_have_loops_of_their_own(mode, aot_eager, host_cuda):
+    flows, noise = Flows(), normal(4, 3)
+    for velocity in (flows.out, flows.back, flows.out):
+        torch.testing.assert_close(fk.sample(velocity, noise, 3, capture=mode), fk.sample(velocity, noise, 3))
+
+
 @pytest.mark.parametrize("mode", ["compile", "graph"])
 def test_a_velocity_without_weak_references(mode, aot_eager, host_cuda):
     with pytest.raises(TypeError, match=r"^velocity: expected a callable that can be weakly referenced.*Slotted"):

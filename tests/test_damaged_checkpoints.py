@@ -137,3 +137,13 @@ def test_entries_that_no_training_wrote(tmp_path):
     done = subprocess.run([*arguments, str(count), "7"], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == []
+
+
+def test_weights_that_were_changed_afterwards_are_noticed(tmp_path):
+    """In a file that is whole: all but its sum is as a training writes it."""
+    write(path := tmp_path / "run.pt")
+    saved = torch.load(path, weights_only=True)
+    next(iter(saved["student"].values())).view(-1)[0] += 1
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match=r"checkpoint: .*changed since it was written"):
+        resumed(path)

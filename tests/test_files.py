@@ -492,3 +492,13 @@ def test_the_commands_refuse_what_is_no_file_before_any_work(command, kind, fold
 def test_a_name_that_ends_in_a_slash(folder, capsys):
     assert main.main([*LINES["sample.npy"].split()[:-1], "x.npy/"]) == 2
     assert "--out: expected a file, got the folder 'x.npy/'" in capsys.readouterr().err
+
+
+def test_a_key_that_is_there_twice_is_named(tmp_path):
+    """JSON readers would take the last, and others the first."""
+    path = tmp_path / "twice.boss.json"
+    fk.calibrate(lambda x, t: -x, torch.ones(4, 2), 4, [2], progress=False).save(path)
+    text = path.read_text()
+    path.write_text(text.replace('"version": 2', '"version": 2, "version": 2', 1))
+    with pytest.raises(ValueError, match=r"^path: .*twice.boss.json.*'version' twice"):
+        fk.Calibration.load(path)

@@ -204,3 +204,15 @@ def test_recording_leaves_no_hook_for_other_threads():
     fk.fuse(Looks().eval(), 2, shape=(4,))
     assert seen
     assert not any(seen)
+
+
+def test_rows_of_some_samples_are_not_those_of_all():
+    """What one sample gives to the others is not to be had of rows by themselves."""
+
+    def shifted(rows):
+        return fk.fuse(randomised(By(lambda linear, x, t: (h := linear(x)) + h[rows])), 2, shape=(6,))
+
+    shifted(slice(None))
+    for rows in (slice(1), slice(1, 2), slice(-1, None)):
+        with pytest.raises(fk.NotFusable):
+            shifted(rows)

@@ -574,13 +574,6 @@ PYTHON = {
             "x.device, settings",
             "tests/test_capture.py",
         ),
-        Bug(
-            "methods of one object",
-            "two methods of one object share a loop",
-            "return owner, (id(owner), velocity.__func__ if method else None)",
-            "return owner, (id(owner), None)",
-            "tests/test_capture.py",
-        ),
     ],
     "flowkernels/sampling/state.py": [
         Bug(
@@ -605,13 +598,6 @@ PYTHON = {
             'Source(v.draft, v.first + half, half), half, activation="sigmoid")',
             'Source(v.draft, v.first, half), half, activation="sigmoid")',
             "tests/test_fuse.py",
-        ),
-        Bug(
-            "some rows",
-            "a network that takes some of the samples is fused as if it took all",
-            "if dim == 0 and (start, end, step) == (0, shape[0], 1):",
-            "if dim == 0:",
-            "tests/test_fuse.py tests/test_fuse_mutations.py",
         ),
     ],
     "flowkernels/fusion/sampler.py": [
