@@ -61,7 +61,7 @@ class SampleCosts:
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """What `from_state` makes the same of: tensors, on their device."""
+        """What `set_state` goes on from: tensors, on their device."""
         sizes = torch.tensor([self.size, *self._sizes], dtype=torch.int64, device="cpu")
         return {"grams": self.grams, "total": self._total, "sizes": sizes}
 
