@@ -29,8 +29,8 @@ from flowkernels.sampling.sample import sample
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.bank import BankBatch
+from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.straighten import Straightened, straighten
-from flowkernels.training.targets import StraightenLoss
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase
 from flowkernels.velocity.time_embedding import HasTimeEmbedding

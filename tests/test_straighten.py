@@ -268,6 +268,34 @@ def test_the_loss_in_float64(loss, weight):
         assert found == pytest.approx(np.mean([e for j, e in zip(intervals, losses, strict=True) if j == i]), rel=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, dict(t_sampling="uniform", loss="huber"), dict(loss="cauchy")], ids=str)
+def test_the_ends_of_the_intervals_are_enough(settings):
+    """Of a bank that is elsewhere; weights of the examples count like those of intervals."""
+    states, interval = normal(4, 9, 5), torch.tensor([0, 2, 1, 2, 0, 0])
+    sample, weight = torch.tensor([8, 0, 3, 3, 1, 7]), torch.tensor([0.5, 2, 0, 1, 3, 1])
+    ends = torch.stack([states[interval, sample], states[interval + 1, sample]])
+    objective = fk.StraightenLoss(fk.Schedule([0, 0.2, 0.7, 1]), **settings, weighting=[1, 3, 0.5])
+    net = Affine(0.7, -0.4)
+    whole, few = (
+        objective(net, batch, torch.Generator().manual_seed(0))
+        for batch in (
+            fk.BankBatch(states, interval, sample, weight=weight),
+            fk.BankBatch(ends, interval, sample, ends=True, weight=weight, size=9),
+        )
+    )
+    for name in whole._fields:
+        torch.testing.assert_close(getattr(few, name), getattr(whole, name), rtol=1e-6, atol=1e-7)
+    factors = weight.double() * torch.tensor([1, 3, 0.5]).double()[interval]
+    expected = (factors * whole.per_sample.double()).mean().item()
+    assert whole.loss.item() == pytest.approx(expected, rel=1e-6)
+    for batch, message in (
+        (fk.BankBatch(ends[:, :5], interval, sample, ends=True), r"^states: expected \[2, 6, "),
+        (fk.BankBatch(states, interval, sample, weight=weight[:4]), r"^weight: expected \[6\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            objective(net, batch)
+
+
 def own_velocities(net, solver, start):
     """Of a student on a solver, in float64, and the states where it has them."""
     v, x = [], [start]

@@ -42,7 +42,7 @@ from flowkernels.runtime.environment import environment
 from flowkernels.schedule import forced_places
 from flowkernels.training.losses import LOSSES
 from flowkernels.training.t_sampling import T_SAMPLINGS
-from flowkernels.training.targets import TARGETS
+from flowkernels.training.targets.table import TARGETS
 from flowkernels.velocity.identity import parameter_hash
 
 METHODS = ("euler", "ab2", "ab3", "heun", "best")

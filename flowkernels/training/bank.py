@@ -26,6 +26,9 @@ class BankBatch(NamedTuple):
     """A batch of a bank: the teacher's states at the knots `[N+1, n, *shape]`, float32 or float64, and of each of its
     examples the interval, 0..N-1, and the sample, 0..n-1; int64 `[B]`, where the states are.
 
+    ends: the states are those at the ends of the examples' intervals alone, `[2, B, *shape]`, of a bank that is
+    somewhere else; size: its n, where that has to be known. weight: factors on the examples' losses, `[B]`.
+
     Examples:
         >>> states = fk.rollout(lambda x, t: -x, torch.randn(16, 2), 20).x[[0, 10, 20]]
         >>> batch = fk.BankBatch(states, torch.randint(2, (8,)), torch.randint(16, (8,)))
@@ -34,6 +37,9 @@ class BankBatch(NamedTuple):
     states: Tensor
     interval: Tensor
     sample: Tensor
+    ends: bool = False
+    weight: Tensor | None = None
+    size: int | None = None
 
 
 class Bank:

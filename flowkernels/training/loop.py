@@ -39,7 +39,7 @@ def train(state: State, settings: Settings) -> None:
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
             drawn = bank.sample(state.generator)
-            found = objective(state.student, drawn, state.generator)
+            found = objective(state.student, drawn, state.generator, it / settings.iterations)
             loss, norm = descend(found.loss, state.optimizer, parameters, settings.clip, it)
             state.update_average()
             state.count(drawn.interval, found.per_sample)

@@ -24,8 +24,9 @@ from flowkernels._files import expect_target
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.bank import Noise, knots_on_grid
+from flowkernels.training.objective import Loss, StraightenLoss, TSampling
 from flowkernels.training.optimizers import OPTIMIZER
-from flowkernels.training.targets import Loss, StraightenLoss, TSampling
+from flowkernels.velocity.protocol import Velocity
 
 Check = Callable[[Any, str], Any]  # of (value, name), to the value as it is kept
 
@@ -91,6 +92,7 @@ class Settings:
     noise: of it only what goes with the others is looked at here; `Bank` checks it.
     """
 
+    velocity: Velocity
     schedule: Schedule | Solver
     grid: Any  # given as a number of steps, times, or None
     noise: Noise
@@ -122,7 +124,8 @@ class Settings:
     def __post_init__(self):
         checked = {name: check(getattr(self, name), name) for name, check in CHECKS.items()}
         learned = ("target", "loss", "huber_c", "weighting", "t_sampling")
-        objective = StraightenLoss(self.schedule, **{name: getattr(self, name) for name in learned})
+        settings = {name: getattr(self, name) for name in learned}
+        objective = StraightenLoss(self.schedule, teacher=self.velocity, **settings)
         checked["objective"] = objective
         checked["grid"], checked["indices"] = knots_on_grid(objective.schedule, self.grid)
         if self.refresh is not None:

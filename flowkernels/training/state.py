@@ -14,8 +14,8 @@ from flowkernels._checks import expect
 from flowkernels.training.bank import Bank
 from flowkernels.training.checkpoint import HISTORY, ROLLED_OUT, checks_of, expect_optimizer_state, write_checkpoint
 from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
+from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.students import trained_parameters
-from flowkernels.training.targets import StraightenLoss
 
 UNCOUNTED = 64  # batches whose losses wait on the device, at most
 

@@ -17,6 +17,7 @@ from flowkernels.training.bank import Bank
 from flowkernels.training.checkpoint import checkpoint_to_resume, expect_storable
 from flowkernels.training.loop import train
 from flowkernels.training.modules import architecture
+from flowkernels.training.objective import Loss, TSampling
 from flowkernels.training.optimizers import optimizer_identity, own_optimizer
 from flowkernels.training.settings import Settings
 from flowkernels.training.state import State
@@ -29,7 +30,6 @@ from flowkernels.training.students import (
     trained_parameters,
     try_student,
 )
-from flowkernels.training.targets import Loss, TSampling
 from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.identity import identity
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
@@ -155,6 +155,7 @@ def straighten(
         >>> x1 = fk.sample(trained.student, torch.randn(4, 2), schedule)
     """
     settings = Settings(
+        velocity=velocity,
         schedule=schedule,
         grid=grid,
         noise=noise,
@@ -202,7 +203,7 @@ def straighten(
         device=parameters[0].device,
         progress=settings.progress,
     )
-    if objective.needs_roll_out:
+    if objective.refits:
         expect(trajectories.size >= 2, "bank", "at least 2 samples, to fit the solver on", trajectories.size)
     opt = own_optimizer(optimizer, parameters, settings.lr)
     known = identity(velocity)
@@ -230,7 +231,7 @@ def straighten(
         state.load_random_states(saved)
     train(state, settings)
     trained, solver = state.result(), None
-    if objective.needs_roll_out:
+    if objective.refits:
         solver = refit_solver(trained, objective.solver, trajectories.states, trajectories.batch)
     return Straightened(trained, state.history, solver)
 
@@ -244,6 +245,5 @@ def _fill(bank: Bank, state: State, settings: Settings, saved: Mapping[str, Any]
     if settings.checkpoint is not None:
         expect_storable(state.contents())
     objective = settings.objective
-    own_loss = None if isinstance(objective.loss, str) else objective.each
-    try_student(state.student, initial_state(noise), bank.times, bank.batch, own_loss)
+    try_student(state.student, initial_state(noise), bank.batch, objective.tried)
     bank.roll_out(noise)

@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from flowkernels._casts import no_grad
 from flowkernels._checks import expect
+from flowkernels._guidance import guided
 from flowkernels.ops.library import is_transformed
 from flowkernels.runtime.torch_private import keeps_parametrized
 from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
+from flowkernels.velocity.evaluate import evaluate
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 from flowkernels.velocity.provenance import hash_of
@@ -99,13 +102,25 @@ def student_velocity(student: nn.Module, x: Tensor, t: Tensor, sample: Tensor, n
     v = learner(x, learner.time_for(t, x.float()))
     if not isinstance(v, Tensor) or v.shape != x.shape:
         expect(False, "student", f"a velocity of x's shape {list(x.shape)}", v)
+    if torch.is_grad_enabled() and not v.requires_grad:
+        expect(False, "student", "a velocity with a gradient in its weights", "one without")
     return v.to(x.dtype) if torch.float64 in (v.dtype, x.dtype) else v
 
 
-def try_student(student: nn.Module, noise: Tensor, times: Tensor, batch: int, loss: Callable | None = None) -> None:
+@no_grad
+def teacher_velocity(teacher: Velocity, x: Tensor, t: Tensor, sample: Tensor, n: int) -> Tensor:
+    """A teacher's velocities with guidance, `[B, *shape]`, at points x and times t `[B]` of the samples `[B]` of n."""
+    field = resolve(teacher).unfused().rows(sample, n)
+    v, v_uncond, w = evaluate(field, x, t.to(x.device, torch.float64))
+    return v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
+
+
+def try_student(
+    student: nn.Module, noise: Tensor, batch: int, losses: Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+) -> None:
     """A forward and backward pass of a copy, before the work of a bank; the caller's generators stay as they are.
 
-    loss: (velocities, targets) -> `[B]`, where it is to be tried too; states stand for the targets.
+    losses: (student, states, sample, n) -> their mean, of the samples `[B]`, of the first of n states.
     """
     try:
         net = copied(student).train()
@@ -114,11 +129,8 @@ def try_student(student: nn.Module, noise: Tensor, times: Tensor, batch: int, lo
     devices = [noise.device] if noise.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         sample = torch.arange(batch, dtype=torch.int64, device=noise.device) % len(noise)
-        x = noise[sample]
-        v = student_velocity(net, x, times[:1].expand(batch), sample, len(noise))
-        expect(v.requires_grad, "student", "a velocity with a gradient in its weights", "one without")
-        tried = v.float().square() if loss is None else loss(v.to(x.dtype), x)
+        loss = losses(net, noise[:batch], sample, len(noise))
         try:
-            tried.mean().backward()
+            loss.backward()
         except RuntimeError as e:
             raise ValueError(f"student: expected a velocity that can be differentiated, got RuntimeError: {e}") from e

@@ -627,14 +627,16 @@ PYTHON = {
             "tests/test_network_times.py",
         ),
     ],
-    "flowkernels/training/targets.py": [
+    "flowkernels/training/targets/base.py": [
         Bug(
             "time of a point",
             "points of an interval are trained at the time of its begin",
-            "t = t + u * step_sizes[interval]",
-            "t = t + 0 * u * step_sizes[interval]",
+            "t = self.start if u is None else self.start + u * self.size",
+            "t = self.start if u is None else self.start + 0 * u * self.size",
             "tests/test_straighten.py",
         ),
+    ],
+    "flowkernels/training/targets/own_states.py": [
         Bug(
             "row of a solver",
             "the target of a step on a solver is formed with the row of the one before",

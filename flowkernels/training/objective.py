@@ -1,22 +1,8 @@
-"""What a student learns: `StraightenLoss`, from a batch of a bank to the losses.
-
-A target turns a batch into an `Example`: the student's inputs, and the pairs of states whose secants are its
-velocities. Another is
-
-1. a row of `TARGETS`: how examples are made, and what of the schedule they are made on;
-2. a paragraph in the docstring of `StraightenLoss`, with its source; cli/main.py offers it where a calibration is all
-   that it needs; docs/mathematics.md, "Straightening", has the formula;
-3. in tests/test_straighten.py its formula once more, in float64, its resuming in `VARIANTS`, and a flow that it learns.
-
-A setting that only one target has is an argument of `StraightenLoss` and `straighten`, with a default, and is in
-`StraightenLoss.identity` where it differs from that: a checkpoint of a run with another is refused, and those of before
-go on. A loss or a distribution of times is a row of its own table: losses.py, t_sampling.py.
-"""
+"""`StraightenLoss`: how far a student is from what it is to learn, from a batch of a bank."""
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,91 +20,24 @@ from flowkernels._checks import (
     expect_tensor,
     one_of,
 )
-from flowkernels.ops.linear_update import linear_update
-from flowkernels.ops.segment_points import expect_bank, segment_points
+from flowkernels.ops.segment_points import expect_bank
 from flowkernels.ops.straighten_loss import StraightenLosses, straighten_loss
 from flowkernels.ops.straighten_loss.reference import means, secants
-from flowkernels.sampling.teacher import Teacher
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.bank import BankBatch, generator_on
 from flowkernels.training.losses import FUSED, LOSSES
-from flowkernels.training.students import student_velocity
 from flowkernels.training.t_sampling import START, T_SAMPLINGS
+from flowkernels.training.targets.base import Answer, Call, RolledOut, Target
+from flowkernels.training.targets.own_states import rolled_out
+from flowkernels.training.targets.table import TARGETS
+from flowkernels.velocity.protocol import Velocity, resolve
 
 NORMALISED = "per_sample_normalised"
 LEAST = 1e-12  # that a sample's loss is divided by
-OWN = 0.25  # of the examples of "solver" are on the student's own states, the others on the teacher's
 
 TSampling = str | Callable[[int, torch.Generator], Tensor]
 Loss = str | Callable[[Tensor, Tensor], Tensor]
-
-
-class Example(NamedTuple):
-    """What the student is given, x `[B, *shape]` at t `[B]`, and what it is to answer, `(pairs[i+1, s] - pairs[i, s]) /
-    step_sizes[i]` of the places i `[B]`."""
-
-    x: Tensor
-    t: Tensor
-    pairs: Tensor
-    step_sizes: Tensor
-    places: Tensor
-
-
-class RolledOut(NamedTuple):
-    """A student's own samples on a solver: x_k, k < N, and last the teacher's, `[N+1, n, *shape]`; and of each step the
-    pair `x_0 + sum_{i<k} b[k,i] v_i`, the teacher's state at its end, `[2N, n, *shape]`. of: the teacher's states."""
-
-    states: Tensor
-    pairs: Tensor
-    of: Tensor
-
-
-@dataclass(frozen=True)
-class Target:
-    """A row of `TARGETS`.
-
-    make: (loss, batch, generator on the CPU) -> Example. whole: on one interval, from the schedule's first knot to its
-        last. t_sampling: where none is asked for. only: and no other is taken. solver: for a Solver, on the student's
-        own states.
-    """
-
-    make: Callable[["StraightenLoss", BankBatch, torch.Generator], Example]
-    whole: bool = False
-    t_sampling: str = START
-    only: bool = False
-    solver: bool = False
-
-
-def straight_line(loss: "StraightenLoss", batch: BankBatch, generator: torch.Generator) -> Example:
-    """Neither the targets nor the states at the ends of the intervals are materialised."""
-    states, interval, sample = batch
-    times, step_sizes = loss.tables(states.device)[:2]
-    u, t = loss.draw(len(interval), generator, states.device), times[interval]
-    if u is not None:
-        t = t + u * step_sizes[interval]
-    return Example(segment_points(states, interval, sample, u), t, states, step_sizes, interval)
-
-
-def on_a_solver(loss: "StraightenLoss", batch: BankBatch, generator: torch.Generator) -> Example:
-    """The student's own states, and the teacher's in between."""
-    states, interval, sample = batch
-    times, step_sizes = loss.tables(states.device)[:2]
-    rolled = loss.rolled_out
-    if rolled is None or rolled.of is not states:
-        expect(False, "batch", "the states that `roll_out` was given last", "others")
-    own = _uniform(len(interval), generator, states.device) < OWN
-    x = (segment_points(at, interval, sample) for at in (rolled.states, states))
-    x = torch.where(own.view(-1, *[1] * (states.dim() - 2)), *x)
-    return Example(x, times[interval], rolled.pairs, step_sizes, 2 * interval)
-
-
-TARGETS: dict[str, Target] = {
-    "boss": Target(straight_line),
-    "reflow": Target(straight_line, whole=True, t_sampling="uniform"),
-    "distill": Target(straight_line, whole=True, only=True),
-    "solver": Target(on_a_solver, only=True, solver=True),
-}
 
 
 class StraightenLoss(nn.Module):
@@ -156,6 +75,8 @@ class StraightenLoss(nn.Module):
         t_sampling: the distribution of u: "start", 0; "uniform"; "u_shaped", density `e^(4u) + e^(4(1-u))`; "ten",
             density `10^(1-u)`; or a function (n, generator) -> u `[n]` in [0, 1], the generator where the states are.
             None takes the target's own, "start" or "uniform"; "distill" and "solver" take no other.
+        teacher: the velocity that made the bank, for a target that evaluates it; no other looks at it. Its weights are
+            not the loss's.
 
     schedule: the Schedule at whose knots the bank's states are to be: that given, or its ends ("reflow", "distill").
     times: those knots, float64 `[N+1]`, on the CPU.
@@ -180,12 +101,17 @@ class StraightenLoss(nn.Module):
         huber_c: float = 0.03,
         weighting: Sequence[float] | Tensor | str | None = None,
         t_sampling: TSampling | None = None,
+        teacher: Velocity | None = None,
     ):
         super().__init__()
         expect_choice(target, "target", tuple(TARGETS))
         self.target, self._row = target, TARGETS[target]
-        self.solver = _expect_solver(schedule) if self._row.solver else None
-        self.schedule = _knots(schedule, self._row) if self.solver is None else Schedule(self.solver.times)
+        self._teacher = (
+            _expect_teacher(teacher, self._row, target),
+        )  # not a submodule: its weights are not the loss's
+        takes_solver = self._row.solver
+        self.schedule = Schedule(_expect_solver(schedule).times) if takes_solver else _knots(schedule, self._row)
+        self.solver = schedule if takes_solver else Solver.euler(self.schedule)
         self.loss = _expect_loss(loss)
         self.huber_c = expect_real(huber_c, "huber_c", "a positive number", _is_squared)
         self.weighting = weighting if _is(weighting, NORMALISED) else _expect_weighting(weighting, self.schedule.steps)
@@ -198,20 +124,34 @@ class StraightenLoss(nn.Module):
         return self.schedule.times
 
     @property
+    def teacher(self) -> Velocity | None:
+        return self._teacher[0]
+
+    @property
     def needs_roll_out(self) -> bool:
         """Whether its examples are on the student's own states."""
+        return self._row.own
+
+    @property
+    def refits(self) -> bool:
+        """Whether the student is sampled with a solver that is fitted to it afterwards."""
         return self._row.solver
 
     def forward(
-        self, student: nn.Module, batch: BankBatch, generator: torch.Generator | None = None
+        self,
+        student: nn.Module,
+        batch: BankBatch,
+        generator: torch.Generator | None = None,
+        progress: float | None = None,
     ) -> StraightenLosses:
         """The losses of a batch.
 
         Args:
             student: of convention `student(x, t)`, or a `VelocityField`, whose conditioning follows the samples.
-            batch: (states, interval, sample), a `BankBatch` or a tuple of its parts; states at `times`.
+            batch: a `BankBatch`, or its first parts (states, interval, sample); states at `times`.
             generator: what is drawn, on the CPU (on a GPU by a generator there, of a seed that this one draws); None is
                 torch's own.
+            progress: how much of the training is done, from 0 to 1, for a target that changes with it.
 
         Returns:
             StraightenLosses(loss, per_sample, per_interval): the weighted mean, differentiable in the student's
@@ -223,33 +163,94 @@ class StraightenLoss(nn.Module):
         batch = self._expect_batch(student, batch)
         known = generator is None or isinstance(generator, torch.Generator)
         expect(known, "generator", "a torch.Generator or None", generator, TypeError)
-        states, _, sample = batch
-        example = self._row.make(self, batch, torch.default_generator if generator is None else generator)
-        v = student_velocity(student, example.x, example.t, sample, states.shape[1])
-        return self._losses(v, example, batch.interval, sample)
+        if self._row.progress:
+            progress = expect_real(progress, "progress", "a number in [0, 1]", lambda p: 0 <= p <= 1)
+        generator = torch.default_generator if generator is None else generator
+        call = self._call(student, batch, generator, progress, self._expect_rolled_out(batch))
+        return self._losses(self._row.answer(call), batch)
 
-    def _losses(self, v: Tensor, example: Example, interval: Tensor, sample: Tensor) -> StraightenLosses:
-        _, _, pairs, step_sizes, places = example
+    def _call(
+        self,
+        student: nn.Module,
+        batch: BankBatch,
+        generator: torch.Generator,
+        progress: float | None,
+        rolled: RolledOut | None,
+    ) -> Call:
+        states, interval, sample = batch[:3]
+        times, sizes = self.tables(states.device)[:2]
+        start, size = times[interval], sizes[interval]
+        places, columns = interval, sample
+        if batch.ends:  # of each example a column of two states, one after the other
+            states = states.transpose(0, 1).reshape(2 * len(interval), 1, *states.shape[2:])
+            places, columns = 2 * torch.arange(len(interval), device=interval.device), torch.zeros_like(sample)
+            sizes = size.repeat_interleave(2)[:-1]
+        return Call(
+            student=student,
+            states=states,
+            places=places,
+            columns=columns,
+            step_sizes=sizes,
+            start=start,
+            size=size,
+            batch=batch,
+            generator=generator,
+            draw_u=self.draw,
+            times=times,
+            solver=self.solver,
+            teacher=self.teacher,
+            rolled_out=rolled,
+            progress=progress,
+        )
+
+    def tried(self, student: nn.Module, x: Tensor, sample: Tensor, n: int) -> Tensor:
+        """The mean loss of states `[m, *shape]` that do not move, the first of n samples, at the samples `[B]`, to see
+        whether it can be computed; nothing is kept."""
+        N = self.schedule.steps
+        states = x.expand(N + 1, *x.shape)
+        rolled = RolledOut(states, x.expand(2 * N, *x.shape), states) if self.needs_roll_out else None
+        batch = self._expect_batch(
+            student, BankBatch(states, torch.arange(len(sample), device=x.device) % N, sample, size=n)
+        )
+        call = self._call(student, batch, torch.Generator(), 0.0, rolled)
+        return self._losses(self._row.answer(call), batch).loss
+
+    def _expect_rolled_out(self, batch: BankBatch) -> RolledOut | None:
+        if not self.needs_roll_out:
+            return None
+        expected = "the states that `roll_out` was given last"
+        expect(not batch.ends, "batch", expected, "the ends of intervals alone")
+        if self.rolled_out is None or self.rolled_out.of is not batch.states:
+            expect(False, "batch", expected, "others")
+        return self.rolled_out
+
+    def _losses(self, answer: Answer, batch: BankBatch) -> StraightenLosses:
+        v, pairs, step_sizes, places, columns, factor = answer
+        interval, N = batch.interval, self.schedule.steps
+        factors = [f for f in (factor, batch.weight) if f is not None]
         if not self.is_fused:
-            target = secants(pairs, step_sizes, places, sample)
+            target = secants(pairs, step_sizes, places, columns)
             each = self.each(v.to(target.dtype), target)
-            return StraightenLosses(*means(each, self._weight(each, interval), interval, self.schedule.steps))
+            return StraightenLosses(*means(each, self._weight(each, interval, factors), interval, N))
         fused = functools.partial(straighten_loss, loss=self.loss, huber_c=self.huber_c)
         known = None
         if _is(self.weighting, NORMALISED):
             with torch.no_grad():
-                known = fused(v, pairs, step_sizes, places, sample).per_sample
-        found = fused(v, pairs, step_sizes, places, sample, weight=self._weight(known, interval))
-        if len(found.per_interval) > self.schedule.steps:  # there is none between the pairs of steps
-            found = StraightenLosses(found.loss, found.per_sample, found.per_interval[::2])
+                known = fused(v, pairs, step_sizes, places, columns).per_sample
+        found = fused(v, pairs, step_sizes, places, columns, weight=self._weight(known, interval, factors))
+        if places is not interval:  # the op's means are by place
+            with torch.no_grad():
+                found = StraightenLosses(*found[:2], means(found.per_sample, None, interval, N)[2])
         return found
 
-    def _weight(self, each: Tensor | None, interval: Tensor) -> Tensor | None:
+    def _weight(self, each: Tensor | None, interval: Tensor, factors: Sequence[Tensor]) -> Tensor | None:
         """The factors on the samples' losses, `[B]`."""
         if each is not None and _is(self.weighting, NORMALISED):
-            return each.detach().clamp_min(LEAST).reciprocal()
+            factors = [each.detach().clamp_min(LEAST).reciprocal(), *factors]
         weight = self.tables(interval.device)[2]
-        return None if weight is None else weight[interval]
+        if weight is not None:
+            factors = [weight[interval], *factors]
+        return functools.reduce(torch.mul, factors) if factors else None
 
     @property
     def is_fused(self) -> bool:
@@ -287,43 +288,27 @@ class StraightenLoss(nn.Module):
         modes = {part: part.training for part in student.modules()}
         student.eval()
         try:
-            self.rolled_out = self._rolled_out(student, states.detach(), states, chunk)
+            self.rolled_out = rolled_out(student, self.solver, states.detach(), states, chunk)
         finally:
             for part, training in modes.items():
                 part.training = training
-
-    def _rolled_out(self, student: nn.Module, knots: Tensor, of: Tensor, chunk: int | None) -> RolledOut:
-        N, n, at = self.schedule.steps, knots.shape[1], self.solver.model_times.tolist()
-        b, teacher = self.solver.coefficients.tolist(), Teacher(student, n, chunk=chunk)
-        own, pairs = torch.empty_like(knots), knots.new_empty(2 * N, *knots.shape[1:])
-        own[N], pairs[1::2] = knots[N], knots[1:]
-        for rows in teacher.chunks(n):
-            start, v = knots[0, rows], []
-            for k in range(N):
-                own[k, rows] = x = linear_update(start, v, b[k - 1][:k]) if k else start
-                pairs[2 * k, rows] = linear_update(start, v, b[k][:k]) if k else start
-                if k < N - 1:
-                    v.append(teacher.at(x, at[k], rows.start))
-        return RolledOut(own, pairs, of)
 
     def draw(self, n: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
         """u `[n]`, on a device; None where it is 0 everywhere."""
         if _is(self.t_sampling, START):
             return None
         if isinstance(self.t_sampling, str):
-            return T_SAMPLINGS[self.t_sampling](_uniform(n, generator, device))
+            p = torch.rand(n, generator=generator_on(device, generator), dtype=torch.float32, device=device)
+            return T_SAMPLINGS[self.t_sampling](p)
         return _expect_u(self.t_sampling(n, generator_on(device, generator)), n).detach().to(device)
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(times, step sizes of the pairs, float64; weights of the intervals, float32, or None), on a device."""
+        """(times, step sizes, float64; weights of the intervals, float32, or None), on a device."""
         if device not in self._tables:
-            sizes = self.times.diff()
-            if self.solver is not None:
-                sizes = self.solver.coefficients.diagonal().repeat_interleave(2)[:-1]
             weight = self.weighting if isinstance(self.weighting, Tensor) else None
             self._tables[device] = (
                 self.times.to(device),
-                sizes.to(device),
+                self.times.diff().to(device),
                 None if weight is None else weight.to(device),
             )
         return self._tables[device]
@@ -334,7 +319,7 @@ class StraightenLoss(nn.Module):
         found["weighting"] = self.weighting.tolist() if isinstance(self.weighting, Tensor) else self.weighting
         if self.target != "boss":  # of which checkpoints of before there were others say nothing
             found["target"] = self.target
-        if self.solver is not None:
+        if self.refits:
             found["solver"] = self.solver.coefficients.tolist()
         return found
 
@@ -342,23 +327,26 @@ class StraightenLoss(nn.Module):
         return f"steps={self.schedule.steps}, " + ", ".join(f"{k}={v!r}" for k, v in self.identity().items())
 
     def _expect_batch(self, student, batch) -> BankBatch:
-        whole = isinstance(batch, tuple) and len(batch) == 3
+        whole = isinstance(batch, BankBatch) or (isinstance(batch, tuple) and len(batch) == 3)
         expect(whole, "batch", "a BankBatch, (states, interval, sample)", batch, TypeError)
-        self._expect_states(student, batch[0])
-        expect_bank(*batch)
-        return BankBatch(*batch)
+        batch = BankBatch(*batch)
+        self._expect_states(student, batch.states, batch.ends)
+        expect_bank(*batch[:3])
+        examples, weight = len(batch.interval), batch.weight
+        if batch.ends and batch.states.shape[1] != examples:
+            expect(False, "states", f"[2, {examples}, *shape], the ends of {examples} intervals", batch.states)
+        if weight is not None and (not isinstance(weight, Tensor) or weight.shape != (examples,)):
+            expect(False, "weight", f"[{examples}], a factor for each example, or None", weight)
+        return batch
 
-    def _expect_states(self, student, states) -> None:
+    def _expect_states(self, student, states, ends: bool = False) -> None:
         expect(isinstance(student, nn.Module), "student", "an nn.Module", student, TypeError)
+        self._row.expect_student(student)
         expect_tensor(states, "states", (torch.float32, torch.float64))
-        if states.dim() < 3 or len(states) != len(self.times):
+        if states.dim() < 3 or len(states) != (2 if ends else len(self.times)):
             knots = [round(t, 4) for t in self.times.tolist()]
-            expect(False, "states", f"[{len(knots)}, n, *shape], at the knots {knots}", states)
-
-
-def _uniform(n: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """In [0, 1), float32 `[n]`."""
-    return torch.rand(n, generator=generator_on(device, generator), dtype=torch.float32, device=device)
+            expected = "[2, B, *shape], the ends" if ends else f"[{len(knots)}, n, *shape], at the knots {knots}"
+            expect(False, "states", expected, states)
 
 
 def _is(value, name: str) -> bool:
@@ -392,6 +380,14 @@ def _expect_solver(solver) -> Solver:
     b = solver.coefficients.diagonal().abs()
     expect(bool((b > 1e-6 * b.max()).all()), "schedule", "a solver each of whose steps takes its last velocity", solver)
     return solver
+
+
+def _expect_teacher(teacher, row: Target, target: str) -> Velocity | None:
+    if teacher is None:
+        expect(not row.teacher, "teacher", f"the velocity that target={target!r} evaluates", "None")
+        return None
+    resolve(teacher)  # raises for what is no velocity
+    return teacher
 
 
 def _expect_loss(loss) -> Loss:

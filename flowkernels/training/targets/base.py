@@ -1,0 +1,134 @@
+"""What a target is, and what it is given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowkernels.ops.segment_points import segment_points
+from flowkernels.solver import Solver
+from flowkernels.training.bank import BankBatch, generator_on
+from flowkernels.training.students import student_velocity, teacher_velocity
+from flowkernels.training.t_sampling import START
+from flowkernels.velocity.protocol import Velocity
+
+
+class RolledOut(NamedTuple):
+    """A student's own samples on a solver: x_k, k < N, and last the teacher's, `[N+1, n, *shape]`; and of each step the
+    pair `x_0 + sum_{i<k} b[k,i] v_i`, the teacher's state at its end, `[2N, n, *shape]`. of: the teacher's states."""
+
+    states: Tensor
+    pairs: Tensor
+    of: Tensor
+
+
+class Answer(NamedTuple):
+    """What the student answered, `[B, *shape]` with its graph, and what it should have: the secants `(pairs[i+1, s] -
+    pairs[i, s]) / step_sizes[i]` of the places i and columns s, `[B]`. weight: factors on the losses `[B]`, or None."""
+
+    v: Tensor
+    pairs: Tensor
+    step_sizes: Tensor
+    places: Tensor
+    columns: Tensor
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One batch of a `StraightenLoss`, as a target sees it.
+
+    states `[M, n, *shape]`, places and columns `[B]`: an example's interval is from `states[place, column]` to
+    `states[place + 1, column]`; step_sizes float64 `[M-1]`, by place. start, size: the time at which it begins and how
+    long it is, float64 `[B]`. batch: what was given; its intervals and samples are those of the schedule and the bank.
+    solver: that of target="solver", Euler's of the schedule for others. rolled_out: the student's own samples on it, of
+    the last `StraightenLoss.roll_out`; None before, and of targets that need none.
+    progress: how much of the training is done, in [0, 1], where a target needs it.
+    """
+
+    student: nn.Module
+    states: Tensor
+    places: Tensor
+    columns: Tensor
+    step_sizes: Tensor
+    start: Tensor
+    size: Tensor
+    batch: BankBatch
+    generator: torch.Generator
+    draw_u: Callable[[int, torch.Generator, torch.device], Tensor | None]
+    times: Tensor
+    solver: Solver
+    teacher: Velocity | None
+    rolled_out: RolledOut | None
+    progress: float | None
+
+    @property
+    def samples(self) -> int:
+        """n of the bank."""
+        return self.batch.states.shape[1] if self.batch.size is None else self.batch.size
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """The student's, `[B, *shape]`, with its graph."""
+        return student_velocity(self.student, x, t, self.batch.sample, self.samples)
+
+    def teachers_velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """The teacher's, with guidance, `[B, *shape]`."""
+        return teacher_velocity(self.teacher, x, t, self.batch.sample, self.samples)
+
+    def u(self) -> Tensor | None:
+        """Where on its interval each example is, `[B]` in [0, 1]; None where all are at its start."""
+        return self.draw_u(len(self.places), self.generator, self.states.device)
+
+    def uniform(self) -> Tensor:
+        """In [0, 1), float32 `[B]`."""
+        device = self.states.device
+        generator = generator_on(device, self.generator)
+        return torch.rand(len(self.places), generator=generator, dtype=torch.float32, device=device)
+
+    def chord(self) -> tuple[Tensor, Tensor]:
+        """(x, t): points on the lines between the ends of the examples' intervals, at u."""
+        u = self.u()
+        t = self.start if u is None else self.start + u * self.size
+        return segment_points(self.states, self.places, self.columns, u), t
+
+    def secant(self, v: Tensor) -> Answer:
+        """That v should be the secant of the examples' intervals."""
+        return Answer(v, self.states, self.step_sizes, self.places, self.columns)
+
+
+def dense(v: Tensor, target: Tensor, weight: Tensor | None = None) -> Answer:
+    """That v should be a target `[B, *shape]`, which has no gradient."""
+    target = target.detach()
+    pairs = torch.stack([torch.zeros_like(target), target])
+    columns = torch.arange(len(target), device=target.device)
+    one = torch.ones(1, dtype=torch.float64, device=target.device)
+    return Answer(v, pairs, one, torch.zeros_like(columns), columns, weight)
+
+
+def anything(student: nn.Module) -> None:
+    """No demand on a student."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of `TARGETS`.
+
+    answer: what the student is asked, and what it should answer.
+    whole: on one interval, from the schedule's first knot to its last. t_sampling: where none is asked for. only: and
+    no other is taken.
+    solver: takes a Solver in place of the schedule. own: on the student's own states, by `roll_out`.
+    teacher: evaluates the teacher. progress: needs to know how much of the training is done.
+    expect_student: raises for a student that lacks what it needs, naming it.
+    """
+
+    answer: Callable[[Call], Answer]
+    whole: bool = False
+    t_sampling: str = START
+    only: bool = False
+    solver: bool = False
+    own: bool = False
+    teacher: bool = False
+    progress: bool = False
+    expect_student: Callable[[nn.Module], None] = anything

@@ -1,0 +1,23 @@
+"""What a student may learn. Another target is
+
+1. a row of `TARGETS`, with the function that asks the student, in a file of its family;
+2. a paragraph in the docstring of `StraightenLoss` (objective.py), with its source; cli/main.py offers it where a
+   calibration is all that it needs; docs/mathematics.md, "Straightening", has the formula;
+3. in tests its formula once more, in float64, written from the paper, its resuming in `VARIANTS` of
+   tests/test_straighten.py, and a flow that it learns.
+
+A setting that only one target has is an argument of `StraightenLoss` and `straighten`, with a default, and is in
+`StraightenLoss.identity` where it differs from that: a checkpoint of a run with another is refused, and those of before
+go on. A loss or a distribution of times is a row of its own table: losses.py, t_sampling.py.
+"""
+
+from flowkernels.training.targets.base import Target
+from flowkernels.training.targets.on_a_solver import on_a_solver
+from flowkernels.training.targets.straight_line import straight_line
+
+TARGETS: dict[str, Target] = {
+    "boss": Target(straight_line),
+    "reflow": Target(straight_line, whole=True, t_sampling="uniform"),
+    "distill": Target(straight_line, whole=True, only=True),
+    "solver": Target(on_a_solver, only=True, solver=True, own=True),
+}
