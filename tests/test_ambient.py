@@ -159,7 +159,8 @@ def straighten(w, tmp_path):
         t_sampling="uniform", weighting=[1, 2], loss="huber", ema=None, optimizer=lambda p: torch.optim.SGD(p, 0.1)
     )
     solver = dict(schedule=fk.Solver.adams_bashforth(w["cal"][N]), target="solver", grid=GRID, loss="cauchy")
-    return [straightened(w, **more) for more in ({}, fields, uniform, solver)]
+    followed = [fields | dict(target=name) for name in ("on_policy",)]
+    return [straightened(w, **more) for more in ({}, fields, uniform, solver, *followed)]
 
 
 class Stopped(Exception):

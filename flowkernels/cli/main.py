@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup", type=_options.integer(0), default=100, help="iterations of warm-up")
     add("--decay", choices=["cosine", "none"], default="cosine", help="of the learning rate")
     targets = [name for name, row in TARGETS.items() if not row.solver]
-    add("--target", choices=targets, default="boss", help="steps of the schedule, or the whole way from noise to data")
+    add("--target", choices=targets, default="boss", help="what is learned; see fk.StraightenLoss")
     add("--t-sampling", choices=list(T_SAMPLINGS), help="where on an interval to train; the target's own if not given")
     add("--loss", choices=list(LOSSES), default="l2", help="squared error, pseudo-Huber or Cauchy's")
     add(
@@ -369,7 +369,7 @@ def _straighten(args) -> None:
     notes = {"straightened_from": parameter_hash(velocity)}
     if args.target != "reflow":  # whose students are for any
         times = calibration[args.steps].times.tolist()
-        notes["times"] = times if args.target == "boss" else [times[0], times[-1]]
+        notes["times"] = [times[0], times[-1]] if TARGETS[args.target].whole else times
     student = network_of(result.student).cpu()
 
     def save(path: Path) -> None:

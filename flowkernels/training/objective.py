@@ -59,6 +59,16 @@ class StraightenLoss(nn.Module):
       / b[k,k]`, with the student's own v_i. They are those of the last `roll_out`, and have no gradient. Of Euler steps
       it is "boss" on the student's own states. Source: docs/mathematics.md, "Straightening".
 
+    - "on_policy": the teacher's velocity where the student's own step leads. From a state x_a at the interval's start,
+      with v = student(x_a, t_a): `teacher(x_a + u h v, t_a + u h)`, h = t_b - t_a, at u uniform; that point has no
+      gradient. One evaluation of the teacher an example. A quarter of the x_a are the student's own states, of the last
+      `roll_out`, the others the teacher's. What is learned is the teacher's mean velocity along the student's own step:
+      not the secant but an implicit step of second order (of x' = a x the trapezoidal rule). Source: pi-Flow's L2
+      imitation (arXiv 2510.14974), checked against its public code. There a network's one output is a policy, a
+      velocity that changes within the interval, which is compared at 2 to 4 points; the way to these alternates with
+      the teacher's steps, whose share falls to 0 in training. Here it is constant within the interval, one point is
+      drawn, and the way is the student's alone.
+
     Args:
         schedule: a Schedule, such as `cal[4]`; for target="solver" a Solver, such as `fk.fit_solver(teacher, cal, 4)`,
             of one evaluation a step, at the step's first knot.
@@ -271,8 +281,9 @@ class StraightenLoss(nn.Module):
     @torch.inference_mode(False)
     @no_grad
     def roll_out(self, student: nn.Module, states: Tensor, chunk: int | None = None) -> None:
-        """Take the student's own samples on the solver, of target="solver": before the first batch, and once in a while
-        as the student changes. It is evaluated in eval mode, N - 1 times a sample. Other targets need none.
+        """Take the student's own samples, of target="on_policy" by Euler's steps and of "solver" on the solver: before
+        the first batch, and once in a while as the student changes. It is evaluated in eval mode, N - 1 times a sample.
+        Other targets need none.
 
         Args:
             student: as for a batch.
@@ -386,7 +397,7 @@ def _expect_teacher(teacher, row: Target, target: str) -> Velocity | None:
     if teacher is None:
         expect(not row.teacher, "teacher", f"the velocity that target={target!r} evaluates", "None")
         return None
-    resolve(teacher)  # raises for what is no velocity
+    resolve(teacher, "teacher")  # raises for what is no velocity
     return teacher
 
 

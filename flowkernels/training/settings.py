@@ -26,7 +26,7 @@ from flowkernels.solver import Solver
 from flowkernels.training.bank import Noise, knots_on_grid
 from flowkernels.training.objective import Loss, StraightenLoss, TSampling
 from flowkernels.training.optimizers import OPTIMIZER
-from flowkernels.velocity.protocol import Velocity
+from flowkernels.velocity.protocol import Velocity, resolve
 
 Check = Callable[[Any, str], Any]  # of (value, name), to the value as it is kept
 
@@ -125,6 +125,7 @@ class Settings:
         checked = {name: check(getattr(self, name), name) for name, check in CHECKS.items()}
         learned = ("target", "loss", "huber_c", "weighting", "t_sampling")
         settings = {name: getattr(self, name) for name in learned}
+        resolve(self.velocity)
         objective = StraightenLoss(self.schedule, teacher=self.velocity, **settings)
         checked["objective"] = objective
         checked["grid"], checked["indices"] = knots_on_grid(objective.schedule, self.grid)

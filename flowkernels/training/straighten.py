@@ -105,15 +105,15 @@ def straighten(
         batch: samples an iteration. bank: trajectories kept, where `noise` is not a tensor.
         refresh: iterations after which the bank is rolled out anew from fresh noise; None never.
         target: what is learned, as `fk.StraightenLoss` has it: "boss", the intervals of the schedule; "reflow", the one
-            from its first knot to its last; "distill", that in one step; "solver", the steps of a Solver on the
-            student's own states, beside the teacher's.
+            from its first knot to its last; "distill", that in one step; "on_policy", the teacher's velocity along
+            the student's own steps; "solver", the steps of a Solver on the student's own states, beside the teacher's.
         t_sampling: the distribution of u: "start", u = 0, BOSS as published; "uniform", piecewise reflow; "u_shaped";
             "ten"; or a function. None takes the target's own. loss, huber_c: "l2", "huber", "huber_per_element",
             "cauchy" or a function, and the constant. weighting: a factor on the loss of each interval,
             "per_sample_normalised", or None. See `fk.StraightenLoss`. A resumed run cannot tell one function from
             another.
-        rollout_every: of target="solver", iterations after which the student's own samples are taken anew: N - 1
-            evaluations of the bank without gradients.
+        rollout_every: of target="on_policy" and "solver", iterations after which the student's own samples are taken
+            anew: N - 1 evaluations of the bank without gradients.
         init: what the student starts from: "teacher" its weights, "keep" the student's own, or a state dict, such as
             EMA weights. None: the teacher's where it has any, else the student's own.
         lr: peak learning rate.

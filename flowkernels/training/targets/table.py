@@ -13,11 +13,13 @@ go on. A loss or a distribution of times is a row of its own table: losses.py, t
 
 from flowkernels.training.targets.base import Target
 from flowkernels.training.targets.on_a_solver import on_a_solver
+from flowkernels.training.targets.on_policy import on_policy
 from flowkernels.training.targets.straight_line import straight_line
 
 TARGETS: dict[str, Target] = {
     "boss": Target(straight_line),
     "reflow": Target(straight_line, whole=True, t_sampling="uniform"),
     "distill": Target(straight_line, whole=True, only=True),
+    "on_policy": Target(on_policy, t_sampling="uniform", own=True, teacher=True),
     "solver": Target(on_a_solver, only=True, solver=True, own=True),
 }
