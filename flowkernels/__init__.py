@@ -29,6 +29,7 @@ from flowkernels.sampling.sample import sample
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.bank import BankBatch
+from flowkernels.training.blockwise import Blockwise
 from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.straighten import Straightened, straighten
 from flowkernels.velocity.field import VelocityField
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendError",
     "BankBatch",
+    "Blockwise",
     "Calibration",
     "FusedHead",
     "FusedSampler",

@@ -779,6 +779,12 @@ def _stages(cal) -> None:
         **dict(student=student, states=(*known, "sample", "interval"), interval=index, sample=(*index, "interval")),
         generator=(None, or_none(lambda v: isinstance(v, torch.Generator))),
     )
+    place(
+        "Blockwise",
+        fk.Blockwise,
+        networks=(lambda: [Net(), Net()], lambda v: isinstance(v, nn.Module)),
+        schedule=(lambda: cal[2], lambda v: isinstance(v, fk.Schedule)),
+    )
     place("StraightenLoss.roll_out", learned.roll_out, student=student, states=known, chunk=(None, or_none(is_int(1))))
     place(
         "straighten",

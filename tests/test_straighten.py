@@ -583,6 +583,7 @@ VARIANTS = {
     "fixed bank": dict(noise=normal(24, 4, seed=8)),
     "reflow": dict(target="reflow", t_sampling="ten", weighting="per_sample_normalised"),
     "distill": dict(target="distill", loss="cauchy"),
+    "blockwise": dict(target="blockwise", t_sampling="uniform"),
     "functions": dict(
         t_sampling=lambda n, g: torch.rand(n, generator=g), loss=lambda v, w: (v - w).abs().flatten(1).amax(1)
     ),
@@ -593,6 +594,8 @@ VARIANTS = {
     "huber and weights": dict(loss="huber", weighting=[1.0, 2.0], refresh=4, t_sampling="uniform"),
     "momentum": dict(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
 }
+
+STUDENT_OF = {"blockwise": lambda net: fk.Blockwise(net, schedule_on(even_grid(6), 0, 2, 6))}  # that variants train
 
 
 class Stopped(Exception):
@@ -629,22 +632,23 @@ def trained(student=None, torch_seed=7, **settings):
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain net", "dropout"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resuming_is_bit_for_bit(tmp_path, variant, dropout):
+    def student(seed):
+        return STUDENT_OF.get(variant, lambda net: net)(small_net(seed, dropout))
+
     init = dict(init="keep") if dropout else {}
     settings = VARIANTS[variant] | init
-    whole = trained(small_net(1, dropout), **settings)
+    whole = trained(student(1), **settings)
     path = tmp_path / "run.pt"
     settings |= dict(checkpoint=path, checkpoint_every=7)
     for calls in (11, 10):  # a trial, then stopped in iterations 10 and 16, after checkpoints at 7 and 14
-        student = small_net(5, dropout)  # its weights are the checkpoint's on resuming
-        if not path.exists():
-            student = small_net(1, dropout)
-        student.register_forward_pre_hook(stop_after(calls))
+        net = student(5 if path.exists() else 1)  # its weights are the checkpoint's on resuming
+        net.register_forward_pre_hook(stop_after(calls))
         with pytest.raises(Stopped):
-            trained(student, **settings)
+            trained(net, **settings)
         assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
-    resumed = trained(small_net(6, dropout), torch_seed=1234, **settings)
+    resumed = trained(student(6), torch_seed=1234, **settings)
     assert same_result(whole, resumed)
-    again = trained(small_net(6, dropout), **settings)  # a finished run is only loaded
+    again = trained(student(6), **settings)  # a finished run is only loaded
     assert same_result(whole, again)
 
 

@@ -39,6 +39,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     objective.roll_out(trained.student, noise)
     batch = fk.BankBatch(noise, torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
     objective(trained.student, batch).loss.backward()
+    assert_type(fk.Blockwise([trained.student], fk.Schedule([0, 1])), fk.Blockwise)
     inversion = fk.invert(velocity, noise, fk.Solver.heun(8, inverse=True))
     assert_type(inversion, fk.Inversion)
     assert_type(fk.export(cal, "comfy", steps=4, path="sigmas.txt"), str)

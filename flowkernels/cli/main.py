@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lr", type=_options.above_0, default=2e-4, help="peak learning rate")
     add("--warmup", type=_options.integer(0), default=100, help="iterations of warm-up")
     add("--decay", choices=["cosine", "none"], default="cosine", help="of the learning rate")
-    targets = [name for name, row in TARGETS.items() if not row.solver]
+    targets = [name for name, row in TARGETS.items() if row.is_plain]
     add("--target", choices=targets, default="boss", help="what is learned; see fk.StraightenLoss")
     add("--t-sampling", choices=list(T_SAMPLINGS), help="where on an interval to train; the target's own if not given")
     add("--loss", choices=list(LOSSES), default="l2", help="squared error, pseudo-Huber or Cauchy's")

@@ -54,6 +54,7 @@ class StraightenLoss(nn.Module):
       features, improved rectified flow (arXiv 2405.20320; its LPIPS is a `loss` of your own); with `t_sampling="ten"`
       and `weighting="per_sample_normalised"` Simple ReFlow (arXiv 2410.07815).
     - "distill": the same interval, at u = 0: one step from noise to data, InstaFlow's second stage (arXiv 2309.06380).
+    - "blockwise": the schedule's intervals as "boss" has them, of a `fk.Blockwise`, a network for each.
     - "solver": for a multistep `Solver` in place of the schedule. At step k, on the student's own state x_k as well as
       the teacher's, the velocity that lands the solver on the teacher's next knot: `(x_b - x_0 - sum_{i<k} b[k,i] v_i)
       / b[k,k]`, with the student's own v_i. They are those of the last `roll_out`, and have no gradient. Of Euler steps
@@ -146,6 +147,10 @@ class StraightenLoss(nn.Module):
     def refits(self) -> bool:
         """Whether the student is sampled with a solver that is fitted to it afterwards."""
         return self._row.solver
+
+    def student_from(self, copied: nn.Module) -> nn.Module:
+        """The student that a copy of the teacher becomes."""
+        return copied if self._row.made is None else self._row.made(copied, self.schedule)
 
     def forward(
         self,

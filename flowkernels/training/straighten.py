@@ -187,7 +187,7 @@ def straighten(
     velocity = as_given(teacher.unfused())
     expect_no_wrapped_field(velocity, "velocity")
     expect_trainable_here()
-    student = own_student(student, velocity)
+    student = own_student(student, velocity, objective.student_from)
     for name, net in (("velocity", velocity), ("student", student)):
         if isinstance(net, nn.Module) and not isinstance(net, VelocityBase):
             expect_takes(net, name, "a network net(x, t)", None, None)

@@ -11,6 +11,7 @@ from flowkernels._checks import expect
 from flowkernels._guidance import guided
 from flowkernels.ops.library import is_transformed
 from flowkernels.runtime.torch_private import keeps_parametrized
+from flowkernels.training.blockwise import Blockwise
 from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
 from flowkernels.velocity.evaluate import evaluate
 from flowkernels.velocity.field import VelocityField
@@ -25,15 +26,17 @@ def expect_trainable_here() -> None:
     expect(not is_transformed(), "student", "training outside of torch.func and dual_level", "a call inside of them")
 
 
-def own_student(student: nn.Module | None, velocity: Velocity) -> nn.Module:
-    """The module to train: the one given, or a copy of the teacher."""
+def own_student(
+    student: nn.Module | None, velocity: Velocity, made: Callable[[nn.Module], nn.Module] = lambda copied: copied
+) -> nn.Module:
+    """The module to train: the one given, or what is made of a copy of the teacher."""
     teacher_is_module = isinstance(velocity, nn.Module)
     if student is None:
         expect(teacher_is_module, "student", "a module, where the teacher is not one to copy", "None")
         student = copied(as_given(resolve(velocity).without_guidance()))
         for p in student.parameters():
             p.requires_grad_(p.is_floating_point())
-        return _trainable(student)
+        return _trainable(made(student))
     expect(isinstance(student, nn.Module), "student", "an nn.Module or None", student, TypeError)
     expect_no_wrapped_field(student, "student")
     _trainable(student)
@@ -59,9 +62,10 @@ def _trainable(student: nn.Module) -> nn.Module:
         lazy = nn.parameter.is_lazy(t)  # of which nothing can be asked
         why = "not initialised" if lazy else "on the meta device" if t.is_meta else "made in it" * t.is_inference()
         expect(not why, "student", expected, f"{name!r}, {why}")
-    for k, v in resolve(student).conditioning.items():
-        if isinstance(v, Tensor) and v.is_inference():
-            student.conditioning[k] = v.clone()
+    for field in student.modules():
+        for k, v in field.conditioning.items() if isinstance(field, VelocityField) else ():
+            if isinstance(v, Tensor) and v.is_inference():
+                field.conditioning[k] = v.clone()
     return student
 
 
@@ -75,7 +79,14 @@ def initialise(student: nn.Module, velocity: Velocity, init) -> None:
         expect(init != "teacher" or has_weights, "init", "a teacher with weights, for 'teacher'", velocity)
         if not has_weights or init == "keep":
             return
-        state, name = plain_state(VelocityField.of(velocity).net), "student"
+        teacher = VelocityField.of(velocity).net
+        state, name = plain_state(teacher), "student"
+        blocks = None if isinstance(unwrapped(teacher), Blockwise) else Blockwise.of(student)
+        if blocks is not None:  # each starts from the teacher
+            for network in blocks.networks:
+                expect_weights(VelocityField.of(network).net, state, name)
+                load_weights(VelocityField.of(network).net, state)
+            return
     expect_weights(net, state, name)
     load_weights(net, state)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels.ops.segment_points import segment_points
+from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.bank import BankBatch, generator_on
 from flowkernels.training.students import student_velocity, teacher_velocity
@@ -120,7 +121,8 @@ class Target:
     no other is taken.
     solver: takes a Solver in place of the schedule. own: on the student's own states, by `roll_out`.
     teacher: evaluates the teacher. progress: needs to know how much of the training is done.
-    expect_student: raises for a student that lacks what it needs, naming it.
+    expect_student: raises for a student that lacks what it needs, naming it. made: of a copy of the teacher and the
+    schedule, the student where none is given; None: that copy.
     """
 
     answer: Callable[[Call], Answer]
@@ -132,3 +134,9 @@ class Target:
     teacher: bool = False
     progress: bool = False
     expect_student: Callable[[nn.Module], None] = anything
+    made: Callable[[nn.Module, Schedule], nn.Module] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the student is a velocity like any other, for a schedule."""
+        return not self.solver and self.expect_student is anything

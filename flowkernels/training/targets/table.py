@@ -6,12 +6,15 @@
 3. in tests its formula once more, in float64, written from the paper, its resuming in `VARIANTS` of
    tests/test_straighten.py, and a flow that it learns.
 
+A student that is of a class of its own is said by `Target.expect_student`, which refuses others.
+
 A setting that only one target has is an argument of `StraightenLoss` and `straighten`, with a default, and is in
 `StraightenLoss.identity` where it differs from that: a checkpoint of a run with another is refused, and those of before
 go on. A loss or a distribution of times is a row of its own table: losses.py, t_sampling.py.
 """
 
 from flowkernels.training.targets.base import Target
+from flowkernels.training.targets.blockwise import blockwise, expect_blockwise, in_blocks
 from flowkernels.training.targets.on_a_solver import on_a_solver
 from flowkernels.training.targets.on_policy import on_policy
 from flowkernels.training.targets.straight_line import straight_line
@@ -21,5 +24,6 @@ TARGETS: dict[str, Target] = {
     "reflow": Target(straight_line, whole=True, t_sampling="uniform"),
     "distill": Target(straight_line, whole=True, only=True),
     "on_policy": Target(on_policy, t_sampling="uniform", own=True, teacher=True),
+    "blockwise": Target(blockwise, expect_student=expect_blockwise, made=in_blocks),
     "solver": Target(on_a_solver, only=True, solver=True, own=True),
 }

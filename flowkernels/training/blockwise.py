@@ -1,0 +1,159 @@
+"""`Blockwise`: a network for each interval of a schedule, as one velocity."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowkernels._checks import FLOATS, describe, expect, expect_list, expect_tensor
+from flowkernels.runtime.torch_private import COMPILED_CALL
+from flowkernels.schedule import Schedule
+from flowkernels.training.modules import copied, unwrapped
+from flowkernels.velocity.field import VelocityField, float64_device
+from flowkernels.velocity.protocol import VelocityBase, is_per_sample, on_tensors, resolve
+
+NEAR = 1e-6  # as close below a knot, a time is that of the knot: those in float32 are
+
+
+class Blockwise(nn.Module, VelocityBase):
+    """One network for each interval of a schedule: a sample's velocity is that of the network of the interval that its
+    time is in; at a knot, of the interval that begins there.
+
+    Each network is a velocity `net(x, t)`, such as a `VelocityField` with its conditioning, which follows the samples.
+    Keyword arguments of a call reach the networks, tensors of n rows by their samples. All are in memory: N times the
+    weights of one. `fk.straighten(None, velocity, schedule, target="blockwise")` trains copies of the velocity's, and
+    with a `weighting` of 1 for one interval and 0 for the others that one's alone.
+
+    Args:
+        networks: N modules, each with weights of its own, or one, of which N copies are made.
+        schedule: of N steps; a time outside, t `[n]`, is an error.
+
+    networks: the `nn.ModuleList`. knots: the times of the schedule, numbers. forced_knots: those inside, which no step
+    of a calibrated schedule spans.
+
+    A batch of times on a GPU is waited for, once; in the loops of `fk.sample` and the others, whose times are on the
+    CPU, nothing is. `fk.fuse` and `capture="compile"`, which need the same network at every step, do not take one.
+
+    Raises TypeError, ValueError, naming the argument. Source: a model for each interval of noise levels, eDiff-I (arXiv
+    2211.01324), here for the steps of a schedule.
+
+    Examples:
+        >>> student = fk.Blockwise([fk.VelocityField(torch.nn.Linear(3, 2), time_column=True) for _ in range(2)],
+        ...                        fk.Schedule([0, 0.4, 1]))
+        >>> student(torch.zeros(3, 2), torch.tensor([0.1, 0.4, 1.0])).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(self, networks: nn.Module | Sequence[nn.Module], schedule: Schedule):
+        super().__init__()
+        expected = "a Schedule, such as cal[4], with an interval for each network"
+        expect(isinstance(schedule, Schedule), "schedule", expected, schedule, TypeError)
+        self.knots = tuple(schedule.times.tolist())
+        many = isinstance(networks, nn.ModuleList) or not isinstance(networks, nn.Module)
+        expected = f"{schedule.steps} modules, one for each interval, or one to copy"
+        given = list(expect_list(networks, "networks", expected)) if many else [networks]
+        for net in given:
+            expect(isinstance(net, nn.Module), "networks", expected, net, TypeError)
+        if not many:
+            given = [_copied(networks) for _ in range(schedule.steps)]
+        expect(len(given) == schedule.steps, "networks", expected, f"{len(given)}")
+        weights = [id(p) for net in given for p in net.parameters()]
+        expect(len(weights) == len(set(weights)), "networks", "weights of their own for each", "shared parameters")
+        self.networks = nn.ModuleList(given)
+        self.forced_knots = self.knots[1:-1]
+
+    @classmethod
+    def of(cls, student: nn.Module) -> "Blockwise | None":
+        """It that is a student, or in a wrapper or the `VelocityField` that a student is."""
+        for part in (student, VelocityField.of(unwrapped(student)).net):
+            if isinstance(found := unwrapped(part), cls):
+                return found
+        return None
+
+    @property
+    def conditioning(self) -> dict[str, Any]:
+        """That of the first network."""
+        return dict(resolve(self.networks[0]).conditioning)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        return resolve(self.networks[0]).shared
+
+    def rows(self, index: Tensor | slice, n: int) -> "Blockwise":
+        if not any(isinstance(net, VelocityBase) for net in self.networks):
+            return self
+        parts = copy.copy(self)
+        parts.__dict__.pop(COMPILED_CALL, None)  # which calls this one
+        rows = nn.ModuleList([_rows(net, index, n) for net in self.networks])
+        parts.__dict__["_modules"] = {"networks": rows}
+        return parts
+
+    def time_for(self, t: Tensor, x: Tensor) -> Tensor:
+        """As they are: a knot is looked for, and each network rounds its own."""
+        return t
+
+    def model_times(self, times: Tensor, x: Tensor) -> Tensor:
+        return times
+
+    def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
+        expect(t.shape == (len(x),), "t", f"[{len(x)}], a time for each sample", t)
+        interval = self._intervals(t)
+        counts = interval.bincount(minlength=len(self.networks)).tolist()
+        if max(counts, default=0) == len(x):
+            return _velocity(self.networks[int(interval[0]) if len(x) else 0], x, _on(t, x), kwargs)
+        order, found = interval.argsort(stable=True), []
+        for network, rows in zip(self.networks, order.split(counts), strict=True):
+            if len(rows):
+                rows = rows.to(x.device)
+                given = {k: _of_rows(value, rows, len(x)) for k, value in kwargs.items()}
+                found.append(_velocity(_rows(network, rows, len(x)), x[rows], _on(t, x)[rows], given))
+        return torch.cat(found)[order.argsort().to(x.device)]
+
+    def _intervals(self, t: Tensor) -> Tensor:
+        """That of each time, on the CPU."""
+        t = t.detach().to("cpu", torch.float64)
+        knots = torch.tensor(self.knots, dtype=torch.float64, device="cpu")
+        inside = (t >= knots[0] - NEAR) & (t <= knots[-1] + NEAR)
+        if not bool(inside.all()):
+            got = f"{t[~inside][0].item():.6g}"
+            expect(False, "t", f"times in [{knots[0]:.6g}, {knots[-1]:.6g}], that of the networks", got)
+        return torch.searchsorted(knots[1:-1], t + NEAR, right=True)
+
+    def extra_repr(self) -> str:
+        return f"knots={[round(t, 4) for t in self.knots]}"
+
+
+def _on(t: Tensor, x: Tensor) -> Tensor:
+    """The times where the state is: one for all by a constant, which a CUDA graph takes."""
+    device = float64_device(x.device)
+    if t.device == device:
+        return t
+    if t.is_cpu and len(t) and bool((t == t[0]).all()):
+        return torch.full((len(t),), t[0].item(), dtype=t.dtype, device=device)
+    return t.to(device)
+
+
+def _velocity(network: nn.Module, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    v = network(x, resolve(network).time_for(t, x), **kwargs)
+    if not isinstance(v, Tensor) or v.shape != x.shape:
+        expect(False, "networks", f"velocities of x's shape {list(x.shape)}", describe(v))
+    return v
+
+
+def _of_rows(value: Any, rows: Tensor, n: int) -> Any:
+    return on_tensors(value, lambda t: t[rows.to(t.device)] if is_per_sample(t, n) else t)
+
+
+def _rows(network: nn.Module, index: Tensor | slice, n: int) -> nn.Module:
+    return network.rows(index, n) if isinstance(network, VelocityBase) else network
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    """A copy, but for the conditioning of a field, which all share."""
+    new = copied(network)
+    if isinstance(network, VelocityField):
+        new.conditioning, new.unconditional = dict(network.conditioning), dict(network.unconditional)
+    return new
