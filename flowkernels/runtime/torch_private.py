@@ -42,6 +42,9 @@ graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph"
 DelayedError = torch._C._functions.DelayedError  # a function whose backward raises
 without_memory = torch.Tensor._make_wrapper_subclass  # a tensor of a subclass, of a shape and without values
 add_each_ = torch._foreach_add_  # numbers to the tensors of a list, as arguments of a launch
+scale_each_ = torch._foreach_mul_  # the tensors of a list, by a number or a tensor of one
+lerp_each_ = torch._foreach_lerp_  # towards the tensors of another list, by a number
+norms_of_each = torch._foreach_norm  # of a list's tensors, `[]` each
 CALL_MODULE = nn.Module._call_impl  # what calls a forward with its hooks; a frame of it is a module that runs
 
 # Attributes of a module: what runs before and after its forward, backward, and what it holds

@@ -29,7 +29,7 @@ from flowkernels.training.bank import BankBatch, generator_on
 from flowkernels.training.losses import FUSED, LOSSES
 from flowkernels.training.t_sampling import START, T_SAMPLINGS
 from flowkernels.training.targets.base import Answer, Call, RolledOut, Target
-from flowkernels.training.targets.own_states import rolled_out
+from flowkernels.training.targets.own_states import rolled_out, sizes_of
 from flowkernels.training.targets.table import TARGETS
 from flowkernels.velocity.protocol import Velocity, resolve
 
@@ -223,7 +223,9 @@ class StraightenLoss(nn.Module):
         whether it can be computed; nothing is kept."""
         N = self.schedule.steps
         states = x.expand(N + 1, *x.shape)
-        rolled = RolledOut(states, x.expand(2 * N, *x.shape), states) if self.needs_roll_out else None
+        rolled = None
+        if self.needs_roll_out:
+            rolled = RolledOut(states, x.expand(2 * N, *x.shape), states, sizes_of(self.solver, x.device))
         batch = self._expect_batch(
             student, BankBatch(states, torch.arange(len(sample), device=x.device) % N, sample, size=n)
         )

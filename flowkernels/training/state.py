@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from flowkernels._checks import expect
+from flowkernels.training.average import Average
 from flowkernels.training.bank import Bank
 from flowkernels.training.checkpoint import HISTORY, ROLLED_OUT, checks_of, expect_optimizer_state, write_checkpoint
-from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
+from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state
 from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.students import trained_parameters
-
-UNCOUNTED = 64  # batches whose losses wait on the device, at most
 
 
 class State:
@@ -26,8 +24,8 @@ class State:
     student, optimizer: what is trained, and how. average: of the student's weights, None without `ema`.
     generator: on the CPU, of noise, places and what targets draw. bank: of which the state before its noise was drawn
         is kept, not the trajectories.
-    iteration: iterations done. history: columns of `Straightened.history`. totals, counts: float32 `[N]`, the losses
-        of each interval since the last row, and their number.
+    iteration: iterations done. history: columns of `Straightened.history`. totals, counts: float32 `[N]` where the
+        student is, the losses of each interval since the last row, and their number.
     setting: what a resumed run must share, in plain values.
     rolled_out: the weights with which the student's own samples were taken last; None where none are, or not kept.
     """
@@ -43,12 +41,13 @@ class State:
         seed: int,
     ):
         self.student, self.optimizer, self.bank, self.setting = student, optimizer, bank, setting
-        self.average = None if ema is None else _averaged(student, ema)
+        self.average = None if ema is None else Average(student, ema)
         self.generator = torch.Generator().manual_seed(seed)
         self.iteration, self.history = 0, {name: [] for name in HISTORY}
         self.rolled_out: dict[str, Any] | None = None
-        self.totals, self.counts = torch.zeros(2, bank.steps, dtype=torch.float32, device="cpu")
-        self._uncounted: list[tuple[Tensor, Tensor]] = []  # what is still to be added to these
+        device = trained_parameters(student)[0].device
+        self.totals, self.counts = torch.zeros(2, bank.steps, dtype=torch.float32, device=device)
+        self._intervals = torch.arange(bank.steps, device=device)[:, None]
 
     def roll_out(self, objective: StraightenLoss, keep: bool) -> None:
         """Take the student's own samples of the bank. keep: its weights, for a checkpoint."""
@@ -57,25 +56,18 @@ class State:
 
     def update_average(self) -> None:
         if self.average is not None:
-            self.average.update_parameters(unwrapped(self.student))
+            self.average.update()
 
+    @torch.no_grad()
     def count(self, interval: Tensor, losses: Tensor) -> None:
-        """Add the losses `[B]` of samples of the intervals `[B]`; once in a while, since it waits for a GPU."""
-        self._uncounted.append((interval, losses.detach()))
-        if len(self._uncounted) == UNCOUNTED:
-            self._add_up()
-
-    def _add_up(self) -> None:
-        for interval, losses in self._uncounted:
-            interval, losses = interval.cpu(), losses.float().cpu()
-            self.totals.index_add_(0, interval, losses)
-            self.counts.index_add_(0, interval, torch.ones_like(losses))
-        self._uncounted = []
+        """Add the losses `[B]` of samples of the intervals `[B]`: as sums, whose order a GPU does not change."""
+        of = self._intervals == interval
+        self.totals += torch.where(of, losses.float(), 0).sum(1)
+        self.counts += of.sum(1)
 
     def log(self, **row: float) -> None:
         """A row of the history, with the losses of the intervals since the last."""
-        self._add_up()
-        for name, entry in (row | {"interval_loss": (self.totals / self.counts).tolist()}).items():
+        for name, entry in (row | {"interval_loss": (self.totals / self.counts).cpu().tolist()}).items():
             self.history[name].append(entry)
         self.totals.zero_(), self.counts.zero_()
 
@@ -89,7 +81,6 @@ class State:
 
     def contents(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        self._add_up()
         return {
             "setting": self.setting,
             "iteration": self.iteration,
@@ -101,8 +92,8 @@ class State:
             "bank_rng": self.bank.rng,
             "rng": self.generator.get_state(),
             "global_rng": _global_rng(),
-            "totals": self.totals,
-            "counts": self.counts,
+            "totals": self.totals.cpu(),
+            "counts": self.counts.cpu(),
         } | ({} if self.rolled_out is None else {ROLLED_OUT: self.rolled_out})
 
     def save(self, path: Path, stacklevel: int) -> None:
@@ -128,7 +119,7 @@ class State:
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
             self.rolled_out = saved.get(ROLLED_OUT)
         self.iteration, self.history = saved["iteration"], saved["history"]
-        self.totals, self.counts = saved["totals"], saved["counts"]
+        self.totals.copy_(saved["totals"]), self.counts.copy_(saved["counts"])
         self.generator.set_state(saved["bank_rng"])
 
     def roll_out_again(self, objective: StraightenLoss) -> None:
@@ -142,18 +133,6 @@ class State:
         """Those of the checkpoint's last iteration, once the bank is there again."""
         self.generator.set_state(saved["rng"])
         _restore_global_rng(saved["global_rng"])
-
-
-def _averaged(student: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average whose decay grows to `decay` as (1+n)/(10+n), so that short runs are not held back."""
-
-    def average(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
-        rate = min(decay, (1 + n.item()) / (10 + n.item()))
-        for a, c in zip(averaged, current, strict=True):
-            a.lerp_(c.to(a.dtype), 1 - rate)
-
-    with torch.device("cpu"):  # of its counter
-        return AveragedModel(copied(student), multi_avg_fn=average)
 
 
 def _global_rng() -> dict[str, Any]:

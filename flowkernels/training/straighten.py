@@ -119,13 +119,15 @@ def straighten(
         lr: peak learning rate.
         warmup: iterations of linear warm-up.
         decay: of the learning rate after it, "cosine" to zero or "none".
-        optimizer: parameters -> optimiser; None is Adam. Its learning rate is set to the schedule above.
+        optimizer: parameters -> optimiser; None is Adam. Its learning rate is set to the schedule above. On a GPU weights
+            are kept a second time, unless it is torch's Adam, AdamW, SGD or Adagrad with fused=True.
         clip: largest norm of the gradient, or None.
         ema: decay of the averaged weights that are returned, or None to return the last ones.
         grid: the teacher's fine grid, for a schedule that has none.
         seed: of noise, samples, intervals and u. All but the noise are drawn where the bank is: on a GPU by a generator
             of its own, from seeds that the CPU's draws, so that they are others than on the CPU, the same in every run.
-        log_every: iterations a row of the history.
+        log_every: iterations a row of the history. Between rows nothing waits for a GPU: a loss that is not finite is
+            found there, at a row or a checkpoint, and no step is taken from it on.
         checkpoint: file that keeps the whole state of the training, written every `checkpoint_every` iterations and at
             the end; whole or not at all. Where one cannot be written, as on a full disk, a warning says so, the one
             before stays and the training goes on.

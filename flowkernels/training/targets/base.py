@@ -18,11 +18,13 @@ from flowkernels.velocity.protocol import Velocity
 
 class RolledOut(NamedTuple):
     """A student's own samples on a solver: x_k, k < N, and last the teacher's, `[N+1, n, *shape]`; and of each step the
-    pair `x_0 + sum_{i<k} b[k,i] v_i`, the teacher's state at its end, `[2N, n, *shape]`. of: the teacher's states."""
+    pair `x_0 + sum_{i<k} b[k,i] v_i`, the teacher's state at its end, `[2N, n, *shape]`. of: the teacher's states.
+    sizes: b[k,k] of the pairs' places, float64 `[2N-1]`, where the states are."""
 
     states: Tensor
     pairs: Tensor
     of: Tensor
+    sizes: Tensor
 
 
 class Answer(NamedTuple):

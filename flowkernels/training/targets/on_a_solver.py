@@ -10,9 +10,8 @@ OWN = 0.25  # of the examples are on the student's own states, the others on the
 
 def on_a_solver(call: Call) -> Answer:
     """The velocity that lands the solver on the teacher's next knot, after the student's own velocities so far."""
-    states, interval, sample = call.batch[:3]
+    (states, interval, sample), rolled = call.batch[:3], call.rolled_out
     own = call.uniform() < OWN
-    x = (segment_points(at, interval, sample) for at in (call.rolled_out.states, states))
-    x = torch.where(own.view(-1, *[1] * (states.dim() - 2)), *x)
-    sizes = call.solver.coefficients.diagonal().repeat_interleave(2)[:-1].to(states.device)
-    return Answer(call.velocity(x, call.start), call.rolled_out.pairs, sizes, 2 * interval, sample)
+    x = segment_points(states, interval, sample)
+    torch.where(own.view(-1, *[1] * (x.dim() - 1)), segment_points(rolled.states, interval, sample), x, out=x)
+    return Answer(call.velocity(x, call.start), rolled.pairs, rolled.sizes, 2 * interval, sample)

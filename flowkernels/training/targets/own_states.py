@@ -9,6 +9,11 @@ from flowkernels.solver import Solver
 from flowkernels.training.targets.base import RolledOut
 
 
+def sizes_of(solver: Solver, device: torch.device) -> Tensor:
+    """What its steps multiply their last velocities by, b[k,k], at the places of `RolledOut.pairs`."""
+    return solver.coefficients.diagonal().repeat_interleave(2)[:-1].to(device)
+
+
 def rolled_out(student: nn.Module, solver: Solver, knots: Tensor, of: Tensor, chunk: int | None) -> RolledOut:
     """From the teacher's states at the solver's knots `[N+1, n, *shape]`: N - 1 evaluations a sample."""
     N, n, at = solver.steps, knots.shape[1], solver.model_times.tolist()
@@ -22,4 +27,4 @@ def rolled_out(student: nn.Module, solver: Solver, knots: Tensor, of: Tensor, ch
             pairs[2 * k, rows] = linear_update(start, v, b[k][:k]) if k else start
             if k < N - 1:
                 v.append(teacher.at(x, at[k], rows.start))
-    return RolledOut(own, pairs, of)
+    return RolledOut(own, pairs, of, sizes_of(solver, knots.device))
