@@ -583,6 +583,7 @@ VARIANTS = {
     "fixed bank": dict(noise=normal(24, 4, seed=8)),
     "reflow": dict(target="reflow", t_sampling="ten", weighting="per_sample_normalised"),
     "distill": dict(target="distill", loss="cauchy"),
+    "annealed": dict(target="annealed_reflow"),
     "blockwise": dict(target="blockwise", t_sampling="uniform"),
     "functions": dict(
         t_sampling=lambda n, g: torch.rand(n, generator=g), loss=lambda v, w: (v - w).abs().flatten(1).amax(1)

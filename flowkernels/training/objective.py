@@ -54,6 +54,11 @@ class StraightenLoss(nn.Module):
       features, improved rectified flow (arXiv 2405.20320; its LPIPS is a `loss` of your own); with `t_sampling="ten"`
       and `weighting="per_sample_normalised"` Simple ReFlow (arXiv 2410.07815).
     - "distill": the same interval, at u = 0: one step from noise to data, InstaFlow's second stage (arXiv 2309.06380).
+    - "annealed_reflow": "reflow" into a smaller student, which does not start from the teacher: the pairs' noise x_0 is
+      at first exchanged for fresh noise z, by degrees no longer: `sqrt(1 - beta^2) x_0 + beta z`, beta falling in a line
+      from 1 at the start of the training to 0 at 3/8 of it (`progress`). x_0 and z are standard normal noise, and the
+      schedule begins at 0. Source: SlimFlow (arXiv 2407.12718), checked against its public code, in whose command the
+      pairs are the teacher's after 300,000 of 800,000 iterations.
     - "blockwise": the schedule's intervals as "boss" has them, of a `fk.Blockwise`, a network for each.
     - "solver": for a multistep `Solver` in place of the schedule. At step k, on the student's own state x_k as well as
       the teacher's, the velocity that lands the solver on the teacher's next knot: `(x_b - x_0 - sum_{i<k} b[k,i] v_i)
@@ -121,7 +126,9 @@ class StraightenLoss(nn.Module):
             _expect_teacher(teacher, self._row, target),
         )  # not a submodule: its weights are not the loss's
         takes_solver = self._row.solver
-        self.schedule = Schedule(_expect_solver(schedule).times) if takes_solver else _knots(schedule, self._row)
+        self.schedule = (
+            Schedule(_expect_solver(schedule).times) if takes_solver else _knots(schedule, self._row, target)
+        )
         self.solver = schedule if takes_solver else Solver.euler(self.schedule)
         self.loss = _expect_loss(loss)
         self.huber_c = expect_real(huber_c, "huber_c", "a positive number", _is_squared)
@@ -380,9 +387,12 @@ def _is_squared(c: float) -> bool:
     return c > 0 and 1e-38 < c * c < 3e38
 
 
-def _knots(schedule, row: Target) -> Schedule:
+def _knots(schedule, row: Target, target: str) -> Schedule:
     expected = "a Schedule, such as cal[4]: a student learns Euler steps (of a solver: target='solver')"
     expect(isinstance(schedule, Schedule), "schedule", expected, schedule, TypeError)
+    begins = schedule.times[0].item()
+    noise = f"one that begins at 0, with noise, for target={target!r}"
+    expect(begins == 0 or not row.from_noise, "schedule", noise, f"one at {begins:.6g}")
     if not row.whole:
         return schedule
     ends = None if schedule.grid is None else (schedule.indices[0], schedule.indices[-1])

@@ -105,8 +105,10 @@ def straighten(
         batch: samples an iteration. bank: trajectories kept, where `noise` is not a tensor.
         refresh: iterations after which the bank is rolled out anew from fresh noise; None never.
         target: what is learned, as `fk.StraightenLoss` has it: "boss", the intervals of the schedule; "reflow", the one
-            from its first knot to its last; "distill", that in one step; "on_policy", the teacher's velocity along
-            the student's own steps; "solver", the steps of a Solver on the student's own states, beside the teacher's.
+            from its first knot to its last; "annealed_reflow", the same into a smaller student; "distill", that in one
+            step; "blockwise", the intervals by a `fk.Blockwise`, a network for each; "on_policy", the teacher's velocity
+            along the student's own steps; "solver", the steps of a Solver on the student's own states, beside the
+            teacher's.
         t_sampling: the distribution of u: "start", u = 0, BOSS as published; "uniform", piecewise reflow; "u_shaped";
             "ten"; or a function. None takes the target's own. loss, huber_c: "l2", "huber", "huber_per_element",
             "cauchy" or a function, and the constant. weighting: a factor on the loss of each interval,

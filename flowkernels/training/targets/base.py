@@ -90,6 +90,12 @@ class Call:
         generator = generator_on(device, self.generator)
         return torch.rand(len(self.places), generator=generator, dtype=torch.float32, device=device)
 
+    def normal(self) -> Tensor:
+        """Standard normal, a state for each example `[B, *shape]`."""
+        device, shape = self.states.device, (len(self.places), *self.states.shape[2:])
+        generator = generator_on(device, self.generator)
+        return torch.randn(shape, generator=generator, dtype=self.states.dtype, device=device)
+
     def chord(self) -> tuple[Tensor, Tensor]:
         """(x, t): points on the lines between the ends of the examples' intervals, at u."""
         u = self.u()
@@ -122,6 +128,7 @@ class Target:
     whole: on one interval, from the schedule's first knot to its last. t_sampling: where none is asked for. only: and
     no other is taken.
     solver: takes a Solver in place of the schedule. own: on the student's own states, by `roll_out`.
+    from_noise: the schedule has to begin at 0.
     teacher: evaluates the teacher. progress: needs to know how much of the training is done.
     expect_student: raises for a student that lacks what it needs, naming it. made: of a copy of the teacher and the
     schedule, the student where none is given; None: that copy.
@@ -133,6 +140,7 @@ class Target:
     only: bool = False
     solver: bool = False
     own: bool = False
+    from_noise: bool = False
     teacher: bool = False
     progress: bool = False
     expect_student: Callable[[nn.Module], None] = anything
