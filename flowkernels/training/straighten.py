@@ -121,8 +121,8 @@ def straighten(
         lr: peak learning rate.
         warmup: iterations of linear warm-up.
         decay: of the learning rate after it, "cosine" to zero or "none".
-        optimizer: parameters -> optimiser; None is Adam. Its learning rate is set to the schedule above. On a GPU weights
-            are kept a second time, unless it is torch's Adam, AdamW, SGD or Adagrad with fused=True.
+        optimizer: parameters -> optimiser; None is Adam. Its learning rate is set to the schedule above. On a GPU the
+            weights are kept a second time, unless it is torch's Adam, AdamW, SGD or Adagrad with fused=True.
         clip: largest norm of the gradient, or None.
         ema: decay of the averaged weights that are returned, or None to return the last ones.
         grid: the teacher's fine grid, for a schedule that has none.
