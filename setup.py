@@ -87,7 +87,7 @@ setup(
     package_dir={"flowkernels._benchmarks": "benchmarks"},
     packages=[
         *find_packages(include=["flowkernels", "flowkernels.*"]),
-        *("flowkernels._benchmarks", "flowkernels._benchmarks.quality"),
+        *("flowkernels._benchmarks", "flowkernels._benchmarks.quality", "flowkernels._benchmarks.straightening"),
     ],
     ext_modules=[Extension("flowkernels._C", [])],
     cmdclass={"build_ext": CMakeBuild},

@@ -234,7 +234,7 @@ def test_list(capsys):
         (["quality", "--rows", "euler"], "--rows: expected some of uniform, shifted, "),
         (["quality", "--seeds", "0"], "--seeds: expected an integer of at least 1, got '0'"),
         (["quality", "bellman"], "quality: expected no other ENTRY"),
-        (["bellman", "--rows", "boss"], "--rows: expected the ENTRY quality, got bellman"),
+        (["bellman", "--rows", "boss"], "--rows: expected the ENTRY quality or straightening, got bellman"),
     ],
 )
 def test_bad_input(options, message, capsys):

@@ -13,7 +13,7 @@ import csv
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +35,7 @@ FIELDS = (
     *("calibration_evaluations", "calibration_seconds", "gate", "settings", "notes"),
     *("hardware", "versions", "threads", "commit", "date"),
 )
+KEY = ("data", "seed", "row", "N")
 GATE = 1e-4  # largest relative difference of a roll-out in float32 from the same one in float64, or summed otherwise
 
 
@@ -67,27 +68,52 @@ def gate(data: Data, K: int) -> list[tuple[str, float]]:
     return checks
 
 
-class Results:
-    """The rows of a CSV file, written whole after each addition; without a file in memory only."""
+def is_green(data: Data, K: int) -> bool:
+    """What `gate` finds, printed."""
+    checks = gate(data, K)
+    red = [f"{what}: {off:.2g} > {GATE:g}" for what, off in checks if not off <= GATE]
+    print("  gate: " + ("RED, no figures: " + "; ".join(red) if red else "; ".join(f"{w} {o:.1g}" for w, o in checks)))
+    return not red
 
-    def __init__(self, path: Path | None):
-        self.path, self.rows = path, {}
+
+def source_of(threads: int) -> dict:
+    """What every row says of where it comes from, printed."""
+    where = provenance(torch.device("cpu"))
+    versions = ", ".join(f"{k} {where[k]}" for k in ("flowkernels", "torch", "python"))
+    source = dict(hardware=f"{where['device']}, {where['isa']}", versions=versions, threads=threads)
+    source |= dict(commit=where["commit"], date=where["date"])
+    print(" | ".join(str(v) for v in source.values() if v))
+    return source
+
+
+class Results:
+    """The rows of a CSV file, written whole after each addition; without a file in memory only.
+
+    key: the fields of which no two rows share the values.
+    """
+
+    def __init__(self, path: Path | None, fields: Sequence[str] = FIELDS, key: Sequence[str] = KEY):
+        self.path, self.fields, self.key, self.rows = path, fields, key, {}
+
+    def _key(self, row: Mapping) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in self.key)
 
     def read(self) -> None:
         if self.path is not None and self.path.is_file():
             with open(self.path, newline="") as f:
                 for found in csv.DictReader(f):
-                    self.rows[found["data"], int(found["seed"]), found["row"], int(found["N"])] = found
+                    self.rows[self._key(found)] = found
 
-    def has(self, key: tuple, settings: str) -> bool:
-        return self.rows.get(key, {}).get("settings") == settings
+    def has(self, row: Mapping) -> bool:
+        """Whether there is one of the same key and settings."""
+        return self.rows.get(self._key(row), {}).get("settings") == row["settings"]
 
     def add(self, rows: Iterable[dict]) -> None:
         self.read()  # another run may have written to it
         for new in rows:
-            self.rows[new["data"], new["seed"], new["row"], new["N"]] = dict.fromkeys(FIELDS, "") | new
+            self.rows[self._key(new)] = dict.fromkeys(self.fields, "") | new
         if self.path is not None:
-            write_csv(self.path, self.rows.values(), FIELDS)
+            write_csv(self.path, self.rows.values(), self.fields)
 
 
 @dataclass
@@ -112,7 +138,7 @@ class Bench:
         """Measure the rows that are not there yet; whether all went well."""
 
         def there(name: str, N: int) -> bool:
-            return self.results.has((self.data.name, seed, name, N), self.settings)
+            return self.results.has(dict(data=self.data.name, seed=seed, row=name, N=N, settings=self.settings))
 
         wanted = {name: self._steps(name, seed) for name in names}
         wanted = {name: ns for name, ns in wanted.items() if not all(there(name, N) for N in ns)}
@@ -225,19 +251,15 @@ class Bench:
 
 def run(args: argparse.Namespace) -> int:
     """1 if a gate was red or a row failed."""
-    chosen = _names(args.data, SIZES, "--data") if args.data else (["mixture2"] if args.quick else list(SIZES))
-    names = _names(args.rows, ROWS, "--rows") if args.rows else list(ROWS)
+    chosen = names_of(args.data, SIZES, "--data") if args.data else (["mixture2"] if args.quick else list(SIZES))
+    names = names_of(args.rows, ROWS, "--rows") if args.rows else list(ROWS)
     seeds = args.seeds or (1 if args.quick else 3)
     if args.list:
         for name in chosen:
             for which in names:
                 print(f"quality: {name}: {which} ({ROWS[which].title})")
         return 0
-    where = provenance(torch.device("cpu"))
-    versions = ", ".join(f"{k} {where[k]}" for k in ("flowkernels", "torch", "python"))
-    source = dict(hardware=f"{where['device']}, {where['isa']}", versions=versions, threads=args.threads)
-    source |= dict(commit=where["commit"], date=where["date"])
-    print(" | ".join(str(v) for v in source.values() if v))
+    source = source_of(args.threads)
     results = Results(args.out / "quality.csv" if args.out else None)
     results.read()
     end, failed, left_out = time.monotonic() + 60 * (args.minutes or math.inf), False, []
@@ -246,12 +268,7 @@ def run(args: argparse.Namespace) -> int:
         data = load(name, lambda text: print(text, flush=True))
         bench = Bench(data, sizes, results, source, lambda: time.monotonic() >= end)
         print(f"\n{name}: {bench.settings}; {data.distance.name}", flush=True)
-        checks = gate(data, sizes.grid)
-        red = [f"{what}: {off:.2g} > {GATE:g}" for what, off in checks if not off <= GATE]
-        print(
-            "  gate: " + ("RED, no figures: " + "; ".join(red) if red else "; ".join(f"{w} {o:.1g}" for w, o in checks))
-        )
-        if red:
+        if not is_green(data, sizes.grid):
             failed = True
             continue
         print(f"  {'rms':<18}" + "".join(f"{f'N={N}':>9}" for N in sizes.steps) + "  evaluations a sample, time")
@@ -265,7 +282,7 @@ def run(args: argparse.Namespace) -> int:
     return int(failed)
 
 
-def _names(text: str, known: Iterable[str], option: str) -> list[str]:
+def names_of(text: str, known: Iterable[str], option: str) -> list[str]:
     names = text.split(",")
     unknown = sorted(set(names) - set(known))
     if unknown:

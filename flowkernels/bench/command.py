@@ -18,10 +18,13 @@ from flowkernels.bench.tables import print_case, print_summary, read_csv, write_
 from flowkernels.bench.timers import timer
 from flowkernels.runtime import backends, environment
 
+ALONE = ("quality", "straightening")  # with a command and options of their own
+OPTIONS = dict.fromkeys(("data", "rows", "seeds"), ALONE) | dict.fromkeys(("steps", "iterations"), ALONE[1:])
+
 
 def add_arguments(add: Callable) -> None:
     """The options of `flowkernels bench`."""
-    which = f"which of {', '.join(suite.entries())}; all if none is given; or quality"
+    which = f"which of {', '.join(suite.entries())}; all if none is given; or one of {', '.join(ALONE)}, by itself"
     add("entries", nargs="*", metavar="ENTRY", help=which)
     add("--device", default="cpu", help="torch device")
     add("--threads", type=_options.integer(1, 4096), default=torch.get_num_threads(), help="threads of a CPU run")
@@ -36,33 +39,37 @@ def add_arguments(add: Callable) -> None:
     add("--out", type=_options.path, help="folder for one CSV file an entry; none is written if not given")
     add("--resume", action="store_true", help="keep the cases that --out has of this commit and device already")
     add("--list", action="store_true", help="print the names of the cases and stop")
-    of_quality = "of `bench quality`, the benchmark of samples"
-    add("--data", help=f"which of digits, fashion, mixture2, mixture64, such as digits,fashion; {of_quality}")
-    add("--rows", help=f"which of its rows, such as uniform,boss; {of_quality}")
-    add("--seeds", type=_options.positive, help=f"3, with --quick 1; {of_quality}")
+    alone = "of `bench quality` and `bench straightening`, the benchmarks of samples and of training"
+    add("--data", help=f"which data sets, such as digits,fashion; {alone}")
+    add("--rows", help=f"which of its rows, such as uniform,boss; {alone}")
+    add("--seeds", type=_options.positive, help=f"3, with --quick 1; of training 1; {alone}")
+    of_training = "of `bench straightening`"
+    add("--steps", help=f"which N, such as 2,4; {of_training}")
+    add("--iterations", help=f"which numbers of iterations, such as 100,1500; {of_training}")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the entries asked for; 1 if a gate of our kernels was red or a case failed."""
-    quality = args.entries[:1] == ["quality"]
-    alone = [name for name in ("data", "rows", "seeds") if getattr(args, name) is not None]
-    if quality and (args.entries[1:] or args.match or args.seconds is not None or args.device != "cpu"):
-        raise ValueError("quality: expected no other ENTRY, --match, --seconds or --device, got one")
-    if alone and not quality:
-        raise ValueError(f"--{alone[0]}: expected the ENTRY quality, got {', '.join(args.entries) or 'none'}")
-    unknown = not quality and sorted(set(args.entries) - set(suite.entries()))
+    alone = args.entries[0] if args.entries and args.entries[0] in ALONE else None
+    if alone and (args.entries[1:] or args.match or args.seconds is not None or args.device != "cpu"):
+        raise ValueError(f"{alone}: expected no other ENTRY, --match, --seconds or --device, got one")
+    for name, entries in OPTIONS.items():
+        if getattr(args, name) is not None and alone not in entries:
+            expected = f"the ENTRY {' or '.join(entries)}"
+            raise ValueError(f"--{name}: expected {expected}, got {', '.join(args.entries) or 'none'}")
+    unknown = not alone and sorted(set(args.entries) - set(suite.entries()))
     if unknown:
         raise ValueError(f"ENTRY: expected one of {', '.join(suite.entries())}, got {', '.join(unknown)}")
     if args.out is not None and not args.out.is_dir():
         raise ValueError(f"--out: expected a folder that exists, got {args.out}")
-    if args.resume and (args.out is None or quality):
-        raise ValueError("--resume: expected --out, and no ENTRY quality")
+    if args.resume and (args.out is None or alone):
+        raise ValueError(f"--resume: expected --out, and no ENTRY {alone or ' or '.join(ALONE)}")
     if args.out is not None and not args.list:
         for entry in args.entries or suite.entries():
             expect_target(args.out / f"{entry}.csv", "--out")
-    if quality:
+    if alone:
         with pinned(args.threads):
-            return suite.module("quality.command").run(args)
+            return suite.module(f"{alone}.command").run(args)
     try:
         device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError) as e:

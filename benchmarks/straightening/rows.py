@@ -1,0 +1,300 @@
+"""The rows: targets of the trainer, what they begin from, and BOSS's published procedure.
+
+A target that the trainer gets is a line here: `trained(name, title, schedule or solver, settings of fk.straighten)`.
+"""
+
+import copy
+import math
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import flowkernels as fk
+from flowkernels.evaluation.endpoint import endpoint_error
+
+from ..quality.data import Data, generator
+from ..quality.rows import Counted
+from . import published
+from .clock import Clock
+
+Plan = fk.Schedule | fk.Solver
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much work a data set is.
+
+    calibration, held_out, bank: noises of each use. published_costs: noises of the published procedure's costs.
+    iterations: of training, the same for all. fewer: and of runs of their own, which show how soon an error is reached.
+    looks: how often the published procedure is evaluated meanwhile.
+    """
+
+    calibration: int
+    held_out: int
+    bank: int
+    batch: int
+    lr: float
+    fewer: tuple[int, ...]
+    iterations: int = 1500
+    published_costs: int = 100
+    grid: int = 100
+    looks: int = 15
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+
+    def quick(self) -> "Sizes":
+        return Sizes(32, 64, 48, 16, self.lr, (4,), iterations=8, published_costs=32, grid=12, looks=2, steps=(1, 2))
+
+
+SIZES = {
+    "digits": Sizes(512, 2048, 4096, 64, 1e-3, (100, 300)),
+    "fashion": Sizes(128, 384, 512, 16, 2e-4, (100, 300)),
+}
+
+
+def noise_of(data: Data, seed: int, use: int, n: int) -> Tensor:
+    """Noise of its own for each seed and use: 0 calibration, 1 held out, 2 banks, 3 the published costs."""
+    return torch.randn(n, *data.shape, generator=generator(1000 * seed + use))
+
+
+@dataclass
+class Run:
+    """What a row is made from.
+
+    steps: the N asked for. velocity: the teacher, which counts its evaluations, and those of students.
+    cal: its calibration. held_out, goal: noise that nothing else sees, and the teacher's samples of it.
+    clock: runs while a row works. stepped: what it showed after each step of an optimiser. curve: (iterations, seconds,
+    seconds of processor, rms) of a row that is looked at on its way.
+    """
+
+    data: Data
+    sizes: Sizes
+    seed: int
+    steps: tuple[int, ...]
+    iterations: int
+    velocity: Counted
+    cal: fk.Calibration
+    held_out: Tensor
+    goal: Tensor
+    clock: Clock = field(default_factory=Clock)
+    stepped: list[tuple[float, float]] = field(default_factory=list)
+    curve: list[tuple[int, float, float, float]] = field(default_factory=list)
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Adam, whose steps are noted."""
+        adam = torch.optim.Adam(parameters, lr=self.sizes.lr)
+        adam.register_step_post_hook(lambda *_: self.stepped.append(self.clock.now()))
+        return adam
+
+    def iteration(self) -> tuple[float, float]:
+        """Seconds of one, and of the processor."""
+        count = len(self.stepped) - 1
+        return tuple((last - first) / count for first, last in zip(self.stepped[0], self.stepped[-1], strict=True))
+
+    def noise(self, use: int, n: int) -> Tensor:
+        return noise_of(self.data, self.seed, use, n)
+
+    def student(self) -> nn.Module:
+        """A copy of the teacher, whose evaluations are counted."""
+        torch.manual_seed(self.seed)
+        student = self.data.student()
+        student.register_forward_hook(lambda module, inputs, v: self.velocity.seen(v))
+        return student
+
+    @torch.no_grad()
+    def samples(self, velocity: Callable, plan: Plan) -> Tensor:
+        """Of the held-out noise, a batch at a time and uncounted."""
+        count = self.velocity.count
+        x = torch.cat([fk.sample(velocity, part, plan) for part in self.held_out.split(self.sizes.batch)])
+        self.velocity.count = count
+        return x
+
+    def look(self, iteration: int, velocity: Callable, plan: Plan) -> None:
+        """Note how far its samples are from the teacher's, while the clock stands still."""
+        rms = endpoint_error(self.samples(velocity, plan), self.goal) ** 0.5
+        self.curve.append((iteration, self.clock.wall, self.clock.processor, rms))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is sampled: the velocity, of each N the schedule or solver."""
+
+    velocity: Callable
+    plans: dict[int, Plan]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """make: run -> Made, with the run's clock. trained: whether weights change. any_steps: whether one student is for
+    every N. only: the N it is for. calibrated: whether it uses the calibration. fewer: whether it is also run with
+    fewer iterations. float32: of the network in float32, where the data's is not."""
+
+    title: str
+    make: Callable[[Run], Made]
+    trained: bool = True
+    any_steps: bool = False
+    only: tuple[int, ...] | None = None
+    calibrated: bool = True
+    fewer: bool = False
+    float32: bool = False
+
+
+ROWS: dict[str, Row] = {}
+
+
+def row(name: str, title: str, **settings):
+    def add(make):
+        ROWS[name] = Row(title, make, **settings)
+        return make
+
+    return add
+
+
+# ---- without training ----
+
+
+@row("schedule", "BOSS's schedule, untrained", trained=False)
+def _(run: Run) -> Made:
+    return Made(run.data.velocity, {N: run.cal[N] for N in run.steps})
+
+
+def knots(run: Run, N: int) -> fk.Schedule:
+    return run.cal[N]
+
+
+def uniform(run: Run, N: int) -> fk.Schedule:
+    return fk.Schedule(torch.linspace(0, 1, N + 1, dtype=torch.float64), run.cal.times, _even(run.sizes.grid, N))
+
+
+def _even(grid: int, N: int) -> list[int] | None:
+    return None if grid % N else list(range(0, grid + 1, grid // N))
+
+
+def fitted(run: Run, N: int) -> fk.Solver:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # where another is better, it is that
+        return fk.fit_solver(run.velocity, run.cal, N)
+
+
+def fitted3(run: Run, N: int) -> fk.Solver:
+    """On BOSS's knots, E|e|'s or those of errors carried to the endpoint; the held-out samples choose."""
+    plans = [run.cal.find(N, objective=o, velocity=run.velocity)[N] for o in ("squared", "norm", "endpoint")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return fk.fit_solver(run.velocity, run.cal, N, schedule=plans)
+
+
+def polished(run: Run, N: int) -> fk.Solver:
+    return fk.polish(run.velocity, run.cal, fitted(run, N))
+
+
+def untrained(name: str, title: str, plan: Callable[[Run, int], Plan]) -> None:
+    def make(run: Run) -> Made:
+        with run.clock:
+            return Made(run.data.velocity, {N: plan(run, N) for N in run.steps})
+
+    ROWS[name] = Row(title, make, trained=False)
+
+
+untrained("fitted", "fitted solver, untrained", fitted)
+untrained("fitted3", "fitted solver on the best of three knots, untrained", fitted3)
+untrained("polished", "fitted solver, polished, untrained", polished)
+
+
+# ---- fk.straighten ----
+
+
+def trained(
+    name: str,
+    title: str,
+    plan: Callable[[Run, int], Plan],
+    settings: dict | Callable[[Run], dict],
+    student: Callable[[Run, Plan], nn.Module] = lambda run, plan: run.student(),
+    **of_row,
+) -> None:
+    """plan: (run, N) -> what is trained for, and sampled on unless the training returns a solver."""
+
+    def make(run: Run) -> Made:
+        s = run.sizes
+        with run.clock:
+            plans = {N: plan(run, N) for N in run.steps}
+            of_most = plans[max(run.steps)]
+            result = fk.straighten(
+                student(run, of_most),
+                run.velocity,
+                of_most,
+                noise=run.noise(2, s.bank),
+                init="keep",
+                grid=s.grid,
+                iterations=run.iterations,
+                batch=s.batch,
+                lr=s.lr,
+                optimizer=run.optimizer,
+                warmup=run.iterations // 15,
+                ema=None,
+                seed=run.seed,
+                progress=False,
+                **(settings(run) if callable(settings) else settings),
+            )
+        if result.solver is not None:
+            plans = {result.solver.steps: result.solver}
+        return Made(result.student.requires_grad_(False), plans)
+
+    ROWS[name] = Row(title, make, **of_row)
+
+
+def improved(run: Run) -> dict:
+    c = 0.00054 * math.prod(run.data.shape) ** 0.5
+    return dict(target="reflow", t_sampling="u_shaped", loss="huber", huber_c=c)
+
+
+WHOLE = dict(any_steps=True)
+trained("boss", "`boss`", knots, {}, fewer=True)
+trained("boss_uniform", '`boss`, t_sampling="uniform" (piecewise reflow)', knots, dict(t_sampling="uniform"))
+trained("reflow", "`reflow`", uniform, dict(target="reflow"), **WHOLE)
+trained("improved_reflow", "`reflow`, u_shaped, pseudo-Huber (improved rectified flow)", uniform, improved, **WHOLE)
+simple = dict(target="reflow", t_sampling="ten", weighting="per_sample_normalised")
+trained("simple_reflow", "`reflow`, ten, normalised (Simple ReFlow)", uniform, simple, **WHOLE)
+trained("distill", "`distill`", uniform, dict(target="distill"), only=(1,))
+trained("on_policy", "`on_policy`", knots, dict(target="on_policy"))
+each = dict(student=lambda run, plan: fk.Blockwise(run.student(), plan), only=(2, 4, 8))
+trained("blockwise", "`blockwise`, N networks", knots, dict(target="blockwise"), **each)
+trained("solver", "`solver`", fitted, dict(target="solver"), fewer=True)
+trained("solver3", "`solver`, on the best of three knots", fitted3, dict(target="solver"), fewer=True)
+
+
+# ---- the baseline ----
+
+
+def as_published(run: Run) -> Made:
+    (N,), s = run.steps, run.sizes
+    times = torch.linspace(0, 1, s.grid + 1)
+    every = max(1, run.iterations // s.looks)
+    with tempfile.TemporaryDirectory() as folder, run.clock:
+        costs = published.step_costs(run.velocity, run.noise(3, s.published_costs), times)
+        path = published.shortest_path(costs, N)
+        published.write_examples(run.velocity, run.noise(2, s.bank), times, path, Path(folder))
+        examples = published.read_examples(Path(folder))
+    schedule = fk.Schedule([k / s.grid for k in path])
+    student = run.student()
+    averaged = copy.deepcopy(student).requires_grad_(False).eval()
+    options = dict(batch=s.batch, lr=s.lr, warmup=max(1, run.iterations // 15), seed=run.seed)
+    steps = published.training(student, examples, **options)
+    for i in range(1, run.iterations + 1):
+        with run.clock:
+            weights = next(steps)
+            run.stepped.append(run.clock.now())
+        if i % every == 0 or i == run.iterations:
+            for mean, p in zip(weights, averaged.parameters(), strict=True):
+                p.copy_(mean)
+            run.look(i, averaged, schedule)
+    return Made(averaged, {N: schedule})
+
+
+ROWS["published"] = Row("BOSS as published", as_published, calibrated=False)
+ROWS["published_float32"] = Row("BOSS as published, in float32", as_published, calibrated=False, float32=True)
