@@ -30,7 +30,9 @@ from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.bank import BankBatch
 from flowkernels.training.blockwise import Blockwise
+from flowkernels.training.couplings import couple
 from flowkernels.training.objective import StraightenLoss
+from flowkernels.training.pairs import Pairs, forward_pairs
 from flowkernels.training.straighten import Straightened, straighten
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase
@@ -51,6 +53,7 @@ __all__ = [
     "Inversion",
     "LoadedWeights",
     "NotFusable",
+    "Pairs",
     "Schedule",
     "Solver",
     "StepCost",
@@ -63,9 +66,11 @@ __all__ = [
     "__version__",
     "backend",
     "calibrate",
+    "couple",
     "explain",
     "export",
     "fit_solver",
+    "forward_pairs",
     "fuse",
     "fuse_head",
     "invert",

@@ -621,6 +621,14 @@ def _stages(cal) -> None:
         ),
         **dict(capture=(None, is_one_of(None, "auto")), check=(True, is_flag), progress=bar),
     )
+    place(
+        "forward_pairs",
+        fk.forward_pairs,
+        **dict(
+            velocity=field, data=noise, schedule=plan, round_trip=(True, is_flag), resample_with=(3, or_none(is_plan))
+        ),
+        **dict(chunk=(None, or_none(is_int(1))), progress=bar),
+    )
     names = or_none(lambda v: isinstance(v, str) and v != "")
     given = (lambda: {"c": rand(N, D)}, or_none(is_dict), "unconditional")
 
@@ -784,6 +792,23 @@ def _stages(cal) -> None:
         fk.Blockwise,
         networks=(lambda: [Net(), Net()], lambda v: isinstance(v, nn.Module)),
         schedule=(lambda: cal[2], lambda v: isinstance(v, fk.Schedule)),
+    )
+    factors = (lambda: torch.ones(N), or_none(lambda v: is_dense(*FLOATS)(v) and bool((v >= 0).all())), "states")
+    place("Pairs", fk.Pairs, states=(lambda: rand(2, N, D), is_dense(F32, F64)), weight=factors)
+    pairs = fk.Pairs(rand(2, N, D))
+    drawing = (None, or_none(lambda v: isinstance(v, torch.Generator)))
+    place("Pairs.batch", pairs.batch, size=(None, or_none(is_int(1, 10**6))), generator=drawing)
+    place("Pairs.cat", fk.Pairs.cat, pairs=(lambda: [pairs, pairs], nothing_else))
+    place(
+        "couple",
+        fk.couple,
+        **dict(noise=(lambda: rand(N, D), or_none(is_noise), "data"), data=(lambda: rand(N, D), is_noise, "noise")),
+        **dict(coupling=("ot", lambda v: is_one_of("ot", "sinkhorn")(v) or is_function(v)), reg=(0.5, within(0))),
+        **dict(relative=(True, is_flag), cost=("squared", is_one_of("squared", "euclidean"))),
+        **dict(
+            batch=(None, or_none(is_int(1))), groups=(None, or_none(is_dense(torch.int64, torch.int32, torch.uint8)))
+        ),
+        **dict(generated=(lambda: rand(N, D), or_none(is_noise)), generator=drawing),
     )
     place("StraightenLoss.roll_out", learned.roll_out, student=student, states=known, chunk=(None, or_none(is_int(1))))
     place(
@@ -1207,7 +1232,7 @@ def attempt(place: Place, bad: dict[str, Any]) -> Outcome:
 
 
 LARGE = {repr(10**6), repr(2**31)}
-COUNTS = {"iterations", "grid", "schedule", "forward"}  # of which as many are made as are asked for
+COUNTS = {"iterations", "grid", "schedule", "forward", "size"}  # of which as many are made as are asked for
 KEPT = {"calibration.json", "net.safetensors", "counted_models.py", "calls.st"}
 
 

@@ -87,6 +87,8 @@ def tensors(result) -> list:
         return tensors([result.x, result.v])
     if isinstance(result, fk.Inversion):
         return tensors([result.noise, result.error])
+    if isinstance(result, fk.Pairs):
+        return tensors([result.states, result.weight, result.index, result.error])
     return [] if result is None else [result]
 
 
@@ -112,6 +114,18 @@ def sample(w, tmp_path):
 @stage
 def invert(w, tmp_path):
     return fk.invert(w["net"], w["noise"], 3)
+
+
+@stage
+def couple(w, tmp_path):
+    kinds = ("independent", "ot", "sinkhorn", "gibbs")
+    of = lambda kind: fk.couple(None, w["noise"], kind, reg=0.5, generator=torch.Generator().manual_seed(0))  # noqa: E731
+    return [*map(of, kinds), fk.couple(w["other"], w["noise"], batch=4, generator=torch.Generator().manual_seed(0))]
+
+
+@stage
+def forward_pairs(w, tmp_path):
+    return fk.forward_pairs(w["net"], w["noise"], 3, chunk=4)
 
 
 @stage

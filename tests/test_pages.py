@@ -58,6 +58,7 @@ SMALLER = {
 CODE = {
     "README.md": (1, 4, "x1"),
     "docs/get-started.md": (8, 4, "x1"),
+    "docs/couplings.md": (3, 4, "x1"),
     "docs/fused-samplers.md": (1, 64, "actions"),
     "docs/triton.md": (1, 4, "x1"),
 }
@@ -71,6 +72,10 @@ def test_code_runs(page, tmp_path, monkeypatch):
     count, features, last = CODE[page]
     names = dict(net=Policy(features).eval(), noise=normal(16, features), policy=Policy(64).eval(), torch=torch, nn=nn)
     names |= dict(obs=normal(16, 3), zeros=torch.zeros(1, 3), next_obs=normal(16, 3, seed=1), fk=fk, np=np)
+    images = normal(256, features, seed=2)
+    student = Policy(features)
+    names |= dict(dataset=images, data=images[:16], loader=images.split(64), student=student, teacher=Policy(features))
+    names |= dict(optimizer=torch.optim.SGD(student.parameters(), lr=0.01))
     names |= dict(classes=lambda x, t, y: x * y[:, None] / 10)
     names |= dict(cal={4: fk.Schedule([0, 0.2, 0.4, 0.7, 1])}, velocity=names["net"])
     torch.save({"model": names["net"].state_dict()}, "last.ckpt")

@@ -40,6 +40,12 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     batch = fk.BankBatch(noise, torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
     objective(trained.student, batch).loss.backward()
     assert_type(fk.Blockwise([trained.student], fk.Schedule([0, 1])), fk.Blockwise)
+    pairs = fk.couple(None, noise, lambda x, y: torch.arange(len(y)), groups=torch.zeros(8, dtype=torch.int64))
+    pairs = fk.Pairs.cat(
+        [fk.Pairs(pairs.states, weight=pairs.weight), fk.forward_pairs(velocity, noise, 100, chunk=16)]
+    )
+    assert_type(pairs.batch(64), fk.BankBatch)
+    assert_type(pairs.effective_size, float)
     inversion = fk.invert(velocity, noise, fk.Solver.heun(8, inverse=True))
     assert_type(inversion, fk.Inversion)
     assert_type(fk.export(cal, "comfy", steps=4, path="sigmas.txt"), str)
