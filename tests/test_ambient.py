@@ -173,7 +173,7 @@ def straighten(w, tmp_path):
         t_sampling="uniform", weighting=[1, 2], loss="huber", ema=None, optimizer=lambda p: torch.optim.SGD(p, 0.1)
     )
     solver = dict(schedule=fk.Solver.adams_bashforth(w["cal"][N]), target="solver", grid=GRID, loss="cauchy")
-    followed = [fields | dict(target=name) for name in ("on_policy",)]
+    followed = [fields | dict(target=name) for name in ("next_knot", "velocity_matching", "on_policy")]
     return [straightened(w, **more) for more in ({}, fields, uniform, solver, *followed)]
 
 

@@ -588,6 +588,8 @@ VARIANTS = {
     "functions": dict(
         t_sampling=lambda n, g: torch.rand(n, generator=g), loss=lambda v, w: (v - w).abs().flatten(1).amax(1)
     ),
+    "next_knot": dict(target="next_knot", substeps=3, loss="cauchy", weighting=[1.0, 2.0], refresh=5),
+    "velocity_matching": dict(target="velocity_matching"),
     "on_policy": dict(target="on_policy", rollout_every=6),
     "on_policy, refreshed": dict(target="on_policy", rollout_every=4, refresh=5, t_sampling="u_shaped", loss="cauchy"),
     "solver": SOLVER,
@@ -597,6 +599,7 @@ VARIANTS = {
 }
 
 STUDENT_OF = {"blockwise": lambda net: fk.Blockwise(net, schedule_on(even_grid(6), 0, 2, 6))}  # that variants train
+TWICE = dict(next_knot=2, velocity_matching=2)  # evaluations of the student an iteration
 
 
 class Stopped(Exception):
@@ -643,7 +646,7 @@ def test_resuming_is_bit_for_bit(tmp_path, variant, dropout):
     settings |= dict(checkpoint=path, checkpoint_every=7)
     for calls in (11, 10):  # a trial, then stopped in iterations 10 and 16, after checkpoints at 7 and 14
         net = student(5 if path.exists() else 1)  # its weights are the checkpoint's on resuming
-        net.register_forward_pre_hook(stop_after(calls))
+        net.register_forward_pre_hook(stop_after(calls * TWICE.get(variant, 1)))
         with pytest.raises(Stopped):
             trained(net, **settings)
         assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]

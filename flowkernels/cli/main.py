@@ -172,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     targets = [name for name, row in TARGETS.items() if row.is_plain]
     add("--target", choices=targets, default="boss", help="what is learned; see fk.StraightenLoss")
     add("--t-sampling", choices=list(T_SAMPLINGS), help="where on an interval to train; the target's own if not given")
+    add("--substeps", type=_options.positive, default=4, help="of next_knot and velocity_matching, in each interval")
     add("--loss", choices=list(LOSSES), default="l2", help="squared error, pseudo-Huber or Cauchy's")
     add(
         "--ema",
@@ -357,6 +358,7 @@ def _straighten(args) -> None:
             refresh=args.refresh,
             target=args.target,
             t_sampling=args.t_sampling,
+            substeps=args.substeps,
             loss=args.loss,
             lr=args.lr,
             warmup=args.warmup,

@@ -159,7 +159,7 @@ def _expect_setting(saved: dict, setting: dict) -> None:
 def _expect_progress(saved: dict, settings: Settings) -> None:
     """Raise unless the number of iterations, the history and the sums of losses are those of such a run."""
     done, history = saved["iteration"], saved["history"]
-    iterations, N = settings.iterations, settings.objective.schedule.steps
+    iterations, N = settings.iterations, settings.objective.knots.steps
     _expect(type(done) is int and 1 <= done <= iterations, f"an iteration of 1 to {iterations}", done)
     rows = [it for it in range(done) if settings.is_logged(it)]
     _expect(isinstance(history, dict) and set(history) == set(HISTORY), f"a history of {list(HISTORY)}", history)

@@ -42,7 +42,7 @@ def train(state: State, settings: Settings) -> None:
             found = objective(state.student, drawn, state.generator, it / settings.iterations)
             descent.step(found.loss)
             state.update_average()
-            state.count(drawn.interval, found.per_sample)
+            state.count(objective.interval_of(drawn.interval), found.per_sample)
             state.iteration = it + 1
             if settings.is_logged(it):
                 loss, norm = descent.read()

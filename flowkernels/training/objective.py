@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.bank import BankBatch, generator_on
 from flowkernels.training.losses import FUSED, LOSSES
+from flowkernels.training.refined import refined
 from flowkernels.training.t_sampling import START, T_SAMPLINGS
 from flowkernels.training.targets.base import Answer, Call, RolledOut, Target
 from flowkernels.training.targets.own_states import rolled_out, sizes_of
@@ -34,6 +35,20 @@ from flowkernels.training.targets.table import TARGETS
 from flowkernels.velocity.protocol import Velocity, resolve
 
 NORMALISED = "per_sample_normalised"
+
+
+class Tables(NamedTuple):
+    """What is looked up, on a device. times, step_sizes: of the bank's intervals, float64 `[M+1]`, `[M]`; ends, within:
+    the times at which the schedule's intervals end that these are in, float64, and which they are, int64 `[M]`. weight:
+    of the schedule's intervals, float32 `[N]`, or None."""
+
+    times: Tensor
+    step_sizes: Tensor
+    weight: Tensor | None
+    ends: Tensor
+    within: Tensor
+
+
 LEAST = 1e-12  # that a sample's loss is divided by
 
 TSampling = str | Callable[[int, torch.Generator], Tensor]
@@ -43,8 +58,8 @@ Loss = str | Callable[[Tensor, Tensor], Tensor]
 class StraightenLoss(nn.Module):
     """How far a student is from what it is to learn of the teacher's trajectories, for a loop of one's own.
 
-    The student is evaluated once, on points drawn from a bank of the teacher's states at the knots. What its velocity v
-    is compared with is `(x_b - x_a) / (t_b - t_a)`, of the states at the ends of an interval: at
+    The student is evaluated, once with its graph, on points drawn from a bank of the teacher's states at the knots.
+    What its velocity v is compared with is `(x_b - x_a) / (t_b - t_a)`, of the states at the ends of an interval: at
     `t = t_a + u (t_b - t_a)` and `x = (1-u) x_a + u x_b`. Targets:
 
     - "boss": the schedule's intervals, at u = 0: BOSS (arXiv 2312.16414). With `t_sampling="uniform"` piecewise
@@ -55,7 +70,7 @@ class StraightenLoss(nn.Module):
       and `weighting="per_sample_normalised"` Simple ReFlow (arXiv 2410.07815).
     - "distill": the same interval, at u = 0: one step from noise to data, InstaFlow's second stage (arXiv 2309.06380).
     - "annealed_reflow": "reflow" into a smaller student, which does not start from the teacher: the pairs' noise x_0 is
-      at first exchanged for fresh noise z, by degrees no longer: `sqrt(1 - beta^2) x_0 + beta z`, beta falling in a line
+      at first exchanged for fresh noise z, by degrees no longer: `sqrt(1 - beta^2) x_0 + beta z`, beta falling evenly
       from 1 at the start of the training to 0 at 3/8 of it (`progress`). x_0 and z are standard normal noise, and the
       schedule begins at 0. Source: SlimFlow (arXiv 2407.12718), checked against its public code, in whose command the
       pairs are the teacher's after 300,000 of 800,000 iterations.
@@ -64,7 +79,6 @@ class StraightenLoss(nn.Module):
       the teacher's, the velocity that lands the solver on the teacher's next knot: `(x_b - x_0 - sum_{i<k} b[k,i] v_i)
       / b[k,k]`, with the student's own v_i. They are those of the last `roll_out`, and have no gradient. Of Euler steps
       it is "boss" on the student's own states. Source: docs/mathematics.md, "Straightening".
-
     - "on_policy": the teacher's velocity where the student's own step leads. From a state x_a at the interval's start,
       with v = student(x_a, t_a): `teacher(x_a + u h v, t_a + u h)`, h = t_b - t_a, at u uniform; that point has no
       gradient. One evaluation of the teacher an example. A quarter of the x_a are the student's own states, of the last
@@ -74,6 +88,23 @@ class StraightenLoss(nn.Module):
       velocity that changes within the interval, which is compared at 2 to 4 points; the way to these alternates with
       the teacher's steps, whose share falls to 0 in training. Here it is constant within the interval, one point is
       drawn, and the way is the student's alone.
+    - "next_knot": f(x, t) = x + (t_b - t) student(x, t), of a state x of the teacher at a time t of the interval,
+      against f of the teacher's next state, which is taken as a constant and at the interval's end is x_b: consistency
+      of the trajectory up to the next knot (TCD, arXiv 2402.19159; on one interval LCM, arXiv 2310.04378). The loss,
+      mostly "cauchy" or "huber_per_element", is of states, not of velocities. The bank has the states of `substeps`
+      steps an interval; no teacher is evaluated, and the student twice, once without gradients. Checked against the
+      public code of PCM (arXiv 2405.18407) for flow models: N such intervals, where one step of the teacher's from
+      noised data takes the place of the next state. The constant is of the student's own weights there too, not, as LCM
+      has it, of an average of them.
+    - "velocity_matching": the student's velocity as the mean over the time left, x + (t_b - t) student(x, t) = x_b, by
+      what that demands of its change du/dt on the teacher's way: `teacher(x, t) + (t_b - t) du/dt`, a constant
+      (MDT-dist, arXiv 2509.04406). x is drawn uniformly between two of the teacher's states, of `substeps` steps an
+      interval. du/dt is a difference of the student's own, over one hundredth of the time left along the teacher's
+      velocity, without autocast; the factor `0.99 (t_b - t)` in front of it makes the end of such Euler steps of the
+      teacher what is learned, exactly. One evaluation of the teacher an example; of the student a second, in autocast a
+      third, without gradients. Checked against the public code ("discrete"): steps of 0.01 of the one interval [0, 1],
+      from noised data, and du/dt shortened to a norm below 1, with which another velocity is learned. Its second loss,
+      velocity distillation, is not here.
 
     Args:
         schedule: a Schedule, such as `cal[4]`; for target="solver" a Solver, such as `fk.fit_solver(teacher, cal, 4)`,
@@ -90,12 +121,17 @@ class StraightenLoss(nn.Module):
             alike (Simple ReFlow); None weighs all alike.
         t_sampling: the distribution of u: "start", 0; "uniform"; "u_shaped", density `e^(4u) + e^(4(1-u))`; "ten",
             density `10^(1-u)`; or a function (n, generator) -> u `[n]` in [0, 1], the generator where the states are.
-            None takes the target's own, "start" or "uniform"; "distill" and "solver" take no other.
+            None takes the target's own, "start" or "uniform"; "distill", "next_knot", "velocity_matching" and "solver"
+            take no other.
+        substeps: of target="next_knot" and "velocity_matching": the steps of the teacher's in each interval, at whose
+            ends the bank has states: of the schedule's grid, which may have fewer, or equal ones where it has none.
         teacher: the velocity that made the bank, for a target that evaluates it; no other looks at it. Its weights are
             not the loss's.
 
-    schedule: the Schedule at whose knots the bank's states are to be: that given, or its ends ("reflow", "distill").
-    times: those knots, float64 `[N+1]`, on the CPU.
+    schedule: the Schedule at whose knots the bank's states are to be: that given, its ends ("reflow", "distill"), or
+        that with its substeps. times: those knots, float64 `[N+1]`, on the CPU; with substeps `[M+1]`, and the
+        `interval` of a batch is one of M.
+    knots: the Schedule of N steps that is learned, whose intervals `weighting` and `per_interval` are of.
 
     Raises TypeError, ValueError, naming the argument. It has no weights of its own (a module that is `loss` keeps its);
     what it needs is copied to a bank's device once, and nothing waits for a GPU.
@@ -117,6 +153,7 @@ class StraightenLoss(nn.Module):
         huber_c: float = 0.03,
         weighting: Sequence[float] | Tensor | str | None = None,
         t_sampling: TSampling | None = None,
+        substeps: int = 4,
         teacher: Velocity | None = None,
     ):
         super().__init__()
@@ -126,16 +163,16 @@ class StraightenLoss(nn.Module):
             _expect_teacher(teacher, self._row, target),
         )  # not a submodule: its weights are not the loss's
         takes_solver = self._row.solver
-        self.schedule = (
-            Schedule(_expect_solver(schedule).times) if takes_solver else _knots(schedule, self._row, target)
-        )
-        self.solver = schedule if takes_solver else Solver.euler(self.schedule)
+        self.substeps = expect_positive_int(substeps, "substeps")
+        self.knots = Schedule(_expect_solver(schedule).times) if takes_solver else _knots(schedule, self._row, target)
+        self.schedule, self.within = refined(self.knots, self.substeps if self._row.between else 1)
+        self.solver = schedule if takes_solver else Solver.euler(self.knots)
         self.loss = _expect_loss(loss)
         self.huber_c = expect_real(huber_c, "huber_c", "a positive number", _is_squared)
-        self.weighting = weighting if _is(weighting, NORMALISED) else _expect_weighting(weighting, self.schedule.steps)
+        self.weighting = weighting if _is(weighting, NORMALISED) else _expect_weighting(weighting, self.knots.steps)
         self.t_sampling = _expect_t_sampling(t_sampling, self._row, target)
         self.rolled_out: RolledOut | None = None
-        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._tables: dict[torch.device, Tables] = {}
 
     @property
     def times(self) -> Tensor:
@@ -157,7 +194,7 @@ class StraightenLoss(nn.Module):
 
     def student_from(self, copied: nn.Module) -> nn.Module:
         """The student that a copy of the teacher becomes."""
-        return copied if self._row.made is None else self._row.made(copied, self.schedule)
+        return copied if self._row.made is None else self._row.made(copied, self.knots)
 
     def forward(
         self,
@@ -200,7 +237,8 @@ class StraightenLoss(nn.Module):
         rolled: RolledOut | None,
     ) -> Call:
         states, interval, sample = batch[:3]
-        times, sizes = self.tables(states.device)[:2]
+        tables = self.tables(states.device)
+        times, sizes = tables.times, tables.step_sizes
         start, size = times[interval], sizes[interval]
         places, columns = interval, sample
         if batch.ends:  # of each example a column of two states, one after the other
@@ -215,6 +253,7 @@ class StraightenLoss(nn.Module):
             step_sizes=sizes,
             start=start,
             size=size,
+            end=tables.ends[interval],
             batch=batch,
             generator=generator,
             draw_u=self.draw,
@@ -250,7 +289,7 @@ class StraightenLoss(nn.Module):
 
     def _losses(self, answer: Answer, batch: BankBatch) -> StraightenLosses:
         v, pairs, step_sizes, places, columns, factor = answer
-        interval, N = batch.interval, self.schedule.steps
+        interval, N = self.interval_of(batch.interval), self.knots.steps
         factors = [f for f in (factor, batch.weight) if f is not None]
         if not self.is_fused:
             target = secants(pairs, step_sizes, places, columns)
@@ -271,7 +310,7 @@ class StraightenLoss(nn.Module):
         """The factors on the samples' losses, `[B]`."""
         if each is not None and _is(self.weighting, NORMALISED):
             factors = [each.detach().clamp_min(LEAST).reciprocal(), *factors]
-        weight = self.tables(interval.device)[2]
+        weight = self.tables(interval.device).weight
         if weight is not None:
             factors = [weight[interval], *factors]
         return functools.reduce(torch.mul, factors) if factors else None
@@ -327,14 +366,20 @@ class StraightenLoss(nn.Module):
             return T_SAMPLINGS[self.t_sampling](p)
         return _expect_u(self.t_sampling(n, generator_on(device, generator)), n).detach().to(device)
 
-    def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(times, step sizes, float64; weights of the intervals, float32, or None), on a device."""
+    def interval_of(self, interval: Tensor) -> Tensor:
+        """The schedule's intervals, 0..N-1, that intervals of the bank are in."""
+        return self.tables(interval.device).within[interval] if self._row.between else interval
+
+    def tables(self, device: torch.device) -> Tables:
         if device not in self._tables:
             weight = self.weighting if isinstance(self.weighting, Tensor) else None
-            self._tables[device] = (
+            within = torch.tensor(self.within, dtype=torch.int64, device="cpu")
+            self._tables[device] = Tables(
                 self.times.to(device),
                 self.times.diff().to(device),
                 None if weight is None else weight.to(device),
+                self.knots.times[1:][within].to(device),
+                within.to(device),
             )
         return self._tables[device]
 
@@ -344,12 +389,14 @@ class StraightenLoss(nn.Module):
         found["weighting"] = self.weighting.tolist() if isinstance(self.weighting, Tensor) else self.weighting
         if self.target != "boss":  # of which checkpoints of before there were others say nothing
             found["target"] = self.target
+        if self._row.between and self.substeps != 4:
+            found["substeps"] = self.substeps
         if self.refits:
             found["solver"] = self.solver.coefficients.tolist()
         return found
 
     def extra_repr(self) -> str:
-        return f"steps={self.schedule.steps}, " + ", ".join(f"{k}={v!r}" for k, v in self.identity().items())
+        return f"steps={self.knots.steps}, " + ", ".join(f"{k}={v!r}" for k, v in self.identity().items())
 
     def _expect_batch(self, student, batch) -> BankBatch:
         whole = isinstance(batch, BankBatch) or (isinstance(batch, tuple) and len(batch) == 3)

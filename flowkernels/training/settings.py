@@ -26,6 +26,8 @@ from flowkernels.solver import Solver
 from flowkernels.training.bank import Noise, knots_on_grid
 from flowkernels.training.objective import Loss, StraightenLoss, TSampling
 from flowkernels.training.optimizers import OPTIMIZER
+from flowkernels.training.refined import on_grid
+from flowkernels.training.targets.table import has_states_between
 from flowkernels.velocity.protocol import Velocity, resolve
 
 Check = Callable[[Any, str], Any]  # of (value, name), to the value as it is kept
@@ -87,7 +89,7 @@ class Settings:
     """What `straighten` is told: its arguments of the same names, checked as they are set; TypeError or ValueError
     names the argument.
 
-    objective: the loss that schedule, target, t_sampling, loss, huber_c and weighting make.
+    objective: the loss that schedule, target, t_sampling, loss, huber_c, weighting and substeps make.
     grid: kept as the teacher's fine grid, float64 `[K+1]`. indices: the places of the loss's knots in it.
     noise: of it only what goes with the others is looked at here; `Bank` checks it.
     """
@@ -118,15 +120,19 @@ class Settings:
     resume: bool
     progress: bool
     rollout_every: int = 50
+    substeps: int = 4
     objective: StraightenLoss = field(init=False)
     indices: tuple[int, ...] = field(init=False)
 
     def __post_init__(self):
         checked = {name: check(getattr(self, name), name) for name, check in CHECKS.items()}
-        learned = ("target", "loss", "huber_c", "weighting", "t_sampling")
+        learned = ("target", "loss", "huber_c", "weighting", "t_sampling", "substeps")
         settings = {name: getattr(self, name) for name in learned}
         resolve(self.velocity)
-        objective = StraightenLoss(self.schedule, teacher=self.velocity, **settings)
+        schedule = self.schedule
+        if has_states_between(self.target) and isinstance(schedule, Schedule):
+            schedule = on_grid(schedule, self.grid)
+        objective = StraightenLoss(schedule, teacher=self.velocity, **settings)
         checked["objective"] = objective
         checked["grid"], checked["indices"] = knots_on_grid(objective.schedule, self.grid)
         if self.refresh is not None:

@@ -26,7 +26,7 @@ class State:
         is kept, not the trajectories.
     iteration: iterations done. history: columns of `Straightened.history`. totals, counts: float32 `[N]` where the
         student is, the losses of each interval since the last row, and their number.
-    setting: what a resumed run must share, in plain values.
+    steps: N. setting: what a resumed run must share, in plain values.
     rolled_out: the weights with which the student's own samples were taken last; None where none are, or not kept.
     """
 
@@ -37,6 +37,7 @@ class State:
         bank: Bank,
         setting: dict[str, Any],
         *,
+        steps: int,
         ema: float | None,
         seed: int,
     ):
@@ -46,8 +47,8 @@ class State:
         self.iteration, self.history = 0, {name: [] for name in HISTORY}
         self.rolled_out: dict[str, Any] | None = None
         device = trained_parameters(student)[0].device
-        self.totals, self.counts = torch.zeros(2, bank.steps, dtype=torch.float32, device=device)
-        self._intervals = torch.arange(bank.steps, device=device)[:, None]
+        self.totals, self.counts = torch.zeros(2, steps, dtype=torch.float32, device=device)
+        self._intervals = torch.arange(steps, device=device)[:, None]
 
     def roll_out(self, objective: StraightenLoss, keep: bool) -> None:
         """Take the student's own samples of the bank. keep: its weights, for a checkpoint."""

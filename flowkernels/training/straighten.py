@@ -69,6 +69,7 @@ def straighten(
     huber_c: float = 0.03,
     weighting: Sequence[float] | Tensor | str | None = None,
     rollout_every: int = 50,
+    substeps: int = 4,
     init: str | Mapping[str, Tensor] | None = None,
     lr: float = 2e-4,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
@@ -106,7 +107,8 @@ def straighten(
         refresh: iterations after which the bank is rolled out anew from fresh noise; None never.
         target: what is learned, as `fk.StraightenLoss` has it: "boss", the intervals of the schedule; "reflow", the one
             from its first knot to its last; "annealed_reflow", the same into a smaller student; "distill", that in one
-            step; "blockwise", the intervals by a `fk.Blockwise`, a network for each; "on_policy", the teacher's velocity
+            step; "blockwise", the intervals by a `fk.Blockwise`, a network for each; "next_knot" and
+            "velocity_matching", where the teacher's states between two knots lead; "on_policy", the teacher's velocity
             along the student's own steps; "solver", the steps of a Solver on the student's own states, beside the
             teacher's.
         t_sampling: the distribution of u: "start", u = 0, BOSS as published; "uniform", piecewise reflow; "u_shaped";
@@ -116,6 +118,8 @@ def straighten(
             another.
         rollout_every: of target="on_policy" and "solver", iterations after which the student's own samples are taken
             anew: N - 1 evaluations of the bank without gradients.
+        substeps: of target="next_knot" and "velocity_matching": steps in each interval whose states the bank has, at
+            most, as the grid allows; N * substeps + 1 in place of N + 1.
         init: what the student starts from: "teacher" its weights, "keep" the student's own, or a state dict, such as
             EMA weights. None: the teacher's where it has any, else the student's own.
         lr: peak learning rate.
@@ -173,6 +177,7 @@ def straighten(
         huber_c=huber_c,
         weighting=weighting,
         rollout_every=rollout_every,
+        substeps=substeps,
         lr=lr,
         optimizer=optimizer,
         warmup=warmup,
@@ -224,7 +229,9 @@ def straighten(
     saved = checkpoint_to_resume(settings, setting, student, known, stacklevel=4)
     initialise(student, velocity, init)
     warn_if_training(velocity, stacklevel=4)
-    state = State(student, opt, trajectories, setting, ema=settings.ema, seed=settings.seed)
+    state = State(
+        student, opt, trajectories, setting, steps=objective.knots.steps, ema=settings.ema, seed=settings.seed
+    )
     if saved is not None:
         state.load(saved, settings.checkpoint)
     if state.iteration < settings.iterations or objective.needs_roll_out:

@@ -1,5 +1,6 @@
 """What a target is, and what it is given."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flowkernels.ops.library import no_autocast
 from flowkernels.ops.segment_points import segment_points
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
@@ -45,7 +47,9 @@ class Call:
 
     states `[M, n, *shape]`, places and columns `[B]`: an example's interval is from `states[place, column]` to
     `states[place + 1, column]`; step_sizes float64 `[M-1]`, by place. start, size: the time at which it begins and how
-    long it is, float64 `[B]`. batch: what was given; its intervals and samples are those of the schedule and the bank.
+    long it is, float64 `[B]`; end: that of the schedule's interval, which begins before and ends later where the bank
+    has states between the knots. batch: what was given; its intervals and samples are those of the bank, whose times
+    are `times`.
     solver: that of target="solver", Euler's of the schedule for others. rolled_out: the student's own samples on it, of
     the last `StraightenLoss.roll_out`; None before, and of targets that need none.
     progress: how much of the training is done, in [0, 1], where a target needs it.
@@ -58,6 +62,7 @@ class Call:
     step_sizes: Tensor
     start: Tensor
     size: Tensor
+    end: Tensor
     batch: BankBatch
     generator: torch.Generator
     draw_u: Callable[[int, torch.Generator, torch.device], Tensor | None]
@@ -75,6 +80,24 @@ class Call:
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """The student's, `[B, *shape]`, with its graph."""
         return student_velocity(self.student, x, t, self.batch.sample, self.samples)
+
+    def velocities(
+        self, first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor], exact: bool = False
+    ) -> list[Tensor]:
+        """The student's at several (x, t), the first with its graph and the others without one. What it draws, as
+        dropout does, falls alike in all, as consistency models have it (arXiv 2303.01469). exact: the others in its own
+        precision, out of a caller's autocast."""
+        x = first[0]
+        devices = [x.device] if x.device.type == "cuda" else []
+        kept, kept_there = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+        found = [self.velocity(*first)]
+        for other in others:
+            with torch.random.fork_rng(devices), torch.no_grad(), no_autocast(x) if exact else contextlib.nullcontext():
+                torch.set_rng_state(kept)
+                for device, state in zip(devices, kept_there, strict=True):
+                    torch.cuda.set_rng_state(state, device)
+                found.append(self.velocity(*other))
+        return found
 
     def teachers_velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """The teacher's, with guidance, `[B, *shape]`."""
@@ -127,6 +150,7 @@ class Target:
     answer: what the student is asked, and what it should answer.
     whole: on one interval, from the schedule's first knot to its last. t_sampling: where none is asked for. only: and
     no other is taken.
+    between: on the teacher's states between the knots too.
     solver: takes a Solver in place of the schedule. own: on the student's own states, by `roll_out`.
     from_noise: the schedule has to begin at 0.
     teacher: evaluates the teacher. progress: needs to know how much of the training is done.
@@ -138,6 +162,7 @@ class Target:
     whole: bool = False
     t_sampling: str = START
     only: bool = False
+    between: bool = False
     solver: bool = False
     own: bool = False
     from_noise: bool = False

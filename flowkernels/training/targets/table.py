@@ -13,6 +13,7 @@ A setting that only one target has is an argument of `StraightenLoss` and `strai
 go on. A loss or a distribution of times is a row of its own table: losses.py, t_sampling.py.
 """
 
+from flowkernels.training.targets.along_the_teacher import next_knot, velocity_matching
 from flowkernels.training.targets.annealed_reflow import annealed_reflow
 from flowkernels.training.targets.base import Target
 from flowkernels.training.targets.blockwise import blockwise, expect_blockwise, in_blocks
@@ -24,8 +25,15 @@ TARGETS: dict[str, Target] = {
     "boss": Target(straight_line),
     "reflow": Target(straight_line, whole=True, t_sampling="uniform"),
     "distill": Target(straight_line, whole=True, only=True),
+    "next_knot": Target(next_knot, only=True, between=True),
+    "velocity_matching": Target(velocity_matching, t_sampling="uniform", only=True, between=True, teacher=True),
     "on_policy": Target(on_policy, t_sampling="uniform", own=True, teacher=True),
     "annealed_reflow": Target(annealed_reflow, whole=True, t_sampling="uniform", from_noise=True, progress=True),
     "blockwise": Target(blockwise, expect_student=expect_blockwise, made=in_blocks),
     "solver": Target(on_a_solver, only=True, solver=True, own=True),
 }
+
+
+def has_states_between(target) -> bool:
+    """Whether the bank of a target, if it is one, has states between the knots too."""
+    return isinstance(target, str) and target in TARGETS and TARGETS[target].between

@@ -1,0 +1,38 @@
+"""Jumps to an interval's end that are to be the same from each of the teacher's states on the way."""
+
+import torch
+from torch import Tensor
+
+from flowkernels.ops.segment_points import segment_points
+from flowkernels.training.targets.base import Answer, Call, dense
+
+STEP = 0.01  # of the time left to the interval's end: how far a change is looked at
+
+
+def next_knot(call: Call) -> Answer:
+    """To where the student's velocity leads from a state it is to lead from the one before; the last is there."""
+    states, places, columns = call.states, call.places, call.columns
+    x, there = segment_points(states, places, columns), states[places + 1, columns]
+    then = call.times[call.batch.interval + 1]
+    v, v_there = call.velocities((x, call.start), (there, then))
+    left = _like(call.end - then, x)
+    jump = torch.where(left > 0, there + left * v_there, there)
+    return dense(x + _like(call.end - call.start, x) * v, jump)
+
+
+def velocity_matching(call: Call) -> Answer:
+    """The student's velocity is a mean over the time left, and changes on the teacher's way as such a mean does."""
+    x, t = call.chord()
+    teachers = call.teachers_velocity(x, t)
+    step = STEP * (call.end - t)
+    here, there = (x, t), (x + _like(step, x) * teachers, t + step)
+    # of bfloat16 a difference would not be left
+    others = (here, there) if torch.is_autocast_enabled(x.device.type) else (there,)
+    v, *found = call.velocities(here, *others, exact=True)
+    before, after = (v.detach(), *found)[-2:]
+    return dense(v, teachers + (1 / STEP - 1) * (after - before))
+
+
+def _like(times: Tensor, x: Tensor) -> Tensor:
+    """`[B]` in x's dtype, to multiply `[B, *shape]` with."""
+    return times.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
