@@ -28,6 +28,7 @@ from flowkernels.sampling.rollout import Trajectory, rollout
 from flowkernels.sampling.sample import sample
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
+from flowkernels.training.acceleration import Acceleration
 from flowkernels.training.bank import BankBatch
 from flowkernels.training.blockwise import Blockwise
 from flowkernels.training.couplings import couple
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from flowkernels.integrations.export import export
 
 __all__ = [
+    "Acceleration",
     "BackendError",
     "BankBatch",
     "Blockwise",

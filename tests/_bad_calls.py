@@ -787,6 +787,14 @@ def _stages(cal) -> None:
         **dict(student=student, states=(*known, "sample", "interval"), interval=index, sample=(*index, "interval")),
         generator=(None, or_none(lambda v: isinstance(v, torch.Generator))),
     )
+    module = (lambda: Net(), lambda v: isinstance(v, nn.Module))
+    place(
+        "Acceleration",
+        fk.Acceleration,
+        velocity=module,
+        acceleration=module,
+        v0_name=("v0", or_none(lambda v: isinstance(v, str) and v != "")),
+    )
     place(
         "Blockwise",
         fk.Blockwise,

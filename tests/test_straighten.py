@@ -583,6 +583,7 @@ VARIANTS = {
     "fixed bank": dict(noise=normal(24, 4, seed=8)),
     "reflow": dict(target="reflow", t_sampling="ten", weighting="per_sample_normalised"),
     "distill": dict(target="distill", loss="cauchy"),
+    "acceleration": dict(target="acceleration", initial_speed=1.2, init="keep"),
     "annealed": dict(target="annealed_reflow"),
     "blockwise": dict(target="blockwise", t_sampling="uniform"),
     "functions": dict(
@@ -598,8 +599,23 @@ VARIANTS = {
     "momentum": dict(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
 }
 
-STUDENT_OF = {"blockwise": lambda net: fk.Blockwise(net, schedule_on(even_grid(6), 0, 2, 6))}  # that variants train
-TWICE = dict(next_knot=2, velocity_matching=2)  # evaluations of the student an iteration
+STUDENT_OF = {  # that variants train
+    "acceleration": lambda net: fk.Acceleration(net, Scaled()),
+    "blockwise": lambda net: fk.Blockwise(net, schedule_on(even_grid(6), 0, 2, 6)),
+}
+TWICE = dict(acceleration=2, next_knot=2, velocity_matching=2)  # evaluations of the student an iteration
+
+
+class Scaled(nn.Module):
+    """Of x and what is joined to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.q = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x, t):
+        x, v0 = x.chunk(2, 1)
+        return self.p * x + self.q * v0
 
 
 class Stopped(Exception):

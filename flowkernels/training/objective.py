@@ -74,6 +74,12 @@ class StraightenLoss(nn.Module):
       from 1 at the start of the training to 0 at 3/8 of it (`progress`). x_0 and z are standard normal noise, and the
       schedule begins at 0. Source: SlimFlow (arXiv 2407.12718), checked against its public code, in whose command the
       pairs are the teacher's after 300,000 of 800,000 iterations.
+    - "acceleration": of a `fk.Acceleration` on the same interval, of length T: of noise x_a an initial velocity v_0,
+      that it be h (x_b - x_a) / T, h the `initial_speed`; and at u on the path that v_0 as it was answered, without a
+      gradient, and `a = 2 (x_b - x_a - v_0 T) / T^2` make, `x = x_a + v_0 (t - t_a) + a (t - t_a)^2 / 2`, that
+      acceleration. The loss is of both, joined at dimension 1 (of "l2" their mean). Source: constant acceleration flow
+      (arXiv 2411.00322), checked against its public code, in which T is 1 and the networks are trained one after the
+      other; it trains the first at all t, where sampling asks it of the noise alone, as this does.
     - "blockwise": the schedule's intervals as "boss" has them, of a `fk.Blockwise`, a network for each.
     - "solver": for a multistep `Solver` in place of the schedule. At step k, on the student's own state x_k as well as
       the teacher's, the velocity that lands the solver on the teacher's next knot: `(x_b - x_0 - sum_{i<k} b[k,i] v_i)
@@ -125,6 +131,8 @@ class StraightenLoss(nn.Module):
             take no other.
         substeps: of target="next_knot" and "velocity_matching": the steps of the teacher's in each interval, at whose
             ends the bank has states: of the schedule's grid, which may have fewer, or equal ones where it has none.
+        initial_speed: of target="acceleration", the initial velocity over the mean one: 1 is a straight line, above it
+            the path slows down.
         teacher: the velocity that made the bank, for a target that evaluates it; no other looks at it. Its weights are
             not the loss's.
 
@@ -154,6 +162,7 @@ class StraightenLoss(nn.Module):
         weighting: Sequence[float] | Tensor | str | None = None,
         t_sampling: TSampling | None = None,
         substeps: int = 4,
+        initial_speed: float = 1.5,
         teacher: Velocity | None = None,
     ):
         super().__init__()
@@ -171,6 +180,7 @@ class StraightenLoss(nn.Module):
         self.huber_c = expect_real(huber_c, "huber_c", "a positive number", _is_squared)
         self.weighting = weighting if _is(weighting, NORMALISED) else _expect_weighting(weighting, self.knots.steps)
         self.t_sampling = _expect_t_sampling(t_sampling, self._row, target)
+        self.initial_speed = expect_real(initial_speed, "initial_speed", "a finite number")
         self.rolled_out: RolledOut | None = None
         self._tables: dict[torch.device, Tables] = {}
 
@@ -262,6 +272,7 @@ class StraightenLoss(nn.Module):
             teacher=self.teacher,
             rolled_out=rolled,
             progress=progress,
+            settings=dict(initial_speed=self.initial_speed),
         )
 
     def tried(self, student: nn.Module, x: Tensor, sample: Tensor, n: int) -> Tensor:
@@ -391,6 +402,8 @@ class StraightenLoss(nn.Module):
             found["target"] = self.target
         if self._row.between and self.substeps != 4:
             found["substeps"] = self.substeps
+        if self.target == "acceleration":
+            found["initial_speed"] = self.initial_speed
         if self.refits:
             found["solver"] = self.solver.coefficients.tolist()
         return found

@@ -121,12 +121,13 @@ class Settings:
     progress: bool
     rollout_every: int = 50
     substeps: int = 4
+    initial_speed: float = 1.5
     objective: StraightenLoss = field(init=False)
     indices: tuple[int, ...] = field(init=False)
 
     def __post_init__(self):
         checked = {name: check(getattr(self, name), name) for name, check in CHECKS.items()}
-        learned = ("target", "loss", "huber_c", "weighting", "t_sampling", "substeps")
+        learned = ("target", "loss", "huber_c", "weighting", "t_sampling", "substeps", "initial_speed")
         settings = {name: getattr(self, name) for name in learned}
         resolve(self.velocity)
         schedule = self.schedule

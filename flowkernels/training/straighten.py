@@ -70,6 +70,7 @@ def straighten(
     weighting: Sequence[float] | Tensor | str | None = None,
     rollout_every: int = 50,
     substeps: int = 4,
+    initial_speed: float = 1.5,
     init: str | Mapping[str, Tensor] | None = None,
     lr: float = 2e-4,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
@@ -107,10 +108,10 @@ def straighten(
         refresh: iterations after which the bank is rolled out anew from fresh noise; None never.
         target: what is learned, as `fk.StraightenLoss` has it: "boss", the intervals of the schedule; "reflow", the one
             from its first knot to its last; "annealed_reflow", the same into a smaller student; "distill", that in one
-            step; "blockwise", the intervals by a `fk.Blockwise`, a network for each; "next_knot" and
-            "velocity_matching", where the teacher's states between two knots lead; "on_policy", the teacher's velocity
-            along the student's own steps; "solver", the steps of a Solver on the student's own states, beside the
-            teacher's.
+            step; "acceleration", paths of a `fk.Acceleration`; "blockwise", the intervals by a `fk.Blockwise`, a
+            network for each; "next_knot" and "velocity_matching", where the teacher's states between two knots lead;
+            "on_policy", the teacher's velocity along the student's own steps; "solver", the steps of a Solver on the
+            student's own states, beside the teacher's.
         t_sampling: the distribution of u: "start", u = 0, BOSS as published; "uniform", piecewise reflow; "u_shaped";
             "ten"; or a function. None takes the target's own. loss, huber_c: "l2", "huber", "huber_per_element",
             "cauchy" or a function, and the constant. weighting: a factor on the loss of each interval,
@@ -120,6 +121,7 @@ def straighten(
             anew: N - 1 evaluations of the bank without gradients.
         substeps: of target="next_knot" and "velocity_matching": steps in each interval whose states the bank has, at
             most, as the grid allows; N * substeps + 1 in place of N + 1.
+        initial_speed: of target="acceleration", the initial velocity over the mean one.
         init: what the student starts from: "teacher" its weights, "keep" the student's own, or a state dict, such as
             EMA weights. None: the teacher's where it has any, else the student's own.
         lr: peak learning rate.
@@ -178,6 +180,7 @@ def straighten(
         weighting=weighting,
         rollout_every=rollout_every,
         substeps=substeps,
+        initial_speed=initial_speed,
         lr=lr,
         optimizer=optimizer,
         warmup=warmup,

@@ -105,12 +105,12 @@ def field_identity(velocity: Velocity) -> str | None:
     return hash_of({k: v for k, v in settings.items() if k not in {"packed", *new}}, "", {})
 
 
-def student_velocity(student: nn.Module, x: Tensor, t: Tensor, sample: Tensor, n: int) -> Tensor:
+def student_velocity(student: nn.Module, x: Tensor, t: Tensor, sample: Tensor, n: int, **given: Tensor) -> Tensor:
     """The student's velocities `[B, *shape]`, with their graph, at the points x `[B, *shape]` and times t `[B]` of the
-    samples `[B]` of n; what comes back is checked for shape."""
+    samples `[B]` of n; what comes back is checked for shape. given: further arguments, of a student that takes them."""
     torch.clear_autocast_cache()  # of weights as they were before a step, or without a graph
     learner = resolve(student).rows(sample, n)
-    v = learner(x, learner.time_for(t, x.float()))
+    v = learner(x, learner.time_for(t, x.float()), **given)
     if not isinstance(v, Tensor) or v.shape != x.shape:
         expect(False, "student", f"a velocity of x's shape {list(x.shape)}", v)
     if torch.is_grad_enabled() and not v.requires_grad:

@@ -1,9 +1,9 @@
 """What a target is, and what it is given."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ class Call:
     are `times`.
     solver: that of target="solver", Euler's of the schedule for others. rolled_out: the student's own samples on it, of
     the last `StraightenLoss.roll_out`; None before, and of targets that need none.
-    progress: how much of the training is done, in [0, 1], where a target needs it.
+    progress: how much of the training is done, in [0, 1], where a target needs it. settings: those that one target
+    alone has, by the names of arguments of `StraightenLoss`.
     """
 
     student: nn.Module
@@ -71,15 +72,16 @@ class Call:
     teacher: Velocity | None
     rolled_out: RolledOut | None
     progress: float | None
+    settings: Mapping[str, Any]
 
     @property
     def samples(self) -> int:
         """n of the bank."""
         return self.batch.states.shape[1] if self.batch.size is None else self.batch.size
 
-    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """The student's, `[B, *shape]`, with its graph."""
-        return student_velocity(self.student, x, t, self.batch.sample, self.samples)
+    def velocity(self, x: Tensor, t: Tensor, **given: Tensor) -> Tensor:
+        """The student's, `[B, *shape]`, with its graph. given: further arguments, of a student that takes them."""
+        return student_velocity(self.student, x, t, self.batch.sample, self.samples, **given)
 
     def velocities(
         self, first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor], exact: bool = False

@@ -13,6 +13,7 @@ A setting that only one target has is an argument of `StraightenLoss` and `strai
 go on. A loss or a distribution of times is a row of its own table: losses.py, t_sampling.py.
 """
 
+from flowkernels.training.targets.acceleration import acceleration, expect_acceleration
 from flowkernels.training.targets.along_the_teacher import next_knot, velocity_matching
 from flowkernels.training.targets.annealed_reflow import annealed_reflow
 from flowkernels.training.targets.base import Target
@@ -29,6 +30,7 @@ TARGETS: dict[str, Target] = {
     "velocity_matching": Target(velocity_matching, t_sampling="uniform", only=True, between=True, teacher=True),
     "on_policy": Target(on_policy, t_sampling="uniform", own=True, teacher=True),
     "annealed_reflow": Target(annealed_reflow, whole=True, t_sampling="uniform", from_noise=True, progress=True),
+    "acceleration": Target(acceleration, whole=True, t_sampling="uniform", expect_student=expect_acceleration),
     "blockwise": Target(blockwise, expect_student=expect_blockwise, made=in_blocks),
     "solver": Target(on_a_solver, only=True, solver=True, own=True),
 }
