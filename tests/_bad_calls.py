@@ -767,6 +767,7 @@ def _stages(cal) -> None:
             target=("boss", is_one_of("boss", "reflow", "distill"), "schedule"),
             loss=("huber", lambda v: is_one_of(*names)(v) or is_function(v)),
             huber_c=(0.03, within(0)),
+            substeps=(4, is_int(1)),
             weighting=(None, or_none(lambda v: is_one_of("per_sample_normalised")(v) or are_numbers(v))),
             t_sampling=("start", or_none(lambda v: is_one_of(*shapes)(v) or is_function(v))),
         )

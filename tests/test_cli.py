@@ -216,6 +216,8 @@ def test_straighten_and_sample_the_student(run, calibrated):
     whole = f"straighten --model digits {schedule} --iterations 2 --batch 4 --bank 4"
     run(f"{whole} --target distill --loss huber_per_element --out distilled.safetensors")
     run(f"{whole} --target reflow --t-sampling u_shaped --loss cauchy --out reflowed.safetensors")
+    run(f"{whole} --target next_knot --substeps 2 --out next.safetensors")
+    assert not run(f"sample --model digits --checkpoint next.safetensors {schedule} --out x.npy")[1]
     told = [run(f"sample --model digits --checkpoint {f}.safetensors --steps 5 --out x.npy")[1] for f in
             ("distilled", "reflowed")]  # fmt: skip
     assert "straightened for the knots 0 1" in told[0]

@@ -386,3 +386,22 @@ def test_the_states_between_the_knots(target):
         fk.StraightenLoss(halves, target=target, teacher=teacher, t_sampling="ten")
     with pytest.raises(ValueError, match=r"^states: expected \[9, n, \*shape\]"):
         objective(Student(), fk.BankBatch(normal(3, 8, 3), torch.arange(2), torch.arange(2)))
+
+
+WRAPPED = {
+    "compiled": lambda net: torch.compile(net, backend="eager"),
+    "a compiled field": lambda net: fk.VelocityField(torch.compile(net, backend="eager")),
+    "DataParallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+@pytest.mark.parametrize("target", [*ALONG, "on_policy"])
+def test_a_wrapped_student_learns_the_same(target, wrap):
+    def run(student):
+        settings = dict(noise=(3,), iterations=5, batch=8, bank=16, log_every=1, target=target, rollout_every=2)
+        return fk.straighten(student, Student(seed=1).eval(), ON_GRID, init="keep", **settings, **QUIET).history[
+            "grad_norm"
+        ]
+
+    assert run(WRAPPED[wrap](Student())) == run(Student())

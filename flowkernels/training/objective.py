@@ -91,9 +91,9 @@ class StraightenLoss(nn.Module):
       `roll_out`, the others the teacher's. What is learned is the teacher's mean velocity along the student's own step:
       not the secant but an implicit step of second order (of x' = a x the trapezoidal rule). Source: pi-Flow's L2
       imitation (arXiv 2510.14974), checked against its public code. There a network's one output is a policy, a
-      velocity that changes within the interval, which is compared at 2 to 4 points; the way to these alternates with
-      the teacher's steps, whose share falls to 0 in training. Here it is constant within the interval, one point is
-      drawn, and the way is the student's alone.
+      velocity that changes within the interval, which is compared at 2 or 4 points; the way to these alternates with
+      the teacher's steps, whose share, in some of its configurations, falls to 0 in training. Here it is constant
+      within the interval, one point is drawn, and the way is the student's alone.
     - "next_knot": f(x, t) = x + (t_b - t) student(x, t), of a state x of the teacher at a time t of the interval,
       against f of the teacher's next state, which is taken as a constant and at the interval's end is x_b: consistency
       of the trajectory up to the next knot (TCD, arXiv 2402.19159; on one interval LCM, arXiv 2310.04378). The loss,

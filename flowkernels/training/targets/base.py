@@ -1,7 +1,7 @@
 """What a target is, and what it is given."""
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,13 +91,16 @@ class Call:
         precision, out of a caller's autocast."""
         x = first[0]
         devices = [x.device] if x.device.type == "cuda" else []
-        kept, kept_there = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+        before = _random_states(devices)
         found = [self.velocity(*first)]
+        drawn = any(not torch.equal(a, b) for a, b in zip(before, _random_states(devices), strict=True))
         for other in others:
-            with torch.random.fork_rng(devices), torch.no_grad(), no_autocast(x) if exact else contextlib.nullcontext():
-                torch.set_rng_state(kept)
-                for device, state in zip(devices, kept_there, strict=True):
-                    torch.cuda.set_rng_state(state, device)
+            apart = torch.random.fork_rng(devices) if drawn else nullcontext()
+            with torch.no_grad(), no_autocast(x) if exact else nullcontext(), apart:
+                if drawn:
+                    torch.set_rng_state(before[0])
+                    for device, state in zip(devices, before[1:], strict=True):
+                        torch.cuda.set_rng_state(state, device)
                 found.append(self.velocity(*other))
         return found
 
@@ -130,6 +133,11 @@ class Call:
     def secant(self, v: Tensor) -> Answer:
         """That v should be the secant of the examples' intervals."""
         return Answer(v, self.states, self.step_sizes, self.places, self.columns)
+
+
+def _random_states(devices: Sequence[torch.device]) -> list[Tensor]:
+    """Of torch's own generators, of the CPU and of GPUs, for none of which is waited."""
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
 
 
 def dense(v: Tensor, target: Tensor, weight: Tensor | None = None) -> Answer:
