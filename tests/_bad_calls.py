@@ -774,7 +774,7 @@ def _stages(cal) -> None:
 
     place("StraightenLoss", fk.StraightenLoss, **of_loss(lambda: cal[2]))
     straight = fk.StraightenLoss(cal[2], t_sampling="uniform")
-    learned = fk.StraightenLoss(fk.Solver.euler(2), target="solver")
+    learned = fk.StraightenLoss(cal[2], target="on_policy", teacher=Net())
     known = (lambda: rand(3, N, D), is_dense(F32, F64))
     index = (lambda: torch.zeros(N, dtype=torch.int64), is_dense(torch.int64))
     student = (lambda: Net(), lambda v: isinstance(v, nn.Module))

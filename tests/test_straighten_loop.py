@@ -72,7 +72,7 @@ TARGETS = {
     "reflow, own": dict(target="reflow", t_sampling=lambda n, g: torch.rand(n, generator=g, device=FAR)),
     "distill": dict(target="distill"),
     "on_policy": dict(target="on_policy", rollout_every=4),
-    "solver": SOLVER | dict(rollout_every=4),
+    "solver": SOLVER,
 }
 
 

@@ -27,7 +27,6 @@ from flowkernels.velocity.protocol import Velocity, resolve
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums of the Gram matrix are good for
 HELD_OUT = 0.25  # the part of the samples that decides
 EULER, ADAMS, FITTED = "euler", "adams-bashforth 2", "fitted"
-GIVEN = "as trained for"
 
 
 @no_grad
@@ -117,22 +116,6 @@ def fit_solvers(velocity: Velocity, calibration: Calibration, steps: Iterable[in
         data = SplitSamples.of(velocity, calibration, None, chunk, HELD_OUT, proven=True)
         found[N] = _best_fit(data, [schedule_on_grid(calibration, N)], N, (*RIDGES, math.inf), False)
     return found
-
-
-@no_grad
-def refit_solver(velocity: Velocity, solver: Solver, states: Tensor, chunk: int | None) -> Solver:
-    """What `fit_solver` finds for a velocity from the teacher's states at the knots of a multistep solver
-    `[N+1, n, *shape]`, n >= 2; or that solver, where it is better on the held-out samples."""
-    n, start = states.shape[1], solver.times[0].item()
-    order, fitted = held_out_last(n, HELD_OUT)
-    teacher = Teacher(resolve(velocity).unfused(), n, order=torch.tensor(order, device="cpu"), chunk=chunk)
-    data = SplitSamples(teacher, states, fitted, (0, start))
-    plan = Schedule(solver.times, solver.times, range(len(states)))
-    found = _fit(data, plan, solver.steps, (*RIDGES, math.inf), False)
-    _, ends = teacher.run(solver, data.state(0)[fitted:], (data.velocity_at_start()[fitted:],), fitted)
-    errors = found.notes["held_out"] | {GIVEN: endpoint_error(ends, data.state(-1)[fitted:])}
-    best = solver if errors[GIVEN] <= errors[found.name] else found
-    return replace(best, notes=found.notes | best.notes | {"held_out": errors, "samples": [fitted, n - fitted]})
 
 
 def _best_fit(

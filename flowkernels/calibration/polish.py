@@ -1,6 +1,7 @@
 """`polish`: all coefficients of a solver by least squares on the endpoint, or the knots of a schedule."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -11,13 +12,16 @@ from tqdm import tqdm
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_positive_int, expect_real
 from flowkernels.calibration.calibration import Calibration
-from flowkernels.calibration.fit import SplitSamples, place_on_grid, schedule_on_grid
-from flowkernels.evaluation.endpoint import endpoint_error
+from flowkernels.calibration.fit import HELD_OUT, SplitSamples, held_out_last, place_on_grid, schedule_on_grid
+from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.ops.velocity_gram import velocity_gram
+from flowkernels.sampling.teacher import Teacher
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.velocity.protocol import Velocity
+from flowkernels.velocity.protocol import Velocity, resolve
+
+ITERATIONS = 6  # of a polish, at most
 
 Plan = TypeVar("Plan", Solver, Schedule)  # what is given is what comes back
 
@@ -29,8 +33,8 @@ def polish(
     start: Plan,
     *,
     samples: int = 512,
-    iterations: int = 6,
-    held_out: float = 0.25,
+    iterations: int = ITERATIONS,
+    held_out: float = HELD_OUT,
     noise: Tensor | None = None,
     teacher: Velocity | None = None,
     chunk: int | None = None,
@@ -88,18 +92,38 @@ def polish(
     with tqdm(total=iterations, desc="polish", disable=not progress, leave=False) as bar:
         if isinstance(start, Schedule):
             return _descend(data, calibration, start, iterations, bar)
-        return _least_squares(data, calibration, start, iterations, bar)
+        return _least_squares(data, calibration.times, calibration.forced, start, iterations, bar)
 
 
 DAMPING = 1e-3  # of the first step, in parts of the size of each unknown
 DIFFERENCE = 0.02  # of coefficients and times, for derivatives: beyond the rounding of a network in bfloat16
 
 
-def _least_squares(data, calibration: Calibration, solver: Solver, iterations: int, bar) -> Solver:
+@no_grad
+def polish_on(velocity: Velocity, solver: Solver, ends: Tensor, grid: Tensor, total: int, chunk: int | None) -> Solver:
+    """What `polish` finds for a velocity, with a solver from noise to data; or that solver, unless its errors on the
+    held-out samples are larger by more than a standard error: a few large ones make most of their mean.
+
+    ends: the teacher's states at its beginning and its end, `[2, n, *shape]`, of the first n >= 2 of the `total`
+    samples that conditioning is of. grid: the teacher's times.
+    """
+    order, fitted = held_out_last(ends.shape[1], HELD_OUT)
+    teacher = Teacher(resolve(velocity).unfused(), total, order=torch.tensor(order, device="cpu"), chunk=chunk)
+    data = SplitSamples(teacher, ends, fitted, (0, solver.times[0].item()))
+    with tqdm(disable=True) as bar:
+        found = _least_squares(data, grid, (), solver, ITERATIONS, bar)
+    rest = [data.state(place)[fitted:] for place in (0, -1)]
+    before, after = (endpoint_errors(teacher.run(s, rest[0], (), fitted)[1], rest[1]) for s in (solver, found))
+    gain = before - after
+    sure = len(gain) > 1 and gain.mean() > gain.std() / len(gain) ** 0.5
+    return found if sure else solver
+
+
+def _least_squares(data, grid: Tensor, forced: Sequence[int], solver: Solver, iterations: int, bar) -> Solver:
     place, first = data.start
     begin, end = (data.state(i) for i in ((-1, place) if solver.is_inverse else (place, -1)))
     given, fitted = solver, data.fitted
-    limits, by = _limits(calibration, solver, first), DIFFERENCE * (1 - first)
+    limits, by = _limits(grid.tolist(), forced, solver, first), DIFFERENCE * (1 - first)
     fit, rest = slice(fitted), slice(fitted, data.n)
 
     def errors(x):
@@ -146,13 +170,13 @@ def _places(M: int) -> list[tuple[int, int | None]]:
     return [(i, where) for i in range(M) for where in (None, *range(i + 1))]
 
 
-def _limits(calibration: Calibration, solver: Solver, first: float) -> list[tuple[float, float]]:
+def _limits(grid: list[float], forced: Sequence[int], solver: Solver, first: float) -> list[tuple[float, float]]:
     """Between which times each evaluation stays: where the teacher was evaluated, on its side of every forced knot."""
-    grid, t = calibration.times.tolist(), solver.model_times.tolist()
+    t = solver.model_times.tolist()
     found = []
     for now in t:
-        low = max([min(first, *t), *(grid[f] for f in calibration.forced if grid[f] <= now)])
-        high = min([max(grid[-2], *t), *(max(grid[f - 1], now) for f in calibration.forced if grid[f] > now)])
+        low = max([min(first, *t), *(grid[f] for f in forced if grid[f] <= now)])
+        high = min([max(grid[-2], *t), *(max(grid[f - 1], now) for f in forced if grid[f] > now)])
         found.append((low, high))
     return found
 

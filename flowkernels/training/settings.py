@@ -104,7 +104,7 @@ class Settings:
     refresh: int | None
     target: str
     t_sampling: TSampling | None
-    loss: Loss
+    loss: Loss | None
     huber_c: float
     weighting: Any
     lr: float

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import expect, expect_takes
-from flowkernels.calibration.fit import refit_solver
+from flowkernels.calibration.polish import polish_on
 from flowkernels.sampling.loop import initial_state
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
@@ -34,6 +34,8 @@ from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.identity import identity
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 
+POLISHED = 512  # samples of the bank on which a solver is polished again, at most
+
 
 @dataclass(frozen=True)
 class Straightened:
@@ -42,9 +44,9 @@ class Straightened:
     student: the trained network in eval mode, with its averaged weights when `ema` is on.
     history: lists of equal length: iteration, loss, lr, grad_norm; and `interval_loss`, one list of N a row, the mean
     loss of each interval since the last row (NaN for one that was not drawn).
-    solver: of target="solver", the one to sample the student with: fitted to it on the bank, or the one that it was
-    trained for, whichever ends nearer to the teacher on the held-out samples (of the fit; the student has seen them).
-    None of other targets.
+    solver: of target="solver", the one to sample the student with: that which it was trained for, or that polished
+    again, on the bank's first samples, where it is better by more than a standard error on those held out (of the
+    polish: the student has seen them). None of other targets.
     """
 
     student: nn.Module
@@ -65,7 +67,7 @@ def straighten(
     refresh: int | None = None,
     target: str = "boss",
     t_sampling: TSampling | None = None,
-    loss: Loss = "l2",
+    loss: Loss | None = None,
     huber_c: float = 0.03,
     weighting: Sequence[float] | Tensor | str | None = None,
     rollout_every: int = 50,
@@ -99,26 +101,27 @@ def straighten(
             as is what `ema` returns.
         velocity: the teacher; `VelocityField`, any callable `velocity(x, t)`, or a `FusedSampler`.
         schedule: from `calibrate`; its grid is the teacher's. It may begin later than a `grid` that is given. For
-            target="solver" a Solver, such as `fk.fit_solver(velocity, cal, 4)`, with `grid`.
+            target="solver" a Solver, such as `fk.polish(velocity, cal, fk.fit_solver(velocity, cal, 4))`, with `grid`.
         noise: the states at the grid's first time: a tensor `[bank, *shape]` (a fixed bank of that many samples), a
             shape (standard normal noise of it), or a function `(n, generator) -> [n, *shape]`, the generator on the
             CPU. Per-sample conditioning of a `VelocityField` needs a tensor of as many samples.
         iterations: optimiser steps in all; a resumed run counts those before.
-        batch: samples an iteration. bank: trajectories kept, where `noise` is not a tensor.
+        batch: samples an iteration; for target="solver" each makes all of the solver's evaluations. bank: trajectories
+            kept, where `noise` is not a tensor.
         refresh: iterations after which the bank is rolled out anew from fresh noise; None never.
         target: what is learned, as `fk.StraightenLoss` has it: "boss", the intervals of the schedule; "reflow", the one
             from its first knot to its last; "annealed_reflow", the same into a smaller student; "distill", that in one
             step; "acceleration", paths of a `fk.Acceleration`; "blockwise", the intervals by a `fk.Blockwise`, a
             network for each; "next_knot" and "velocity_matching", where the teacher's states between two knots lead;
-            "on_policy", the teacher's velocity along the student's own steps; "solver", the steps of a Solver on the
-            student's own states, beside the teacher's.
+            "on_policy", the teacher's velocity along the student's own steps; "solver", the end of a Solver's steps,
+            through all of them.
         t_sampling: the distribution of u: "start", u = 0, BOSS as published; "uniform", piecewise reflow; "u_shaped";
             "ten"; or a function. None takes the target's own. loss, huber_c: "l2", "huber", "huber_per_element",
-            "cauchy" or a function, and the constant. weighting: a factor on the loss of each interval,
-            "per_sample_normalised", or None. See `fk.StraightenLoss`. A resumed run cannot tell one function from
-            another.
-        rollout_every: of target="on_policy" and "solver", iterations after which the student's own samples are taken
-            anew: N - 1 evaluations of the bank without gradients.
+            "cauchy", a function or None, the target's own, and the constant. weighting: a factor on the loss of each
+            interval, "per_sample_normalised", or None. See `fk.StraightenLoss`. A resumed run cannot tell one function
+            from another.
+        rollout_every: of target="on_policy", iterations after which the student's own samples are taken anew: N - 1
+            evaluations of the bank without gradients.
         substeps: of target="next_knot" and "velocity_matching": steps in each interval whose states the bank has, at
             most, as the grid allows; N * substeps + 1 in place of N + 1.
         initial_speed: of target="acceleration", the initial velocity over the mean one.
@@ -237,7 +240,7 @@ def straighten(
     )
     if saved is not None:
         state.load(saved, settings.checkpoint)
-    if state.iteration < settings.iterations or objective.needs_roll_out:
+    if state.iteration < settings.iterations or objective.needs_roll_out or objective.refits:
         _fill(trajectories, state, settings, saved)
     if saved is not None and objective.needs_roll_out:
         state.roll_out_again(objective)
@@ -246,7 +249,8 @@ def straighten(
     train(state, settings)
     trained, solver = state.result(), None
     if objective.refits:
-        solver = refit_solver(trained, objective.solver, trajectories.states, trajectories.batch)
+        ends = trajectories.states[:, :POLISHED]
+        solver = polish_on(trained, objective.solver, ends, settings.grid, trajectories.size, trajectories.batch)
     return Straightened(trained, state.history, solver)
 
 

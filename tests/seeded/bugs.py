@@ -636,13 +636,22 @@ PYTHON = {
             "tests/test_straighten.py",
         ),
     ],
+    "flowkernels/training/targets/on_a_solver.py": [
+        Bug(
+            "gradient of a solver",
+            "the gradient of a solver's end leaves out the way through its states",
+            "v.append(call.velocity(x, now))",
+            "v.append(call.velocity(x.detach(), now))",
+            "tests/test_straighten.py -k solver",
+        ),
+    ],
     "flowkernels/training/targets/own_states.py": [
         Bug(
-            "row of a solver",
-            "the target of a step on a solver is formed with the row of the one before",
-            "linear_update(start, v, b[k][:k])",
-            "linear_update(start, v, b[k - 1][:k])",
-            "tests/test_straighten.py -k solver",
+            "size of a step",
+            "a student's own states are made with the steps of the interval after",
+            "times[k + 1] - times[k])",
+            "times[k + 2] - times[k + 1])",
+            "tests/test_targets_teacher.py",
         ),
     ],
     "flowkernels/training/state.py": [

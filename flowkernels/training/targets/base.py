@@ -19,14 +19,11 @@ from flowkernels.velocity.protocol import Velocity
 
 
 class RolledOut(NamedTuple):
-    """A student's own samples on a solver: x_k, k < N, and last the teacher's, `[N+1, n, *shape]`; and of each step the
-    pair `x_0 + sum_{i<k} b[k,i] v_i`, the teacher's state at its end, `[2N, n, *shape]`. of: the teacher's states.
-    sizes: b[k,k] of the pairs' places, float64 `[2N-1]`, where the states are."""
+    """A student's own samples by Euler's steps: x_k, k < N, and last the teacher's, `[N+1, n, *shape]`. of: the
+    teacher's states."""
 
     states: Tensor
-    pairs: Tensor
     of: Tensor
-    sizes: Tensor
 
 
 class Answer(NamedTuple):
@@ -50,8 +47,8 @@ class Call:
     long it is, float64 `[B]`; end: that of the schedule's interval, which begins before and ends later where the bank
     has states between the knots. batch: what was given; its intervals and samples are those of the bank, whose times
     are `times`.
-    solver: that of target="solver", Euler's of the schedule for others. rolled_out: the student's own samples on it, of
-    the last `StraightenLoss.roll_out`; None before, and of targets that need none.
+    solver: that of target="solver", Euler's of the schedule for others. rolled_out: the student's own samples by
+    Euler's steps, of the last `StraightenLoss.roll_out`; None before, and of targets that need none.
     progress: how much of the training is done, in [0, 1], where a target needs it. settings: those that one target
     alone has, by the names of arguments of `StraightenLoss`.
     """
@@ -160,6 +157,7 @@ class Target:
     answer: what the student is asked, and what it should answer.
     whole: on one interval, from the schedule's first knot to its last. t_sampling: where none is asked for. only: and
     no other is taken.
+    loss: where none is asked for.
     between: on the teacher's states between the knots too.
     solver: takes a Solver in place of the schedule. own: on the student's own states, by `roll_out`.
     from_noise: the schedule has to begin at 0.
@@ -172,6 +170,7 @@ class Target:
     whole: bool = False
     t_sampling: str = START
     only: bool = False
+    loss: str = "l2"
     between: bool = False
     solver: bool = False
     own: bool = False

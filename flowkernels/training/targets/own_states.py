@@ -1,30 +1,20 @@
-"""The student's own samples on a solver, which targets are on beside the teacher's states."""
+"""The student's own states on a schedule's steps, which targets are on beside the teacher's."""
 
 import torch
 from torch import Tensor, nn
 
-from flowkernels.ops.linear_update import linear_update
+from flowkernels.ops.euler_step import euler_step
 from flowkernels.sampling.teacher import Teacher
-from flowkernels.solver import Solver
-from flowkernels.training.targets.base import RolledOut
 
 
-def sizes_of(solver: Solver, device: torch.device) -> Tensor:
-    """What its steps multiply their last velocities by, b[k,k], at the places of `RolledOut.pairs`."""
-    return solver.coefficients.diagonal().repeat_interleave(2)[:-1].to(device)
-
-
-def rolled_out(student: nn.Module, solver: Solver, knots: Tensor, of: Tensor, chunk: int | None) -> RolledOut:
-    """From the teacher's states at the solver's knots `[N+1, n, *shape]`: N - 1 evaluations a sample."""
-    N, n, at = solver.steps, knots.shape[1], solver.model_times.tolist()
-    b, teacher = solver.coefficients.tolist(), Teacher(student, n, chunk=chunk)
-    own, pairs = torch.empty_like(knots), knots.new_empty(2 * N, *knots.shape[1:])
-    own[N], pairs[1::2] = knots[N], knots[1:]
+def own_states(student: nn.Module, times: list[float], states: Tensor, chunk: int | None) -> Tensor:
+    """From the teacher's states at the knots `[N+1, n, *shape]` the student's by Euler's steps, the last the teacher's:
+    N - 1 evaluations a sample."""
+    n, own = states.shape[1], torch.empty_like(states)
+    own[0], own[-1] = states[0], states[-1]
+    teacher = Teacher(student, n, chunk=chunk)
     for rows in teacher.chunks(n):
-        start, v = knots[0, rows], []
-        for k in range(N):
-            own[k, rows] = x = linear_update(start, v, b[k - 1][:k]) if k else start
-            pairs[2 * k, rows] = linear_update(start, v, b[k][:k]) if k else start
-            if k < N - 1:
-                v.append(teacher.at(x, at[k], rows.start))
-    return RolledOut(own, pairs, of, sizes_of(solver, knots.device))
+        for k in range(len(times) - 2):
+            v = teacher.at(own[k, rows], times[k], rows.start)
+            own[k + 1, rows] = euler_step(own[k, rows], v, times[k + 1] - times[k])
+    return own

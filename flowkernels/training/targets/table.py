@@ -32,7 +32,7 @@ TARGETS: dict[str, Target] = {
     "annealed_reflow": Target(annealed_reflow, whole=True, t_sampling="uniform", from_noise=True, progress=True),
     "acceleration": Target(acceleration, whole=True, t_sampling="uniform", expect_student=expect_acceleration),
     "blockwise": Target(blockwise, expect_student=expect_blockwise, made=in_blocks),
-    "solver": Target(on_a_solver, only=True, solver=True, own=True),
+    "solver": Target(on_a_solver, whole=True, only=True, loss="huber", solver=True),
 }
 
 
