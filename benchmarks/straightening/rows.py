@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import flowkernels as fk
 from flowkernels.evaluation.endpoint import endpoint_error
 
-from ..quality.data import Data, generator
+from ..quality.data import Bfloat16, Data, generator
 from ..quality.rows import Counted
 from . import published
 from .clock import Clock
@@ -98,10 +98,12 @@ class Run:
     def noise(self, use: int, n: int) -> Tensor:
         return noise_of(self.data, self.seed, use, n)
 
-    def student(self) -> nn.Module:
-        """A copy of the teacher, whose evaluations are counted."""
+    def student(self, part: int = 1) -> nn.Module:
+        """A copy of the teacher, whose evaluations are counted; or one of a part of its width, of random weights."""
         torch.manual_seed(self.seed)
         student = self.data.student()
+        if part > 1:
+            student = narrower(student, part)
         student.register_forward_hook(lambda module, inputs, v: self.velocity.seen(v))
         return student
 
@@ -117,6 +119,15 @@ class Run:
         """Note how far its samples are from the teacher's, while the clock stands still."""
         rms = endpoint_error(self.samples(velocity, plan), self.goal) ** 0.5
         self.curve.append((iteration, self.clock.wall, self.clock.processor, rms))
+
+
+def narrower(student: nn.Module, part: int) -> nn.Module:
+    """A network of the same kind, in the same precision, of one `part`-th of its width; its weights are random."""
+    if isinstance(student, Bfloat16):
+        return Bfloat16(narrower(student.net, part))
+    widths = {k: [w // part for w in v] if isinstance(v, list) else v // part
+              for k, v in student.config.items() if k in ("width", "widths")}  # fmt: skip
+    return type(student)(**student.config | widths)
 
 
 @dataclass(frozen=True)
@@ -261,6 +272,10 @@ trained("improved_reflow", "`reflow`, u_shaped, pseudo-Huber (improved rectified
 simple = dict(target="reflow", t_sampling="ten", weighting="per_sample_normalised")
 trained("simple_reflow", "`reflow`, ten, normalised (Simple ReFlow)", uniform, simple, **WHOLE)
 trained("distill", "`distill`", uniform, dict(target="distill"), only=(1,))
+small = WHOLE | dict(student=lambda run, plan: run.student(2))
+trained("small_reflow", "`reflow`, a student of half the width", uniform, dict(target="reflow"), **small)
+annealed = dict(target="annealed_reflow")
+trained("annealed_reflow", "`annealed_reflow`, a student of half the width (SlimFlow)", uniform, annealed, **small)
 trained("on_policy", "`on_policy`", knots, dict(target="on_policy"))
 each = dict(student=lambda run, plan: fk.Blockwise(run.student(), plan), only=(2, 4, 8))
 trained("blockwise", "`blockwise`, N networks", knots, dict(target="blockwise"), **each)
