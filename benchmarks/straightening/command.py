@@ -187,9 +187,11 @@ def wanted(data: Data, sizes: Sizes, args: argparse.Namespace) -> Iterator[tuple
         if row.float32 and data.velocity is data.network:
             continue
         steps = tuple(N for N in chosen if row.only is None or N in row.only)
-        iterations = numbers(args.iterations, "--iterations") or (*(sizes.fewer if row.fewer else ()), sizes.iterations)
-        for some in (iterations if row.fewer else iterations[-1:]) if row.trained else (0,):
-            for at_once in [steps] if row.any_steps else [(N,) for N in steps]:
+        asked = numbers(args.iterations, "--iterations")
+        for at_once in [steps] if row.any_steps else [(N,) for N in steps]:
+            fewer = sizes.fewer if set(at_once) <= set(sizes.fewer_steps) else ()
+            iterations = asked or (*fewer, sizes.iterations)
+            for some in (iterations if row.fewer else iterations[-1:]) if row.trained else (0,):
                 if at_once:
                     yield name, at_once, some
 

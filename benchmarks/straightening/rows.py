@@ -30,7 +30,8 @@ class Sizes:
     """How much work a data set is.
 
     calibration, held_out, bank: noises of each use. published_costs: noises of the published procedure's costs.
-    iterations: of training, the same for all. fewer: and of runs of their own, which show how soon an error is reached.
+    iterations: of training, the same for all. fewer: and of runs of their own, which show how soon an error is reached,
+    for the N of fewer_steps.
     looks: how often the published procedure is evaluated meanwhile.
     """
 
@@ -40,6 +41,7 @@ class Sizes:
     batch: int
     lr: float
     fewer: tuple[int, ...]
+    fewer_steps: tuple[int, ...] = (2, 4)
     iterations: int = 1500
     published_costs: int = 100
     grid: int = 100
@@ -125,9 +127,26 @@ def narrower(student: nn.Module, part: int) -> nn.Module:
     """A network of the same kind, in the same precision, of one `part`-th of its width; its weights are random."""
     if isinstance(student, Bfloat16):
         return Bfloat16(narrower(student.net, part))
-    widths = {k: [w // part for w in v] if isinstance(v, list) else v // part
-              for k, v in student.config.items() if k in ("width", "widths")}  # fmt: skip
-    return type(student)(**student.config | widths)
+    config = dict(student.config)
+    if "width" in config:
+        config["width"] //= part
+    else:
+        config["widths"] = [width // part for width in config["widths"]]
+    return type(student)(**config)
+
+
+class OfTwo(nn.Module):
+    """A network of the same kind, of random weights, on two states joined at dimension 1; it answers with one."""
+
+    def __init__(self, student: nn.Module):
+        super().__init__()
+        same = student.net if isinstance(student, Bfloat16) else student
+        size = "dim" if "dim" in same.config else "channels"
+        net = type(same)(**same.config | {size: 2 * same.config[size]})
+        self.net = Bfloat16(net) if isinstance(student, Bfloat16) else net
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(x, t)[:, : x.shape[1] // 2]
 
 
 @dataclass(frozen=True)
@@ -264,6 +283,12 @@ def improved(run: Run) -> dict:
     return dict(target="reflow", t_sampling="u_shaped", loss="huber", huber_c=c)
 
 
+def accelerated(run: Run, plan: Plan) -> fk.Acceleration:
+    second = OfTwo(run.data.student())
+    second.register_forward_hook(lambda module, inputs, a: run.velocity.seen(a))
+    return fk.Acceleration(run.student(), second)
+
+
 WHOLE = dict(any_steps=True)
 trained("boss", "`boss`", knots, {}, fewer=True)
 trained("boss_uniform", '`boss`, t_sampling="uniform" (piecewise reflow)', knots, dict(t_sampling="uniform"))
@@ -276,6 +301,12 @@ small = WHOLE | dict(student=lambda run, plan: run.student(2))
 trained("small_reflow", "`reflow`, a student of half the width", uniform, dict(target="reflow"), **small)
 annealed = dict(target="annealed_reflow")
 trained("annealed_reflow", "`annealed_reflow`, a student of half the width (SlimFlow)", uniform, annealed, **small)
+cauchy = dict(target="next_knot", loss="cauchy")
+trained("next_knot", "`next_knot`, Cauchy (trajectory consistency)", knots, cauchy)
+trained("velocity_matching", "`velocity_matching`", knots, dict(target="velocity_matching"))
+two = WHOLE | dict(student=accelerated)
+title = "`acceleration`, two networks, N + 1 evaluations (constant acceleration flow)"
+trained("acceleration", title, uniform, dict(target="acceleration"), **two)
 trained("on_policy", "`on_policy`", knots, dict(target="on_policy"))
 each = dict(student=lambda run, plan: fk.Blockwise(run.student(), plan), only=(2, 4, 8))
 trained("blockwise", "`blockwise`, N networks", knots, dict(target="blockwise"), **each)
