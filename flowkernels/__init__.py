@@ -29,7 +29,7 @@ from flowkernels.sampling.sample import sample
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.acceleration import Acceleration
-from flowkernels.training.bank import BankBatch
+from flowkernels.training.bank import BankBatch, TrajectoryBank
 from flowkernels.training.blockwise import Blockwise
 from flowkernels.training.couplings import couple
 from flowkernels.training.objective import StraightenLoss
@@ -62,6 +62,7 @@ __all__ = [
     "StraightenLoss",
     "Straightened",
     "Trajectory",
+    "TrajectoryBank",
     "Velocity",
     "VelocityBase",
     "VelocityField",

@@ -217,11 +217,13 @@ def expect_callable(value, name: str, expected: str) -> Callable:
     return value
 
 
-def expect_takes(function, name: str, expected: str, *args) -> None:
-    """Something that may be called with these arguments, as far as its signature says."""
+def expect_takes(function, name: str, expected: str, *args, by_name: Iterable[str] = ()) -> None:
+    """Something that may be called with these arguments, and some by name, as far as its signature says."""
     expect_callable(function, name, expected)
     try:
-        inspect.signature(function.forward if isinstance(function, nn.Module) else function).bind(*args)
+        inspect.signature(function.forward if isinstance(function, nn.Module) else function).bind(
+            *args, **dict.fromkeys(by_name)
+        )
     except TypeError as e:
         expect(False, name, expected, f"{describe(function)} ({e})", TypeError)
     except ValueError:  # of a builtin, which has none

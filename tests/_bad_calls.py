@@ -819,6 +819,50 @@ def _stages(cal) -> None:
         ),
         **dict(generated=(lambda: rand(N, D), or_none(is_noise)), generator=drawing),
     )
+
+    def is_start(v):
+        return is_noise(v) or is_function(v)
+
+    def is_shape(v):
+        return isinstance(v, (list, tuple)) and all(is_int(1)(d) for d in v)
+
+    def made(**given):
+        before = set(Path().rglob("*"))
+        try:
+            fk.TrajectoryBank(**given).fill()
+        finally:  # of a bank in a folder
+            for path in sorted(set(Path().rglob("*")) - before, reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+
+    place(
+        "TrajectoryBank",
+        made,
+        (OSError,),
+        **dict(
+            velocity=(lambda: Net(), is_function),
+            schedules=(lambda: cal[2], lambda v: isinstance(v, fk.Schedule), "grid"),
+        ),
+        noise=((D,), lambda v: is_start(v) or is_shape(v), "data", "size"),
+        data=(None, or_none(is_start), "noise", "size"),
+        size=(None, or_none(is_int(1)), "noise", "data"),
+        grid=(None, or_none(is_times), "schedules"),
+        storage=("device", lambda v: is_one_of("device", "pinned", "shared")(v) or is_path(v)),
+        dtype=(None, lambda v: v is None or is_one_of(F32, F64, torch.bfloat16)(v)),
+        chunk=(3, is_int(1)),
+        **dict(
+            conditioning=(None, or_none(lambda v: v == {} or is_function(v))), guidance=(None, or_none(nothing_else))
+        ),
+        **dict(seed=(0, is_int(-(2**63), 2**64 - 1)), device=("cpu", or_none(is_one_of("cpu"))), progress=bar),
+    )
+    filled = fk.TrajectoryBank(Net(), [cal[2], cal[3]], noise=(D,), size=N, progress=False).fill()
+    place(
+        "TrajectoryBank.sample",
+        filled.sample,
+        batch=(2, is_int(1)),
+        generator=(None, or_none(lambda v: isinstance(v, torch.Generator))),
+        schedule=(2, lambda v: v in (2, 3) or isinstance(v, fk.Schedule)),
+    )
+    place("TrajectoryBank.refresh", filled.refresh, fraction=(0.5, within(0, 1, ends="(]")))
     place("StraightenLoss.roll_out", learned.roll_out, student=student, states=known, chunk=(None, or_none(is_int(1))))
     place(
         "straighten",
@@ -831,7 +875,11 @@ def _stages(cal) -> None:
             lambda v: is_noise(v) or is_function(v) or (isinstance(v, (list, tuple)) and all(is_int(1)(d) for d in v)),
         ),
         **dict(
-            iterations=(1, is_int(1)), batch=(2, is_int(1)), bank=(4, is_int(1)), refresh=(None, or_none(is_int(1)))
+            iterations=(1, is_int(1)),
+            batch=(2, is_int(1)),
+            bank=(4, is_int(1)),
+            refresh=(None, or_none(is_int(1))),
+            refresh_fraction=(1.0, within(0, 1, ends="(]")),
         ),
         **dict(
             rollout_every=(3, is_int(1)),

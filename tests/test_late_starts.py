@@ -13,7 +13,7 @@ from torch import nn
 import flowkernels as fk
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.models.bundled import BUNDLED
-from flowkernels.training.bank import Bank, knots_on_grid
+from flowkernels.training.knots import knots_on_grid
 
 F64 = torch.float64
 QUIET = dict(progress=False)
@@ -62,10 +62,7 @@ class Flow:
 
 
 def bank_of(f: Flow):
-    grid, indices = knots_on_grid(f.plan, f.grid)
-    bank = Bank(f.velocity, f.plan.times, grid, indices, noise=NOISE, batch=5)
-    bank.roll_out(NOISE)
-    return bank.states
+    return fk.TrajectoryBank(f.velocity, f.plan, noise=NOISE, grid=f.grid, chunk=5, **QUIET).fill().states()
 
 
 def first_loss(f: Flow):
@@ -188,9 +185,8 @@ def test_a_schedule_that_begins_within_the_grid(flows):
         got, expected = (f.told(make(c)) for c in (f.cal, cal))
         for a, b in zip(got, expected, strict=False):  # the uniform cost is of the whole grid
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
-    bank = Bank(f.velocity, plan.times, *knots_on_grid(plan, f.grid), noise=NOISE, batch=7)
-    bank.roll_out(NOISE)
-    assert torch.equal(bank.states, f.cal.kept.x[[3, 5, 7, K]])
+    bank = fk.TrajectoryBank(f.velocity, plan, noise=NOISE, grid=f.grid, chunk=7, **QUIET).fill()
+    assert torch.equal(bank.states(), f.cal.kept.x[[3, 5, 7, K]])
 
 
 def test_schedules_that_no_grid_has(flows):

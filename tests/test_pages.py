@@ -51,6 +51,7 @@ SMALLER = {
     "run/": "",
     "iterations=5000": "iterations=2",
     "noise=(3, 32, 32)": "noise=(4,)",
+    "size=50_000": "size=40",
     "grid=100": "grid=24",
     "100)": "12)",
 }
@@ -61,6 +62,7 @@ CODE = {
     "docs/couplings.md": (3, 4, "x1"),
     "docs/fused-samplers.md": (1, 64, "actions"),
     "docs/triton.md": (1, 4, "x1"),
+    "docs/bank.md": (1, 4, "x1"),
 }
 
 

@@ -32,9 +32,10 @@ from flowkernels.models.networks import ResidualMLP
 from flowkernels.schedule import Schedule
 from flowkernels.training import settings as settings_module
 from flowkernels.training import straighten as straighten_module
-from flowkernels.training.bank import Bank, generator_on, knots_on_grid
+from flowkernels.training.bank import generator_on
 from flowkernels.training.checkpoint import read_checkpoint, write_checkpoint
 from flowkernels.training.modules import architecture
+from flowkernels.training.run_bank import RunBank
 from flowkernels.training.settings import SHARED, Settings
 
 QUIET = dict(progress=False)
@@ -1201,8 +1202,10 @@ def test_a_loop_of_ones_own(case):
     result = fk.straighten(small_net(1), teacher, schedule, **more, **settings, **QUIET)
     student, generator = small_net(1).train(), torch.Generator().manual_seed(3)
     objective = fk.StraightenLoss(schedule, **learned)
-    bank = Bank(teacher, objective.times, *knots_on_grid(objective.schedule, 6), noise=(4,), size=24, batch=8)
-    bank.roll_out(bank.draw(generator))
+    rest = dict(fraction=1.0, seed=3, device=torch.device("cpu"), progress=False)
+    bank = RunBank.of(24, teacher, objective, noise=(4,), grid=even_grid(6), batch=8, **rest)
+    bank.draw(generator)
+    bank.roll_out()
     objective.roll_out(student, bank.states)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     for _ in range(8):

@@ -11,7 +11,6 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels.models.closed_form import GaussianMixtureVelocity
-from flowkernels.training.bank import knots
 
 QUIET = dict(progress=False)
 
@@ -136,7 +135,8 @@ def test_conditioning_is_that_of_each_sample():
         return fk.Acceleration(*nets)
 
     grid = torch.linspace(0, 1, 4, dtype=torch.float64)
-    found = knots(student(rows), noise, grid, range(4), 4)
+    bank = fk.TrajectoryBank(student(rows), fk.Schedule(grid), noise=noise, grid=grid, chunk=4, progress=False)
+    found = bank.fill().states()
     for i in range(9):
         expected = fk.rollout(student(rows[i : i + 1]), noise[i : i + 1], grid).x
         torch.testing.assert_close(found[:, i : i + 1], expected, rtol=0, atol=1e-6)

@@ -10,7 +10,6 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels.models.networks import ResidualMLP
-from flowkernels.training.bank import knots
 
 QUIET = dict(progress=False)
 KNOTS = [0.0, 0.3, 0.7, 1.0]
@@ -58,8 +57,8 @@ def test_conditioning_is_that_of_each_sample():
     plain = fk.VelocityField(RowField(), conditioning={"rows": rows})
     torch.testing.assert_close(around(noise, t), plain(noise, t), rtol=0, atol=1e-6)
     for grid in (torch.tensor(KNOTS, dtype=torch.float64), even_grid(8)):
-        found = knots(blocks, noise, grid, range(len(grid)), 4)
-        torch.testing.assert_close(found, fk.rollout(field, noise, grid).x, rtol=0, atol=1e-6)
+        bank = fk.TrajectoryBank(blocks, fk.Schedule(grid), noise=noise, grid=grid, chunk=4, progress=False)
+        torch.testing.assert_close(bank.fill().states(), fk.rollout(field, noise, grid).x, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("t_sampling", [None, "uniform", lambda n, generator: torch.ones(n)])

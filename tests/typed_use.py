@@ -47,6 +47,16 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     )
     assert_type(pairs.batch(64), fk.BankBatch)
     assert_type(pairs.effective_size, float)
+
+    def drawn(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"y": torch.zeros(n)}
+
+    bank = fk.TrajectoryBank(
+        velocity, [cal[2], cal[4], objective], noise=(3, 32, 32), storage="bank", conditioning=drawn
+    )
+    assert_type(bank.fill().refresh(0.25), int)
+    assert_type(bank.sample(64, torch.Generator(), schedule=cal[4]), fk.BankBatch)
+    fk.straighten(None, velocity, cal[4], bank=fk.TrajectoryBank.open("bank"), iterations=10)
     inversion = fk.invert(velocity, noise, fk.Solver.heun(8, inverse=True))
     assert_type(inversion, fk.Inversion)
     assert_type(fk.export(cal, "comfy", steps=4, path="sigmas.txt"), str)

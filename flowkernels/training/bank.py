@@ -1,25 +1,44 @@
 """The bank of the teacher's trajectories that straightening trains on."""
 
+import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from flowkernels._casts import no_grad
-from flowkernels._checks import describe, expect, expect_noise, expect_room, expect_shape, expect_takes, expect_times
-from flowkernels.ops.library import fresh
+from flowkernels._checks import (
+    expect,
+    expect_bool,
+    expect_device,
+    expect_dtype,
+    expect_int,
+    expect_noise,
+    expect_path,
+    expect_positive_int,
+    expect_real,
+    expect_room,
+    expect_text,
+)
+from flowkernels._files import damaged, plain
 from flowkernels.sampling.loop import initial_state
-from flowkernels.sampling.teacher import Teacher
 from flowkernels.schedule import Schedule
-from flowkernels.solver import Solver
-from flowkernels.velocity.hashes import tensors_hash
-from flowkernels.velocity.protocol import Velocity
+from flowkernels.training.knots import Knots
+from flowkernels.training.shards import DTYPES, MANIFEST, Shards, expect_folder, read_manifest, sealed_manifest
+from flowkernels.training.starts import Columns, Conditioning, Noise, Starts, generator_of, looked_up
+from flowkernels.training.storage import MEMORIES, Memory
+from flowkernels.training.students import field_identity
+from flowkernels.training.teacher_states import TeacherStates
+from flowkernels.velocity.evaluate import warn_if_training
+from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.identity import identity, warn_of_doubts
+from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 
-Noise = Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor]
-NOISE = "a tensor, a shape or a function (n, generator)"
+log = logging.getLogger("flowkernels")
 
 
 class BankBatch(NamedTuple):
@@ -28,6 +47,8 @@ class BankBatch(NamedTuple):
 
     ends: the states are those at the ends of the examples' intervals alone, `[2, B, *shape]`, of a bank that is
     somewhere else; size: its n, where that has to be known. weight: factors on the examples' losses, `[B]`.
+    conditioning: keyword arguments of the network by name, with a row for each example, which take the place of a
+    `VelocityField`'s own; guidance: the name of the one that is the teacher's weight of guidance, where one is.
 
     Examples:
         >>> states = fk.rollout(lambda x, t: -x, torch.randn(16, 2), 20).x[[0, 10, 20]]
@@ -40,79 +61,419 @@ class BankBatch(NamedTuple):
     ends: bool = False
     weight: Tensor | None = None
     size: int | None = None
+    conditioning: dict[str, Tensor] | None = None
+    guidance: str | None = None
 
 
-class Bank:
-    """The teacher's states at the knots of a schedule, for n noises: what batches are drawn from.
+class TrajectoryBank:
+    """A teacher's states at the knots of a schedule, or of several at once, for n trajectories: what straightening
+    trains on.
 
-    states: `[N+1, n, *shape]`, float32, of float64 noise float64; there once they are rolled out.
-    times: the knots, float64 `[N+1]`; step_sizes `[N]`; steps: N; size: n.
-    noise_identity: what a resumed run must share of the noise, in a text.
-    rng, drawn: with these a checkpoint's noise is drawn again: the generator's state before it was, and, of what a
-        function draws, the hash.
-
-        noise = bank.draw(generator)
-        bank.roll_out(noise)
-        states, interval, sample = bank.sample(generator)
+    The teacher is rolled out on its fine grid once, whatever the number of schedules, a chunk of trajectories at a
+    time, and of its states those at the knots are kept: where and in what dtype is the caller's choice. Beside them
+    there is never more than one chunk of the teacher's work, and a batch.
 
     Args:
-        teacher: a velocity, or a `FusedSampler`.
-        times, grid, indices: the knots, the teacher's fine grid, and their places in it (`knots_on_grid`).
-        noise: a tensor `[n, *shape]`, a shape, or a function `(n, generator) -> [n, *shape]`.
-        size: n, where noise is not a tensor.
-        batch: samples of a batch, and of the teacher's evaluations.
-        device: of the states; a tensor of noise is there already.
-        progress: show a progress bar of the teacher's evaluations.
+        velocity: the teacher; any velocity. Of a `VelocityField` whose conditioning has a row for each trajectory, each
+            takes its own.
+        schedules: a Schedule, Solver or StraightenLoss, or several: a list, a Calibration.
+        noise: where the trajectories begin: a tensor `[size, *shape]`, a shape (standard normal noise of it, float32),
+            or a function `(n, generator) -> [n, *shape]`, the generator on the CPU. data: in its place the states at
+            t = 1, a tensor or such a function: the teacher goes back from them by Heun's method on the grid, whose
+            states are kept, so that the last ones are the data themselves.
+        size: n, where neither is a tensor; None is 1024.
+        grid: the teacher's fine grid, a number of steps or times, of which the knots have to be some; None is the
+            schedules' own.
+        storage: "device"; "pinned", the host's memory, page-locked where the device is a GPU; "shared", memory that
+            other processes can be handed; or a folder, for safetensors files that are mapped into memory. From all but
+            "device" a batch takes the two ends of each of its intervals alone.
+        dtype: of the kept states: torch.float32, torch.bfloat16 (half the bytes; each state x is rounded by up to
+            |x| / 256, a secant over h by up to `(|x_a| + |x_b|) / (256 h)`), torch.float64; None is float32, of float64
+            noise float64. Batches are float32, or float64.
+        chunk: trajectories that the teacher is evaluated on at once, that a file has, and that a refresh replaces.
+        conditioning: keyword arguments of the teacher's network beside or in place of a `VelocityField`'s own, which
+            batches carry to the student: a dict of tensors with a row for each trajectory, or of pairs (table
+            `[P, ...]`, index int64 `[size]`), such as embeddings of P prompts, which are kept once; or a function
+            `(n, generator) ->` dict of tensors with n rows, which draws them with the noise.
+        guidance: the name of the conditioning that is the teacher's weight of guidance, for a `VelocityField` with
+            `unconditional`: the teacher is guided by it, its network does not get it, the student does.
+        seed: of all that is drawn: each chunk has a generator of its own.
+        device: of the teacher, and of batches; None is that of the noise or of the teacher's weights.
+        progress: show a progress bar of the teacher's evaluations, and the bank's size.
 
-    Raises TypeError, ValueError naming the argument; for a size that does not fit into memory before it is filled.
+    Nothing is evaluated before `fill`. A bank in a folder that holds a part of it already goes on where that ended, bit
+    for bit; what is there of another bank is refused. A bank that is pickled, for other processes, leaves the teacher
+    behind.
+
+    size, chunk, dtype, device, storage: as above. times: of the kept states, float64 `[M]`, rising. schedules: a list.
+    inversion_error: of data, the root mean square distance of the first chunk's from what Heun's method makes of their
+        noise again; None before `fill`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before any work; a bank that does not fit, where it can be told.
+
+    Source: rectified flow (arXiv 2209.03003), whose pairs these are between; BOSS (arXiv 2312.16414), whose own code
+    writes both ends of every interval to disk for each N anew.
+
+    Examples:
+        >>> plans = [fk.Schedule.uniform(n) for n in (2, 4, 5)]
+        >>> bank = fk.TrajectoryBank(lambda x, t: -x, plans, noise=(3,), size=256, grid=20, progress=False).fill()
+        >>> len(bank.times), bank.nbytes  # 256 trajectories, 9 knots, 3 features of 4 bytes
+        (9, 27648)
+        >>> batch = bank.sample(32, schedule=4)
+        >>> losses = fk.StraightenLoss(plans[1])(fk.VelocityField(torch.nn.Linear(4, 3), time_column=True), batch)
     """
 
     def __init__(
         self,
-        teacher,
-        times: Tensor,
-        grid: Tensor,
-        indices: Sequence[int],
+        velocity: Velocity,
+        schedules: Any,
         *,
-        noise: Noise,
-        size: int = 1024,
-        batch: int = 128,
-        device: torch.device | str = "cpu",
-        progress: bool = False,
+        noise: Noise | None = None,
+        data: Noise | None = None,
+        size: int | None = None,
+        grid: int | Sequence[float] | Tensor | None = None,
+        storage: str | Path = "device",
+        dtype: torch.dtype | None = None,
+        chunk: int = 128,
+        conditioning: Conditioning | None = None,
+        guidance: str | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        progress: bool = True,
     ):
-        self._teacher, self._grid, self._indices, self._progress = teacher, grid, indices, progress
-        self.times = times.to(device)
-        self.step_sizes = self.times.diff()
-        self._source, self._is_function = _noise_source(noise, self.times.device), callable(noise)
-        given = isinstance(noise, Tensor)
-        _expect_memory(noise, 0 if given else size, batch, self.steps)
-        self.size, self.batch = len(noise) if given else size, batch
-        self.noise_identity = _noise_identity(noise)
-        self.rng: Tensor | None = None
-        self.drawn: str | None = None
+        self._velocity = resolve(velocity)
+        self._knots = Knots.of(schedules, grid)
+        self._starts = Starts(noise, data, size, conditioning, seed)
+        self.size, self._progress = self._starts.size, expect_bool(progress, "progress")
+        self.chunk = min(expect_positive_int(chunk, "chunk"), self.size)
+        expect_room(64 * self.chunks, "size", "trajectories", f"{self.size}")
+        self._dtype = None if dtype is None else expect_dtype(dtype, "dtype", tuple(DTYPES.values()))
+        self.device = expect_device(device) or _device_of(self._velocity, self._starts.given)
+        expect(self.device.type != "meta", "device", "one that holds data", self.device)
+        self.guidance = _expect_guidance(guidance, self._velocity, self._starts.columns)
+        backward = self._starts.is_data
+        self._teacher = TeacherStates(velocity, self._knots, self.size, self.chunk, backward, self.guidance)
+        self.inversion_error: float | None = None
+        memory = isinstance(storage, str) and storage in MEMORIES
+        here = self.device if memory and storage == "device" else "cpu"
+        self._tables = {key: table.to(here) for key, table in self._starts.columns.tables.items()}
+        self._places: dict[tuple[int, ...], Tensor] = {}
+        self._layout: tuple[tuple[int, ...], torch.dtype, int] | None = None
+        self._store = Memory(storage, self.device, self.size, self.chunk) if memory else self._folder(storage)
+        if not self._starts.is_function:
+            self._expect_space(self._missing())
+
+    @classmethod
+    def open(
+        cls, storage: str | Path, *, device: torch.device | str | None = None, check: bool = True
+    ) -> "TrajectoryBank":
+        """A bank that is whole in a folder, without its teacher: batches are streamed from the files.
+
+        Args:
+            storage: the folder.
+            device: of batches; None is torch's default.
+            check: look at every byte of the shards, against their checksums; else at their sizes and headers.
+
+        Raises:
+            TypeError, ValueError, OSError: naming the folder and what is missing in it, truncated or of another bank.
+        """
+        folder = expect_path(storage, "storage")
+        manifest, tables = read_manifest(folder)
+        bank = cls.__new__(cls)
+        bank._velocity = bank._starts = bank._teacher = bank.inversion_error = None
+        bank._progress, bank._places, bank._tables = False, {}, tables
+        bank.size, bank.chunk, bank.guidance = manifest["size"], manifest["chunk"], manifest["guidance"]
+        bank.device = expect_device(device) or torch.empty(0).device
+        with damaged("storage", "the manifest of a bank", folder / MANIFEST):
+            bank._knots = Knots.of([Schedule(times) for times in manifest["schedules"]], manifest["grid"])
+        bank._store = Shards(folder, bank.device, manifest, tables)
+        bank._store.scan(expect_bool(check, "check"))
+        bank._dtype = bank._store.dtype
+        missing = bank._missing()
+        got = f"{len(missing)} missing, {bank._store.path(missing[0] % bank.chunks) if missing else ''} the first"
+        expect(not missing, "storage", f"the {bank.chunks} shards of a bank in {folder}", got)
+        bank._layout = bank._store.layout()
+        return bank
+
+    # ---- what it is ----
 
     @property
-    def steps(self) -> int:
-        return len(self.step_sizes)
+    def times(self) -> Tensor:
+        return self._knots.times
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Noise `[n, *shape]` of the next trajectories, from a generator on the CPU."""
-        self.rng = generator.get_state()
-        noise = self._source(self.size, generator)
-        self.drawn = tensors_hash({"noise": noise})[:16] if self._is_function else None
-        return noise
+    @property
+    def grid(self) -> Tensor:
+        """The teacher's fine grid, float64 `[K+1]`."""
+        return self._knots.grid
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether it draws what it begins with, and so can be refreshed."""
+        return self._starts is not None and self._starts.is_drawn
+
+    @property
+    def carries_conditioning(self) -> bool:
+        """Whether its batches have conditioning."""
+        return self._starts.columns.is_any if self._starts is not None else self._known_layout()[2] > 0
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        return list(self._knots.schedules)
+
+    @property
+    def storage(self) -> str:
+        """ "device", "pinned", "shared" or the folder."""
+        return str(self._store.folder) if isinstance(self._store, Shards) else self._store.kind
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the states that are kept."""
+        return self._dtype or self._known_layout()[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the bank, when it is filled, the tables of its conditioning included."""
+        shape, _, row = self._known_layout()
+        state = math.prod(shape) * self.dtype.itemsize
+        return self.size * (len(self._knots.places) * state + row) + sum(t.nbytes for t in self._tables.values())
+
+    @property
+    def chunks(self) -> int:
+        """In how many parts it is made."""
+        return -(-self.size // self.chunk)
+
+    @property
+    def is_filled(self) -> bool:
+        return None not in self._store.tickets
+
+    @property
+    def drawn(self) -> int:
+        """How many chunks have been drawn, all refreshes counted: with the seed, what tells which trajectories are
+        there. The n-th is at place n modulo `chunks`."""
+        return max([self.chunks, *(ticket + 1 for ticket in self._store.tickets if ticket is not None)])
+
+    def identity(self) -> dict[str, Any]:
+        """What determines it, in plain values, `drawn` aside; where it is kept does not. None is unknown."""
+        return self._store.about() if self._starts is None else self._about()
+
+    # ---- its trajectories ----
+
+    def fill(self, drawn: int | None = None) -> "TrajectoryBank":
+        """Make what is not there yet; the bank itself. An interrupted one goes on where it was.
+
+        drawn: make it what it was when that many chunks had been drawn, as a checkpoint says.
+        """
+        if drawn is not None:
+            drawn = expect_int(drawn, "drawn", f"a number of chunks, at least {self.chunks}", self.chunks)
+        self._make(self._missing(drawn))
+        return self
+
+    def refresh(self, fraction: float = 1.0) -> int:
+        """Draw a part of the trajectories anew, the oldest ones: as many chunks as make up the fraction, and one at
+        least. As many refreshes as it takes make all of them new. What a dict gives as conditioning stays.
+
+        Returns:
+            The number of trajectories that are new.
+        """
+        fraction = expect_real(fraction, "fraction", "a number in (0, 1]", lambda a: 0 < a <= 1)
+        self._expect_teacher("refresh")
+        expect(
+            self._starts.is_drawn, "noise", "a shape or a function, for a bank that is refreshed", self._starts.given
+        )
+        self._expect_filled()
+        begin = self.drawn
+        tickets = list(range(begin, begin + max(1, math.ceil(fraction * self.chunks - 1e-9))))
+        self._make(tickets)
+        return sum(self._rows(c % self.chunks).stop - self._rows(c % self.chunks).start for c in tickets)
+
+    @torch.inference_mode(False)
+    @no_grad
     def roll_out(self, noise: Tensor) -> None:
-        """Put the teacher's trajectories of the noise in place of those that are there."""
-        self.states = knots(self._teacher, noise, self._grid, self._indices, self.batch, self._progress)
+        """Put the trajectories of given starts `[size, *shape]` in place of all that are there."""
+        self._expect_teacher("roll_out")
+        expect(len(expect_noise(noise)) == self.size, "noise", f"{self.size} samples", noise)
+        self._layout = (tuple(noise.shape[1:]), initial_state(noise[:0]).dtype, 0)
+        with self._bar(self.chunks) as bar:
+            for k in range(self.chunks):
+                rows = self._rows(k)
+                columns = self._starts.columns.rows(rows, generator_of(self._starts.seed, k))
+                self._roll_out(k, initial_state(noise[rows]), columns, k, bar)
+        self._store.settle()
 
-    def sample(self, generator: torch.Generator) -> BankBatch:
-        """Intervals and samples drawn uniformly, from a generator on the CPU; see `generator_on`."""
-        device = self.times.device
-        generator = generator_on(device, generator)
-        interval = torch.randint(self.steps, (self.batch,), generator=generator, device=device)
-        sample = torch.randint(self.size, (self.batch,), generator=generator, device=device)
-        return BankBatch(self.states, interval, sample)
+    def sample(self, batch: int = 128, generator: torch.Generator | None = None, schedule: Any = None) -> BankBatch:
+        """A batch: intervals and trajectories, drawn uniformly.
+
+        Args:
+            batch: its number of examples.
+            generator: on the CPU; None is torch's own. On a GPU, for a bank that is there, indices are drawn by one
+                there whose seed this one draws: nothing waits.
+            schedule: whose intervals, of several: a number of steps, or a Schedule, Solver or StraightenLoss whose
+                knots the bank keeps.
+
+        Returns:
+            BankBatch, on the device: the states themselves where they are there as they are needed, float and of this
+            schedule alone, and else the ends of the intervals, gathered.
+        """
+        batch, places = expect_positive_int(batch, "batch"), self._knots.choose(schedule)
+        known = generator is None or isinstance(generator, torch.Generator)
+        expect(known, "generator", "a torch.Generator or None", generator, TypeError)
+        self._expect_filled()
+        here = self.device if self._store.kind == "device" else torch.device("cpu")
+        drawn_by = generator_on(here, torch.default_generator if generator is None else generator)
+        interval = torch.randint(len(places) - 1, (batch,), generator=drawn_by, device=here)
+        sample = torch.randint(self.size, (batch,), generator=drawn_by, device=here)
+        more = dict(conditioning=self._conditioning(sample), guidance=self.guidance)
+        if self._is_whole(places):
+            return BankBatch(self._store.states, interval, sample, **more)
+        knots = self._on(places, here)
+        ends = self._there(self._store.ends(knots[interval], knots[interval + 1], sample)).to(self._state_dtype)
+        return BankBatch(ends, self._there(interval), self._there(sample), True, size=self.size, **more)
+
+    def states(self, schedule: Any = None) -> Tensor:
+        """All states at the knots of one schedule, `[N+1, n, *shape]`, float32 or float64, on the device: those that
+        are kept, or a copy. For what goes along whole trajectories, as
+        `StraightenLoss.roll_out` does, whose batches are then `BankBatch(states, batch.interval, batch.sample)`."""
+        places = self._knots.choose(schedule)
+        self._expect_filled()
+        return self._store.states if self._is_whole(places) else self._store.knots(list(places), self._state_dtype)
+
+    def expect_for(self, objective: Any) -> None:
+        """That it keeps the knots of a StraightenLoss, or of what else has some; ValueError, naming `bank`."""
+        self._knots.choose(objective, "bank")
+
+    def first(self, count: int) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """The states that the first trajectories have at the first knot, or begin with, and their conditioning."""
+        rows = slice(0, min(count, self.chunk))
+        if self.is_filled:
+            sample = torch.arange(rows.stop, device=self.device if self._store.kind == "device" else "cpu")
+            knot = torch.zeros_like(sample)
+            x = self._there(self._store.ends(knot, knot, sample)[0]).to(self._state_dtype)
+            return x, self._conditioning(sample)
+        x, columns = self._starts.draw(self._rows(0), 0)
+        given = {key: c[rows].to(self.device) for key, c in looked_up(columns, self._tables).items()}
+        return x[rows].to(self.device), given or None
+
+    def __repr__(self) -> str:
+        steps = ", ".join(str(s.steps) for s in self._knots.schedules)
+        told = f"size={self.size}, steps=[{steps}], knots={len(self._knots.places)}, storage={self.storage!r}"
+        return f"TrajectoryBank({told})"
+
+    def __getstate__(self) -> dict:
+        self._known_layout()
+        return vars(self) | {"_velocity": None, "_teacher": None, "_starts": None, "_progress": False}
+
+    # ---- its parts ----
+
+    def _about(self) -> dict[str, Any]:
+        knots, known = self._knots, identity(as_given(self._velocity.unfused()))
+        about = {"size": self.size, "chunk": self.chunk, "shape": self._known_layout()[0], "dtype": str(self.dtype)}
+        about |= {"times": knots.times, "grid": knots.grid, "schedules": [s.times for s in knots.schedules]}
+        about |= {"guidance": self.guidance, "tables": sorted(self._tables), **self._starts.identity()}
+        field = field_identity(as_given(self._velocity.unfused()))
+        return plain(about | {"teacher": known.parameters, "field": field, "attributes": known.attributes})
+
+    def _folder(self, storage: str | Path) -> Shards:
+        """That of the folder, with what is there of this bank."""
+        about = self._about()
+        store = Shards(expect_folder(storage), self.device, sealed_manifest(about), self._tables)
+        if not store.adopt(about):
+            return store
+        known = identity(as_given(self._velocity.unfused()))
+        warn_of_doubts("storage", store.folder, store.manifest["attributes"], known, stacklevel=5)
+        there = next((ticket for ticket in store.tickets if ticket is not None), None)
+        if self._starts.is_function and there is not None:  # whose output no identity tells
+            k = there % self.chunks
+            same = self._starts.hash(*self._starts.draw(self._rows(k), there)) == store.drawn_hash(k)
+            expected = "functions that draw what they drew before, from the same generator"
+            expect(same, "storage", expected, f"other values than in {store.path(k)}")
+        return store
+
+    def _rows(self, k: int) -> slice:
+        return slice(k * self.chunk, min((k + 1) * self.chunk, self.size))
+
+    def _missing(self, drawn: int | None = None) -> list[int]:
+        """The draws that are not there, of a bank of which so many chunks have been drawn."""
+        last, C = self.drawn if drawn is None else drawn, self.chunks
+        return [c for c in range(last - C, last) if self._store.tickets[c % C] != c]
+
+    @torch.inference_mode(False)
+    @no_grad
+    def _make(self, tickets: list[int]) -> None:
+        if not tickets:
+            return
+        self._expect_teacher("fill")
+        warn_if_training(as_given(self._velocity), stacklevel=6)
+        self._expect_space(tickets)
+        with self._bar(len(tickets)) as bar:
+            for ticket in tickets:
+                k = ticket % self.chunks
+                self._roll_out(k, *self._starts.draw(self._rows(k), ticket), ticket, bar)
+        self._store.settle()
+
+    def _roll_out(self, k: int, x: Tensor, columns: dict[str, Tensor], ticket: int, bar: tqdm) -> None:
+        rows, hash = self._rows(k), self._starts.hash(x, columns) if self._store.kind == "folder" else ""
+        x = x.to(self.device)
+        given = {key: c.to(self.device) for key, c in looked_up(columns, self._tables).items()}
+        into = self._store.into(k, rows, len(self._knots.places), x, self._dtype or x.dtype)
+        state = x
+        for place, state in self._teacher.flow(x, rows, given):
+            if place is not None:
+                into[place].copy_(state, non_blocking=True)
+            bar.update()
+        if self._starts.is_data and self.inversion_error is None:
+            self.inversion_error = (self._teacher.back(state, rows, given) - x).double().square().mean().sqrt().item()
+        self._store.put(k, rows, into, columns, ticket, hash)
+
+    def _bar(self, chunks: int) -> tqdm:
+        """With what is about to be made, told before it is."""
+        shape = "x".join(map(str, self._known_layout()[0]))
+        size = f"{self.nbytes / 2**30:.3g} GiB" if self.nbytes >= 2**28 else f"{self.nbytes / 2**20:.3g} MiB"
+        what = f"{self.size} trajectories, {len(self._knots.places)} knots of {shape}, {self.dtype}"
+        log.info("bank: %s: %s, storage %s", what, size, self.storage)
+        total = chunks * (self._teacher.evaluations + 1)
+        return tqdm(total=total, desc=f"teacher, bank of {size}", disable=not self._progress, leave=False, unit="eval")
+
+    def _conditioning(self, sample: Tensor) -> dict[str, Tensor] | None:
+        columns = looked_up(self._store.rows(sample), self._tables)
+        return {key: self._there(column) for key, column in columns.items()} or None
+
+    def _is_whole(self, places: tuple[int, ...]) -> bool:
+        """Whether the states as they are kept are those of a batch."""
+        every = len(places) == len(self._knots.places)
+        return self._store.kind == "device" and every and self.dtype == self._state_dtype
+
+    @property
+    def _state_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def _on(self, places: tuple[int, ...], device: torch.device) -> Tensor:
+        if places not in self._places:  # once: a GPU waits for such a copy
+            self._places[places] = torch.tensor(places, device=device)
+        return self._places[places]
+
+    def _there(self, t: Tensor) -> Tensor:
+        """On the device; from the host without waiting for it."""
+        if t.device == self.device:
+            return t
+        t = t.pin_memory() if self.device.type == "cuda" and t.is_cpu and not t.is_pinned() else t
+        return t.to(self.device, non_blocking=True)
+
+    def _known_layout(self) -> tuple[tuple[int, ...], torch.dtype, int]:
+        if self._layout is None:
+            self._layout = self._starts.layout(self._rows(0))
+        return self._layout
+
+    def _expect_space(self, tickets: list[int]) -> None:
+        todo = sum(self._rows(c % self.chunks).stop - self._rows(c % self.chunks).start for c in tickets)
+        self._store.expect_space(self.nbytes, self.nbytes * todo // self.size)
+
+    def _expect_filled(self) -> None:
+        missing = f"{self._store.tickets.count(None)} of {self.chunks} chunks missing"
+        expect(self.is_filled, "bank", "one that is filled: bank.fill()", missing)
+
+    def _expect_teacher(self, what: str) -> None:
+        expect(self._teacher is not None, "bank", f"one with its teacher, to {what}", "one that was opened or pickled")
 
 
 def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
@@ -124,77 +485,21 @@ def generator_on(device: torch.device, generator: torch.Generator) -> torch.Gene
     return torch.Generator(device).manual_seed(seed)
 
 
-@no_grad
-def knots(
-    velocity: Velocity, noise: Tensor, grid: Tensor, indices: Sequence[int], chunk: int, progress: bool = False
-) -> Tensor:
-    """The teacher's states at the knots `[N+1, n, *shape]`, rolled out on the fine grid, `chunk` samples at a time."""
-    n, places = len(noise), {k: i for i, k in enumerate(indices)}
-    teacher = Teacher(velocity, n, solver=Solver.euler(grid), chunk=chunk)
-    dtype = initial_state(noise[:0]).dtype
-    kept = fresh(torch.empty(len(indices), *noise.shape, dtype=dtype, device=noise.device))
-    if 0 in places:
-        kept[places[0]] = noise
-    bar = tqdm(total=-(-n // chunk) * (len(grid) - 1), desc="teacher", disable=not progress, leave=False, unit="eval")
-    with bar:
-        for rows in teacher.chunks(n):
-            x0 = initial_state(noise[rows])
-            if teacher.fused is not None:
-                _, x, _ = teacher.fused_flow(x0, rows.start, states=True)
-                kept[:, rows] = x[list(indices)]
-                bar.update(len(grid) - 1)
-                continue
-            for k, (x, _) in enumerate(teacher.flow(x0, rows.start), start=1):
-                if k in places:
-                    kept[places[k], rows] = x
-                bar.update()
-    return kept
+def _device_of(velocity: VelocityBase, given) -> torch.device:
+    if isinstance(given, Tensor):
+        return given.device
+    weights = as_given(velocity.unfused())
+    found = next(weights.parameters(), None) if isinstance(weights, nn.Module) else None
+    return torch.device("cpu") if found is None else found.device
 
 
-def knots_on_grid(schedule: Schedule, grid) -> tuple[Tensor, tuple[int, ...]]:
-    """The teacher's fine grid, the schedule's own where `grid` is None, and the places of the schedule's knots in it;
-    ValueError or TypeError, naming `grid`, where there is none or it misses a knot."""
-    if grid is None:
-        expect(schedule.grid is not None, "grid", "the teacher's fine grid, for a schedule that has none", "None")
-        return schedule.grid, schedule.indices
-    fine = expect_times(grid, "grid")
-    distance, nearest = (fine[None] - schedule.times[:, None]).abs().min(1)
-    expect(bool((distance < 1e-9).all()), "grid", "a grid that contains every time of the schedule", fine)
-    return fine, tuple(nearest.tolist())
-
-
-def _noise_source(noise, device: torch.device) -> Callable[[int, torch.Generator], Tensor]:
-    """The function (n, generator) that draws the noise, on the device."""
-    if isinstance(noise, Tensor):
-        expect(expect_noise(noise).device == device, "noise", f"a tensor on the student's device {device}", noise)
-        return lambda n, generator: noise
-    if callable(noise):
-        expect_takes(noise, "noise", NOISE, 1, None)
-
-        def drawn(n: int, generator: torch.Generator) -> Tensor:
-            x = expect_noise(noise(n, generator), "noise(n, generator)")
-            expect(len(x) == n, "noise", f"a function that returns n = {n} samples", x)
-            return x.to(device)
-
-        return drawn
-    shape = expect_shape(noise, "noise", NOISE)
-
-    def normal(n: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(n, *shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
-
-    return normal
-
-
-def _expect_memory(noise, size: int, batch: int, steps: int) -> None:
-    """That the bank, of its N + 1 knots, and what an iteration draws fit, as far as that is known beforehand."""
-    features = noise[0].numel() if isinstance(noise, Tensor) else 1 if callable(noise) else math.prod(noise)
-    expect_room(4 * features, "noise", "one sample", f"{describe(noise)}")
-    expect_room(4 * features * size * (steps + 1), "bank", "trajectories", f"{size}")
-    expect_room((4 * features + 32) * batch, "batch", "samples", f"{batch}")
-
-
-def _noise_identity(noise) -> str:
-    """What a resumed run must share; a function's output is not known beforehand."""
-    if isinstance(noise, Tensor):
-        return f"{list(noise.shape)} {tensors_hash({'noise': noise})[:16]}"
-    return "function" if callable(noise) else str([int(d) for d in noise])
+def _expect_guidance(guidance, velocity: VelocityBase, columns: Columns) -> str | None:
+    if guidance is None:
+        return None
+    expect_text(guidance, "guidance", "the name of conditioning, or None")
+    names = sorted(columns.given) if not columns.is_function else None
+    expect(names is None or guidance in names, "guidance", f"a name of conditioning {names}", repr(guidance))
+    field = velocity.unfused()
+    guided = isinstance(field, VelocityField) and len(field.unconditional) > 0
+    expect(guided, "velocity", "a VelocityField with `unconditional`, to be guided", field)
+    return guidance

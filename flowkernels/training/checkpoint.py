@@ -3,7 +3,6 @@
 import contextlib
 import math
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from flowkernels.training.modules import expect_weights
 from flowkernels.training.optimizers import PLACES
 from flowkernels.training.settings import Settings
 from flowkernels.velocity.hashes import tensors_hash
+from flowkernels.velocity.identity import warn_of_doubts
 from flowkernels.velocity.provenance import Identity
 
 FORMAT, VERSION = "flowkernels.straighten", 2
@@ -26,6 +26,7 @@ HISTORY = ("iteration", "loss", "lr", "grad_norm", "interval_loss")
 KEYS = {"setting", "iteration", "history", "student", "optimizer", "average"}
 KEYS |= {"bank_rng", "rng", "global_rng", "totals", "counts", "bank_noise"}
 ROLLED_OUT = "rolled_out"  # weights, of a run on its student's own samples alone
+BANK_DRAWN = "bank_drawn"  # how much had been drawn, of a bank with seeds of its own alone
 RENAMED = {"u": "t_sampling", "weight": "weighting"}  # settings, since
 SINCE_2 = {"teacher_field", "student_field", "optimizer", "student"}  # settings that version 1 does not have
 
@@ -87,7 +88,11 @@ def read_checkpoint(path: Path, stacklevel: int = 3) -> dict:
         )
         if version == 1:
             saved.setdefault("bank_noise", None)
-        _expect(saved.keys() - {"format", "version", ROLLED_OUT} == KEYS, f"{sorted(KEYS)}", sorted(saved, key=str))
+        _expect(
+            saved.keys() - {"format", "version", ROLLED_OUT, BANK_DRAWN} == KEYS,
+            f"{sorted(KEYS)}",
+            sorted(saved, key=str),
+        )
         _expect(isinstance(saved["setting"], dict), "settings", saved["setting"])
         saved["setting"] = {RENAMED.get(name, name): value for name, value in saved["setting"].items()}
         _expect(type(saved["bank_noise"]) in (str, type(None)), "a hash of the bank's noise", saved["bank_noise"])
@@ -125,23 +130,15 @@ def checkpoint_to_resume(
     with checks_of(path):
         expect_weights(student, saved["student"], "checkpoint", exact=True)
         _expect_setting(saved, shared)
+        drawn = saved.get(BANK_DRAWN, 1)
+        _expect(type(drawn) is int and drawn > 0, f"a number of chunks as {BANK_DRAWN}", drawn)
         _expect((ROLLED_OUT in saved) == settings.objective.needs_roll_out, f"{ROLLED_OUT} where it is used", [*saved])
         if ROLLED_OUT in saved:
             expect_weights(student, saved[ROLLED_OUT], "checkpoint", exact=True)
         _expect_progress(saved, settings)
         _expect_random_states(saved)
-    _warn_of_doubts(path, saved["setting"].get("attributes"), teacher, stacklevel + 1)
+    warn_of_doubts("checkpoint", path, saved["setting"].get("attributes"), teacher, stacklevel + 1)
     return saved
-
-
-def _warn_of_doubts(path: Path, attributes: str | None, teacher: Identity, stacklevel: int) -> None:
-    """Say what cannot tell whether the teacher is the one that it was."""
-    doubts = [f"{what} unknown ({why})" for what, why in teacher.unknown.items()]
-    if attributes is not None and teacher.attributes is not None and attributes != teacher.attributes:
-        doubts.append("other attributes of its modules")
-    if doubts:
-        text = f"checkpoint: expected the teacher that {path} was made with, got {', '.join(doubts)}"
-        warnings.warn(text, UserWarning, stacklevel=stacklevel)
 
 
 def _expect_setting(saved: dict, setting: dict) -> None:

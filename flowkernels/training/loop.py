@@ -2,10 +2,9 @@
 
 A loop of a caller's own takes the same parts:
 
-    noise = bank.draw(generator)
-    bank.roll_out(noise)
+    bank = TrajectoryBank(velocity, objective, noise=shape).fill()
     for _ in range(iterations):
-        objective(student, bank.sample(generator), generator).loss.backward()
+        objective(student, bank.sample(batch, generator), generator).loss.backward()
         ...
 """
 
@@ -33,7 +32,7 @@ def train(state: State, settings: Settings) -> None:
     with bar:
         for it in bar:
             if settings.is_refreshed(it):
-                bank.roll_out(bank.draw(state.generator))
+                bank.refresh(state.generator)
             if objective.needs_roll_out and settings.is_rolled_out(it):
                 state.roll_out(objective, settings.checkpoint is not None)
             rate = settings.rate(it)

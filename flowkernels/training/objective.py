@@ -279,7 +279,9 @@ class StraightenLoss(nn.Module):
             settings=dict(initial_speed=self.initial_speed),
         )
 
-    def tried(self, student: nn.Module, x: Tensor, sample: Tensor, n: int) -> Tensor:
+    def tried(
+        self, student: nn.Module, x: Tensor, sample: Tensor, n: int, conditioning: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """The mean loss of states `[m, *shape]` that do not move, the first of n samples, at the samples `[B]`, to see
         whether it can be computed; nothing is kept."""
         N = self.schedule.steps
@@ -287,9 +289,8 @@ class StraightenLoss(nn.Module):
         rolled = None
         if self.needs_roll_out:
             rolled = RolledOut(states, states)
-        batch = self._expect_batch(
-            student, BankBatch(states, torch.arange(len(sample), device=x.device) % N, sample, size=n)
-        )
+        interval = torch.arange(len(sample), device=x.device) % N
+        batch = self._expect_batch(student, BankBatch(states, interval, sample, size=n, conditioning=conditioning))
         call = self._call(student, batch, torch.Generator(), 0.0, rolled)
         return self._losses(self._row.answer(call), batch).loss
 

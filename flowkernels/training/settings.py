@@ -23,10 +23,12 @@ from flowkernels._checks import (
 from flowkernels._files import expect_target
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.bank import Noise, knots_on_grid
+from flowkernels.training.bank import TrajectoryBank
+from flowkernels.training.knots import knots_on_grid
 from flowkernels.training.objective import Loss, StraightenLoss, TSampling
 from flowkernels.training.optimizers import OPTIMIZER
 from flowkernels.training.refined import on_grid
+from flowkernels.training.starts import Noise
 from flowkernels.training.targets.table import has_states_between
 from flowkernels.velocity.protocol import Velocity, resolve
 
@@ -59,11 +61,16 @@ def _expect_checkpoint(value, name: str) -> Path:
     return path
 
 
+def _expect_bank(value, name: str) -> int | TrajectoryBank:
+    return value if isinstance(value, TrajectoryBank) else expect_positive_int(value, name)
+
+
 CHECKS: dict[str, Check] = {
     "iterations": expect_positive_int,
     "batch": expect_positive_int,
-    "bank": expect_positive_int,
+    "bank": _expect_bank,
     "refresh": _or_none(expect_positive_int),
+    "refresh_fraction": _real("a number in (0, 1]", lambda a: 0 < a <= 1),
     "rollout_every": expect_positive_int,
     "lr": _real("a positive number", lambda a: a > 0),
     "optimizer": _or_none(_expect_optimizer),
@@ -80,7 +87,16 @@ CHECKS: dict[str, Check] = {
 }
 
 
-SHARED = ("iterations", "batch", "bank", "refresh", "rollout_every", "lr", "warmup")  # by a run that is resumed
+SHARED = (
+    "iterations",
+    "batch",
+    "bank",
+    "refresh",
+    "refresh_fraction",
+    "rollout_every",
+    "lr",
+    "warmup",
+)  # by a run that is resumed
 SHARED += ("decay", "clip", "ema", "seed", "log_every")
 
 
@@ -90,17 +106,17 @@ class Settings:
     names the argument.
 
     objective: the loss that schedule, target, t_sampling, loss, huber_c, weighting and substeps make.
-    grid: kept as the teacher's fine grid, float64 `[K+1]`. indices: the places of the loss's knots in it.
-    noise: of it only what goes with the others is looked at here; `Bank` checks it.
+    grid: kept as the teacher's fine grid, float64 `[K+1]`.
+    noise: of it only what goes with the others is looked at here; the bank checks it.
     """
 
     velocity: Velocity
     schedule: Schedule | Solver
     grid: Any  # given as a number of steps, times, or None
-    noise: Noise
+    noise: Noise | None
     iterations: int
     batch: int
-    bank: int
+    bank: int | TrajectoryBank
     refresh: int | None
     target: str
     t_sampling: TSampling | None
@@ -122,22 +138,29 @@ class Settings:
     rollout_every: int = 50
     substeps: int = 4
     initial_speed: float = 1.5
+    refresh_fraction: float = 1.0
     objective: StraightenLoss = field(init=False)
-    indices: tuple[int, ...] = field(init=False)
 
     def __post_init__(self):
         checked = {name: check(getattr(self, name), name) for name, check in CHECKS.items()}
         learned = ("target", "loss", "huber_c", "weighting", "t_sampling", "substeps", "initial_speed")
         settings = {name: getattr(self, name) for name in learned}
         resolve(self.velocity)
-        schedule = self.schedule
+        schedule, given = self.schedule, isinstance(self.bank, TrajectoryBank)
         if has_states_between(self.target) and isinstance(schedule, Schedule):
-            schedule = on_grid(schedule, self.grid)
+            schedule = on_grid(schedule, self.bank.grid if given else self.grid)
         objective = StraightenLoss(schedule, teacher=self.velocity, **settings)
         checked["objective"] = objective
-        checked["grid"], checked["indices"] = knots_on_grid(objective.schedule, self.grid)
+        if given:
+            for name, value in (("noise", self.noise), ("grid", self.grid)):
+                expect(value is None, name, "None with a bank that has its own", value)
+        else:
+            expect(self.noise is not None, "noise", "a tensor, a shape or a function, without a bank", "None")
+        checked["grid"] = self.bank.grid if given else knots_on_grid(objective.schedule, self.grid)[0]
         if self.refresh is not None:
-            expect(not isinstance(self.noise, Tensor), "noise", "a shape or a function, with refresh", self.noise)
+            fixed = isinstance(self.noise, Tensor)
+            expect(not fixed, "noise", "a shape or a function, with refresh", self.noise)
+            expect(not given or self.bank.is_drawn, "bank", "one that draws noise or data, with refresh", self.bank)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from flowkernels._checks import expect
 from flowkernels.training.average import Average
-from flowkernels.training.bank import Bank
-from flowkernels.training.checkpoint import HISTORY, ROLLED_OUT, checks_of, expect_optimizer_state, write_checkpoint
+from flowkernels.training.checkpoint import (
+    BANK_DRAWN,
+    HISTORY,
+    ROLLED_OUT,
+    checks_of,
+    expect_optimizer_state,
+    write_checkpoint,
+)
 from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state
 from flowkernels.training.objective import StraightenLoss
+from flowkernels.training.run_bank import RunBank
 from flowkernels.training.students import trained_parameters
 
 
@@ -34,7 +41,7 @@ class State:
         self,
         student: nn.Module,
         optimizer: torch.optim.Optimizer,
-        bank: Bank,
+        bank: RunBank,
         setting: dict[str, Any],
         *,
         steps: int,
@@ -82,11 +89,12 @@ class State:
 
     def contents(self) -> dict[str, Any]:
         """What a checkpoint holds."""
+        more = {ROLLED_OUT: self.rolled_out, BANK_DRAWN: self.bank.drawn}
         return {
             "setting": self.setting,
             "iteration": self.iteration,
             "history": self.history,
-            "bank_noise": self.bank.drawn,
+            "bank_noise": self.bank.noise_hash,
             "student": plain_state(self.student),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -95,7 +103,7 @@ class State:
             "global_rng": _global_rng(),
             "totals": self.totals.cpu(),
             "counts": self.counts.cpu(),
-        } | ({} if self.rolled_out is None else {ROLLED_OUT: self.rolled_out})
+        } | {key: value for key, value in more.items() if value is not None}
 
     def save(self, path: Path, stacklevel: int) -> None:
         """Write a checkpoint; where that fails, as on a full disk, what is in memory is worth more than an error."""

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from flowkernels._checks import expect, expect_takes
 from flowkernels.calibration.polish import polish_on
-from flowkernels.sampling.loop import initial_state
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.bank import Bank
-from flowkernels.training.checkpoint import checkpoint_to_resume, expect_storable
+from flowkernels.training.bank import TrajectoryBank
+from flowkernels.training.checkpoint import BANK_DRAWN, checkpoint_to_resume, expect_storable
 from flowkernels.training.loop import train
 from flowkernels.training.modules import architecture
 from flowkernels.training.objective import Loss, TSampling
 from flowkernels.training.optimizers import optimizer_identity, own_optimizer
+from flowkernels.training.run_bank import RunBank
 from flowkernels.training.settings import Settings
 from flowkernels.training.state import State
 from flowkernels.training.students import (
@@ -60,11 +60,12 @@ def straighten(
     velocity: Velocity,
     schedule: Schedule | Solver,
     *,
-    noise: Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor],
+    noise: Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor] | None = None,
     iterations: int,
     batch: int = 128,
-    bank: int = 1024,
+    bank: int | TrajectoryBank = 1024,
     refresh: int | None = None,
+    refresh_fraction: float = 1.0,
     target: str = "boss",
     t_sampling: TSampling | None = None,
     loss: Loss | None = None,
@@ -107,8 +108,10 @@ def straighten(
             CPU. Per-sample conditioning of a `VelocityField` needs a tensor of as many samples.
         iterations: optimiser steps in all; a resumed run counts those before.
         batch: samples an iteration; for target="solver" each makes all of the solver's evaluations. bank: trajectories
-            kept, where `noise` is not a tensor.
-        refresh: iterations after which the bank is rolled out anew from fresh noise; None never.
+            kept, where `noise` is not a tensor; or a `TrajectoryBank` with noise, or data, of its own, which is filled
+            where it is not: for one that is elsewhere than on the device, serves several runs, or carries conditioning.
+        refresh: iterations after which trajectories are rolled out anew from fresh noise; None never.
+            refresh_fraction: of the bank, the oldest ones; in parts of `batch`, or of the bank's own `chunk`.
         target: what is learned, as `fk.StraightenLoss` has it: "boss", the intervals of the schedule; "reflow", the one
             from its first knot to its last; "annealed_reflow", the same into a smaller student; "distill", that in one
             step; "acceleration", paths of a `fk.Acceleration`; "blockwise", the intervals by a `fk.Blockwise`, a
@@ -176,6 +179,7 @@ def straighten(
         batch=batch,
         bank=bank,
         refresh=refresh,
+        refresh_fraction=refresh_fraction,
         target=target,
         t_sampling=t_sampling,
         loss=loss,
@@ -204,17 +208,19 @@ def straighten(
     expect_trainable_here()
     student = own_student(student, velocity, objective.student_from)
     for name, net in (("velocity", velocity), ("student", student)):
-        if isinstance(net, nn.Module) and not isinstance(net, VelocityBase):
+        carries = isinstance(settings.bank, TrajectoryBank) and settings.bank.carries_conditioning
+        if isinstance(net, nn.Module) and not isinstance(net, VelocityBase) and not carries:
             expect_takes(net, name, "a network net(x, t)", None, None)
     parameters = trained_parameters(student)
-    trajectories = Bank(
+    trajectories = RunBank.of(
+        settings.bank,
         teacher,
-        objective.times,
-        settings.grid,
-        settings.indices,
+        objective,
         noise=noise,
-        size=settings.bank,
+        grid=settings.grid,
         batch=settings.batch,
+        fraction=settings.refresh_fraction,
+        seed=settings.seed,
         device=parameters[0].device,
         progress=settings.progress,
     )
@@ -222,10 +228,11 @@ def straighten(
         expect(trajectories.size >= 2, "bank", "at least 2 samples, to fit the solver on", trajectories.size)
     opt = own_optimizer(optimizer, parameters, settings.lr)
     known = identity(velocity)
+    trajectories.expect_teacher(known)
     setting = settings.identity() | {
         "bank": trajectories.size,
         "teacher": known.parameters,
-        "noise": trajectories.noise_identity,
+        "noise": trajectories.identity,
         "teacher_field": field_identity(velocity),
         "student_field": field_identity(student),
         "optimizer": optimizer_identity(opt),
@@ -254,14 +261,14 @@ def straighten(
     return Straightened(trained, state.history, solver)
 
 
-def _fill(bank: Bank, state: State, settings: Settings, saved: Mapping[str, Any] | None) -> None:
+def _fill(bank: RunBank, state: State, settings: Settings, saved: Mapping[str, Any] | None) -> None:
     """Roll the teacher out, after what can fail has been tried."""
-    noise = bank.draw(state.generator)
+    starts, conditioning = bank.draw(state.generator)
     if saved is not None and saved["bank_noise"] is not None:
         expected = "a function that draws what it drew before, from the same generator"
-        expect(bank.drawn == saved["bank_noise"], "noise", expected, "other values (resume=False starts anew)")
+        expect(bank.noise_hash == saved["bank_noise"], "noise", expected, "other values (resume=False starts anew)")
     if settings.checkpoint is not None:
         expect_storable(state.contents())
     objective = settings.objective
-    try_student(state.student, initial_state(noise), bank.batch, objective.tried)
-    bank.roll_out(noise)
+    try_student(state.student, starts, bank.size, bank.batch, objective.tried, conditioning)
+    bank.roll_out(None if saved is None else saved.get(BANK_DRAWN))

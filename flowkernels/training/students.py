@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._casts import no_grad
-from flowkernels._checks import expect
+from flowkernels._checks import expect, expect_takes
 from flowkernels._guidance import guided
 from flowkernels.ops.library import is_transformed
 from flowkernels.runtime.torch_private import keeps_parametrized
@@ -105,11 +105,22 @@ def field_identity(velocity: Velocity) -> str | None:
     return hash_of({k: v for k, v in settings.items() if k not in {"packed", *new}}, "", {})
 
 
-def student_velocity(student: nn.Module, x: Tensor, t: Tensor, sample: Tensor, n: int, **given: Tensor) -> Tensor:
+def student_velocity(
+    student: nn.Module,
+    x: Tensor,
+    t: Tensor,
+    sample: Tensor,
+    n: int,
+    conditioning: Mapping[str, Tensor] | None = None,
+    **given: Tensor,
+) -> Tensor:
     """The student's velocities `[B, *shape]`, with their graph, at the points x `[B, *shape]` and times t `[B]` of the
-    samples `[B]` of n; what comes back is checked for shape. given: further arguments, of a student that takes them."""
+    samples `[B]` of n; what comes back is checked for shape. conditioning: with a row for each point, in place of its
+    own of those names. given: further arguments, of a student that takes them."""
     torch.clear_autocast_cache()  # of weights as they were before a step, or without a graph
     learner = resolve(student).rows(sample, n)
+    if conditioning:
+        learner, given = conditioned(student, learner, {**conditioning, **given}), {}
     v = learner(x, learner.time_for(t, x.float()), **given)
     if not isinstance(v, Tensor) or v.shape != x.shape:
         expect(False, "student", f"a velocity of x's shape {list(x.shape)}", v)
@@ -118,29 +129,60 @@ def student_velocity(student: nn.Module, x: Tensor, t: Tensor, sample: Tensor, n
     return v.to(x.dtype) if torch.float64 in (v.dtype, x.dtype) else v
 
 
+def conditioned(student: nn.Module, learner: VelocityBase, conditioning: Mapping[str, Tensor]) -> VelocityField:
+    """A student with conditioning of a batch; TypeError for a network that does not take it."""
+    expect_no_wrapped_field(student, "student")
+    field = VelocityField.of(as_given(learner)).with_conditioning(conditioning)
+    names, net = ", ".join(sorted(conditioning)), unwrapped(field.net)
+    by_place = [] if field.x_name else [None] if field.time_name or field.time_column else [None, None]
+    by_name = {name for name in (field.x_name, field.time_name) if name} | field.conditioning.keys()
+    expect_takes(net, "student", f"a network that takes {names}, which the bank carries", *by_place, by_name=by_name)
+    return field
+
+
 @no_grad
-def teacher_velocity(teacher: Velocity, x: Tensor, t: Tensor, sample: Tensor, n: int) -> Tensor:
-    """A teacher's velocities with guidance, `[B, *shape]`, at points x and times t `[B]` of the samples `[B]` of n."""
+def teacher_velocity(
+    teacher: Velocity,
+    x: Tensor,
+    t: Tensor,
+    sample: Tensor,
+    n: int,
+    conditioning: Mapping[str, Tensor] | None = None,
+    guidance: str | None = None,
+) -> Tensor:
+    """A teacher's velocities with guidance, `[B, *shape]`, at points x and times t `[B]` of the samples `[B]` of n;
+    with conditioning as for `student_velocity`, of which `guidance` is the weight of guidance."""
     field = resolve(teacher).unfused().rows(sample, n)
+    if conditioning:
+        given = dict(conditioning)
+        weight = None if guidance is None else given.pop(guidance)
+        field = VelocityField.of(as_given(field)).with_conditioning(given, weight)
     v, v_uncond, w = evaluate(field, x, t.to(x.device, torch.float64))
     return v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
 
 
 def try_student(
-    student: nn.Module, noise: Tensor, batch: int, losses: Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+    student: nn.Module,
+    starts: Tensor,
+    n: int,
+    batch: int,
+    losses: Callable[..., Tensor],
+    conditioning: Mapping[str, Tensor] | None = None,
 ) -> None:
     """A forward and backward pass of a copy, before the work of a bank; the caller's generators stay as they are.
 
-    losses: (student, states, sample, n) -> their mean, of the samples `[B]`, of the first of n states.
+    starts: states `[m, *shape]` of the first of n trajectories, and their conditioning.
+    losses: (student, states, sample, n, conditioning) -> their mean, of the samples `[B]`.
     """
     try:
         net = copied(student).train()
     except ValueError:  # not needed without an average
         return
-    devices = [noise.device] if noise.device.type == "cuda" else []
+    devices = [starts.device] if starts.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        sample = torch.arange(batch, dtype=torch.int64, device=noise.device) % len(noise)
-        loss = losses(net, noise[:batch], sample, len(noise))
+        sample = torch.arange(batch, dtype=torch.int64, device=starts.device) % len(starts)
+        given = None if conditioning is None else {key: rows[sample] for key, rows in conditioning.items()}
+        loss = losses(net, starts, sample, n, given)
         try:
             loss.backward()
         except RuntimeError as e:

@@ -234,6 +234,21 @@ class VelocityField(nn.Module, VelocityBase):
         """The conditional field alone: what a student is that has guidance distilled into it."""
         return self._replace(guidance=1.0, unconditional={})
 
+    def with_conditioning(self, conditioning: Mapping[str, Any], guidance: Tensor | None = None) -> "VelocityField":
+        """The same field with other conditioning: these entries beside those of other names.
+
+        Args:
+            conditioning: further keyword arguments of the network, as a field has them.
+            guidance: weights of guidance, one for each sample `[n]`, in the place of its own.
+        """
+        given = {**self.conditioning, **expect_mapping(conditioning, "conditioning", "a dict of keyword arguments")}
+        if guidance is None:
+            return self._replace(conditioning=given)
+        expect(len(self.unconditional) > 0, "guidance", "None, of a field without `unconditional`", guidance)
+        weight = expect_tensor(guidance, "guidance", FLOATS)
+        expect(weight.dim() == 1, "guidance", "[n], a weight for each sample", weight)
+        return self._replace(conditioning=given, guidance=functools.partial(_weighted, weight))
+
     @torch.no_grad()
     def check(self, reference: Any, x: Tensor | None = None, *, times: Sequence[float] = (0.3, 0.8)) -> float:
         """Compare with a reference, and name what is wrong in the convention.
@@ -406,6 +421,11 @@ class VelocityField(nn.Module, VelocityBase):
         expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
         v, v_uncond = self.pair(x, t, *(() if embedding is None else (embedding,)))
         return v if v_uncond is None else self._guided(v, v_uncond, t, x)
+
+
+def _weighted(weight: Tensor, cond: Tensor, uncond: Tensor, t: Tensor) -> Tensor:
+    """Guidance with a weight for each sample."""
+    return uncond + weight.to(cond).view(-1, *[1] * (cond.dim() - 1)) * (cond - uncond)
 
 
 REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))

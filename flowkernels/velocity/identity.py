@@ -1,6 +1,8 @@
 """What a velocity is, and warnings where it is another one than the one of a record."""
 
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flowkernels._warnings import warn
@@ -25,3 +27,13 @@ def warn_if_another(velocity: Velocity, recorded: Mapping[str, Any], stacklevel:
 def parameter_hash(velocity: Velocity) -> str | None:
     """The hash of a module's weights and its convention; None where they cannot be read, or for what is no module."""
     return identity(velocity).parameters
+
+
+def warn_of_doubts(name: str, path: Path, attributes: str | None, teacher: Identity, stacklevel: int) -> None:
+    """Say what cannot tell whether the teacher is the one that it was."""
+    doubts = [f"{what} unknown ({why})" for what, why in teacher.unknown.items()]
+    if attributes is not None and teacher.attributes is not None and attributes != teacher.attributes:
+        doubts.append("other attributes of its modules")
+    if doubts:
+        text = f"{name}: expected the teacher that {path} was made with, got {', '.join(doubts)}"
+        warnings.warn(text, UserWarning, stacklevel=stacklevel)

@@ -78,7 +78,8 @@ class Call:
 
     def velocity(self, x: Tensor, t: Tensor, **given: Tensor) -> Tensor:
         """The student's, `[B, *shape]`, with its graph. given: further arguments, of a student that takes them."""
-        return student_velocity(self.student, x, t, self.batch.sample, self.samples, **given)
+        conditioning = self.batch.conditioning
+        return student_velocity(self.student, x, t, self.batch.sample, self.samples, conditioning, **given)
 
     def velocities(
         self, first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor], exact: bool = False
@@ -103,7 +104,8 @@ class Call:
 
     def teachers_velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """The teacher's, with guidance, `[B, *shape]`."""
-        return teacher_velocity(self.teacher, x, t, self.batch.sample, self.samples)
+        given = self.batch.conditioning, self.batch.guidance
+        return teacher_velocity(self.teacher, x, t, self.batch.sample, self.samples, *given)
 
     def u(self) -> Tensor | None:
         """Where on its interval each example is, `[B]` in [0, 1]; None where all are at its start."""

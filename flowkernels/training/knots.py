@@ -1,0 +1,84 @@
+"""Which of the teacher's states a bank keeps: the knots of one schedule, or of several."""
+
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import expect, expect_list, expect_shown, expect_times
+from flowkernels.schedule import Schedule
+from flowkernels.solver import Solver
+
+SCHEDULES = "a Schedule, a Solver, a StraightenLoss, or several of them"
+
+
+def knots_on_grid(schedule: Schedule, grid) -> tuple[Tensor, tuple[int, ...]]:
+    """The teacher's fine grid, the schedule's own where `grid` is None, and the places of the schedule's knots in it;
+    ValueError or TypeError, naming `grid`, where there is none or it misses a knot."""
+    if grid is None:
+        expect(schedule.grid is not None, "grid", "the teacher's fine grid, for a schedule that has none", "None")
+        return schedule.grid, schedule.indices
+    fine = expect_times(grid, "grid")
+    distance, nearest = (fine[None] - schedule.times[:, None]).abs().min(1)
+    expect(bool((distance < 1e-9).all()), "grid", "a grid that contains every time of the schedule", fine)
+    return fine, tuple(nearest.tolist())
+
+
+def schedule_of(plan: Any, name: str = "schedules") -> Schedule:
+    """The knots of a schedule, a solver, or of what a `StraightenLoss` is for."""
+    plan = getattr(plan, "schedule", plan)
+    if isinstance(plan, Solver) and not plan.is_inverse:
+        plan = Schedule(plan.times)
+    expect(isinstance(plan, Schedule), name, SCHEDULES, plan, TypeError)
+    return plan
+
+
+@dataclass(frozen=True)
+class Knots:
+    """grid: the teacher's fine grid, float64 `[K+1]`. places: of the states that are kept in it, rising. schedules:
+    what they are the knots of."""
+
+    grid: Tensor
+    places: tuple[int, ...]
+    schedules: tuple[Schedule, ...]
+
+    @classmethod
+    def of(cls, schedules: Any, grid: Any = None) -> "Knots":
+        """One schedule or several, a calibration's among them, on one grid."""
+        if isinstance(schedules, Mapping):
+            schedules = list(schedules.values())
+        one = isinstance(schedules, (Schedule, Solver)) or hasattr(schedules, "schedule")
+        several = [schedules] if one else expect_list(schedules, "schedules", SCHEDULES)
+        expect(len(several) > 0, "schedules", SCHEDULES, "none")
+        plans, places, fine = [schedule_of(plan) for plan in several], set(), None
+        for plan in plans:
+            own, indices = knots_on_grid(plan, grid)
+            expected = "schedules of one grid, or the teacher's fine grid that has the knots of all (grid=)"
+            expect(fine is None or torch.equal(own, fine), "schedules", expected, f"another grid of {plan}")
+            fine = own
+            places.update(indices)
+        return cls(fine, tuple(sorted(places)), tuple(plans))
+
+    @property
+    def times(self) -> Tensor:
+        """Of the states that are kept, float64 `[M]`."""
+        return self.grid[list(self.places)]
+
+    def choose(self, wanted: Any, name: str = "schedule") -> tuple[int, ...]:
+        """The places among the states kept of one of the schedules, by its number of steps, or of the knots of any
+        Schedule, Solver or loss that are kept; None is the one schedule that there is."""
+        told = f"one of the bank's schedules, of {', '.join(str(s.steps) for s in self.schedules)} steps"
+        found = self.schedules
+        if isinstance(wanted, numbers.Integral) and not isinstance(wanted, bool):
+            found = tuple(s for s in self.schedules if s.steps == wanted)
+        elif wanted is not None:
+            found = (schedule_of(wanted, name),)
+        alike = len(found) > 0 and all(torch.equal(s.times, found[0].times) for s in found)
+        expect_shown(alike, name, told, wanted)
+        distance, nearest = (self.times[None] - found[0].times[:, None]).abs().min(1)
+        expected = f"knots that the bank keeps, among {[round(t, 6) for t in self.times.tolist()]}"
+        expect(bool((distance < 1e-9).all()), name, expected, found[0])
+        return tuple(nearest.tolist())

@@ -1,0 +1,137 @@
+"""The bank of a run of `straighten`: its own, or one that the caller gives."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import describe, expect, expect_room
+from flowkernels.sampling.loop import initial_state
+from flowkernels.training.bank import BankBatch, TrajectoryBank
+from flowkernels.training.objective import StraightenLoss
+from flowkernels.training.starts import Noise, source_identity, source_of
+from flowkernels.velocity.hashes import tensors_hash
+from flowkernels.velocity.protocol import Velocity
+from flowkernels.velocity.provenance import Identity
+
+
+class RunBank:
+    """What a run asks of its bank.
+
+    bank: a caller's, whose draws have seeds of their own; or with `source` the run's, all noise of which the run's
+        generator draws at once, as in checkpoints of before there were others.
+    batch: examples of a batch. fraction: of a bank that is refreshed.
+    rng, noise_hash: with these a checkpoint's noise is drawn again: the generator's state before it was, and, of what a
+        function draws, the hash. drawn: in their place, of a caller's bank, how much has been drawn.
+    """
+
+    def __init__(
+        self, bank: TrajectoryBank, objective: StraightenLoss, batch: int, noise: Noise | None, fraction: float
+    ):
+        self.bank, self.batch, self.fraction = bank, batch, fraction
+        self._objective, self._noise = objective, noise
+        self._source = None if noise is None else source_of(noise, "noise")
+        self._begun: Tensor | None = None  # noise that has been drawn for `roll_out`
+        self.rng: Tensor | None = None
+        self.noise_hash: str | None = None
+        self._whole: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        given: TrajectoryBank | int,
+        teacher: Velocity,
+        objective: StraightenLoss,
+        *,
+        noise: Noise | None,
+        grid: Tensor,
+        batch: int,
+        fraction: float,
+        seed: int,
+        device: torch.device,
+        progress: bool,
+    ) -> "RunBank":
+        """Of the arguments of `straighten`; TypeError, ValueError naming them, for a size that does not fit into memory
+        before anything is drawn."""
+        if isinstance(given, TrajectoryBank):
+            given.expect_for(objective)
+            expect(given.device == device, "bank", f"one on the student's device {device}", f"one on {given.device}")
+            return cls(given, objective, batch, None, fraction)
+        if isinstance(noise, Tensor):
+            expect(noise.device == device, "noise", f"a tensor on the student's device {device}", noise)
+        source_of(noise, "noise")
+        fixed = isinstance(noise, Tensor)
+        _expect_memory(noise, 0 if fixed else given, batch, objective.schedule.steps)
+        size = None if fixed else given
+        settings = dict(noise=noise, size=size, grid=grid, chunk=batch, seed=seed, device=device, progress=progress)
+        bank = TrajectoryBank(teacher, objective, **settings)
+        return cls(bank, objective, batch, noise if fraction == 1 else None, fraction)
+
+    @property
+    def size(self) -> int:
+        return self.bank.size
+
+    @property
+    def drawn(self) -> int | None:
+        return self.bank.drawn if self._source is None else None
+
+    @property
+    def identity(self) -> str:
+        """What a resumed run must share of where the trajectories begin, in a text."""
+        if self._noise is not None:
+            return source_identity(self._noise)
+        about = {key: value for key, value in self.bank.identity().items() if key != "attributes"}
+        return f"bank {tensors_hash(about)[:16]}"
+
+    def expect_teacher(self, known: Identity) -> None:
+        """That a caller's bank is of the run's teacher, as far as both can be told."""
+        of = None if self._noise is not None else self.bank.identity()["teacher"]
+        same = None in (of, known.parameters) or of == known.parameters
+        expect(same, "bank", f"one of this teacher (parameters {known.parameters})", f"one of another ({of})")
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """What the student can be tried on, states `[m, *shape]` of the first trajectories and their conditioning."""
+        self.rng = generator.get_state()
+        if self._source is None:
+            return self.bank.first(self.batch)
+        noise = self._source(slice(0, self.size), generator)
+        self.noise_hash = tensors_hash({"noise": noise})[:16] if callable(self._noise) else None
+        self._begun = noise.to(self.bank.device)
+        return initial_state(self._begun[: self.batch]), None
+
+    def roll_out(self, drawn: int | None = None) -> None:
+        """Put the trajectories of what was drawn in place of those that are there. drawn: of a caller's bank, how much
+        had been, when it was as it is to be."""
+        self._whole = None
+        if self._source is None:
+            self.bank.fill(drawn)
+        else:
+            self.bank.roll_out(self._begun)
+            self._begun = None
+
+    def refresh(self, generator: torch.Generator) -> None:
+        self._whole = None
+        if self._source is None:
+            self.bank.refresh(self.fraction)
+        else:
+            self.draw(generator)
+            self.roll_out()
+
+    @property
+    def states(self) -> Tensor:
+        if self._whole is None:
+            self._whole = self.bank.states(self._objective)
+        return self._whole
+
+    def sample(self, generator: torch.Generator) -> BankBatch:
+        batch = self.bank.sample(self.batch, generator, self._objective)
+        return BankBatch(self.states, *batch[1:3]) if self._objective.needs_roll_out else batch
+
+
+def _expect_memory(noise: Any, size: int, batch: int, steps: int) -> None:
+    """That the bank, of its N + 1 knots, and what an iteration draws fit, as far as that is known beforehand."""
+    features = noise[0].numel() if isinstance(noise, Tensor) else 1 if callable(noise) else math.prod(noise)
+    expect_room(4 * features, "noise", "one sample", f"{describe(noise)}")
+    expect_room(4 * features * size * (steps + 1), "bank", "trajectories", f"{size}")
+    expect_room((4 * features + 32) * batch, "batch", "samples", f"{batch}")
