@@ -32,6 +32,7 @@ from flowkernels.training.acceleration import Acceleration
 from flowkernels.training.bank import BankBatch, TrajectoryBank
 from flowkernels.training.blockwise import Blockwise
 from flowkernels.training.couplings import couple
+from flowkernels.training.noise_prediction import NoisePrediction
 from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.pairs import Pairs, forward_pairs
 from flowkernels.training.straighten import Straightened, straighten
@@ -54,6 +55,7 @@ __all__ = [
     "HasTimeEmbedding",
     "Inversion",
     "LoadedWeights",
+    "NoisePrediction",
     "NotFusable",
     "Pairs",
     "Schedule",

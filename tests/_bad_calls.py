@@ -770,6 +770,8 @@ def _stages(cal) -> None:
             substeps=(4, is_int(1)),
             weighting=(None, or_none(lambda v: is_one_of("per_sample_normalised")(v) or are_numbers(v))),
             t_sampling=("start", or_none(lambda v: is_one_of(*shapes)(v) or is_function(v))),
+            initial_speed=(1.5, within(-math.inf)),
+            compared=("noise", is_one_of("data", "noise")),
         )
 
     place("StraightenLoss", fk.StraightenLoss, **of_loss(lambda: cal[2]))
@@ -795,6 +797,12 @@ def _stages(cal) -> None:
         velocity=module,
         acceleration=module,
         v0_name=("v0", or_none(lambda v: isinstance(v, str) and v != "")),
+    )
+    place(
+        "NoisePrediction",
+        fk.NoisePrediction,
+        net=module,
+        path=("straight", is_one_of("straight", "variance_preserving")),
     )
     place(
         "Blockwise",

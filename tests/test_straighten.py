@@ -589,6 +589,7 @@ VARIANTS = {
     "reflow": dict(target="reflow", t_sampling="ten", weighting="per_sample_normalised"),
     "distill": dict(target="distill", loss="cauchy"),
     "acceleration": dict(target="acceleration", initial_speed=1.2, init="keep"),
+    "noise": dict(target="noise", compared="noise", loss="huber_per_element", init="keep"),
     "annealed": dict(target="annealed_reflow"),
     "blockwise": dict(target="blockwise", t_sampling="uniform"),
     "functions": dict(
@@ -606,6 +607,7 @@ VARIANTS = {
 
 STUDENT_OF = {  # that variants train
     "acceleration": lambda net: fk.Acceleration(net, Scaled()),
+    "noise": lambda net: fk.NoisePrediction(net),
     "blockwise": lambda net: fk.Blockwise(net, schedule_on(even_grid(6), 0, 2, 6)),
 }
 TWICE = dict.fromkeys(  # evaluations of the student an iteration

@@ -40,6 +40,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     batch = fk.BankBatch(noise, torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
     objective(trained.student, batch).loss.backward()
     assert_type(fk.Acceleration(trained.student, nn.Linear(6, 3), v0_name="v0"), fk.Acceleration)
+    assert_type(fk.NoisePrediction(trained.student, "straight"), fk.NoisePrediction)
     assert_type(fk.Blockwise([trained.student], fk.Schedule([0, 1])), fk.Blockwise)
     pairs = fk.couple(None, noise, lambda x, y: torch.arange(len(y)), groups=torch.zeros(8, dtype=torch.int64))
     pairs = fk.Pairs.cat(

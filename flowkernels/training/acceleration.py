@@ -1,23 +1,21 @@
 """`Acceleration`: an initial velocity and a constant acceleration, as one student."""
 
-import copy
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowkernels._checks import FLOATS, describe, expect, expect_tensor, expect_text
+from flowkernels._checks import FLOATS, expect, expect_tensor, expect_text
 from flowkernels.ops.euler_step import euler_step
-from flowkernels.runtime.torch_private import COMPILED_CALL
 from flowkernels.solver import Solver
+from flowkernels.training.composite import Composite, answer_of
 from flowkernels.velocity.field import float64_device
-from flowkernels.velocity.protocol import VelocityBase, resolve
+from flowkernels.velocity.protocol import VelocityBase
 from flowkernels.velocity.time_embedding import Embedding
 
 
-class Acceleration(nn.Module, VelocityBase):
+class Acceleration(Composite):
     """Paths of constant acceleration: of a first network an initial velocity v0, of a second the acceleration a, given
     that. A path from x_a at the time t_a is `x_a + v0 (t - t_a) + a (t - t_a)^2 / 2`, and a step from t to t + h of it
 
@@ -59,38 +57,15 @@ class Acceleration(nn.Module, VelocityBase):
             expect(not isinstance(acceleration, VelocityBase), "v0_name", expected, v0_name)
         self.velocity, self.acceleration, self.v0_name = velocity, acceleration, v0_name
 
-    @property
-    def conditioning(self) -> dict[str, Any]:
-        """That of the first network."""
-        return dict(resolve(self.velocity).conditioning)
-
-    @property
-    def shared(self) -> tuple[str, ...]:
-        return resolve(self.velocity).shared
-
-    def rows(self, index: Tensor | slice, n: int) -> "Acceleration":
-        nets = {
-            name: net.rows(index, n) if isinstance(net, VelocityBase) else net
-            for name, net in (("velocity", self.velocity), ("acceleration", self.acceleration))
-        }
-        part = copy.copy(self)
-        part.__dict__.pop(COMPILED_CALL, None)  # which calls this one
-        part.__dict__["_modules"] = nets
-        return part
-
-    def time_for(self, t: Tensor, x: Tensor) -> Tensor:
-        """As they are: each network rounds its own."""
-        return t
-
     def forward(self, x: Tensor, t: Tensor, v0: Tensor | None = None) -> Tensor:
         expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
         if v0 is None:
-            return _answer(self.velocity, "velocity", x.shape, x, t)
+            return answer_of(self.velocity, "velocity", x, x, t)
         expect_tensor(v0, "v0", FLOATS)
         expect(v0.shape == x.shape, "v0", f"x's shape {list(x.shape)}", v0)
         if self.v0_name is not None:
-            return _answer(self.acceleration, "acceleration", x.shape, x, t, **{self.v0_name: v0})
-        return _answer(self.acceleration, "acceleration", x.shape, torch.cat([x, v0.to(x.dtype)], 1), t)
+            return answer_of(self.acceleration, "acceleration", x, x, t, **{self.v0_name: v0})
+        return answer_of(self.acceleration, "acceleration", x, torch.cat([x, v0.to(x.dtype)], 1), t)
 
     def velocities(
         self, x: Tensor, t: Tensor, embedding: Embedding | None = None
@@ -122,9 +97,5 @@ class Acceleration(nn.Module, VelocityBase):
             x = euler_step(x, v, then - now, out=x if out is None else out[k + 1])
             yield x, v if keep else None
 
-
-def _answer(network: nn.Module, name: str, shape: torch.Size, x: Tensor, t: Tensor, **given: Tensor) -> Tensor:
-    v = network(x, resolve(network).time_for(t, x), **given)
-    if not isinstance(v, Tensor) or v.shape != shape:
-        expect(False, name, f"an answer of x's shape {list(shape)}", describe(v))
-    return v
+    def extra_repr(self) -> str:
+        return "" if self.v0_name is None else f"v0_name={self.v0_name!r}"

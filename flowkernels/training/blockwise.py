@@ -1,23 +1,22 @@
 """`Blockwise`: a network for each interval of a schedule, as one velocity."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowkernels._checks import FLOATS, describe, expect, expect_list, expect_tensor
-from flowkernels.runtime.torch_private import COMPILED_CALL
+from flowkernels._checks import FLOATS, expect, expect_list, expect_tensor
 from flowkernels.schedule import Schedule
+from flowkernels.training.composite import Composite, answer_of
 from flowkernels.training.modules import copied, unwrapped
 from flowkernels.velocity.field import VelocityField, float64_device
-from flowkernels.velocity.protocol import VelocityBase, is_per_sample, on_tensors, resolve
+from flowkernels.velocity.protocol import VelocityBase, is_per_sample, on_tensors
 
 NEAR = 1e-6  # as close below a knot, a time is that of the knot: those in float32 are
 
 
-class Blockwise(nn.Module, VelocityBase):
+class Blockwise(Composite):
     """One network for each interval of a schedule: a sample's velocity is that of the network of the interval that its
     time is in; at a knot, of the interval that begins there.
 
@@ -72,28 +71,6 @@ class Blockwise(nn.Module, VelocityBase):
                 return found
         return None
 
-    @property
-    def conditioning(self) -> dict[str, Any]:
-        """That of the first network."""
-        return dict(resolve(self.networks[0]).conditioning)
-
-    @property
-    def shared(self) -> tuple[str, ...]:
-        return resolve(self.networks[0]).shared
-
-    def rows(self, index: Tensor | slice, n: int) -> "Blockwise":
-        if not any(isinstance(net, VelocityBase) for net in self.networks):
-            return self
-        parts = copy.copy(self)
-        parts.__dict__.pop(COMPILED_CALL, None)  # which calls this one
-        rows = nn.ModuleList([_rows(net, index, n) for net in self.networks])
-        parts.__dict__["_modules"] = {"networks": rows}
-        return parts
-
-    def time_for(self, t: Tensor, x: Tensor) -> Tensor:
-        """As they are: a knot is looked for, and each network rounds its own."""
-        return t
-
     def model_times(self, times: Tensor, x: Tensor) -> Tensor:
         return times
 
@@ -103,13 +80,15 @@ class Blockwise(nn.Module, VelocityBase):
         interval = self._intervals(t)
         counts = interval.bincount(minlength=len(self.networks)).tolist()
         if max(counts, default=0) == len(x):
-            return _velocity(self.networks[int(interval[0]) if len(x) else 0], x, _on(t, x), kwargs)
+            network = self.networks[int(interval[0]) if len(x) else 0]
+            return answer_of(network, "networks", x, x, _on(t, x), **kwargs)
         order, found = interval.argsort(stable=True), []
         for network, rows in zip(self.networks, order.split(counts), strict=True):
             if len(rows):
                 rows = rows.to(x.device)
                 given = {k: _of_rows(value, rows, len(x)) for k, value in kwargs.items()}
-                found.append(_velocity(_rows(network, rows, len(x)), x[rows], _on(t, x)[rows], given))
+                part = network.rows(rows, len(x)) if isinstance(network, VelocityBase) else network
+                found.append(answer_of(part, "networks", x[rows], x[rows], _on(t, x)[rows], **given))
         return torch.cat(found)[order.argsort().to(x.device)]
 
     def _intervals(self, t: Tensor) -> Tensor:
@@ -136,19 +115,8 @@ def _on(t: Tensor, x: Tensor) -> Tensor:
     return t.to(device)
 
 
-def _velocity(network: nn.Module, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    v = network(x, resolve(network).time_for(t, x), **kwargs)
-    if not isinstance(v, Tensor) or v.shape != x.shape:
-        expect(False, "networks", f"velocities of x's shape {list(x.shape)}", describe(v))
-    return v
-
-
 def _of_rows(value: Any, rows: Tensor, n: int) -> Any:
     return on_tensors(value, lambda t: t[rows.to(t.device)] if is_per_sample(t, n) else t)
-
-
-def _rows(network: nn.Module, index: Tensor | slice, n: int) -> nn.Module:
-    return network.rows(index, n) if isinstance(network, VelocityBase) else network
 
 
 def _copied(network: nn.Module) -> nn.Module:

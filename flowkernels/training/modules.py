@@ -83,11 +83,13 @@ def _without_prefix(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str,
 
 
 def architecture(module: nn.Module) -> str:
-    """A hash of the modules' classes, torch's with their settings, and of the weights' names, shapes and dtypes."""
+    """A hash of the modules' classes, torch's and those of students with their settings, and of the weights' names,
+    shapes and dtypes."""
     parts = []
     for name, part in module.named_modules():
         if unwrapped(part) is part:
             kind = hashes.class_name(type(part))
-            parts.append(f"{_plain(module, name)} {kind} {part.extra_repr() if kind.startswith('torch.nn.') else ''}")
+            known = kind.startswith(("torch.nn.", "flowkernels.training."))
+            parts.append(f"{_plain(module, name)} {kind} {part.extra_repr() if known else ''}")
     weights = {k: [str(v.dtype), *v.shape] for k, v in plain_state(module).items() if isinstance(v, Tensor)}
     return hashes.tensors_hash({"modules": parts, "weights": weights})[:16]

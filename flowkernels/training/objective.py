@@ -30,6 +30,7 @@ from flowkernels.training.losses import FUSED, LOSSES
 from flowkernels.training.refined import refined
 from flowkernels.training.t_sampling import START, T_SAMPLINGS
 from flowkernels.training.targets.base import Answer, Call, RolledOut, Target
+from flowkernels.training.targets.noise import COMPARED
 from flowkernels.training.targets.own_states import own_states
 from flowkernels.training.targets.table import TARGETS
 from flowkernels.velocity.protocol import Velocity, resolve
@@ -80,6 +81,12 @@ class StraightenLoss(nn.Module):
       acceleration. The loss is of both, joined at dimension 1 (of "l2" their mean). Source: constant acceleration flow
       (arXiv 2411.00322), checked against its public code, in which T is 1 and the networks are trained one after the
       other; it trains the first at all t, where sampling asks it of the noise alone, as this does.
+    - "noise": of a `fk.NoisePrediction` on the same interval: on its path, `x = alpha(t) x_b + sigma(t) e` at u, the
+      noise e with which the path begins at x_a, `e = (x_a - alpha(t_a) x_b) / sigma(t_a)`. The loss compares the noise,
+      or the data that follow, `(x - sigma e) / alpha` with x_b, which counts high noise more (`compared`). Source:
+      Rectified Diffusion (arXiv 2410.07303), checked against its public code, which compares data, with the loss
+      "huber_per_element" and `huber_c = 0.001`; e is the pairs' noise itself there, and its path does not quite begin
+      at it.
     - "blockwise": the schedule's intervals as "boss" has them, of a `fk.Blockwise`, a network for each.
     - "solver": for a `Solver` in place of the schedule, the whole of its steps: they are to end where the teacher does.
       The student is evaluated as often as the solver has it, each time on its own state and after its own velocities,
@@ -136,6 +143,7 @@ class StraightenLoss(nn.Module):
             ends the bank has states: of the schedule's grid, which may have fewer, or equal ones where it has none.
         initial_speed: of target="acceleration", the initial velocity over the mean one: 1 is a straight line, above it
             the path slows down.
+        compared: of target="noise", what the loss compares, "data" or "noise".
         teacher: the velocity that made the bank, for a target that evaluates it; no other looks at it. Its weights are
             not the loss's.
 
@@ -166,6 +174,7 @@ class StraightenLoss(nn.Module):
         t_sampling: TSampling | None = None,
         substeps: int = 4,
         initial_speed: float = 1.5,
+        compared: str = "data",
         teacher: Velocity | None = None,
     ):
         super().__init__()
@@ -185,6 +194,7 @@ class StraightenLoss(nn.Module):
         self.weighting = weighting if _is(weighting, NORMALISED) else _expect_weighting(weighting, self.knots.steps)
         self.t_sampling = _expect_t_sampling(t_sampling, self._row, target)
         self.initial_speed = expect_real(initial_speed, "initial_speed", "a finite number")
+        self.compared = expect_choice(compared, "compared", COMPARED)
         self.rolled_out: RolledOut | None = None
         self._tables: dict[torch.device, Tables] = {}
 
@@ -276,7 +286,7 @@ class StraightenLoss(nn.Module):
             teacher=self.teacher,
             rolled_out=rolled,
             progress=progress,
-            settings=dict(initial_speed=self.initial_speed),
+            settings=dict(initial_speed=self.initial_speed, compared=self.compared),
         )
 
     def tried(
@@ -408,6 +418,8 @@ class StraightenLoss(nn.Module):
             found["substeps"] = self.substeps
         if self.target == "acceleration":
             found["initial_speed"] = self.initial_speed
+        if self.target == "noise":
+            found["compared"] = self.compared
         if self.refits:
             found["solver"] = [self.solver.coefficients.tolist(), self.solver.model_times.tolist()]
         return found

@@ -139,11 +139,12 @@ class Settings:
     substeps: int = 4
     initial_speed: float = 1.5
     refresh_fraction: float = 1.0
+    compared: str = "data"
     objective: StraightenLoss = field(init=False)
 
     def __post_init__(self):
         checked = {name: check(getattr(self, name), name) for name, check in CHECKS.items()}
-        learned = ("target", "loss", "huber_c", "weighting", "t_sampling", "substeps", "initial_speed")
+        learned = ("target", "loss", "huber_c", "weighting", "t_sampling", "substeps", "initial_speed", "compared")
         settings = {name: getattr(self, name) for name in learned}
         resolve(self.velocity)
         schedule, given = self.schedule, isinstance(self.bank, TrajectoryBank)

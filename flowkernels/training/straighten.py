@@ -74,6 +74,7 @@ def straighten(
     rollout_every: int = 50,
     substeps: int = 4,
     initial_speed: float = 1.5,
+    compared: str = "data",
     init: str | Mapping[str, Tensor] | None = None,
     lr: float = 2e-4,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
@@ -114,10 +115,10 @@ def straighten(
             refresh_fraction: of the bank, the oldest ones; in parts of `batch`, or of the bank's own `chunk`.
         target: what is learned, as `fk.StraightenLoss` has it: "boss", the intervals of the schedule; "reflow", the one
             from its first knot to its last; "annealed_reflow", the same into a smaller student; "distill", that in one
-            step; "acceleration", paths of a `fk.Acceleration`; "blockwise", the intervals by a `fk.Blockwise`, a
-            network for each; "next_knot" and "velocity_matching", where the teacher's states between two knots lead;
-            "on_policy", the teacher's velocity along the student's own steps; "solver", the end of a Solver's steps,
-            through all of them.
+            step; "acceleration", the paths of a `fk.Acceleration`, "noise" those of a `fk.NoisePrediction`;
+            "blockwise", the intervals by a `fk.Blockwise`, a network for each; "next_knot" and "velocity_matching",
+            where the teacher's states between two knots lead; "on_policy", the teacher's velocity along the student's
+            own steps; "solver", the end of a Solver's steps, through all of them.
         t_sampling: the distribution of u: "start", u = 0, BOSS as published; "uniform", piecewise reflow; "u_shaped";
             "ten"; or a function. None takes the target's own. loss, huber_c: "l2", "huber", "huber_per_element",
             "cauchy", a function or None, the target's own, and the constant. weighting: a factor on the loss of each
@@ -128,6 +129,7 @@ def straighten(
         substeps: of target="next_knot" and "velocity_matching": steps in each interval whose states the bank has, at
             most, as the grid allows; N * substeps + 1 in place of N + 1.
         initial_speed: of target="acceleration", the initial velocity over the mean one.
+        compared: of target="noise", what the loss compares, "data" or "noise".
         init: what the student starts from: "teacher" its weights, "keep" the student's own, or a state dict, such as
             EMA weights. None: the teacher's where it has any, else the student's own.
         lr: peak learning rate.
@@ -188,6 +190,7 @@ def straighten(
         rollout_every=rollout_every,
         substeps=substeps,
         initial_speed=initial_speed,
+        compared=compared,
         lr=lr,
         optimizer=optimizer,
         warmup=warmup,

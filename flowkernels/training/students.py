@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ def student_velocity(
     sample: Tensor,
     n: int,
     conditioning: Mapping[str, Tensor] | None = None,
-    **given: Tensor,
+    **given: Any,
 ) -> Tensor:
     """The student's velocities `[B, *shape]`, with their graph, at the points x `[B, *shape]` and times t `[B]` of the
     samples `[B]` of n; what comes back is checked for shape. conditioning: with a row for each point, in place of its

@@ -76,7 +76,7 @@ class Call:
         """n of the bank."""
         return self.batch.states.shape[1] if self.batch.size is None else self.batch.size
 
-    def velocity(self, x: Tensor, t: Tensor, **given: Tensor) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, **given: Any) -> Tensor:
         """The student's, `[B, *shape]`, with its graph. given: further arguments, of a student that takes them."""
         conditioning = self.batch.conditioning
         return student_velocity(self.student, x, t, self.batch.sample, self.samples, conditioning, **given)

@@ -18,6 +18,7 @@ from flowkernels.training.targets.along_the_teacher import next_knot, velocity_m
 from flowkernels.training.targets.annealed_reflow import annealed_reflow
 from flowkernels.training.targets.base import Target
 from flowkernels.training.targets.blockwise import blockwise, expect_blockwise, in_blocks
+from flowkernels.training.targets.noise import expect_noise_prediction, noise
 from flowkernels.training.targets.on_a_solver import on_a_solver
 from flowkernels.training.targets.on_policy import on_policy
 from flowkernels.training.targets.straight_line import straight_line
@@ -31,6 +32,7 @@ TARGETS: dict[str, Target] = {
     "on_policy": Target(on_policy, t_sampling="uniform", own=True, teacher=True),
     "annealed_reflow": Target(annealed_reflow, whole=True, t_sampling="uniform", from_noise=True, progress=True),
     "acceleration": Target(acceleration, whole=True, t_sampling="uniform", expect_student=expect_acceleration),
+    "noise": Target(noise, whole=True, t_sampling="uniform", expect_student=expect_noise_prediction),
     "blockwise": Target(blockwise, expect_student=expect_blockwise, made=in_blocks),
     "solver": Target(on_a_solver, whole=True, only=True, loss="huber", solver=True),
 }
