@@ -31,7 +31,7 @@ from ..quality.metrics import Energy, Frechet
 from ..quality.rows import Counted
 from .clock import Clock, Memory
 from .reached import print_reached, reached
-from .rows import ROWS, SIZES, Made, Run, Sizes, noise_of
+from .rows import ROWS, SIZES, Made, Run, Sizes, noise_of, trajectories
 
 FIELDS = (
     *("data", "seed", "row", "N", "iterations", "rms", "distance_to_teacher", "distance_to_data"),
@@ -67,6 +67,7 @@ class Bench:
     left_out: list[str] = field(default_factory=list)
     _teachers: dict[bool, Teacher] = field(default_factory=dict)
     _calibrated: tuple[fk.Calibration, Clock, int] | None = None
+    _filled: tuple[fk.TrajectoryBank, Clock] | None = None
 
     @property
     def settings(self) -> str:
@@ -105,17 +106,22 @@ class Bench:
         data = in_float32(self.data) if row.float32 else self.data
         teacher = self._teacher(row.float32)
         cal, spent, evaluations = self._calibration()
-        velocity = Counted(data.velocity)
-        held_out = self._noise(1, self.sizes.held_out)
+        velocity, held_out = Counted(data.velocity), self._noise(1, self.sizes.held_out)
         run = Run(data, self.sizes, self.seed, steps, iterations, velocity, cal, held_out, teacher.samples)
         if row.calibrated:
-            velocity.count, run.clock = evaluations, spent.copy()
+            run.clock.add(spent)
+            velocity.count += evaluations
+        if row.shared:
+            run.bank, rolled_out = self._bank()
+            run.clock.add(rolled_out)
+            velocity.count += run.bank.size * self.sizes.grid
         memory = Memory()
         made = row.make(run)
         costs = dict(evaluations=velocity.count, seconds=run.clock.wall, processor_seconds=run.clock.processor)
         if len(run.stepped) > 1:
             costs["iteration_seconds"], costs["iteration_processor_seconds"] = run.iteration()
-        costs["memory_mb"] = "" if (peak := memory.peak()) is None else peak
+        peak = memory.peak()
+        costs["memory_mb"] = "" if peak is None else peak + (run.bank.nbytes / 2**20 if row.shared else 0)
         costs["curve"] = ";".join(" ".join(f"{value:.6g}" for value in point) for point in run.curve)
         for N, plan in made.plans.items():
             found = self._row(name, N, iterations) | costs | self._figures(run, made, plan, teacher)
@@ -158,6 +164,15 @@ class Bench:
                 cal = fk.calibrate(velocity, noise, s.grid, s.steps, seed=1000 * self.seed, progress=False)
             self._calibrated = cal, clock, velocity.count
         return self._calibrated
+
+    def _bank(self) -> tuple[fk.TrajectoryBank, Clock]:
+        """Of the knots of all N, for all rows; with what it took."""
+        if self._filled is None:
+            clock, s, schedules = Clock(), self.sizes, list(self._calibration()[0].schedules.values())
+            with clock:
+                bank = trajectories(self.data.velocity, s, self._noise(2, s.bank), schedules).fill()
+            self._filled = bank, clock
+        return self._filled
 
     def _to_data(self, described) -> float | str:
         if self.data.real is None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 STACK = 50  # estimates of states at once
-CHUNK = 100  # noises rolled out at once
+CHUNK = 128  # noises rolled out at once (100 of theirs)
 FILES = ("z0", "z1", "t0", "t1")
 
 

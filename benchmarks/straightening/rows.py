@@ -48,6 +48,11 @@ class Sizes:
     looks: int = 15
     steps: tuple[int, ...] = (1, 2, 4, 8)
 
+    @property
+    def chunk(self) -> int:
+        """Samples of an evaluation without gradients."""
+        return max(64, self.batch)
+
     def quick(self) -> "Sizes":
         return Sizes(32, 64, 48, 16, self.lr, (4,), iterations=8, published_costs=32, grid=12, looks=2, steps=(1, 2))
 
@@ -63,12 +68,17 @@ def noise_of(data: Data, seed: int, use: int, n: int) -> Tensor:
     return torch.randn(n, *data.shape, generator=generator(1000 * seed + use))
 
 
+def trajectories(velocity: Callable, sizes: Sizes, noise: Tensor, schedules) -> fk.TrajectoryBank:
+    return fk.TrajectoryBank(velocity, schedules, noise=noise, grid=sizes.grid, chunk=sizes.chunk, progress=False)
+
+
 @dataclass
 class Run:
     """What a row is made from.
 
     steps: the N asked for. velocity: the teacher, which counts its evaluations, and those of students.
-    cal: its calibration. held_out, goal: noise that nothing else sees, and the teacher's samples of it.
+    cal: its calibration. bank: its states at the knots that many rows have. held_out, goal: noise that nothing else
+    sees, and the teacher's samples of it.
     clock: runs while a row works. stepped: what it showed after each step of an optimiser. curve: (iterations, seconds,
     seconds of processor, rms) of a row that is looked at on its way.
     """
@@ -82,6 +92,7 @@ class Run:
     cal: fk.Calibration
     held_out: Tensor
     goal: Tensor
+    bank: fk.TrajectoryBank | None = None
     clock: Clock = field(default_factory=Clock)
     stepped: list[tuple[float, float]] = field(default_factory=list)
     curve: list[tuple[int, float, float, float]] = field(default_factory=list)
@@ -111,9 +122,9 @@ class Run:
 
     @torch.no_grad()
     def samples(self, velocity: Callable, plan: Plan) -> Tensor:
-        """Of the held-out noise, a batch at a time and uncounted."""
+        """Of the held-out noise, a chunk at a time and uncounted."""
         count = self.velocity.count
-        x = torch.cat([fk.sample(velocity, part, plan) for part in self.held_out.split(self.sizes.batch)])
+        x = torch.cat([fk.sample(velocity, part, plan) for part in self.held_out.split(self.sizes.chunk)])
         self.velocity.count = count
         return x
 
@@ -161,8 +172,8 @@ class Made:
 @dataclass(frozen=True)
 class Row:
     """make: run -> Made, with the run's clock. trained: whether weights change. any_steps: whether one student is for
-    every N. only: the N it is for. calibrated: whether it uses the calibration. fewer: whether it is also run with
-    fewer iterations. float32: of the network in float32, where the data's is not."""
+    every N. only: the N it is for. calibrated: whether it uses the calibration; shared: and the bank of all. fewer:
+    whether it is also run with fewer iterations. float32: of the network in float32, where the data's is not."""
 
     title: str
     make: Callable[[Run], Made]
@@ -170,6 +181,7 @@ class Row:
     any_steps: bool = False
     only: tuple[int, ...] | None = None
     calibrated: bool = True
+    shared: bool = False
     fewer: bool = False
     float32: bool = False
 
@@ -245,22 +257,27 @@ def trained(
     plan: Callable[[Run, int], Plan],
     settings: dict | Callable[[Run], dict],
     student: Callable[[Run, Plan], nn.Module] = lambda run, plan: run.student(),
+    shared: bool = True,
     **of_row,
 ) -> None:
-    """plan: (run, N) -> what is trained for, and sampled on unless the training returns a solver."""
+    """plan: (run, N) -> what is trained for, and sampled on unless the training returns a solver. shared: whether it is
+    trained on the bank of all, which has the knots of the calibration's schedules."""
 
     def make(run: Run) -> Made:
         s = run.sizes
+        learned = settings(run) if callable(settings) else settings
         with run.clock:
             plans = {N: plan(run, N) for N in run.steps}
             of_most = plans[max(run.steps)]
+            bank = run.bank
+            if not shared:
+                own = fk.StraightenLoss(of_most, teacher=run.velocity, **learned)
+                bank = trajectories(run.velocity, s, run.noise(2, s.bank), own)
             result = fk.straighten(
                 student(run, of_most),
                 run.velocity,
                 of_most,
-                noise=run.noise(2, s.bank),
                 init="keep",
-                grid=s.grid,
                 iterations=run.iterations,
                 batch=s.batch,
                 lr=s.lr,
@@ -269,13 +286,14 @@ def trained(
                 ema=None,
                 seed=run.seed,
                 progress=False,
-                **(settings(run) if callable(settings) else settings),
+                bank=bank,
+                **learned,
             )
         if result.solver is not None:
             plans = {result.solver.steps: result.solver}
         return Made(result.student.requires_grad_(False), plans)
 
-    ROWS[name] = Row(title, make, **of_row)
+    ROWS[name] = Row(title, make, shared=shared, **of_row)
 
 
 def improved(run: Run) -> dict:
@@ -302,8 +320,8 @@ trained("small_reflow", "`reflow`, a student of half the width", uniform, dict(t
 annealed = dict(target="annealed_reflow")
 trained("annealed_reflow", "`annealed_reflow`, a student of half the width (SlimFlow)", uniform, annealed, **small)
 cauchy = dict(target="next_knot", loss="cauchy")
-trained("next_knot", "`next_knot`, Cauchy (trajectory consistency)", knots, cauchy)
-trained("velocity_matching", "`velocity_matching`", knots, dict(target="velocity_matching"))
+trained("next_knot", "`next_knot`, Cauchy (trajectory consistency)", knots, cauchy, shared=False)
+trained("velocity_matching", "`velocity_matching`", knots, dict(target="velocity_matching"), shared=False)
 two = WHOLE | dict(student=accelerated)
 title = "`acceleration`, two networks, N + 1 evaluations (constant acceleration flow)"
 trained("acceleration", title, uniform, dict(target="acceleration"), **two)
@@ -311,7 +329,7 @@ trained("on_policy", "`on_policy`", knots, dict(target="on_policy"))
 each = dict(student=lambda run, plan: fk.Blockwise(run.student(), plan), only=(2, 4, 8))
 trained("blockwise", "`blockwise`, N networks", knots, dict(target="blockwise"), **each)
 trained("solver", "`solver`", fitted, dict(target="solver"), fewer=True)
-trained("solver3", "`solver`, on the best of three knots", fitted3, dict(target="solver"), fewer=True)
+trained("solver3", "`solver`, on the best of three knots", fitted3, dict(target="solver"), fewer=True, shared=False)
 
 
 # ---- the baseline ----
