@@ -66,9 +66,19 @@ def test_tabular():
     assert all(fitted < uniform for uniform, fitted in errors.values())
 
 
-def test_own_trainer():
-    first, last = script("own_trainer")(["--iterations", "30", "--grid", "20"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--storage", "shards", "--t-sampling", "uniform"],
+        ["--target", "solver", "--accumulate", "2", "--autocast"],
+        ["--target", "on_policy"],
+    ],
+)
+def test_own_trainer(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, last = script("own_trainer")(["--iterations", "30", "--grid", "20", *options])
     assert last < first
+    assert (tmp_path / "shards").exists() == ("shards" in options)
 
 
 @pytest.mark.parametrize(("name", "option"), [("policy", "--calls"), ("own_trainer", "--iterations")])
