@@ -885,7 +885,7 @@ def _stages(cal) -> None:
         **dict(
             iterations=(1, is_int(1)),
             batch=(2, is_int(1)),
-            bank=(4, is_int(1)),
+            bank=(4, is_int(1), "noise"),
             refresh=(None, or_none(is_int(1))),
             refresh_fraction=(1.0, within(0, 1, ends="(]")),
         ),

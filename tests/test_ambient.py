@@ -174,7 +174,13 @@ def straighten(w, tmp_path):
     )
     solver = dict(schedule=fk.Solver.adams_bashforth(w["cal"][N]), target="solver", grid=GRID, loss="cauchy")
     followed = [fields | dict(target=name) for name in ("next_knot", "velocity_matching", "on_policy")]
-    return [straightened(w, **more) for more in ({}, fields, uniform, solver, *followed)]
+    coupled = [
+        fk.Pairs(torch.stack([w["noise"], w["other"]])),
+        lambda n, g: fk.couple(None, w["other"][:n], generator=g),
+    ]
+    whole = dict(target="reflow", schedule=fk.Schedule([0, 1]), noise=None, refresh=None)
+    pairs = [whole | dict(bank=bank) for bank in coupled]
+    return [straightened(w, **more) for more in ({}, fields, uniform, solver, *followed, *pairs)]
 
 
 class Stopped(Exception):

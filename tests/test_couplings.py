@@ -105,7 +105,7 @@ def test_sinkhorn_draws_from_the_entropic_plan(relative, cost):
     each = costs(noise, data, POWERS[cost])
     reg = 0.3 if relative else 2.0
     plan = plan_of(each, reg * each.mean().item() if relative else reg)
-    generator, found, draws = seeded(), torch.zeros(5, 5, dtype=torch.float64), 800
+    generator, found, draws = seeded(), torch.zeros(5, 5, dtype=torch.float64), 400
     for _ in range(draws):
         pairs = fk.couple(noise, data, "sinkhorn", reg=reg, relative=relative, cost=cost, generator=generator)
         found[pairs.index, torch.arange(5)] += 1 / draws
@@ -251,7 +251,7 @@ def trained(coupling, **settings):
     net = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
     student, loss = fk.VelocityField(net, time_column=True), fk.StraightenLoss(fk.Schedule([0, 1]), target="reflow")
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(100):
         pairs = fk.couple(None, ring(128, generator), coupling, generator=generator, **settings)
         optimizer.zero_grad()
         loss(student, pairs.batch(), generator).loss.backward()
@@ -318,3 +318,136 @@ def test_without_pot_it_is_said_how_to_get_it(coupling, monkeypatch):
     with pytest.raises(ImportError, match=rf"^coupling: expected POT for coupling='{coupling}' \(pip install POT\), "):
         fk.couple(NOISE, DATA, coupling)
     fk.couple(NOISE, DATA, "gibbs", reg=1.0)
+
+
+# ---- in one call, without a teacher ----
+
+WHOLE = fk.Schedule([0, 1])
+QUIET = dict(progress=False, target="reflow", warmup=0, clip=None, ema=None)
+
+
+class Rational(nn.Module):
+    """w x / (1 + c t): straight lines to (1 + w) x where c = w."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.c = (nn.Parameter(torch.zeros(())) for _ in range(2))
+
+    def forward(self, x, t):
+        return self.w * x / (1 + self.c * t[:, None])
+
+
+def doubled(n, generator):
+    """Pairs that a straight flow couples, in an order in which they are not."""
+    noise = torch.randn(n, 2, generator=generator)
+    data = 2 * noise[torch.randperm(n, generator=generator)]
+    return fk.couple(noise, data, "ot", generator=generator)
+
+
+@pytest.mark.parametrize("bank", [doubled(256, seeded()), doubled], ids=["fixed", "each batch"])
+def test_a_flow_is_trained_without_a_teacher(bank):
+    noise = normal(32, 2)
+    result = fk.straighten(Rational(), None, WHOLE, bank=bank, iterations=600, batch=32, lr=0.1, **QUIET)
+    for steps in (1, 3):
+        assert torch.allclose(fk.sample(result.student, noise, steps), 2 * noise, rtol=5e-3, atol=5e-3)
+
+
+def test_weights_and_conditioning_go_with_their_pairs():
+    """Of pairs to 2x, to -x and, of no weight, to 100: the student is told which, by a label."""
+
+    class Labelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fields = nn.ModuleList([Rational(), Rational()])
+
+        def forward(self, x, t, label):
+            return torch.where(label[:, None] > 0, self.fields[0](x, t), self.fields[1](x, t))
+
+    noise = normal(90, 2)
+    label = torch.arange(3).repeat(30)
+    data = torch.where(label[:, None] == 0, 0.5 * noise, torch.where(label[:, None] == 1, 2 * noise, 100))
+    weight = (label < 2).float()
+    pairs = fk.Pairs(torch.stack([noise, data]), weight, {"label": label % 2})
+    result = fk.straighten(Labelled(), None, WHOLE, bank=pairs, iterations=600, batch=64, lr=0.1, **QUIET)
+    for value, factor in ((0, 0.5), (1, 2.0)):
+        field = fk.VelocityField(result.student, conditioning={"label": torch.full((90,), value)})
+        assert torch.allclose(fk.sample(field, noise, 1), factor * noise, rtol=5e-3, atol=5e-3)
+
+
+def test_a_teacher_is_what_the_student_starts_from():
+    teacher = fk.VelocityField(nn.Linear(3, 2), time_column=True)
+    result = fk.straighten(None, teacher, WHOLE, bank=doubled, iterations=1, batch=8, lr=1e-30, **QUIET)
+    assert torch.equal(result.student.net.weight, teacher.net.weight)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("bank", [doubled(40, seeded()), doubled], ids=["fixed", "each batch"])
+def test_runs_on_pairs_resume_bit_for_bit(bank, tmp_path):
+    def run(stop=None, **settings):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 2))
+        calls = []
+
+        def hook(module, _):
+            calls.append(module.training)
+            if len(calls) == stop:
+                raise Stopped
+
+        net.register_forward_pre_hook(hook)
+        student = fk.VelocityField(net, time_column=True)
+        settings = QUIET | dict(ema=0.9, log_every=1, t_sampling="ten") | settings
+        result = fk.straighten(
+            student, None, WHOLE, bank=settings.pop("bank", bank), iterations=12, batch=16, **settings
+        )
+        return [result.history, [w.tolist() for w in result.student.parameters()]]
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(Stopped):
+        run(stop=10, checkpoint=path, checkpoint_every=4)
+    assert path.exists()
+    other = fk.Pairs(normal(2, 40, 2, seed=5)) if bank is doubled else doubled
+    with pytest.raises(ValueError, match=r"^checkpoint: expected "):
+        run(bank=other, checkpoint=path)
+    assert run(checkpoint=path, checkpoint_every=4) == run()
+
+
+def straightened(student=None, velocity=None, schedule=WHOLE, **settings):
+    settings = dict(bank=doubled, iterations=1, batch=8) | QUIET | settings
+    return fk.straighten(Rational() if student is None else student, velocity, schedule, **settings)
+
+
+THREE = fk.Schedule([0, 0.5, 1])
+OF_STRAIGHTEN = {
+    r"^student: expected a module, where the teacher is not one": lambda: fk.straighten(
+        None, None, WHOLE, bank=doubled, iterations=1, **QUIET
+    ),
+    r"^bank: expected a target of one whole interval, .* target='boss' on 2": lambda: straightened(
+        schedule=THREE, target="boss"
+    ),
+    r"^bank: expected a target of one whole interval, .* target='solver'": lambda: straightened(
+        schedule=fk.Solver.euler([0, 1]), target="solver"
+    ),
+    r"^noise: expected None with a bank that has its own": lambda: straightened(noise=(2,)),
+    r"^grid: expected None with a bank that has its own": lambda: straightened(grid=10),
+    r"^refresh: expected None, for pairs": lambda: straightened(refresh=5),
+    r"^bank: expected a function that returns Pairs of n = 8, got 5 pairs": lambda: straightened(
+        bank=lambda n, g: doubled(5, g)
+    ),
+    r"^bank: expected a function that returns Pairs of n = 8, got a torch.float32 tensor": lambda: straightened(
+        bank=lambda n, g: torch.zeros(2, n, 2)
+    ),
+    r"^bank: expected Pairs or a function \(n, generator\)": lambda: straightened(bank=lambda: 0),
+    r"^init: expected a teacher with weights": lambda: straightened(init="teacher"),
+    r"^conditioning\['c'\]: expected 3 rows on cpu": lambda: fk.Pairs(
+        torch.ones(2, 3, 4), conditioning={"c": torch.ones(2)}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", OF_STRAIGHTEN)
+def test_what_straighten_refuses(message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        OF_STRAIGHTEN[message]()

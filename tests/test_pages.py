@@ -59,7 +59,7 @@ SMALLER = {
 CODE = {
     "README.md": (1, 4, "x1"),
     "docs/get-started.md": (8, 4, "x1"),
-    "docs/couplings.md": (3, 4, "x1"),
+    "docs/couplings.md": (4, 4, "x1"),
     "docs/fused-samplers.md": (1, 64, "actions"),
     "docs/triton.md": (1, 4, "x1"),
     "docs/bank.md": (1, 4, "x1"),

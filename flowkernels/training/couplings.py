@@ -1,7 +1,7 @@
 """Couplings: which noise goes with which data, and what weight a pair has."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from flowkernels._checks import (
 )
 from flowkernels._warnings import warn
 from flowkernels.sampling.loop import initial_state
-from flowkernels.training.pairs import Pairs, expect_generator
+from flowkernels.training.pairs import Pairs, expect_generator, expect_rows
 
 Coupling = str | Callable[[Tensor, Tensor], Tensor]
 
@@ -98,6 +98,7 @@ def couple(
     batch: int | None = None,
     groups: Tensor | None = None,
     generated: Tensor | None = None,
+    conditioning: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> Pairs:
     """Noise and data in pairs. The data stay in their order, so that labels and other conditioning stay beside them;
@@ -139,6 +140,8 @@ def couple(
             Wasserstein distance, of the teacher's pairs onto those of the same noise and real data (the shadow of
             Eckstein and Nutz, arXiv 2110.06798). Simple ReFlow (arXiv 2410.07815) trains on projected pairs too; its
             own algorithm, which has a parameter, could not be compared. Of the same couplings.
+        conditioning: keyword arguments of the student's network, tensors with a row for each datum, such as labels:
+            `Pairs.conditioning`.
         generator: of all that is drawn, on the CPU; None is torch's own.
 
     Returns:
@@ -174,6 +177,8 @@ def couple(
         _expect_groups(groups, data)
     if generated is not None:
         generated = initial_state(_expect_beside(generated, data, "generated"))
+    if conditioning is not None:
+        expect_rows(conditioning, len(data), data.device)
     if isinstance(coupling, str) and plans:
         _pot(coupling)
         expect_room(3 * 8 * size * size, "batch", "costs and plans", f"{size} pairs at once")
@@ -188,7 +193,7 @@ def couple(
             index[rows] = rows[_plan(coupling, near[rows], data[rows], how, generator)]
     elif coupling == GIBBS:
         weight = gibbs(noise, data, how).to(dtype)
-    pairs = Pairs(torch.stack([noise[index].to(dtype), data.to(dtype)]), weight, index)
+    pairs = Pairs(torch.stack([noise[index].to(dtype), data.to(dtype)]), weight, conditioning, index)
     if (left := pairs.effective_size) < min(FEW, len(pairs) / 2):
         told = f"reg: {reg:g} gives a few pairs all the weight: the effective sample size is {left:.3g}"
         warn(f"{told} of {len(pairs)}; a larger reg evens them out", stacklevel=4)

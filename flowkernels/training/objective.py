@@ -66,9 +66,9 @@ class StraightenLoss(nn.Module):
     - "boss": the schedule's intervals, at u = 0: BOSS (arXiv 2312.16414). With `t_sampling="uniform"` piecewise
       rectified flow.
     - "reflow": one interval, from the schedule's first knot to its last: rectified flow (arXiv 2209.03003), of pairs of
-      noise and the teacher's data. With `t_sampling="u_shaped"` and `loss="huber"`, `huber_c = 0.00054 sqrt(D)` of D
-      features, improved rectified flow (arXiv 2405.20320; its LPIPS is a `loss` of your own); with `t_sampling="ten"`
-      and `weighting="per_sample_normalised"` Simple ReFlow (arXiv 2410.07815).
+      noise and the teacher's data, or of `fk.Pairs`. With `t_sampling="u_shaped"` and `loss="huber"`, of D features
+      with `huber_c = 0.00054 sqrt(D)`, improved rectified flow (arXiv 2405.20320; its LPIPS is a `loss` of your own);
+      with `t_sampling="ten"` and `weighting="per_sample_normalised"` Simple ReFlow (arXiv 2410.07815).
     - "distill": the same interval, at u = 0: one step from noise to data, InstaFlow's second stage (arXiv 2309.06380).
     - "annealed_reflow": "reflow" into a smaller student, which does not start from the teacher: the pairs' noise x_0 is
       at first exchanged for fresh noise z, by degrees no longer: `sqrt(1 - beta^2) x_0 + beta z`, beta falling evenly

@@ -1,6 +1,6 @@
 """Pairs of noise and data, which targets of the whole interval are trained on: their weights, and batches of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from flowkernels._checks import (
     FLOATS,
     expect,
     expect_list,
+    expect_mapping,
     expect_noise,
     expect_positive_int,
     expect_room,
@@ -34,6 +35,8 @@ class Pairs:
 
     states: noise and data, `[2, n, *shape]`, float32 or float64.
     weight: factors on the losses of the pairs, `[n]`, at least 0 and not all 0; None weighs all alike.
+    conditioning: keyword arguments of the student's network by name, tensors with a row for each pair, such as labels;
+        they take the place of a `VelocityField`'s own. None where it has none, or rows of its own for the pairs.
     index: of each pair the place of its noise among what `couple` was given, int64 `[n]`; None of others.
     error: of `forward_pairs`, the squared distance of each datum from what its noise is made into again, float64 `[n]`.
 
@@ -48,6 +51,7 @@ class Pairs:
 
     states: Tensor
     weight: Tensor | None = None
+    conditioning: Mapping[str, Tensor] | None = None
     index: Tensor | None = None
     error: Tensor | None = None
 
@@ -60,6 +64,8 @@ class Pairs:
                 expect_values(value, name, dtypes)
                 fits = value.shape == (len(self),) and value.device == states.device
                 expect(fits, name, f"shape [{len(self)}] on {states.device}, an entry for each pair", value)
+        if self.conditioning is not None:
+            expect_rows(self.conditioning, len(self), states.device)
         if self.weight is not None:
             good = bool(torch.isfinite(self.weight).all() and (self.weight >= 0).all() and self.weight.any())
             expect(good, "weight", "finite factors >= 0, and not all 0", self.weight)
@@ -103,12 +109,13 @@ class Pairs:
             drawing = generator_on(device, generator)
             sample = torch.randint(n, (size,), generator=drawing, dtype=torch.int64, device=device)
         weight = None if self.weight is None else self.weight[sample]
-        return BankBatch(self.states, torch.zeros_like(sample), sample, weight=weight)
+        given = None if self.conditioning is None else {key: rows[sample] for key, rows in self.conditioning.items()}
+        return BankBatch(self.states, torch.zeros_like(sample), sample, weight=weight, conditioning=given)
 
     @classmethod
     def cat(cls, pairs: Sequence["Pairs"]) -> "Pairs":
         """All pairs of several in one: forward pairs beside a teacher's, say. Weights are kept as they are, and are 1
-        where there were none; places and errors are left out."""
+        where there were none; conditioning has the same names in all; places and errors are left out."""
         parts = expect_list(pairs, "pairs", "a list of Pairs")
         expect(len(parts) > 0, "pairs", "at least one", "none")
         for part in parts:
@@ -116,11 +123,25 @@ class Pairs:
             first, here = parts[0].states, part.states
             alike = first.shape[2:] == here.shape[2:] and first.device == here.device and first.dtype == here.dtype
             expect(alike, "pairs", f"states like those of the first, {list(first.shape)} {first.dtype}", here)
+            names = [sorted(one.conditioning or {}) for one in (parts[0], part)]
+            expect(names[0] == names[1], "pairs", f"conditioning {names[0]}, as the first", f"{names[1]}")
         weight = None
         if any(part.weight is not None for part in parts):
             each = (part.states.new_ones(len(part)) if part.weight is None else part.weight for part in parts)
             weight = torch.cat([w.to(parts[0].states.dtype) for w in each])
-        return cls(torch.cat([part.states for part in parts], 1), weight)
+        given = parts[0].conditioning
+        if given is not None:
+            given = {key: torch.cat([part.conditioning[key] for part in parts]) for key in given}
+        return cls(torch.cat([part.states for part in parts], 1), weight, given)
+
+
+def expect_rows(conditioning, n: int, device: torch.device) -> None:
+    """Conditioning of n samples."""
+    for key, rows in expect_mapping(conditioning, "conditioning").items():
+        name = f"conditioning[{key!r}]"
+        expect_values(rows, name)
+        fits = rows.dim() > 0 and len(rows) == n and rows.device == device
+        expect(fits, name, f"{n} rows on {device}, one for each pair", rows)
 
 
 def expect_generator(generator) -> torch.Generator:

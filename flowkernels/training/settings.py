@@ -27,7 +27,9 @@ from flowkernels.training.bank import TrajectoryBank
 from flowkernels.training.knots import knots_on_grid
 from flowkernels.training.objective import Loss, StraightenLoss, TSampling
 from flowkernels.training.optimizers import OPTIMIZER
+from flowkernels.training.pairs import Pairs
 from flowkernels.training.refined import on_grid
+from flowkernels.training.run_pairs import PairsSource, are_pairs, expect_pairs
 from flowkernels.training.starts import Noise
 from flowkernels.training.targets.table import has_states_between
 from flowkernels.velocity.protocol import Velocity, resolve
@@ -61,8 +63,10 @@ def _expect_checkpoint(value, name: str) -> Path:
     return path
 
 
-def _expect_bank(value, name: str) -> int | TrajectoryBank:
-    return value if isinstance(value, TrajectoryBank) else expect_positive_int(value, name)
+def _expect_bank(value, name: str) -> int | TrajectoryBank | PairsSource:
+    if isinstance(value, TrajectoryBank):
+        return value
+    return expect_pairs(value, name) if are_pairs(value) else expect_positive_int(value, name)
 
 
 CHECKS: dict[str, Check] = {
@@ -110,13 +114,13 @@ class Settings:
     noise: of it only what goes with the others is looked at here; the bank checks it.
     """
 
-    velocity: Velocity
+    velocity: Velocity | None
     schedule: Schedule | Solver
     grid: Any  # given as a number of steps, times, or None
     noise: Noise | None
     iterations: int
     batch: int
-    bank: int | TrajectoryBank
+    bank: int | TrajectoryBank | PairsSource
     refresh: int | None
     target: str
     t_sampling: TSampling | None
@@ -146,24 +150,37 @@ class Settings:
         checked = {name: check(getattr(self, name), name) for name, check in CHECKS.items()}
         learned = ("target", "loss", "huber_c", "weighting", "t_sampling", "substeps", "initial_speed", "compared")
         settings = {name: getattr(self, name) for name in learned}
-        resolve(self.velocity)
+        pairs = are_pairs(self.bank)
+        if not (pairs and self.velocity is None):
+            resolve(self.velocity)
         schedule, given = self.schedule, isinstance(self.bank, TrajectoryBank)
-        if has_states_between(self.target) and isinstance(schedule, Schedule):
+        if has_states_between(self.target) and isinstance(schedule, Schedule) and not pairs:
             schedule = on_grid(schedule, self.bank.grid if given else self.grid)
         objective = StraightenLoss(schedule, teacher=self.velocity, **settings)
         checked["objective"] = objective
-        if given:
+        if given or pairs:
             for name, value in (("noise", self.noise), ("grid", self.grid)):
                 expect(value is None, name, "None with a bank that has its own", value)
         else:
             expect(self.noise is not None, "noise", "a tensor, a shape or a function, without a bank", "None")
-        checked["grid"] = self.bank.grid if given else knots_on_grid(objective.schedule, self.grid)[0]
+        expect(not pairs or self.refresh is None, "refresh", "None, for pairs", self.refresh)
+        if pairs:
+            checked["grid"] = objective.times
+        else:
+            checked["grid"] = self.bank.grid if given else knots_on_grid(objective.schedule, self.grid)[0]
         if self.refresh is not None:
             fixed = isinstance(self.noise, Tensor)
             expect(not fixed, "noise", "a shape or a function, with refresh", self.noise)
             expect(not given or self.bank.is_drawn, "bank", "one that draws noise or data, with refresh", self.bank)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def carries_conditioning(self) -> bool:
+        """Whether batches give the student conditioning, as far as is known."""
+        if isinstance(self.bank, TrajectoryBank):
+            return self.bank.carries_conditioning
+        return bool(self.bank.conditioning) if isinstance(self.bank, Pairs) else are_pairs(self.bank)
 
     def rate(self, iteration: int) -> float:
         """The learning rate of an iteration: linear warm-up, then the decay."""

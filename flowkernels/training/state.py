@@ -22,6 +22,7 @@ from flowkernels.training.checkpoint import (
 from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state
 from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.run_bank import RunBank
+from flowkernels.training.run_pairs import RunPairs
 from flowkernels.training.students import trained_parameters
 
 
@@ -41,7 +42,7 @@ class State:
         self,
         student: nn.Module,
         optimizer: torch.optim.Optimizer,
-        bank: RunBank,
+        bank: RunBank | RunPairs,
         setting: dict[str, Any],
         *,
         steps: int,

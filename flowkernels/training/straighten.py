@@ -18,7 +18,9 @@ from flowkernels.training.loop import train
 from flowkernels.training.modules import architecture
 from flowkernels.training.objective import Loss, TSampling
 from flowkernels.training.optimizers import optimizer_identity, own_optimizer
+from flowkernels.training.pairs import Pairs
 from flowkernels.training.run_bank import RunBank
+from flowkernels.training.run_pairs import RunPairs, are_pairs
 from flowkernels.training.settings import Settings
 from flowkernels.training.state import State
 from flowkernels.training.students import (
@@ -33,6 +35,7 @@ from flowkernels.training.students import (
 from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.identity import identity
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
+from flowkernels.velocity.provenance import Identity
 
 POLISHED = 512  # samples of the bank on which a solver is polished again, at most
 
@@ -57,13 +60,13 @@ class Straightened:
 @torch.inference_mode(False)  # which enables gradients too: a caller's no_grad and inference_mode do not count
 def straighten(
     student: nn.Module | None,
-    velocity: Velocity,
+    velocity: Velocity | None,
     schedule: Schedule | Solver,
     *,
     noise: Tensor | Sequence[int] | Callable[[int, torch.Generator], Tensor] | None = None,
     iterations: int,
     batch: int = 128,
-    bank: int | TrajectoryBank = 1024,
+    bank: int | TrajectoryBank | Pairs | Callable[[int, torch.Generator], Pairs] = 1024,
     refresh: int | None = None,
     refresh_fraction: float = 1.0,
     target: str = "boss",
@@ -101,7 +104,8 @@ def straighten(
         student: the network to train, in place; None trains a copy of the teacher (its conditional field, if guided).
             It may be compiled, or in DataParallel or DistributedDataParallel: files and copies are of what they wrap,
             as is what `ema` returns.
-        velocity: the teacher; `VelocityField`, any callable `velocity(x, t)`, or a `FusedSampler`.
+        velocity: the teacher; `VelocityField`, any callable `velocity(x, t)`, or a `FusedSampler`. It may be None
+            where the bank is of pairs.
         schedule: from `calibrate`; its grid is the teacher's. It may begin later than a `grid` that is given. For
             target="solver" a Solver, such as `fk.polish(velocity, cal, fk.fit_solver(velocity, cal, 4))`, with `grid`.
         noise: the states at the grid's first time: a tensor `[bank, *shape]` (a fixed bank of that many samples), a
@@ -111,6 +115,9 @@ def straighten(
         batch: samples an iteration; for target="solver" each makes all of the solver's evaluations. bank: trajectories
             kept, where `noise` is not a tensor; or a `TrajectoryBank` with noise, or data, of its own, which is filled
             where it is not: for one that is elsewhere than on the device, serves several runs, or carries conditioning.
+            For "reflow" and other targets of one whole interval also `fk.Pairs` of noise and data, such as `fk.couple`
+            makes, or a function `(n, generator) -> Pairs` that makes each batch, n = `batch`, with a coupling of its
+            own; then there is no noise, nor a grid.
         refresh: iterations after which trajectories are rolled out anew from fresh noise; None never.
             refresh_fraction: of the bank, the oldest ones; in parts of `batch`, or of the bank's own `chunk`.
         target: what is learned, as `fk.StraightenLoss` has it: "boss", the intervals of the schedule; "reflow", the one
@@ -205,38 +212,43 @@ def straighten(
         progress=progress,
     )
     objective = settings.objective
-    teacher = resolve(velocity)
-    velocity = as_given(teacher.unfused())
-    expect_no_wrapped_field(velocity, "velocity")
+    teacher = None if velocity is None else resolve(velocity)
+    if teacher is not None:
+        velocity = as_given(teacher.unfused())
+        expect_no_wrapped_field(velocity, "velocity")
     expect_trainable_here()
     student = own_student(student, velocity, objective.student_from)
     for name, net in (("velocity", velocity), ("student", student)):
-        carries = isinstance(settings.bank, TrajectoryBank) and settings.bank.carries_conditioning
-        if isinstance(net, nn.Module) and not isinstance(net, VelocityBase) and not carries:
+        plain = isinstance(net, nn.Module) and not isinstance(net, VelocityBase)
+        if plain and not settings.carries_conditioning:
             expect_takes(net, name, "a network net(x, t)", None, None)
     parameters = trained_parameters(student)
-    trajectories = RunBank.of(
-        settings.bank,
-        teacher,
-        objective,
-        noise=noise,
-        grid=settings.grid,
-        batch=settings.batch,
-        fraction=settings.refresh_fraction,
-        seed=settings.seed,
-        device=parameters[0].device,
-        progress=settings.progress,
-    )
+    device = parameters[0].device
+    if are_pairs(settings.bank):
+        trajectories = RunPairs(settings.bank, objective, settings.batch, device)
+    else:
+        trajectories = RunBank.of(
+            settings.bank,
+            teacher,
+            objective,
+            noise=noise,
+            grid=settings.grid,
+            batch=settings.batch,
+            fraction=settings.refresh_fraction,
+            seed=settings.seed,
+            device=device,
+            progress=settings.progress,
+        )
     if objective.refits:
         expect(trajectories.size >= 2, "bank", "at least 2 samples, to fit the solver on", trajectories.size)
     opt = own_optimizer(optimizer, parameters, settings.lr)
-    known = identity(velocity)
+    known = Identity() if velocity is None else identity(velocity)
     trajectories.expect_teacher(known)
     setting = settings.identity() | {
         "bank": trajectories.size,
         "teacher": known.parameters,
         "noise": trajectories.identity,
-        "teacher_field": field_identity(velocity),
+        "teacher_field": None if velocity is None else field_identity(velocity),
         "student_field": field_identity(student),
         "optimizer": optimizer_identity(opt),
         "student": architecture(student),
@@ -244,7 +256,8 @@ def straighten(
     }
     saved = checkpoint_to_resume(settings, setting, student, known, stacklevel=4)
     initialise(student, velocity, init)
-    warn_if_training(velocity, stacklevel=4)
+    if velocity is not None:
+        warn_if_training(velocity, stacklevel=4)
     state = State(
         student, opt, trajectories, setting, steps=objective.knots.steps, ema=settings.ema, seed=settings.seed
     )
@@ -264,7 +277,7 @@ def straighten(
     return Straightened(trained, state.history, solver)
 
 
-def _fill(bank: RunBank, state: State, settings: Settings, saved: Mapping[str, Any] | None) -> None:
+def _fill(bank: RunBank | RunPairs, state: State, settings: Settings, saved: Mapping[str, Any] | None) -> None:
     """Roll the teacher out, after what can fail has been tried."""
     starts, conditioning = bank.draw(state.generator)
     if saved is not None and saved["bank_noise"] is not None:
