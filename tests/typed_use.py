@@ -47,6 +47,8 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
         [fk.Pairs(pairs.states, weight=pairs.weight), fk.forward_pairs(velocity, noise, 100, chunk=16)]
     )
     assert_type(pairs.batch(64), fk.BankBatch)
+    fk.straighten(net, None, fk.Schedule([0, 1]), bank=pairs, target="reflow", iterations=10)
+    fk.straighten(net, None, schedule, bank=lambda n, g: fk.couple(None, noise[:n], generator=g), iterations=10)
     assert_type(pairs.effective_size, float)
 
     def drawn(n: int, generator: torch.Generator) -> dict[str, Tensor]:
