@@ -58,8 +58,8 @@ class Sizes:
 
 
 SIZES = {
-    "digits": Sizes(512, 2048, 4096, 64, 1e-3, (100, 300)),
-    "fashion": Sizes(128, 384, 512, 16, 2e-4, (100, 300)),
+    "digits": Sizes(512, 2048, 8192, 128, 2e-4, (100, 300)),
+    "fashion": Sizes(256, 384, 1024, 32, 2e-4, (150,), grid=40),
 }
 
 
@@ -257,6 +257,7 @@ def trained(
     plan: Callable[[Run, int], Plan],
     settings: dict | Callable[[Run], dict],
     student: Callable[[Run, Plan], nn.Module] = lambda run, plan: run.student(),
+    batch: Callable[[Sizes, int], int] = lambda sizes, N: sizes.batch,
     shared: bool = True,
     **of_row,
 ) -> None:
@@ -279,7 +280,7 @@ def trained(
                 of_most,
                 init="keep",
                 iterations=run.iterations,
-                batch=s.batch,
+                batch=batch(s, max(run.steps)),
                 lr=s.lr,
                 optimizer=run.optimizer,
                 warmup=run.iterations // 15,
@@ -328,8 +329,11 @@ trained("acceleration", title, uniform, dict(target="acceleration"), **two)
 trained("on_policy", "`on_policy`", knots, dict(target="on_policy"))
 each = dict(student=lambda run, plan: fk.Blockwise(run.student(), plan), only=(2, 4, 8))
 trained("blockwise", "`blockwise`, N networks", knots, dict(target="blockwise"), **each)
-trained("solver", "`solver`", fitted, dict(target="solver"), fewer=True)
-trained("solver3", "`solver`, on the best of three knots", fitted3, dict(target="solver"), fewer=True, shared=False)
+noise = WHOLE | dict(student=lambda run, plan: fk.NoisePrediction(run.student()))
+trained("noise", "`noise` (Rectified Diffusion)", uniform, dict(target="noise"), **noise)
+shared_out = dict(batch=lambda s, N: max(1, s.batch // N), fewer=True)  # each sample is evaluated N times
+trained("solver", "`solver`, from the polished one", polished, dict(target="solver"), **shared_out)
+trained("solver_fitted", "`solver`, from the fitted one", fitted, dict(target="solver"), **shared_out)
 
 
 # ---- the baseline ----
