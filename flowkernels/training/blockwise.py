@@ -106,7 +106,7 @@ class Blockwise(Composite):
 
 
 def _on(t: Tensor, x: Tensor) -> Tensor:
-    """The times where the state is: one for all by a constant, which a CUDA graph takes."""
+    """The times where the state is: one for all as a constant, for which nothing is copied."""
     device = float64_device(x.device)
     if t.device == device:
         return t

@@ -1,12 +1,14 @@
 """`Composite`: a velocity that is made of networks, each of which may be one with conditioning of its own."""
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from flowkernels._checks import describe, expect
 from flowkernels.runtime.torch_private import COMPILED_CALL
+from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import VelocityBase, resolve
 
 
@@ -30,23 +32,30 @@ class Composite(nn.Module, VelocityBase):
     def rows(self, index: Tensor | slice, n: int) -> "Composite":
         if not any(isinstance(net, VelocityBase) for net in self.parts()):
             return self
-        some = copy.copy(self)
-        some.__dict__.pop(COMPILED_CALL, None)  # which calls this one
-        some.__dict__["_modules"] = {name: _rows(part, index, n) for name, part in self._modules.items()}
-        return some
+        return self._of(lambda net: net.rows(index, n) if isinstance(net, VelocityBase) else net)
+
+    def with_conditioning(self, conditioning: Mapping[str, Any]) -> "Composite":
+        """The same, each of its networks with further conditioning (`VelocityField.with_conditioning`)."""
+        return self._of(lambda net: VelocityField.of(net).with_conditioning(conditioning))
+
+    def _of(self, made: Callable[[nn.Module], nn.Module]) -> "Composite":
+        """The same of other networks."""
+        other = copy.copy(self)
+        other.__dict__.pop(COMPILED_CALL, None)  # which calls this one
+        other.__dict__["_modules"] = {
+            name: nn.ModuleList([made(net) for net in part]) if isinstance(part, nn.ModuleList) else made(part)
+            for name, part in self._modules.items()
+        }
+        return other
 
     def time_for(self, t: Tensor, x: Tensor) -> Tensor:
         return t
 
 
-def _rows(part: nn.Module, index: Tensor | slice, n: int) -> nn.Module:
-    if isinstance(part, nn.ModuleList):
-        return nn.ModuleList([_rows(net, index, n) for net in part])
-    return part.rows(index, n) if isinstance(part, VelocityBase) else part
-
-
 def answer_of(network: nn.Module, name: str, like: Tensor, x: Tensor, t: Tensor, **given: Any) -> Tensor:
-    """A network's answer, of the shape of a state `like`. name: of the argument that it is."""
+    """A network's answer, of the shape of a state `like`. name: of the argument that it is. given: by name."""
+    if given and isinstance(network, VelocityField):
+        network, given = network.with_conditioning(given), {}
     v = network(x, resolve(network).time_for(t, x), **given)
     if not isinstance(v, Tensor) or v.shape != like.shape:
         expect(False, name, f"an answer of x's shape {list(like.shape)}", describe(v))

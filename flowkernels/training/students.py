@@ -13,6 +13,7 @@ from flowkernels._guidance import guided
 from flowkernels.ops.library import is_transformed
 from flowkernels.runtime.torch_private import keeps_parametrized
 from flowkernels.training.blockwise import Blockwise
+from flowkernels.training.composite import Composite
 from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
 from flowkernels.velocity.evaluate import evaluate
 from flowkernels.velocity.field import VelocityField
@@ -120,7 +121,9 @@ def student_velocity(
     own of those names. given: further arguments, of a student that takes them."""
     torch.clear_autocast_cache()  # of weights as they were before a step, or without a graph
     learner = resolve(student).rows(sample, n)
-    if conditioning:
+    if conditioning and isinstance(learner, Composite):
+        learner = learner.with_conditioning(conditioning)
+    elif conditioning:
         learner, given = conditioned(student, learner, {**conditioning, **given}), {}
     v = learner(x, learner.time_for(t, x.float()), **given)
     if not isinstance(v, Tensor) or v.shape != x.shape:
