@@ -114,12 +114,12 @@ class StraightenLoss(nn.Module):
     - "velocity_matching": the student's velocity as the mean over the time left, x + (t_b - t) student(x, t) = x_b, by
       what that demands of its change du/dt on the teacher's way: `teacher(x, t) + (t_b - t) du/dt`, a constant
       (MDT-dist, arXiv 2509.04406). x is drawn uniformly between two of the teacher's states, of `substeps` steps an
-      interval. du/dt is a difference of the student's own, over one hundredth of the time left along the teacher's
-      velocity, without autocast; the factor `0.99 (t_b - t)` in front of it makes the end of such Euler steps of the
+      interval. du/dt is a difference of the student's own, over a twentieth of the time left along the teacher's
+      velocity, without autocast; the factor `0.95 (t_b - t)` in front of it makes the end of such Euler steps of the
       teacher what is learned, exactly. One evaluation of the teacher an example; of the student a second, in autocast a
-      third, without gradients. Checked against the public code ("discrete"): steps of 0.01 of the one interval [0, 1],
-      from noised data, and du/dt shortened to a norm below 1, with which another velocity is learned. Its second loss,
-      velocity distillation, is not here.
+      third, without gradients. Checked against the public code ("discrete"): differences over 0.01 of the one interval
+      [0, 1], from noised data, made stable by shortening du/dt to a norm below 1, with which another velocity is
+      learned; here the longer difference is what makes it stable. Its second loss, velocity distillation, is not here.
 
     Args:
         schedule: a Schedule, such as `cal[4]`; for target="solver" a Solver, such as `fk.polish(teacher, cal,

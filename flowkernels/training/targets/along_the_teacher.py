@@ -6,7 +6,7 @@ from torch import Tensor
 from flowkernels.ops.segment_points import segment_points
 from flowkernels.training.targets.base import Answer, Call, dense
 
-STEP = 0.01  # of the time left to the interval's end: how far a change is looked at
+STEP = 0.05  # of the time left, over which a change is taken: over less, the ripples of a network are what is seen
 
 
 def next_knot(call: Call) -> Answer:
