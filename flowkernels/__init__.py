@@ -17,6 +17,7 @@ from flowkernels.calibration.polish import polish
 from flowkernels.calibration.step_cost import StepCost, step_costs
 from flowkernels.fusion.head import FusedHead, fuse_head
 from flowkernels.fusion.sampler import FusedSampler, NotFusable, fuse
+from flowkernels.models.average_velocity import AverageVelocity
 from flowkernels.models.checkpoints import LoadedWeights, load_weights
 from flowkernels.ops.public import *  # noqa: F403, a function for each of OPS
 from flowkernels.ops.public import OPS
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Acceleration",
+    "AverageVelocity",
     "BackendError",
     "BankBatch",
     "Blockwise",

@@ -414,6 +414,24 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.first(x)) + t[:, None])
 
 
+class TwoTimed(Net):
+    """A network of two times."""
+
+    def forward(self, x, t, s, **conditioning):
+        return super().forward(x, t + s)
+
+
+class Embedded(Net):
+    """With an embedding of the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.time = nn.Linear(1, D)
+
+    def forward(self, x, t):
+        return super().forward(x + self.time(t[:, None]), t)
+
+
 PLACES: list[Place] = []
 
 
@@ -665,8 +683,25 @@ def _stages(cal) -> None:
         reference=(lambda: conditioned, is_function),
         **dict(x=(lambda: rand(N, D), is_noise), times=((0.2, 0.6), are_within_1)),
     )
+    two_times = fk.AverageVelocity(TwoTimed())
+    place(
+        "AverageVelocity",
+        fk.AverageVelocity,
+        net=(lambda: TwoTimed(), is_function),
+        **dict(second_name=("s", is_one_of("s")), second_is_size=(False, is_flag)),
+    )
+    place(
+        "AverageVelocity.from_velocity",
+        fk.AverageVelocity.from_velocity,
+        velocity=(lambda: fk.VelocityField(Embedded()), lambda v: isinstance(v, nn.Module)),
+        **dict(time_embedding=(None, or_none(is_one_of("time"))), width=(None, or_none(is_int(1)))),
+    )
+    place("AverageVelocity.on", two_times.on, schedule=(2, is_times))
     with torch.no_grad():
-        place("VelocityField()", conditioned, x=noise, t=(lambda: torch.zeros(N), anything))
+        at = (lambda: torch.zeros(N), anything)
+        x = (lambda: rand(N, D), is_dense(*FLOATS, meta=True))
+        place("AverageVelocity()", two_times, x=x, t=at, s=at)
+        place("VelocityField()", conditioned, x=x, t=(lambda: torch.zeros(N), anything))
     some = dict(samples=(2, is_int(1)), chunk=(None, or_none(is_int(1))))
     place(
         "calibrate",
@@ -768,10 +803,11 @@ def _stages(cal) -> None:
             loss=("huber", lambda v: is_one_of(*names)(v) or is_function(v)),
             huber_c=(0.03, within(0)),
             substeps=(4, is_int(1)),
-            weighting=(None, or_none(lambda v: is_one_of("per_sample_normalised")(v) or are_numbers(v))),
+            weighting=(None, or_none(lambda v: is_one_of("per_sample_normalised", "adaptive")(v) or are_numbers(v))),
             t_sampling=("start", or_none(lambda v: is_one_of(*shapes)(v) or is_function(v))),
             initial_speed=(1.5, within(-math.inf)),
             compared=("noise", is_one_of("data", "noise")),
+            **dict(consistency=("split", is_one_of("split", "derivative")), instantaneous=(0.5, within(0, 1, "[]"))),
         )
 
     place("StraightenLoss", fk.StraightenLoss, **of_loss(lambda: cal[2]))

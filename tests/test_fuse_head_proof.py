@@ -442,7 +442,7 @@ def test_a_head_of_another_class(name):
 
 
 class Own(fk.VelocityField):
-    def _network_time(self, t):
+    def network_time(self, t):
         return t**2
 
 

@@ -243,7 +243,7 @@ def per_sample(loss, error, c):
 OWN_LOSS = dict(own=lambda v, target: (v - target).abs().flatten(1).amax(1))
 
 
-@pytest.mark.parametrize("weight", [None, [1.0, 0.0, 2.5], "per_sample_normalised"], ids=str)
+@pytest.mark.parametrize("weight", [None, [1.0, 0.0, 2.5], "per_sample_normalised", "adaptive"], ids=str)
 @pytest.mark.parametrize("loss", ["l2", "huber", "huber_per_element", "cauchy", "own"])
 def test_the_loss_in_float64(loss, weight):
     grid, places, c = uneven_grid(20), (0, 4, 9, 20), 0.3
@@ -259,6 +259,8 @@ def test_the_loss_in_float64(loss, weight):
         intervals.append(i)
     if weight == "per_sample_normalised":
         factors = [1 / each for each in losses]
+    elif weight == "adaptive":
+        factors = [1 / (each + 1e-3 / 5) for each in losses]
     else:
         factors = [(weight or [1.0] * 3)[i] for i in intervals]
     expected = np.mean([w * each for w, each in zip(factors, losses, strict=True)])

@@ -64,6 +64,13 @@ class BankBatch(NamedTuple):
     conditioning: dict[str, Tensor] | None = None
     guidance: str | None = None
 
+    def examples(self, rows: slice) -> "BankBatch":
+        """Some of the examples, on the same states."""
+        weight = None if self.weight is None else self.weight[rows]
+        given = None if self.conditioning is None else {k: v[rows] for k, v in self.conditioning.items()}
+        parts = dict(interval=self.interval[rows], sample=self.sample[rows])
+        return self._replace(**parts, weight=weight, conditioning=given)
+
 
 class TrajectoryBank:
     """A teacher's states at the knots of a schedule, or of several at once, for n trajectories: what straightening

@@ -29,13 +29,14 @@ from flowkernels.training.bank import BankBatch, generator_on
 from flowkernels.training.losses import FUSED, LOSSES
 from flowkernels.training.refined import refined
 from flowkernels.training.t_sampling import START, T_SAMPLINGS
+from flowkernels.training.targets.average_velocity import CONSISTENCIES
 from flowkernels.training.targets.base import Answer, Call, RolledOut, Target
 from flowkernels.training.targets.noise import COMPARED
 from flowkernels.training.targets.own_states import own_states
 from flowkernels.training.targets.table import TARGETS
 from flowkernels.velocity.protocol import Velocity, resolve
 
-NORMALISED = "per_sample_normalised"
+NORMALISED, ADAPTIVE = BY_LOSS = ("per_sample_normalised", "adaptive")  # weightings that the losses determine
 
 
 class Tables(NamedTuple):
@@ -50,7 +51,9 @@ class Tables(NamedTuple):
     within: Tensor
 
 
+OF_ONE = ("initial_speed", "compared", "consistency", "instantaneous")  # settings of one target
 LEAST = 1e-12  # that a sample's loss is divided by
+ADDED = 1e-3  # to a sample's squared error, over all features
 
 TSampling = str | Callable[[int, torch.Generator], Tensor]
 Loss = str | Callable[[Tensor, Tensor], Tensor]
@@ -88,6 +91,20 @@ class StraightenLoss(nn.Module):
       "huber_per_element" and `huber_c = 0.001`; e is the pairs' noise itself there, and its path does not quite begin
       at it.
     - "blockwise": the schedule's intervals as "boss" has them, of a `fk.Blockwise`, a network for each.
+    - "average_velocity": of a student of two times (`fk.AverageVelocity`), the average velocity u(x, t, s) from t to a
+      later s, for any number of steps. t on the schedule's intervals, x on the chords between the teacher's states, s
+      uniform from t to the last knot. A share `instantaneous` of the examples has s = t, where u is the velocity: the
+      teacher's with guidance or, without a teacher, the secant of the interval, whose mean over the chords through x is
+      the velocity of a flow with the same states at the knots, as a whole. The others' target, without gradients, is by
+      `consistency`:
+      "split", `((r - t) u(x, t, r) + (s - r) u(x_r, r, s)) / (s - t)` with x_r = x + (r - t) u(x, t, r) and r uniform
+      between, of the student's own: two evaluations more. SplitMeanFlow (arXiv 2507.16884). Or
+      "derivative", `v + (s - t) (v . du/dx + du/dt)` with the velocity v, by forward-mode differentiation of the
+      student: MeanFlow (arXiv 2505.13447), whose time runs from data to noise, and whose weighting is "adaptive".
+      Both were checked against public code of others (zhuyu-cs/MeanFlow, primepake/splitmeanflow), where both times are
+      drawn alike and sorted. "split" needs no derivatives, and runs away with "adaptive". "derivative" asks how fast
+      the network changes in time: one whose embedding has sinusoids of a thousand t does much faster than its flow, and
+      then needs "adaptive" or a small learning rate.
     - "solver": for a `Solver` in place of the schedule, the whole of its steps: they are to end where the teacher does.
       The student is evaluated as often as the solver has it, each time on its own state and after its own velocities,
       and the gradient goes back through all of it: `(x_N - x_0) / (t_N - t_0)` is what is compared, with x_N the
@@ -134,11 +151,14 @@ class StraightenLoss(nn.Module):
         huber_c: the constant c.
         weighting: factors on the losses of intervals, N numbers ("reflow", "distill" and "solver" have one);
             "per_sample_normalised", one over the loss of the sample, which makes a mean of 1 and lets all samples pull
-            alike (Simple ReFlow); None weighs all alike.
+            alike (Simple ReFlow); "adaptive", one over the loss and 0.001 / D, which of "l2" is
+            `|e|^2 / (|e|^2 + 0.001)`, MeanFlow's, and lets go of samples that are learned; None weighs all alike.
         t_sampling: the distribution of u: "start", 0; "uniform"; "u_shaped", density `e^(4u) + e^(4(1-u))`; "ten",
             density `10^(1-u)`; or a function (n, generator) -> u `[n]` in [0, 1], the generator where the states are.
             None takes the target's own, "start" or "uniform"; "distill", "next_knot", "velocity_matching" and "solver"
             take no other.
+        consistency: of "average_velocity", "split" or "derivative". instantaneous: its share of examples whose two
+            times are one, in [0, 1].
         substeps: of target="next_knot" and "velocity_matching": the steps of the teacher's in each interval, at whose
             ends the bank has states: of the schedule's grid, which may have fewer, or equal ones where it has none.
         initial_speed: of target="acceleration", the initial velocity over the mean one: 1 is a straight line, above it
@@ -172,6 +192,8 @@ class StraightenLoss(nn.Module):
         huber_c: float = 0.03,
         weighting: Sequence[float] | Tensor | str | None = None,
         t_sampling: TSampling | None = None,
+        consistency: str = "split",
+        instantaneous: float = 0.5,
         substeps: int = 4,
         initial_speed: float = 1.5,
         compared: str = "data",
@@ -191,10 +213,14 @@ class StraightenLoss(nn.Module):
         self.solver = schedule if takes_solver else Solver.euler(self.knots)
         self.loss = self._row.loss if loss is None else _expect_loss(loss)
         self.huber_c = expect_real(huber_c, "huber_c", "a positive number", _is_squared)
-        self.weighting = weighting if _is(weighting, NORMALISED) else _expect_weighting(weighting, self.knots.steps)
+        self.weighting = weighting if _is_one(weighting, BY_LOSS) else _expect_weighting(weighting, self.knots.steps)
         self.t_sampling = _expect_t_sampling(t_sampling, self._row, target)
         self.initial_speed = expect_real(initial_speed, "initial_speed", "a finite number")
         self.compared = expect_choice(compared, "compared", COMPARED)
+        self.consistency = expect_choice(consistency, "consistency", CONSISTENCIES)
+        self.instantaneous = expect_real(
+            instantaneous, "instantaneous", "a share of the examples, in [0, 1]", lambda a: 0 <= a <= 1
+        )
         self.rolled_out: RolledOut | None = None
         self._tables: dict[torch.device, Tables] = {}
 
@@ -215,6 +241,11 @@ class StraightenLoss(nn.Module):
     def refits(self) -> bool:
         """Whether the student is sampled with a solver that is fitted to it afterwards."""
         return self._row.solver
+
+    def expect_student(self, student: nn.Module) -> None:
+        """Raise for what is no module, or one that lacks what the target needs."""
+        expect(isinstance(student, nn.Module), "student", "an nn.Module", student, TypeError)
+        self._row.expect_student(student)
 
     def student_from(self, copied: nn.Module) -> nn.Module:
         """The student that a copy of the teacher becomes."""
@@ -286,7 +317,7 @@ class StraightenLoss(nn.Module):
             teacher=self.teacher,
             rolled_out=rolled,
             progress=progress,
-            settings=dict(initial_speed=self.initial_speed, compared=self.compared),
+            settings={name: getattr(self, name) for name in OF_ONE},
         )
 
     def tried(
@@ -320,22 +351,26 @@ class StraightenLoss(nn.Module):
         if not self.is_fused:
             target = secants(pairs, step_sizes, places, columns)
             each = self.each(v.to(target.dtype), target)
-            return StraightenLosses(*means(each, self._weight(each, interval, factors), interval, N))
+            weight = self._weight(each, interval, factors, v[:1].numel())
+            return StraightenLosses(*means(each, weight, interval, N))
         fused = functools.partial(straighten_loss, loss=self.loss, huber_c=self.huber_c)
         known = None
-        if _is(self.weighting, NORMALISED):
+        if _is_one(self.weighting, BY_LOSS):
             with torch.no_grad():
                 known = fused(v, pairs, step_sizes, places, columns).per_sample
-        found = fused(v, pairs, step_sizes, places, columns, weight=self._weight(known, interval, factors))
+        weight = self._weight(known, interval, factors, v[:1].numel())
+        found = fused(v, pairs, step_sizes, places, columns, weight=weight)
         if places is not interval:  # the op's means are by place
             with torch.no_grad():
                 found = StraightenLosses(*found[:2], means(found.per_sample, None, interval, N)[2])
         return found
 
-    def _weight(self, each: Tensor | None, interval: Tensor, factors: Sequence[Tensor]) -> Tensor | None:
+    def _weight(self, each: Tensor | None, interval: Tensor, factors: Sequence[Tensor], features: int) -> Tensor | None:
         """The factors on the samples' losses, `[B]`."""
         if each is not None and _is(self.weighting, NORMALISED):
             factors = [each.detach().clamp_min(LEAST).reciprocal(), *factors]
+        if each is not None and _is(self.weighting, ADAPTIVE):
+            factors = [(each.detach() + ADDED / max(features, 1)).reciprocal(), *factors]
         weight = self.tables(interval.device).weight
         if weight is not None:
             factors = [weight[interval], *factors]
@@ -414,6 +449,8 @@ class StraightenLoss(nn.Module):
         found["weighting"] = self.weighting.tolist() if isinstance(self.weighting, Tensor) else self.weighting
         if self.target != "boss":  # of which checkpoints of before there were others say nothing
             found["target"] = self.target
+        if self.target == "average_velocity":
+            found |= {name: getattr(self, name) for name in ("consistency", "instantaneous")}
         if self._row.between and self.substeps != 4:
             found["substeps"] = self.substeps
         if self.target == "acceleration":
@@ -441,8 +478,7 @@ class StraightenLoss(nn.Module):
         return batch
 
     def _expect_states(self, student, states, ends: bool = False) -> None:
-        expect(isinstance(student, nn.Module), "student", "an nn.Module", student, TypeError)
-        self._row.expect_student(student)
+        self.expect_student(student)
         expect_tensor(states, "states", (torch.float32, torch.float64))
         if states.dim() < 3 or len(states) != (2 if ends else len(self.times)):
             knots = [round(t, 4) for t in self.times.tolist()]
@@ -452,6 +488,10 @@ class StraightenLoss(nn.Module):
 
 def _is(value, name: str) -> bool:
     return isinstance(value, str) and value == name
+
+
+def _is_one(value, names: Sequence[str]) -> bool:
+    return isinstance(value, str) and value in names
 
 
 def _name(value) -> str:
@@ -501,7 +541,7 @@ def _expect_loss(loss) -> Loss:
 def _expect_weighting(value, steps: int) -> Tensor | None:
     if value is None:
         return None
-    expected = f"{steps} finite numbers >= 0, one for each interval, {NORMALISED!r} or None"
+    expected = f"{steps} finite numbers >= 0, one for each interval, {one_of((*BY_LOSS, None))}"
     if isinstance(value, str):
         expect(False, "weighting", expected, value)
     weight = expect_float64(value, "weighting", expected).float()

@@ -127,6 +127,8 @@ class Settings:
     loss: Loss | None
     huber_c: float
     weighting: Any
+    consistency: str
+    instantaneous: float
     lr: float
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
     warmup: int
@@ -149,6 +151,7 @@ class Settings:
     def __post_init__(self):
         checked = {name: check(getattr(self, name), name) for name, check in CHECKS.items()}
         learned = ("target", "loss", "huber_c", "weighting", "t_sampling", "substeps", "initial_speed", "compared")
+        learned += ("consistency", "instantaneous")
         settings = {name: getattr(self, name) for name in learned}
         pairs = are_pairs(self.bank)
         if not (pairs and self.velocity is None):

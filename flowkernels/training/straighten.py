@@ -74,6 +74,8 @@ def straighten(
     loss: Loss | None = None,
     huber_c: float = 0.03,
     weighting: Sequence[float] | Tensor | str | None = None,
+    consistency: str = "split",
+    instantaneous: float = 0.5,
     rollout_every: int = 50,
     substeps: int = 4,
     initial_speed: float = 1.5,
@@ -123,14 +125,17 @@ def straighten(
         target: what is learned, as `fk.StraightenLoss` has it: "boss", the intervals of the schedule; "reflow", the one
             from its first knot to its last; "annealed_reflow", the same into a smaller student; "distill", that in one
             step; "acceleration", the paths of a `fk.Acceleration`, "noise" those of a `fk.NoisePrediction`;
+            "average_velocity", from any time to any later one, of a `fk.AverageVelocity`, for any number of steps;
             "blockwise", the intervals by a `fk.Blockwise`, a network for each; "next_knot" and "velocity_matching",
             where the teacher's states between two knots lead; "on_policy", the teacher's velocity along the student's
             own steps; "solver", the end of a Solver's steps, through all of them.
         t_sampling: the distribution of u: "start", u = 0, BOSS as published; "uniform", piecewise reflow; "u_shaped";
             "ten"; or a function. None takes the target's own. loss, huber_c: "l2", "huber", "huber_per_element",
             "cauchy", a function or None, the target's own, and the constant. weighting: a factor on the loss of each
-            interval, "per_sample_normalised", or None. See `fk.StraightenLoss`. A resumed run cannot tell one function
-            from another.
+            interval, "per_sample_normalised", "adaptive" or None. See `fk.StraightenLoss`. A resumed run cannot tell
+            one function from another.
+        consistency, instantaneous: of target="average_velocity": "split" or "derivative", and the share of examples
+            whose two times are one. See `fk.StraightenLoss`.
         rollout_every: of target="on_policy", iterations after which the student's own samples are taken anew: N - 1
             evaluations of the bank without gradients.
         substeps: of target="next_knot" and "velocity_matching": steps in each interval whose states the bank has, at
@@ -194,6 +199,8 @@ def straighten(
         loss=loss,
         huber_c=huber_c,
         weighting=weighting,
+        consistency=consistency,
+        instantaneous=instantaneous,
         rollout_every=rollout_every,
         substeps=substeps,
         initial_speed=initial_speed,
@@ -218,6 +225,7 @@ def straighten(
         expect_no_wrapped_field(velocity, "velocity")
     expect_trainable_here()
     student = own_student(student, velocity, objective.student_from)
+    objective.expect_student(student)
     for name, net in (("velocity", velocity), ("student", student)):
         plain = isinstance(net, nn.Module) and not isinstance(net, VelocityBase)
         if plain and not settings.carries_conditioning:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_takes
 from flowkernels._guidance import guided
+from flowkernels.models.average_velocity import AverageVelocity
+from flowkernels.models.second_time import TwoTimes
 from flowkernels.ops.library import is_transformed
 from flowkernels.runtime.torch_private import keeps_parametrized
 from flowkernels.training.blockwise import Blockwise
@@ -74,6 +76,7 @@ def _trainable(student: nn.Module) -> nn.Module:
 def initialise(student: nn.Module, velocity: Velocity, init) -> None:
     """Load the weights that training starts from."""
     net, state, name = VelocityField.of(student).net, init, "init"
+    inner = unwrapped(net)
     if not isinstance(init, Mapping):
         known = init is None or (isinstance(init, str) and init in ("teacher", "keep"))
         expect(known, "init", "'teacher', 'keep', a state dict or None", init)
@@ -89,6 +92,8 @@ def initialise(student: nn.Module, velocity: Velocity, init) -> None:
                 expect_weights(VelocityField.of(network).net, state, name)
                 load_weights(VelocityField.of(network).net, state)
             return
+    if isinstance(inner, TwoTimes) and not inner.is_of(state):  # of the network of one time that it was made of
+        net = inner.net
     expect_weights(net, state, name)
     load_weights(net, state)
 
@@ -123,6 +128,8 @@ def student_velocity(
     learner = resolve(student).rows(sample, n)
     if conditioning and isinstance(learner, Composite):
         learner = learner.with_conditioning(conditioning)
+    elif conditioning and isinstance(learner, AverageVelocity):
+        learner = conditioned(student, learner, conditioning)
     elif conditioning:
         learner, given = conditioned(student, learner, {**conditioning, **given}), {}
     v = learner(x, learner.time_for(t, x.float()), **given)
@@ -140,8 +147,28 @@ def conditioned(student: nn.Module, learner: VelocityBase, conditioning: Mapping
     names, net = ", ".join(sorted(conditioning)), unwrapped(field.net)
     by_place = [] if field.x_name else [None] if field.time_name or field.time_column else [None, None]
     by_name = {name for name in (field.x_name, field.time_name) if name} | field.conditioning.keys()
+    if isinstance(field, AverageVelocity):
+        by_name.add(field.second_name)
     expect_takes(net, "student", f"a network that takes {names}, which the bank carries", *by_place, by_name=by_name)
     return field
+
+
+def student_derivative(
+    student: AverageVelocity,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    v: Tensor,
+    sample: Tensor,
+    n: int,
+    conditioning: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """`AverageVelocity.derivative` of the samples `[B]` of n, in x's dtype; with conditioning as for
+    `student_velocity`."""
+    torch.clear_autocast_cache()
+    learner = student.rows(sample, n)
+    learner = conditioned(student, learner, conditioning) if conditioning else learner
+    return learner.derivative(x, t, s, v).to(x.dtype)
 
 
 @no_grad

@@ -115,7 +115,7 @@ def _of_pipeline(field: "VelocityField", pipe: Any) -> VelocityBase:
     kind = type(unwrapped(net)).__name__
     expected = f"a pipeline with one of {', '.join(STOCK)}; of another, pipeline_velocity(pipe, ...)"
     expect(kind in STOCK, "reference", expected, f"one with a {kind}")
-    return field._replace(net=net, time_column=False, **stock_settings(unwrapped(net)))
+    return field.replaced(net=net, time_column=False, **stock_settings(unwrapped(net)))
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ class _Judge:
 
     def error(self, convention: Convention) -> float:
         """The distance at all times together, as a part of the reference."""
-        field = self.field if not self.own else self.field._replace(**vars(convention))
+        field = self.field if not self.own else self.field.replaced(**vars(convention))
         found = [_velocity(field, self.x, t) for t in self.times]
         if not self.own:  # the first is the field's own
             self.own = [v for v, _ in found]
@@ -207,5 +207,5 @@ class _Judge:
 
     def _told(self, sign: int, time: float, t: float) -> Tensor:
         """The velocity where the network is told this time."""
-        field = self.field._replace(reverse_time=False, time_scale=0.0, time_offset=time, sign=sign)
+        field = self.field.replaced(reverse_time=False, time_scale=0.0, time_offset=time, sign=sign)
         return _velocity(field, self.x, t)[0]

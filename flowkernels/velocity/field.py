@@ -193,7 +193,7 @@ class VelocityField(nn.Module, VelocityBase):
             guidance=self.guidance,
         )
 
-    def _replace(self, **changes) -> "VelocityField":
+    def replaced(self, **changes: Any) -> "VelocityField":
         """The same field but for some settings: of the same class, with all it holds, its network shared."""
         field = copy.copy(self)
         field.__dict__.pop(COMPILED_CALL, None)  # which calls this one
@@ -228,11 +228,11 @@ class VelocityField(nn.Module, VelocityBase):
                     kwargs[k] = v if whole else on_tensors(v, lambda t: t[index] if is_per_sample(t, n) else t)
         if isinstance(self.net, VelocityBase):
             changes["net"] = self.net.rows(index, n)
-        return self._replace(**changes)
+        return self.replaced(**changes)
 
     def without_guidance(self) -> "VelocityField":
         """The conditional field alone: what a student is that has guidance distilled into it."""
-        return self._replace(guidance=1.0, unconditional={})
+        return self.replaced(guidance=1.0, unconditional={})
 
     def with_conditioning(self, conditioning: Mapping[str, Any], guidance: Tensor | None = None) -> "VelocityField":
         """The same field with other conditioning: these entries beside those of other names.
@@ -243,11 +243,11 @@ class VelocityField(nn.Module, VelocityBase):
         """
         given = {**self.conditioning, **expect_mapping(conditioning, "conditioning", "a dict of keyword arguments")}
         if guidance is None:
-            return self._replace(conditioning=given)
+            return self.replaced(conditioning=given)
         expect(len(self.unconditional) > 0, "guidance", "None, of a field without `unconditional`", guidance)
         weight = expect_tensor(guidance, "guidance", FLOATS)
         expect(weight.dim() == 1, "guidance", "[n], a weight for each sample", weight)
-        return self._replace(conditioning=given, guidance=functools.partial(_weighted, weight))
+        return self.replaced(conditioning=given, guidance=functools.partial(_weighted, weight))
 
     @torch.no_grad()
     def check(self, reference: Any, x: Tensor | None = None, *, times: Sequence[float] = (0.3, 0.8)) -> float:
@@ -277,8 +277,8 @@ class VelocityField(nn.Module, VelocityBase):
         """
         return check(self, reference, x, times)
 
-    def _network_time(self, t: Tensor) -> Tensor:
-        """In float64."""
+    def network_time(self, t: Tensor) -> Tensor:
+        """Times as the network takes them, of the library's t `[n]`; float64."""
         t = exact_time(t).to(float64_device(t.device), torch.float64, copy=True)
         t = self.time_scale * t  # before the difference: of k / 1000 and a scale of 1000, k
         t = self.time_scale - t if self.reverse_time else t
@@ -286,11 +286,11 @@ class VelocityField(nn.Module, VelocityBase):
 
     def time_embedding(self, t: Tensor) -> Embedding:
         """The network's, at times of the library's convention; for networks that have one (`has_time_embedding`)."""
-        return resolve(self.net).embed_time(self._network_time(t), t)
+        return resolve(self.net).embed_time(self.network_time(t), t)
 
     def embed_time(self, t: Tensor, like: Tensor) -> Embedding:
         if "time_embedding" not in self.__dict__ and type(self).time_embedding is EMBED:
-            return resolve(self.net).embed_time(self._network_time(t), like)
+            return resolve(self.net).embed_time(self.network_time(t), like)
         return self.time_embedding(self.time_for(t, like))
 
     def has_time_embedding(self) -> bool:
@@ -326,7 +326,7 @@ class VelocityField(nn.Module, VelocityBase):
         """The network's velocities of x `[n, *shape]` at times t `[n]` of the library's convention, kwargs being the
         conditioning; as the field gives them, but for guidance."""
         n, net = len(x), self.net
-        time = self._network_time(t)
+        time = self.network_time(t)
         # one that wraps nothing takes them as any callable does
         plain = not (torch.compiler.is_compiling() or isinstance(net, VelocityBase) or wraps(type(net)))
         t = VelocityBase.time_for(self, time, x) if plain else resolve(net).time_for(time, x)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -106,6 +106,11 @@ class Call:
         """The teacher's, with guidance, `[B, *shape]`."""
         given = self.batch.conditioning, self.batch.guidance
         return teacher_velocity(self.teacher, x, t, self.batch.sample, self.samples, *given)
+
+    def examples(self, rows: slice) -> "Call":
+        """That of some of the examples."""
+        parts = {name: getattr(self, name)[rows] for name in ("places", "columns", "start", "size", "end")}
+        return replace(self, batch=self.batch.examples(rows), **parts)
 
     def u(self) -> Tensor | None:
         """Where on its interval each example is, `[B]` in [0, 1]; None where all are at its start."""

@@ -16,6 +16,7 @@ go on. A loss or a distribution of times is a row of its own table: losses.py, t
 from flowkernels.training.targets.acceleration import acceleration, expect_acceleration
 from flowkernels.training.targets.along_the_teacher import next_knot, velocity_matching
 from flowkernels.training.targets.annealed_reflow import annealed_reflow
+from flowkernels.training.targets.average_velocity import average_velocity, expect_two_times, of_two_times
 from flowkernels.training.targets.base import Target
 from flowkernels.training.targets.blockwise import blockwise, expect_blockwise, in_blocks
 from flowkernels.training.targets.noise import expect_noise_prediction, noise
@@ -33,6 +34,9 @@ TARGETS: dict[str, Target] = {
     "annealed_reflow": Target(annealed_reflow, whole=True, t_sampling="uniform", from_noise=True, progress=True),
     "acceleration": Target(acceleration, whole=True, t_sampling="uniform", expect_student=expect_acceleration),
     "noise": Target(noise, whole=True, t_sampling="uniform", expect_student=expect_noise_prediction),
+    "average_velocity": Target(
+        average_velocity, t_sampling="uniform", expect_student=expect_two_times, made=of_two_times
+    ),
     "blockwise": Target(blockwise, expect_student=expect_blockwise, made=in_blocks),
     "solver": Target(on_a_solver, whole=True, only=True, loss="huber", solver=True),
 }
