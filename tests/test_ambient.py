@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -181,6 +182,24 @@ def straighten(w, tmp_path):
     whole = dict(target="reflow", schedule=fk.Schedule([0, 1]), noise=None, refresh=None)
     pairs = [whole | dict(bank=bank) for bank in coupled]
     return [straightened(w, **more) for more in ({}, fields, uniform, solver, *followed, *pairs)]
+
+
+@stage
+def bank(w, tmp_path):
+    found, plans, data = [], [w["cal"][N], w["cal"][3]], dict(noise=None, data=w["noise"])
+    folder = tmp_path / f"{threading.get_ident()}"
+    own = dict(velocity=w["guided"], noise=w["noise"])
+    for i, more in enumerate(({}, dict(storage="shared", dtype=torch.bfloat16), dict(storage=folder), data, own)):
+        settings = dict(velocity=w["net"], noise=(4,), size=6, chunk=4) | more
+        made = fk.TrajectoryBank(schedules=plans, **settings, **QUIET).fill()
+        if settings["noise"] == (4,):
+            made.refresh(0.5)
+        batch = made.sample(5, torch.Generator(device="cpu").manual_seed(i), 3)
+        found += [made.times, made.states(N), batch.states, batch.interval, batch.sample]
+    opened = fk.TrajectoryBank.open(folder)
+    found.append(opened.states(N))
+    shutil.rmtree(folder)
+    return found
 
 
 class Stopped(Exception):

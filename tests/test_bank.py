@@ -19,6 +19,7 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels import _weights
+from flowkernels.models.bundled import BUNDLED
 
 F64 = torch.float64
 QUIET = dict(progress=False)
@@ -72,6 +73,7 @@ def expect_bank(bank, by_hand, tolerance):
     for plan in bank.schedules:
         expected = at(by_hand, plan)
         torch.testing.assert_close(bank.states(plan).double(), expected, **tolerance)
+        assert torch.equal(bank.states(plan, 7), bank.states(plan)[:, :7])
         batch = bank.sample(64, torch.Generator().manual_seed(plan.steps), plan)
         assert set(batch.interval.tolist()) == set(range(plan.steps))
         places = torch.stack([batch.interval, batch.interval + 1])
@@ -115,6 +117,60 @@ def test_states_of_an_uneven_grid_and_images():
     bank = bank_of(ElementwiseField(), plans, noise=noise, size=None, chunk=3, grid=None).fill()
     assert bank.dtype == F64
     expect_bank(bank, euler(ElementwiseField(), noise, grid), dict(rtol=1e-12, atol=1e-12))
+
+
+def test_of_a_calibration_and_a_fused_teacher():
+    """The schedules of a calibration; a sampler that makes all steps in one call."""
+    net, noise = BUNDLED["digits"].load(), normal(6, 1, 8, 8)
+    cal = fk.calibrate(net, noise, 10, [2, 3], **QUIET)
+    plain, fused = (
+        fk.TrajectoryBank(teacher, cal, noise=noise, chunk=4, **QUIET).fill()
+        for teacher in (net, fk.fuse(net, cal.times, shape=(1, 8, 8)))
+    )
+    assert [plan.steps for plan in plain.schedules] == [2, 3]
+    wide = BUNDLED["digits"].load().double()
+    with torch.no_grad():
+        expect_bank(plain, euler(wide, noise, cal.times), dict(rtol=1e-4, atol=1e-4))
+        expect_bank(fused, euler(wide, noise, cal.times), dict(rtol=1e-4, atol=1e-4))
+
+
+def test_what_is_interrupted_in_memory_goes_on():
+    left = [20]
+
+    def teacher(x, t):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return ElementwiseField()(x, t)
+
+    bank = bank_of(teacher)
+    with pytest.raises(KeyboardInterrupt):
+        bank.fill()
+    with pytest.raises(
+        ValueError, match=r"^bank: expected one that is filled: bank.fill\(\), got 4 of 5 chunks missing"
+    ):
+        bank.states(2)
+    assert same(bank.fill(), bank_of(ElementwiseField()).fill())
+    left[0] = 20
+    with pytest.raises(KeyboardInterrupt):
+        bank.refresh()
+    assert bank.drawn == 6
+    assert same(bank.fill(), bank_of(ElementwiseField()).fill(6))
+
+
+def test_a_teacher_in_training_is_said():
+    with pytest.warns(UserWarning, match=r"^velocity: .*training") as seen:
+        bank_of(DropoutField()).fill()
+    assert [w.filename for w in seen] == [__file__]
+
+
+class DropoutField(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x, t):
+        return self.drop(x)
 
 
 def test_several_schedules_take_one_pass():

@@ -179,7 +179,7 @@ class TrajectoryBank:
 
         Args:
             storage: the folder.
-            device: of batches; None is torch's default.
+            device: of batches; None is the CPU.
             check: look at every byte of the shards, against their checksums; else at their sizes and headers.
 
         Raises:
@@ -191,7 +191,7 @@ class TrajectoryBank:
         bank._velocity = bank._starts = bank._teacher = bank.inversion_error = None
         bank._progress, bank._places, bank._tables = False, {}, tables
         bank.size, bank.chunk, bank.guidance = manifest["size"], manifest["chunk"], manifest["guidance"]
-        bank.device = expect_device(device) or torch.empty(0).device
+        bank.device = expect_device(device) or torch.device("cpu")
         with damaged("storage", "the manifest of a bank", folder / MANIFEST):
             bank._knots = Knots.of([Schedule(times) for times in manifest["schedules"]], manifest["grid"])
         bank._store = Shards(folder, bank.device, manifest, tables)
@@ -337,13 +337,16 @@ class TrajectoryBank:
         ends = self._there(self._store.ends(knots[interval], knots[interval + 1], sample)).to(self._state_dtype)
         return BankBatch(ends, self._there(interval), self._there(sample), True, size=self.size, **more)
 
-    def states(self, schedule: Any = None) -> Tensor:
+    def states(self, schedule: Any = None, count: int | None = None) -> Tensor:
         """All states at the knots of one schedule, `[N+1, n, *shape]`, float32 or float64, on the device: those that
-        are kept, or a copy. For what goes along whole trajectories, as
-        `StraightenLoss.roll_out` does, whose batches are then `BankBatch(states, batch.interval, batch.sample)`."""
+        are kept, or a copy. For what goes along whole trajectories, as `StraightenLoss.roll_out` does, whose batches
+        are then `BankBatch(states, batch.interval, batch.sample)`. count: of the first trajectories alone."""
         places = self._knots.choose(schedule)
+        count = self.size if count is None else min(expect_positive_int(count, "count"), self.size)
         self._expect_filled()
-        return self._store.states if self._is_whole(places) else self._store.knots(list(places), self._state_dtype)
+        if self._is_whole(places):
+            return self._store.states if count == self.size else self._store.states[:, :count]
+        return self._store.knots(list(places), count, self._state_dtype)
 
     def expect_for(self, objective: Any) -> None:
         """That it keeps the knots of a StraightenLoss, or of what else has some; ValueError, naming `bank`."""

@@ -167,11 +167,12 @@ class Shards:
                 into[i] = self._bytes(k)[name][row]
         return found
 
-    def knots(self, places: list[int], dtype: torch.dtype) -> Tensor:
-        found = torch.empty(len(places), self.size, *self.shape, dtype=dtype, device=self.device)
-        for k in range(len(self.tickets)):
-            part = self.tensors(k)[STATES]
-            found[:, k * self.chunk : k * self.chunk + part.shape[1]] = part[places].to(self.device, dtype)
+    def knots(self, places: list[int], count: int, dtype: torch.dtype) -> Tensor:
+        found = torch.empty(len(places), count, *self.shape, dtype=dtype, device=self.device)
+        for k in range(-(-count // self.chunk)):
+            rows = slice(k * self.chunk, min((k + 1) * self.chunk, count))
+            part = self.tensors(k)[STATES][:, : rows.stop - rows.start]
+            found[:, rows] = part[places].to(self.device, dtype)
         return found
 
 

@@ -79,11 +79,9 @@ class Memory:
         """The conditioning of samples, by name."""
         return {key: column.index_select(0, sample) for key, column in self.columns.items()}
 
-    def knots(self, places: list[int], dtype: torch.dtype) -> Tensor:
-        """The states at some of the knots `[len(places), n, *shape]`, on the device; no copy where there is none to
-        make."""
-        every = places == list(range(len(self.states)))
-        return (self.states if every else self.states[places]).to(self.device, dtype)
+    def knots(self, places: list[int], count: int, dtype: torch.dtype) -> Tensor:
+        """The first trajectories' states at some of the knots `[len(places), count, *shape]`, on the device."""
+        return self.states[places, :count].to(self.device, dtype)
 
 
 def staged(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -280,7 +280,7 @@ def straighten(
     train(state, settings)
     trained, solver = state.result(), None
     if objective.refits:
-        ends = trajectories.states[:, :POLISHED]
+        ends = trajectories.first(POLISHED)
         solver = polish_on(trained, objective.solver, ends, settings.grid, trajectories.size, trajectories.batch)
     return Straightened(trained, state.history, solver)
 
