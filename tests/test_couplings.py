@@ -380,6 +380,27 @@ def test_a_teacher_is_what_the_student_starts_from():
     assert torch.equal(result.student.net.weight, teacher.net.weight)
 
 
+STUDENTS = {
+    "distill": lambda: field(2),
+    "annealed_reflow": lambda: field(2),
+    "noise": lambda: fk.NoisePrediction(field(2)),
+    "acceleration": lambda: fk.Acceleration(field(2), field(4)),
+}
+
+
+def field(features):
+    return fk.VelocityField(nn.Linear(features + 1, 2), time_column=True)
+
+
+@pytest.mark.parametrize("target", STUDENTS)
+def test_other_targets_of_the_whole_interval_take_pairs(target):
+    settings = QUIET | dict(target=target, iterations=3, batch=8, log_every=1)
+    for bank in (doubled(20, seeded()), doubled):
+        history = fk.straighten(STUDENTS[target](), None, WHOLE, bank=bank, **settings).history
+        assert len(history["loss"]) == 3
+        assert all(map(math.isfinite, history["loss"]))
+
+
 class Stopped(Exception):
     pass
 
@@ -424,11 +445,17 @@ OF_STRAIGHTEN = {
     r"^student: expected a module, where the teacher is not one": lambda: fk.straighten(
         None, None, WHOLE, bank=doubled, iterations=1, **QUIET
     ),
-    r"^bank: expected a target of one whole interval, .* target='boss' on 2": lambda: straightened(
+    r"^bank: expected a target of one whole interval, .* target='boss', of states at 3": lambda: straightened(
         schedule=THREE, target="boss"
     ),
     r"^bank: expected a target of one whole interval, .* target='solver'": lambda: straightened(
         schedule=fk.Solver.euler([0, 1]), target="solver"
+    ),
+    r"^bank: expected a target of one whole interval, .* target='next_knot', of states at 5": lambda: straightened(
+        target="next_knot"
+    ),
+    r"^bank: expected a target of one whole interval, .* target='on_policy'": lambda: straightened(
+        velocity=linear_field(2), target="on_policy", init="keep"
     ),
     r"^noise: expected None with a bank that has its own": lambda: straightened(noise=(2,)),
     r"^grid: expected None with a bank that has its own": lambda: straightened(grid=10),

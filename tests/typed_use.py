@@ -45,13 +45,13 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     objective(trained.student, batch).loss.backward()
     assert_type(fk.Acceleration(trained.student, nn.Linear(6, 3), v0_name="v0"), fk.Acceleration)
     assert_type(fk.NoisePrediction(trained.student, "straight"), fk.NoisePrediction)
-    assert_type(fk.Blockwise([trained.student], fk.Schedule([0, 1])), fk.Blockwise)
+    assert_type(fk.Blockwise([trained.student], fk.Schedule.uniform(1)), fk.Blockwise)
     pairs = fk.couple(None, noise, lambda x, y: torch.arange(len(y)), groups=torch.zeros(8, dtype=torch.int64))
     pairs = fk.Pairs.cat(
         [fk.Pairs(pairs.states, weight=pairs.weight), fk.forward_pairs(velocity, noise, 100, chunk=16)]
     )
     assert_type(pairs.batch(64), fk.BankBatch)
-    fk.straighten(net, None, fk.Schedule([0, 1]), bank=pairs, target="reflow", iterations=10)
+    fk.straighten(net, None, fk.Schedule.uniform(1), bank=pairs, target="reflow", iterations=10)
     fk.straighten(net, None, schedule, bank=lambda n, g: fk.couple(None, noise[:n], generator=g), iterations=10)
     assert_type(pairs.effective_size, float)
 

@@ -41,9 +41,9 @@ class RunPairs:
     noise_hash: str | None = None
 
     def __init__(self, given: PairsSource, objective: StraightenLoss, batch: int, device: torch.device):
-        self.given, self.batch, self.steps, self._device = given, batch, objective.schedule.steps, device
-        ends = objective.knots.steps == 1 and not (objective.needs_roll_out or objective.refits)
-        got = f"target={objective.target!r} on {self.steps} intervals"
+        self.given, self.batch, self._device = given, batch, device
+        ends = len(objective.times) == 2 and not (objective.needs_roll_out or objective.refits)
+        got = f"target={objective.target!r}, of states at {len(objective.times)} times"
         expect(ends, "bank", "a target of one whole interval, such as 'reflow', for pairs", got)
         self.rng: Tensor | None = None
         if isinstance(given, Pairs):
