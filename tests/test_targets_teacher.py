@@ -405,3 +405,18 @@ def test_a_wrapped_student_learns_the_same(target, wrap):
         ]
 
     assert run(WRAPPED[wrap](Student())) == run(Student())
+
+
+@pytest.mark.parametrize("storage", ["device", "shared"])
+@pytest.mark.parametrize("target", ALONG)
+def test_a_bank_of_ones_own(target, storage):
+    """It keeps the states between the knots where it is made for the loss's schedule; the examples are alike in all."""
+    noise, teacher = normal(16, 3), Student(seed=1).eval()
+    objective = fk.StraightenLoss(ON_GRID, target=target, teacher=teacher)
+    run = dict(iterations=4, batch=8, log_every=1, target=target, init="keep", **QUIET)
+    bank = fk.TrajectoryBank(teacher, objective.schedule, noise=noise, storage=storage, **QUIET)
+    losses = fk.straighten(Student(), teacher, ON_GRID, bank=bank, noise=None, **run).history["loss"]
+    assert losses == pytest.approx(fk.straighten(Student(), teacher, ON_GRID, noise=noise, **run).history["loss"])
+    few = fk.TrajectoryBank(teacher, ON_GRID, noise=noise, **QUIET)
+    with pytest.raises(ValueError, match=r"^bank: expected knots that the bank keeps, among "):
+        fk.straighten(Student(), teacher, ON_GRID, bank=few, noise=None, **run)

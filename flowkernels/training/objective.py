@@ -160,7 +160,8 @@ class StraightenLoss(nn.Module):
         consistency: of "average_velocity", "split" or "derivative". instantaneous: its share of examples whose two
             times are one, in [0, 1].
         substeps: of target="next_knot" and "velocity_matching": the steps of the teacher's in each interval, at whose
-            ends the bank has states: of the schedule's grid, which may have fewer, or equal ones where it has none.
+            ends the bank has states: of the schedule's grid, which may have fewer, or equal ones where it has none. A
+            `TrajectoryBank` of them is made for `schedule`, below.
         initial_speed: of target="acceleration", the initial velocity over the mean one: 1 is a straight line, above it
             the path slows down.
         compared: of target="noise", what the loss compares, "data" or "noise".
