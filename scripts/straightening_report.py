@@ -60,8 +60,8 @@ def figure(value: float, form: str = ".3g") -> str:
 
 
 def best_solver(r: Results, data: str, N: int, key: str) -> tuple[str, float]:
-    """The row of target="solver" that ends nearest to the teacher."""
-    found = {name: r.mean(data, name, N, "rms") for name in r.names(data) if name.startswith("solver")}
+    """The row of targets "solver" and "endpoint" that ends nearest to the teacher."""
+    found = {name: r.mean(data, name, N, "rms") for name in r.names(data) if name.startswith(("solver", "endpoint"))}
     found = {name: rms for name, rms in found.items() if rms == rms}
     name = min(found, key=found.get, default="")
     return name, r.mean(data, name, N, key) if name else float("nan")

@@ -181,7 +181,8 @@ def straighten(w, tmp_path):
     ]
     whole = dict(target="reflow", schedule=fk.Schedule([0, 1]), noise=None, refresh=None)
     pairs = [whole | dict(bank=bank) for bank in coupled]
-    return [straightened(w, **more) for more in ({}, fields, uniform, solver, *followed, *pairs)]
+    endpoint = solver | dict(target="endpoint")
+    return [straightened(w, **more) for more in ({}, fields, uniform, solver, endpoint, *followed, *pairs)]
 
 
 @stage

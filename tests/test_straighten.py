@@ -136,8 +136,10 @@ LEARNED = {  # target, its settings, a student that can, and the plans on which 
     "reflow, simple": (Rational, 2, dict(t_sampling="ten"), [1, 3]),
     "reflow, own": (Rational, 2, dict(t_sampling=lambda n, g: torch.rand(n, generator=g) ** 2,
                                       loss=lambda v, target: (v - target).abs().flatten(1).mean(1)), [1, 3]),
-    "solver": (Affine, fk.Solver.adams_bashforth(TWO), {}, []),
-    "solver, of two stages": (Affine, fk.Solver.heun(TWO), dict(loss="l2"), []),
+    "solver": (Affine, fk.Solver.adams_bashforth(TWO), dict(rollout_every=5), []),
+    "solver, of Euler": (Affine, fk.Solver.euler(TWO), dict(rollout_every=5, loss="huber", weighting=[1, 2]), [TWO]),
+    "endpoint": (Affine, fk.Solver.adams_bashforth(TWO), {}, []),
+    "endpoint, of two stages": (Affine, fk.Solver.heun(TWO), dict(loss="l2"), []),
 }  # fmt: skip
 
 
@@ -150,9 +152,9 @@ def test_a_flow_that_can_be_learned_is_learned(case):
     settings = dict(iterations=500, batch=64, lr=0.1, warmup=0, clip=None, ema=None, grid=grid) | settings
     target, teacher = case.split(",")[0], Affine(0.8).eval()
     result = fk.straighten(make(), teacher, schedule, noise=noise, init="keep", target=target, **settings, **QUIET)
-    assert (result.solver is None) == (target != "solver")
+    assert (result.solver is None) == (target not in ("solver", "endpoint"))
     x1 = fk.rollout(teacher, noise, grid).x[-1]
-    solvers = [schedule, result.solver] if target == "solver" else []
+    solvers = [schedule, result.solver] if result.solver is not None else []
     for plan in [*plans, *solvers]:
         assert torch.allclose(fk.sample(result.student, noise, plan), x1, rtol=2e-3, atol=2e-3)
 
@@ -299,6 +301,48 @@ def test_the_ends_of_the_intervals_are_enough(settings):
             objective(net, batch)
 
 
+def own_velocities(net, solver, start):
+    """Of a student on a solver, in float64, and the states where it has them."""
+    v, x = [], [start]
+    for k in range(solver.steps):
+        v.append(net(x[-1], solver.times[k].expand(len(start))))
+        x.append(start + sum(b * each for b, each in zip(solver.coefficients[k].tolist(), v, strict=False)))
+    return x, v
+
+
+@pytest.mark.parametrize("loss", ["l2", "cauchy"])
+def test_the_loss_of_a_solvers_steps_in_float64(loss):
+    """The velocity that lands the solver on the teacher's next knot, on the student's own states and the teacher's."""
+    noise, solver = normal(12, 5), fk.Solver.adams_bashforth([0, 0.3, 0.7, 1], 3)
+    states = torch.stack([noise, *(normal(12, 5, seed=k) for k in (1, 2, 3))])
+    student = DropoutNet(Affine(0.7, -0.4), 0.5)
+    objective = fk.StraightenLoss(solver, target="solver", loss=loss, huber_c=0.3)
+    interval, sample = torch.arange(60) % 3, torch.arange(60) % 12
+    batch = fk.BankBatch(states, interval, sample)
+    with pytest.raises(ValueError, match=r"^batch: expected the states that `roll_out` was given last"):
+        objective(student, batch)
+    objective.roll_out(student, states, chunk=5)
+    assert student.training
+    student, seen = student.eval(), []
+    student.register_forward_hook(lambda net, args, v: seen.append((args[0].double(), v.double())))
+    found = objective(student, batch, torch.Generator().manual_seed(0))
+    assert len(seen) == 1
+    double = DropoutNet(Affine(0.7, -0.4).double(), 0.5).eval()
+    with torch.no_grad():
+        x, v = own_velocities(double, solver, states[0].double())
+    own, b = 0, solver.coefficients
+    for row, answer, k, s, each in zip(*seen[0], interval, sample, found.per_sample, strict=True):
+        is_own = (row - x[k][s]).abs().max() < 1e-5
+        assert is_own or (row - states[k, s]).abs().max() < 1e-6
+        own += bool(is_own and k > 0)  # of the first knots all are both
+        past = sum((b[k, i] * v[i][s] for i in range(k)), states[0, s].double())
+        goal = (states[k + 1, s].double() - past) / b[k, k]
+        assert each.item() == pytest.approx(per_sample(loss, answer - goal, 0.3), rel=1e-4)
+    assert 3 <= own <= 20  # a quarter of 40
+    means = [found.per_sample[interval == i].mean() for i in range(3)]
+    torch.testing.assert_close(found.per_interval, torch.stack(means))
+
+
 def end_of_a_solver(net, solver, start):
     """As its definition reads."""
     x, v = start, []
@@ -317,11 +361,11 @@ SOLVERS = {
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("loss", [None, "l2", "cauchy"])
-def test_the_loss_of_a_solver_in_float64(loss, solver):
+def test_the_loss_of_a_solvers_end_in_float64(loss, solver):
     """Of its end, with the gradient through all its evaluations, in the student's own mode."""
     solver, states = SOLVERS[solver], torch.stack([normal(12, 4), normal(12, 4, seed=1)])
     net, sample = small_net(2).double(), torch.arange(20) * 5 % 12
-    objective, seen = fk.StraightenLoss(solver, target="solver", loss=loss, huber_c=0.3), []
+    objective, seen = fk.StraightenLoss(solver, target="endpoint", loss=loss, huber_c=0.3), []
     hook = net.register_forward_hook(lambda net, args, v: seen.append(net.training))
     found = objective(net, fk.BankBatch(states.double(), torch.zeros(20, dtype=torch.int64), sample))
     found.loss.backward()
@@ -580,7 +624,8 @@ def test_weights_that_do_not_fit(init):
 # ---- checkpoints ----
 
 RUN = dict(iterations=24, bank=24, batch=8, lr=1e-2, warmup=4, log_every=3, noise=(4,), seed=3, **QUIET)
-SOLVER = dict(schedule=fk.Solver.adams_bashforth(even_grid(6)[[0, 2, 6]]), target="solver", grid=6)
+SOLVER = dict(schedule=fk.Solver.adams_bashforth(even_grid(6)[[0, 2, 6]]), target="solver", grid=6, rollout_every=6)
+ENDPOINT = SOLVER | dict(target="endpoint")
 VARIANTS = {
     "plain": {},
     "refresh": dict(refresh=5),
@@ -602,7 +647,9 @@ VARIANTS = {
     "on_policy": dict(target="on_policy", rollout_every=6),
     "on_policy, refreshed": dict(target="on_policy", rollout_every=4, refresh=5, t_sampling="u_shaped", loss="cauchy"),
     "solver": SOLVER,
-    "solver, refreshed": SOLVER | dict(refresh=5, loss="cauchy"),
+    "solver, refreshed": SOLVER | dict(rollout_every=4, refresh=5),
+    "endpoint": ENDPOINT,
+    "endpoint, refreshed": ENDPOINT | dict(refresh=5, loss="cauchy"),
     "huber and weights": dict(loss="huber", weighting=[1.0, 2.0], refresh=4, t_sampling="uniform"),
     "momentum": dict(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
 }
@@ -613,7 +660,7 @@ STUDENT_OF = {  # that variants train
     "blockwise": lambda net: fk.Blockwise(net, schedule_on(even_grid(6), 0, 2, 6)),
 }
 TWICE = dict.fromkeys(  # evaluations of the student an iteration
-    ("acceleration", "next_knot", "velocity_matching", "solver", "solver, refreshed"), 2
+    ("acceleration", "next_knot", "velocity_matching", "endpoint", "endpoint, refreshed"), 2
 )
 
 
@@ -1313,9 +1360,19 @@ BAD = {
     "a solver": (dict(schedule=SOLVER["schedule"]), TypeError, r"^schedule: expected a Schedule, .*target='solver'"),
     "no solver": (dict(target="solver"), TypeError, r"^schedule: expected a Solver, .* for target='solver', got Sched"),
     "a solver to noise": (
-        SOLVER | dict(schedule=fk.Solver.heun([0, 1 / 3, 1], inverse=True)),
+        ENDPOINT | dict(schedule=fk.Solver.heun([0, 1 / 3, 1], inverse=True)),
         ValueError,
         r"^schedule: expected a solver from noise to data",
+    ),
+    "a solver of two stages": (
+        SOLVER | dict(schedule=fk.Solver.heun([0, 1 / 3, 1])),
+        ValueError,
+        r"^schedule: expected a solver of one evaluation a step",
+    ),
+    "a solver that skips": (
+        SOLVER | dict(schedule=fk.Solver([0, 1 / 3, 1], [0, 1 / 3], [[0.3, 0], [1, 0]])),
+        ValueError,
+        r"^schedule: expected a solver each of whose steps takes its last velocity",
     ),
     "a solver's grid": (SOLVER | dict(grid=None), ValueError, r"^grid: expected the teacher's fine grid"),
     "one sample for a solver": (SOLVER | dict(bank=1), ValueError, r"^bank: expected at least 2 "),

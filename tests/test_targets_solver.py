@@ -46,9 +46,12 @@ def test_it_is_nearer_than_boss_and_than_the_solver_untrained():
     boss = fk.straighten(copy.deepcopy(start), field, cal[N], batch=32 * N, **RUN)
     found = {"boss": error(boss.student, cal[N]), "fitted": error(field, fitted), "polished": error(field, polished)}
     for name, solver in (("fitted", fitted), ("polished", polished)):
-        trained = fk.straighten(copy.deepcopy(start), field, solver, target="solver", batch=32, **RUN)
+        trained = fk.straighten(copy.deepcopy(start), field, solver, target="endpoint", batch=32, **RUN)
         found[f"{name}, trained"] = error(trained.student, trained.solver)
+    steps = fk.straighten(copy.deepcopy(start), field, fitted, target="solver", batch=32 * N, **RUN)
+    found["fitted, step by step"] = error(steps.student, steps.solver)
     print(found)
+    assert found["fitted, step by step"] < min(found["fitted"], found["boss"])
     assert found["fitted, trained"] < 0.8 * found["fitted"]
     assert found["polished, trained"] < 0.8 * found["polished"]
     assert found["polished, trained"] < 0.49 * found["boss"]

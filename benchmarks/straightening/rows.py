@@ -332,8 +332,9 @@ trained("blockwise", "`blockwise`, N networks", knots, dict(target="blockwise"),
 noise = WHOLE | dict(student=lambda run, plan: fk.NoisePrediction(run.student()))
 trained("noise", "`noise` (Rectified Diffusion)", uniform, dict(target="noise"), **noise)
 shared_out = dict(batch=lambda s, N: max(1, s.batch // N), fewer=True)  # each sample is evaluated N times
-trained("solver", "`solver`, from the polished one", polished, dict(target="solver"), **shared_out)
-trained("solver_fitted", "`solver`, from the fitted one", fitted, dict(target="solver"), **shared_out)
+trained("solver", "`solver`, from the fitted one", fitted, dict(target="solver"), fewer=True)
+trained("endpoint", "`endpoint`, from the polished solver", polished, dict(target="endpoint"), **shared_out)
+trained("endpoint_fitted", "`endpoint`, from the fitted solver", fitted, dict(target="endpoint"), **shared_out)
 
 
 # ---- the baseline ----

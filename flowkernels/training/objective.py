@@ -32,7 +32,7 @@ from flowkernels.training.t_sampling import START, T_SAMPLINGS
 from flowkernels.training.targets.average_velocity import CONSISTENCIES
 from flowkernels.training.targets.base import Answer, Call, RolledOut, Target
 from flowkernels.training.targets.noise import COMPARED
-from flowkernels.training.targets.own_states import own_states
+from flowkernels.training.targets.own_states import own_states, unmoved
 from flowkernels.training.targets.table import TARGETS
 from flowkernels.velocity.protocol import Velocity, resolve
 
@@ -62,7 +62,7 @@ Loss = str | Callable[[Tensor, Tensor], Tensor]
 class StraightenLoss(nn.Module):
     """How far a student is from what it is to learn of the teacher's trajectories, for a loop of one's own.
 
-    The student is evaluated, once with its graph ("solver": on all its steps), on points drawn from a bank of the
+    The student is evaluated, once with its graph ("endpoint": on all steps), on points drawn from a bank of the
     teacher's states at the knots. What its velocity v is compared with is `(x_b - x_a) / (t_b - t_a)`, of the states at
     the ends of an interval: at `t = t_a + u (t_b - t_a)` and `x = (1-u) x_a + u x_b`. Targets:
 
@@ -105,12 +105,16 @@ class StraightenLoss(nn.Module):
       drawn alike and sorted. "split" needs no derivatives, and runs away with "adaptive". "derivative" asks how fast
       the network changes in time: one whose embedding has sinusoids of a thousand t does much faster than its flow, and
       then needs "adaptive" or a small learning rate.
-    - "solver": for a `Solver` in place of the schedule, the whole of its steps: they are to end where the teacher does.
-      The student is evaluated as often as the solver has it, each time on its own state and after its own velocities,
-      and the gradient goes back through all of it: `(x_N - x_0) / (t_N - t_0)` is what is compared, with x_N the
-      solver's end. An iteration takes as many evaluations, and as much memory, as of another target with as many times
-      the samples. It is best begun with a solver fitted to the teacher's ends (`fk.polish`), on a large bank: it learns
-      more of each pair than others do. Source: docs/mathematics.md, "Straightening".
+    - "solver": for a multistep `Solver` in place of the schedule. At step k, on the student's own state x_k as well as
+      the teacher's, the velocity that lands the solver on the teacher's next knot: `(x_b - x_0 - sum_{i<k} b[k,i] v_i)
+      / b[k,k]`, with the student's own v_i. They are those of the last `roll_out`, and have no gradient. Of Euler steps
+      it is "boss" on the student's own states. Source: docs/mathematics.md, "Straightening".
+    - "endpoint": for any `Solver`, the whole of its steps: they are to end where the teacher does. The student is
+      evaluated as often as the solver has it, each time on its own state and after its own velocities, and the gradient
+      goes back through all of it: `(x_N - x_0) / (t_N - t_0)` is what is compared, with x_N the solver's end. An
+      iteration takes as many evaluations, and as much memory, as of another target with as many times the samples. It
+      is best begun with a solver fitted to the teacher's ends (`fk.polish`), on a large bank: it learns more of each
+      pair than others do. Source: docs/mathematics.md, "Straightening".
     - "on_policy": the teacher's velocity where the student's own step leads. From a state x_a at the interval's start,
       with v = student(x_a, t_a): `teacher(x_a + u h v, t_a + u h)`, h = t_b - t_a, at u uniform; that point has no
       gradient. One evaluation of the teacher an example. A quarter of the x_a are the student's own states, of the last
@@ -139,24 +143,24 @@ class StraightenLoss(nn.Module):
       learned; here the longer difference is what makes it stable. Its second loss, velocity distillation, is not here.
 
     Args:
-        schedule: a Schedule, such as `cal[4]`; for target="solver" a Solver, such as `fk.polish(teacher, cal,
-            fk.fit_solver(teacher, cal, 4))`.
+        schedule: a Schedule, such as `cal[4]`; for target="solver" a Solver of one evaluation a step, at its first
+            knot, such as `fk.fit_solver(teacher, cal, 4)`; for "endpoint" any, such as `fk.polish` finds from that.
         target: what is learned, a name of those above.
         loss: of a sample, with e = v - target of D features and c = `huber_c`: "l2", `|e|^2 / D`; "huber", the
             pseudo-Huber `sqrt(|e|^2 / D + c^2) - c`; "huber_per_element", the mean over features of `sqrt(e^2 + c^2) -
             c`; "cauchy", that of `log(1 + e^2 / (2 c^2))`; or a function (v, target) -> `[B]` of `[B, *shape]` in the
             bank's dtype, differentiable in v. The first two are `fk.straighten_loss`, with the gradient in the same
-            pass and no target in memory; the others are plain torch. None takes the target's own: "l2", of "solver"
+            pass and no target in memory; the others are plain torch. None takes the target's own: "l2", of "endpoint"
             "huber", since the errors of ends are heavy-tailed.
         huber_c: the constant c.
-        weighting: factors on the losses of intervals, N numbers ("reflow", "distill" and "solver" have one);
+        weighting: factors on the losses of intervals, N numbers ("reflow", "distill" and "endpoint" have one);
             "per_sample_normalised", one over the loss of the sample, which makes a mean of 1 and lets all samples pull
             alike (Simple ReFlow); "adaptive", one over the loss and 0.001 / D, which of "l2" is
             `|e|^2 / (|e|^2 + 0.001)`, MeanFlow's, and lets go of samples that are learned; None weighs all alike.
         t_sampling: the distribution of u: "start", 0; "uniform"; "u_shaped", density `e^(4u) + e^(4(1-u))`; "ten",
             density `10^(1-u)`; or a function (n, generator) -> u `[n]` in [0, 1], the generator where the states are.
-            None takes the target's own, "start" or "uniform"; "distill", "next_knot", "velocity_matching" and "solver"
-            take no other.
+            None takes the target's own, "start" or "uniform"; "distill", "next_knot", "velocity_matching", "solver" and
+            "endpoint" take no other.
         consistency: of "average_velocity", "split" or "derivative". instantaneous: its share of examples whose two
             times are one, in [0, 1].
         substeps: of target="next_knot" and "velocity_matching": the steps of the teacher's in each interval, at whose
@@ -169,7 +173,7 @@ class StraightenLoss(nn.Module):
             not the loss's.
 
     schedule: the Schedule at whose knots the bank's states are to be: that given, its ends ("reflow", "distill",
-        "solver"), or that with its substeps. times: those knots, float64 `[N+1]`, on the CPU; with substeps `[M+1]`,
+        "endpoint"), or that with its substeps. times: those knots, float64 `[N+1]`, on the CPU; with substeps `[M+1]`,
         and the `interval` of a batch is one of M.
     knots: the Schedule of N steps that is learned, whose intervals `weighting` and `per_interval` are of.
 
@@ -208,7 +212,7 @@ class StraightenLoss(nn.Module):
         )  # not a submodule: its weights are not the loss's
         takes_solver = self._row.solver
         self.substeps = expect_positive_int(substeps, "substeps")
-        plan = Schedule(_expect_solver(schedule).times) if takes_solver else schedule
+        plan = Schedule(_expect_solver(schedule, self._row, target).times) if takes_solver else schedule
         self.knots = _knots(plan, self._row, target)
         self.schedule, self.within = refined(self.knots, self.substeps if self._row.between else 1)
         self.solver = schedule if takes_solver else Solver.euler(self.knots)
@@ -328,9 +332,7 @@ class StraightenLoss(nn.Module):
         whether it can be computed; nothing is kept."""
         N = self.schedule.steps
         states = x.expand(N + 1, *x.shape)
-        rolled = None
-        if self.needs_roll_out:
-            rolled = RolledOut(states, states)
+        rolled = unmoved(states, self.solver) if self.needs_roll_out else None
         interval = torch.arange(len(sample), device=x.device) % N
         batch = self._expect_batch(student, BankBatch(states, interval, sample, size=n, conditioning=conditioning))
         call = self._call(student, batch, torch.Generator(), 0.0, rolled)
@@ -396,13 +398,14 @@ class StraightenLoss(nn.Module):
     @torch.inference_mode(False)
     @no_grad
     def roll_out(self, student: nn.Module, states: Tensor, chunk: int | None = None) -> None:
-        """Take the student's own samples by Euler's steps, of target="on_policy": before the first batch, and once in a
-        while as the student changes. It is evaluated in eval mode, N - 1 times a sample. Other targets need none.
+        """Take the student's own samples, of target="on_policy" by Euler's steps and of "solver" on the solver: before
+        the first batch, and once in a while as the student changes. It is evaluated in eval mode, N - 1 times a sample.
+        Other targets need none.
 
         Args:
             student: as for a batch.
             states: the bank's, `[N+1, n, *shape]`: those of the batches that follow. Beside them N + 1 states of all
-                samples are kept.
+                samples are kept, of "solver" 3N + 1.
             chunk: samples evaluated at once; None evaluates all.
         """
         self._expect_states(student, states)
@@ -413,7 +416,7 @@ class StraightenLoss(nn.Module):
         modes = {part: part.training for part in student.modules()}
         student.eval()
         try:
-            self.rolled_out = RolledOut(own_states(student, self.times.tolist(), states.detach(), chunk), states)
+            self.rolled_out = own_states(student, self.solver, states, chunk, pairs=self.refits)
         finally:
             for part, training in modes.items():
                 part.training = training
@@ -516,10 +519,17 @@ def _knots(schedule, row: Target, target: str) -> Schedule:
     return Schedule(schedule.times[[0, -1]], schedule.grid, ends)
 
 
-def _expect_solver(solver) -> Solver:
-    expected = "a Solver, such as fit_solver(teacher, cal, 4), for target='solver'"
+def _expect_solver(solver, row: Target, target: str) -> Solver:
+    expected = f"a Solver, such as fit_solver(teacher, cal, 4), for target={target!r}"
     expect(isinstance(solver, Solver), "schedule", expected, solver, TypeError)
     expect(not solver.is_inverse, "schedule", "a solver from noise to data", solver)
+    if row.own:  # step by step
+        other = "; target='endpoint' takes any"
+        at_knots = torch.equal(solver.model_times, solver.times[:-1])
+        expect(at_knots, "schedule", f"a solver of one evaluation a step, at its first knot{other}", solver)
+        b = solver.coefficients.diagonal().abs()
+        takes_last = bool((b > 1e-6 * b.max()).all())
+        expect(takes_last, "schedule", f"a solver each of whose steps takes its last velocity{other}", solver)
     return solver
 
 

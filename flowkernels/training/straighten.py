@@ -47,9 +47,9 @@ class Straightened:
     student: the trained network in eval mode, with its averaged weights when `ema` is on.
     history: lists of equal length: iteration, loss, lr, grad_norm; and `interval_loss`, one list of N a row, the mean
     loss of each interval since the last row (NaN for one that was not drawn).
-    solver: of target="solver", the one to sample the student with: that which it was trained for, or that polished
-    again, on the bank's first samples, where it is better by more than a standard error on those held out (of the
-    polish: the student has seen them). None of other targets.
+    solver: of targets "solver" and "endpoint", the one to sample the student with: that which it was trained for, or
+    that polished again, on the bank's first samples, where it is better by more than a standard error on those held out
+    (of the polish: the student has seen them). None of other targets.
     """
 
     student: nn.Module
@@ -109,14 +109,16 @@ def straighten(
         velocity: the teacher; `VelocityField`, any callable `velocity(x, t)`, or a `FusedSampler`. It may be None
             where the bank is of pairs.
         schedule: from `calibrate`; its grid is the teacher's. It may begin later than a `grid` that is given. For
-            target="solver" a Solver, such as `fk.polish(velocity, cal, fk.fit_solver(velocity, cal, 4))`, with `grid`.
+            target="solver" a Solver, such as `fk.fit_solver(velocity, cal, 4)`, and for "endpoint" best one that
+            `fk.polish` has found from it, with `grid`.
         noise: the states at the grid's first time: a tensor `[bank, *shape]` (a fixed bank of that many samples), a
             shape (standard normal noise of it), or a function `(n, generator) -> [n, *shape]`, the generator on the
             CPU. Per-sample conditioning of a `VelocityField` needs a tensor of as many samples.
         iterations: optimiser steps in all; a resumed run counts those before.
-        batch: samples an iteration; for target="solver" each makes all of the solver's evaluations. bank: trajectories
-            kept, where `noise` is not a tensor; or a `TrajectoryBank` with noise, or data, of its own, which is filled
-            where it is not: for one that is elsewhere than on the device, serves several runs, or carries conditioning.
+        batch: samples an iteration; for target="endpoint" each makes all of the solver's evaluations.
+        bank: trajectories kept, where `noise` is not a tensor; or a `TrajectoryBank` with noise, or data, of its own,
+            which is filled where it is not: for one that is elsewhere than on the device, serves several runs, or
+            carries conditioning.
             For "reflow" and other targets of one whole interval also `fk.Pairs` of noise and data, such as `fk.couple`
             makes, or a function `(n, generator) -> Pairs` that makes each batch, n = `batch`, with a coupling of its
             own; then there is no noise, nor a grid.
@@ -128,7 +130,8 @@ def straighten(
             "average_velocity", from any time to any later one, of a `fk.AverageVelocity`, for any number of steps;
             "blockwise", the intervals by a `fk.Blockwise`, a network for each; "next_knot" and "velocity_matching",
             where the teacher's states between two knots lead; "on_policy", the teacher's velocity along the student's
-            own steps; "solver", the end of a Solver's steps, through all of them.
+            own steps; "solver", the steps of a Solver on the student's own states, beside the teacher's; "endpoint",
+            where a Solver's steps end, through all of them.
         t_sampling: the distribution of u: "start", u = 0, BOSS as published; "uniform", piecewise reflow; "u_shaped";
             "ten"; or a function. None takes the target's own. loss, huber_c: "l2", "huber", "huber_per_element",
             "cauchy", a function or None, the target's own, and the constant. weighting: a factor on the loss of each
@@ -136,8 +139,8 @@ def straighten(
             one function from another.
         consistency, instantaneous: of target="average_velocity": "split" or "derivative", and the share of examples
             whose two times are one. See `fk.StraightenLoss`.
-        rollout_every: of target="on_policy", iterations after which the student's own samples are taken anew: N - 1
-            evaluations of the bank without gradients.
+        rollout_every: of target="on_policy" and "solver", iterations after which the student's own samples are taken
+            anew: N - 1 evaluations of the bank without gradients.
         substeps: of target="next_knot" and "velocity_matching": steps in each interval whose states the bank has, at
             most, as the grid allows; N * substeps + 1 in place of N + 1.
         initial_speed: of target="acceleration", the initial velocity over the mean one.

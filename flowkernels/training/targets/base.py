@@ -19,11 +19,14 @@ from flowkernels.velocity.protocol import Velocity
 
 
 class RolledOut(NamedTuple):
-    """A student's own samples by Euler's steps: x_k, k < N, and last the teacher's, `[N+1, n, *shape]`. of: the
-    teacher's states."""
+    """A student's own samples on a solver: x_k, k < N, and last the teacher's, `[N+1, n, *shape]`. of: the teacher's
+    states. pairs, step_sizes: of each step `x_0 + sum_{i<k} b[k,i] v_i` and the teacher's state at its end,
+    `[2N, n, *shape]`, and b[k,k], float64 `[2N-1]`, at the places 2k; None where they are not wanted."""
 
     states: Tensor
     of: Tensor
+    pairs: Tensor | None
+    step_sizes: Tensor | None
 
 
 class Answer(NamedTuple):
@@ -47,8 +50,8 @@ class Call:
     long it is, float64 `[B]`; end: that of the schedule's interval, which begins before and ends later where the bank
     has states between the knots. batch: what was given; its intervals and samples are those of the bank, whose times
     are `times`.
-    solver: that of target="solver", Euler's of the schedule for others. rolled_out: the student's own samples by
-    Euler's steps, of the last `StraightenLoss.roll_out`; None before, and of targets that need none.
+    solver: what "solver" and "endpoint" are given, Euler's of the schedule for others. rolled_out: the student's own
+    samples on it, of the last `StraightenLoss.roll_out`; None before, and of targets that need none.
     progress: how much of the training is done, in [0, 1], where a target needs it. settings: those that one target
     alone has, by the names of arguments of `StraightenLoss`.
     """

@@ -19,6 +19,7 @@ from flowkernels.training.targets.annealed_reflow import annealed_reflow
 from flowkernels.training.targets.average_velocity import average_velocity, expect_two_times, of_two_times
 from flowkernels.training.targets.base import Target
 from flowkernels.training.targets.blockwise import blockwise, expect_blockwise, in_blocks
+from flowkernels.training.targets.endpoint import endpoint
 from flowkernels.training.targets.noise import expect_noise_prediction, noise
 from flowkernels.training.targets.on_a_solver import on_a_solver
 from flowkernels.training.targets.on_policy import on_policy
@@ -38,7 +39,8 @@ TARGETS: dict[str, Target] = {
         average_velocity, t_sampling="uniform", expect_student=expect_two_times, made=of_two_times
     ),
     "blockwise": Target(blockwise, expect_student=expect_blockwise, made=in_blocks),
-    "solver": Target(on_a_solver, whole=True, only=True, loss="huber", solver=True),
+    "solver": Target(on_a_solver, only=True, solver=True, own=True),
+    "endpoint": Target(endpoint, whole=True, only=True, loss="huber", solver=True),
 }
 
 
