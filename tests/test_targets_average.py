@@ -1,6 +1,7 @@
 """Students of two times: what they answer, their losses in float64 as the papers have them, and flows that they learn
 for any number of steps."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -528,6 +529,98 @@ def test_autocast_and_a_compiled_network():
     for each in (student, fk.AverageVelocity(MLP(), second_name="dt", second_is_size=True)):
         results.append(fk.straighten(each, modes(), fk.Schedule.uniform(2), **run))
     close(results[0].history["loss"], results[1].history["loss"], 1e-5, 1e-7)
+
+
+class Row(nn.Module):
+    """Of two times, or of one, and a row a sample."""
+
+    def __init__(self, p=0.7):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor(p))
+
+    def forward(self, x, t, s=None, rows=0.0):
+        s = t if s is None else s
+        return self.p * x + rows * (1 + t + s).to(x.dtype)[:, None]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_conditioning_of_fields_and_of_batches(form):
+    """Follows the samples in every evaluation, the teacher's with guidance; that of a batch is as good as a field's."""
+    n, rows, sample = 6, normal(6, 4, seed=1), torch.tensor([5, 0, 2, 2, 1, 3, 4, 0])
+    states, interval, found = normal(4, n, 4), torch.arange(8) % 3, []
+    guided = dict(unconditional={"rows": torch.zeros(1, 4)}, guidance=2.0)
+    for of_batch in (False, True):
+        given = {} if of_batch else dict(conditioning={"rows": rows})
+        student = fk.AverageVelocity(Row(), **given)
+        teacher = fk.VelocityField(Row(0.3), conditioning={"rows": rows[:1] if of_batch else rows}, **guided)
+        objective = fk.StraightenLoss(
+            fk.Schedule(KNOTS), target="average_velocity", consistency=form, teacher=teacher, instantaneous=0.4
+        )
+        batch = fk.BankBatch(states, interval, sample, conditioning={"rows": rows[sample]} if of_batch else None)
+        losses = objective(student, batch, torch.Generator().manual_seed(0))
+        losses.loss.backward()
+        found.append((losses.per_sample.detach(), student.net.p.grad))
+    assert found[0][0].mean() > 0.1
+    for a, b in zip(*found, strict=True):
+        close(a, b, 1e-5, 1e-6)
+
+
+AMBIENT = {
+    "default float64": lambda: default_float64(),
+    "default meta": lambda: torch.device("meta"),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+@contextlib.contextmanager
+def default_float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("state", AMBIENT)
+def test_what_a_caller_has_set_does_not_count(state, form):
+    noise, teacher = normal(6, 4), random_weights(TEACHERS["mlp"][0])
+    settings = dict(noise=noise, iterations=3, batch=4, grid=4, consistency=form, lr=0.01, warmup=0, ema=None)
+
+    def run():
+        result = fk.straighten(None, teacher, fk.Schedule.uniform(2), target="average_velocity", **settings, **QUIET)
+        return result.history["loss"], fk.sample(result.student.on(2), noise, 2)
+
+    expected = run()
+    with AMBIENT[state]():
+        loss, x1 = run()
+    assert loss == expected[0]
+    assert torch.equal(x1, expected[1])
+
+
+def test_pairs_without_a_teacher():
+    """Of x_1 = e^a x_0 on straight lines: any step's average velocity is the line's."""
+    torch.manual_seed(0)
+    x0 = normal(64, 3)
+    pairs = fk.Pairs(torch.stack([x0, x0 * RATES.float().exp()]))
+
+    class Straight(nn.Module):
+        """w x / (1 + w t): the velocity of straight lines to (1 + w) x, of any two times."""
+
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x, t, s):
+            return self.w * x / (1 + self.w * t[:, None])
+
+    settings = dict(iterations=300, batch=64, lr=0.05, warmup=0, ema=0.9, clip=None, target="average_velocity")
+    student = fk.AverageVelocity(Straight())
+    result = fk.straighten(student, None, fk.Schedule([0, 1]), bank=pairs, init="keep", **settings, **QUIET)
+    for N in (1, 3):
+        found = fk.sample(result.student.on(N), x0, N)
+        torch.testing.assert_close(found, pairs.states[1], rtol=5e-3, atol=5e-3)
 
 
 class OneTime(nn.Module):
