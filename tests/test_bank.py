@@ -660,14 +660,17 @@ def test_a_run_s_own_bank_in_parts(tmp_path):
         trained(SlowField(), **settings | dict(refresh_fraction=0.5), checkpoint=path)
 
 
-def test_a_run_takes_conditioning_from_the_bank():
+@pytest.mark.parametrize(
+    "settings", [{}, dict(target="endpoint", schedule=fk.Solver.euler(PLANS[0]))], ids=["boss", "endpoint"]
+)
+def test_a_run_takes_conditioning_from_the_bank(settings):
     """Velocities that depend on it alone are learned exactly; without it they could not be."""
     teacher = Conditioned()
     with torch.no_grad():
         teacher.factor.fill_(2.0)
     given = {"a": torch.zeros(22), "b": normal(22, 4, seed=2)}
     bank = bank_of(teacher, conditioning=given)
-    result = trained(teacher, bank, iterations=150, lr=0.05, schedule=PLANS[0])
+    result = trained(teacher, bank, iterations=150, lr=0.05, **dict(schedule=PLANS[0]) | settings)
     assert result.student.factor.item() == pytest.approx(2, abs=0.02)
     assert result.history["loss"][-1] < 1e-3 * result.history["loss"][0]
     with pytest.raises(TypeError, match=r"^student: expected a network that takes a, b, which the bank carries"):

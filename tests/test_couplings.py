@@ -350,6 +350,10 @@ def test_a_flow_is_trained_without_a_teacher(bank):
     result = fk.straighten(Rational(), None, WHOLE, bank=bank, iterations=600, batch=32, lr=0.1, **QUIET)
     for steps in (1, 3):
         assert torch.allclose(fk.sample(result.student, noise, steps), 2 * noise, rtol=5e-3, atol=5e-3)
+    solver = fk.Solver.adams_bashforth(3)
+    settings = QUIET | dict(target="endpoint", iterations=300, batch=32, lr=0.1)
+    result = fk.straighten(Rational(), None, solver, bank=bank, **settings)
+    assert torch.allclose(fk.sample(result.student, noise, result.solver), 2 * noise, rtol=5e-3, atol=5e-3)
 
 
 def test_weights_and_conditioning_go_with_their_pairs():

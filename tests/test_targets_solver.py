@@ -30,7 +30,7 @@ class Corrected(nn.Module):
 
 def test_it_is_nearer_than_boss_and_than_the_solver_untrained():
     """The mean squared distance to the teacher's ends, from noise that none has seen."""
-    field = GaussianMixtureVelocity(1.5 * normal(6, D), 0.3, range(1, 7))
+    field = GaussianMixtureVelocity(1.5 * normal(6, D), 0.6, range(1, 7))
     cal = fk.calibrate(field, normal(256, D, seed=1), GRID, [N], progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -50,8 +50,7 @@ def test_it_is_nearer_than_boss_and_than_the_solver_untrained():
         found[f"{name}, trained"] = error(trained.student, trained.solver)
     steps = fk.straighten(copy.deepcopy(start), field, fitted, target="solver", batch=32 * N, **RUN)
     found["fitted, step by step"] = error(steps.student, steps.solver)
-    print(found)
     assert found["fitted, step by step"] < min(found["fitted"], found["boss"])
-    assert found["fitted, trained"] < 0.8 * found["fitted"]
+    assert found["fitted, trained"] < 0.7 * found["fitted"]
     assert found["polished, trained"] < 0.8 * found["polished"]
-    assert found["polished, trained"] < 0.49 * found["boss"]
+    assert found["polished, trained"] < 0.36 * found["boss"]

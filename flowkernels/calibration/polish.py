@@ -100,15 +100,14 @@ DIFFERENCE = 0.02  # of coefficients and times, for derivatives: beyond the roun
 
 
 @no_grad
-def polish_on(velocity: Velocity, solver: Solver, ends: Tensor, grid: Tensor, total: int, chunk: int | None) -> Solver:
+def polish_on(velocity: Velocity, solver: Solver, ends: Tensor, grid: Tensor, chunk: int | None) -> Solver:
     """What `polish` finds for a velocity, with a solver from noise to data; or that solver, unless its errors on the
     held-out samples are larger by more than a standard error: a few large ones make most of their mean.
 
-    ends: the teacher's states at its beginning and its end, `[2, n, *shape]`, of the first n >= 2 of the `total`
-    samples that conditioning is of. grid: the teacher's times.
+    ends: the teacher's states at its beginning and its end, `[2, n, *shape]`, n >= 2. grid: the teacher's times.
     """
     order, fitted = held_out_last(ends.shape[1], HELD_OUT)
-    teacher = Teacher(resolve(velocity).unfused(), total, order=torch.tensor(order, device="cpu"), chunk=chunk)
+    teacher = Teacher(resolve(velocity).unfused(), len(order), order=torch.tensor(order, device="cpu"), chunk=chunk)
     data = SplitSamples(teacher, ends, fitted, (0, solver.times[0].item()))
     with tqdm(disable=True) as bar:
         found = _least_squares(data, grid, (), solver, ITERATIONS, bar)

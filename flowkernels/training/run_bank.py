@@ -124,12 +124,9 @@ class RunBank:
             self._whole = self.bank.states(self._objective)
         return self._whole
 
-    def first(self, count: int) -> Tensor:
-        """The states of the first trajectories."""
-        return self.bank.states(self._objective, count)
-
-    def sample(self, generator: torch.Generator) -> BankBatch:
-        batch = self.bank.sample(self.batch, generator, self._objective)
+    def sample(self, generator: torch.Generator, n: int | None = None) -> BankBatch:
+        """n: examples, in place of `batch`."""
+        batch = self.bank.sample(n or self.batch, generator, self._objective)
         return BankBatch(self.states, *batch[1:3]) if self._objective.needs_roll_out else batch
 
 

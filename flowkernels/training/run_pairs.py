@@ -42,7 +42,7 @@ class RunPairs:
 
     def __init__(self, given: PairsSource, objective: StraightenLoss, batch: int, device: torch.device):
         self.given, self.batch, self._device = given, batch, device
-        ends = len(objective.times) == 2 and not (objective.needs_roll_out or objective.refits)
+        ends = len(objective.times) == 2 and not objective.needs_roll_out
         got = f"target={objective.target!r}, of states at {len(objective.times)} times"
         expect(ends, "bank", "a target of one whole interval, such as 'reflow', for pairs", got)
         self.rng: Tensor | None = None
@@ -82,16 +82,18 @@ class RunPairs:
     def roll_out(self, drawn: int | None = None) -> None:
         """Nothing."""
 
-    def sample(self, generator: torch.Generator) -> BankBatch:
+    def sample(self, generator: torch.Generator, n: int | None = None) -> BankBatch:
+        """n: examples, in place of `batch`."""
         if isinstance(self.given, Pairs):
-            return self.given.batch(self.batch, generator)
-        return self._made(generator).batch()
+            return self.given.batch(n or self.batch, generator)
+        return self._made(generator, n).batch()
 
-    def _made(self, generator: torch.Generator) -> Pairs:
-        pairs = self.given(self.batch, generator)
-        expected = f"a function that returns Pairs of n = {self.batch}"
+    def _made(self, generator: torch.Generator, n: int | None = None) -> Pairs:
+        n = n or self.batch
+        pairs = self.given(n, generator)
+        expected = f"a function that returns Pairs of n = {n}"
         expect(isinstance(pairs, Pairs), "bank", expected, describe(pairs))
-        expect(len(pairs) == self.batch, "bank", expected, f"{len(pairs)} pairs")
+        expect(len(pairs) == n, "bank", expected, f"{len(pairs)} pairs")
         return self._expect_here(pairs)
 
     def _expect_here(self, pairs: Pairs) -> Pairs:

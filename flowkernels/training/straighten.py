@@ -24,6 +24,7 @@ from flowkernels.training.run_pairs import RunPairs, are_pairs
 from flowkernels.training.settings import Settings
 from flowkernels.training.state import State
 from flowkernels.training.students import (
+    conditioned,
     expect_no_wrapped_field,
     expect_trainable_here,
     field_identity,
@@ -37,7 +38,7 @@ from flowkernels.velocity.identity import identity
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 from flowkernels.velocity.provenance import Identity
 
-POLISHED = 512  # samples of the bank on which a solver is polished again, at most
+POLISHED = 512  # samples of a bank on which a solver is polished again, at most
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Straightened:
     history: lists of equal length: iteration, loss, lr, grad_norm; and `interval_loss`, one list of N a row, the mean
     loss of each interval since the last row (NaN for one that was not drawn).
     solver: of targets "solver" and "endpoint", the one to sample the student with: that which it was trained for, or
-    that polished again, on the bank's first samples, where it is better by more than a standard error on those held out
-    (of the polish: the student has seen them). None of other targets.
+    that polished again, on samples of the bank, where it is better by more than a standard error on those held out (of
+    the polish: the student has seen them). None of other targets.
     """
 
     student: nn.Module
@@ -250,8 +251,8 @@ def straighten(
             device=device,
             progress=settings.progress,
         )
-    if objective.refits:
-        expect(trajectories.size >= 2, "bank", "at least 2 samples, to fit the solver on", trajectories.size)
+    if objective.refits and not are_pairs(settings.bank):
+        expect(trajectories.size >= 2, "bank", "at least 2 samples, to polish the solver on", trajectories.size)
     opt = own_optimizer(optimizer, parameters, settings.lr)
     known = Identity() if velocity is None else identity(velocity)
     trajectories.expect_teacher(known)
@@ -283,9 +284,20 @@ def straighten(
     train(state, settings)
     trained, solver = state.result(), None
     if objective.refits:
-        ends = trajectories.first(POLISHED)
-        solver = polish_on(trained, objective.solver, ends, settings.grid, trajectories.size, trajectories.batch)
+        solver = _polished_again(trained, trajectories, settings)
     return Straightened(trained, state.history, solver)
+
+
+def _polished_again(student: nn.Module, bank: RunBank | RunPairs, settings: Settings) -> Solver:
+    """The solver of the run, for what the student has become; of weighted pairs as it was: a polish has no weights."""
+    drawn = bank.sample(torch.Generator().manual_seed(settings.seed), max(2, min(POLISHED, bank.size)))
+    if drawn.weight is not None:
+        return settings.objective.solver
+    ends = drawn.states if drawn.ends else drawn.states[[0, -1]][:, drawn.sample]
+    learner = resolve(student).rows(drawn.sample, bank.size)
+    if drawn.conditioning:
+        learner = conditioned(student, learner, drawn.conditioning)
+    return polish_on(learner, settings.objective.solver, ends, settings.grid, bank.batch)
 
 
 def _fill(bank: RunBank | RunPairs, state: State, settings: Settings, saved: Mapping[str, Any] | None) -> None:
