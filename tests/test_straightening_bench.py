@@ -167,7 +167,7 @@ def test_what_is_written(measured):
     before = 32 * GRID
     for (name, _, iterations), r in found.items():
         assert tuple(r) == command.FIELDS
-        assert all(r[k] for k in command.FIELDS if k not in ("notes", "commit", "curve", "memory_mb", "seed")
+        assert all(r[k] for k in command.FIELDS if k not in ("commit", "curve", "memory_mb", "seed")
                    and not k.startswith("iteration_"))  # fmt: skip
         assert r["gate"] == "ok"
         trained = rows.ROWS[name].trained

@@ -31,13 +31,13 @@ from ..quality.metrics import Energy, Frechet
 from ..quality.rows import Counted
 from .clock import Clock, Memory
 from .reached import print_reached, reached
-from .rows import ROWS, SIZES, Made, Run, Sizes, noise_of, trajectories
+from .rows import ROWS, SIZES, Run, Sizes, noise_of, trajectories
 
 FIELDS = (
     *("data", "seed", "row", "N", "iterations", "rms", "distance_to_teacher", "distance_to_data"),
     *("metric", "teacher_distance_to_data", "evaluations", "seconds", "processor_seconds"),
     *("iteration_seconds", "iteration_processor_seconds", "memory_mb", "curve"),
-    *("gate", "settings", "notes", "hardware", "versions", "threads", "commit", "date"),
+    *("gate", "settings", "hardware", "versions", "threads", "commit", "date"),
 )
 KEY = ("data", "seed", "row", "N", "iterations")
 
@@ -123,13 +123,12 @@ class Bench:
         peak = memory.peak()
         costs["memory_mb"] = "" if peak is None else peak + (run.bank.nbytes / 2**20 if row.shared else 0)
         costs["curve"] = ";".join(" ".join(f"{value:.6g}" for value in point) for point in run.curve)
-        for N, plan in made.plans.items():
-            found = self._row(name, N, iterations) | costs | self._figures(run, made, plan, teacher)
+        for N, (sampled, plan) in made.items():
+            found = self._row(name, N, iterations) | costs | self._figures(run.samples(sampled, plan), teacher)
             print_row(found)
-            yield found | {"notes": made.note}
+            yield found
 
-    def _figures(self, run: Run, made: Made, plan, teacher: Teacher) -> dict:
-        x = run.samples(made.velocity, plan)
+    def _figures(self, x: Tensor, teacher: Teacher) -> dict:
         there = self.data.distance.describe(x)
         to_teacher = self.data.distance.between(there, teacher.described)
         error = endpoint_error(x, teacher.samples)

@@ -23,6 +23,7 @@ from . import published
 from .clock import Clock
 
 Plan = fk.Schedule | fk.Solver
+Made = dict[int, tuple[Callable, Plan]]  # of each N the velocity that is sampled, and on what
 
 
 @dataclass(frozen=True)
@@ -161,15 +162,6 @@ class OfTwo(nn.Module):
 
 
 @dataclass(frozen=True)
-class Made:
-    """What is sampled: the velocity, of each N the schedule or solver."""
-
-    velocity: Callable
-    plans: dict[int, Plan]
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class Row:
     """make: run -> Made, with the run's clock. trained: whether weights change. any_steps: whether one student is for
     every N. only: the N it is for. calibrated: whether it uses the calibration; shared: and the bank of all. fewer:
@@ -202,7 +194,7 @@ def row(name: str, title: str, **settings):
 
 @row("schedule", "BOSS's schedule, untrained", trained=False)
 def _(run: Run) -> Made:
-    return Made(run.data.velocity, {N: run.cal[N] for N in run.steps})
+    return {N: (run.data.velocity, run.cal[N]) for N in run.steps}
 
 
 def knots(run: Run, N: int) -> fk.Schedule:
@@ -238,7 +230,7 @@ def polished(run: Run, N: int) -> fk.Solver:
 def untrained(name: str, title: str, plan: Callable[[Run, int], Plan]) -> None:
     def make(run: Run) -> Made:
         with run.clock:
-            return Made(run.data.velocity, {N: plan(run, N) for N in run.steps})
+            return {N: (run.data.velocity, plan(run, N)) for N in run.steps}
 
     ROWS[name] = Row(title, make, trained=False)
 
@@ -257,12 +249,14 @@ def trained(
     plan: Callable[[Run, int], Plan],
     settings: dict | Callable[[Run], dict],
     student: Callable[[Run, Plan], nn.Module] = lambda run, plan: run.student(),
+    sampled: Callable[[nn.Module, Plan], Callable] = lambda student, plan: student,
     batch: Callable[[Sizes, int], int] = lambda sizes, N: sizes.batch,
     shared: bool = True,
     **of_row,
 ) -> None:
-    """plan: (run, N) -> what is trained for, and sampled on unless the training returns a solver. shared: whether it is
-    trained on the bank of all, which has the knots of the calibration's schedules."""
+    """plan: (run, N) -> what is trained for, and sampled on unless the training returns a solver. sampled: (student,
+    plan) -> the velocity that is sampled. shared: whether it is trained on the bank of all, which has the knots of the
+    calibration's schedules."""
 
     def make(run: Run) -> Made:
         s = run.sizes
@@ -292,7 +286,8 @@ def trained(
             )
         if result.solver is not None:
             plans = {result.solver.steps: result.solver}
-        return Made(result.student.requires_grad_(False), plans)
+        trained = result.student.requires_grad_(False)
+        return {N: (sampled(trained, plan), plan) for N, plan in plans.items()}
 
     ROWS[name] = Row(title, make, shared=shared, **of_row)
 
@@ -362,7 +357,7 @@ def as_published(run: Run) -> Made:
             for mean, p in zip(weights, averaged.parameters(), strict=True):
                 p.copy_(mean)
             run.look(i, averaged, schedule)
-    return Made(averaged, {N: schedule})
+    return {N: (averaged, schedule)}
 
 
 ROWS["published"] = Row("BOSS as published", as_published, calibrated=False)
