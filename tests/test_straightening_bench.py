@@ -17,6 +17,7 @@ from torch import nn
 import flowkernels as fk
 from flowkernels.bench import suite
 from flowkernels.cli import main
+from flowkernels.training.targets.table import TARGETS
 
 published, clocks, rows, reached, command = (
     suite.module(f"straightening.{name}") for name in ("published", "clock", "rows", "reached", "command")
@@ -152,6 +153,11 @@ def measured(tmp_path_factory):
 def rows_of(folder):
     with open(folder / "straightening.csv", newline="") as f:
         return {(r["row"], int(r["N"]), int(r["iterations"])): r for r in csv.DictReader(f)}
+
+
+def test_every_target_has_a_row():
+    settings = (ROOT / "benchmarks/straightening/rows.py").read_text()
+    assert {"boss", *re.findall(r'target="(\w+)"', settings)} == set(TARGETS)
 
 
 def test_what_is_written(measured):

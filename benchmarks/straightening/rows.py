@@ -303,6 +303,12 @@ def accelerated(run: Run, plan: Plan) -> fk.Acceleration:
     return fk.Acceleration(run.student(), second)
 
 
+def two_times(run: Run, plan: Plan) -> fk.AverageVelocity:
+    student = run.student()
+    name = "net.time" if isinstance(student, Bfloat16) else None
+    return fk.AverageVelocity.from_velocity(student, time_embedding=name)
+
+
 WHOLE = dict(any_steps=True)
 trained("boss", "`boss`", knots, {}, fewer=True)
 trained("boss_uniform", '`boss`, t_sampling="uniform" (piecewise reflow)', knots, dict(t_sampling="uniform"))
@@ -326,6 +332,11 @@ each = dict(student=lambda run, plan: fk.Blockwise(run.student(), plan), only=(2
 trained("blockwise", "`blockwise`, N networks", knots, dict(target="blockwise"), **each)
 noise = WHOLE | dict(student=lambda run, plan: fk.NoisePrediction(run.student()))
 trained("noise", "`noise` (Rectified Diffusion)", uniform, dict(target="noise"), **noise)
+of_two_times = WHOLE | dict(student=two_times, sampled=lambda student, plan: student.on(plan))
+title = "`average_velocity`, of two times (SplitMeanFlow)"
+trained("average_velocity", title, uniform, dict(target="average_velocity"), **of_two_times)
+derived = dict(target="average_velocity", consistency="derivative", weighting="adaptive")
+trained("mean_flow", "`average_velocity` by the derivative (MeanFlow)", uniform, derived, **of_two_times)
 shared_out = dict(batch=lambda s, N: max(1, s.batch // N), fewer=True)  # each sample is evaluated N times
 trained("solver", "`solver`, from the fitted one", fitted, dict(target="solver"), fewer=True)
 trained("endpoint", "`endpoint`, from the polished solver", polished, dict(target="endpoint"), **shared_out)

@@ -4,7 +4,8 @@
 2. a paragraph in the docstring of `StraightenLoss` (objective.py), with its source; cli/main.py offers it where a
    calibration is all that it needs; docs/mathematics.md, "Straightening", has the formula;
 3. in tests its formula once more, in float64, written from the paper, its resuming in `VARIANTS` of
-   tests/test_straighten.py, and a flow that it learns.
+   tests/test_straighten.py, and a flow that it learns;
+4. a row of benchmarks/straightening/rows.py.
 
 A student that is of a class of its own is said by `Target.expect_student`, which refuses others.
 
