@@ -95,3 +95,29 @@ def test_what_a_caller_has_set_does_not_count(target, state):
     assert found == pytest.approx(loss, **near)
     torch.testing.assert_close(x, x1, rtol=0, atol=0.3 if state == "autocast" else 0)
     assert x.dtype == torch.float32
+
+
+OTHERS = {  # settings of a run and the student, and of another
+    "initial_speed": ("acceleration", dict(initial_speed=1.2), {}, r"initial_speed = 1.5.*got initial_speed = 1.2"),
+    "compared": ("noise", dict(compared="noise"), {}, r"compared = 'data'.*got compared = 'noise'"),
+    "path": ("noise", {}, dict(path="straight"), r"student = "),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_a_checkpoint_of_another_run(tmp_path, change):
+    target, settings, made, message = OTHERS[change]
+
+    def run(**given):
+        net = MADE[target](lambda net: fk.VelocityField(net, conditioning={"rows": rows}))
+        net.path = given.pop("path", getattr(net, "path", None))
+        common = dict(noise=normal(4, 4), iterations=2, batch=4, grid=[0.1, 0.4, 1], init="keep", **QUIET)
+        schedule = fk.Schedule([0.1, 0.4, 1])
+        fk.straighten(net, teacher, schedule, target=target, checkpoint=tmp_path / "run.pt", **common, **given)
+
+    rows = normal(4, 4, seed=1)
+    teacher = fk.VelocityField(RowField(), conditioning={"rows": rows})
+    run(**settings)
+    run(**settings)
+    with pytest.raises(ValueError, match=f"^checkpoint: expected one of this run .*{message}"):
+        run(**made)

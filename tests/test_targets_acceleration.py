@@ -70,36 +70,37 @@ def test_the_loss_in_float64(t_sampling, times, v0_name):
 
 
 class Known(nn.Module):
-    """Of pairs (x, 3 x - 1): the initial velocity h (x1 - x0)."""
+    """Of pairs (x, 3 x - 1), T apart: the initial velocity h (x1 - x0) / T."""
 
-    def __init__(self, h):
+    def __init__(self, h, T):
         super().__init__()
-        self.h, self.unused = h, nn.Parameter(torch.zeros(()))
+        self.h, self.T = h, T
 
     def forward(self, x, t):
-        return self.h * (2 * x - 1)
+        return self.h * (2 * x - 1) / self.T
 
 
 class Constant(nn.Module):
-    """2 (x1 - x0) - 2 v0, from v0."""
+    """2 (x1 - x0 - v0 T) / T^2, from v0."""
 
-    def __init__(self, h):
+    def __init__(self, h, T):
         super().__init__()
-        self.h = h
+        self.h, self.T = h, T
 
     def forward(self, x, t, v0):
-        return (2 / self.h - 2) * v0
+        return (2 / self.h - 2) * v0 / self.T
 
 
 @pytest.mark.parametrize("h", [0.5, 1.0, 1.5])
-@pytest.mark.parametrize("plan", [1, 3, [0, 0.2, 0.25, 1]], ids=str)
+@pytest.mark.parametrize("plan", [1, 3, [0, 0.2, 0.25, 1], [0.2, 0.3, 1]], ids=str)
 def test_the_steps_are_the_paths_own(plan, h):
     """Any number of them ends at the data, and each state is on the path."""
-    student, noise = fk.Acceleration(Known(h), Constant(h), v0_name="v0"), normal(5, 2).double()
-    states = fk.rollout(student, noise, plan)
-    x1 = 3 * noise - 1
-    for t, x in zip(states.times, states.x, strict=True):
-        path = (1 - t**2) * noise + t**2 * x1 + h * (x1 - noise) * (t - t**2)
+    begin = 0 if isinstance(plan, int) else plan[0]
+    student = fk.Acceleration(Known(h, 1 - begin), Constant(h, 1 - begin), v0_name="v0")
+    noise = normal(5, 2).double()
+    states, x1 = fk.rollout(student, noise, plan), 3 * noise - 1
+    for s, x in zip((states.times - begin) / (1 - begin), states.x, strict=True):
+        path = (1 - s**2) * noise + s**2 * x1 + h * (x1 - noise) * (s - s**2)
         torch.testing.assert_close(x, path, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fk.sample(student, noise, plan), x1, rtol=1e-12, atol=1e-12)
 

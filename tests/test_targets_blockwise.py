@@ -34,7 +34,7 @@ def test_each_time_goes_to_its_network(dtype):
     """At a knot, which float32 may have rounded down, to the one that begins there; the last time to the last."""
     blocks = fk.Blockwise(constants(), fk.Schedule(KNOTS))
     t = torch.tensor([0.7, 0.0, 1.0, 0.2999, 0.3, 0.69, 0.31], dtype=dtype)
-    scale = torch.arange(7.0, dtype=dtype)[:, None]
+    scale = torch.arange(1, 8, dtype=dtype)[:, None]
     v = blocks(torch.zeros(7, 2, dtype=dtype), t, scale=scale)
     expected = torch.tensor([3.0, 1, 3, 1, 2, 2, 2], dtype=dtype)[:, None] * scale
     assert torch.equal(v, expected.expand(7, 2))
