@@ -384,6 +384,30 @@ def test_a_teacher_is_what_the_student_starts_from():
     assert torch.equal(result.student.net.weight, teacher.net.weight)
 
 
+def test_each_batch_is_drawn_by_the_runs_generator():
+    def first(seed):
+        seen = []
+
+        def bank(n, generator):
+            seen.append(doubled(n, generator))
+            return seen[-1]
+
+        fk.straighten(Rational(), None, WHOLE, bank=bank, iterations=4, batch=8, seed=seed, **QUIET)
+        return [pairs.states for pairs in seen[-4:]]
+
+    one, again, other = first(3), first(3), first(4)
+    assert all(map(torch.equal, one, again))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations([*one, *other], 2))
+
+
+def test_runs_on_other_weights_are_other_runs(tmp_path):
+    pairs, settings = doubled(20, seeded()), QUIET | dict(iterations=2, batch=8, checkpoint=tmp_path / "run.pt")
+    fk.straighten(Rational(), None, WHOLE, bank=pairs, **settings)
+    weighted = fk.Pairs(pairs.states, torch.arange(20.0))
+    with pytest.raises(ValueError, match=r"^checkpoint: expected "):
+        fk.straighten(Rational(), None, WHOLE, bank=weighted, **settings)
+
+
 STUDENTS = {
     "distill": lambda: field(2),
     "annealed_reflow": lambda: field(2),
