@@ -30,7 +30,8 @@ from flowkernels.sampling.sample import sample
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.acceleration import Acceleration
-from flowkernels.training.bank import BankBatch, TrajectoryBank
+from flowkernels.training.bank import TrajectoryBank
+from flowkernels.training.batch import BankBatch
 from flowkernels.training.blockwise import Blockwise
 from flowkernels.training.couplings import couple
 from flowkernels.training.noise_prediction import NoisePrediction

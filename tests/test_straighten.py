@@ -32,7 +32,7 @@ from flowkernels.models.networks import ResidualMLP
 from flowkernels.schedule import Schedule
 from flowkernels.training import settings as settings_module
 from flowkernels.training import straighten as straighten_module
-from flowkernels.training.bank import generator_on
+from flowkernels.training.batch import generator_on
 from flowkernels.training.checkpoint import read_checkpoint, write_checkpoint
 from flowkernels.training.modules import architecture
 from flowkernels.training.run_bank import RunBank

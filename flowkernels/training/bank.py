@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,10 @@ from flowkernels._checks import (
 from flowkernels._files import damaged, plain
 from flowkernels.sampling.loop import initial_state
 from flowkernels.schedule import Schedule
+from flowkernels.training.batch import BankBatch, generator_on
 from flowkernels.training.knots import Knots
 from flowkernels.training.shards import DTYPES, MANIFEST, Shards, expect_folder, read_manifest, sealed_manifest
-from flowkernels.training.starts import Columns, Conditioning, Noise, Starts, generator_of, looked_up
+from flowkernels.training.starts import Columns, Conditioning, Layout, Noise, Starts, generator_of, looked_up
 from flowkernels.training.storage import MEMORIES, Memory
 from flowkernels.training.students import field_identity
 from flowkernels.training.teacher_states import TeacherStates
@@ -39,37 +40,6 @@ from flowkernels.velocity.identity import identity, warn_of_doubts
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 
 log = logging.getLogger("flowkernels")
-
-
-class BankBatch(NamedTuple):
-    """A batch of a bank: the teacher's states at the knots `[N+1, n, *shape]`, float32 or float64, and of each of its
-    examples the interval, 0..N-1, and the sample, 0..n-1; int64 `[B]`, where the states are.
-
-    ends: the states are those at the ends of the examples' intervals alone, `[2, B, *shape]`, of a bank that is
-    somewhere else; size: its n, where that has to be known. weight: factors on the examples' losses, `[B]`.
-    conditioning: keyword arguments of the network by name, with a row for each example, which take the place of a
-    `VelocityField`'s own; guidance: the name of the one that is the teacher's weight of guidance, where one is.
-
-    Examples:
-        >>> states = fk.rollout(lambda x, t: -x, torch.randn(16, 2), 20).x[[0, 10, 20]]
-        >>> batch = fk.BankBatch(states, torch.randint(2, (8,)), torch.randint(16, (8,)))
-    """
-
-    states: Tensor
-    interval: Tensor
-    sample: Tensor
-    ends: bool = False
-    weight: Tensor | None = None
-    size: int | None = None
-    conditioning: dict[str, Tensor] | None = None
-    guidance: str | None = None
-
-    def examples(self, rows: slice) -> "BankBatch":
-        """Some of the examples, on the same states."""
-        weight = None if self.weight is None else self.weight[rows]
-        given = None if self.conditioning is None else {k: v[rows] for k, v in self.conditioning.items()}
-        parts = dict(interval=self.interval[rows], sample=self.sample[rows])
-        return self._replace(**parts, weight=weight, conditioning=given)
 
 
 class TrajectoryBank:
@@ -166,7 +136,7 @@ class TrajectoryBank:
         here = self.device if memory and storage == "device" else "cpu"
         self._tables = {key: table.to(here) for key, table in self._starts.columns.tables.items()}
         self._places: dict[tuple[int, ...], Tensor] = {}
-        self._layout: tuple[tuple[int, ...], torch.dtype, int] | None = None
+        self._layout: Layout | None = None
         self._store = Memory(storage, self.device, self.size, self.chunk) if memory else self._folder(storage)
         if not self._starts.is_function:
             self._expect_space(self._missing())
@@ -222,7 +192,7 @@ class TrajectoryBank:
     @property
     def carries_conditioning(self) -> bool:
         """Whether its batches have conditioning."""
-        return self._starts.columns.is_any if self._starts is not None else self._known_layout()[2] > 0
+        return self._starts.columns.is_any if self._starts is not None else len(self._known_layout().columns) > 0
 
     @property
     def schedules(self) -> list[Schedule]:
@@ -236,12 +206,12 @@ class TrajectoryBank:
     @property
     def dtype(self) -> torch.dtype:
         """Of the states that are kept."""
-        return self._dtype or self._known_layout()[1]
+        return self._dtype or self._known_layout().dtype
 
     @property
     def nbytes(self) -> int:
         """Of the bank, when it is filled, the tables of its conditioning included."""
-        shape, _, row = self._known_layout()
+        shape, _, row, _ = self._known_layout()
         state = math.prod(shape) * self.dtype.itemsize
         return self.size * (len(self._knots.places) * state + row) + sum(t.nbytes for t in self._tables.values())
 
@@ -300,7 +270,7 @@ class TrajectoryBank:
         """Put the trajectories of given starts `[size, *shape]` in place of all that are there."""
         self._expect_teacher("roll_out")
         expect(len(expect_noise(noise)) == self.size, "noise", f"{self.size} samples", noise)
-        self._layout = (tuple(noise.shape[1:]), initial_state(noise[:0]).dtype, 0)
+        self._layout = Layout(tuple(noise.shape[1:]), initial_state(noise[:0]).dtype)
         with self._bar(self.chunks) as bar:
             for k in range(self.chunks):
                 rows = self._rows(k)
@@ -377,9 +347,14 @@ class TrajectoryBank:
 
     def _about(self) -> dict[str, Any]:
         knots, known = self._knots, identity(as_given(self._velocity.unfused()))
-        about = {"size": self.size, "chunk": self.chunk, "shape": self._known_layout()[0], "dtype": str(self.dtype)}
+        about = {"size": self.size, "chunk": self.chunk, "shape": self._known_layout().shape, "dtype": str(self.dtype)}
         about |= {"times": knots.times, "grid": knots.grid, "schedules": [s.times for s in knots.schedules]}
-        about |= {"guidance": self.guidance, "tables": sorted(self._tables), **self._starts.identity()}
+        about |= {
+            "guidance": self.guidance,
+            "columns": self._known_layout().columns,
+            "tables": sorted(self._tables),
+            **self._starts.identity(),
+        }
         field = field_identity(as_given(self._velocity.unfused()))
         return plain(about | {"teacher": known.parameters, "field": field, "attributes": known.attributes})
 
@@ -437,7 +412,7 @@ class TrajectoryBank:
 
     def _bar(self, chunks: int) -> tqdm:
         """With what is about to be made, told before it is."""
-        shape = "x".join(map(str, self._known_layout()[0]))
+        shape = "x".join(map(str, self._known_layout().shape))
         size = f"{self.nbytes / 2**30:.3g} GiB" if self.nbytes >= 2**28 else f"{self.nbytes / 2**20:.3g} MiB"
         what = f"{self.size} trajectories, {len(self._knots.places)} knots of {shape}, {self.dtype}"
         log.info("bank: %s: %s, storage %s", what, size, self.storage)
@@ -469,13 +444,15 @@ class TrajectoryBank:
         t = t.pin_memory() if self.device.type == "cuda" and t.is_cpu and not t.is_pinned() else t
         return t.to(self.device, non_blocking=True)
 
-    def _known_layout(self) -> tuple[tuple[int, ...], torch.dtype, int]:
+    def _known_layout(self) -> Layout:
         if self._layout is None:
             self._layout = self._starts.layout(self._rows(0))
         return self._layout
 
     def _expect_space(self, tickets: list[int]) -> None:
-        todo = sum(self._rows(c % self.chunks).stop - self._rows(c % self.chunks).start for c in tickets)
+        """That there is room for what is to be made: for chunks that are not there, and one beside those that are."""
+        new = sum(self._store.tickets[c % self.chunks] is None for c in tickets)
+        todo = min(self.size, self.chunk * (new + (new < len(tickets))))
         self._store.expect_space(self.nbytes, self.nbytes * todo // self.size)
 
     def _expect_filled(self) -> None:
@@ -484,15 +461,6 @@ class TrajectoryBank:
 
     def _expect_teacher(self, what: str) -> None:
         expect(self._teacher is not None, "bank", f"one with its teacher, to {what}", "one that was opened or pickled")
-
-
-def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
-    """To draw with on a device, where a run's generator is on the CPU: that itself there. On a GPU, whose queue a copy
-    of what the CPU draws would have to wait for, one whose seed that draws: all that a checkpoint has to keep."""
-    if device == generator.device:
-        return generator
-    seed = torch.randint(2**63 - 1, (), generator=generator, device="cpu").item()
-    return torch.Generator(device).manual_seed(seed)
 
 
 def _device_of(velocity: VelocityBase, given) -> torch.device:

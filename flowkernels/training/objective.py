@@ -25,7 +25,7 @@ from flowkernels.ops.straighten_loss import StraightenLosses, straighten_loss
 from flowkernels.ops.straighten_loss.reference import means, secants
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.bank import BankBatch, generator_on
+from flowkernels.training.batch import BankBatch, generator_on
 from flowkernels.training.losses import FUSED, LOSSES
 from flowkernels.training.refined import refined
 from flowkernels.training.t_sampling import START, T_SAMPLINGS

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import describe, expect, expect_takes
-from flowkernels.training.bank import BankBatch
+from flowkernels.training.batch import BankBatch
 from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.pairs import Pairs
 from flowkernels.velocity.hashes import tensors_hash

@@ -15,6 +15,7 @@ from torch import Tensor
 from flowkernels import _weights
 from flowkernels._checks import expect, expect_path
 from flowkernels._files import SUM, damaged, expect_unchanged, read_json, sealed, whole_file
+from flowkernels.training.starts import Layout
 from flowkernels.training.storage import staged
 
 FORMAT, VERSION = "flowkernels.trajectories", 1
@@ -72,9 +73,10 @@ class Shards:
         with whole_file(self.folder / MANIFEST) as partial:
             partial.write_text(json.dumps(self.manifest, indent=1))
 
-    def layout(self) -> tuple[tuple[int, ...], torch.dtype, int]:
+    def layout(self) -> Layout:
         columns = [t for name, t in self.tensors(0).items() if name != STATES]
-        return self.shape, self.dtype, sum(t[:1].numel() * t.element_size() for t in columns)
+        row = sum(t[:1].numel() * t.element_size() for t in columns)
+        return Layout(self.shape, self.dtype, row, tuple(self.manifest["columns"]))
 
     def drawn_hash(self, k: int) -> str:
         """Of what a shard was made of."""
@@ -99,8 +101,13 @@ class Shards:
                 raise ValueError("of another bank or place")
             if states.shape != (len(self.manifest["times"]), m, *self.shape) or states.dtype != self.dtype:
                 raise ValueError(f"states of {states.dtype}, {list(states.shape)}")
-            if any(len(t) != m for name, t in tensors.items() if name != STATES):
-                raise ValueError(f"conditioning of other than {m} rows")
+            wanted_columns = {STATES, *(COLUMN + key for key in self.manifest["columns"])}
+            if tensors.keys() != wanted_columns or any(len(tensors[name]) != m for name in wanted_columns - {STATES}):
+                raise ValueError(f"{sorted(tensors)}, or of other than {m} rows")
+            for key, table in self.tables.items():
+                index = tensors[COLUMN + key]
+                if index.dtype != torch.int64 or not bool(((index >= 0) & (index < len(table))).all()):
+                    raise ValueError(f"places outside of the {len(table)} rows of the table {key}")
             ticket = int(metadata["ticket"])
             if ticket < 0 or ticket % len(self.tickets) != k:
                 raise ValueError(f"ticket {ticket}")
@@ -224,6 +231,8 @@ def _mapped(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     size = path.stat().st_size
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
+        if 8 + length > size:
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
         header = json.loads(f.read(length))
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     metadata, tensors, end = header.pop("__metadata__", {}), {}, 0

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,15 @@ Conditioning = Mapping[str, Tensor | tuple[Tensor, Tensor]] | Callable[[int, tor
 NOISE = "a tensor, a shape or a function (n, generator)"
 DATA = "a tensor or a function (n, generator)"
 ROWS = "a dict of tensors with a row for each trajectory, or of pairs (table, index)"
+
+
+class Layout(NamedTuple):
+    """Shape and dtype of a state; bytes of a row of conditioning, and its names."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    row: int = 0
+    columns: tuple[str, ...] = ()
 
 
 def source_of(given, name: str, shapes: bool = True) -> Source:
@@ -149,7 +158,7 @@ class Starts:
         expect(there in (None, self.size), "size", f"None, or the {there} of {name}", size)
         self.columns = Columns(conditioning, self.size)
         self.is_function = callable(self.given) or self.columns.is_function
-        self._layout: tuple[tuple[int, ...], torch.dtype, int] | None = None
+        self._layout: Layout | None = None
 
     def draw(self, rows: slice, ticket: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The ticket-th draw: states `[m, *shape]` that some trajectories begin with, float32 or float64, and the
@@ -158,12 +167,14 @@ class Starts:
         x = initial_state(self.source(rows, generator)).detach()
         columns = self.columns.rows(rows, generator)
         row = sum(c[:1].numel() * c.element_size() for c in columns.values())
-        self._layout = self._layout or (tuple(x.shape[1:]), x.dtype, row)
-        expect(x.shape[1:] == self._layout[0], "noise", f"samples of shape {list(self._layout[0])}", x)
+        self._layout = self._layout or Layout(tuple(x.shape[1:]), x.dtype, row, tuple(sorted(columns)))
+        shape, _, _, names = self._layout
+        expect(x.shape[1:] == shape, "noise", f"samples of shape {list(shape)}", x)
+        expect(tuple(sorted(columns)) == names, "conditioning", f"{list(names)}, as at first", f"{sorted(columns)}")
         return x, columns
 
-    def layout(self, rows: slice) -> tuple[tuple[int, ...], torch.dtype, int]:
-        """(shape and dtype of a state, bytes of a row of conditioning): a function is called for the first `rows`."""
+    def layout(self, rows: slice) -> Layout:
+        """Of them all; a function is called for the first `rows`."""
         if self._layout is None:
             self.draw(rows, 0)
         return self._layout

@@ -654,6 +654,42 @@ PYTHON = {
             "tests/test_targets_teacher.py",
         ),
     ],
+    "flowkernels/training/bank.py": [
+        Bug(
+            "a part of a bank",
+            "a refresh of a fraction rounds the number of chunks down",
+            "max(1, math.ceil(fraction * self.chunks - 1e-9))",
+            "max(1, math.floor(fraction * self.chunks + 1e-9))",
+            "tests/test_bank.py",
+        ),
+    ],
+    "flowkernels/training/storage.py": [
+        Bug(
+            "the other end",
+            "both ends of an interval are the first",
+            "torch.cat([first * n + sample, last * n + sample])",
+            "torch.cat([first * n + sample, first * n + sample])",
+            "tests/test_bank.py",
+        ),
+    ],
+    "flowkernels/training/shards.py": [
+        Bug(
+            "a shard's place",
+            "a shard of the same bank is taken in another's place",
+            'metadata.get("bank") != self.id or metadata.get("chunk") != str(k)',
+            'metadata.get("bank") != self.id',
+            "tests/test_bank.py",
+        ),
+    ],
+    "flowkernels/training/teacher_states.py": [
+        Bug(
+            "first stages",
+            "of a trajectory back from data the states before Heun's corrections are kept",
+            "K - (i + 1) // 2 if i % 2 else None",
+            "None if i % 2 else K - i // 2 - 1",
+            "tests/test_bank.py",
+        ),
+    ],
     "flowkernels/training/state.py": [
         Bug(
             "generator of the bank",

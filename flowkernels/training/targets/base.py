@@ -12,7 +12,7 @@ from flowkernels.ops.library import no_autocast
 from flowkernels.ops.segment_points import segment_points
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.bank import BankBatch, generator_on
+from flowkernels.training.batch import BankBatch, generator_on
 from flowkernels.training.students import student_velocity, teacher_velocity
 from flowkernels.training.t_sampling import START
 from flowkernels.velocity.protocol import Velocity
