@@ -20,17 +20,19 @@ from flowkernels._checks import (
     expect_tensor,
     one_of,
 )
+from flowkernels.ops.library import is_transformed
 from flowkernels.ops.segment_points import expect_bank
 from flowkernels.ops.straighten_loss import StraightenLosses, straighten_loss
-from flowkernels.ops.straighten_loss.reference import means, secants
+from flowkernels.ops.straighten_loss.reference import means
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.batch import BankBatch, generator_on
+from flowkernels.training.by_rows import losses_by_rows
 from flowkernels.training.losses import FUSED, LOSSES
 from flowkernels.training.refined import refined
 from flowkernels.training.t_sampling import START, T_SAMPLINGS
 from flowkernels.training.targets.average_velocity import CONSISTENCIES
-from flowkernels.training.targets.base import Answer, Call, RolledOut, Target
+from flowkernels.training.targets.base import Answer, Call, Dense, RolledOut, Target
 from flowkernels.training.targets.noise import COMPARED
 from flowkernels.training.targets.own_states import own_states, unmoved
 from flowkernels.training.targets.table import TARGETS
@@ -150,7 +152,8 @@ class StraightenLoss(nn.Module):
             pseudo-Huber `sqrt(|e|^2 / D + c^2) - c`; "huber_per_element", the mean over features of `sqrt(e^2 + c^2) -
             c`; "cauchy", that of `log(1 + e^2 / (2 c^2))`; or a function (v, target) -> `[B]` of `[B, *shape]` in the
             bank's dtype, differentiable in v. The first two are `fk.straighten_loss`, with the gradient in the same
-            pass and no target in memory; the others are plain torch. None takes the target's own: "l2", of "endpoint"
+            pass and no target in memory; the next are too, by some samples at a time
+            in plain torch; a function has all. None takes the target's own: "l2", of "endpoint"
             "huber", since the errors of ends are heavy-tailed.
         huber_c: the constant c.
         weighting: factors on the losses of intervals, N numbers ("reflow", "distill" and "endpoint" have one);
@@ -347,15 +350,29 @@ class StraightenLoss(nn.Module):
             expect(False, "batch", expected, "others")
         return self.rolled_out
 
-    def _losses(self, answer: Answer, batch: BankBatch) -> StraightenLosses:
-        v, pairs, step_sizes, places, columns, factor = answer
-        interval, N = self.interval_of(batch.interval), self.knots.steps
-        factors = [f for f in (factor, batch.weight) if f is not None]
-        if not self.is_fused:
-            target = secants(pairs, step_sizes, places, columns)
-            each = self.each(v.to(target.dtype), target)
+    def _losses(self, answer: Answer | Dense, batch: BankBatch) -> StraightenLosses:
+        v, interval, N = answer.v, self.interval_of(batch.interval), self.knots.steps
+        factors = [f for f in (answer.weight, batch.weight) if f is not None]
+        if self.is_fused and isinstance(answer, Answer):
+            return self._fused(answer, interval, factors)
+        if not isinstance(self.loss, str) or is_transformed() or torch.compiler.is_compiling():
+            each = self.each(v.to(answer.dtype), answer.target())
             weight = self._weight(each, interval, factors, v[:1].numel())
             return StraightenLosses(*means(each, weight, interval, N))
+
+        def losses(part: Tensor, rows: slice) -> Tensor:
+            return self.each(part.to(answer.dtype), answer.target(rows))
+
+        def weights(each: Tensor, rows: slice) -> Tensor | None:
+            return self._weight(each, interval[rows], [f[rows] for f in factors], v[:1].numel())
+
+        spare = answer.targets if isinstance(answer, Dense) and answer.spare else None
+        loss, each = losses_by_rows(v, losses, weights, answer.dtype, spare)
+        with torch.no_grad():
+            return StraightenLosses(loss, each, means(each, None, interval, N)[2])
+
+    def _fused(self, answer: Answer, interval: Tensor, factors: Sequence[Tensor]) -> StraightenLosses:
+        v, pairs, step_sizes, places, columns, _ = answer
         fused = functools.partial(straighten_loss, loss=self.loss, huber_c=self.huber_c)
         known = None
         if _is_one(self.weighting, BY_LOSS):
@@ -365,7 +382,7 @@ class StraightenLoss(nn.Module):
         found = fused(v, pairs, step_sizes, places, columns, weight=weight)
         if places is not interval:  # the op's means are by place
             with torch.no_grad():
-                found = StraightenLosses(*found[:2], means(found.per_sample, None, interval, N)[2])
+                found = StraightenLosses(*found[:2], means(found.per_sample, None, interval, self.knots.steps)[2])
         return found
 
     def _weight(self, each: Tensor | None, interval: Tensor, factors: Sequence[Tensor], features: int) -> Tensor | None:

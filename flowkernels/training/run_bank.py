@@ -63,9 +63,16 @@ class RunBank:
             expect(noise.device == device, "noise", f"a tensor on the student's device {device}", noise)
         source_of(noise, "noise")
         fixed = isinstance(noise, Tensor)
-        _expect_memory(noise, 0 if fixed else given, batch, objective.schedule.steps)
-        size = None if fixed else given
-        settings = dict(noise=noise, size=size, grid=grid, chunk=batch, seed=seed, device=device, progress=progress)
+        _expect_memory(noise, given, batch, objective)
+        settings = dict(
+            noise=noise,
+            size=None if fixed else given,
+            grid=grid,
+            chunk=batch,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
         bank = TrajectoryBank(teacher, objective, **settings)
         return cls(bank, objective, batch, noise if fraction == 1 else None, fraction)
 
@@ -131,9 +138,17 @@ class RunBank:
         return BankBatch(self.states, *batch[1:3]) if self._objective.needs_roll_out else batch
 
 
-def _expect_memory(noise: Any, size: int, batch: int, steps: int) -> None:
-    """That the bank, of its N + 1 knots, and what an iteration draws fit, as far as that is known beforehand."""
-    features = noise[0].numel() if isinstance(noise, Tensor) else 1 if callable(noise) else math.prod(noise)
+def _expect_memory(noise: Any, size: int, batch: int, objective: StraightenLoss) -> None:
+    """That the bank, of its N + 1 knots, the student's own states beside it, where they are taken, and what an
+    iteration draws fit, as far as that is known beforehand."""
+    fixed, steps = isinstance(noise, Tensor), objective.schedule.steps
+    features = noise[0].numel() if fixed else 1 if callable(noise) else math.prod(noise)
     expect_room(4 * features, "noise", "one sample", f"{describe(noise)}")
-    expect_room(4 * features * size * (steps + 1), "bank", "trajectories", f"{size}")
+    if not fixed:
+        expect_room(4 * features * size * (steps + 1), "bank", "trajectories", f"{size}")
+    if objective.needs_roll_out:
+        size, own = len(noise) if fixed else size, steps + 1 + 2 * steps * objective.refits
+        expect_room(
+            4 * features * size * (steps + 1 + own), "bank", "the teacher's states and the student's", f"{size}"
+        )
     expect_room((4 * features + 32) * batch, "batch", "samples", f"{batch}")

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from flowkernels._checks import expect
 from flowkernels.ops.segment_points import segment_points
 from flowkernels.training.acceleration import Acceleration
-from flowkernels.training.targets.base import Answer, Call, dense
+from flowkernels.training.targets.base import Call, Dense, dense
 
 
-def acceleration(call: Call) -> Answer:
+def acceleration(call: Call) -> Dense:
     """The initial velocity, `initial_speed` times the mean one, of the noise; and on the path that leads from the noise
     to the data with what was answered, its acceleration."""
     u = call.u()
@@ -22,7 +22,7 @@ def acceleration(call: Call) -> Answer:
     x = x0 + _rows(tau, x0) * given + _rows(tau.square() / 2, x0) * needed
     a = call.velocity(x, t0 + tau, v0=given)
     initial = call.settings["initial_speed"] * dx / size
-    return dense(torch.cat([v0, a.to(v0.dtype)], 1), torch.cat([initial, needed], 1))
+    return dense(torch.cat([v0, a.to(v0.dtype)], 1), torch.cat([initial, needed], 1), spare=True)
 
 
 def _rows(value: Tensor, x: Tensor) -> Tensor:

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from flowkernels.ops.segment_points import segment_points
-from flowkernels.training.targets.base import Answer, Call, dense
+from flowkernels.training.targets.base import Call, Dense, dense
 
 STEP = 0.05  # of the time left, over which a change is taken: over less, the ripples of a network are what is seen
 
 
-def next_knot(call: Call) -> Answer:
+def next_knot(call: Call) -> Dense:
     """To where the student's velocity leads from a state it is to lead from the one before; the last is there."""
     states, places, columns = call.states, call.places, call.columns
     x, there = segment_points(states, places, columns), states[places + 1, columns]
@@ -17,10 +17,10 @@ def next_knot(call: Call) -> Answer:
     v, v_there = call.velocities((x, call.start), (there, then))
     left = _like(call.end - then, x)
     jump = torch.where(left > 0, there + left * v_there, there)
-    return dense(x + _like(call.end - call.start, x) * v, jump)
+    return dense(x + _like(call.end - call.start, x) * v, jump, spare=True)
 
 
-def velocity_matching(call: Call) -> Answer:
+def velocity_matching(call: Call) -> Dense:
     """The student's velocity is a mean over the time left, and changes on the teacher's way as such a mean does."""
     x, t = call.chord()
     teachers = call.teachers_velocity(x, t)
@@ -30,7 +30,7 @@ def velocity_matching(call: Call) -> Answer:
     others = (here, there) if torch.is_autocast_enabled(x.device.type) else (there,)
     v, *found = call.velocities(here, *others, exact=True)
     before, after = (v.detach(), *found)[-2:]
-    return dense(v, teachers + (1 / STEP - 1) * (after - before))
+    return dense(v, teachers + (1 / STEP - 1) * (after - before), spare=True)
 
 
 def _like(times: Tensor, x: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from flowkernels.models.average_velocity import AverageVelocity
 from flowkernels.ops.straighten_loss.reference import secants
 from flowkernels.schedule import Schedule
 from flowkernels.training.students import student_derivative
-from flowkernels.training.targets.base import Answer, Call, dense
+from flowkernels.training.targets.base import Call, Dense, dense
 
 
-def average_velocity(call: Call) -> Answer:
+def average_velocity(call: Call) -> Dense:
     """On the chords of the examples' intervals at t, to s uniform between t and the last knot; of some s = t."""
     x, t = call.chord()
     s = t + call.uniform() * (call.times[-1] - t)
@@ -26,7 +26,7 @@ def average_velocity(call: Call) -> Answer:
     if first < len(t):
         consistent = CONSISTENT[call.settings["consistency"]]
         targets.append(consistent(later, x[first:], t[first:], s[first:]))
-    return dense(call.velocity(x, t, s=s), torch.cat(targets))
+    return dense(call.velocity(x, t, s=s), torch.cat(targets), spare=True)
 
 
 def _velocity(call: Call, x: Tensor, t: Tensor) -> Tensor:

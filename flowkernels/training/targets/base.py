@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flowkernels.ops.library import no_autocast
 from flowkernels.ops.segment_points import segment_points
+from flowkernels.ops.straighten_loss.reference import secants
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.batch import BankBatch, generator_on
@@ -31,7 +32,8 @@ class RolledOut(NamedTuple):
 
 class Answer(NamedTuple):
     """What the student answered, `[B, *shape]` with its graph, and what it should have: the secants `(pairs[i+1, s] -
-    pairs[i, s]) / step_sizes[i]` of the places i and columns s, `[B]`. weight: factors on the losses `[B]`, or None."""
+    pairs[i, s]) / step_sizes[i]` of the places i and columns s, `[B]`. weight: factors on the losses `[B]`, or None.
+    A `Dense` has the target itself."""
 
     v: Tensor
     pairs: Tensor
@@ -39,6 +41,31 @@ class Answer(NamedTuple):
     places: Tensor
     columns: Tensor
     weight: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the targets and losses."""
+        return self.pairs.dtype
+
+    def target(self, rows: slice = slice(None)) -> Tensor:
+        """Of some of the samples, `[m, *shape]`."""
+        return secants(self.pairs, self.step_sizes, self.places[rows], self.columns[rows])
+
+
+class Dense(NamedTuple):
+    """What the student answered, and the target `[B, *shape]`. spare: whether its memory may be written to."""
+
+    v: Tensor
+    targets: Tensor
+    weight: Tensor | None
+    spare: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.targets.dtype
+
+    def target(self, rows: slice = slice(None)) -> Tensor:
+        return self.targets[rows]
 
 
 @dataclass(frozen=True)
@@ -147,13 +174,10 @@ def _random_states(devices: Sequence[torch.device]) -> list[Tensor]:
     return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
 
 
-def dense(v: Tensor, target: Tensor, weight: Tensor | None = None) -> Answer:
-    """That v should be a target `[B, *shape]`, which has no gradient."""
-    target = target.detach()
-    pairs = torch.stack([torch.zeros_like(target), target])
-    columns = torch.arange(len(target), device=target.device)
-    one = torch.ones(1, dtype=torch.float64, device=target.device)
-    return Answer(v, pairs, one, torch.zeros_like(columns), columns, weight)
+def dense(v: Tensor, target: Tensor, weight: Tensor | None = None, spare: bool = False) -> Dense:
+    """That v should be a target `[B, *shape]`, which has no gradient. spare: it is nobody else's, and may be
+    overwritten."""
+    return Dense(v, target.detach(), weight, spare)
 
 
 def anything(student: nn.Module) -> None:
@@ -176,7 +200,7 @@ class Target:
     schedule, the student where none is given; None: that copy.
     """
 
-    answer: Callable[[Call], Answer]
+    answer: Callable[[Call], Answer | Dense]
     whole: bool = False
     t_sampling: str = START
     only: bool = False

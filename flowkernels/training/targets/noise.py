@@ -5,12 +5,12 @@ from torch import Tensor, nn
 from flowkernels._checks import expect
 from flowkernels.ops.segment_points import segment_points
 from flowkernels.training.noise_prediction import NoisePrediction
-from flowkernels.training.targets.base import Answer, Call, dense
+from flowkernels.training.targets.base import Call, Dense, dense
 
 COMPARED = ("data", "noise")
 
 
-def noise(call: Call) -> Answer:
+def noise(call: Call) -> Dense:
     """On the student's path through the state at the first knot to the data, the noise at its other end: as it is, or
     by the data that follow from it."""
     path, u = call.student.coefficients, call.u()
@@ -25,7 +25,9 @@ def noise(call: Call) -> Answer:
     alpha, sigma = (_rows(part, x0) for part in path(t))
     x = alpha * x1 + sigma * e
     found = call.velocity(x, t, noise=True)
-    return dense(found, e) if call.settings["compared"] == "noise" else dense((x - sigma * found) / alpha, x1)
+    if call.settings["compared"] == "noise":
+        return dense(found, e, spare=True)
+    return dense((x - sigma * found) / alpha, x1, spare=True)
 
 
 def _rows(value: Tensor, x: Tensor) -> Tensor:

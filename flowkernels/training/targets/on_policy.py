@@ -1,10 +1,10 @@
 """The teacher's velocity where the student's own steps lead."""
 
-from flowkernels.training.targets.base import Answer, Call, dense
+from flowkernels.training.targets.base import Call, Dense, dense
 from flowkernels.training.targets.own_states import own_or_teachers
 
 
-def on_policy(call: Call) -> Answer:
+def on_policy(call: Call) -> Dense:
     """At a time drawn on the interval, on the student's Euler step from its first knot."""
     x = own_or_teachers(call)
     v, u = call.velocity(x, call.start), call.u()

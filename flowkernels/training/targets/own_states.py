@@ -16,8 +16,8 @@ def own_or_teachers(call: Call) -> Tensor:
     """The states `[B, *shape]` at the examples' knots."""
     states, interval, sample = call.batch[:3]
     own = call.uniform() < OWN
-    x = (segment_points(at, interval, sample) for at in (call.rolled_out.states, states))
-    return torch.where(own.view(-1, *[1] * (states.dim() - 2)), *x)
+    x, there = (segment_points(at, interval, sample) for at in (call.rolled_out.states, states))
+    return torch.where(own.view(-1, *[1] * (x.dim() - 1)), x, there, out=x)
 
 
 def own_states(student: nn.Module, solver: Solver, states: Tensor, chunk: int | None, pairs: bool) -> RolledOut:
