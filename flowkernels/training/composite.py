@@ -42,7 +42,7 @@ class Composite(nn.Module, VelocityBase):
         """The same of other networks."""
         other = copy.copy(self)
         other.__dict__.pop(COMPILED_CALL, None)  # which calls this one
-        other.__dict__["_modules"] = {
+        other._modules = {
             name: nn.ModuleList([made(net) for net in part]) if isinstance(part, nn.ModuleList) else made(part)
             for name, part in self._modules.items()
         }
