@@ -32,8 +32,7 @@ class Sizes:
 
     calibration, held_out, bank: noises of each use. published_costs: noises of the published procedure's costs.
     iterations: of training, the same for all. fewer: and of runs of their own, which show how soon an error is reached,
-    for the N of fewer_steps.
-    looks: how often the published procedure is evaluated meanwhile.
+    for the N of fewer_steps. looks: how often the published procedure is evaluated meanwhile.
     """
 
     calibration: int
@@ -55,7 +54,7 @@ class Sizes:
         return max(64, self.batch)
 
     def quick(self) -> "Sizes":
-        return Sizes(32, 64, 48, 16, self.lr, (4,), iterations=8, published_costs=32, grid=12, looks=2, steps=(1, 2))
+        return Sizes(32, 64, 48, 16, self.lr, (4,), iterations=8, published_costs=32, grid=13, looks=2, steps=(1, 2))
 
 
 SIZES = {
@@ -202,11 +201,7 @@ def knots(run: Run, N: int) -> fk.Schedule:
 
 
 def uniform(run: Run, N: int) -> fk.Schedule:
-    return fk.Schedule(torch.linspace(0, 1, N + 1, dtype=torch.float64), run.cal.times, _even(run.sizes.grid, N))
-
-
-def _even(grid: int, N: int) -> list[int] | None:
-    return None if grid % N else list(range(0, grid + 1, grid // N))
+    return fk.Schedule.uniform(N)
 
 
 def fitted(run: Run, N: int) -> fk.Solver:
@@ -334,9 +329,9 @@ noise = WHOLE | dict(student=lambda run, plan: fk.NoisePrediction(run.student())
 trained("noise", "`noise` (Rectified Diffusion)", uniform, dict(target="noise"), **noise)
 of_two_times = WHOLE | dict(student=two_times, sampled=lambda student, plan: student.on(plan))
 title = "`average_velocity`, of two times (SplitMeanFlow)"
-trained("average_velocity", title, uniform, dict(target="average_velocity"), **of_two_times)
+trained("average_velocity", title, knots, dict(target="average_velocity"), **of_two_times)
 derived = dict(target="average_velocity", consistency="derivative", weighting="adaptive")
-trained("mean_flow", "`average_velocity` by the derivative (MeanFlow)", uniform, derived, **of_two_times)
+trained("mean_flow", "`average_velocity` by the derivative (MeanFlow)", knots, derived, **of_two_times)
 shared_out = dict(batch=lambda s, N: max(1, s.batch // N), fewer=True)  # each sample is evaluated N times
 trained("solver", "`solver`, from the fitted one", fitted, dict(target="solver"), fewer=True)
 trained("endpoint", "`endpoint`, from the polished solver", polished, dict(target="endpoint"), **shared_out)
