@@ -165,6 +165,9 @@ def section(r: Results, data: str) -> Iterator[str]:
     for settings in dict.fromkeys(x["settings"] for x in rows):
         most = max(int(x["iterations"]) for x in rows if x["settings"] == settings)
         yield f"{settings}; {most} iterations. Seeds: {', '.join(sorted({x['seed'] for x in rows}))}."
+    beside = sum(float(x["seconds"]) > 1.5 * float(x["processor_seconds"]) for x in rows)
+    if beside:
+        yield f"{beside} of {len(rows)} rows ran beside other work: their seconds are above 1.5 times the processor's."
     yield "\nRms distance to the teacher's endpoint:\n"
     yield from table(r, data, "rms")
     metric = rows[0]["metric"]
