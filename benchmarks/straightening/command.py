@@ -198,7 +198,7 @@ def wanted(data: Data, sizes: Sizes, args: argparse.Namespace) -> Iterator[tuple
     chosen = numbers(args.steps, "--steps") or sizes.steps
     for name in names_of(args.rows, ROWS, "--rows") if args.rows else ROWS:
         row = ROWS[name]
-        if row.float32 and data.velocity is data.network:
+        if data.name in row.not_of or (row.float32 and data.velocity is data.network):
             continue
         steps = tuple(N for N in chosen if row.only is None or N in row.only)
         asked = numbers(args.iterations, "--iterations")

@@ -164,7 +164,8 @@ class OfTwo(nn.Module):
 class Row:
     """make: run -> Made, with the run's clock. trained: whether weights change. any_steps: whether one student is for
     every N. only: the N it is for. calibrated: whether it uses the calibration; shared: and the bank of all. fewer:
-    whether it is also run with fewer iterations. float32: of the network in float32, where the data's is not."""
+    whether it is also run with fewer iterations. float32: of the network in float32, where the data's is not.
+    not_of: data whose model has no derivative in forward mode."""
 
     title: str
     make: Callable[[Run], Made]
@@ -175,6 +176,7 @@ class Row:
     shared: bool = False
     fewer: bool = False
     float32: bool = False
+    not_of: tuple[str, ...] = ()
 
 
 ROWS: dict[str, Row] = {}
@@ -331,7 +333,9 @@ of_two_times = WHOLE | dict(student=two_times, sampled=lambda student, plan: stu
 title = "`average_velocity`, of two times (SplitMeanFlow)"
 trained("average_velocity", title, knots, dict(target="average_velocity"), **of_two_times)
 derived = dict(target="average_velocity", consistency="derivative", weighting="adaptive")
-trained("mean_flow", "`average_velocity` by the derivative (MeanFlow)", knots, derived, **of_two_times)
+trained(
+    "mean_flow", "`average_velocity` by the derivative (MeanFlow)", knots, derived, not_of=("fashion",), **of_two_times
+)
 shared_out = dict(batch=lambda s, N: max(1, s.batch // N), fewer=True)  # each sample is evaluated N times
 trained("solver", "`solver`, from the fitted one", fitted, dict(target="solver"), fewer=True)
 trained("endpoint", "`endpoint`, from the polished solver", polished, dict(target="endpoint"), **shared_out)
