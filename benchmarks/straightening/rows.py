@@ -249,6 +249,7 @@ def trained(
     sampled: Callable[[nn.Module, Plan], Callable] = lambda student, plan: student,
     batch: Callable[[Sizes, int], int] = lambda sizes, N: sizes.batch,
     shared: bool = True,
+    rate: float = 1.0,
     **of_row,
 ) -> None:
     """plan: (run, N) -> what is trained for, and sampled on unless the training returns a solver. sampled: (student,
@@ -272,7 +273,7 @@ def trained(
                 init="keep",
                 iterations=run.iterations,
                 batch=batch(s, max(run.steps)),
-                lr=s.lr,
+                lr=rate * s.lr,
                 optimizer=run.optimizer,
                 warmup=run.iterations // 15,
                 ema=None,
@@ -336,7 +337,8 @@ derived = dict(target="average_velocity", consistency="derivative", weighting="a
 trained(
     "mean_flow", "`average_velocity` by the derivative (MeanFlow)", knots, derived, not_of=("fashion",), **of_two_times
 )
-shared_out = dict(batch=lambda s, N: max(1, s.batch // N), fewer=True)  # each sample is evaluated N times
+# each sample is evaluated N times, so that a batch is smaller and its gradient noisier
+shared_out = dict(batch=lambda s, N: max(1, s.batch // N), rate=0.5, fewer=True)
 trained("solver", "`solver`, from the fitted one", fitted, dict(target="solver"), fewer=True)
 trained("endpoint", "`endpoint`, from the polished solver", polished, dict(target="endpoint"), **shared_out)
 trained("endpoint_fitted", "`endpoint`, from the fitted solver", fitted, dict(target="endpoint"), **shared_out)
