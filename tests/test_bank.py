@@ -713,6 +713,11 @@ def test_bad_input_of_a_run_is_named_before_work(what):
     assert CALLS[0] == 0
 
 
+class Taking(torch.nn.Module):
+    def forward(self, x, t, a):
+        return -x
+
+
 BAD = {
     "a knot off the grid": (
         dict(grid=10),
@@ -748,6 +753,27 @@ BAD = {
         ValueError,
         r"^noise: expected a function that returns n = 5",
     ),
+    "drawn dtypes": (
+        dict(noise=lambda n, g: normal(n, 4, dtype=[torch.float32, F64][n % 2])),
+        ValueError,
+        r"^noise: expected samples of shape \[4\], torch.float64, got a torch.float32 tensor",
+    ),
+    "drawn dtypes of rows": (
+        dict(velocity=Taking(), conditioning=lambda n, g: {"a": torch.ones(n, dtype=[torch.int64, F64][n % 2])}),
+        ValueError,
+        r"^conditioning: expected rows of \{'a': \(\(\), torch.float64\)\}, as at first, got .*int64",
+    ),
+    **{
+        f"overflow of {dtype}": (
+            dict(velocity=lambda x, t: 0 * x, noise=large.expand(22, 4), dtype=dtype),
+            ValueError,
+            rf"^dtype: expected one that holds the teacher's states, got {dtype}, whose largest is 3\.\d+e\+38",
+        )
+        for dtype, large in (
+            (torch.bfloat16, torch.tensor(3.4e38)),
+            (torch.float32, torch.tensor(1e39, dtype=F64)),
+        )
+    },
     "memory": (
         dict(size=2**50),
         ValueError,
@@ -759,6 +785,25 @@ BAD = {
         r"^velocity: expected finite velocities, got NaN or Inf in ",
     ),
 }
+
+
+def test_a_folder_is_the_same_from_everywhere(tmp_path, monkeypatch):
+    """By a relative name, wherever the process goes, with its name's own letters; a shard that is gone is named."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    bank = bank_of(storage="ä b.ank", chunk=11)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    states = bank.fill().states(2)
+    monkeypatch.chdir(tmp_path)
+    opened = [fk.TrajectoryBank.open("ä b.ank") for _ in range(2)]
+    monkeypatch.chdir("/")
+    assert torch.equal(opened[0].states(2), states)
+    (tmp_path / "ä b.ank" / "shard-000001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"^storage: expected a shard of the bank in .*shard-000001.*not there"):
+        opened[1].states(2)
+    (tmp_path / "to nothing").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"^storage: expected a folder, got .*, a link to nothing"):
+        bank_of(storage=tmp_path / "to nothing")
 
 
 @pytest.mark.parametrize("what", BAD)

@@ -272,6 +272,20 @@ def test_coupled_flows_need_fewer_steps():
             assert got < 0.6 * independent
 
 
+@pytest.mark.parametrize("coupling", ["ot", "sinkhorn", "gibbs"])
+def test_where_the_origin_is_does_not_matter(coupling):
+    """Costs are differences of samples, whose products far from the origin have no digits left."""
+    noise, data = (part.double() for part in sets(64, 3))
+    noise, data = ((part * 2**10).round() / 2**10 for part in (noise, data))  # which 2^24 leaves as they are
+    found = [
+        fk.couple(noise + far, data + far, coupling, generator=torch.Generator().manual_seed(0), reg=0.5)
+        for far in (0, 2**24)
+    ]
+    assert torch.equal(found[0].index, found[1].index)
+    if coupling == "gibbs":
+        torch.testing.assert_close(found[0].weight, found[1].weight)
+
+
 # ---- what is refused ----
 
 NOISE, DATA = sets(8, 2)
@@ -299,6 +313,24 @@ REFUSED = {
     r"^weight: expected finite factors": lambda: fk.Pairs(torch.ones(2, 2, 2), torch.tensor([1.0, -1.0])),
     r"^weight: expected shape \[2\]": lambda: fk.Pairs(torch.ones(2, 2, 2), torch.ones(3)),
     r"^pairs: expected states like those of the first": lambda: fk.Pairs.cat([PAIRS, fk.Pairs(torch.ones(2, 3, 5))]),
+    r"^pairs, conditioning\['y'\]: expected rows of \[3\] torch.float32": lambda: fk.Pairs.cat(
+        [fk.Pairs(PAIRS.states, conditioning={"y": torch.ones(3, k)}) for k in (3, 2)]
+    ),
+    r"^states: expected finite values, got NaN or Inf in sample 1": lambda: fk.Pairs(
+        PAIRS.states.index_fill(1, torch.tensor(1), torch.nan)
+    ),
+    **{
+        rf"^data: .* a finite number, got an overflow of float64(?#{coupling})$": lambda coupling=coupling: fk.couple(
+            NOISE.double(), DATA.double() * 1e200, coupling
+        )
+        for coupling in ("ot", "sinkhorn", "gibbs")
+    },
+    **{
+        rf"^reg: .* can be divided by, got 1e-30\d(?#{coupling})$": lambda coupling=coupling: fk.couple(
+            NOISE, DATA * 1e9, coupling, reg=1e-300, relative=False
+        )
+        for coupling in ("sinkhorn", "gibbs")
+    },
     r"^size: expected at least 1": lambda: PAIRS.batch(0),
     r"^resample_with: expected a schedule or solver for the way back": lambda: fk.forward_pairs(
         linear_field(2), DATA, fk.Solver.heun(4, inverse=True)

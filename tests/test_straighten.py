@@ -293,12 +293,45 @@ def test_the_ends_of_the_intervals_are_enough(settings):
     factors = weight.double() * torch.tensor([1, 3, 0.5]).double()[interval]
     expected = (factors * whole.per_sample.double()).mean().item()
     assert whole.loss.item() == pytest.approx(expected, rel=1e-6)
-    for batch, message in (
-        (fk.BankBatch(ends[:, :5], interval, sample, ends=True), r"^states: expected \[2, 6, "),
-        (fk.BankBatch(states, interval, sample, weight=weight[:4]), r"^weight: expected \[6\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            objective(net, batch)
+
+
+BAD_BATCHES = {
+    "ends of others": (
+        dict(states=torch.ones(2, 5, 3), ends=True),
+        r"^states: expected \[2, 6, ",
+    ),
+    "no example": (
+        dict(interval=torch.arange(0), sample=torch.arange(0)),
+        r"^interval: expected at least one example",
+    ),
+    "interval": (dict(interval=torch.full((6,), 3)), r"^interval: expected indices from 0 to 2, got 3"),
+    "interval from the end": (
+        dict(states=torch.ones(2, 6, 3), interval=torch.full((6,), -1), ends=True),
+        r"^interval: expected indices from 0 to 2, got -1",
+    ),
+    "sample": (dict(sample=torch.full((6,), 9)), r"^sample: expected indices from 0 to 8, got 9"),
+    "size": (dict(size=0), r"^size: expected at least 1, got 0"),
+    "samples beyond the size": (dict(size=3), r"^sample: expected indices from 0 to 2, got 5"),
+    "weights too few": (dict(weight=torch.ones(4)), r"^weight: expected \[6\]"),
+    "weight NaN": (dict(weight=torch.full((6,), torch.nan)), r"^weight: expected finite factors >= 0"),
+    "weight below 0": (dict(weight=-torch.ones(6)), r"^weight: expected finite factors >= 0"),
+    "conditioning": (dict(conditioning=[torch.ones(6)]), r"^conditioning: expected a dict with names as keys"),
+    "no tensor": (dict(conditioning={"y": 3}), r"^conditioning\['y'\]: expected a tensor with 6 rows, .* got 3"),
+    "rows": (dict(conditioning={"y": torch.ones(5)}), r"^conditioning\['y'\]: expected a tensor with 6 rows"),
+    "guidance alone": (dict(guidance="w"), r"^guidance: expected None, or a name of the batch's conditioning"),
+    "guidance": (
+        dict(guidance="w", conditioning={"y": torch.ones(6)}),
+        r"^guidance: expected None, or a name of conditioning \['y'\], got w",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_BATCHES)
+def test_bad_batches(bad):
+    change, message = BAD_BATCHES[bad]
+    batch = fk.BankBatch(torch.ones(4, 9, 3), torch.arange(6) % 3, torch.arange(6))._replace(**change)
+    with pytest.raises((TypeError, ValueError), match=message):
+        fk.StraightenLoss(fk.Schedule([0, 0.2, 0.7, 1]))(Affine(0.7, -0.4), batch)
 
 
 def own_velocities(net, solver, start):
@@ -1386,6 +1419,7 @@ BAD = {
     "seed": (dict(seed=0.5), TypeError, r"^seed: expected an integer, got 0.5"),
     "weights too few": (dict(weighting=[1.0]), ValueError, r"^weighting: expected 2 finite numbers >= 0"),
     "negative weight": (dict(weighting=[1.0, -1.0]), ValueError, r"^weighting: "),
+    "weights of 0": (dict(weighting=[0.0, 0.0]), ValueError, r"^weighting: expected 2 .* >= 0 and not all 0"),
     "weight nan": (dict(weighting=[1.0, math.nan]), ValueError, r"^weighting: "),
     "init": (dict(init="random"), ValueError, r"^init: expected 'teacher', 'keep', a state dict or None"),
     "noise": (dict(noise=4), TypeError, r"^noise: expected a tensor, a shape or a function"),

@@ -323,6 +323,28 @@ def test_velocity_matching_in_autocast():
     assert not torch.allclose(there.float() / 0.0125, (net(x, t + 0.0125) - net(x, t)) / 0.0125, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_teacher_that_answers_in_bfloat16(target, dtype):
+    """By its own dtype, or as all networks do in a caller's autocast: a target in the dtype of the states."""
+
+    class Low(Student):
+        def forward(self, x, t):
+            return super().forward(x, t).to(dtype)
+
+    objective = fk.StraightenLoss(ON_GRID, target=target, teacher=Low(seed=1))
+    net, states = Student(seed=3), normal(len(objective.times), 12, 3, seed=2)
+    objective.roll_out(net, states)
+    batch = fk.BankBatch(states, torch.arange(60) % objective.schedule.steps, torch.arange(60) % 12)
+    plain = objective(net, batch, torch.Generator().manual_seed(0)).loss
+    plain.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = objective(net, batch, torch.Generator().manual_seed(0)).loss
+    found.backward()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, plain, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("target", ALONG)
 def test_dropout_falls_alike(target):
     """In the evaluations that are compared, and the generators go on from the first."""

@@ -155,7 +155,7 @@ class TrajectoryBank:
         Raises:
             TypeError, ValueError, OSError: naming the folder and what is missing in it, truncated or of another bank.
         """
-        folder = expect_path(storage, "storage")
+        folder = expect_path(storage, "storage").absolute()
         manifest, tables = read_manifest(folder)
         bank = cls.__new__(cls)
         bank._velocity = bank._starts = bank._teacher = bank.inversion_error = None
@@ -296,6 +296,7 @@ class TrajectoryBank:
         known = generator is None or isinstance(generator, torch.Generator)
         expect(known, "generator", "a torch.Generator or None", generator, TypeError)
         self._expect_filled()
+        expect_room(2 * 8 * batch, "batch", "examples", f"{batch}")
         here = self.device if self._store.kind == "device" else torch.device("cpu")
         drawn_by = generator_on(here, torch.default_generator if generator is None else generator)
         interval = torch.randint(len(places) - 1, (batch,), generator=drawn_by, device=here)
@@ -406,6 +407,9 @@ class TrajectoryBank:
             if place is not None:
                 into[place].copy_(state, non_blocking=True)
             bar.update()
+        if torch.finfo(into.dtype).max < torch.finfo(x.dtype).max and not bool(torch.isfinite(into).all()):
+            most = torch.finfo(into.dtype).max
+            expect(False, "dtype", "one that holds the teacher's states", f"{into.dtype}, whose largest is {most:.3g}")
         if self._starts.is_data and self.inversion_error is None:
             self.inversion_error = (self._teacher.back(state, rows, given) - x).double().square().mean().sqrt().item()
         self._store.put(k, rows, into, columns, ticket, hash)

@@ -42,9 +42,12 @@ class Regularised(NamedTuple):
     power: int
 
     def of(self, cost: Tensor) -> float:
-        """reg in the units of the costs."""
-        mean = cost.mean().item()
-        return self.reg * mean if self.relative and mean > 0 else self.reg
+        """reg in the units of the costs; ValueError, naming it, where they are not finite numbers of times that."""
+        mean, most = cost.mean().item(), cost.max().item()
+        reg = self.reg * mean if self.relative and mean > 0 else self.reg
+        fits = reg > 0 and math.isfinite(most / reg)
+        expect(fits, "reg", f"one that costs of up to {most:.3g} can be divided by", f"{self.reg:g}")
+        return reg
 
 
 def exact(cost: Tensor, how: Regularised, generator: torch.Generator) -> Tensor:
@@ -76,7 +79,7 @@ def sinkhorn(cost: Tensor, how: Regularised, generator: torch.Generator) -> Tens
 
 def gibbs(noise: Tensor, data: Tensor, how: Regularised) -> Tensor:
     """`exp(-cost / reg)` of the pairs, float64 `[n]`, times what makes their mean 1."""
-    cost = (noise.double() - data.double()).flatten(1).norm(dim=1) ** how.power
+    cost = _expect_costs((noise.double() - data.double()).flatten(1).norm(dim=1) ** how.power)
     return torch.softmax(-cost / how.of(cost), 0) * len(cost)
 
 
@@ -204,7 +207,9 @@ def _plan(coupling: Coupling, near: Tensor, data: Tensor, how: Regularised, gene
     """Of each of m data the place of its noise, int64 `[m]`, where they are."""
     m = len(data)
     if isinstance(coupling, str):
-        cost = torch.cdist(near.flatten(1).double(), data.flatten(1).double()) ** how.power
+        near, data = near.flatten(1).double(), data.flatten(1).double()
+        middle = data.mean(0)  # far from the origin, distances by a product of matrices cancel
+        cost = _expect_costs(torch.cdist(near - middle, data - middle) ** how.power)
         return PLANS[coupling](cost.cpu(), how, generator).to(data.device)
     index = coupling(near, data)
     expected = f"a function (noise, data) that returns int64 [{m}], a place 0..{m - 1} for each datum"
@@ -213,6 +218,12 @@ def _plan(coupling: Coupling, near: Tensor, data: Tensor, how: Regularised, gene
     index = index.to(data.device)
     expect(bool(((index >= 0) & (index < m)).all()), "coupling", expected, "a place outside of them")
     return index
+
+
+def _expect_costs(cost: Tensor) -> Tensor:
+    finite = bool(torch.isfinite(cost.sum()))
+    expect(finite, "data", "noise and data whose costs add up to a finite number", "an overflow of float64")
+    return cost
 
 
 def _parts(n: int, groups: Tensor | None, size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from flowkernels._checks import (
     expect,
     expect_choice,
     expect_float64,
+    expect_mapping,
     expect_positive_int,
     expect_real,
     expect_takes,
@@ -496,6 +497,18 @@ class StraightenLoss(nn.Module):
             expect(False, "states", f"[2, {examples}, *shape], the ends of {examples} intervals", batch.states)
         if weight is not None and (not isinstance(weight, Tensor) or weight.shape != (examples,)):
             expect(False, "weight", f"[{examples}], a factor for each example, or None", weight)
+        expect(examples > 0, "interval", "at least one example", batch.interval)
+        if batch.conditioning is not None:
+            _expect_conditioning(batch.conditioning, examples, batch.guidance)
+        elif batch.guidance is not None:
+            expect(False, "guidance", "None, or a name of the batch's conditioning", batch.guidance)
+        size = batch.states.shape[1] if batch.size is None else expect_positive_int(batch.size, "size")
+        if batch.states.is_cpu:  # elsewhere values would have to be waited for
+            _expect_inside(batch.interval, len(self.times) - 1, "interval")
+            if not batch.ends or batch.size is not None:
+                _expect_inside(batch.sample, size, "sample")
+            if weight is not None and not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+                expect(False, "weight", "finite factors >= 0", weight)
         return batch
 
     def _expect_states(self, student, states, ends: bool = False) -> None:
@@ -505,6 +518,21 @@ class StraightenLoss(nn.Module):
             knots = [round(t, 4) for t in self.times.tolist()]
             expected = "[2, B, *shape], the ends" if ends else f"[{len(knots)}, n, *shape], at the knots {knots}"
             expect(False, "states", expected, states)
+
+
+def _expect_inside(index: Tensor, count: int, name: str) -> None:
+    least, most = (end.item() for end in index.aminmax())
+    if least < 0 or most >= count:
+        expect(False, name, f"indices from 0 to {count - 1}", f"{least if least < 0 else most}")
+
+
+def _expect_conditioning(conditioning, examples: int, guidance) -> None:
+    for key, rows in expect_mapping(conditioning, "conditioning").items():
+        if not isinstance(rows, Tensor) or rows.dim() == 0 or len(rows) != examples:
+            expected = f"a tensor with {examples} rows, one for each example"
+            expect(False, f"conditioning[{key!r}]", expected, describe(rows))
+    if guidance is not None and not (isinstance(guidance, str) and guidance in conditioning):
+        expect(False, "guidance", f"None, or a name of conditioning {sorted(conditioning)}", guidance)
 
 
 def _is(value, name: str) -> bool:
@@ -569,11 +597,11 @@ def _expect_loss(loss) -> Loss:
 def _expect_weighting(value, steps: int) -> Tensor | None:
     if value is None:
         return None
-    expected = f"{steps} finite numbers >= 0, one for each interval, {one_of((*BY_LOSS, None))}"
+    expected = f"{steps} finite numbers >= 0 and not all 0, one for each interval, {one_of((*BY_LOSS, None))}"
     if isinstance(value, str):
         expect(False, "weighting", expected, value)
     weight = expect_float64(value, "weighting", expected).float()
-    ok = weight.shape == (steps,) and bool((weight >= 0).all()) and bool(torch.isfinite(weight).all())
+    ok = weight.shape == (steps,) and bool((weight >= 0).all() and torch.isfinite(weight).all() and weight.any())
     expect(ok, "weighting", expected, weight)
     return weight
 

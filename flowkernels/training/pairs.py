@@ -10,6 +10,7 @@ from flowkernels._casts import no_grad
 from flowkernels._checks import (
     FLOATS,
     expect,
+    expect_finite,
     expect_list,
     expect_mapping,
     expect_noise,
@@ -59,6 +60,8 @@ class Pairs:
         states = expect_values(self.states, "states", (torch.float32, torch.float64))
         good = states.dim() >= 3 and len(states) == 2 and states.numel() > 0
         expect(good, "states", "shape [2, n, *shape], noise and data", states)
+        if states.is_cpu:  # a GPU would have to be waited for, in each batch of a function's
+            self.expect_finite()
         for name, dtypes in (("weight", FLOATS), ("index", (torch.int64,)), ("error", (torch.float64,))):
             if (value := getattr(self, name)) is not None:
                 expect_values(value, name, dtypes)
@@ -69,6 +72,10 @@ class Pairs:
         if self.weight is not None:
             good = bool(torch.isfinite(self.weight).all() and (self.weight >= 0).all() and self.weight.any())
             expect(good, "weight", "finite factors >= 0, and not all 0", self.weight)
+
+    def expect_finite(self) -> None:
+        """ValueError, naming the pair, for NaN or Inf in the states."""
+        expect_finite(self.states.transpose(0, 1), "states")
 
     def __len__(self) -> int:
         return self.states.shape[1]
@@ -125,6 +132,11 @@ class Pairs:
             expect(alike, "pairs", f"states like those of the first, {list(first.shape)} {first.dtype}", here)
             names = [sorted(one.conditioning or {}) for one in (parts[0], part)]
             expect(names[0] == names[1], "pairs", f"conditioning {names[0]}, as the first", f"{names[1]}")
+            for key in names[0]:
+                first, here = (one.conditioning[key] for one in (parts[0], part))
+                alike = first.shape[1:] == here.shape[1:] and first.dtype == here.dtype
+                expected = f"rows of {list(first.shape[1:])} {first.dtype}, as of the first"
+                expect(alike, f"pairs, conditioning[{key!r}]", expected, here)
         weight = None
         if any(part.weight is not None for part in parts):
             each = (part.states.new_ones(len(part)) if part.weight is None else part.weight for part in parts)

@@ -47,7 +47,7 @@ class RunPairs:
         expect(ends, "bank", "a target of one whole interval, such as 'reflow', for pairs", got)
         self.rng: Tensor | None = None
         if isinstance(given, Pairs):
-            self._expect_here(given)
+            self._expect_here(given).expect_finite()
 
     @property
     def size(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowkernels import _weights
 from flowkernels._checks import expect, expect_path
-from flowkernels._files import SUM, damaged, expect_unchanged, read_json, sealed, whole_file
+from flowkernels._files import SUM, damaged, expect_file, expect_unchanged, read_json, sealed, whole_file
 from flowkernels.training.starts import Layout
 from flowkernels.training.storage import staged
 
@@ -143,7 +143,8 @@ class Shards:
     def tensors(self, k: int) -> dict[str, Tensor]:
         """Of a shard, mapped: what is read of it is what is looked at."""
         if k not in self._maps:
-            self._maps[k] = _mapped(self.path(k))[1]
+            with damaged("storage", f"a shard of the bank in {self.folder}", self.path(k), "is not one, or truncated"):
+                self._maps[k] = _mapped(expect_file(self.path(k), "storage"))[1]
         return self._maps[k]
 
     def _bytes(self, k: int) -> dict[str, np.ndarray]:
@@ -210,7 +211,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def expect_folder(value) -> Path:
     """A folder that is there or can be made."""
-    folder = expect_path(value, "storage")
+    folder = expect_path(value, "storage").absolute()  # wherever the process goes later
+    expect(folder.exists() or not folder.is_symlink(), "storage", "a folder", f"{folder}, a link to nothing")
     expect(folder.parent.is_dir(), "storage", "a folder, or the name of one in a folder that exists", str(folder))
     expect(folder.is_dir() or not folder.exists(), "storage", "a folder", f"the file {folder}")
     others = (

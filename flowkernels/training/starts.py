@@ -159,6 +159,7 @@ class Starts:
         self.columns = Columns(conditioning, self.size)
         self.is_function = callable(self.given) or self.columns.is_function
         self._layout: Layout | None = None
+        self._kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] | None = None  # of the first draw's rows
 
     def draw(self, rows: slice, ticket: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The ticket-th draw: states `[m, *shape]` that some trajectories begin with, float32 or float64, and the
@@ -167,10 +168,14 @@ class Starts:
         x = initial_state(self.source(rows, generator)).detach()
         columns = self.columns.rows(rows, generator)
         row = sum(c[:1].numel() * c.element_size() for c in columns.values())
-        self._layout = self._layout or Layout(tuple(x.shape[1:]), x.dtype, row, tuple(sorted(columns)))
-        shape, _, _, names = self._layout
-        expect(x.shape[1:] == shape, "noise", f"samples of shape {list(shape)}", x)
+        kinds = {key: (tuple(c.shape[1:]), c.dtype) for key, c in columns.items()}
+        if self._layout is None:
+            self._layout, self._kinds = Layout(tuple(x.shape[1:]), x.dtype, row, tuple(sorted(columns))), kinds
+        shape, dtype, _, names = self._layout
+        same = x.shape[1:] == shape and x.dtype == dtype
+        expect(same, "data" if self.is_data else "noise", f"samples of shape {list(shape)}, {dtype}", x)
         expect(tuple(sorted(columns)) == names, "conditioning", f"{list(names)}, as at first", f"{sorted(columns)}")
+        expect(kinds == self._kinds, "conditioning", f"rows of {self._kinds}, as at first", f"{kinds}")
         return x, columns
 
     def layout(self, rows: slice) -> Layout:

@@ -49,9 +49,7 @@ class Memory:
         for key, column in columns.items():
             if key not in self.columns:
                 self.columns[key] = self._new(column.dtype, self.size, *column.shape[1:])
-            kept = self.columns[key][rows]
-            expect(column.shape == kept.shape, f"conditioning[{key!r}]", f"rows of {list(kept.shape[1:])}", column)
-            kept.copy_(column)
+            self.columns[key][rows].copy_(column)
         self.tickets[k] = ticket
 
     def settle(self) -> None:

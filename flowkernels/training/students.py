@@ -181,15 +181,15 @@ def teacher_velocity(
     conditioning: Mapping[str, Tensor] | None = None,
     guidance: str | None = None,
 ) -> Tensor:
-    """A teacher's velocities with guidance, `[B, *shape]`, at points x and times t `[B]` of the samples `[B]` of n;
-    with conditioning as for `student_velocity`, of which `guidance` is the weight of guidance."""
+    """A teacher's velocities with guidance, `[B, *shape]` in x's dtype, at points x and times t `[B]` of the samples
+    `[B]` of n; with conditioning as for `student_velocity`, of which `guidance` is the weight of guidance."""
     field = resolve(teacher).unfused().rows(sample, n)
     if conditioning:
         given = dict(conditioning)
         weight = None if guidance is None else given.pop(guidance)
         field = VelocityField.of(as_given(field)).with_conditioning(given, weight)
     v, v_uncond, w = evaluate(field, x, t.to(x.device, torch.float64))
-    return v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
+    return v.to(x.dtype) if v_uncond is None else guided(v, v_uncond, w, x.dtype)
 
 
 def try_student(
