@@ -27,11 +27,13 @@ from _flows import (
 from torch import nn
 
 import flowkernels as fk
+from flowkernels._files import SUM
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import ResidualMLP
 from flowkernels.schedule import Schedule
 from flowkernels.training import settings as settings_module
 from flowkernels.training import straighten as straighten_module
+from flowkernels.training.average import Average
 from flowkernels.training.batch import generator_on
 from flowkernels.training.checkpoint import read_checkpoint, write_checkpoint
 from flowkernels.training.modules import architecture
@@ -564,6 +566,41 @@ def test_averaged_weights():
         average = torch.lerp(weights.double(), average, min(0.9, (1 + n) / (10 + n)))
     assert torch.allclose(averaged.velocity.double(), average, rtol=1e-5)
     assert torch.equal(student.velocity, trail[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_average_of_low_precision_moves(dtype):
+    """By steps that are less than the rounding of its weights, of which the sum is not."""
+    net = nn.Linear(20, 30).to(dtype)
+    average = Average(net, 0.999)
+    by_hand = [p.detach().double() for p in net.parameters()]
+    for n in range(3000):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.fill_(1 + n % 7 / 16)
+        average.update()
+        rate = min(0.999, (1 + n) / (10 + n)) if n else 0
+        by_hand = [rate * a + (1 - rate) * p.double() for a, p in zip(by_hand, net.parameters(), strict=True)]
+    for own, expected in zip(average.module.parameters(), by_hand, strict=True):
+        torch.testing.assert_close(own.double(), expected.detach(), rtol=1e-5, atol=0)
+
+
+def test_a_checkpoint_of_before_whose_average_is_of_low_precision_goes_on(tmp_path):
+    class Low(Affine):
+        def forward(self, x, t):
+            return super().forward(x.bfloat16(), t.bfloat16())
+
+    path, schedule = tmp_path / "run.pt", schedule_on(even_grid(20), 0, 20)
+    settings = dict(noise=(3,), iterations=20, warmup=0, bank=8, batch=8, init="keep", checkpoint=path)
+    run = lambda: fk.straighten(Low().bfloat16(), Affine(0.5, 1.0), schedule, **settings, **QUIET).student  # noqa: E731
+    first = run()
+    saved = read_checkpoint(path)
+    assert saved["average"]["module.p"].dtype == torch.float32
+    average = {k: v.bfloat16() if v.is_floating_point() else v for k, v in saved["average"].items()}
+    write_checkpoint(path, {k: v for k, v in saved.items() if k != SUM} | {"average": average})
+    again = run()
+    assert again.p.dtype == torch.bfloat16
+    assert again.p.item() == first.p.item() != 0
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])

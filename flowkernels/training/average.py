@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from flowkernels._checks import LOW
 from flowkernels.runtime.torch_private import lerp_each_
 from flowkernels.training.modules import copied
 
@@ -11,8 +12,9 @@ class Average(nn.Module):
     """Exponential moving average whose decay grows to `decay` as (1+n)/(10+n), so that short runs are not held back.
     Buffers are the student's last.
 
-    module: a copy of the student with the averaged weights. n_averaged: how many there were, on the CPU, of which
-    nothing has to be waited for. The state dict is that of torch's AveragedModel.
+    module: a copy of the student with the averaged weights, those of bfloat16 and float16 in float32: a step of the
+    average is mostly smaller than their rounding, and would be lost. n_averaged: how many there were, on the CPU, of
+    which nothing has to be waited for. The state dict is that of torch's AveragedModel.
     """
 
     def __init__(self, student: nn.Module, decay: float):
@@ -21,6 +23,8 @@ class Average(nn.Module):
         self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device="cpu"))
         groups: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
         for own, p in zip(self.module.parameters(), student.parameters(), strict=True):
+            if own.dtype in LOW:
+                own.data = own.data.float()
             alike = groups.setdefault((p.device, p.dtype), ([], []))
             alike[0].append(own), alike[1].append(p)
         self._groups = list(groups.values())
@@ -33,7 +37,7 @@ class Average(nn.Module):
         rate = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
         for own, new in self._groups:
             if n and own[0].is_floating_point():
-                lerp_each_(own, new, 1 - rate)
+                lerp_each_(own, [p.to(own[0].dtype) for p in new] if new[0].dtype in LOW else new, 1 - rate)
             else:
                 for a, p in zip(own, new, strict=True):
                     a.copy_(p)

@@ -154,7 +154,8 @@ def straighten(
         optimizer: parameters -> optimiser; None is Adam. Its learning rate is set to the schedule above. On a GPU the
             weights are kept a second time, unless it is torch's Adam, AdamW, SGD or Adagrad with fused=True.
         clip: largest norm of the gradient, or None.
-        ema: decay of the averaged weights that are returned, or None to return the last ones.
+        ema: decay of the averaged weights that are returned, or None to return the last ones. The average of weights of
+            bfloat16 or float16 is kept in float32.
         grid: the teacher's fine grid, for a schedule that has none.
         seed: of noise, samples, intervals and u. All but the noise are drawn where the bank is: on a GPU by a generator
             of its own, from seeds that the CPU's draws, so that they are others than on the CPU, the same in every run.
