@@ -130,7 +130,8 @@ class TrajectoryBank:
         expect(self.device.type != "meta", "device", "one that holds data", self.device)
         self.guidance = _expect_guidance(guidance, self._velocity, self._starts.columns)
         backward = self._starts.is_data
-        self._teacher = TeacherStates(velocity, self._knots, self.size, self.chunk, backward, self.guidance)
+        given = self._starts.columns.names
+        self._teacher = TeacherStates(velocity, self._knots, self.size, self.chunk, backward, self.guidance, given)
         self.inversion_error: float | None = None
         memory = isinstance(storage, str) and storage in MEMORIES
         here = self.device if memory and storage == "device" else "cpu"

@@ -1,7 +1,7 @@
 """`Composite`: a velocity that is made of networks, each of which may be one with conditioning of its own."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ class Composite(nn.Module, VelocityBase):
         if not any(isinstance(net, VelocityBase) for net in self.parts()):
             return self
         return self._of(lambda net: net.rows(index, n) if isinstance(net, VelocityBase) else net)
+
+    def without_conditioning(self, names: Collection[str]) -> "Composite":
+        if not any(isinstance(net, VelocityBase) for net in self.parts()):
+            return self
+        return self._of(lambda net: net.without_conditioning(names) if isinstance(net, VelocityBase) else net)
 
     def with_conditioning(self, conditioning: Mapping[str, Any]) -> "Composite":
         """The same, each of its networks with further conditioning (`VelocityField.with_conditioning`)."""

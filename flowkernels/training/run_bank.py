@@ -57,6 +57,9 @@ class RunBank:
         before anything is drawn."""
         if isinstance(given, TrajectoryBank):
             given.expect_for(objective)
+            if objective.needs_roll_out and given.carries_conditioning:
+                expected = f"one without conditioning for target={objective.target!r}, whose student makes samples of"
+                expect(False, "bank", f"{expected} its own (a VelocityField may have it, a row for each)", given)
             expect(given.device == device, "bank", f"one on the student's device {device}", f"one on {given.device}")
             return cls(given, objective, batch, None, fraction)
         if isinstance(noise, Tensor):

@@ -111,6 +111,11 @@ class Columns:
     def is_any(self) -> bool:
         return self.is_function or len(self._columns) > 0
 
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """None of a function's, until it is called."""
+        return None if self.is_function else tuple(self._columns)
+
     def rows(self, rows: slice, generator: torch.Generator) -> dict[str, Tensor]:
         """Those of some trajectories; of a table the index."""
         if not self.is_function:

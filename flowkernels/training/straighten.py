@@ -295,7 +295,7 @@ def _polished_again(student: nn.Module, bank: RunBank | RunPairs, settings: Sett
     if drawn.weight is not None:
         return settings.objective.solver
     ends = drawn.states if drawn.ends else drawn.states[[0, -1]][:, drawn.sample]
-    learner = resolve(student).rows(drawn.sample, bank.size)
+    learner = resolve(student).without_conditioning(drawn.conditioning or ()).rows(drawn.sample, bank.size)
     if drawn.conditioning:
         learner = conditioned(student, learner, drawn.conditioning)
     return polish_on(learner, settings.objective.solver, ends, settings.grid, bank.batch)

@@ -125,7 +125,7 @@ def student_velocity(
     samples `[B]` of n; what comes back is checked for shape. conditioning: with a row for each point, in place of its
     own of those names. given: further arguments, of a student that takes them."""
     torch.clear_autocast_cache()  # of weights as they were before a step, or without a graph
-    learner = resolve(student).rows(sample, n)
+    learner = resolve(student).without_conditioning(conditioning or ()).rows(sample, n)
     if conditioning and isinstance(learner, Composite):
         learner = learner.with_conditioning(conditioning)
     elif conditioning and isinstance(learner, AverageVelocity):
@@ -166,7 +166,7 @@ def student_derivative(
     """`AverageVelocity.derivative` of the samples `[B]` of n, in x's dtype; with conditioning as for
     `student_velocity`."""
     torch.clear_autocast_cache()
-    learner = student.rows(sample, n)
+    learner = student.without_conditioning(conditioning or ()).rows(sample, n)
     learner = conditioned(student, learner, conditioning) if conditioning else learner
     return learner.derivative(x, t, s, v).to(x.dtype)
 
@@ -183,7 +183,7 @@ def teacher_velocity(
 ) -> Tensor:
     """A teacher's velocities with guidance, `[B, *shape]` in x's dtype, at points x and times t `[B]` of the samples
     `[B]` of n; with conditioning as for `student_velocity`, of which `guidance` is the weight of guidance."""
-    field = resolve(teacher).unfused().rows(sample, n)
+    field = resolve(teacher).unfused().without_conditioning(conditioning or ()).rows(sample, n)
     if conditioning:
         given = dict(conditioning)
         weight = None if guidance is None else given.pop(guidance)

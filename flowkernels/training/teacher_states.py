@@ -1,6 +1,6 @@
 """The teacher's states at the knots, a chunk of trajectories at a time: from noise, or back from data."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor
 
@@ -23,13 +23,25 @@ class TeacherStates:
         backward: from data at the grid's last time, by Heun's method on the grid, to its first; else from the first,
             by Euler's steps.
         guidance: the name of the conditioning that is the teacher's weight of guidance.
+        given: names of conditioning that is given with each chunk, in the place of its own; None where they are not
+            known before that.
     """
 
-    def __init__(self, velocity: Velocity, knots: Knots, size: int, chunk: int, backward: bool, guidance: str | None):
+    def __init__(
+        self,
+        velocity: Velocity,
+        knots: Knots,
+        size: int,
+        chunk: int,
+        backward: bool,
+        guidance: str | None,
+        given: Collection[str] | None,
+    ):
         self.velocity, self.knots, self.size, self.backward = resolve(velocity), knots, size, backward
         self.guidance = guidance
         self.solver = Solver.heun(knots.grid, inverse=True) if backward else Solver.euler(knots.grid)
-        self.velocity.unfused().rows(slice(0, min(chunk, size)), size)  # that its conditioning has as many rows
+        if given is not None:  # that its conditioning has as many rows
+            self.velocity.unfused().without_conditioning(given).rows(slice(0, min(chunk, size)), size)
         self._teacher = None if backward else Teacher(self.velocity, size, solver=self.solver, chunk=chunk)
 
     @property
@@ -73,7 +85,7 @@ class TeacherStates:
 
     def _field(self, rows: slice, conditioning: Mapping[str, Tensor]) -> VelocityBase:
         """The velocity of some trajectories."""
-        field = self.velocity.unfused().rows(rows, self.size)
+        field = self.velocity.unfused().without_conditioning(conditioning).rows(rows, self.size)
         if not conditioning:
             return field
         given = dict(conditioning)

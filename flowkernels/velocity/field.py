@@ -3,7 +3,7 @@
 import copy
 import functools
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -233,6 +233,12 @@ class VelocityField(nn.Module, VelocityBase):
     def without_guidance(self) -> "VelocityField":
         """The conditional field alone: what a student is that has guidance distilled into it."""
         return self.replaced(guidance=1.0, unconditional={})
+
+    def without_conditioning(self, names: Collection[str]) -> "VelocityField":
+        """The same field without the conditioning of these names, for what brings its own: whose rows need not be as
+        many."""
+        kept = {k: v for k, v in self.conditioning.items() if k not in names}
+        return self if len(kept) == len(self.conditioning) else self.replaced(conditioning=kept)
 
     def with_conditioning(self, conditioning: Mapping[str, Any], guidance: Tensor | None = None) -> "VelocityField":
         """The same field with other conditioning: these entries beside those of other names.

@@ -1,6 +1,6 @@
 """What a velocity is to the stages: something to call, and what it may offer beside."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -82,6 +82,10 @@ class VelocityBase:
 
     def rows(self, index: Tensor | slice, n: int) -> "VelocityBase":
         """The velocity for the samples `index` of n: what it holds with one row a sample is indexed."""
+        return self
+
+    def without_conditioning(self, names: Collection[str]) -> "VelocityBase":
+        """The velocity without what it holds by these names, for rows that bring their own."""
         return self
 
     def without_guidance(self) -> "VelocityBase":
