@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import re
 import sys
@@ -12,7 +13,7 @@ import torch
 from _far_device import FAR, FarGenerator, Waits, far_module
 from _flows import even_grid
 from _pairs import pairs
-from test_straighten import RUN, SOLVER, STUDENT_OF, VARIANTS, same_result, schedule_on, small_net, trained
+from test_straighten import ENDPOINT, RUN, SOLVER, STUDENT_OF, VARIANTS, same_result, schedule_on, small_net, trained
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +22,7 @@ from flowkernels import _checks
 from flowkernels.training import bank, descent, students
 from flowkernels.training.descent import Descent
 from flowkernels.training.state import State
+from flowkernels.training.targets.table import TARGETS
 
 
 @pytest.fixture
@@ -65,16 +67,18 @@ OPTIMIZERS = {
     "own": Lion,
 }
 LOSSES = ["l2", "huber", "huber_per_element", "cauchy", "own"]
-TARGETS = {
-    "boss": {},
+OF_TARGET = {
+    "reflow": dict(t_sampling="u_shaped", weighting="per_sample_normalised"),
+    "on_policy": dict(rollout_every=4),
+    "solver": SOLVER,
+    "endpoint": ENDPOINT,
+}
+CASES = {name: dict(target=name) | OF_TARGET.get(name, {}) for name in TARGETS} | {
     "boss, uniform": dict(t_sampling="uniform"),
     "boss, weighted": dict(weighting=[1.0, 2.0]),
-    "reflow": dict(target="reflow", t_sampling="u_shaped", weighting="per_sample_normalised"),
     "reflow, own": dict(target="reflow", t_sampling=lambda n, g: torch.rand(n, generator=g, device=FAR)),
-    "distill": dict(target="distill"),
-    "on_policy": dict(target="on_policy", rollout_every=4),
-    "solver": SOLVER,
-}
+    "noise, by the noise": dict(target="noise", compared="noise"),
+}  # average_velocity's other form is left out: torch.func's derivatives do not take such tensors
 
 
 @pytest.fixture
@@ -90,6 +94,10 @@ def far(monkeypatch):
 
     monkeypatch.setattr(module, "_get_fused_kernels_supported_devices", lambda: [*supported(), "meta"])
     monkeypatch.setattr(torch, "Generator", FarGenerator)
+    in_autocast = torch.is_autocast_enabled
+    monkeypatch.setattr(
+        torch, "is_autocast_enabled", lambda kind=None: kind != FAR.type and in_autocast(kind or "cuda")
+    )
     monkeypatch.setattr(students, "_trainable", lambda student: student)  # which refuses what has no values
     expect = _checks.expect
     for file in (_checks, bank):  # as do these
@@ -100,29 +108,34 @@ def far(monkeypatch):
     monkeypatch.setattr(State, "roll_out", waits.during(State.roll_out))
     monkeypatch.setattr(State, "log", logged)
 
-    def run(**settings):
+    def run(student, **settings):
         settings = RUN | dict(schedule=schedule_on(even_grid(6), 0, 2, 6)) | settings
         with waits:
-            fk.straighten(far_module(small_net(1)), lambda x, t: -x, **settings)
+            fk.straighten(far_module(student), lambda x, t: -x, **settings)
         return found
 
     return run
 
 
+STUDENTS = STUDENT_OF | {"average_velocity": fk.AverageVelocity.of_network}
 OWN_LOSS = dict(own=lambda v, target: (v - target).abs().flatten(1).mean(1))
 
 
 @pytest.mark.parametrize(
-    ("target", "loss", "optimizer", "clip", "ema"), pairs(TARGETS, LOSSES, OPTIMIZERS, [None, 0.5], [None, 0.9])
+    ("case", "loss", "optimizer", "clip", "ema"), pairs(CASES, LOSSES, OPTIMIZERS, [None, 0.5], [None, 0.9])
 )
-def test_nothing_waits_but_for_the_history(far, target, loss, optimizer, clip, ema):
-    """After the first iteration, which copies what a loss needs, and but for the student's own samples."""
+def test_nothing_waits_but_for_the_history(far, case, loss, optimizer, clip, ema):
+    """After the first iteration, which copies what a loss needs, but for the student's own samples, and
+    but for what decides which network has an example of a `Blockwise`: once a batch."""
     settings = dict(loss=OWN_LOSS.get(loss, loss), optimizer=OPTIMIZERS[optimizer], clip=clip, ema=ema)
-    rows = far(**settings, **TARGETS[target], iterations=10, log_every=4)
+    settings = settings | CASES[case]
+    student = STUDENTS.get(CASES[case].get("target"), lambda net: net)(small_net(1))
+    rows = far(student, **settings, iterations=10, log_every=4, lr=1e-4)
     assert [it for it, _ in rows] == [0, 4, 8, 9]
-    for _, waits in rows[1:]:
+    for (before, _), (it, waits) in itertools.pairwise(rows):
         calls = [call for call, _ in waits if call != "roll_out"]
-        assert sorted(map(str, calls)) == ["log", "read", "read"], waits
+        others = ["None"] * (it - before) if case == "blockwise" else []  # how many examples each network has
+        assert sorted(map(str, calls)) == [*others, "log", "read", "read"], waits
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *OPTIMIZERS])

@@ -32,8 +32,9 @@ class Blockwise(Composite):
     networks: the `nn.ModuleList`. knots: the times of the schedule, numbers. forced_knots: those inside, which no step
     of a calibrated schedule spans.
 
-    A batch of times on a GPU is waited for, once; in the loops of `fk.sample` and the others, whose times are on the
-    CPU, nothing is. `fk.fuse` and `capture="compile"`, which need the same network at every step, do not take one.
+    A batch of times on a GPU is waited for, once, to know how many samples each network has; in the loops of
+    `fk.sample` and the others, whose times are on the CPU, nothing is. `fk.fuse` and `capture="compile"`, which need
+    the same network at every step, do not take one.
 
     Raises TypeError, ValueError, naming the argument. Source: a model for each interval of noise levels, eDiff-I (arXiv
     2211.01324), here for the steps of a schedule.
@@ -77,11 +78,9 @@ class Blockwise(Composite):
     def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
         expect(t.shape == (len(x),), "t", f"[{len(x)}], a time for each sample", t)
-        interval = self._intervals(t)
-        counts = interval.bincount(minlength=len(self.networks)).tolist()
-        if max(counts, default=0) == len(x):
-            network = self.networks[int(interval[0]) if len(x) else 0]
-            return answer_of(network, "networks", x, x, _on(t, x), **kwargs)
+        interval, counts = self._intervals(t)
+        if len(x) in counts:  # of an empty batch any
+            return answer_of(self.networks[counts.index(len(x))], "networks", x, x, _on(t, x), **kwargs)
         order, found = interval.argsort(stable=True), []
         for network, rows in zip(self.networks, order.split(counts), strict=True):
             if len(rows):
@@ -91,15 +90,20 @@ class Blockwise(Composite):
                 found.append(answer_of(part, "networks", x[rows], x[rows], _on(t, x)[rows], **given))
         return torch.cat(found)[order.argsort().to(x.device)]
 
-    def _intervals(self, t: Tensor) -> Tensor:
-        """That of each time, on the CPU."""
-        t = t.detach().to("cpu", torch.float64)
-        knots = torch.tensor(self.knots, dtype=torch.float64, device="cpu")
-        inside = (t >= knots[0] - NEAR) & (t <= knots[-1] + NEAR)
-        if not bool(inside.all()):
-            got = f"{t[~inside][0].item():.6g}"
-            expect(False, "t", f"times in [{knots[0]:.6g}, {knots[-1]:.6g}], that of the networks", got)
-        return torch.searchsorted(knots[1:-1], t + NEAR, right=True)
+    def _intervals(self, t: Tensor) -> tuple[Tensor, list[int]]:
+        """That of each time, where the times are, and how many are in each, all that is read from there."""
+        device = float64_device(t.device)
+        t = t.detach().to(device, torch.float64)
+        outside = (t >= self.knots[0] - NEAR).logical_and_(t <= self.knots[-1] + NEAR).logical_not_()
+        interval = torch.zeros_like(t, dtype=torch.int64)
+        for knot in self.forced_knots:
+            interval += t + NEAR >= knot
+        each = interval == torch.arange(len(self.networks), device=device)[:, None]
+        *counts, bad = torch.cat([each, outside[None]]).sum(1).cpu().tolist()
+        if bad:
+            got = f"{t[outside][0].item():.6g}"
+            expect(False, "t", f"times in [{self.knots[0]:.6g}, {self.knots[-1]:.6g}], that of the networks", got)
+        return interval, counts
 
     def extra_repr(self) -> str:
         return f"knots={[round(t, 4) for t in self.knots]}"
