@@ -669,6 +669,20 @@ def test_a_run_s_own_bank_in_parts(tmp_path):
 
 
 OTHER_ROWS, MATCHING = {"a": A[:5], "b": TABLE}, dict(target="velocity_matching", substeps=1)
+
+
+@pytest.mark.parametrize(("storage", "target"), [("device", "boss"), ("folder", "boss"), ("folder", "reflow")])
+def test_a_batch_of_other_intervals_is_refused(storage, target, tmp_path):
+    """Of ends alone the states have the right shape, whatever their times are."""
+    bank = bank_of(ElementwiseField(), storage=storage, folder=tmp_path / "bank").fill()
+    loss = fk.StraightenLoss(PLANS[1], target=target)
+    loss(ElementStudent(), bank.sample(8, schedule=loss)).loss.backward()
+    with pytest.raises(
+        ValueError, match=r"^batch: expected intervals between \[0.0, .*, got one between \[0.0, .*1.0\]"
+    ):
+        loss(ElementStudent(), bank.sample(8, schedule=PLANS[0]))
+
+
 ENDPOINT = dict(target="endpoint", schedule=fk.Solver.euler(PLANS[0]))
 
 
@@ -743,7 +757,7 @@ BAD = {
     "a knot off the grid": (
         dict(grid=10),
         ValueError,
-        r"^grid: expected a grid that contains every time of the schedule",
+        r"^grid: expected a grid that contains every time of the schedule, got 10 steps without [\d.]+ \(the near",
     ),
     "no grid": (dict(grid=None), ValueError, r"^grid: expected the teacher's fine grid"),
     "no schedule": (dict(schedules=[]), ValueError, r"^schedules: expected a Schedule, a Solver"),

@@ -302,7 +302,8 @@ class TrajectoryBank:
         drawn_by = generator_on(here, torch.default_generator if generator is None else generator)
         interval = torch.randint(len(places) - 1, (batch,), generator=drawn_by, device=here)
         sample = torch.randint(self.size, (batch,), generator=drawn_by, device=here)
-        more = dict(conditioning=self._conditioning(sample), guidance=self.guidance)
+        times = tuple(self.times[list(places)].tolist())
+        more = dict(conditioning=self._conditioning(sample), guidance=self.guidance, times=times)
         if self._is_whole(places):
             return BankBatch(self._store.states, interval, sample, **more)
         knots = self._on(places, here)

@@ -13,7 +13,8 @@ class BankBatch(NamedTuple):
     ends: the states are those at the ends of the examples' intervals alone, `[2, B, *shape]`, of a bank that is
     somewhere else; size: its n, where that has to be known. weight: factors on the examples' losses, `[B]`.
     conditioning: keyword arguments of the network by name, with a row for each example, which take the place of a
-    `VelocityField`'s own; guidance: the name of the one that is the teacher's weight of guidance, where one is.
+    `VelocityField`'s own; guidance: the name of the one that is the teacher's weight of guidance, where one is. times:
+    the knots whose intervals these are, where known: a loss of others refuses the batch.
 
     Examples:
         >>> states = fk.rollout(lambda x, t: -x, torch.randn(16, 2), 20).x[[0, 10, 20]]
@@ -28,6 +29,7 @@ class BankBatch(NamedTuple):
     size: int | None = None
     conditioning: dict[str, Tensor] | None = None
     guidance: str | None = None
+    times: tuple[float, ...] | None = None
 
     def examples(self, rows: slice) -> "BankBatch":
         """Some of the examples, on the same states."""

@@ -23,7 +23,10 @@ def knots_on_grid(schedule: Schedule, grid) -> tuple[Tensor, tuple[int, ...]]:
         return schedule.grid, schedule.indices
     fine = expect_times(grid, "grid")
     distance, nearest = (fine[None] - schedule.times[:, None]).abs().min(1)
-    expect(bool((distance < 1e-9).all()), "grid", "a grid that contains every time of the schedule", fine)
+    if bool((distance >= 1e-9).any()):
+        knot, near = (float(of[distance.argmax()]) for of in (schedule.times, fine[nearest]))
+        got = f"{len(fine) - 1} steps without {knot:.9g} (the nearest is {near:.9g})"
+        expect(False, "grid", "a grid that contains every time of the schedule", got)
     return fine, tuple(nearest.tolist())
 
 

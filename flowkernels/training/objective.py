@@ -490,6 +490,8 @@ class StraightenLoss(nn.Module):
         whole = isinstance(batch, BankBatch) or (isinstance(batch, tuple) and len(batch) == 3)
         expect(whole, "batch", "a BankBatch, (states, interval, sample)", batch, TypeError)
         batch = BankBatch(*batch)
+        if batch.times is not None:
+            _expect_knots(batch.times, self.times.tolist())
         self._expect_states(student, batch.states, batch.ends)
         expect_bank(*batch[:3])
         examples, weight = len(batch.interval), batch.weight
@@ -562,6 +564,15 @@ def _knots(schedule, row: Target, target: str) -> Schedule:
         return schedule
     ends = None if schedule.grid is None else (schedule.indices[0], schedule.indices[-1])
     return Schedule(schedule.times[[0, -1]], schedule.grid, ends)
+
+
+def _expect_knots(times: Sequence[float], wanted: Sequence[float]) -> None:
+    """That a batch's intervals are between the loss's knots: with ends alone its states do not tell."""
+    if len(times) == len(wanted) and all(abs(a - b) < 1e-9 for a, b in zip(times, wanted, strict=True)):
+        return
+    mine, others = ([round(t, 6) for t in knots] for knots in (wanted, times))
+    expected = f"intervals between {mine}, this loss's knots: bank.sample(n, schedule=loss)"
+    expect(False, "batch", expected, f"one between {others}")
 
 
 def _expect_solver(solver, row: Target, target: str) -> Solver:
