@@ -1,4 +1,5 @@
-"""Writes docs/straightening.md from benchmarks/results/straightening.csv.
+"""Writes docs/straightening.md from benchmarks/results/straightening.csv, and what an iteration costs from
+straighten_loop.csv beside it.
 
     flowkernels bench straightening --out benchmarks/results && python scripts/straightening_report.py
 
@@ -50,9 +51,12 @@ class Results:
         return statistics.fmean(found) if found else float("nan")
 
 
-def read(path: Path) -> Results:
+def read(path: Path) -> list[dict]:
+    """The rows of a file; none where there is no file."""
+    if not path.exists():
+        return []
     with open(path, newline="") as f:
-        return Results(list(csv.DictReader(f)))
+        return list(csv.DictReader(f))
 
 
 def figure(value: float, form: str = ".3g") -> str:
@@ -192,15 +196,36 @@ def section(r: Results, data: str) -> Iterator[str]:
             yield f"| {ROWS[name].title} | {i} | {' | '.join(cells)} | {figure(r.mean(data, name, 4, 'seconds', i))} |"
 
 
+def iteration(rows: list[dict]) -> Iterator[str]:
+    """Of each network the parts of an iteration, as `flowkernels bench straighten_loop` has them."""
+    if not rows:
+        return
+    runs: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        runs.setdefault(f"{row['data']}, batch {row['batch']}, threads {row['threads']}", {})[row["part"]] = row
+    yield "\n## What an iteration costs\n"
+    yield "Of target `boss`, all else as `fk.straighten` has it by default, in milliseconds: the mean over the middle"
+    yield "half of the iterations, of the quickest run. The look for a loss or gradient that is not finite is in"
+    yield "`gradient norm`.\n"
+    yield f"| part | {' | '.join(runs)} |"
+    yield "|---" * (len(runs) + 1) + "|"
+    for part in dict.fromkeys(row["part"] for row in rows):
+        cells = (f"{figure(float(of[part]['ms']))} ({float(of[part]['share']):.1%})" for of in runs.values())
+        yield f"| {part} | {' | '.join(cells)} |"
+    whole = (figure(float(next(iter(of.values()))["iteration_ms"])) for of in runs.values())
+    yield f"| **all** | {' | '.join(whole)} |"
+
+
 def write(source: Path, page: Path) -> None:
-    r = read(source)
+    r, loop = Results(read(source)), read(source.with_name("straighten_loop.csv"))
     lines = [*pages.targets(targets(r)), "", "## Time to an error", ""]
     lines += [*times(r), "", "## Losses", "", *(list(losses(r)) or ["None."])]
     for data in r.data:
         lines += section(r, data)
+    lines += iteration(loop)
     sources = dict.fromkeys(
         f"{x['hardware']}, {x['threads']} threads, {x['versions']}, commit {x['commit'] or 'none'}, {x['date']}"
-        for x in r.rows
+        for x in [*r.rows, *loop]
     )
     lines += ["", "## Where it ran", "", *(f"- {s}" for s in sources)]
     pages.write(page, "straightening_report.py", lines, new="# Straightening\n\n")

@@ -18,8 +18,8 @@ from flowkernels.bench.tables import print_case, print_summary, read_csv, write_
 from flowkernels.bench.timers import timer
 from flowkernels.runtime import backends, environment
 
-ALONE = ("quality", "straightening")  # with a command and options of their own
-OPTIONS = dict.fromkeys(("data", "rows", "seeds"), ALONE) | dict.fromkeys(("steps", "iterations"), ALONE[1:])
+ALONE = ("quality", "straightening", "straighten_loop")  # with a command and options of their own
+OPTIONS = dict(data=ALONE, rows=ALONE[:2], seeds=ALONE[:2], steps=ALONE[1:2], iterations=ALONE[1:])
 
 
 def add_arguments(add: Callable) -> None:
@@ -40,12 +40,15 @@ def add_arguments(add: Callable) -> None:
     add("--resume", action="store_true", help="keep the cases that --out has of this commit and device already")
     add("--list", action="store_true", help="print the names of the cases and stop")
     alone = "of `bench quality` and `bench straightening`, the benchmarks of samples and of training"
-    add("--data", help=f"which data sets, such as digits,fashion; {alone}")
+    add("--data", help=f"which data sets, such as digits,fashion; {alone}, and of `bench straighten_loop`")
     add("--rows", help=f"which of its rows, such as uniform,boss; {alone}")
     add("--seeds", type=_options.positive, help=f"3, with --quick 1; of training 1; {alone}")
     of_training = "of `bench straightening`"
     add("--steps", help=f"which N, such as 2,4; {of_training}")
-    add("--iterations", help=f"which numbers of iterations, such as 100,1500; {of_training}")
+    add(
+        "--iterations",
+        help=f"which numbers of iterations, such as 100,1500; {of_training}, and of `bench straighten_loop` one",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
