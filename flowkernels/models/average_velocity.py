@@ -87,7 +87,7 @@ class AverageVelocity(VelocityField):
             >>> net = fk.VelocityField(torch.nn.Linear(2, 2), time_column=True)
             >>> fk.AverageVelocity.from_velocity(net)
             Traceback (most recent call last):
-            ValueError: time_column: expected False for a network of two times, got True
+            ValueError: time_column: expected False (or AverageVelocity around a net(x, t, s) of your own), got True
         """
         velocity = as_given(resolve(velocity).without_guidance())
         expect(isinstance(velocity, nn.Module), "velocity", "a network that is a module", velocity, TypeError)
@@ -99,7 +99,8 @@ class AverageVelocity(VelocityField):
     ) -> "AverageVelocity":
         """`from_velocity` of that network itself, not of a copy."""
         field = VelocityField.of(velocity)
-        expect(not field.time_column, "time_column", "False for a network of two times", True)
+        expected = "False (or AverageVelocity around a net(x, t, s) of your own)"
+        expect(not field.time_column, "time_column", expected, True)
         net = TwoTimes(field.net, time_embedding, width, field.time_scale)
         return cls(net, second_name="step", second_is_size=True, **field.settings()).train(velocity.training)
 

@@ -100,7 +100,8 @@ def _place(net: nn.Module, name: str | None) -> tuple[str, nn.Module]:
     known = dict(inner.named_modules())
     if name is None:
         found = [each for each in KNOWN if each in known]
-        expected = f"the name of the submodule that embeds the time (none of {one_of(KNOWN)} is there)"
+        own = "or AverageVelocity around a net(x, t, s) of your own"
+        expected = f"the name of the submodule that embeds the time (none of {one_of(KNOWN)} is there; {own})"
         expect(len(found) > 0, "time_embedding", expected, f"None for a {type(inner).__name__}")
         name = found[0]
     expect_text(name, "time_embedding", "the name of a submodule, or None")

@@ -170,7 +170,8 @@ class TrajectoryBank:
         bank._dtype = bank._store.dtype
         missing = bank._missing()
         got = f"{len(missing)} missing, {bank._store.path(missing[0] % bank.chunks) if missing else ''} the first"
-        expect(not missing, "storage", f"the {bank.chunks} shards of a bank in {folder}", got)
+        expected = f"the {bank.chunks} shards of a bank in {folder} (fill() of one with its teacher makes them)"
+        expect(not missing, "storage", expected, got)
         bank._layout = bank._store.layout()
         return bank
 
