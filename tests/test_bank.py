@@ -788,6 +788,11 @@ BAD = {
         ValueError,
         r"^noise: expected a function that returns n = 5",
     ),
+    "conditioning of no use": (
+        dict(velocity=linear_field(), conditioning={"a": A}),
+        TypeError,
+        r"^velocity: expected a network that takes a, which the bank carries, got .*unexpected keyword argument 'a'",
+    ),
     "drawn dtypes": (
         dict(noise=lambda n, g: normal(n, 4, dtype=[torch.float32, F64][n % 2])),
         ValueError,

@@ -39,6 +39,7 @@ from flowkernels.training.checkpoint import read_checkpoint, write_checkpoint
 from flowkernels.training.modules import architecture
 from flowkernels.training.run_bank import RunBank
 from flowkernels.training.settings import SHARED, Settings
+from flowkernels.training.targets.table import TARGETS
 
 QUIET = dict(progress=False)
 
@@ -566,6 +567,48 @@ def test_averaged_weights():
         average = torch.lerp(weights.double(), average, min(0.9, (1 + n) / (10 + n)))
     assert torch.allclose(averaged.velocity.double(), average, rtol=1e-5)
     assert torch.equal(student.velocity, trail[-1])
+
+
+OWN_STEPS = {
+    "acceleration": lambda: fk.Acceleration(*(fk.VelocityField(nn.Linear(k, 2), time_column=True) for k in (3, 5))),
+    "noise": lambda: fk.NoisePrediction(fk.VelocityField(nn.Linear(3, 2), time_column=True)),
+    "average_velocity": lambda: fk.AverageVelocity.from_velocity(ResidualMLP(2, 8, 1, 8)),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("own", OWN_STEPS)
+def test_students_with_steps_of_their_own_learn_by_their_own_target(own, target):
+    """Another would train a part of them, or a velocity that nothing samples."""
+    schedule = fk.Schedule([0, 0.5, 1])
+    schedule = fk.Solver.euler(schedule) if target in ("solver", "endpoint") else schedule
+    objective = fk.StraightenLoss(schedule, target=target, teacher=lambda x, t: -x)
+    if own == target:
+        objective.expect_student(OWN_STEPS[own]())
+        return
+    with pytest.raises(TypeError, match=r"^student: expected "):
+        objective.expect_student(OWN_STEPS[own]())
+
+
+COMPOSITES = {
+    "straight noise": lambda: fk.NoisePrediction(OWN_STEPS["noise"]().net, "straight"),
+    "blockwise": lambda: fk.Blockwise(OWN_STEPS["noise"]().net, fk.Schedule([0, 0.5, 1])),
+    "acceleration": OWN_STEPS["acceleration"],
+}
+
+
+@pytest.mark.parametrize("kind", COMPOSITES)
+def test_times_that_a_student_cannot_have(kind):
+    student, x = COMPOSITES[kind](), torch.ones(4, 2)
+    for t in (torch.ones(3), torch.tensor(0.5), torch.ones(4, 1)):
+        with pytest.raises(ValueError, match=r"^t: expected \[4\], a time for each sample, got a torch.float32 tensor"):
+            student(x, t)
+    assert student(x[:0], torch.ones(0)).shape == (0, 2)
+    wrong = {"straight noise": (0.0, "times after 0"), "blockwise": (1.5, r"times in \[0, 1\]")}
+    if kind in wrong:
+        t, expected = wrong[kind]
+        with pytest.raises(ValueError, match=rf"^t: expected {expected}.*, got {t:g}$"):
+            student(x, torch.tensor([0.5, t, 0.5, 0.5]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

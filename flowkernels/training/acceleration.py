@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flowkernels._checks import FLOATS, expect, expect_tensor, expect_text
 from flowkernels.ops.euler_step import euler_step
 from flowkernels.solver import Solver
-from flowkernels.training.composite import Composite, answer_of
+from flowkernels.training.composite import Composite, answer_of, expect_state
 from flowkernels.velocity.field import float64_device
 from flowkernels.velocity.protocol import VelocityBase
 from flowkernels.velocity.time_embedding import Embedding
@@ -58,7 +58,7 @@ class Acceleration(Composite):
         self.velocity, self.acceleration, self.v0_name = velocity, acceleration, v0_name
 
     def forward(self, x: Tensor, t: Tensor, v0: Tensor | None = None) -> Tensor:
-        expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
+        expect_state(x, t)
         if v0 is None:
             return answer_of(self.velocity, "velocity", x, x, t)
         expect_tensor(v0, "v0", FLOATS)

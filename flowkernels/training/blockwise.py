@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowkernels._checks import FLOATS, expect, expect_list, expect_tensor
+from flowkernels._checks import expect, expect_list
 from flowkernels.schedule import Schedule
-from flowkernels.training.composite import Composite, answer_of
+from flowkernels.training.composite import Composite, answer_of, expect_state
 from flowkernels.training.modules import copied, unwrapped
 from flowkernels.velocity.field import VelocityField, float64_device
 from flowkernels.velocity.protocol import VelocityBase, is_per_sample, on_tensors
@@ -76,8 +76,7 @@ class Blockwise(Composite):
         return times
 
     def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
-        expect(t.shape == (len(x),), "t", f"[{len(x)}], a time for each sample", t)
+        expect_state(x, t)
         interval, counts = self._intervals(t)
         if len(x) in counts:  # of an empty batch any
             return answer_of(self.networks[counts.index(len(x))], "networks", x, x, _on(t, x), **kwargs)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flowkernels._checks import describe, expect
+from flowkernels._checks import FLOATS, describe, expect, expect_tensor
 from flowkernels.runtime.torch_private import COMPILED_CALL
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import VelocityBase, resolve
@@ -55,6 +55,13 @@ class Composite(nn.Module, VelocityBase):
 
     def time_for(self, t: Tensor, x: Tensor) -> Tensor:
         return t
+
+
+def expect_state(x: Any, t: Any) -> None:
+    """A state `[n, *shape]`, and a time for each sample."""
+    expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
+    expect(x.dim() > 0, "x", "states [n, *shape]", x)
+    expect(t.shape == x.shape[:1], "t", f"[{len(x)}], a time for each sample", t)
 
 
 def answer_of(network: nn.Module, name: str, like: Tensor, x: Tensor, t: Tensor, **given: Any) -> Tensor:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from flowkernels._checks import FLOATS, expect, expect_bool, expect_choice, expect_tensor
+from flowkernels._checks import expect, expect_bool, expect_choice
+from flowkernels.ops.library import is_transformed
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.solver import Solver
-from flowkernels.training.composite import Composite, answer_of
+from flowkernels.training.composite import Composite, answer_of, expect_state
 from flowkernels.velocity.field import float64_device
 from flowkernels.velocity.time_embedding import Embedding
 
@@ -73,12 +74,16 @@ class NoisePrediction(Composite):
         return PATHS[self.path](t.to(float64_device(t.device), torch.float64))
 
     def forward(self, x: Tensor, t: Tensor, noise: bool = False) -> Tensor:
-        expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
+        expect_state(x, t)
         if not expect_bool(noise, "noise"):
             self._expect_straight()
         e = answer_of(self.net, "net", x, x, t)
         if noise:
             return e
+        looked_at = t.is_cpu and not (torch.compiler.is_compiling() or is_transformed())  # and nothing is waited for
+        if looked_at and not bool((after := t > 0).all()):
+            got = f"{t[~after][0].item():.6g}"
+            expect(False, "t", "times after 0, where noise tells nothing of the data", got)
         return (x - e) / t.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))
 
     def velocities(

@@ -144,13 +144,18 @@ def conditioned(student: nn.Module, learner: VelocityBase, conditioning: Mapping
     """A student with conditioning of a batch; TypeError for a network that does not take it."""
     expect_no_wrapped_field(student, "student")
     field = VelocityField.of(as_given(learner)).with_conditioning(conditioning)
+    expect_takes_conditioning(field, conditioning, "student")
+    return field
+
+
+def expect_takes_conditioning(field: VelocityField, conditioning: Mapping[str, Tensor], name: str) -> None:
+    """That its network takes what a bank carries; TypeError, naming the argument that it is."""
     names, net = ", ".join(sorted(conditioning)), unwrapped(field.net)
     by_place = [] if field.x_name else [None] if field.time_name or field.time_column else [None, None]
     by_name = {name for name in (field.x_name, field.time_name) if name} | field.conditioning.keys()
     if isinstance(field, AverageVelocity):
         by_name.add(field.second_name)
-    expect_takes(net, "student", f"a network that takes {names}, which the bank carries", *by_place, by_name=by_name)
-    return field
+    expect_takes(net, name, f"a network that takes {names}, which the bank carries", *by_place, by_name=by_name)
 
 
 def student_derivative(

@@ -9,6 +9,7 @@ from flowkernels.sampling import loop
 from flowkernels.sampling.teacher import Teacher
 from flowkernels.solver import Solver
 from flowkernels.training.knots import Knots
+from flowkernels.training.students import expect_takes_conditioning
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 
@@ -90,4 +91,6 @@ class TeacherStates:
             return field
         given = dict(conditioning)
         weight = None if self.guidance is None else given.pop(self.guidance)
-        return VelocityField.of(as_given(field)).with_conditioning(given, weight)
+        field = VelocityField.of(as_given(field)).with_conditioning(given, weight)
+        expect_takes_conditioning(field, given, "velocity")
+        return field

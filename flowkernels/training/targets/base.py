@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flowkernels._checks import expect
+from flowkernels.models.average_velocity import AverageVelocity
 from flowkernels.ops.library import no_autocast
 from flowkernels.ops.segment_points import segment_points
 from flowkernels.ops.straighten_loss.reference import secants
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
+from flowkernels.training.acceleration import Acceleration
 from flowkernels.training.batch import BankBatch, generator_on
+from flowkernels.training.noise_prediction import NoisePrediction
 from flowkernels.training.students import student_velocity, teacher_velocity
 from flowkernels.training.t_sampling import START
 from flowkernels.velocity.protocol import Velocity
@@ -180,8 +184,12 @@ def dense(v: Tensor, target: Tensor, weight: Tensor | None = None, spare: bool =
     return Dense(v, target.detach(), weight, spare)
 
 
-def anything(student: nn.Module) -> None:
-    """No demand on a student."""
+def expect_velocity(student: nn.Module) -> None:
+    """A student of one state and time: others make steps of their own of what they learn, by a target of their own."""
+    own = {"acceleration": Acceleration, "noise": NoisePrediction, "average_velocity": AverageVelocity}
+    target = next((name for name, kind in own.items() if isinstance(student, kind)), None)
+    is_one = getattr(student, "path", "") == "straight" or getattr(student, "knots", None) is not None
+    expect(target is None or is_one, "student", f"a velocity (x, t), or target={target!r}", student, TypeError)
 
 
 @dataclass(frozen=True)
@@ -211,10 +219,10 @@ class Target:
     from_noise: bool = False
     teacher: bool = False
     progress: bool = False
-    expect_student: Callable[[nn.Module], None] = anything
+    expect_student: Callable[[nn.Module], None] = expect_velocity
     made: Callable[[nn.Module, Schedule], nn.Module] | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether the student is a velocity like any other, for a schedule."""
-        return not self.solver and self.expect_student is anything
+        return not self.solver and self.expect_student is expect_velocity
