@@ -309,6 +309,8 @@ def test_a_student_of_two_times_starts_as_the_network_of_one(name):
         torch.testing.assert_close(student.on([0.25, 0.5, 1])(x, times(*[0.5] * 5)), student(x, x.new_full((5,), 0.5),
                                    x.new_ones(5)), rtol=0, atol=0)  # fmt: skip
         dense = fk.sample(student.on(4), x, 4)
+        late = [fk.sample(student.on(plan), x, [0.5, 0.75, 1]) for plan in (4, [0.5, 0.75, 1])]
+        assert torch.equal(*late)
         assert torch.equal(fk.rollout(student.on(4), x, 4).x[-1], dense)
 
 
@@ -693,6 +695,8 @@ def test_what_is_no_student_of_two_times():
         (lambda: two(x, t, 1), TypeError, r"^s: expected a torch.Tensor"),
         (lambda: fk.sample(two, x, 2), ValueError, r"^s: expected the second time"),
         (lambda: fk.sample(two.on(2), x, 4), ValueError, r"^t: expected one of the knots \[0.0, 0.5\] .* got 0.25"),
+        (lambda: fk.sample(two.on(4), x, 2), ValueError, r"^schedule: expected every knot .* got .* at \[0.0, 0.5\]"),
+        (lambda: fk.sample(two.on(4), x, [0, 1]), ValueError, r"^schedule: expected every knot .* got .* at \[0.0\]"),
         (lambda: two.on(2)(x, times(0, 1)), ValueError, r"^t: expected one of the knots \[0.0, 0.5\] .* got 1"),
         (lambda: two.on([1, 0]), ValueError, r"^schedule: "),
         (lambda: made(lambda x, t: x), TypeError, r"^velocity: expected a network that is a module"),

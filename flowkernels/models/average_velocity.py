@@ -116,7 +116,8 @@ class AverageVelocity(VelocityField):
         network is shared.
 
         schedule: a Schedule, N for N uniform steps, or N + 1 increasing times. Another time than its knots is an error
-        that names it; where it would have to be waited for, as on a GPU, the velocity there is NaN.
+        that names it; where it would have to be waited for, as on a GPU, the velocity there is NaN. Stages refuse a
+        schedule that leaves out one of its knots, from the first that they take on.
         """
         times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
         return self.replaced(knots=times, _tables={})
@@ -167,7 +168,18 @@ class AverageVelocity(VelocityField):
     def model_times(self, times: Tensor, x: Tensor) -> Tensor:
         if self.knots is not None:
             self._expect_knots(times)
+            self._expect_steps(times)
         return super().model_times(times, x)
+
+    def _expect_steps(self, times: Tensor) -> None:
+        """That a loop evaluates at every knot to the last, from any: a step over several is another average's."""
+        if torch.compiler.is_compiling() or not times.is_cpu:
+            return
+        begun = self.knots[:-1][-len(times) :]
+        if len(times) != len(begun) or bool(((times.to(torch.float64) - begun).abs() > NEAR).any()):
+            knots, got = ([round(k, 4) for k in of.tolist()] for of in (self.knots[:-1], times))
+            expected = f"every knot that steps begin at, {knots}, or the last ones (student.on(another schedule))"
+            expect(False, "schedule", expected, f"evaluations at {got}")
 
     def _next_knot(self, t: Tensor) -> Tensor:
         """The knots after those that the times t `[n]` are, float64; NaN after another time."""
