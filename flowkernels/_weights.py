@@ -75,15 +75,33 @@ def read(path: str | Path, name: str, wanted: str, stacklevel: int = 2) -> tuple
     """
     path = expect_file(path, name)
     with damaged(name, wanted, path, "is not one, or damaged"):
-        expect_header(path)
-        with safe_open(path, "pt") as f:
-            metadata, state = f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-        known = SUM in metadata
-        if known:
-            expect_unchanged(metadata.pop(SUM), _digest(state, metadata))
+        state, metadata, known = _read_whole(path)
     if not known and "notes" in metadata:
         warn_of_no_sum(path, stacklevel + 1)
     return state, metadata
+
+
+def _read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bool]:
+    """Tensors, metadata and whether there was a digest; again, where another process has replaced the file meanwhile:
+    it is opened several times, safetensors' own included."""
+    while True:
+        before = _version(path)
+        try:
+            expect_header(path)
+            with safe_open(path, "pt") as f:
+                metadata, state = f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+            if SUM in metadata:
+                expect_unchanged(metadata.pop(SUM), _digest(state, metadata))
+                return state, metadata, True
+            return state, metadata, False
+        except Exception:
+            if _version(path) == before:
+                raise
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    about = path.stat()
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def expect_header(path: Path) -> None:

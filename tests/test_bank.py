@@ -827,6 +827,28 @@ BAD = {
 }
 
 
+def test_a_shard_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    """As another process refreshes the bank: its header was that of the shard before."""
+    banks = [bank_of(storage=tmp_path / name, chunk=22).fill() for name in "ab"]
+    banks[0].refresh()
+    path, header, calls = tmp_path / "b" / SHARDS[0], _weights.expect_header, []
+
+    def replaced(path):
+        header(path)
+        calls.append(path)
+        if len(calls) == 1:
+            os.replace(tmp_path / "a" / SHARDS[0], path)
+            raise ValueError("of other contents")
+
+    monkeypatch.setattr(_weights, "expect_header", replaced)
+    metadata = _weights.read(path, "x", "y")[1]
+    assert len(calls) == 2
+    assert metadata["ticket"] == "1"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"^x: expected y"):
+        _weights.read(path, "x", "y")
+
+
 def test_a_folder_is_the_same_from_everywhere(tmp_path, monkeypatch):
     """By a relative name, wherever the process goes, with its name's own letters; a shard that is gone is named."""
     (tmp_path / "elsewhere").mkdir()
