@@ -14,6 +14,7 @@ from flowkernels import _checks
 from flowkernels.training.by_rows import losses_by_rows
 from flowkernels.training.losses import LOSSES
 from flowkernels.training.state import State
+from flowkernels.training.targets.table import TARGETS
 
 B, D = 64, 4096
 BATCH = 4 * B * D  # bytes of its states
@@ -60,8 +61,14 @@ class Net(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(D))
 
-    def forward(self, x, t):
-        return Holding.apply(x * self.scale)
+    def forward(self, x, t, other=None):
+        v = x * self.scale if other is None else x * self.scale + other
+        return Holding.apply(v) if torch.is_grad_enabled() else v
+
+
+class OfTwoTimes(Net):
+    def forward(self, x, t, s):
+        return super().forward(x, t)
 
 
 def of_the_network(evaluations: int) -> int:
@@ -78,26 +85,35 @@ def of_the_network(evaluations: int) -> int:
     return memory.most - begin
 
 
-SOLVER = dict(target="solver", schedule=fk.Solver.adams_bashforth([0, 0.5, 1]), grid=2, rollout_every=100)
-TARGETS = {
-    "boss": {},
+SOLVER = dict(schedule=fk.Solver.adams_bashforth([0, 0.5, 1]), grid=2, rollout_every=100)
+OF_TARGET = {"on_policy": dict(rollout_every=100), "solver": SOLVER, "endpoint": SOLVER}
+CASES = {name: dict(target=name) | OF_TARGET.get(name, {}) for name in TARGETS} | {
     "boss, uniform": dict(t_sampling="uniform"),
     "boss, weighted": dict(weighting=[1.0, 2.0]),
-    "reflow": dict(target="reflow"),
     "reflow, normalised": dict(target="reflow", weighting="per_sample_normalised"),
-    "annealed_reflow": dict(target="annealed_reflow"),
-    "distill": dict(target="distill"),
-    "on_policy": dict(target="on_policy", rollout_every=100),
-    "solver": SOLVER,
-    "endpoint": SOLVER | dict(target="endpoint"),
+    "noise, by the noise": dict(target="noise", compared="noise"),
+}
+STUDENTS = {
+    "acceleration": lambda: fk.Acceleration(Net(), Net(), v0_name="other"),
+    "average_velocity": lambda: fk.AverageVelocity(OfTwoTimes(), second_name="s"),
+    "blockwise": lambda: fk.Blockwise(Net(), fk.Schedule.uniform(2)),
+    "noise": lambda: fk.NoisePrediction(Net()),
+}
+TWICE = ("endpoint", "acceleration")  # evaluate with a graph
+MORE = {  # batches above the two
+    "on_policy": 1,  # what the teacher answers
+    "velocity_matching": 2,  # that, and the state to which it leads
+    "next_knot": 1,  # the state at the next knot, beside that of the batch
+    "acceleration": 4,  # the loss is of two answers and two targets at once
+    "blockwise": 0.3,  # networks have parts of a batch, of any size
 }
 
 
-@pytest.mark.parametrize(("target", "loss", "ema"), pairs(TARGETS, LOSSES, [None, 0.9]))
-def test_two_batches_at_most(monkeypatch, target, loss, ema):
-    """Above the network's own and the bank: its input and the gradient of its velocities count, and what a teacher that
-    is evaluated answers does not."""
-    most, whole = [], State.log
+@pytest.mark.parametrize(("case", "loss", "ema"), pairs(CASES, LOSSES, [None, 0.9]))
+def test_two_batches_at_most(monkeypatch, case, loss, ema):
+    """Above the network's own and the bank: its input and the gradient of its velocities count; and what `MORE` has of
+    some targets."""
+    most, whole, target = [], State.log, CASES[case].get("target", "boss")
 
     def log(state, **row):
         whole(state, **row)
@@ -105,14 +121,14 @@ def test_two_batches_at_most(monkeypatch, target, loss, ema):
         memory.most = 0
 
     monkeypatch.setattr(State, "log", log)
-    settings = dict(schedule=fk.Schedule(even_grid(2), even_grid(2), (0, 1, 2)), loss=loss, ema=ema) | TARGETS[target]
+    settings = dict(schedule=fk.Schedule(even_grid(2), even_grid(2), (0, 1, 2)), loss=loss, ema=ema) | CASES[case]
+    student = STUDENTS.get(target, Net)()
     with Memory() as memory:
         fk.straighten(
-            Net(), lambda x, t: -x, noise=(D,), bank=B, batch=B, iterations=6, log_every=1, progress=False, **settings
+            student, lambda x, t: -x, noise=(D,), bank=B, batch=B, iterations=6, log_every=1, progress=False, **settings
         )
-    answered = target == "on_policy"
-    own = of_the_network(2 if target == "endpoint" else 1)
-    assert max(most[2:]) - own < (2.05 + answered) * BATCH
+    own = of_the_network(1 + (target in TWICE))
+    assert max(most[2:]) - own < (2.05 + MORE.get(target, 0)) * BATCH
 
 
 # ---- losses by rows ----

@@ -87,7 +87,9 @@ class Blockwise(Composite):
                 given = {k: _of_rows(value, rows, len(x)) for k, value in kwargs.items()}
                 part = network.rows(rows, len(x)) if isinstance(network, VelocityBase) else network
                 found.append(answer_of(part, "networks", x[rows], x[rows], _on(t, x)[rows], **given))
-        return torch.cat(found)[order.argsort().to(x.device)]
+        joined = torch.cat(found)
+        found.clear()  # their memory
+        return joined[order.argsort().to(x.device)]
 
     def _intervals(self, t: Tensor) -> tuple[Tensor, list[int]]:
         """That of each time, where the times are, and how many are in each, all that is read from there."""

@@ -17,12 +17,15 @@ def acceleration(call: Call) -> Dense:
     dx, size = call.states[call.places + 1, call.columns] - x0, _rows(call.size, x0)
     v0 = call.velocity(x0, t0)
     given = v0.detach().to(x0.dtype)
-    needed = 2 * (dx - given * size) / size.square()
+    needed = (given * -size).add_(dx).mul_(2 / size.square())
     tau = torch.zeros_like(call.size) if u is None else u * call.size
-    x = x0 + _rows(tau, x0) * given + _rows(tau.square() / 2, x0) * needed
+    x = x0.addcmul(given, _rows(tau, x0)).addcmul_(needed, _rows(tau.square() / 2, x0))
+    del x0  # its memory
     a = call.velocity(x, t0 + tau, v0=given)
-    initial = call.settings["initial_speed"] * dx / size
-    return dense(torch.cat([v0, a.to(v0.dtype)], 1), torch.cat([initial, needed], 1), spare=True)
+    initial = dx.mul_(call.settings["initial_speed"]).div_(size)
+    wanted = torch.cat([initial, needed], 1)
+    del x, given, dx, initial, needed  # their memory
+    return dense(torch.cat([v0, a.to(v0.dtype)], 1), wanted, spare=True)
 
 
 def _rows(value: Tensor, x: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ def next_knot(call: Call) -> Dense:
     then = call.times[call.batch.interval + 1]
     v, v_there = call.velocities((x, call.start), (there, then))
     left = _like(call.end - then, x)
-    jump = torch.where(left > 0, there + left * v_there, there)
-    return dense(x + _like(call.end - call.start, x) * v, jump, spare=True)
+    v_there = torch.where(left > 0, v_there, 0)
+    jump = torch.addcmul(there, left, v_there)
+    del there, v_there  # their memory
+    return dense(torch.addcmul(x, _like(call.end - call.start, x), v), jump, spare=True)
 
 
 def velocity_matching(call: Call) -> Dense:
@@ -30,7 +32,9 @@ def velocity_matching(call: Call) -> Dense:
     others = (here, there) if torch.is_autocast_enabled(x.device.type) else (there,)
     v, *found = call.velocities(here, *others, exact=True)
     before, after = (v.detach(), *found)[-2:]
-    return dense(v, teachers + (1 / STEP - 1) * (after - before), spare=True)
+    change = after - before
+    del here, there, others, found, after, before  # their memory
+    return dense(v, torch.add(teachers, change, alpha=1 / STEP - 1), spare=True)
 
 
 def _like(times: Tensor, x: Tensor) -> Tensor:

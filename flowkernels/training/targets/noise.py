@@ -1,5 +1,6 @@
 """Noise, of pairs that match."""
 
+import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import expect
@@ -20,14 +21,17 @@ def noise(call: Call) -> Dense:
     expect(not (straight and begins == 0), "schedule", expected, f"one at {begins:.6g}")
     x0, x1 = segment_points(call.states, call.places, call.columns), call.states[call.places + 1, call.columns]
     alpha, sigma = (_rows(part, x0) for part in path(call.start))
-    e = (x0 - alpha * x1) / sigma
+    e = x0.addcmul_(x1, alpha, value=-1).div_(sigma)
     t = call.start if u is None else call.start + u * call.size
     alpha, sigma = (_rows(part, x0) for part in path(t))
-    x = alpha * x1 + sigma * e
-    found = call.velocity(x, t, noise=True)
+    x = torch.mul(x1, alpha).addcmul_(e, sigma)
     if call.settings["compared"] == "noise":
-        return dense(found, e, spare=True)
-    return dense((x - sigma * found) / alpha, x1, spare=True)
+        del x0, x1  # their memory
+        return dense(call.velocity(x, t, noise=True), e, spare=True)
+    del x0, e  # their memory
+    found = call.velocity(x, t, noise=True) * -sigma
+    found = found + x
+    return dense(found / alpha, x1, spare=True)
 
 
 def _rows(value: Tensor, x: Tensor) -> Tensor:
