@@ -17,7 +17,6 @@ from flowkernels.calibration.polish import polish
 from flowkernels.calibration.step_cost import StepCost, step_costs
 from flowkernels.fusion.head import FusedHead, fuse_head
 from flowkernels.fusion.sampler import FusedSampler, NotFusable, fuse
-from flowkernels.models.average_velocity import AverageVelocity
 from flowkernels.models.checkpoints import LoadedWeights, load_weights
 from flowkernels.ops.public import *  # noqa: F403, a function for each of OPS
 from flowkernels.ops.public import OPS
@@ -29,15 +28,16 @@ from flowkernels.sampling.rollout import Trajectory, rollout
 from flowkernels.sampling.sample import sample
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.acceleration import Acceleration
-from flowkernels.training.bank import TrajectoryBank
-from flowkernels.training.batch import BankBatch
-from flowkernels.training.blockwise import Blockwise
-from flowkernels.training.couplings import couple
-from flowkernels.training.noise_prediction import NoisePrediction
+from flowkernels.training.bank.batch import BankBatch
+from flowkernels.training.bank.trajectory_bank import TrajectoryBank
 from flowkernels.training.objective import StraightenLoss
-from flowkernels.training.pairs import Pairs, forward_pairs
+from flowkernels.training.pairs.couplings import couple
+from flowkernels.training.pairs.pairs import Pairs, forward_pairs
 from flowkernels.training.straighten import Straightened, straighten
+from flowkernels.training.students.acceleration import Acceleration
+from flowkernels.training.students.average_velocity import AverageVelocity
+from flowkernels.training.students.blockwise import Blockwise
+from flowkernels.training.students.noise_prediction import NoisePrediction
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase
 from flowkernels.velocity.time_embedding import HasTimeEmbedding

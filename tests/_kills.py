@@ -20,7 +20,7 @@ from flowkernels import _weights
 from flowkernels._files import whole_folder
 from flowkernels.models import bundled
 from flowkernels.models import networks as networks_module
-from flowkernels.training.checkpoint import read_checkpoint, write_checkpoint
+from flowkernels.training.run.checkpoint import read_checkpoint, write_checkpoint
 
 
 def velocity(x, t):

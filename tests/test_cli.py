@@ -325,7 +325,7 @@ def test_bad_input_is_one_line_before_any_work(fails, folder, monkeypatch, line,
 
     monkeypatch.setattr(fk, "calibrate", work)
     monkeypatch.setattr(fk, "sample", work)
-    monkeypatch.setattr("flowkernels.training.teacher_states.TeacherStates.flow", work)
+    monkeypatch.setattr("flowkernels.training.bank.teacher_states.TeacherStates.flow", work)
     assert told in fails(line)
     assert sorted(p for p in folder.iterdir() if p.name != "__pycache__") == before
 

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import flowkernels as fk
-from flowkernels.training.couplings import NAMES
+from flowkernels.training.pairs.couplings import NAMES
 
 POWERS = {"squared": 2, "euclidean": 1}
 

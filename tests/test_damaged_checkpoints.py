@@ -17,7 +17,7 @@ from test_straighten import Stopped, small_net, stop_after, trained
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from flowkernels.training.checkpoint import SINCE_2
+from flowkernels.training.run.checkpoint import SINCE_2
 from flowkernels.velocity.hashes import tensors_hash
 
 SETTINGS = dict(checkpoint_every=5, refresh=7, t_sampling="uniform")

@@ -13,7 +13,7 @@ from torch import nn
 import flowkernels as fk
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.models.bundled import BUNDLED
-from flowkernels.training.knots import knots_on_grid
+from flowkernels.training.bank.knots import knots_on_grid
 
 F64 = torch.float64
 QUIET = dict(progress=False)

@@ -31,14 +31,14 @@ from flowkernels._files import SUM
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import ResidualMLP
 from flowkernels.schedule import Schedule
-from flowkernels.training import settings as settings_module
 from flowkernels.training import straighten as straighten_module
-from flowkernels.training.average import Average
-from flowkernels.training.batch import generator_on
-from flowkernels.training.checkpoint import read_checkpoint, write_checkpoint
-from flowkernels.training.modules import architecture
-from flowkernels.training.run_bank import RunBank
-from flowkernels.training.settings import SHARED, Settings
+from flowkernels.training.bank.batch import generator_on
+from flowkernels.training.run import settings as settings_module
+from flowkernels.training.run.average import Average
+from flowkernels.training.run.bank import RunBank
+from flowkernels.training.run.checkpoint import read_checkpoint, write_checkpoint
+from flowkernels.training.run.settings import SHARED, Settings
+from flowkernels.training.students.modules import architecture
 from flowkernels.training.targets.table import TARGETS
 
 QUIET = dict(progress=False)

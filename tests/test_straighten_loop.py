@@ -19,9 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 import flowkernels as fk
 from flowkernels import _checks
-from flowkernels.training import bank, descent, students
-from flowkernels.training.descent import Descent
-from flowkernels.training.state import State
+from flowkernels.training.bank import trajectory_bank as bank
+from flowkernels.training.run import descent
+from flowkernels.training.run.descent import Descent
+from flowkernels.training.run.state import State
+from flowkernels.training.students import student as students
 from flowkernels.training.targets.table import TARGETS
 
 

@@ -13,7 +13,7 @@ import flowkernels as fk
 from flowkernels import _checks
 from flowkernels.training.by_rows import losses_by_rows
 from flowkernels.training.losses import LOSSES
-from flowkernels.training.state import State
+from flowkernels.training.run.state import State
 from flowkernels.training.targets.table import TARGETS
 
 B, D = 64, 4096

@@ -11,11 +11,11 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels.training import loop
-from flowkernels.training.descent import Descent
 from flowkernels.training.objective import StraightenLoss
-from flowkernels.training.optimizers import own_optimizer
-from flowkernels.training.run_bank import RunBank
-from flowkernels.training.state import State
+from flowkernels.training.run.bank import RunBank
+from flowkernels.training.run.descent import Descent
+from flowkernels.training.run.optimizers import own_optimizer
+from flowkernels.training.run.state import State
 
 OTHER = "other"
 PARTS = ("forward", "backward", "optimizer", "batch", "loss", "gradient norm", "average", "history", OTHER)

@@ -27,7 +27,7 @@ from flowkernels.ops.straighten_loss import StraightenLosses, straighten_loss
 from flowkernels.ops.straighten_loss.reference import means
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.batch import BankBatch, generator_on
+from flowkernels.training.bank.batch import BankBatch, generator_on
 from flowkernels.training.by_rows import losses_by_rows
 from flowkernels.training.losses import FUSED, LOSSES
 from flowkernels.training.refined import refined

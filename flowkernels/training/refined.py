@@ -3,7 +3,7 @@
 import torch
 
 from flowkernels.schedule import Schedule
-from flowkernels.training.knots import knots_on_grid
+from flowkernels.training.bank.knots import knots_on_grid
 
 
 def refined(schedule: Schedule, substeps: int) -> tuple[Schedule, tuple[int, ...]]:

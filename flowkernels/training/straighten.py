@@ -12,18 +12,18 @@ from flowkernels._checks import expect, expect_takes
 from flowkernels.calibration.polish import polish_on
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.bank import TrajectoryBank
-from flowkernels.training.checkpoint import BANK_DRAWN, checkpoint_to_resume, expect_storable
-from flowkernels.training.loop import train
-from flowkernels.training.modules import architecture
+from flowkernels.training.bank.trajectory_bank import TrajectoryBank
 from flowkernels.training.objective import Loss, TSampling
-from flowkernels.training.optimizers import optimizer_identity, own_optimizer
-from flowkernels.training.pairs import Pairs
-from flowkernels.training.run_bank import RunBank
-from flowkernels.training.run_pairs import RunPairs, are_pairs
-from flowkernels.training.settings import Settings
-from flowkernels.training.state import State
-from flowkernels.training.students import (
+from flowkernels.training.pairs.pairs import Pairs
+from flowkernels.training.run.bank import RunBank
+from flowkernels.training.run.checkpoint import BANK_DRAWN, checkpoint_to_resume, expect_storable
+from flowkernels.training.run.loop import train
+from flowkernels.training.run.optimizers import optimizer_identity, own_optimizer
+from flowkernels.training.run.pairs import RunPairs, are_pairs
+from flowkernels.training.run.settings import Settings
+from flowkernels.training.run.state import State
+from flowkernels.training.students.modules import architecture
+from flowkernels.training.students.student import (
     conditioned,
     expect_no_wrapped_field,
     expect_trainable_here,

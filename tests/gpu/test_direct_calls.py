@@ -10,7 +10,7 @@ import flowkernels as fk
 from flowkernels.ops import library
 from flowkernels.ops.samples import generator
 from flowkernels.runtime.backends import backend
-from flowkernels.training.state import State
+from flowkernels.training.run.state import State
 
 
 @contextlib.contextmanager

@@ -654,7 +654,7 @@ PYTHON = {
             "tests/test_targets_teacher.py",
         ),
     ],
-    "flowkernels/training/bank.py": [
+    "flowkernels/training/bank/trajectory_bank.py": [
         Bug(
             "a part of a bank",
             "a refresh of a fraction rounds the number of chunks down",
@@ -663,7 +663,7 @@ PYTHON = {
             "tests/test_bank.py",
         ),
     ],
-    "flowkernels/training/storage.py": [
+    "flowkernels/training/bank/storage.py": [
         Bug(
             "the other end",
             "both ends of an interval are the first",
@@ -672,7 +672,7 @@ PYTHON = {
             "tests/test_bank.py",
         ),
     ],
-    "flowkernels/training/shards.py": [
+    "flowkernels/training/bank/shards.py": [
         Bug(
             "a shard's place",
             "a shard of the same bank is taken in another's place",
@@ -681,7 +681,7 @@ PYTHON = {
             "tests/test_bank.py",
         ),
     ],
-    "flowkernels/training/teacher_states.py": [
+    "flowkernels/training/bank/teacher_states.py": [
         Bug(
             "first stages",
             "of a trajectory back from data the states before Heun's corrections are kept",
@@ -690,7 +690,7 @@ PYTHON = {
             "tests/test_bank.py",
         ),
     ],
-    "flowkernels/training/state.py": [
+    "flowkernels/training/run/state.py": [
         Bug(
             "generator of the bank",
             "a resumed run draws another bank",
@@ -706,7 +706,7 @@ PYTHON = {
             "tests/test_straighten.py -k resum",
         ),
     ],
-    "flowkernels/training/checkpoint.py": [
+    "flowkernels/training/run/checkpoint.py": [
         Bug(
             "sum",
             "a damaged checkpoint is read",

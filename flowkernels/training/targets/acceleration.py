@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from flowkernels._checks import expect
 from flowkernels.ops.segment_points import segment_points
-from flowkernels.training.acceleration import Acceleration
+from flowkernels.training.students.acceleration import Acceleration
 from flowkernels.training.targets.base import Call, Dense, dense
 
 

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect
-from flowkernels.models.average_velocity import AverageVelocity
 from flowkernels.ops.straighten_loss.reference import secants
 from flowkernels.schedule import Schedule
-from flowkernels.training.students import student_derivative
+from flowkernels.training.students.average_velocity import AverageVelocity
+from flowkernels.training.students.student import student_derivative
 from flowkernels.training.targets.base import Call, Dense, dense
 
 

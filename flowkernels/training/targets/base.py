@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import expect
-from flowkernels.models.average_velocity import AverageVelocity
 from flowkernels.ops.library import no_autocast
 from flowkernels.ops.segment_points import segment_points
 from flowkernels.ops.straighten_loss.reference import secants
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.acceleration import Acceleration
-from flowkernels.training.batch import BankBatch, generator_on
-from flowkernels.training.noise_prediction import NoisePrediction
-from flowkernels.training.students import student_velocity, teacher_velocity
+from flowkernels.training.bank.batch import BankBatch, generator_on
+from flowkernels.training.students.acceleration import Acceleration
+from flowkernels.training.students.average_velocity import AverageVelocity
+from flowkernels.training.students.noise_prediction import NoisePrediction
+from flowkernels.training.students.student import student_velocity, teacher_velocity
 from flowkernels.training.t_sampling import START
 from flowkernels.velocity.protocol import Velocity
 

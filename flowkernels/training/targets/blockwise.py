@@ -5,8 +5,8 @@ from torch import nn
 
 from flowkernels._checks import describe, expect
 from flowkernels.schedule import Schedule
-from flowkernels.training.blockwise import NEAR, Blockwise
-from flowkernels.training.modules import unwrapped
+from flowkernels.training.students.blockwise import NEAR, Blockwise
+from flowkernels.training.students.modules import unwrapped
 from flowkernels.training.targets.base import Answer, Call
 from flowkernels.velocity.field import VelocityField
 

@@ -22,7 +22,7 @@ from flowkernels.sampling.invert import invert
 from flowkernels.sampling.loop import initial_state
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.batch import BankBatch, generator_on
+from flowkernels.training.bank.batch import BankBatch, generator_on
 from flowkernels.velocity.protocol import Velocity, resolve
 
 

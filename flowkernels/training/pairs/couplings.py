@@ -24,7 +24,7 @@ from flowkernels._checks import (
 )
 from flowkernels._warnings import warn
 from flowkernels.sampling.loop import initial_state
-from flowkernels.training.pairs import Pairs, expect_generator, expect_rows
+from flowkernels.training.pairs.pairs import Pairs, expect_generator, expect_rows
 
 Coupling = str | Callable[[Tensor, Tensor], Tensor]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from flowkernels import _weights
 from flowkernels._checks import expect, expect_path
 from flowkernels._files import SUM, damaged, expect_file, expect_unchanged, read_json, sealed, whole_file
-from flowkernels.training.starts import Layout
-from flowkernels.training.storage import staged
+from flowkernels.training.bank.starts import Layout
+from flowkernels.training.bank.storage import staged
 
 FORMAT, VERSION = "flowkernels.trajectories", 1
 MANIFEST, TABLES = "bank.json", "tables.safetensors"

@@ -27,13 +27,13 @@ from flowkernels._checks import (
 from flowkernels._files import damaged, plain
 from flowkernels.sampling.loop import initial_state
 from flowkernels.schedule import Schedule
-from flowkernels.training.batch import BankBatch, generator_on
-from flowkernels.training.knots import Knots
-from flowkernels.training.shards import DTYPES, MANIFEST, Shards, expect_folder, read_manifest, sealed_manifest
-from flowkernels.training.starts import Columns, Conditioning, Layout, Noise, Starts, generator_of, looked_up
-from flowkernels.training.storage import MEMORIES, Memory
-from flowkernels.training.students import field_identity
-from flowkernels.training.teacher_states import TeacherStates
+from flowkernels.training.bank.batch import BankBatch, generator_on
+from flowkernels.training.bank.knots import Knots
+from flowkernels.training.bank.shards import DTYPES, MANIFEST, Shards, expect_folder, read_manifest, sealed_manifest
+from flowkernels.training.bank.starts import Columns, Conditioning, Layout, Noise, Starts, generator_of, looked_up
+from flowkernels.training.bank.storage import MEMORIES, Memory
+from flowkernels.training.bank.teacher_states import TeacherStates
+from flowkernels.training.students.student import field_identity
 from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.identity import identity, warn_of_doubts

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from flowkernels._checks import LOW
 from flowkernels.runtime.torch_private import lerp_each_
-from flowkernels.training.modules import copied
+from flowkernels.training.students.modules import copied
 
 
 class Average(nn.Module):

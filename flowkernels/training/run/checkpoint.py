@@ -14,9 +14,9 @@ from flowkernels._checks import describe, expect
 from flowkernels._files import SUM, VALUES, damaged, expect_unchanged, warn_of_no_sum, whole_file
 from flowkernels._weights import read_torch
 from flowkernels.runtime.torch_private import tree_leaves, tree_map
-from flowkernels.training.modules import expect_weights
-from flowkernels.training.optimizers import PLACES
-from flowkernels.training.settings import Settings
+from flowkernels.training.run.optimizers import PLACES
+from flowkernels.training.run.settings import Settings
+from flowkernels.training.students.modules import expect_weights
 from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.identity import warn_of_doubts
 from flowkernels.velocity.provenance import Identity

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_takes
 from flowkernels._guidance import guided
-from flowkernels.models.average_velocity import AverageVelocity
-from flowkernels.models.second_time import TwoTimes
 from flowkernels.ops.library import is_transformed
 from flowkernels.runtime.torch_private import keeps_parametrized
-from flowkernels.training.blockwise import Blockwise
-from flowkernels.training.composite import Composite
-from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state, unwrapped
+from flowkernels.training.students.average_velocity import AverageVelocity
+from flowkernels.training.students.blockwise import Blockwise
+from flowkernels.training.students.composite import Composite
+from flowkernels.training.students.modules import copied, expect_weights, load_weights, plain_state, unwrapped
+from flowkernels.training.students.second_time import TwoTimes
 from flowkernels.velocity.evaluate import evaluate
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve

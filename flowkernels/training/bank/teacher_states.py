@@ -8,8 +8,8 @@ from flowkernels._checks import expect_finite_flow
 from flowkernels.sampling import loop
 from flowkernels.sampling.teacher import Teacher
 from flowkernels.solver import Solver
-from flowkernels.training.knots import Knots
-from flowkernels.training.students import expect_takes_conditioning
+from flowkernels.training.bank.knots import Knots
+from flowkernels.training.students.student import expect_takes_conditioning
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 

@@ -23,14 +23,14 @@ from flowkernels._checks import (
 from flowkernels._files import expect_target
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.bank import TrajectoryBank
-from flowkernels.training.knots import knots_on_grid
+from flowkernels.training.bank.knots import knots_on_grid
+from flowkernels.training.bank.starts import Noise
+from flowkernels.training.bank.trajectory_bank import TrajectoryBank
 from flowkernels.training.objective import Loss, StraightenLoss, TSampling
-from flowkernels.training.optimizers import OPTIMIZER
-from flowkernels.training.pairs import Pairs
+from flowkernels.training.pairs.pairs import Pairs
 from flowkernels.training.refined import on_grid
-from flowkernels.training.run_pairs import PairsSource, are_pairs, expect_pairs
-from flowkernels.training.starts import Noise
+from flowkernels.training.run.optimizers import OPTIMIZER
+from flowkernels.training.run.pairs import PairsSource, are_pairs, expect_pairs
 from flowkernels.training.targets.table import has_states_between
 from flowkernels.velocity.protocol import Velocity, resolve
 

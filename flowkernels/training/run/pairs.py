@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import describe, expect, expect_takes
-from flowkernels.training.batch import BankBatch
+from flowkernels.training.bank.batch import BankBatch
 from flowkernels.training.objective import StraightenLoss
-from flowkernels.training.pairs import Pairs
+from flowkernels.training.pairs.pairs import Pairs
 from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.provenance import Identity
 

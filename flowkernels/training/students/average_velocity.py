@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowkernels._checks import FLOATS, describe, expect, expect_bool, expect_tensor, expect_text, expect_times
-from flowkernels.models.second_time import TwoTimes
 from flowkernels.schedule import Schedule
+from flowkernels.training.students.second_time import TwoTimes
 from flowkernels.velocity.field import VelocityField, exact_time, float64_device
 from flowkernels.velocity.hashes import IN_PLACE, unwrapped
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve

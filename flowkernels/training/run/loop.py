@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowkernels.training.descent import Descent
-from flowkernels.training.settings import Settings
-from flowkernels.training.state import State
-from flowkernels.training.students import trained_parameters
+from flowkernels.training.run.descent import Descent
+from flowkernels.training.run.settings import Settings
+from flowkernels.training.run.state import State
+from flowkernels.training.students.student import trained_parameters
 
 
 def train(state: State, settings: Settings) -> None:

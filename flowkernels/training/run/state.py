@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import expect
-from flowkernels.training.average import Average
-from flowkernels.training.checkpoint import (
+from flowkernels.training.objective import StraightenLoss
+from flowkernels.training.run.average import Average
+from flowkernels.training.run.bank import RunBank
+from flowkernels.training.run.checkpoint import (
     BANK_DRAWN,
     HISTORY,
     ROLLED_OUT,
@@ -19,11 +21,9 @@ from flowkernels.training.checkpoint import (
     expect_optimizer_state,
     write_checkpoint,
 )
-from flowkernels.training.modules import copied, expect_weights, load_weights, plain_state
-from flowkernels.training.objective import StraightenLoss
-from flowkernels.training.run_bank import RunBank
-from flowkernels.training.run_pairs import RunPairs
-from flowkernels.training.students import trained_parameters
+from flowkernels.training.run.pairs import RunPairs
+from flowkernels.training.students.modules import copied, expect_weights, load_weights, plain_state
+from flowkernels.training.students.student import trained_parameters
 
 
 class State:

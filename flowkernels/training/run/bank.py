@@ -8,10 +8,10 @@ from torch import Tensor
 
 from flowkernels._checks import describe, expect, expect_room
 from flowkernels.sampling.loop import initial_state
-from flowkernels.training.bank import TrajectoryBank
-from flowkernels.training.batch import BankBatch
+from flowkernels.training.bank.batch import BankBatch
+from flowkernels.training.bank.starts import Noise, source_identity, source_of
+from flowkernels.training.bank.trajectory_bank import TrajectoryBank
 from flowkernels.training.objective import StraightenLoss
-from flowkernels.training.starts import Noise, source_identity, source_of
 from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.protocol import Velocity
 from flowkernels.velocity.provenance import Identity
