@@ -636,21 +636,28 @@ PYTHON = {
             "tests/test_straighten.py",
         ),
     ],
-    "flowkernels/training/targets/on_a_solver.py": [
+    "flowkernels/training/targets/endpoint.py": [
         Bug(
             "gradient of a solver",
             "the gradient of a solver's end leaves out the way through its states",
             "v.append(call.velocity(x, now))",
             "v.append(call.velocity(x.detach(), now))",
-            "tests/test_straighten.py -k solver",
+            "tests/test_straighten.py -k solvers_end",
         ),
     ],
     "flowkernels/training/targets/own_states.py": [
         Bug(
-            "size of a step",
-            "a student's own states are made with the steps of the interval after",
-            "times[k + 1] - times[k])",
-            "times[k + 2] - times[k + 1])",
+            "row of a solver",
+            "the target of a step on a solver is formed with the row of the one before",
+            "linear_update(start, v, b[k][:k])",
+            "linear_update(start, v, b[k - 1][:k])",
+            "tests/test_straighten.py -k solver",
+        ),
+        Bug(
+            "time of own states",
+            "a student's own states are made with its velocities at the next knot",
+            "at[k], rows.start",
+            "at[k + 1], rows.start",
             "tests/test_targets_teacher.py",
         ),
     ],
