@@ -40,6 +40,15 @@ class Policy(nn.Module):
         return self.body(torch.cat([x, (t / 1000)[:, None], obs], 1))
 
 
+class Labelled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.embedding = nn.Linear(4, 4), nn.Embedding(10, 4)
+
+    def forward(self, x, t, y):
+        return self.body(x) + self.embedding(y) * t[:, None]
+
+
 def blocks(page: str) -> list[str]:
     """The indented blocks of a page that are Python of this library."""
     found = re.findall(r"(?:^    .+\n(?:\n(?=    ))?)+", text_of(page), re.MULTILINE)
@@ -91,9 +100,26 @@ def test_code_runs(page, tmp_path, monkeypatch):
     assert names[last].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_the_code_of_straightening_runs():
+    torch.manual_seed(0)
+    nearest, with_labels = blocks("docs/straightening.md")
+    net, noise, labels = Policy().eval().requires_grad_(False), normal(16, 4), torch.arange(16) % 10
+    labelled = fk.VelocityField(Labelled().eval(), conditioning={"y": labels})
+    for code, velocity in ((nearest, net), (with_labels, labelled)):
+        names = dict(fk=fk, torch=torch, velocity=velocity, noise=noise, labels=labels)
+        names["cal"] = fk.calibrate(velocity, noise, 100, [4], progress=False)
+        for large, small in {"iterations=1500": "iterations=2", "8192": "40"}.items():
+            assert large in code
+            code = code.replace(large, small)
+        exec(compile(code, "docs/straightening.md", "exec"), names)
+        assert names["x1"].shape == noise.shape
+        assert names["x1"].isfinite().all()
+
+
 def test_every_page_with_code_is_run():
     """Diffusers' by test_solver_scheduler.py and pipelines/test_pipeline_velocity.py, with pipelines."""
-    assert {page for page in PAGES if blocks(page)} == {*CODE, "docs/diffusers.md"}
+    assert {page for page in PAGES if blocks(page)} == {*CODE, "docs/straightening.md", "docs/diffusers.md"}
 
 
 # ---- what is named ----
