@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import flowkernels as fk
-from flowkernels.training import loop
 from flowkernels.training.objective import StraightenLoss
+from flowkernels.training.run import loop
 from flowkernels.training.run.bank import RunBank
 from flowkernels.training.run.descent import Descent
 from flowkernels.training.run.optimizers import own_optimizer
