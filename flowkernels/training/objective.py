@@ -211,9 +211,8 @@ class StraightenLoss(nn.Module):
         super().__init__()
         expect_choice(target, "target", tuple(TARGETS))
         self.target, self._row = target, TARGETS[target]
-        self._teacher = (
-            _expect_teacher(teacher, self._row, target),
-        )  # not a submodule: its weights are not the loss's
+        # in a tuple, since its weights are not the loss's
+        self._teacher = (_expect_teacher(teacher, self._row, target),)
         takes_solver = self._row.solver
         self.substeps = expect_positive_int(substeps, "substeps")
         plan = Schedule(_expect_solver(schedule, self._row, target).times) if takes_solver else schedule
