@@ -22,6 +22,15 @@ def targets(found: Iterable[tuple[str, str, str, bool | None]]) -> list[str]:
     return ["## Targets", "", "| | target | measured | |", "|---|---|---|---|", *rows]
 
 
+def where_it_ran(rows: Iterable[dict]) -> list[str]:
+    """The section of the machines, versions and commits that results are of."""
+    sources = dict.fromkeys(
+        f"{x['hardware']}, {x['threads']} threads, {x['versions']}, commit {x['commit'] or 'none'}, {x['date']}"
+        for x in rows
+    )
+    return ["", "## Where it ran", "", *(f"- {s}" for s in sources)]
+
+
 def save(figure, path: Path) -> None:
     """A matplotlib figure as PNG, the same bytes for the same figure; it is closed."""
     from matplotlib import pyplot

@@ -227,11 +227,7 @@ def write(source: Path, page: Path) -> None:
     for data in r.data:
         lines += section(r, data, pictures.name)
         plot(r, data, pictures / f"{data}.png")
-    sources = dict.fromkeys(
-        f"{x['hardware']}, {x['threads']} threads, {x['versions']}, commit {x['commit'] or 'none'}, {x['date']}"
-        for x in r.rows
-    )
-    lines += ["", "## Where it ran", "", *(f"- {s}" for s in sources)]
+    lines += pages.where_it_ran(r.rows)
     pages.write(page, "quality_report.py", lines, new="# Quality\n\n")
     print(f"{page}: {len(r.rows)} rows")
 

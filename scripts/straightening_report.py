@@ -223,11 +223,7 @@ def write(source: Path, page: Path) -> None:
     for data in r.data:
         lines += section(r, data)
     lines += iteration(loop)
-    sources = dict.fromkeys(
-        f"{x['hardware']}, {x['threads']} threads, {x['versions']}, commit {x['commit'] or 'none'}, {x['date']}"
-        for x in [*r.rows, *loop]
-    )
-    lines += ["", "## Where it ran", "", *(f"- {s}" for s in sources)]
+    lines += pages.where_it_ran([*r.rows, *loop])
     pages.write(page, "straightening_report.py", lines, new="# Straightening\n\n")
     print(f"{page}: {len(r.rows)} rows")
 

@@ -154,7 +154,7 @@ class Bench:
         teacher = fk.sample(self.data.velocity, held_out, self.sizes.grid)
         self.teacher, described = teacher, self.data.distance.describe(teacher)
         self.described = described
-        self.teacher_to_data = self._to_data(described)
+        self.teacher_to_data = self.data.from_real(described)
         if not there("teacher", self.sizes.grid):
             self.results.add(self._teacher_rows(run, held_out))
         ok = True
@@ -208,15 +208,8 @@ class Bench:
             endpoint_error=error,
             rms=error**0.5,
             distance_to_teacher=self.data.distance.between(there, self.described),
-            distance_to_data=self._to_data(there),
+            distance_to_data=self.data.from_real(there),
         )
-
-    def _to_data(self, described) -> float | str:
-        if self.data.real is None:
-            return ""
-        if not hasattr(self, "real"):
-            self.real = self.data.distance.describe(self.data.real)
-        return self.data.distance.between(described, self.real)
 
     def _teacher_rows(self, run: Run, held_out: Tensor) -> list[dict]:
         """The teacher's own error to one on a finer grid, and of a low-precision model to itself in float32."""

@@ -1,6 +1,7 @@
 """What the quality of samples is measured on: models, their data, and how much work is done on each."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -73,6 +74,14 @@ class Data:
     distance: Energy | Frechet
     real: Tensor | None
     model: str
+
+    @functools.cached_property
+    def _described(self):
+        return self.distance.describe(self.real)
+
+    def from_real(self, described) -> float | str:
+        """The distance of described samples to the data; "" where there are none."""
+        return "" if self.real is None else self.distance.between(described, self._described)
 
 
 class Corrected(nn.Module):

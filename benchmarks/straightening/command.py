@@ -132,11 +132,11 @@ class Bench:
         there = self.data.distance.describe(x)
         to_teacher = self.data.distance.between(there, teacher.described)
         error = endpoint_error(x, teacher.samples)
-        teacher_to_data = self._to_data(teacher.described)
+        teacher_to_data = self.data.from_real(teacher.described)
         return dict(
             rms=error**0.5,
             distance_to_teacher=to_teacher,
-            distance_to_data=self._to_data(there),
+            distance_to_data=self.data.from_real(there),
             teacher_distance_to_data=teacher_to_data,
         )
 
@@ -172,13 +172,6 @@ class Bench:
                 bank = trajectories(self.data.velocity, s, self._noise(2, s.bank), schedules).fill()
             self._filled = bank, clock
         return self._filled
-
-    def _to_data(self, described) -> float | str:
-        if self.data.real is None:
-            return ""
-        if not hasattr(self, "real"):
-            self.real = self.data.distance.describe(self.data.real)
-        return self.data.distance.between(described, self.real)
 
 
 def in_float32(data: Data) -> Data:

@@ -182,20 +182,7 @@ class Row:
 ROWS: dict[str, Row] = {}
 
 
-def row(name: str, title: str, **settings):
-    def add(make):
-        ROWS[name] = Row(title, make, **settings)
-        return make
-
-    return add
-
-
 # ---- without training ----
-
-
-@row("schedule", "BOSS's schedule, untrained", trained=False)
-def _(run: Run) -> Made:
-    return {N: (run.data.velocity, run.cal[N]) for N in run.steps}
 
 
 def knots(run: Run, N: int) -> fk.Schedule:
@@ -232,6 +219,7 @@ def untrained(name: str, title: str, plan: Callable[[Run, int], Plan]) -> None:
     ROWS[name] = Row(title, make, trained=False)
 
 
+untrained("schedule", "BOSS's schedule, untrained", knots)
 untrained("fitted", "fitted solver, untrained", fitted)
 untrained("fitted3", "fitted solver on the best of three knots, untrained", fitted3)
 untrained("polished", "fitted solver, polished, untrained", polished)

@@ -27,7 +27,7 @@ from flowkernels.ops.straighten_loss import StraightenLosses, straighten_loss
 from flowkernels.ops.straighten_loss.reference import means
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.bank.batch import BankBatch, generator_on
+from flowkernels.training.bank.batch import BankBatch, generator_on, uniform
 from flowkernels.training.by_rows import losses_by_rows
 from flowkernels.training.losses import FUSED, LOSSES
 from flowkernels.training.refined import refined
@@ -443,8 +443,7 @@ class StraightenLoss(nn.Module):
         if _is(self.t_sampling, START):
             return None
         if isinstance(self.t_sampling, str):
-            p = torch.rand(n, generator=generator_on(device, generator), dtype=torch.float32, device=device)
-            return T_SAMPLINGS[self.t_sampling](p)
+            return T_SAMPLINGS[self.t_sampling](uniform(n, generator, device))
         return _expect_u(self.t_sampling(n, generator_on(device, generator)), n).detach().to(device)
 
     def interval_of(self, interval: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ class BankBatch(NamedTuple):
         return self._replace(**parts, weight=weight, conditioning=given)
 
 
+def uniform(n: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """In [0, 1), float32 `[n]`, on a device, by `generator_on`."""
+    return torch.rand(n, generator=generator_on(device, generator), dtype=torch.float32, device=device)
+
+
 def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
     """To draw with on a device, where a run's generator is on the CPU: that itself there. On a GPU, whose queue a copy
     of what the CPU draws would have to wait for, one whose seed that draws: all that a checkpoint has to keep."""

@@ -14,7 +14,7 @@ from flowkernels.ops.segment_points import segment_points
 from flowkernels.ops.straighten_loss.reference import secants
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.bank.batch import BankBatch, generator_on
+from flowkernels.training.bank.batch import BankBatch, generator_on, uniform
 from flowkernels.training.students.acceleration import Acceleration
 from flowkernels.training.students.average_velocity import AverageVelocity
 from flowkernels.training.students.noise_prediction import NoisePrediction
@@ -152,9 +152,7 @@ class Call:
 
     def uniform(self) -> Tensor:
         """In [0, 1), float32 `[B]`."""
-        device = self.states.device
-        generator = generator_on(device, self.generator)
-        return torch.rand(len(self.places), generator=generator, dtype=torch.float32, device=device)
+        return uniform(len(self.places), self.generator, self.states.device)
 
     def normal(self) -> Tensor:
         """Standard normal, a state for each example `[B, *shape]`."""
