@@ -43,7 +43,7 @@ def solver_loop(net, solver: fk.Solver):
 
     def run(x):
         start, velocities = x, []
-        for t, (from_start, which, factors) in zip(times, updates, strict=True):
+        for t, (from_start, which, factors, _) in zip(times, updates, strict=True):
             velocities.append(net(torch.cat([x, x.new_full((len(x), 1), t)], 1)))
             x = start if from_start else x
             for i, factor in zip(which, factors, strict=True):

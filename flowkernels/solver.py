@@ -21,11 +21,12 @@ from flowkernels._checks import (
 )
 from flowkernels.schedule import Schedule
 
+MOST_GROWTH = 4.0  # of x_0's part from state to state, beyond which updates begin at x_0
 NEGLIGIBLE = 1e-14  # of the largest coefficient: what sums in float64 leave of a zero
 
 
 class Update(NamedTuple):
-    """What follows evaluation i: x_{i+1} = (x_0 or x_i) + the sum of factor * v_k, added up in the order of k.
+    """What follows evaluation i: x_{i+1} = scale * (x_0 or x_i) + the sum of factor * v_k, added up in the order of k.
 
     from_start: from x_0, else from x_i. which: the velocities k, at most i. factors: one for each.
     """
@@ -33,11 +34,12 @@ class Update(NamedTuple):
     from_start: bool
     which: tuple[int, ...]
     factors: tuple[float, ...]
+    scale: float = 1.0
 
 
 def euler_sizes(updates: Sequence[Update]) -> list[float] | None:
     """The step sizes, where each update adds nothing but its own velocity to its own state; else None."""
-    own = all(not u.from_start and u.which == (i,) for i, u in enumerate(updates))
+    own = all(not u.from_start and u.which == (i,) and u.scale == 1 for i, u in enumerate(updates))
     return [u.factors[0] for u in updates] if own else None
 
 
@@ -55,7 +57,7 @@ class Solver:
     """An explicit linear solver: M evaluations of the velocity, with the state before evaluation i + 1 (after the last,
     the sample)
 
-        x_{i+1} = x_0 + sum_{l <= i} b[i, l] v_l,    v_i = v(x_i, model_times[i])
+        x_{i+1} = a[i] x_0 + sum_{l <= i} b[i, l] v_l,    v_i = v(x_i, model_times[i])
 
     times: the knots of its N steps, float64 `[N+1]`, from 0 (noise), or later, to 1 (data); of an inversion in
         the other direction. One that begins later begins with the state there.
@@ -63,6 +65,8 @@ class Solver:
     coefficients: b, float64 `[M, M]`, zero above the diagonal, in units of time.
     name: what it is, in a word.
     notes: where it comes from, such as the report of a fit. Numbers, texts, lists and dicts of them.
+    start_coefficients: a, float64 `[M]`; None for ones, as multistep methods have them. With others a solver is any
+        linear scheme in x_0 and velocities, such as an exponential integrator.
 
     Multistep methods make one evaluation a step, M = N; Heun's second stage is an evaluation of its own.
 
@@ -77,6 +81,7 @@ class Solver:
     coefficients: Tensor
     name: str = "solver"
     notes: dict = field(default_factory=dict)
+    start_coefficients: Tensor | None = field(default_factory=lambda: None)  # no attribute of the class: __getattr__
 
     def __post_init__(self):
         times = expect_float64(self.times, "times", "a sequence of times")
@@ -90,14 +95,23 @@ class Solver:
         expect(b.shape == (len(t), len(t)), "coefficients", f"shape [{len(t)}, {len(t)}], a row for each evaluation", b)
         expect(bool(torch.isfinite(b).all()), "coefficients", "finite coefficients", b.tolist())
         expect(not b.triu(1).any(), "coefficients", "zeros above the diagonal: no velocity before its evaluation", b)
-        for name, value in (("times", times if falls else known), ("model_times", t), ("coefficients", b)):
+        a = torch.ones_like(t)
+        if self.start_coefficients is not None:
+            a = expect_float64(self.start_coefficients, "start_coefficients", "numbers, one for each evaluation")
+            expect(a.shape == t.shape, "start_coefficients", f"{len(t)} numbers, one for each evaluation", a)
+            expect(bool(torch.isfinite(a).all()), "start_coefficients", "finite numbers", a.tolist())
+        tables = {"model_times": t, "coefficients": b, "start_coefficients": a}
+        for name, value in {"times": times if falls else known, **tables}.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_updates", self._find_updates())  # here, where torch.compile does not look at values
 
     def __getattr__(self, name: str):
         """The coefficients of `Solver.euler`, made where they are asked for: a grid may have a million steps."""
-        if name != "coefficients" or "times" not in vars(self):
+        if name not in ("coefficients", "start_coefficients") or "times" not in vars(self):
             return object.__getattribute__(self, name)  # for its error, which may be one of a property's
+        if name == "start_coefficients":  # of a pickle of an earlier version too
+            object.__setattr__(self, name, torch.ones_like(self.model_times))
+            return vars(self)[name]
         h = self.times.diff()
         expect_room(8 * (2 * len(h)) ** 2, "coefficients", "a table of them", f"{len(h)} steps")
         object.__setattr__(self, name, h.expand(len(h), -1).tril())
@@ -133,32 +147,45 @@ class Solver:
         """What follows each evaluation, in whichever form has fewer terms: Adams-Bashforth 2 from x_i has two, a fit
         has them all from x_0.
 
-        chained: all from x_i, for a caller that changes states on the way.
+        chained: all from x_i, for a caller that changes states on the way. ValueError where a start coefficient before
+            the last is 0: the state there says nothing of x_0.
         """
         as_is = not expect_bool(chained, "chained") or self.is_euler  # whose steps are from x_i
         return self._updates if as_is else self._find_updates(chained)
 
     def _find_updates(self, chained: bool = False) -> tuple[Update, ...]:
-        b, found = self.coefficients, []
+        b, a, found = self.coefficients, [1.0, *self.start_coefficients.tolist()], []
         small = NEGLIGIBLE * b.abs().max()
         for i in range(self.evaluations):
-            rows = b[i] - b[i - 1] if i else b[i], b[i]
+            known = a[i] != 0 and abs(a[i + 1] / a[i]) <= MOST_GROWTH  # larger ones would raise rounding with them
+            if chained:
+                expect(a[i] != 0, "start_coefficients", "no 0 before the last, for steps from state to state", a[1:])
+            scales = a[i + 1] / a[i] if known or chained else 1.0, a[i + 1]
+            rows = b[i] - scales[0] * b[i - 1] if i else b[i], b[i]
             terms = [(row.abs() > small).nonzero().flatten().tolist() or [i] for row in rows]
             fewer = len(terms[1]) < len(terms[0]) or len(terms[0]) == len(terms[1]) == i + 1
-            first = i > 0 and fewer and not chained
-            found.append(Update(first, tuple(terms[first]), tuple(rows[first][terms[first]].tolist())))
+            first = i > 0 and (fewer or not known) and not chained
+            found.append(Update(first, tuple(terms[first]), tuple(rows[first][terms[first]].tolist()), scales[first]))
         return tuple(found)
 
+    @property
+    def keeps_start(self) -> bool:
+        """Whether all start coefficients are 1."""
+        return bool((self.start_coefficients == 1).all())
+
     def to_dict(self) -> dict:
-        """What `from_dict` makes it of again, for JSON."""
+        """What `from_dict` makes it of again, for JSON; without start coefficients that are all 1."""
         tables = {k: getattr(self, k).tolist() for k in ("times", "model_times", "coefficients")}
+        if not self.keeps_start:
+            tables["start_coefficients"] = self.start_coefficients.tolist()
         return {"name": self.name, **tables, "notes": self.notes}
 
     @classmethod
     def from_dict(cls, data: dict) -> "Solver":
         """What `to_dict` gave. ValueError if it is something else, naming the entry."""
         expect_mapping(data, "data")
-        known = {k: data.get(k) for k in ("times", "model_times", "coefficients", "name", "notes")}
+        entries = ("times", "model_times", "coefficients", "name", "notes", "start_coefficients")
+        known = {k: data.get(k) for k in entries}
         expect(isinstance(known["name"], str), "name", "a text", known["name"])
         expect(isinstance(known["notes"], dict), "notes", "a dict", known["notes"])
         for name in ("times", "model_times"):
@@ -168,6 +195,8 @@ class Solver:
         expect(square, "coefficients", f"{M} rows, one for each evaluation", rows)
         for row in rows:
             expect_numbers(row, "coefficients", M)
+        if known["start_coefficients"] is not None:
+            expect_numbers(known["start_coefficients"], "start_coefficients", M)
         return cls(**known)
 
     @classmethod

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 import pickle
 
 import pytest
@@ -20,9 +21,10 @@ F64 = torch.float64
 def run(solver, velocity, x, states=None):
     """The definition: every state from the first one, in the dtype of x."""
     start, seen = x, []
-    for t, row in zip(solver.model_times.tolist(), solver.coefficients, strict=True):
+    t_a = zip(solver.model_times.tolist(), solver.start_coefficients.tolist(), strict=True)
+    for (t, a), row in zip(t_a, solver.coefficients, strict=True):
         seen.append(velocity(x, t))
-        x = start + sum(b * v for b, v in zip(row.tolist(), seen, strict=False))
+        x = a * start + sum(b * v for b, v in zip(row.tolist(), seen, strict=False))
         if states is not None:
             states.append(x)
     return x
@@ -31,9 +33,10 @@ def run(solver, velocity, x, states=None):
 def by_updates(solver, velocity, x, updates=None):
     """The same by the updates of few terms."""
     start, seen = x, []
-    for t, (first, which, factors) in zip(solver.model_times.tolist(), updates or solver.updates(), strict=True):
+    for t, update in zip(solver.model_times.tolist(), updates or solver.updates(), strict=True):
+        first, which, factors, scale = update
         seen.append(velocity(x, t))
-        x = (start if first else x) + sum(b * seen[j] for j, b in zip(which, factors, strict=True))
+        x = scale * (start if first else x) + sum(b * seen[j] for j, b in zip(which, factors, strict=True))
     return x
 
 
@@ -175,6 +178,7 @@ SOLVERS = {
     "heun": Solver.heun(uneven_grid(5)),
     "dense": dense(),
     "inverse": Solver.adams_bashforth(uneven_grid(6), 2, inverse=True),
+    "free start": replace(dense(), start_coefficients=[0.9, 1.2, 0.8, 0.1, 0.6, -0.3]),  # one of which grows sixfold
 }
 
 
@@ -185,7 +189,7 @@ def test_updates_are_the_same_steps(name):
 
 
 def test_updates_have_as_few_terms_as_can_be():
-    terms = {name: [len(which) for _, which, _ in s.updates()] for name, s in SOLVERS.items()}
+    terms = {name: [len(u.which) for u in s.updates()] for name, s in SOLVERS.items()}
     assert terms["euler"] == terms["other times"] == [1] * 6
     assert terms["ab2"] == terms["inverse"] == [1] + [2] * 5
     assert terms["ab3"] == [1, 2] + [3] * 4
@@ -207,6 +211,23 @@ def test_chained_updates_are_the_same_steps(name):
     assert not any(u.from_start for u in updates)
     got = by_updates(solver, curved, START, updates)
     torch.testing.assert_close(got, run(solver, curved, START), rtol=1e-13, atol=1e-13)
+
+
+def test_start_coefficients_of_one_change_nothing():
+    solver = dense()
+    ones = replace(solver, start_coefficients=[1.0] * 6)
+    assert ones.keeps_start and not SOLVERS["free start"].keeps_start
+    assert ones.updates() == solver.updates() and ones.updates(chained=True) == solver.updates(chained=True)
+    assert ones.to_dict() == solver.to_dict()
+    back = Solver.from_dict(SOLVERS["free start"].to_dict())
+    assert back.start_coefficients.tolist() == [0.9, 1.2, 0.8, 0.1, 0.6, -0.3]
+
+
+def test_steps_from_state_to_state_need_a_start_in_the_state():
+    solver = replace(dense(), start_coefficients=[1.0, 0.0, 1.0, 1.0, 1.0, 0.0])
+    torch.testing.assert_close(by_updates(solver, curved, START), run(solver, curved, START), rtol=1e-13, atol=1e-13)
+    with pytest.raises(ValueError, match="^start_coefficients: expected no 0 before the last"):
+        solver.updates(chained=True)
 
 
 def test_a_fine_grid_has_no_table_until_it_is_asked_for():

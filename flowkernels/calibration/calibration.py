@@ -414,5 +414,7 @@ def _joined_trajectories(parts: list[Calibration]) -> Trajectory | None:
 def _hashes_of(plans: dict[str, Schedule | Solver]) -> dict[str, str]:
     """Of what decides the samples of each."""
     solver, schedule = ("times", "model_times", "coefficients"), ("times",)
-    of = {name: solver if isinstance(plan, Solver) else schedule for name, plan in plans.items()}
+    free = (*solver, "start_coefficients")
+    of = {name: schedule for name in plans}
+    of |= {name: solver if p.keeps_start else free for name, p in plans.items() if isinstance(p, Solver)}
     return {name: tensors_hash({part: getattr(plan, part) for part in of[name]}) for name, plan in plans.items()}

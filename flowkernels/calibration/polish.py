@@ -204,7 +204,7 @@ def _jacobian_gram(
     coefficients and times are changed by for them."""
     start, M, places = begin[part], solver.evaluations, _places(solver.evaluations)
     v = [t[part] for t in v]
-    x = linear_update(start, v, solver.coefficients[-1].tolist())
+    x = linear_update(start, v, solver.coefficients[-1].tolist(), scale=solver.start_coefficients[-1].item())
     rows = start.new_zeros(len(places) + 2, *start.shape)  # their sums, whose increments `velocity_gram` multiplies
     for row, (i, where) in enumerate(places):
         if i == M - 1 and where is not None:

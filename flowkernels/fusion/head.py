@@ -234,7 +234,8 @@ class FusedHead(VelocityField):
             terms = {k: past[k][1] * b for k, b in zip(update.which, update.factors, strict=True)}
             h = terms.pop(i, 0.0)
             history = dict(history=[places.of(past[k][0]) for k in terms], b=list(terms.values()))
-            begin = places.of(start if update.from_start else x)
+            begin = start if update.from_start else x
+            begin = places.of(begin if update.scale == 1 else update.scale * begin)
             to = dict(out=places.room_in(new), low=places.room_in(low), velocity_out=places.room_in(v))
             linear_euler(begin, **head, h=h, **history, **to)
             for written, t in zip(to.values(), (new, low, v), strict=True):

@@ -53,8 +53,8 @@ class AsFunctions:
     def euler_step(self, i: int, x: Tensor, v: Tensor, h: float, v_uncond: Tensor | None, w: float) -> Tensor:
         return self.step(x, v, h, v_uncond=v_uncond, guidance=w)
 
-    def linear_update(self, i: int, x: Tensor, v: list[Tensor], b: list[float]) -> Tensor:
-        return self.add(x, v, b)
+    def linear_update(self, i: int, x: Tensor, v: list[Tensor], b: list[float], scale: float) -> Tensor:
+        return self.add(x, v, b, scale=scale)
 
 
 OPS = AsFunctions(euler_step, linear_update)
@@ -81,8 +81,8 @@ class _InPlace:
     def euler_step(self, i: int, x: Tensor, v: Tensor, h: float, v_uncond: Tensor | None, w: float) -> Tensor:
         return self.step(x, v, h, v_uncond, w, self.x if self.out is None else self.out[i + 1])
 
-    def linear_update(self, i: int, x: Tensor, v: list[Tensor], b: list[float]) -> Tensor:
-        return linear_update(x, v, b, out=self.x if self.out is None else self.out[i + 1])
+    def linear_update(self, i: int, x: Tensor, v: list[Tensor], b: list[float], scale: float) -> Tensor:
+        return linear_update(x, v, b, scale=scale, out=self.x if self.out is None else self.out[i + 1])
 
 
 def evaluated_steps(
@@ -119,7 +119,8 @@ def evaluated_steps(
             x = euler(i, x, v, sizes[i], v_uncond, w)
         else:
             past[i] = v
-            x = made.linear_update(i, start if update.from_start else x, *_terms(i, update, past, v_uncond, w))
+            begin = start if update.from_start else x
+            x = made.linear_update(i, begin, *_terms(i, update, past, v_uncond, w), update.scale)
             past = {k: kept for k, kept in past.items() if last[k] > i}
         if keep and v_uncond is not None:
             v = guided(v, v_uncond, w, x.dtype)

@@ -93,11 +93,11 @@ class Teacher:
 
         past: the velocities of the first evaluations, where they are known: those are not made.
         """
-        v, b = list(past), solver.coefficients.tolist()
+        v, b, a = list(past), solver.coefficients.tolist(), solver.start_coefficients.tolist()
         for i in range(len(v), solver.evaluations):
-            x = linear_update(start, v, b[i - 1][:i]) if i else start
+            x = linear_update(start, v, b[i - 1][:i], scale=a[i - 1]) if i else start
             v.append(self.at(x, solver.model_times[i].item(), first))
-        return v, linear_update(start, v, b[-1])
+        return v, linear_update(start, v, b[-1], scale=a[-1])
 
     def flow(
         self, x: Tensor, first: int = 0, *, out: Tensor | None = None, keep: bool = False

@@ -479,6 +479,8 @@ class StraightenLoss(nn.Module):
             found["compared"] = self.compared
         if self.refits:
             found["solver"] = [self.solver.coefficients.tolist(), self.solver.model_times.tolist()]
+            if not self.solver.keeps_start:
+                found["solver"].append(self.solver.start_coefficients.tolist())
         return found
 
     def extra_repr(self) -> str:

@@ -298,7 +298,7 @@ def test_updates_of_whole_numbers(name):
         (False, [0, 3], [-4.0, 1.0]),
     ]
     states, velocities = [x], []
-    for t, (first, which, factors) in enumerate(updates):
+    for t, (first, which, factors, *_) in enumerate(updates):
         velocities.append(states[-1] + t)
         added = sum(b * velocities[k] for b, k in zip(factors, which, strict=True))
         states.append((x if first else states[-1]) + added)

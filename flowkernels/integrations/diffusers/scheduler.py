@@ -214,21 +214,21 @@ def scheduler_class() -> type:
             self._begin, self._past, self._state, self._joined = begin, {}, None, None
             self._short = any(min(update.which) < begin for update in self._updates[begin:])
 
-        def _rule(self, i: int, begin: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-            """Velocities and factors of the step after evaluation i, of those from evaluation `begin` on.
+        def _rule(self, i: int, begin: int) -> tuple[tuple[int, ...], tuple[float, ...], float]:
+            """Velocities, their factors and the state's of the step after evaluation i, of those from `begin` on.
 
             The solver's own where it looks no further back. Else a step of lower order over the same interval. What
             begins with one of Euler's has an error of the second order in the step there, so that no more than order 2
             is to be had of it: Adams-Bashforth 2 on the knots suffices. The factors add up to the interval, and so
             constant velocities stay exact, as they would not with the solver's own factors cut off.
             """
-            _, which, factors = self._updates[i]
-            if min(which) >= begin:
-                return which, factors
+            _, which, factors, scale = self._updates[i]
+            if min(which) >= begin and (scale == 1 or begin == 0):
+                return which, factors, scale
             t = self._known[max(i - 1, begin) : i + 2]
             if len(t) == 2 or t[0] == t[1] or t[1] == t[2]:
-                return (i,), (float(t[-1] - t[-2]),)
-            return (i - 1, i), tuple(polynomial_weights(t[:2], t[1], t[2]).tolist())
+                return (i,), (float(t[-1] - t[-2]),), 1.0
+            return (i - 1, i), tuple(polynomial_weights(t[:2], t[1], t[2]).tolist()), 1.0
 
         def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
             """The nearest; of equal ones the last, after which most is left to be done, or the first of all."""
@@ -298,12 +298,12 @@ def scheduler_class() -> type:
 
         def _stepped(self, x, begin: int, sign: int | None = None):
             """sign: of dx/dt in terms of the network's output, which is noise - data, but where time is inverted."""
-            which, factors = self._rule(self.step_index, begin)
+            which, factors, scale = self._rule(self.step_index, begin)
             sign = (1 if self.config.invert_sigmas else -1) if sign is None else sign
             past = [self._past[k] for k in which]
             if len({v.dtype for v in past}) > 1:
                 past = [v.to(x.dtype) for v in past]
-            return linear_update(x, past, [sign * b for b in factors])
+            return linear_update(x, past, [sign * b for b in factors], scale=scale)
 
         def _stepped_by_token(self, x, v, timesteps):
             """As the stock scheduler, which pipelines of this kind give data - noise: tokens at the time of this step

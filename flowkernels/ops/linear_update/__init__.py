@@ -18,16 +18,18 @@ def linear_update(
     v: Sequence[Tensor],
     b: Sequence[float],
     *,
+    scale: float = 1.0,
     out: Tensor | None = None,
     low: torch.dtype | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`x + sum_i b_i v_i`, every term read once and the sum kept in registers.
+    """`scale * x + sum_i b_i v_i`, every term read once and the sum kept in registers.
 
     Args:
         x: state, any shape, float32 or float64.
         v: one or more velocities of x's shape and one dtype: float32, bfloat16 or float16; float64 only with a
             float64 state.
         b: as many coefficients, in units of time.
+        scale: of x; a float.
         out: where the new state goes. `out=x` updates in place; None allocates. Other overlap with an input is
             undefined.
         low: bfloat16 or float16 for a second output, the new state rounded for the next model call; or a tensor of
@@ -43,7 +45,7 @@ def linear_update(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Source: a linear multistep method written from its first state, `x_{k+1} = x_0 + sum_{i<=k} b_{k,i} v_i`.
+    Source: a linear multistep method written from its first state, `x_{k+1} = a_k x_0 + sum_{i<=k} b_{k,i} v_i`.
 
     Examples:
         >>> x, v, before = torch.zeros(1, 2), torch.ones(1, 2), torch.full((1, 2), 2.0)
@@ -67,6 +69,8 @@ def linear_update(
             b[i] = expect_number(factor, f"b[{i}]")
     if low is not None:
         expect_low(low, x)
+    if (scale := expect_number(scale, "scale")) != 1:
+        return OP.call((scale * x, v, b), (x, *v), out, low)
     return OP.call((x, v, b), (x, *v), out, low)
 
 

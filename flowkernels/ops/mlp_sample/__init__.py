@@ -145,8 +145,9 @@ def expect_steps(steps: list) -> list[float] | list[Update]:
         return [float(expect_number(size, f"step_sizes[{i}]")) for i, size in enumerate(steps)]
     for i, update in enumerate(steps):
         where, triple = f"step_sizes[{i}]", "(whether from x, which velocities, their factors), as all others"
-        expect(isinstance(update, (tuple, list)) and len(update) == 3, where, triple, update, TypeError)
-        from_start, which, factors = update
+        expect(isinstance(update, (tuple, list)) and len(update) in (3, 4), where, triple, update, TypeError)
+        from_start, which, factors = update[:3]
+        expect(update[3:] in ((), (1.0,)), where, "scale 1", update)
         expect(isinstance(from_start, bool), where, "True or False first", from_start, TypeError)
         expected = f"increasing numbers of evaluations from 0 to {i}"
         which, factors = expect_list(which, where, expected), expect_list(factors, where, "a list of factors")

@@ -68,7 +68,7 @@ def mlp_sample(x, step_sizes, layers, unconditional, guidance, weights, *norm) -
             v = u + guidance * (v - u)
         velocities.append(v)
         if isinstance(update, tuple):
-            from_start, which, factors = update
+            from_start, which, factors = update[:3]
             x = start if from_start else x
             for i, factor in zip(which, factors, strict=True):
                 x = x + factor * velocities[i]

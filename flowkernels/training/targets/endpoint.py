@@ -23,5 +23,6 @@ def ends(call: Call, start: Tensor) -> Tensor:
     for t, update in zip(solver.model_times.tolist(), solver.updates(), strict=True):
         now = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
         v.append(call.velocity(x, now))
-        x = linear_update(start if update.from_start else x, [v[i] for i in update.which], list(update.factors))
+        begin = start if update.from_start else x
+        x = linear_update(begin, [v[i] for i in update.which], list(update.factors), scale=update.scale)
     return x

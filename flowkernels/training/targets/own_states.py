@@ -24,7 +24,7 @@ def own_states(student: nn.Module, solver: Solver, states: Tensor, chunk: int | 
     """From the teacher's states at the knots of a solver of one evaluation a step `[N+1, n, *shape]`: N - 1 evaluations
     a sample. pairs: those of the steps are wanted too."""
     N, n, at, b = solver.steps, states.shape[1], solver.model_times.tolist(), solver.coefficients.tolist()
-    knots, own = states.detach(), torch.empty_like(states)
+    knots, own, a = states.detach(), torch.empty_like(states), solver.start_coefficients.tolist()
     own[0], own[N] = knots[0], knots[N]
     ends = knots.new_empty(2 * N, *knots.shape[1:]) if pairs else None
     if pairs:
@@ -34,10 +34,10 @@ def own_states(student: nn.Module, solver: Solver, states: Tensor, chunk: int | 
         start, v = knots[0, rows], []
         for k in range(N):
             if pairs:
-                ends[2 * k, rows] = linear_update(start, v, b[k][:k]) if k else start
+                ends[2 * k, rows] = linear_update(start, v, b[k][:k], scale=a[k]) if k else a[0] * start
             if k < N - 1:
                 v.append(teacher.at(own[k, rows], at[k], rows.start))
-                own[k + 1, rows] = linear_update(start, v, b[k][: k + 1])
+                own[k + 1, rows] = linear_update(start, v, b[k][: k + 1], scale=a[k])
     return RolledOut(own, states, ends, _sizes(solver, states))
 
 
