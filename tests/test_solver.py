@@ -4,8 +4,8 @@ import copy
 import itertools
 import json
 import math
-from dataclasses import replace
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,8 +216,10 @@ def test_chained_updates_are_the_same_steps(name):
 def test_start_coefficients_of_one_change_nothing():
     solver = dense()
     ones = replace(solver, start_coefficients=[1.0] * 6)
-    assert ones.keeps_start and not SOLVERS["free start"].keeps_start
-    assert ones.updates() == solver.updates() and ones.updates(chained=True) == solver.updates(chained=True)
+    assert ones.keeps_start
+    assert not SOLVERS["free start"].keeps_start
+    assert ones.updates() == solver.updates()
+    assert ones.updates(chained=True) == solver.updates(chained=True)
     assert ones.to_dict() == solver.to_dict()
     back = Solver.from_dict(SOLVERS["free start"].to_dict())
     assert back.start_coefficients.tolist() == [0.9, 1.2, 0.8, 0.1, 0.6, -0.3]
@@ -226,7 +228,7 @@ def test_start_coefficients_of_one_change_nothing():
 def test_steps_from_state_to_state_need_a_start_in_the_state():
     solver = replace(dense(), start_coefficients=[1.0, 0.0, 1.0, 1.0, 1.0, 0.0])
     torch.testing.assert_close(by_updates(solver, curved, START), run(solver, curved, START), rtol=1e-13, atol=1e-13)
-    with pytest.raises(ValueError, match="^start_coefficients: expected no 0 before the last"):
+    with pytest.raises(ValueError, match=r"^start_coefficients: expected no 0 before the last"):
         solver.updates(chained=True)
 
 
