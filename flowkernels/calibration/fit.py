@@ -3,26 +3,23 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flowkernels._casts import no_grad
-from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_noise, expect_positive_int, expect_real
+from flowkernels._checks import expect, expect_bool, expect_finite_flow, expect_positive_int, expect_real
 from flowkernels._warnings import warn
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import Calibration
+from flowkernels.calibration.samples import Samples
 from flowkernels.evaluation.endpoint import endpoint_error
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.ops.velocity_gram import velocity_gram
-from flowkernels.sampling.rollout import rollout
-from flowkernels.sampling.teacher import Teacher
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, polynomial_weights
-from flowkernels.velocity.evaluate import warn_if_training
-from flowkernels.velocity.identity import warn_if_another
-from flowkernels.velocity.protocol import Velocity, resolve
+from flowkernels.velocity.protocol import Velocity
 
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums of the Gram matrix are good for
 HELD_OUT = 0.25  # the part of the samples that decides
@@ -104,8 +101,8 @@ def fit_solver(
     ridges = (*RIDGES, math.inf) if ridge is None else (max(ridge, RIDGES[0]),)
     inverse = expect_bool(inverse, "inverse")
     start = plans[0].indices[0]
-    data = SplitSamples.of(velocity, calibration, noise, chunk, held_out, start=start, teacher=teacher)
-    return _best_fit(data, plans, order, ridges, inverse)
+    data = Samples.of(velocity, calibration, noise, chunk, start=start, teacher=teacher)
+    return _best_fit(data, held_out, plans, order, ridges, inverse)
 
 
 def fit_solvers(velocity: Velocity, calibration: Calibration, steps: Iterable[int], chunk: int) -> dict[int, Solver]:
@@ -113,32 +110,34 @@ def fit_solvers(velocity: Velocity, calibration: Calibration, steps: Iterable[in
     its first velocities are the calibration's, whether it has hashes or not."""
     found = {}
     for N in steps:
-        data = SplitSamples.of(velocity, calibration, None, chunk, HELD_OUT, proven=True)
-        found[N] = _best_fit(data, [schedule_on_grid(calibration, N)], N, (*RIDGES, math.inf), False)
+        data = Samples.of(velocity, calibration, None, chunk, proven=True)
+        found[N] = _best_fit(data, HELD_OUT, [schedule_on_grid(calibration, N)], N, (*RIDGES, math.inf), False)
     return found
 
 
 def _best_fit(
-    data: "SplitSamples", plans: list[Schedule], order: int, ridges: tuple[float, ...], inverse: bool
+    data: Samples, held_out: float, plans: list[Schedule], order: int, ridges: tuple[float, ...], inverse: bool
 ) -> Solver:
     """The best on the held-out samples of the fits on several schedules, and a warning where it is no fit."""
-    found = [_fit(data, plan, order, ridges, inverse) for plan in plans]
+    places, fitted = held_out_last(data.n, held_out)
+    data = data.in_order(places)
+    found = [_fit(data, fitted, plan, order, ridges, inverse) for plan in plans]
     solver = min(found, key=lambda s: s.notes["held_out"][s.name])
     errors = solver.notes["held_out"]
     if solver.name != FITTED:
         warn(
             f"fit_solver: the fit for N = {solver.steps} is not better than {solver.name} on the "
-            f"{data.n - data.fitted} held-out samples (endpoint error {errors[FITTED]:.4g}, "
+            f"{data.n - fitted} held-out samples (endpoint error {errors[FITTED]:.4g}, "
             f"{errors[solver.name]:.4g}); returning {solver.name}",
             stacklevel=4,
         )
-    samples = [data.fitted, data.n - data.fitted]
+    samples = [fitted, data.n - fitted]
     return replace(solver, notes=solver.notes | {"samples": samples, "evaluations": data.evaluations})
 
 
-def _fit(data: "SplitSamples", plan: Schedule, order: int, ridges: tuple[float, ...], inverse: bool) -> Solver:
+def _fit(data: Samples, fitted: int, plan: Schedule, order: int, ridges: tuple[float, ...], inverse: bool) -> Solver:
     """The best of the three methods on these knots."""
-    n, fitted = data.n, data.fitted
+    n = data.n
     indices, knots = plan.indices, plan.times
     if inverse:
         indices, knots = indices[::-1], knots.flip(0)
@@ -250,85 +249,3 @@ def place_on_grid(calibration: Calibration, t: float, name: str, given: Schedule
     distance, place = (calibration.times - t).abs().min(0)
     expect(bool(distance <= 1e-9), name, "knots on the calibration's grid", given)
     return int(place)
-
-
-@dataclass
-class SplitSamples:
-    """The samples that a solver is fitted to, those that are held out last: the teacher's states, and the teacher.
-
-    teacher: evaluates them, in their order, by a student's velocity perhaps. x: the states, `[K+1, ., *shape]`. fitted:
-        how many are not held out.
-    start: the place in the grid that they start from, and its time. first: the velocities there, once they are known.
-    """
-
-    teacher: Teacher
-    x: Tensor
-    fitted: int
-    start: tuple[int, float]
-    first: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls,
-        velocity: Velocity,
-        calibration,
-        noise,
-        chunk: int | None,
-        held_out: float,
-        most: int | None = None,
-        start: int = 0,
-        proven: bool = False,
-        teacher: Velocity | None = None,
-    ):
-        expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
-        velocity = resolve(velocity).unfused()
-        known_as = velocity if teacher is None else resolve(teacher, "teacher")
-        if chunk is not None:
-            expect_positive_int(chunk, "chunk")
-        warn_if_training(velocity, stacklevel=5)
-        known, kept = calibration.provenance, calibration.kept
-        if noise is None:
-            wanted = "one that keeps trajectories (noise= rolls the teacher out anew)"
-            expect(kept is not None, "calibration", wanted, "one that keeps none")
-            n, total = kept.x.shape[1], known.get("n_given", known.get("n", kept.x.shape[1]))
-        else:
-            shape = known.get("shape", list(expect_noise(noise).shape[1:]))
-            expect(list(noise.shape[1:]) == shape, "noise", f"samples of the calibration's shape {shape}", noise)
-            n = total = len(noise)
-        n = min(n, most or n)
-        expect(n >= 2, "calibration" if noise is None else "noise", "2 samples or more", f"{n}")
-        proven = proven or warn_if_another(known_as, known, stacklevel=5)
-        proven = noise is not None or (proven and known.get("sampler_weights") in (None, "torch.float32"))
-        proven = proven and teacher is None  # a student has first velocities of its own
-        order, fitted = held_out_last(n, held_out)
-        evaluated = Teacher(velocity, total, order=torch.tensor(order, device="cpu"), chunk=chunk)
-        if noise is not None:
-            kept = rollout(known_as.rows(slice(n), total), noise[:n], calibration.times)
-            evaluated.evaluations = n * (len(calibration.times) - 1)
-        found = cls(evaluated, kept.x, fitted, (start, calibration.times[start].item()))
-        if proven:
-            found.first = found._rows(kept.v[start]).to(kept.x.dtype)
-        return found
-
-    @property
-    def n(self) -> int:
-        return len(self.teacher.order)
-
-    @property
-    def evaluations(self) -> float:
-        """Made for each sample on average."""
-        return self.teacher.evaluations / self.n
-
-    def velocity_at_start(self) -> Tensor:
-        """At the first states of the n samples: the teacher's, or, where it may be another velocity's, its own."""
-        if self.first is None:
-            place, t = self.start
-            self.first = self.teacher.at(self.state(place), t)
-        return self.first
-
-    def state(self, i: int) -> Tensor:
-        """`[n, *shape]` at knot i of the grid."""
-        return self._rows(self.x[i])
-
-    def _rows(self, t: Tensor) -> Tensor:
-        return t.index_select(0, self.teacher.order.to(t.device))

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_positive_int, expect_real
 from flowkernels.calibration.calibration import Calibration
-from flowkernels.calibration.fit import HELD_OUT, SplitSamples, held_out_last, place_on_grid, schedule_on_grid
+from flowkernels.calibration.fit import HELD_OUT, held_out_last, place_on_grid, schedule_on_grid
+from flowkernels.calibration.samples import Samples, folds_of
 from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.ops.velocity_gram import velocity_gram
@@ -88,11 +89,13 @@ def polish(
     else:
         place = place_on_grid(calibration, start.times.min().item(), "start", start)
         calibration.expect_forced(start.times, "start")
-    data = SplitSamples.of(velocity, calibration, noise, chunk, held_out, samples, place, teacher=teacher)
+    data = Samples.of(velocity, calibration, noise, chunk, most=samples, start=place, teacher=teacher)
+    order, fitted = held_out_last(data.n, held_out)
+    data = data.in_order(order)
     with tqdm(total=iterations, desc="polish", disable=not progress, leave=False) as bar:
         if isinstance(start, Schedule):
-            return _descend(data, calibration, start, iterations, bar)
-        return _least_squares(data, calibration.times, calibration.forced, start, iterations, bar)
+            return _descend(data, fitted, calibration, start, iterations, bar)
+        return _least_squares(data, fitted, calibration.times, calibration.forced, start, iterations, bar)
 
 
 DAMPING = 1e-3  # of the first step, in parts of the size of each unknown
@@ -106,22 +109,25 @@ def polish_on(velocity: Velocity, solver: Solver, ends: Tensor, grid: Tensor, ch
 
     ends: the teacher's states at its beginning and its end, `[2, n, *shape]`, n >= 2. grid: the teacher's times.
     """
-    order, fitted = held_out_last(ends.shape[1], HELD_OUT)
-    teacher = Teacher(resolve(velocity).unfused(), len(order), order=torch.tensor(order, device="cpu"), chunk=chunk)
-    data = SplitSamples(teacher, ends, fitted, (0, solver.times[0].item()))
+    n = ends.shape[1]
+    teacher = Teacher(resolve(velocity).unfused(), n, chunk=chunk)
+    order, fitted = held_out_last(n, HELD_OUT)
+    data = Samples(teacher, ends, (0, solver.times[0].item()), folds_of(n)).in_order(order)
     with tqdm(disable=True) as bar:
-        found = _least_squares(data, grid, (), solver, ITERATIONS, bar)
+        found = _least_squares(data, fitted, grid, (), solver, ITERATIONS, bar)
     rest = [data.state(place)[fitted:] for place in (0, -1)]
-    before, after = (endpoint_errors(teacher.run(s, rest[0], (), fitted)[1], rest[1]) for s in (solver, found))
+    before, after = (endpoint_errors(data.teacher.run(s, rest[0], (), fitted)[1], rest[1]) for s in (solver, found))
     gain = before - after
     sure = len(gain) > 1 and gain.mean() > gain.std() / len(gain) ** 0.5
     return found if sure else solver
 
 
-def _least_squares(data, grid: Tensor, forced: Sequence[int], solver: Solver, iterations: int, bar) -> Solver:
+def _least_squares(
+    data: Samples, fitted: int, grid: Tensor, forced: Sequence[int], solver: Solver, iterations: int, bar
+) -> Solver:
     place, first = data.start
     begin, end = (data.state(i) for i in ((-1, place) if solver.is_inverse else (place, -1)))
-    given, fitted = solver, data.fitted
+    given = solver
     limits, by = _limits(grid.tolist(), forced, solver, first), DIFFERENCE * (1 - first)
     fit, rest = slice(fitted), slice(fitted, data.n)
 
@@ -222,9 +228,9 @@ def _jacobian_gram(
     return velocity_gram(rows).cpu()
 
 
-def _descend(data, calibration: Calibration, given: Schedule, iterations: int, bar) -> Schedule:
+def _descend(data: Samples, fitted: int, calibration: Calibration, given: Schedule, iterations: int, bar) -> Schedule:
     begin, end, grid = data.state(data.start[0]), data.state(-1), calibration.times
-    plan, fit, K = schedule_on_grid(calibration, given.steps, given), slice(data.fitted), len(grid) - 1
+    plan, fit, K = schedule_on_grid(calibration, given.steps, given), slice(fitted), len(grid) - 1
     rounding = 1e-12 * endpoint_error(end, torch.zeros_like(end))
 
     def at(indices) -> Schedule:
@@ -254,7 +260,7 @@ def _descend(data, calibration: Calibration, given: Schedule, iterations: int, b
             if step == 1:
                 break
             step = max(1, step // 2)
-    rest = slice(data.fitted, data.n)
+    rest = slice(fitted, data.n)
     if tuple(indices) == plan.indices or tried(indices, rest)[1] >= tried(plan.indices, rest)[1]:
         return given
     pairs = list(itertools.pairwise(indices))

@@ -1,0 +1,118 @@
+"""`Samples`: what solvers are fitted to and judged by, the teacher's states of n samples, and the teacher."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import expect, expect_noise, expect_positive_int
+from flowkernels.calibration.calibration import Calibration
+from flowkernels.sampling.rollout import rollout
+from flowkernels.sampling.teacher import Teacher
+from flowkernels.velocity.evaluate import warn_if_training
+from flowkernels.velocity.identity import warn_if_another
+from flowkernels.velocity.protocol import Velocity, resolve
+
+FOLDS = 4  # of a cross-validation
+
+
+def folds_of(n: int, folds: int = FOLDS) -> Tensor:
+    """The fold of each of n >= 2 samples, int64 `[n]` on the CPU: the i-th one's is i modulo `folds`, of which there
+    are no more than samples."""
+    return torch.arange(n, device="cpu") % min(folds, n)
+
+
+@dataclass
+class Samples:
+    """n samples: the teacher's states, and what evaluates a velocity, the teacher's or a student's, on them.
+
+    teacher: evaluates them, in their order. x: the states, `[K+1, ., *shape]`, in the order that they were rolled out
+        in. start: the place in the grid that they start from, and its time. folds: of each sample, int64 `[n]`, on the
+        CPU. first: the velocities at the start, once they are known.
+    """
+
+    teacher: Teacher
+    x: Tensor
+    start: tuple[int, float]
+    folds: Tensor
+    first: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        velocity: Velocity,
+        calibration: Calibration,
+        noise: Tensor | None = None,
+        chunk: int | None = None,
+        *,
+        folds: int = FOLDS,
+        most: int | None = None,
+        start: int = 0,
+        proven: bool = False,
+        teacher: Velocity | None = None,
+    ) -> "Samples":
+        """Of those that a calibration keeps the first `most`, or of `noise`, rolled out anew; 2 or more.
+
+        start: the place in the grid that they start from. proven: whether the velocity is for certain the one that the
+        calibration was made with, whose first velocities are then the kept ones; teacher: that one, where it is not.
+        Warns of a network that trains, and of another velocity, as the caller of the caller's caller.
+        """
+        expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
+        velocity = resolve(velocity).unfused()
+        known_as = velocity if teacher is None else resolve(teacher, "teacher")
+        if chunk is not None:
+            expect_positive_int(chunk, "chunk")
+        warn_if_training(velocity, stacklevel=5)
+        known, kept = calibration.provenance, calibration.kept
+        if noise is None:
+            wanted = "one that keeps trajectories (noise= rolls the teacher out anew)"
+            expect(kept is not None, "calibration", wanted, "one that keeps none")
+            n, total = kept.x.shape[1], known.get("n_given", known.get("n", kept.x.shape[1]))
+        else:
+            shape = known.get("shape", list(expect_noise(noise).shape[1:]))
+            expect(list(noise.shape[1:]) == shape, "noise", f"samples of the calibration's shape {shape}", noise)
+            n = total = len(noise)
+        n = min(n, most or n)
+        expect(n >= 2, "calibration" if noise is None else "noise", "2 samples or more", f"{n}")
+        proven = proven or warn_if_another(known_as, known, stacklevel=5)
+        proven = noise is not None or (proven and known.get("sampler_weights") in (None, "torch.float32"))
+        proven = proven and teacher is None  # a student has first velocities of its own
+        evaluated = Teacher(velocity, total, chunk=chunk)
+        if noise is not None:
+            kept = rollout(known_as.rows(slice(n), total), noise[:n], calibration.times)
+            evaluated.evaluations = n * (len(calibration.times) - 1)
+        found = cls(evaluated, kept.x[:, :n], (start, calibration.times[start].item()), folds_of(n, folds))
+        if proven:
+            found.first = kept.v[start, :n].to(kept.x.dtype)
+        return found
+
+    def in_order(self, order: Sequence[int]) -> "Samples":
+        """The same samples, or some of them, in another order of their places."""
+        places = torch.as_tensor(order, dtype=torch.int64, device="cpu")
+        rows = places if self.teacher.order is None else self.teacher.order[places]
+        teacher = Teacher(self.teacher.velocity, self.teacher.total, order=rows, chunk=self.teacher.chunk)
+        teacher.evaluations = self.teacher.evaluations
+        first = None if self.first is None else self.first[places.to(self.first.device)]
+        return replace(self, teacher=teacher, folds=self.folds[places], first=first)
+
+    @property
+    def n(self) -> int:
+        return len(self.folds)
+
+    @property
+    def evaluations(self) -> float:
+        """Made for each sample on average."""
+        return self.teacher.evaluations / self.n
+
+    def velocity_at_start(self) -> Tensor:
+        """At the first states of the n samples: the teacher's, or, where it may be another velocity's, its own."""
+        if self.first is None:
+            place, t = self.start
+            self.first = self.teacher.at(self.state(place), t)
+        return self.first
+
+    def state(self, i: int) -> Tensor:
+        """`[n, *shape]` at knot i of the grid."""
+        order = self.teacher.order
+        return self.x[i] if order is None else self.x[i].index_select(0, order.to(self.x.device))
