@@ -87,16 +87,19 @@ def test_closed_form_samples_are_the_data():
     assert nearest.max() < 1e-3
 
 
-def mixture(dtype=torch.float64) -> GaussianMixtureVelocity:
+EACH = [[0.2, 1.0], [0.5, 0.3], [0.7, 0.9]]  # widths of each mode and coordinate
+
+
+def mixture(dtype=torch.float64, stds=(0.1, 0.4, 0.8)) -> GaussianMixtureVelocity:
     """Three modes of different widths and weights in the plane."""
     means = torch.tensor([[2.0, 0.0], [-1.0, 1.5], [0.0, -2.0]], dtype=dtype)
-    return GaussianMixtureVelocity(means, [0.1, 0.4, 0.8], [1, 3, 2])
+    return GaussianMixtureVelocity(means, stds, [1, 3, 2])
 
 
-@pytest.mark.parametrize("t", [0.3, 0.7, 0.95])
-def test_mixture_velocity_against_monte_carlo(t):
+@pytest.mark.parametrize(("t", "stds"), [(0.3, [0.1, 0.4, 0.8]), (0.7, EACH), (0.95, [0.1, 0.4, 0.8])])
+def test_mixture_velocity_against_monte_carlo(t, stds):
     """E[x_1 - x_0 | x_t = x] by samples of x_1, each weighed by the density of the x_0 that leads to x."""
-    field = mixture()
+    field = mixture(stds=stds)
     x1 = field.sample(400_000, torch.Generator().manual_seed(0)).double()
     x = torch.tensor([[0.5, 0.3], [-0.6, 0.9], [0.1, -1.2]], dtype=torch.float64)
     for point, found in zip(x, field(x, torch.full((3,), t, dtype=torch.float64)), strict=True):
@@ -107,14 +110,15 @@ def test_mixture_velocity_against_monte_carlo(t):
         assert ((found - expected).abs() < 5 * spread + 1e-3).all()
 
 
-def test_mixture_velocity_carries_its_density():
+@pytest.mark.parametrize("stds", [[0.1, 0.4, 0.8], EACH])
+def test_mixture_velocity_carries_its_density(stds):
     """d p / d t + div(p v) = 0, by differences, with p the density of x_t."""
-    field, h = mixture(), 1e-4
+    field, h = mixture(stds=stds), 1e-4
 
     def density(x, t):
-        variance = (1 - t) ** 2 + (t * field.stds) ** 2
-        off = (x[:, None] - t * field.means).square().sum(2)
-        return ((-off / (2 * variance)).exp() / variance) @ field.weights  # without the factor 2 pi
+        variance = (1 - t) ** 2 + (t * field.stds.view(3, -1)) ** 2  # of both coordinates, or of each
+        off = (x[:, None] - t * field.means).square() / (2 * variance)
+        return ((-off.sum(2)).exp() / variance.expand(3, 2).prod(1).sqrt()) @ field.weights  # without the factor 2 pi
 
     def flux(x, t):
         return density(x, t)[:, None] * field(x, torch.full((len(x),), t, dtype=torch.float64))
@@ -125,6 +129,14 @@ def test_mixture_velocity_carries_its_density():
         step = h * torch.eye(2, dtype=torch.float64)
         divergence = sum((flux(x + e, t) - flux(x - e, t))[:, i] / (2 * h) for i, e in enumerate(step))
         assert (change + divergence).abs().max() < 1e-5 * density(x, t).max()
+
+
+def test_mixture_of_equal_widths_in_each_coordinate():
+    x, t = normal(64, 2, dtype=torch.float64), torch.linspace(0, 1, 64, dtype=torch.float64)
+    each = mixture(stds=torch.tensor([[0.1], [0.4], [0.8]], dtype=torch.float64).expand(3, 2))
+    assert torch.allclose(each(x, t), mixture()(x, t), rtol=1e-10, atol=1e-12)
+    samples = [field.sample(9, torch.Generator().manual_seed(0)) for field in (each, mixture())]
+    assert torch.equal(*samples)
 
 
 def test_mixture_velocity_at_both_ends():
@@ -155,6 +167,7 @@ def test_mixture_velocity_carries_noise_to_the_mixture():
         ((torch.full((2, 2), torch.nan), 1.0), "means: expected finite means"),
         ((torch.zeros(2, 2), 0.0), "stds: expected 2 positive numbers"),
         ((torch.zeros(2, 2), [1.0, 1.0, 1.0]), "stds: expected 2 positive numbers"),
+        ((torch.zeros(2, 3), torch.ones(3, 2)), r"stds: expected 2 positive numbers, .* or \[2, 3\] of them"),
         ((torch.zeros(2, 2), 1.0, [1.0, -1.0]), "weights: expected 2 positive numbers"),
     ],
 )

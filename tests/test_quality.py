@@ -58,6 +58,53 @@ def test_frechet_distance_of_two_normal_distributions():
     assert frechet.between(frechet.describe(x), frechet.describe(y)) == pytest.approx(10, rel=0.05)
 
 
+# ---- the data ----
+
+
+def test_policy_against_monte_carlo():
+    """E[x_1 - x_0 | x_t = x] of an observation's chunks, each sample weighed by the density of the x_0 that leads to x.
+
+    Chunks have 112 coordinates, so that few samples would weigh anything late: an early time.
+    """
+    net = data_sets.load("policy", pytest.fail).network
+    g, t = data_sets.generator(3), 0.1
+    observation = net.observe(1, g)["observation"]
+    x1 = net.sample(observation.expand(20_000, -1), g).flatten(1).double()
+    x = normal(2, *net.sample(observation, g).shape[1:], dtype=torch.float64)
+    found = net.double()(x, torch.full((2,), t), observation.expand(2, -1)).flatten(1)
+    for point, v in zip(x.flatten(1), found, strict=True):
+        x0 = (point - t * x1) / (1 - t)
+        weights = (-x0.square().sum(1) / 2).softmax(0)
+        expected = weights @ (x1 - x0)
+        spread = ((weights**2) @ (x1 - x0 - expected).square()).sqrt()
+        assert ((v - expected).abs() < 5 * spread).all()
+        assert spread.max() < 0.2
+
+
+def test_conditioning_is_of_its_samples():
+    """Each sample's row goes to it, of the seed and use; the first few of a set keep theirs."""
+    data = data_sets.load("policy", pytest.fail)
+    x, t = normal(6, *data.shape), torch.full((6,), 0.5)
+    rows = data.observe(6, data_sets.generator(10**6 + 7))["observation"]
+    v = data.given(data.velocity, 6, 7)(x, t)
+    assert torch.equal(v, data.velocity(x, t, rows))
+    few = data.given(data.velocity, 6, 7).rows(slice(2), 6)
+    assert torch.allclose(few(x[:2], t[:2]), v[:2], atol=1e-5)
+    assert not torch.allclose(data.given(data.velocity, 6, 8)(x, t), v, atol=1e-2)
+    other = data_sets.load("mixture2", pytest.fail)
+    assert other.given(other.velocity, 6, 7) is other.velocity
+
+
+def test_scales_are_heavy_tailed():
+    """Of Student's t with two degrees of freedom: fourth moments far above a normal's, and most samples in the bulk."""
+    data = data_sets.load("scales", pytest.fail)
+    of_each = data.network.stds.log10()
+    assert of_each.max() - of_each.min() > 2.5
+    x = data.network.sample(20_000, data_sets.generator(4))
+    off = x - x.median(0).values
+    assert (off.pow(4).mean(0) / off.square().mean(0) ** 2).median() > 10
+
+
 # ---- the rows ----
 
 
@@ -116,6 +163,11 @@ def test_the_gate_knows_a_wrong_solver(monkeypatch):
     monkeypatch.setattr(fk.Solver, "adams_bashforth", wrong)
     red = [what for what, off in quality.gate(data, 20) if not off <= quality.GATE]
     assert red == ["adams-bashforth 3 to its sums in float64"]
+
+
+@pytest.mark.parametrize("name", ["mixture64", "scales", "policy", "digits"])
+def test_gate_of_each_data_set(name):
+    assert quality.is_green(data_sets.load(name, lambda text: None), 20)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +282,10 @@ def test_list(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["quality", "--data", "digits,letters"], "--data: expected some of mixture2, mixture64, digits, fashion, got"),
+        (
+            ["quality", "--data", "digits,letters"],
+            "--data: expected some of mixture2, mixture64, scales, policy, digits, fashion, got",
+        ),
         (["quality", "--rows", "euler"], "--rows: expected some of uniform, shifted, "),
         (["quality", "--seeds", "0"], "--seeds: expected an integer of at least 1, got '0'"),
         (["quality", "bellman"], "quality: expected no other ENTRY"),

@@ -53,7 +53,8 @@ def gate(data: Data, K: int) -> list[tuple[str, float]]:
     """(what, largest relative difference): the teacher in float32 to float64, and samplers to their definitions."""
     noise = torch.randn(4, *data.shape, generator=generator(99))
     double = copy.deepcopy(data.network).double()
-    truth, loop = fk.sample(double, noise.double(), K), fk.sample(data.network, noise, K)
+    network, double = (data.given(net, len(noise), 99) for net in (data.network, double))
+    truth, loop = fk.sample(double, noise.double(), K), fk.sample(network, noise, K)
     knots = torch.linspace(0, 1, K + 1, dtype=torch.float64)
     moved = Solver.euler(knots, model_times=knots[:-1] + 1e-9)  # which is no longer Euler's loop to `sample`
 
@@ -61,9 +62,9 @@ def gate(data: Data, K: int) -> list[tuple[str, float]]:
         return ((x - y).abs().max() / y.abs().max()).item()
 
     checks = [("float32 teacher to float64", off(loop, truth))]
-    checks.append(("Euler as a linear update to Euler's loop", off(fk.sample(data.network, noise, moved), loop)))
+    checks.append(("Euler as a linear update to Euler's loop", off(fk.sample(network, noise, moved), loop)))
     for solver in (Solver.adams_bashforth(8, 3), Solver.heun(4)):
-        found = fk.sample(data.network, noise, solver)
+        found = fk.sample(network, noise, solver)
         checks.append((f"{solver.name} to its sums in float64", off(found, summed(double, noise.double(), solver))))
     return checks
 
@@ -151,7 +152,7 @@ class Bench:
         start = time.perf_counter()
         run, cal_evaluations, cal_seconds = self._calibrated(seed)
         held_out = run.noise(self.sizes.held_out, 1)
-        teacher = fk.sample(self.data.velocity, held_out, self.sizes.grid)
+        teacher = fk.sample(self._given(self.data.velocity, seed), held_out, self.sizes.grid)
         self.teacher, described = teacher, self.data.distance.describe(teacher)
         self.described = described
         self.teacher_to_data = self.data.from_real(described)
@@ -162,20 +163,20 @@ class Bench:
             if self.spent():
                 self.left_out.append(f"{self.data.name}, seed {seed}, {name}")
                 continue
-            run.velocity.count, run.note, began = 0, "", time.perf_counter()
+            run.counted.count, run.note, began = 0, "", time.perf_counter()
             try:
                 made = ROWS[name].make(run)
             except Exception:
                 print(f"\n{self.data.name}, seed {seed}: {name} failed\n{traceback.format_exc()}", flush=True)
                 ok = False
                 continue
-            seconds, evaluations = time.perf_counter() - began, run.velocity.count / self.sizes.calibration
+            seconds, evaluations = time.perf_counter() - began, run.counted.count / self.sizes.calibration
             if ROWS[name].calibrated:
                 seconds, evaluations = seconds + cal_seconds, evaluations + cal_evaluations
             rows = []
             for N, how in made.items():
                 solver, velocity = how if isinstance(how, tuple) else (how, self.data.velocity)
-                figures = self._figures(Counted(velocity), held_out, solver)
+                figures = self._figures(seed, velocity, held_out, solver)
                 cost = dict(calibration_evaluations=evaluations, calibration_seconds=seconds, notes=run.note)
                 rows.append(self._row(seed, name, N, **figures, **cost))
             self.results.add(rows)
@@ -197,14 +198,20 @@ class Bench:
         run = Run(self.data, self.sizes, seed, Counted(self.data.velocity), None)
         noise, start = run.noise(self.sizes.calibration, 0), time.perf_counter()
         run.cal = fk.calibrate(run.velocity, noise, self.sizes.grid, self.sizes.steps, seed=1000 * seed, progress=False)
-        return run, run.velocity.count / len(noise), time.perf_counter() - start
+        return run, run.counted.count / len(noise), time.perf_counter() - start
 
-    def _figures(self, velocity: Counted, noise: Tensor, solver) -> dict:
-        x = fk.sample(velocity, noise, solver)
+    def _given(self, velocity: Callable, seed: int, few: int | None = None) -> Callable:
+        """The velocity of held-out noise, or of the first few."""
+        field = self.data.given(velocity, self.sizes.held_out, 1000 * seed + 1)
+        return field if field is velocity or few is None else field.rows(slice(few), self.sizes.held_out)
+
+    def _figures(self, seed: int, velocity: Callable, noise: Tensor, solver) -> dict:
+        counted = Counted(velocity)
+        x = fk.sample(self._given(counted, seed), noise, solver)
         error = endpoint_error(x, self.teacher)
         there = self.data.distance.describe(x)
         return dict(
-            evaluations=velocity.count // len(noise),
+            evaluations=counted.count // len(noise),
             endpoint_error=error,
             rms=error**0.5,
             distance_to_teacher=self.data.distance.between(there, self.described),
@@ -221,7 +228,7 @@ class Bench:
                 found["float32 teacher"] = self.data.network, K, f"the model to itself in float32 on {len(few)} noises"
         rows = [dict(row="teacher", N=K)] if not found else []
         for name, (velocity, steps, note) in found.items():
-            finer = fk.sample(velocity, few, steps)
+            finer = fk.sample(self._given(velocity, run.seed, len(few)), few, steps)
             error = endpoint_error(self.teacher[: len(few)], finer)
             rows.append(dict(row=name, N=K, endpoint_error=error, rms=error**0.5, notes=note))
             print(f"  {name:<18} rms {error**0.5:.4g} {note}", flush=True)

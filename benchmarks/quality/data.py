@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+import flowkernels as fk
 from flowkernels.models.bundled import BUNDLED
-from flowkernels.models.closed_form import GaussianMixtureVelocity
 from flowkernels.models.networks import ResidualMLP
 
+from .closed_forms import Policy, generator, mixture2, mixture64, scales
 from .datasets import digits, fashion
 from .metrics import Classifier, Energy, Frechet
 
-STEPS = (1, 2, 3, 4, 6, 8, 10)
+STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Sizes:
 SIZES = {
     "mixture2": Sizes(1024, 4096, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
     "mixture64": Sizes(1024, 4096, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
+    "scales": Sizes(1024, 4096, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
+    "policy": Sizes(512, 2048, Straightening((2, 4, 8), 400, 128, 2048, 1e-3, 0.99)),
     "digits": Sizes(1024, 2048, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
     "fashion": Sizes(256, 384, Straightening((4, 8), 128, 64, 256, 2e-4, 0.95, seeds=1), finer=64, polish=(96, 3, 6)),
 }
@@ -64,6 +67,7 @@ class Data:
 
     velocity: the model of the benchmark, teacher and students alike. network: the module in float32 behind it.
     student: makes the module that straightening trains. real: samples of the data, None where there are none.
+    observe: (n, generator) -> the conditioning of n samples, keyword arguments of the velocity; None without any.
     """
 
     name: str
@@ -74,6 +78,13 @@ class Data:
     distance: Energy | Frechet
     real: Tensor | None
     model: str
+    observe: Callable[[int, torch.Generator], dict[str, Tensor]] | None = None
+
+    def given(self, velocity: Callable, n: int, seed: int) -> Callable:
+        """The velocity of n samples, with the conditioning that belongs to the seed."""
+        if self.observe is None:
+            return velocity
+        return fk.VelocityField(velocity, conditioning=self.observe(n, generator(10**6 + seed)))
 
     @functools.cached_property
     def _described(self):
@@ -85,15 +96,20 @@ class Data:
 
 
 class Corrected(nn.Module):
-    """A closed-form velocity plus a network, zero at first: what straightening trains where there are no weights."""
+    """A closed-form velocity plus a network, zero at first: what straightening trains where there are no weights.
 
-    def __init__(self, field: nn.Module, dim: int):
+    dim: of the state; observed: of an observation, which the network sees as well.
+    """
+
+    def __init__(self, field: nn.Module, dim: int, observed: int = 0):
         super().__init__()
-        self.field, self.net = field, ResidualMLP(dim, width=128, blocks=2, time_width=64)
+        self.field, self.net = field, ResidualMLP(dim + observed, width=128, blocks=2, time_width=64)
         nn.init.zeros_(self.net.output.weight), nn.init.zeros_(self.net.output.bias)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.field(x, t) + self.net(x, t)
+    def forward(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+        seen = [y.to(x.dtype).flatten(1) for y in (x, *conditioning.values())]
+        correction = self.net(torch.cat(seen, 1), t)[:, : seen[0].shape[1]]
+        return self.field(x, t, **conditioning) + correction.view(x.shape)
 
 
 class Bfloat16(nn.Module):
@@ -129,30 +145,20 @@ class InBatches:
         return torch.cat(parts)
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def mixture2() -> GaussianMixtureVelocity:
-    """Eight modes on a ring of radius 2, weighted 1 to 8."""
-    angle = torch.arange(8) * math.pi / 4
-    return GaussianMixtureVelocity(2 * torch.stack([angle.cos(), angle.sin()], 1), 0.15, range(1, 9))
-
-
-def mixture64() -> GaussianMixtureVelocity:
-    """Sixteen random modes in 64 dimensions, some 6 apart, of different widths and weights."""
-    g = generator(0)
-    means = torch.randn(16, 64, generator=g) / 2
-    return GaussianMixtureVelocity(means, 0.1 + 0.4 * torch.rand(16, generator=g), 1 + torch.rand(16, generator=g))
-
-
 def load(name: str, say: Callable[[str], None]) -> Data:
     """A data set by name; what it lacks on this machine is said."""
-    if name in ("mixture2", "mixture64"):
-        net = mixture2() if name == "mixture2" else mixture64()
+    mixtures = {"mixture2": mixture2, "mixture64": mixture64, "scales": scales}
+    if name in mixtures:
+        net = mixtures[name]()
         real = net.sample(SIZES[name].held_out, generator(12345))
         student = lambda: Corrected(copy.deepcopy(net), net.means.shape[1])  # noqa: E731
         return Data(name, net.shape, net, net, student, Energy(), real, "closed form, float32")
+    if name == "policy":
+        net, shape = Policy(), (Policy.STEPS, Policy.ACTIONS)
+        real = net.sample(**net.observe(SIZES[name].held_out, generator(12345)), g=generator(12346))
+        student = lambda: Corrected(copy.deepcopy(net), math.prod(shape), Policy.OBSERVED)  # noqa: E731
+        model = "closed form given an observation, float32"
+        return Data(name, shape, net, net, student, Energy(), real, model, net.observe)
     net = BUNDLED[name].load().requires_grad_(False)
     make = lambda: copy.deepcopy(net).requires_grad_(True)  # noqa: E731
     if name == "digits":

@@ -1,5 +1,6 @@
 """The rows: schedules and solvers whose samples are compared, each made from a calibration or without one."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -20,8 +21,8 @@ class Counted:
     def __init__(self, velocity: Callable):
         self.velocity, self.count = velocity, 0
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.seen(self.velocity(x, t))
+    def __call__(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+        return self.seen(self.velocity(x, t, **conditioning))
 
     def seen(self, v: Tensor) -> Tensor:
         self.count += len(v)
@@ -43,9 +44,18 @@ class Run:
     data: Data
     sizes: Sizes
     seed: int
-    velocity: Counted
+    counted: Counted
     cal: fk.Calibration
     note: str = ""
+
+    @functools.cached_property
+    def velocity(self) -> Callable:
+        """Of the calibration's samples."""
+        return self.given(self.sizes.calibration, 0)
+
+    def given(self, n: int, use: int) -> Callable:
+        """The velocity of the noise of a use."""
+        return self.data.given(self.counted, n, 1000 * self.seed + use)
 
     def noise(self, n: int, use: int) -> Tensor:
         """Noise of its own for each seed and use: 0 calibration, 1 held out, 2 straightening."""
@@ -167,10 +177,10 @@ def _(run: Run) -> dict:
     for N in s.steps:
         torch.manual_seed(run.seed)
         student = run.data.student()
-        student.register_forward_hook(lambda module, inputs, v: run.velocity.seen(v))
+        student.register_forward_hook(lambda module, inputs, v: run.counted.seen(v))
         result = fk.straighten(
-            student,
-            run.velocity,
+            run.data.given(student, s.bank, 1000 * run.seed + 2),
+            run.given(s.bank, 2),
             run.cal[N],
             noise=run.noise(s.bank, 2),
             init="keep",
@@ -182,6 +192,7 @@ def _(run: Run) -> dict:
             seed=run.seed,
             progress=False,
         )
-        found[N] = run.cal[N], result.student.requires_grad_(False)
+        trained = result.student.requires_grad_(False)
+        found[N] = run.cal[N], trained if run.data.observe is None else trained.net
     run.note = f"{s.iterations} iterations of {s.batch} on {s.bank} trajectories"
     return found
