@@ -120,7 +120,7 @@ def fits(device):
     """The samples' scatter, objectives that evaluate, a fit and its polish: errors, as equal ridges need not be."""
     where = both(device)
     cals = [fk.calibrate(*w, grid=12, steps=(2, 3), progress=False) for w in where]
-    for objective in ("norm", "endpoint", "pairs", "student", "free"):
+    for objective in ("norm", "endpoint", "pairs", "student", "oss", "free"):
         for (net, _), cal in zip(where, cals, strict=True):
             assert cal.find(3, objective=objective, velocity=net)[3].steps == 3
     for inverse in (False, True):

@@ -327,7 +327,7 @@ def test_a_fused_sampler_is_asked_for_its_velocity():
     net, noise = BUNDLED["digits"].load(), normal(4, 1, 8, 8)
     cal, plain = (fk.calibrate(v, noise, 6, 2, **QUIET) for v in (fk.fuse(net, 4, shape=(1, 8, 8)), net))
     fused = fk.fuse(net, 4, shape=(1, 8, 8))
-    for objective in ("endpoint", "student", "free"):
+    for objective in ("endpoint", "student", "oss", "free"):
         got, expected = (c.find([2, 3], objective=objective, velocity=v) for c, v in ((cal, fused), (plain, net)))
         assert all(torch.equal(got[n].times, expected[n].times) for n in (2, 3))
 
@@ -380,41 +380,84 @@ def test_pairs_of_too_many_knots():
 
 
 @FORCED
-def test_the_students_own_states(forced):
-    """The recursion as it is written, and all paths where its choice is not greedy: two steps, or one to each of the
-    forced knots and one more."""
-    velocity = Turning()
+@pytest.mark.parametrize("objective", ["student", "oss"])
+def test_the_students_own_states(objective, forced):
+    """The recursion as it is written, from the noise at the first knot or at any; and all paths where its choice is not
+    greedy: two steps, or one to each of the forced knots and one more."""
+    velocity, free = Turning(), objective == "oss"
     cal, trajectory = calibrated(velocity, forced=forced)
     t, x = trajectory.times, trajectory.x
 
     def step(z, j, k):
         return z + (t[k] - t[j]) * velocity(z, t[j].expand(len(z)))
 
-    states = {(0, 0): (x[0], None)}  # (s, k): state, predecessor
+    states = {(0, k): (x[0], None) for k in range(7 if free else 1)}  # (s, k): state, predecessor
     for s in range(1, 8):
         for k in range(s, 8):
-            froms = [j for j in range(max([0, *(f for f in forced if f < k)]), k) if (s - 1, j) in states]
+            before = [f for f in forced if f < k]
+            froms = [j for j in range(max([0, *before]), k) if (s - 1, j) in states]
+            if s == 1 and before:  # from the noise, whatever the time that the velocity is told
+                froms = []
             if not (reached := {j: step(states[s - 1, j][0], j, k) for j in froms}):
                 continue
             j = min(reached, key=lambda j: (reached[j] - x[k]).square().sum(-1).mean().item())
             states[s, k] = reached[j].detach(), j
     counted = Counted(velocity)
-    plans = cal.find(range(len(forced) + 1, 8), objective="student", velocity=counted)
-    assert counted.calls == plans[3].notes["evaluations"] == sum(k < 7 and s < 7 for s, k in states)
-    for steps, schedule in plans.items():
+    plans = cal.find(range(len(forced) + 1, 8), objective=objective, velocity=counted)
+    evaluated = sum(k < 7 and s < 7 and (s > 0 or k < min([7, *forced])) for s, k in states)
+    assert {plan.notes["evaluations"] for plan in plans.values()} == {evaluated}
+    assert counted.calls == 7 + 3  # a call for each round, and a look at whether rows may have times of their own
+    for steps, plan in plans.items():
         path = [7]
         for s in range(steps, 0, -1):
-            path.append(states[s, path[-1]][1])
-        assert schedule.indices == tuple(reversed(path))
-        error = (fk.sample(velocity, x[0], schedule) - x[-1]).square().sum(-1).mean().item()
-        assert schedule.cost == pytest.approx(error, rel=1e-9, abs=1e-20)
+            path.insert(0, states[s, path[0]][1])
+        if free:
+            assert (plan.notes["evaluated"], plan.notes["indices"]) == (path[:-1], [0, *path[1:]])
+            assert torch.equal(plan.model_times, t[path[:-1]])
+            assert torch.equal(plan.times, t[[0, *path[1:]]])
+        else:
+            assert plan.indices == tuple(path)
+        cost = plan.notes["cost"] if free else plan.cost
+        error = (fk.sample(velocity, x[0], plan) - x[-1]).square().sum(-1).mean().item()
+        assert cost == pytest.approx(error, rel=1e-9, abs=1e-20)
+        alone = cal.find(steps, objective=objective, velocity=velocity)[steps]
+        assert (alone.notes["cost"] if free else alone.cost) == pytest.approx(cost, rel=1e-9, abs=1e-20)
+    if free:
+        return
     for steps in (len(forced) + 1, 2) if len(forced) < 2 else (3,):
         end = lambda p: (fk.sample(velocity, x[0], t[list(p)]) - x[-1]).square().sum().item()  # noqa: E731
         best, expected = least(7, steps, end, forced)
         assert plans[steps].indices == best
-        assert cal.find(steps, objective="student", velocity=velocity)[steps].cost == pytest.approx(
-            expected / 6, rel=1e-9
-        )
+        assert plans[steps].cost == pytest.approx(expected / 6, rel=1e-9)
+
+
+# what `search_OSS` of github.com/bebebe666/OptimalSteps (commit ee35043) gave for `Turning` on these grids from
+# normal(6, 3), all samples as the channels of one image, its indices counted from the noise; and the errors of
+# `infer_OSS` on them
+OSS = {
+    "uneven": (
+        uneven_grid(7),
+        [[4], [1, 4], [1, 4, 5], [0, 2, 4, 5], [0, 1, 3, 4, 5], [0, 1, 3, 4, 5, 6]],
+        [1.152637508763223, 0.4025295307741658, 0.18862716200248317, 0.11070750707254547, 0.03856967087990557,
+         0.00787576427672348],
+    ),
+    "even": (
+        even_grid(12),
+        [[8], [3, 9], [2, 7, 10], [2, 6, 9, 11], [1, 4, 6, 8, 10], [1, 4, 6, 8, 10, 11], [1, 4, 6, 8, 9, 10, 11],
+         [0, 2, 4, 6, 8, 9, 10, 11]],
+        [1.4862455447553886, 0.6592206392528983, 0.2929328968639871, 0.17047612402061987, 0.08539886657490685,
+         0.0411760481393481, 0.025108242035531733, 0.022838953081857623],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", OSS)
+def test_oss_is_its_authors(grid):
+    times, paths, ends = OSS[grid]
+    cal = fk.calibrate(Turning(), normal(6, 3, dtype=torch.float64), times, 2, **QUIET)
+    plans = cal.find(range(1, len(paths) + 1), objective="oss", velocity=Turning())
+    assert [plan.notes["evaluated"] for plan in plans.values()] == paths
+    assert [plan.notes["cost"] for plan in plans.values()] == pytest.approx(ends, rel=1e-9)
 
 
 @pytest.mark.parametrize("forced", [(), (2, 5)])
@@ -445,7 +488,7 @@ def test_free_times_against_all_paths_and_times(forced):
     assert (plans[3].model_times > plans[3].times[:-1]).any()
 
 
-@pytest.mark.parametrize("objective", ["endpoint", "student", "free"])
+@pytest.mark.parametrize("objective", ["endpoint", "student", "oss", "free"])
 def test_conditioning_of_the_samples(objective):
     """Samples have the conditioning that they were calibrated with, be there more of it than is kept or used."""
 
@@ -512,7 +555,7 @@ def test_bad_objectives(tmp_path):
         cal.find(2, gamma=2)
     with pytest.raises(ValueError, match=r"^steps: expected at most K = 7"):
         cal.find(8, objective="norm")
-    for objective in ("endpoint", "student", "free"):
+    for objective in ("endpoint", "student", "oss", "free"):
         with pytest.raises(
             ValueError, match=rf"^velocity: expected the teacher, for objective '{objective}', got None"
         ):

@@ -37,6 +37,46 @@ def test_each_sample_has_its_own_conditioning_and_guidance(order, chunk):
     assert teacher.evaluations == 2 * len(x)
 
 
+@pytest.mark.parametrize(("chunk", "calls"), [(None, 4), (3, 10), (4, 5), (5, 7), (20, 4), (30, 4)])
+@pytest.mark.parametrize("order", [None, ORDER], ids=["all", "some"])
+def test_rows_of_several_times(order, chunk, calls):
+    """Each with its own time, conditioning and guidance, in as few calls as the rows of a chunk allow: beside three of
+    the check, of two rows each at most."""
+    field, push = guided_field()
+    calls_of = []
+    field.net.register_forward_pre_hook(lambda net, args: calls_of.append(len(args[0])))
+    n = 4
+    x, times = normal(5, n, 3, dtype=torch.float64), [0.1, 0.3, 0.35, 0.6, 0.9]
+    teacher = Teacher(field, 6, order=order, chunk=chunk)
+    found = teacher.at_times(x, times, 0)
+    rows = torch.arange(n) if order is None else order
+    for v, states, t in zip(found, x, times, strict=True):
+        at = torch.full((n,), t, dtype=torch.float64)
+        v_cond, v_uncond = Pushed()(states, at, push[rows]), Pushed()(states, at, -push[rows])
+        assert torch.allclose(v, v_uncond + 1.5 * (v_cond - v_uncond), rtol=1e-12)
+    assert len(calls_of) == calls
+    assert torch.allclose(teacher.at_times(x[:, 1:], times, 1), found[:, 1:], rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["first time", "rows of its own", "none"])
+def test_velocities_that_take_one_time_are_evaluated_time_by_time(kind):
+    push, seen = normal(4, 3, seed=1), []
+
+    def velocity(x, t):
+        seen.append(len(x))
+        s = t[0] if kind == "first time" else t[:, None]
+        return (3 * x + (push if kind == "rows of its own" else 2) * s).sin()
+
+    x, times = normal(5, 4, 3), [0.1, 0.3, 0.35, 0.6, 0.9]
+    teacher = Teacher(velocity, 4)
+    found = teacher.at_times(x, times)
+    assert teacher.takes_rows is (kind == "none")
+    assert seen[-1] == (20 if kind == "none" else 4)
+    for v, states, t in zip(found, x, times, strict=True):
+        assert torch.equal(v, velocity(states, torch.full((4,), t)))
+    assert teacher.at_times(x[:0], []).shape == (0, 4, 3)
+
+
 @pytest.mark.parametrize("chunk", [None, 2, 5])
 def test_parts_are_the_samples_in_order(chunk):
     teacher = Teacher(fk.VelocityField(RowField(), conditioning={"rows": normal(9, 3)}), 9, chunk=chunk)

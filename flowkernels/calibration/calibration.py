@@ -199,16 +199,17 @@ class Calibration(Measured, Mapping):
         Args:
             steps: the numbers of steps N wanted, each 1..K.
             objective: what is least along the steps: a function of `flowkernels.calibration.objectives` by its name,
-                "squared" (BOSS), "norm", "gits", "endpoint", "pairs", "student" or "free". Their docstrings say what
-                each is, which options it has and what it costs.
+                "squared" (BOSS), "norm", "gits", "endpoint", "pairs", "student", "oss" or "free". Their docstrings say
+                what each is, which options it has and what it costs.
             velocity: the teacher, for objectives that evaluate it (a `FusedSampler`'s own velocity is used).
             options: those of the objective. Of those that evaluate, `samples` (the first ones; 64) and `chunk`, how
-                many are evaluated at once (all).
+                many rows are evaluated at once (all samples; of "student", "oss" and "free" those of several times, up
+                to 2.5 MiB of states).
 
         Returns:
-            {N: Schedule} or, of "pairs" and "free", {N: Solver}. Those of other objectives than "squared" say in their
-            `notes` the objective, its evaluations of each sample, and of solvers the cost; a Schedule's cost is in
-            terms of its objective. The schedules of "squared" are added to this calibration's.
+            {N: Schedule} or, of "pairs", "oss" and "free", {N: Solver}. Those of other objectives than "squared" say in
+            their `notes` the objective, its evaluations of each sample, and of solvers the cost; a Schedule's cost is
+            in terms of its objective. The schedules of "squared" are added to this calibration's.
 
         Raises:
             TypeError, ValueError: naming the argument.

@@ -247,33 +247,83 @@ def student(
     """Least mean squared distance of the student's own state to the teacher's, knot by knot.
 
     The best predecessor of each knot is decided from the start on, a greedy choice and no optimum. About N K
-    evaluations for the largest N. Source: OSS, arXiv 2503.21774.
+    evaluations for the largest N, those of all knots that as many steps reach in one batch.
+
+    Source: OSS (Optimal Stepsize for Diffusion Sampling, arXiv 2503.21774), with the first evaluation at the grid's
+    first time, as a schedule has it: "oss" is free there, as the authors' code is.
     """
     x, _, teacher = _samples(cal, velocity, "student", samples, chunk)
+    parent, errors, evaluations = _own_states(cal, steps, x, teacher)
+    plans = {}
+    for n in steps:
+        path = path_of(parent, n, (len(cal.times) - 1,))
+        plans[n] = Schedule(cal.times[list(path)], cal.times, path, errors[n])
+    return _noted(plans, "student", evaluations, samples=x.shape[1])
+
+
+@objective
+def oss(
+    cal: Measured, steps: list[int], *, velocity: Velocity | None, samples: int = 64, chunk: int | None = None
+) -> dict[int, Solver]:
+    """Least mean squared distance of the student's own state to the teacher's, knot by knot, the first evaluation
+    being of the noise as it is at whichever knot is best.
+
+    The first step is of the length from that knot on: the way before it is not gone. Evaluations as for "student".
+    Returns Euler solvers whose first model time is that knot, and `evaluated`, the places of all of these, in notes.
+
+    Source: OSS (Optimal Stepsize for Diffusion Sampling, arXiv 2503.21774). Against its authors' code
+    (github.com/bebebe666/OptimalSteps, commit ee35043) run with the mean over samples in place of one at a time, whose
+    schedules it takes the median of. A path of N has N evaluations here; there a knot keeps the state of fewer where
+    that is nearer, and the path that is read back is longer than the one whose error it was.
+    """
+    x, _, teacher = _samples(cal, velocity, "oss", samples, chunk)
+    parent, errors, evaluations = _own_states(cal, steps, x, teacher, free=True)
+    found, K = {}, len(cal.times) - 1
+    for n in steps:
+        path = path_of(parent, n, (K,))
+        indices, times = (0, *path[1:]), cal.times[list(path)]
+        notes = {
+            "objective": "oss",
+            "evaluations": evaluations,
+            "samples": x.shape[1],
+            "indices": list(indices),
+            "evaluated": list(path[:-1]),
+            "cost": errors[n],
+            "uniform_cost": None,
+        }
+        b = times.diff().expand(n, -1).tril()
+        found[n] = Solver(cal.times[list(indices)], times[:-1], b, "euler, free start", notes)
+    return found
+
+
+def _own_states(
+    cal: Measured, steps: list[int], x: Tensor, teacher: Teacher, free: bool = False
+) -> tuple[Tensor, dict[int, float], int]:
+    """(places of the knot before, for `path_of`; mean squared distances of the ends by N; evaluations) of the student's
+    own states, each s steps from the noise, with which the next ones are made.
+
+    free: the first step may be from any knot, with the noise as the state there.
+    """
     K, t = len(cal.times) - 1, cal.times[:-1].tolist()
     most, forced = max(steps), cal.forced
     furthest = [0, *forced, *[K] * most]  # that so many steps reach, none of which spans a forced knot
     z, error = torch.empty_like(x), torch.zeros(most + 1, K + 1, dtype=torch.float64, device="cpu")
-    z[0], parent, evaluations = x[0], torch.zeros(most + 1, K + 1, dtype=torch.int64, device="cpu"), 0
-    v, ahead = torch.empty_like(x[:-1]), torch.empty_like(x)
+    z[:] = x[0]  # more than the first of which `free` asks
+    parent, evaluations = torch.zeros(most + 1, K + 1, dtype=torch.int64, device="cpu"), 0
+    ahead = torch.empty_like(x)
     for s in range(1, most + 1):
-        starts = range(s - 1, min(furthest[s - 1] + 1, K))
-        for j in starts:
-            v[j] = teacher.at(z[j], t[j])
+        starts = range(furthest[1]) if s == 1 and free else range(s - 1, min(furthest[s - 1] + 1, K))
+        v = teacher.at_times(z[starts.start : starts.stop], t[starts.start : starts.stop])
         evaluations += len(starts)
         for k in [K] if s == most and len(steps) == 1 else range(s, furthest[s] + 1):
-            j = slice(max([starts[0], *(f for f in forced if f < k)]), min(k, starts[-1] + 1))
-            h = (cal.times[k] - cal.times[j]).to(x).view(-1, *[1] * (x.dim() - 1))
-            reached = z[j] + h * v[j]
+            first, last = max([starts[0], *(f for f in forced if f < k)]), min(k, starts[-1] + 1)
+            h = (cal.times[k] - cal.times[first:last]).to(x).view(-1, *[1] * (x.dim() - 1))
+            reached = z[first:last] + h * v[first - starts[0] : last - starts[0]]
             errors = (reached - x[k]).square_().flatten(2).sum(-1, dtype=torch.float64).mean(1)
             best = int(errors.argmin())
-            error[s, k], parent[s, k], ahead[k] = errors[best], best + j.start, reached[best]
+            error[s, k], parent[s, k], ahead[k] = errors[best], best + first, reached[best]
         z, ahead = ahead, z
-    plans = {}
-    for n in steps:
-        path = path_of(parent, n, (K,))
-        plans[n] = Schedule(cal.times[list(path)], cal.times, path, error[n, K].item())
-    return _noted(plans, "student", evaluations, samples=x.shape[1])
+    return parent, {n: error[n, K].item() for n in steps}, evaluations
 
 
 @objective
@@ -302,7 +352,7 @@ def free(
     for part in given:
         v = kept
         if part > 0:
-            v = torch.stack([teacher.at(x[j], t + part * (1 - t)) for j, t in enumerate(cal.times[:-1].tolist())])
+            v = teacher.at_times(x[:-1], [t + part * (1 - t) for t in cal.times[:-1].tolist()])
             evaluations += K
         table = StepCost(cal.times, states=True, device=v.device).update(v, x).cost().cpu()
         at = cal.times[:-1] + part * (1 - cal.times[:-1])

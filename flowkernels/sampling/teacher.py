@@ -14,10 +14,15 @@ from flowkernels.velocity.evaluate import evaluate
 from flowkernels.velocity.field import float64_device
 from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
 
+ROWS_BYTES = 5 << 19  # of the states of several times that are evaluated at once: calibrate's chunks at K = 100
+AGREE = 1e-2  # of a velocity's size, beyond what batches of other sizes round to in bfloat16
 
-def velocity_at(velocity: VelocityBase, x: Tensor, t: float) -> Tensor:
-    """That of all of x `[n, *shape]` at one time, guidance applied; with gradients, where it has them."""
-    now = torch.full((len(x),), t, dtype=torch.float64, device=float64_device(x.device))
+
+def velocity_at(velocity: VelocityBase, x: Tensor, t: float | Tensor) -> Tensor:
+    """That of all of x `[n, *shape]` at one time, or at times `[n]` in float64; guidance applied, with gradients where
+    it has them."""
+    where = dict(dtype=torch.float64, device=float64_device(x.device))
+    now = t.to(**where) if isinstance(t, Tensor) else torch.full((len(x),), t, **where)
     v, v_uncond, w = evaluate(velocity, x, now)
     return v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
 
@@ -40,6 +45,7 @@ class Teacher:
 
     fused: what makes all of the solver's steps in one call, of a velocity that has such; or None.
     evaluations: of single samples, so far; guidance makes no two of one.
+    takes_rows: whether the velocity takes a time for each row, and more rows than samples (`at_times`); None: unknown.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Teacher:
         self.fused, self.velocity = None if solver is None else given.fused_run(solver), given.unfused()
         self.total, self.solver, self.order, self.chunk, self.evaluations = total, solver, order, chunk, 0
         self._fields: dict[tuple[int, int], VelocityBase] = {}  # of samples from .. to
+        self.takes_rows: bool | None = None
 
     def chunks(self, n: int) -> Iterator[slice]:
         """Parts of n samples that are evaluated at once."""
@@ -85,6 +92,48 @@ class Teacher:
             out[part] = velocity_at(field, x[part], t)
         self.evaluations += len(x)
         return out
+
+    def at_times(self, x: Tensor, times: Sequence[float], first: int = 0) -> Tensor:
+        """The velocities `[m, n, *shape]` at m times, of each of which x `[m, n, *shape]` has the states of all samples
+        from `first` on: what `at` gives for each time, in as few calls of the network as `chunk` rows allow.
+
+        Without a chunk a call has rows whose states take 2.5 MiB, or all samples at one time if these are more. A
+        velocity that does not take rows of several times, such as one that looks at the first alone, is found out at
+        the cost of four rows, once, and evaluated time by time.
+        """
+        m, n = x.shape[:2]
+        most = self.chunk or max(n, ROWS_BYTES // max(1, x[:1, :1].nbytes))
+        if m < 2 or most <= n or not self._takes_rows(x, times, first):
+            found = [self.at(states, t, first) for states, t in zip(x, times, strict=True)]
+            return torch.stack(found) if found else torch.empty_like(x)
+        states, out = x.flatten(0, 1), torch.empty_like(x)
+        rows, at = out.flatten(0, 1), torch.tensor(times, dtype=torch.float64, device="cpu").repeat_interleave(n)
+        samples = torch.arange(n, device="cpu").repeat(m) + first
+        for begin in range(0, m * n, most):
+            part = slice(begin, begin + most)
+            rows[part] = velocity_at(self._field_of(samples[part]), states[part], at[part])
+        self.evaluations += m * n
+        return out
+
+    def _field_of(self, samples: Tensor) -> VelocityBase:
+        """Of samples in any order, perhaps more than once."""
+        return self.velocity.rows(samples if self.order is None else self.order[samples], self.total)
+
+    def _takes_rows(self, x: Tensor, times: Sequence[float], first: int) -> bool:
+        if self.takes_rows is None:
+            pair, samples = x[[0, -1], 0], torch.tensor([first] * 2, device="cpu")
+            at = torch.tensor([times[0], times[-1]], dtype=torch.float64, device="cpu")
+            self.evaluations += 4
+            try:
+                field = self._field(first, first + 1)
+                alone = torch.cat([velocity_at(field, pair[i : i + 1], at[i : i + 1]) for i in range(2)])
+                together = velocity_at(self._field_of(samples), pair, at)
+            except Exception:  # whatever a callable makes of other rows than those of its samples
+                self.takes_rows = False
+            else:
+                size, off = (v.double().flatten(1).norm(dim=1) for v in (alone, together - alone))
+                self.takes_rows = bool((off <= AGREE * size).all())
+        return self.takes_rows
 
     def run(
         self, solver: Solver, start: Tensor, past: Sequence[Tensor] = (), first: int = 0
