@@ -905,7 +905,9 @@ def _stages(cal) -> None:
         batch=(2, is_int(1)),
         generator=(None, or_none(lambda v: isinstance(v, torch.Generator))),
         schedule=(2, lambda v: v in (2, 3) or isinstance(v, fk.Schedule)),
+        held_out=(1, is_int(0, N - 1)),
     )
+    place("TrajectoryBank.ends", lambda count: filled.ends(count, 2), count=(2, is_int(1, N)))
     place("TrajectoryBank.refresh", filled.refresh, fraction=(0.5, within(0, 1, ends="(]")))
     place("StraightenLoss.roll_out", learned.roll_out, student=student, states=known, chunk=(None, or_none(is_int(1))))
     place(

@@ -61,6 +61,8 @@ SMALLER = {
     "iterations=5000": "iterations=2",
     "noise=(3, 32, 32)": "noise=(4,)",
     "size=50_000": "size=40",
+    "held_out=256": "held_out=8",
+    "ends(256": "ends(8",
     "grid=100": "grid=24",
     "100)": "12)",
 }

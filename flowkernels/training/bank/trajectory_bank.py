@@ -280,7 +280,14 @@ class TrajectoryBank:
                 self._roll_out(k, initial_state(noise[rows]), columns, k, bar)
         self._store.settle()
 
-    def sample(self, batch: int = 128, generator: torch.Generator | None = None, schedule: Any = None) -> BankBatch:
+    def sample(
+        self,
+        batch: int = 128,
+        generator: torch.Generator | None = None,
+        schedule: Any = None,
+        *,
+        held_out: int = 0,
+    ) -> BankBatch:
         """A batch: intervals and trajectories, drawn uniformly.
 
         Args:
@@ -289,6 +296,7 @@ class TrajectoryBank:
                 there whose seed this one draws: nothing waits.
             schedule: whose intervals, of several: a number of steps, or a Schedule, Solver or StraightenLoss whose
                 knots the bank keeps.
+            held_out: so many of the last trajectories are not drawn: `ends` has these.
 
         Returns:
             BankBatch, on the device: the states themselves where they are there as they are needed, float and of this
@@ -297,12 +305,13 @@ class TrajectoryBank:
         batch, places = expect_positive_int(batch, "batch"), self._knots.choose(schedule)
         known = generator is None or isinstance(generator, torch.Generator)
         expect(known, "generator", "a torch.Generator or None", generator, TypeError)
+        held_out = expect_int(held_out, "held_out", f"fewer than the {self.size} trajectories", 0, self.size - 1)
         self._expect_filled()
         expect_room(2 * 8 * batch, "batch", "examples", f"{batch}")
         here = self.device if self._store.kind == "device" else torch.device("cpu")
         drawn_by = generator_on(here, torch.default_generator if generator is None else generator)
         interval = torch.randint(len(places) - 1, (batch,), generator=drawn_by, device=here)
-        sample = torch.randint(self.size, (batch,), generator=drawn_by, device=here)
+        sample = torch.randint(self.size - held_out, (batch,), generator=drawn_by, device=here)
         times = tuple(self.times[list(places)].tolist())
         more = dict(conditioning=self._conditioning(sample), guidance=self.guidance, times=times)
         if self._is_whole(places):
@@ -310,6 +319,22 @@ class TrajectoryBank:
         knots = self._on(places, here)
         ends = self._there(self._store.ends(knots[interval], knots[interval + 1], sample)).to(self._state_dtype)
         return BankBatch(ends, self._there(interval), self._there(sample), True, size=self.size, **more)
+
+    def ends(self, count: int, schedule: Any = None) -> BankBatch:
+        """The ends of the last `count` trajectories, from the first knot of a schedule to its last, as one interval:
+        those that `sample(held_out=count)` does not draw. Their states are `[2, count, *shape]`."""
+        expect_int(count, "count", f"of {self.size} trajectories", 1, self.size)
+        places = self._knots.choose(schedule)
+        self._expect_filled()
+        here = self.device if self._store.kind == "device" else torch.device("cpu")
+        sample = torch.arange(self.size - count, self.size, device=here)
+        knots = self._on(places, here)
+        ends = self._store.ends(knots[0].expand(count), knots[-1].expand(count), sample)
+        ends = self._there(ends).to(self._state_dtype)
+        times = tuple(self.times[[places[0], places[-1]]].tolist())
+        more = dict(conditioning=self._conditioning(sample), guidance=self.guidance, times=times)
+        interval = self._there(torch.zeros_like(sample))
+        return BankBatch(ends, interval, self._there(sample), True, size=self.size, **more)
 
     def states(self, schedule: Any = None, count: int | None = None) -> Tensor:
         """All states at the knots of one schedule, `[N+1, n, *shape]`, float32 or float64, on the device: those that

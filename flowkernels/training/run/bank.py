@@ -16,6 +16,9 @@ from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.protocol import Velocity
 from flowkernels.velocity.provenance import Identity
 
+HELD_OUT = range(8, 257)  # trajectories that a solver's student is compared on before and after
+HELD_OUT_PART = 8  # of the bank, one in so many
+
 
 class RunBank:
     """What a run asks of its bank.
@@ -25,6 +28,7 @@ class RunBank:
     batch: examples of a batch. fraction: of a bank that is refreshed.
     rng, noise_hash: with these a checkpoint's noise is drawn again: the generator's state before it was, and, of what a
         function draws, the hash. drawn: in their place, of a caller's bank, how much has been drawn.
+    held_out: trajectories, the last ones, that a run whose solver goes with its student does not train on.
     """
 
     def __init__(
@@ -32,6 +36,8 @@ class RunBank:
     ):
         self.bank, self.batch, self.fraction = bank, batch, fraction
         self._objective, self._noise = objective, noise
+        held_out = min(HELD_OUT[-1], bank.size // HELD_OUT_PART)
+        self.held_out = held_out if objective.refits and held_out in HELD_OUT else 0
         self._source = None if noise is None else source_of(noise, "noise")
         self._begun: Tensor | None = None  # noise that has been drawn for `roll_out`
         self.rng: Tensor | None = None
@@ -137,8 +143,12 @@ class RunBank:
 
     def sample(self, generator: torch.Generator, n: int | None = None) -> BankBatch:
         """n: examples, in place of `batch`."""
-        batch = self.bank.sample(n or self.batch, generator, self._objective)
+        batch = self.bank.sample(n or self.batch, generator, self._objective, held_out=self.held_out)
         return BankBatch(self.states, *batch[1:3]) if self._objective.needs_roll_out else batch
+
+    def ends(self) -> BankBatch:
+        """Of the trajectories that are held out."""
+        return self.bank.ends(self.held_out, self._objective)
 
 
 def _expect_memory(noise: Any, size: int, batch: int, objective: StraightenLoss) -> None:

@@ -27,6 +27,7 @@ KEYS = {"setting", "iteration", "history", "student", "optimizer", "average"}
 KEYS |= {"bank_rng", "rng", "global_rng", "totals", "counts", "bank_noise"}
 ROLLED_OUT = "rolled_out"  # weights, of a run on its student's own samples alone
 BANK_DRAWN = "bank_drawn"  # how much had been drawn, of a bank with seeds of its own alone
+BEGAN_AT = "began_at"  # the error that the student had before it was trained, where a solver goes with it
 RENAMED = {"u": "t_sampling", "weight": "weighting"}  # settings, since
 SINCE_2 = {"teacher_field", "student_field", "optimizer", "student"}  # settings that version 1 does not have
 
@@ -89,7 +90,7 @@ def read_checkpoint(path: Path, stacklevel: int = 3) -> dict:
         if version == 1:
             saved.setdefault("bank_noise", None)
         _expect(
-            saved.keys() - {"format", "version", ROLLED_OUT, BANK_DRAWN} == KEYS,
+            saved.keys() - {"format", "version", ROLLED_OUT, BANK_DRAWN, BEGAN_AT} == KEYS,
             f"{sorted(KEYS)}",
             sorted(saved, key=str),
         )
@@ -132,6 +133,8 @@ def checkpoint_to_resume(
         _expect_setting(saved, shared)
         drawn = saved.get(BANK_DRAWN, 1)
         _expect(type(drawn) is int and drawn > 0, f"a number of chunks as {BANK_DRAWN}", drawn)
+        began = saved.get(BEGAN_AT, 0.0)
+        _expect(type(began) is float and began >= 0, f"a mean squared distance as {BEGAN_AT}", began)
         _expect((ROLLED_OUT in saved) == settings.objective.needs_roll_out, f"{ROLLED_OUT} where it is used", [*saved])
         if ROLLED_OUT in saved:
             expect_weights(student, saved[ROLLED_OUT], "checkpoint", exact=True)

@@ -39,6 +39,7 @@ class RunPairs:
 
     drawn: int | None = None
     noise_hash: str | None = None
+    held_out: int = 0
 
     def __init__(self, given: PairsSource, objective: StraightenLoss, batch: int, device: torch.device):
         self.given, self.batch, self._device = given, batch, device

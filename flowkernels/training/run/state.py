@@ -15,6 +15,7 @@ from flowkernels.training.run.average import Average
 from flowkernels.training.run.bank import RunBank
 from flowkernels.training.run.checkpoint import (
     BANK_DRAWN,
+    BEGAN_AT,
     HISTORY,
     ROLLED_OUT,
     checks_of,
@@ -36,6 +37,7 @@ class State:
         student is, the losses of each interval since the last row, and their number.
     steps: N. setting: what a resumed run must share, in plain values.
     rolled_out: the weights with which the student's own samples were taken last; None where none are, or not kept.
+    began_at: how far the student's samples were from the teacher's before it was trained; None where nobody asks.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class State:
         self.generator = torch.Generator().manual_seed(seed)
         self.iteration, self.history = 0, {name: [] for name in HISTORY}
         self.rolled_out: dict[str, Any] | None = None
+        self.began_at: float | None = None
         device = trained_parameters(student)[0].device
         self.totals, self.counts = torch.zeros(2, steps, dtype=torch.float32, device=device)
         self._intervals = torch.arange(steps, device=device)[:, None]
@@ -90,7 +93,7 @@ class State:
 
     def contents(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        more = {ROLLED_OUT: self.rolled_out, BANK_DRAWN: self.bank.drawn}
+        more = {ROLLED_OUT: self.rolled_out, BANK_DRAWN: self.bank.drawn, BEGAN_AT: self.began_at}
         return {
             "setting": self.setting,
             "iteration": self.iteration,
@@ -127,7 +130,7 @@ class State:
                 self.average.load_state_dict(saved["average"])
             load_weights(self.student, saved["student"])
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
-            self.rolled_out = saved.get(ROLLED_OUT)
+            self.rolled_out, self.began_at = saved.get(ROLLED_OUT), saved.get(BEGAN_AT)
         self.iteration, self.history = saved["iteration"], saved["history"]
         self.totals.copy_(saved["totals"]), self.counts.copy_(saved["counts"])
         self.generator.set_state(saved["bank_rng"])
