@@ -619,8 +619,7 @@ def _schedules() -> None:
 def _stages(cal) -> None:
     field, noise = (lambda: velocity, is_function), (lambda: rand(N, D), is_noise)
     plan, bar = (3, is_plan), (False, is_flag)
-    steps_of_euler = lambda v: isinstance(v, fk.Schedule) or is_times(v)  # noqa: E731
-    place("rollout", fk.rollout, velocity=field, noise=noise, grid=(3, steps_of_euler), progress=bar)
+    place("rollout", fk.rollout, velocity=field, noise=noise, grid=(3, is_plan), progress=bar)
     place(
         "sample",
         fk.sample,
@@ -715,6 +714,7 @@ def _stages(cal) -> None:
         ),
         **dict(
             verify_noise=(lambda: rand(N, D) + 1, or_none(is_noise)),
+            teacher_solver=("euler", is_one_of("euler", "heun")),
             fit=(False, is_flag),
             keep_bytes=(10**6, is_int(0, 10**5000)),
             forced_knots=(None, or_none(are_numbers)),

@@ -37,6 +37,7 @@ from flowkernels.sampling.loop import initial_state
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.sampling.sample import sample
 from flowkernels.sampling.teacher import Teacher
+from flowkernels.sampling.teacher_solver import EULER, KnotStates, entry_of, expect_teacher_solver
 from flowkernels.schedule import expect_steps, first_from, forced_places
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import TRAINING, warn_if_training
@@ -55,6 +56,7 @@ def calibrate(
     steps: int | Iterable[int] = range(1, 11),
     *,
     max_regret: float | None = None,
+    teacher_solver: str | Solver = EULER,
     verify_noise: Tensor | None = None,
     fit: bool = False,
     forced_knots: Sequence[float] | Tensor | None = None,
@@ -71,13 +73,20 @@ def calibrate(
         velocity: callable `velocity(x, t)` with x `[n, *shape]`, t `[n]`, a `VelocityField` or a `FusedSampler`; the
             teacher.
         noise: `[n, *shape]`, as many samples as wanted; a few hundred settle most schedules.
-        grid: K for K uniform fine steps, or K+1 increasing times, from 0 or later to 1. Costs K evaluations a sample.
-            `noise` is the state at its first time, where every schedule begins.
+        grid: K for K uniform fine steps, or K+1 increasing times, from 0 or later to 1. Costs K evaluations a sample
+            (`teacher_solver`). `noise` is the state at its first time, where every schedule begins.
         steps: the numbers of steps N wanted, each 1..K.
         max_regret: a share, such as 0.02: stop as soon as no chosen schedule costs more than that above the least cost
             in 95 % of bootstrap resamples of the samples so far, looked at from 32 samples on whenever they are half
             as many again; `noise` is then the most that is used. None uses all of it, which a fit may want: schedules
             settle first.
+        teacher_solver: the teacher's steps on the grid.
+            "euler": K evaluations of a sample.
+            "heun": Heun's method, of the second order: 2K, so that K = 50 costs what Euler's steps cost at K = 100. Its
+            steps to t = 1 and to forced knots are the midpoint method's, which evaluates at neither.
+            A Solver from noise to data whose `times` are the grid, such as `fk.Solver.adams_bashforth(grid, 2)` (K): as
+            many as it makes, and one more for each knot whose velocity it does without.
+            Costs, schedules, fits and endpoint errors are of its states at the knots, and the velocities there.
         verify_noise: other noise, `[m, *shape]`: the endpoint errors to the teacher on it are `verified`, and a warning
             names the numbers of steps for which something is worse than uniform steps. K evaluations of each of its
             samples, and 2N for every N, 3N with `fit`. Conditioning with one row a sample gives it the first m rows.
@@ -120,8 +129,10 @@ def calibrate(
     forced = forced_places(forced_knots, times)
     forced_knots = times[list(forced)]
     wanted = expect_steps(steps, K, len(forced))
+    solver = expect_teacher_solver(teacher_solver, times, forced)
     if chunk is None:
-        chunk = max(1, min(n, CHUNK_BYTES // (K * noise[0].numel() * 4)))
+        rows = K if solver.is_euler else 2 * solver.evaluations  # states beside the velocities, all of a fused sampler
+        chunk = max(1, min(n, CHUNK_BYTES // (rows * noise[0].numel() * 4)))
     expect_positive_int(chunk, "chunk")
     expect_room(32 * K**2, "grid", "step costs", f"{K} steps")
     integer = isinstance(keep_bytes, numbers.Integral) and not isinstance(keep_bytes, bool)
@@ -134,15 +145,16 @@ def calibrate(
     seed = None if seed is None else expect_seed(seed)
     if verify_noise is not None:
         _expect_other_noise(verify_noise, noise)
-    teacher = Teacher(given, n, solver=Solver.euler(times))
+    teacher = Teacher(given, n, solver=solver)
     velocity = teacher.velocity
     warn_if_training(velocity)
 
-    provenance = _provenance(velocity, noise, K, seed)
+    provenance = _provenance(velocity, noise, K, seed) | entry_of(solver, teacher_solver)
     rolled_out = _Trajectories(teacher, noise, keep_bytes)
     too_few, wanted_kept = "keep_bytes" if n > 1 else "noise", "two samples whose trajectories are kept, with fit"
     expect(rolled_out.most > 1 or not fit, too_few, wanted_kept, f"{rolled_out.most}")
-    samples = SampleCosts(times, group_size(n) if max_regret is None else 1, device=noise.device)
+    size, euler = group_size(n) if max_regret is None else 1, solver.is_euler
+    samples = SampleCosts(times, size, device=noise.device, secants=not euler)
     looks = [] if max_regret is None else _looks(n)
     setting = {k: v for k, v in provenance.items() if k not in ("attributes_sha256", "seed", "device", "versions")}
     setting |= {"times": times, "chunk": chunk, "kept": rolled_out.most, "max_regret": max_regret}
@@ -160,16 +172,18 @@ def calibrate(
     expect(any(done.samples == stop for _, stop in [(0, 0), *parts]), "checkpoint", "whole chunks", done.samples)
     with (
         done.kept(),
-        tqdm(total=len(parts) * K, desc="calibrate", disable=not progress, leave=False, unit="eval") as bar,
+        tqdm(
+            total=len(parts) * rolled_out.evaluations, desc="calibrate", disable=not progress, leave=False, unit="eval"
+        ) as bar,
     ):
         for start, stop in parts:
             if stop > done.samples:
-                v = rolled_out.velocities(start, stop, bar)
+                x, v = rolled_out.trajectories(start, stop, bar)
                 with done.changes():
-                    samples.update(v)
+                    samples.update(v, None if euler else x)
                     done.add_samples(samples, rolled_out.kept_so_far(), v.dtype)
             else:
-                bar.update(K)
+                bar.update(rolled_out.evaluations)
             if stop in looks and stop >= done.samples:
                 schedules = least_cost_schedules(samples.cost(), times, wanted, forced_knots=forced_knots)
                 if stable := max(samples.regrets(schedules, forced).values()) <= max_regret:
@@ -232,7 +246,7 @@ def _verify(
     for start in range(begun, len(noise), chunk):
         rows = slice(start, min(start + chunk, len(noise)))
         part = velocity.rows(rows, n)
-        x1 = sample(part, noise[rows], cal.times)
+        x1 = sample(part, noise[rows], cal.teacher_solver)
         errors = {
             N: {name: endpoint_errors(sample(part, noise[rows], plan), x1) for name, plan in of.items()}
             for N, of in plans.items()
@@ -273,19 +287,29 @@ def _parts(n: int, chunk: int, cuts: Iterable[int]) -> Iterator[tuple[int, int]]
 
 
 class _Trajectories:
-    """Rolls a teacher out, some samples at a time, and keeps the trajectories of the first `most`."""
+    """Rolls a teacher out, some samples at a time, and keeps the trajectories of the first `most`.
+
+    evaluations: of a sample.
+    """
 
     def __init__(self, teacher: Teacher, noise: Tensor, keep_bytes: int):
         self.teacher, self.noise, self.times = teacher, noise, teacher.solver.times
+        self.knots = None if teacher.solver.is_euler else KnotStates.of(teacher.solver)
+        self.evaluations = (self.knots or teacher.solver).evaluations
         state = initial_state(noise[:1])
         self.most = min(len(noise), keep_bytes // (state.nbytes * (2 * len(self.times) - 1)))
         self.x = self._new(len(self.times), self.most, state) if self.most else None
-        self.v = self.scratch = None
+        self.v = self.scratch = self.states = None
 
-    def velocities(self, start: int, stop: int, bar) -> Tensor:
-        """Those of the samples from start to stop, all kept or none: `[K, stop - start, *shape]`, good until the next
-        call."""
+    def trajectories(self, start: int, stop: int, bar) -> tuple[Tensor | None, Tensor]:
+        """States and velocities of the samples from start to stop, all kept or none: `[K+1, stop - start, *shape]`,
+        None where Euler's steps tell them, and `[K, stop - start, *shape]`, good until the next call."""
         rows, keep = slice(start, stop), stop <= self.most
+        if self.knots is not None:
+            begin = initial_state(self.noise[rows])
+            x = self.x[:, rows] if keep else self._scratch_states(begin)
+            into = (lambda v: self._kept(rows, v)) if keep else self._scratch
+            return x, self.knots.fill(self.teacher, begin, start, x, into, bar.update)
         if self.teacher.fused is not None:
             _, states, v = self.teacher.fused_flow(self.noise[rows], start, states=keep, velocities=True)
             bar.update(len(v))
@@ -294,14 +318,14 @@ class _Trajectories:
             elif keep:
                 self.x[:, rows] = states
                 self._kept(rows, v[0]).copy_(v)
-            return v
+            return None, v
         begin, out = initial_state(self.noise[rows]), self.x[:, rows] if keep else None
         for i, (_, v) in enumerate(self.teacher.flow(begin, start, out=out, keep=True)):
             if i == 0:
                 found = self._kept(rows, v) if keep else self._scratch(v)
             found[i] = v
             bar.update()
-        return found
+        return None, found
 
     def kept_so_far(self) -> tuple[Tensor, Tensor] | None:
         """States and velocities, of all that are to be kept, as far as they have been rolled out."""
@@ -332,6 +356,11 @@ class _Trajectories:
         if self.scratch is None or self.scratch.shape[1] < len(like):
             self.scratch = self._new(len(self.times) - 1, len(like), like)
         return self.scratch[:, : len(like)]
+
+    def _scratch_states(self, like: Tensor) -> Tensor:
+        if self.states is None or self.states.shape[1] < len(like):
+            self.states = self._new(len(self.times), len(like), like)
+        return self.states[:, : len(like)]
 
 
 def _provenance(velocity: VelocityBase, noise: Tensor, K: int, seed: int | None) -> dict:

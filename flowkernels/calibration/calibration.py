@@ -155,7 +155,7 @@ class Calibration(Measured, Mapping):
         norm_cost = None
         if all(norm is not None for norm in norms):
             norm_cost = sum(norm * n for norm, n in zip(norms, sizes, strict=True)) / sum(sizes)
-        cost = cost_from_gram(gram, first.times)
+        cost = cost_from_gram(gram, first.times, states=first.secants)
         wanted = sorted(set().union(*parts))
         schedules = least_cost_schedules(cost, first.times, wanted, forced_knots=first.forced_knots)
         costs = None
@@ -345,7 +345,7 @@ class Calibration(Measured, Mapping):
             found = digest(data)
             if SUM in data:
                 expect_unchanged(data[SUM], found, EDITED)
-            cal = calibration_of(cls, data if version == 2 else as_version_2(data))
+            cal = calibration_of(cls, as_version_2(data) if version == 1 else data)
             if version == 1 and "verified_as" not in data:  # as files once were: what is there is what was verified
                 cal.add_verified({n: of for n, of in cal.verified.items() if n in {*cal.schedules, *cal.solvers}})
         if SUM not in data:

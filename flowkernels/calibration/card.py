@@ -14,6 +14,7 @@ from torch import Tensor
 from flowkernels._checks import expect, expect_int, expect_numbers, expect_real, expect_times
 from flowkernels._files import SUM, plain
 from flowkernels._version import __version__
+from flowkernels.sampling.teacher_solver import ENTRY
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 
@@ -35,7 +36,7 @@ def written(cal, best: dict[int, str]) -> dict:
     """The entries of a Calibration's file, but for its checksum. best: the name of the best choice of each N."""
     data = {
         "format": FORMAT,
-        "version": 2,
+        "version": 3 if cal.secants else 2,  # earlier versions would take the teacher for Euler's
         "written": {"by": f"flowkernels {__version__}", "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"},
         "rule": RULE,
         "provenance": plain(cal.provenance),
@@ -56,7 +57,8 @@ def expect_version(data: Any, path: str | Path) -> int:
     kind = data.get("format") if isinstance(data, dict) else type(data).__name__
     expect(kind == FORMAT, "path", f"a file of format {FORMAT!r}", f"{path} of format {kind!r}")
     version = data.get("version")
-    expect(type(version) is int and version in (1, 2), "path", "version 1 or 2", f"{path} of version {version!r}")
+    known = type(version) is int and version in (1, 2, 3)
+    expect(known, "path", "version 1, 2 or 3", f"{path} of version {version!r}")
     return version
 
 
@@ -66,9 +68,10 @@ def calibration_of(made: Callable[..., Made], data: dict) -> Made:
     times = expect_times(data["times"], "times")
     K, forced = len(times) - 1, data["forced_knots"]
     expect_numbers(forced, "forced_knots")
-    tables = {"cost": (K + 1, 1), "gram": (K - 1, 0), "norm_cost": (K + 1, 1)}
-    tables = {name: _decoded(data[name], name, *of) for name, of in tables.items() if name == "cost" or name in data}
     provenance = _object(data["provenance"], "provenance")
+    gram_rows = 2 * K - 1 if ENTRY in provenance else K - 1  # of secants too, where the teacher's steps are not Euler's
+    tables = {"cost": (K + 1, 1), "gram": (gram_rows, 0), "norm_cost": (K + 1, 1)}
+    tables = {name: _decoded(data[name], name, *of) for name, of in tables.items() if name == "cost" or name in data}
     expect(provenance.get("K", K) == K, "provenance.K", f"{K}, the steps of times", provenance.get("K"))
     shape, made_for = provenance.get("shape", []), provenance.get("parameters_sha256")
     expect(isinstance(shape, list), "provenance.shape", "the shape of a sample", shape)

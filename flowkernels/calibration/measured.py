@@ -8,6 +8,7 @@ from torch import Tensor
 from flowkernels._checks import expect, expect_mapping, expect_times, expect_values
 from flowkernels.calibration.sample_costs import SINGLES, SampleCosts
 from flowkernels.sampling.rollout import Trajectory
+from flowkernels.sampling.teacher_solver import teacher_solver_of
 from flowkernels.schedule import forced_places
 
 
@@ -17,7 +18,11 @@ class Measured:
     times: the grid, float64 `[K+1]`. cost: the step costs E|e|^2, float64 `[K+1, K+1]`, Inf where k <= j.
     provenance: where all of it comes from (K, n, seed, dtype, shape, guidance, the model's hashes, library versions).
     gram: the mean Gram matrix of velocity increments, float64 `[K-1, K-1]` (`velocity_gram` divided by n), or None.
-    kept: the teacher's trajectory of the first samples, where they are, or None.
+    teacher_solver: the teacher's steps, as the provenance names them. secants: whether they are not Euler's. Then gram
+        is `[2K-1, 2K-1]`: of the increments of `u_i = (x_{i+1} - x_i) / h_i`, and after them of `e_j = u_j - v_j`; the
+        error of the step j -> k, of increments alone for Euler's steps, has `(t_k - t_j) e_j` beside them
+        (`cost_from_gram`, `states=secants`), and nothing may take `kept.v` for the secants of `kept.x`.
+    kept: the teacher's trajectory of the first samples, states and velocities at the knots, where they are, or None.
     sample_costs: Gram matrices of groups of samples, or None.
     forced_knots: times of the grid that every schedule has as knots; `forced`, their places in it.
 
@@ -40,11 +45,14 @@ class Measured:
         K = len(times) - 1
         expect_values(cost, "cost", (torch.float64,))
         expect(cost.shape == (K + 1, K + 1), "cost", f"shape {[K + 1, K + 1]}, a row for each knot", cost)
-        if gram is not None:
-            expect_values(gram, "gram", (torch.float64,))
-            expect(gram.shape == (K - 1, K - 1), "gram", f"shape {[K - 1, K - 1]}", gram)
         expect_mapping(provenance, "provenance")
         self.forced = forced_places(forced_knots, times)
+        self.teacher_solver = teacher_solver_of(provenance, times, self.forced)
+        self.secants = not self.teacher_solver.is_euler
+        if gram is not None:
+            expect_values(gram, "gram", (torch.float64,))
+            rows = 2 * K - 1 if self.secants else K - 1
+            expect(gram.shape == (rows, rows), "gram", f"shape {[rows, rows]}", gram)
         self.cost, self.provenance, self.gram, self.kept, self.sample_costs = cost, provenance, gram, kept, sample_costs
         self._norm_cost = norm_cost
         self._of_kept: tuple | None = None  # the velocities and their version, and what was made of them
@@ -78,10 +86,11 @@ class Measured:
         return self._norm_cost if self.kept is None else self._made_of_kept()[1]
 
     def _made_of_kept(self) -> tuple[SampleCosts, Tensor]:
-        v = self.kept.v
-        version = object() if v.is_inference() else v._version  # writes to the former are not counted
+        x, v = self.kept.x if self.secants else None, self.kept.v
+        version = [object() if t.is_inference() else t._version for t in (x, v) if t is not None]
         if self._of_kept is None or self._of_kept[0] is not v or self._of_kept[1] != version:
-            singles = SampleCosts(self.times, most=SINGLES, device=v.device)
-            singles.update(v[:, : singles.most])  # no more than groups of one
+            singles = SampleCosts(self.times, most=SINGLES, device=v.device, secants=self.secants)
+            most = slice(singles.most)  # no more than groups of one
+            singles.update(v[:, most], None if x is None else x[:, most])
             self._of_kept = v, version, singles, singles.norm_cost()
         return self._of_kept[2:]

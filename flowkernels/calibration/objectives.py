@@ -87,6 +87,11 @@ def _of_norms(cal: Measured, steps: list[int], name: str, gamma: float) -> dict[
     return cal.single_costs.with_intervals(plans, norm=True) if has_intervals else plans
 
 
+def _expect_euler(cal: Measured, name: str) -> None:
+    expected = f"a calibration of Euler's steps, for {name!r}"
+    expect(not cal.secants, "objective", expected, f"one of {cal.teacher_solver.name!r} (teacher_solver)")
+
+
 def _noted(plans: dict[int, Schedule], name: str, evaluations: int, **notes) -> dict[int, Schedule]:
     """With where they come from; evaluations: further ones, of each sample that they are made on."""
     notes = {"objective": name, "evaluations": evaluations, **notes}
@@ -145,6 +150,7 @@ def endpoint(
     evaluations, a vector-Jacobian product counted as two. The velocity must have gradients.
     """
     expect_positive_int(probes, "probes")
+    _expect_euler(cal, "endpoint")
     x, v, teacher = _samples(cal, velocity, "endpoint", samples, chunk)
     K, n, h, t = len(cal.times) - 1, x.shape[1], cal.times.diff().tolist(), cal.times[:-1].tolist()
     draw = torch.Generator("cpu").manual_seed(0)
@@ -217,6 +223,7 @@ def pairs(cal: Measured, steps: list[int]) -> dict[int, Solver]:
     No evaluations, but K^3 numbers. Returns solvers.
     """
     expect(cal.gram is not None, "objective", "a calibration with its Gram matrix, for 'pairs'", "one of before that")
+    _expect_euler(cal, "pairs")
     times, K = cal.times, len(cal.times) - 1
     first = without_spans(cal.cost, cal.forced)[0].contiguous()
     cost = without_spans(pair_costs(cal.gram, times), cal.forced)

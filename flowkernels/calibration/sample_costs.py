@@ -35,12 +35,13 @@ class SampleCosts:
     times: float64 `[K+1]`. size: samples of a group, at first: there are never more than `most` groups, which become
     half as many of twice the size when they would. Some may have fewer: the last one, and what `joined` brings. count:
     the samples so far. Large grids have fewer groups than asked for. device: where the velocities are, and all that is
-    made of them.
+    made of them. secants: whether states are told too, which are not Euler steps of the velocities: the increments are
+    those of their secants, and K rows e_j follow (`velocity_gram`).
     """
 
-    def __init__(self, times: Tensor, size: int = 1, most: int = GROUPS, device="cpu"):
-        rows = len(times) - 2
-        self.times, self.size, self._sizes = times, size, []
+    def __init__(self, times: Tensor, size: int = 1, most: int = GROUPS, device="cpu", secants: bool = False):
+        rows = 2 * len(times) - 3 if secants else len(times) - 2
+        self.times, self.size, self._sizes, self.secants = times, size, [], secants
         self.most = min(most, max(32, GROUP_BYTES // (8 * max(1, rows) ** 2) // 2 * 2))
         self._grams = torch.empty(self.most, rows, rows, dtype=torch.float64, device=device)
         self._total = torch.zeros(rows, rows, dtype=torch.float64, device=device)
@@ -50,7 +51,7 @@ class SampleCosts:
         """The samples of several, on the same times, on the first one's device: each brings its groups, which become
         fewer where they are too many."""
         first = parts[0]
-        found = cls(first.times, max(part.size for part in parts), GROUPS, first._total.device)
+        found = cls(first.times, max(part.size for part in parts), GROUPS, first._total.device, first.secants)
         grams = torch.cat([part.grams.to(first._total.device) for part in parts])
         sizes = [size for part in parts for size in part._sizes]
         while len(sizes) > found.most:
@@ -84,7 +85,7 @@ class SampleCosts:
 
     @property
     def grams(self) -> Tensor:
-        """Sums over each group's samples, float64 `[groups, K-1, K-1]`."""
+        """Sums over each group's samples, float64 `[groups, K-1, K-1]`, of secants `[groups, 2K-1, 2K-1]`."""
         return self._grams[: self.groups]
 
     @property
@@ -94,7 +95,7 @@ class SampleCosts:
 
     @property
     def gram(self) -> Tensor:
-        """The mean over all samples, float64 `[K-1, K-1]`."""
+        """The mean over all samples, float64 `[K-1, K-1]` or `[2K-1, 2K-1]`."""
         return self._total / self.count
 
     def cost(self) -> Tensor:
@@ -103,15 +104,17 @@ class SampleCosts:
         gram = self.gram
         finite = bool(torch.isfinite(gram).all())
         expect(finite, "velocity", "velocities whose squared increments are finite", "an overflow")
-        return cost_from_gram(gram, self.times)
+        return cost_from_gram(gram, self.times, states=self.secants)
 
     def norm_cost(self) -> Tensor:
         """`[K+1, K+1]` on the CPU: entry [j, k] is the mean over samples, which must be groups of one, of the error |e|
         of the step j -> k; Inf where k <= j."""
-        return (sum(cost_from_gram(gram, self.times).sqrt() for gram in self.grams) / self.count).cpu()
+        costs = (cost_from_gram(gram, self.times, states=self.secants).sqrt() for gram in self.grams)
+        return (sum(costs) / self.count).cpu()
 
-    def update(self, v: Tensor) -> "SampleCosts":
-        """Add samples by their velocities `[K, n, *shape]`, which are finite."""
+    def update(self, v: Tensor, x: Tensor | None = None) -> "SampleCosts":
+        """Add samples by their velocities `[K, n, *shape]`, which are finite; x: for secants, their states
+        `[K+1, n, *shape]`."""
         first = 0
         while first < v.shape[1]:
             there = self._sizes[-1] if self._sizes and self._sizes[-1] < self.size else 0
@@ -122,7 +125,10 @@ class SampleCosts:
                     self.size *= 2
                 self._sizes.append(0)
             stop = min(first + self.size - there, v.shape[1])
-            gram, group = velocity_gram(v[:, first:stop]), self.groups - 1
+            part, group = v[:, first:stop], self.groups - 1
+            # secants carry the rounding of the states, which only float64 sums cancel again
+            more = {} if x is None else {"x": x[:, first:stop], "times": self.times}
+            gram = velocity_gram(part if x is None else part.double(), **more)
             self._grams[group] = self._grams[group] + gram if there else gram
             self._total += gram
             self._sizes[-1] += stop - first
@@ -138,7 +144,10 @@ class SampleCosts:
         pairs = [[*itertools.pairwise(s.indices), *[(0, 0)] * (most - s.steps)] for s in schedules]
         j, k = torch.tensor(pairs, device="cpu").movedim(2, 0)[..., None]
         weights = (self.times[k] - self.times[m]) * ((j < m) & (m < k))  # of the increments in the error of each step
-        weights = weights.to(self._grams.device)  # [schedules, most, K-1], zero where a schedule has fewer steps
+        if self.secants:  # and of what the secant is off by at its first knot
+            at = torch.arange(len(self.times) - 1, device="cpu")
+            weights = torch.cat([weights, (self.times[k] - self.times[j]) * (j == at)], -1)
+        weights = weights.to(self._grams.device)  # [schedules, most, rows], zero where a schedule has fewer steps
         if norm:
             w = weights.flatten(0, 1).T
             squares = ((self.grams @ w) * w).sum(1).clamp_min_(0)
@@ -164,7 +173,8 @@ class SampleCosts:
         weights, steps = self.resampled(FEW_RESAMPLES), list(schedules)
         costs = weights @ self.along(list(schedules.values()))
         resamples = (weights @ self.grams.flatten(1)).unflatten(1, self._grams.shape[1:])
-        costs_of = (without_spans(cost_from_gram(gram, self.times), forced) for gram in resamples)
+        of = dict(states=self.secants)
+        costs_of = (without_spans(cost_from_gram(gram, self.times, **of), forced) for gram in resamples)
         least = torch.stack([bellman(cost, max(steps))[0][steps, -1] for cost in costs_of])
         regret = torch.where(costs > least, costs / least - 1, 0.0)
         return dict(zip(steps, regret.quantile(0.95, 0).tolist(), strict=True))

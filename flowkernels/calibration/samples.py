@@ -10,6 +10,7 @@ from flowkernels._checks import expect, expect_noise, expect_positive_int
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.sampling.rollout import rollout
 from flowkernels.sampling.teacher import Teacher
+from flowkernels.sampling.teacher_solver import KnotStates
 from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.identity import warn_if_another
 from flowkernels.velocity.protocol import Velocity, resolve
@@ -80,8 +81,8 @@ class Samples:
         proven = proven and teacher is None  # a student has first velocities of its own
         evaluated = Teacher(velocity, total, chunk=chunk)
         if noise is not None:
-            kept = rollout(known_as.rows(slice(n), total), noise[:n], calibration.times)
-            evaluated.evaluations = n * (len(calibration.times) - 1)
+            kept = rollout(known_as.rows(slice(n), total), noise[:n], calibration.teacher_solver)
+            evaluated.evaluations = n * KnotStates.of(calibration.teacher_solver).evaluations
         found = cls(evaluated, kept.x[:, :n], (start, calibration.times[start].item()), folds_of(n, folds))
         if proven:
             found.first = kept.v[start, :n].to(kept.x.dtype)

@@ -19,10 +19,12 @@ from flowkernels._checks import (
 )
 from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import initial_state, steps
+from flowkernels.sampling.teacher import Teacher
+from flowkernels.sampling.teacher_solver import KnotStates
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver
 from flowkernels.velocity.evaluate import warn_if_training
-from flowkernels.velocity.protocol import Velocity, resolve
+from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,13 @@ class Trajectory:
 
 @no_grad
 def rollout(
-    velocity: Velocity, noise: Tensor, grid: int | Sequence[float] | Tensor | Schedule, *, progress: bool = False
+    velocity: Velocity,
+    noise: Tensor,
+    grid: int | Sequence[float] | Tensor | Schedule | Solver,
+    *,
+    progress: bool = False,
 ) -> Trajectory:
-    """Euler steps of `velocity` from `noise` on a fine grid, keeping every state and velocity.
+    """Euler steps of `velocity` from `noise` on a fine grid, keeping every state and velocity; or a solver's steps.
 
     Args:
         velocity: callable `velocity(x, t)` with x `[n, *shape]`, t `[n]`; networks with another convention go through
@@ -50,11 +56,13 @@ def rollout(
             how (`fk.HasTimeEmbedding`). A `FusedSampler` makes all steps in one call, on a GPU without
             looking for NaN and Inf.
         noise: `[n, *shape]`, the state at the grid's first time.
-        grid: K for K uniform steps, or K+1 increasing times, from 0 or later to 1, or a Schedule, which has them.
+        grid: K for K uniform steps, or K+1 increasing times, from 0 or later to 1, or a Schedule, which has them. Or a
+            Solver from noise to data of K steps, of whose states those at its knots are kept, and the velocities there:
+            where it makes no evaluation of one at the knot's time, as it may with model times of its own, one more.
         progress: show a progress bar.
 
     Returns:
-        Trajectory of K steps. Memory: 2K+1 states.
+        Trajectory of K steps. Memory: 2K+1 states; a FusedSampler's of a solver, all of its M evaluations beside them.
 
     Raises:
         TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
@@ -64,11 +72,11 @@ def rollout(
         >>> trajectory.x.shape, trajectory.v.shape
         (torch.Size([5, 1, 2]), torch.Size([4, 1, 2]))
     """
-    way_out = "a fine grid, on which the steps are Euler's (fk.sample runs a solver)"
-    expect(not isinstance(grid, Solver), "grid", way_out, grid, TypeError)
     known = resolve(velocity)
     expect_bool(progress, "progress")
     solver = expect_solver(grid, "grid")
+    if not solver.is_euler:
+        return _at_knots(known, noise, solver, progress)
     fused = known.fused_run(solver)
     if fused is not None:
         _, x, v = fused.run(noise, states=True, velocities=True)
@@ -89,4 +97,20 @@ def rollout(
     if not torch.isfinite(states[-1]).all():
         expect_finite(noise, "noise")
         expect_finite_flow(states[-1], velocities, solver.times)
+    return Trajectory(solver.times, states, velocities)
+
+
+def _at_knots(velocity: VelocityBase, noise: Tensor, solver: Solver, progress: bool) -> Trajectory:
+    expect(not solver.is_inverse, "grid", "a solver from noise to data", solver)
+    knots = KnotStates.of(solver, "grid")
+    teacher, x0, N = Teacher(velocity, len(expect_noise(noise)), solver=solver), initial_state(noise), solver.steps
+    warn_if_training(velocity, stacklevel=5)
+    expect_room(x0.nbytes * (2 * N + 1), "grid", "states and velocities", f"{N} steps")
+    states = fresh(torch.empty(N + 1, *noise.shape, dtype=x0.dtype, device=x0.device))
+
+    def made_for(v: Tensor) -> Tensor:
+        return fresh(torch.empty(N, *v.shape, dtype=v.dtype, device=v.device))
+
+    with tqdm(total=knots.evaluations, desc="rollout", disable=not progress, leave=False) as bar:
+        velocities = knots.fill(teacher, x0, 0, states, made_for, bar.update)
     return Trajectory(solver.times, states, velocities)

@@ -157,7 +157,7 @@ class Teacher:
         for step in loop.steps(field, x, self.solver, out=out, keep=keep):
             self.evaluations += len(x)
             yield step
-        expect_finite_flow(step[0], loop.velocities_along(field, x, self.solver), self.solver.times, first=first)
+        expect_finite_flow(step[0], loop.velocities_along(field, x, self.solver), *self._counted(first))
 
     def fused_flow(
         self, x: Tensor, first: int = 0, *, states: bool = False, velocities: bool = False
@@ -168,5 +168,10 @@ class Teacher:
         self.evaluations += self.solver.evaluations * len(x)
         found = last, _, v = run.run(x, states=states, velocities=velocities, first=first)
         if v is not None:
-            expect_finite_flow(last, v, self.solver.times, first=first)
+            expect_finite_flow(last, v, *self._counted(first))
         return found
+
+    def _counted(self, first: int) -> tuple[Tensor, int, str]:
+        """What `expect_finite_flow` says where it was by."""
+        single = self.solver.evaluations == self.solver.steps
+        return self.solver.model_times, first, "step" if single else "evaluation"

@@ -1,0 +1,287 @@
+"""A teacher whose steps are not Euler's: by plain loops in float64, from the methods' textbooks."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import flowkernels as fk
+
+K, F64 = 6, torch.float64
+
+
+def velocity(x, t):
+    """Curved, of each feature in its own way, and nowhere a polynomial."""
+    s = t.to(x.dtype)[:, None]
+    return torch.cos(3 * s) * x.roll(1, 1) - 0.7 * x * x.tanh() + torch.sin(5 * s)
+
+
+def v_at(x, t):
+    return velocity(x, torch.full((len(x),), t, dtype=F64))
+
+
+def noise(n=24, seed=0, dtype=F64):
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+GRIDS = {"uniform": [i / K for i in range(K + 1)], "late": [0.2, 0.3, 0.35, 0.5, 0.7, 0.9, 1.0]}
+FORCED = {"uniform": (), "late": (0.5,)}
+
+
+# ---- the methods, one step after the other ----
+
+
+def heun(t, forced=(), last="midpoint"):
+    def states(x):
+        found = [x]
+        for i, h in enumerate(b - a for a, b in itertools.pairwise(t)):
+            v, end = v_at(x, t[i]), t[i + 1]
+            if end == 1.0 and last == "euler":
+                x = x + h * v
+            elif end == 1.0 or end in forced:
+                x = x + h * v_at(x + h / 2 * v, t[i] + h / 2)
+            else:
+                x = x + h / 2 * (v + v_at(x + h * v, end))
+            found.append(x)
+        return found
+
+    return states
+
+
+def adams_bashforth_2(t):
+    def states(x):
+        found, before = [x], None
+        for i, h in enumerate(b - a for a, b in itertools.pairwise(t)):
+            v = v_at(x, t[i])
+            slope = 0 if before is None else (v - before) / (t[i] - t[i - 1])
+            x, before = x + h * v + h**2 / 2 * slope, v
+            found.append(x)
+        return found
+
+    return states
+
+
+def runge_kutta_4(t):
+    def states(x):
+        found = [x]
+        for i, h in enumerate(b - a for a, b in itertools.pairwise(t)):
+            k1 = v_at(x, t[i])
+            k2 = v_at(x + h / 2 * k1, t[i] + h / 2)
+            k3 = v_at(x + h / 2 * k2, t[i] + h / 2)
+            k4 = v_at(x + h * k3, t[i + 1])
+            x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+            found.append(x)
+        return found
+
+    return states
+
+
+def euler_at_other_times(t, at):
+    def states(x):
+        found = [x]
+        for i, h in enumerate(b - a for a, b in itertools.pairwise(t)):
+            x = x + h * v_at(x, at[i])
+            found.append(x)
+        return found
+
+    return states
+
+
+def runge_kutta_4_solver(t):
+    N, b, at, done = len(t) - 1, [], [], []
+    for i, h in enumerate(b - a for a, b in itertools.pairwise(t)):
+        for shares, c in (([], 0), ([0.5], 0.5), ([0, 0.5], 0.5), ([0, 0, 1], 1)):
+            if shares:
+                b.append(done + [h * share for share in shares])
+            at.append(t[i] + c * h)
+        done = [*done, h / 6, h / 3, h / 3, h / 6]
+        b.append(done)
+    M = 4 * N
+    return fk.Solver(t, at, [row + [0.0] * (M - len(row)) for row in b], "runge-kutta 4")
+
+
+def teachers(kind):
+    """{name: (teacher_solver, its states by a loop, evaluations of a sample)} on a grid."""
+    t, forced = GRIDS[kind], FORCED[kind]
+    middle = [(a + b) / 2 for a, b in itertools.pairwise(t)]
+    return {
+        "heun": ("heun", heun(t, forced), 2 * K),
+        "heun to the end": (fk.Solver.heun(t), heun(t, last="euler"), 2 * K - 1),
+        "adams-bashforth": (fk.Solver.adams_bashforth(t, 2), adams_bashforth_2(t), K),
+        "runge-kutta": (runge_kutta_4_solver(t), runge_kutta_4(t), 4 * K),
+        "other times": (fk.Solver.euler(t, model_times=middle), euler_at_other_times(t, middle), 2 * K),
+    }
+
+
+NAMES = list(teachers("uniform"))
+
+
+class Counted:
+    def __init__(self):
+        self.samples = 0
+
+    def __call__(self, x, t):
+        self.samples += len(x)
+        return velocity(x, t)
+
+
+def calibrated(name, kind="uniform", x=None, of=velocity, **options):
+    given = {"forced_knots": FORCED[kind], "steps": [2, 3], "progress": False} | options
+    return fk.calibrate(of, noise() if x is None else x, GRIDS[kind], teacher_solver=teachers(kind)[name][0], **given)
+
+
+def true_errors(states, t, x):
+    """|x_k - x_j - (t_k - t_j) v_j|^2 of each sample, `[K+1, K+1, n]`, Inf where k <= j."""
+    found = torch.full((K + 1, K + 1, len(x)), torch.inf, dtype=F64)
+    known = states(x)
+    for j, k in itertools.combinations(range(K + 1), 2):
+        found[j, k] = (known[k] - known[j] - (t[k] - t[j]) * v_at(known[j], t[j])).square().sum(1)
+    return found
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_measured(name, kind):
+    """States, velocities, costs of all steps, of squares and of norms, and the schedules' intervals."""
+    t, (_, states, evaluations) = GRIDS[kind], teachers(kind)[name]
+    counted = Counted()
+    cal = calibrated(name, kind, of=counted, chunk=7)
+    assert counted.samples == 24 * evaluations
+    expected = states(noise())
+    torch.testing.assert_close(cal.kept.x, torch.stack(expected), rtol=0, atol=1e-13)
+    torch.testing.assert_close(cal.kept.v, torch.stack([v_at(x, s) for x, s in zip(expected[:K], t[:K], strict=True)]))
+    errors = true_errors(states, t, noise())
+    torch.testing.assert_close(cal.cost, errors.mean(2), rtol=1e-11, atol=1e-15)
+    torch.testing.assert_close(cal.norm_cost, errors.sqrt().mean(2), rtol=1e-8, atol=1e-8)
+    assert cal.gram.shape == (2 * K - 1, 2 * K - 1)
+    along = cal.single_costs.along([cal[2], cal[3]])
+    steps = [[errors[j, k] for j, k in itertools.pairwise(cal[N].indices)] for N in (2, 3)]
+    torch.testing.assert_close(along, torch.stack([sum(of) for of in steps], 1), rtol=1e-9, atol=1e-14)
+    norms = cal.single_costs.along([cal[2], cal[3]], norm=True)
+    torch.testing.assert_close(norms, torch.stack([sum(e.sqrt() for e in of) for of in steps], 1), rtol=1e-6, atol=1e-7)
+    allowed = errors.mean(2)
+    for f in cal.forced:
+        allowed[:f, f + 1 :] = torch.inf
+    paths = [(0, m, K) for m in range(1, K)]
+    least = min(paths, key=lambda p: sum(allowed[j, k] for j, k in itertools.pairwise(p)))
+    assert cal[2].indices == least
+    assert cal[2].cost_interval[0] < cal[2].cost < cal[2].cost_interval[1]
+    assert cal.find(2, objective="norm")[2].cost_interval is not None
+
+
+def test_float32_states_lose_little():
+    t, (_, states, _) = GRIDS["uniform"], teachers("uniform")["heun"]
+    cal = calibrated("heun", x=noise(dtype=torch.float32))
+    errors = true_errors(states, t, noise(dtype=torch.float32).double())
+    torch.testing.assert_close(cal.cost, errors.mean(2), rtol=1e-5, atol=1e-11)
+
+
+def test_eulers_steps_are_what_they_were():
+    plain = fk.calibrate(velocity, noise(), K, [2], progress=False)
+    for given in ("euler", fk.Solver.euler(K)):
+        cal = fk.calibrate(velocity, noise(), K, [2], teacher_solver=given, progress=False)
+        assert cal.provenance == plain.provenance
+        assert torch.equal(cal.cost, plain.cost)
+        assert torch.equal(cal.gram, plain.gram)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merge_and_card(name, tmp_path):
+    whole, x = calibrated(name), noise()
+    parts = [calibrated(name, x=part) for part in x.split(9)]
+    merged = fk.Calibration.merge(parts)
+    torch.testing.assert_close(merged.cost, whole.cost, rtol=1e-12, atol=1e-15)
+    assert torch.equal(merged.kept.x, whole.kept.x)
+    assert merged[2].cost_interval is not None
+    path = tmp_path / "model.boss.json"
+    whole.save(path)
+    assert json.loads(path.read_text())["version"] == 3
+    loaded = fk.Calibration.load(path)
+    assert torch.equal(loaded.gram, whole.gram)
+    assert torch.equal(loaded.teacher_solver.coefficients, whole.teacher_solver.coefficients)
+    assert torch.equal(loaded.teacher_solver.model_times, whole.teacher_solver.model_times)
+    from_files = fk.Calibration.merge([loaded, calibrated(name, x=noise(5, 7))])
+    assert from_files.provenance["n"] == 29
+    with pytest.raises(ValueError, match=r"^calibrations: expected the same teacher_solver in all"):
+        fk.Calibration.merge([whole, fk.calibrate(velocity, noise(5, 8), K, [2], progress=False)])
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["heun", "other times"])
+def test_resumed_is_uninterrupted(name, tmp_path):
+    path, options = tmp_path / "progress", dict(chunk=6, keep_bytes=noise()[:13].nbytes * (2 * K + 1))
+    whole, calls = calibrated(name, **options), 0
+
+    def failing(x, t):
+        nonlocal calls
+        calls += 1
+        if calls > 30:
+            raise Stop
+        return velocity(x, t)
+
+    with pytest.raises(Stop):
+        calibrated(name, of=failing, checkpoint=path, **options)
+    with pytest.warns(UserWarning, match=r"^checkpoint: expected the velocity"):
+        again = calibrated(name, checkpoint=path, **options)
+    for part in ("cost", "gram"):
+        assert torch.equal(getattr(again, part), getattr(whole, part))
+    assert torch.equal(again.kept.x, whole.kept.x)
+    assert torch.equal(again.kept.v, whole.kept.v)
+    assert again[3].cost_interval == whole[3].cost_interval
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: expected one of this calibration \(.*teacher_solver = 'nothing'"
+    ):
+        fk.calibrate(velocity, noise(), K, [2, 3], checkpoint=path, progress=False, **options)
+
+
+@pytest.mark.filterwarnings("ignore:(fit_solver|verify_noise):UserWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_fits_and_what_is_verified_are_of_its_states(name):
+    states, ends = teachers("uniform")[name][1], noise(16, 5)
+    cal = calibrated(name, fit=True, verify_noise=ends)
+    for steps in (2, 3):
+        for plan, what in ((cal[steps], "bellman"), (cal.solvers[steps], "fitted"), (cal.uniform(steps), "uniform")):
+            error = (fk.sample(velocity, ends, plan) - states(ends)[-1]).square().sum(1).mean()
+            assert cal.verified[steps][what] == pytest.approx(error.item(), rel=1e-9)
+    known = fk.fit_solver(velocity, cal, 3)
+    anew = fk.fit_solver(velocity, cal, 3, noise=noise())  # rolls the teacher out as it was
+    torch.testing.assert_close(anew.coefficients, known.coefficients)
+    evaluations = cal.teacher_solver.evaluations + (K if name == "other times" else 0)
+    assert anew.notes["evaluations"] > evaluations
+    assert cal.find(3, objective="student", velocity=velocity)[3].steps == 3
+
+
+def test_fused_samplers():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.SiLU(), torch.nn.Linear(16, 3))
+    field, x = fk.VelocityField(net, time_column=True), noise(dtype=torch.float32)
+    for name in NAMES:
+        plain = calibrated(name, x=x, of=field, chunk=7, keep_bytes=x[:14].nbytes * (2 * K + 1))
+        fused = calibrated(name, x=x, of=fk.fuse(field, K), chunk=7, keep_bytes=x[:14].nbytes * (2 * K + 1))
+        torch.testing.assert_close(fused.kept.x, plain.kept.x, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fused.kept.v, plain.kept.v, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fused.cost, plain.cost, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("rk4", "expected 'euler', 'heun' or a Solver"),
+        (fk.Solver.heun(K, inverse=True), "expected a solver from noise to data"),
+        (
+            fk.Solver.heun(K + 1),
+            rf"expected a solver on the grid, of {K} steps \(grid=solver.times\), got one of 7 steps",
+        ),
+        (fk.Solver.heun([0, 0.1, 0.3, 0.5, 0.6, 0.9, 1]), "expected a solver whose times are the grid's"),
+        (fk.Solver(GRIDS["uniform"], [0, 0.5], [[0.5, 0], [0.5, 0.5]]), "expected a solver of one eval"),
+    ],
+)
+def test_what_is_refused(given, message):
+    with pytest.raises(ValueError, match=f"^teacher_solver: {message}"):
+        fk.calibrate(lambda x, t: 1 / 0, noise(), K, [2], teacher_solver=given, progress=False)
+    with pytest.raises(TypeError, match=r"^teacher_solver: expected 'euler', 'heun' or a Solver, got 3"):
+        fk.calibrate(lambda x, t: 1 / 0, noise(), K, [2], teacher_solver=3, progress=False)
