@@ -15,6 +15,7 @@ from flowkernels.calibration.calibration import Calibration
 from flowkernels.calibration.fit import fit_solver
 from flowkernels.calibration.polish import polish
 from flowkernels.calibration.step_cost import StepCost, step_costs
+from flowkernels.calibration.stock import stock_solvers
 from flowkernels.fusion.head import FusedHead, fuse_head
 from flowkernels.fusion.sampler import FusedSampler, NotFusable, fuse
 from flowkernels.models.checkpoints import LoadedWeights, load_weights
@@ -91,6 +92,7 @@ __all__ = [
     "rollout",
     "sample",
     "step_costs",
+    "stock_solvers",
     "straighten",
 ]
 __all__.extend(OPS)

@@ -599,6 +599,12 @@ def _schedules() -> None:
     place("Solver.euler", fk.Solver.euler, schedule=schedule, model_times=(None, or_none(are_numbers)), inverse=flag)
     place("Solver.adams_bashforth", fk.Solver.adams_bashforth, schedule=schedule, order=(2, is_int(1)), inverse=flag)
     place("Solver.heun", fk.Solver.heun, schedule=schedule, inverse=flag)
+    place(
+        "stock_solvers",
+        fk.stock_solvers,
+        steps=(2, lambda v: isinstance(v, fk.Schedule) or is_times(v)),
+        shift=(1.0, lambda v: is_number(v) or are_numbers(v)),
+    )
     device = ("cpu", or_none(lambda v: isinstance(v, (str, torch.device)) and str(v) in ("cpu", "meta")))
     place("StepCost", fk.StepCost, times=(3, is_times), states=flag, device=device)
     v, x = (lambda: rand(3, N, D), is_noise), (lambda: rand(4, N, D), is_noise)
@@ -687,7 +693,7 @@ def _stages(cal) -> None:
         "AverageVelocity",
         fk.AverageVelocity,
         net=(lambda: TwoTimed(), is_function),
-        **dict(second_name=("s", is_one_of("s")), second_is_size=(False, is_flag)),
+        **dict(second_name=("s", lambda v: isinstance(v, str) and v != ""), second_is_size=(False, is_flag)),
     )
     place(
         "AverageVelocity.from_velocity",

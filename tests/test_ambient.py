@@ -263,6 +263,7 @@ def objects(w, tmp_path):
     mixture = GaussianMixtureVelocity(w["z"][:, :4], 0.5)
     schedules = [fk.Schedule([0, 0.3, 1]), fk.Schedule.uniform(3), fk.Schedule([0, 0.5, 1], GRID, (0, 4, 8))]
     solvers = [make(s) for make in (fk.Solver.euler, fk.Solver.adams_bashforth) for s in schedules]
+    solvers += [*fk.stock_solvers(3, shift=3).values(), *fk.stock_solvers(schedules[0]).values()]
     return [
         *(schedules, solvers, [fk.Solver.from_dict(s.to_dict()) for s in solvers]),
         *(mixture, mixture(w["noise"], w["noise"][:, 0].abs()), mixture.sample(5, torch.Generator().manual_seed(3))),

@@ -29,6 +29,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     assert_type(fk.Calibration.load("model.boss.json", velocity), fk.Calibration)
     solver = fk.polish(velocity, cal, fk.fit_solver(velocity, cal, 4))
     assert_type(solver, fk.Solver)
+    assert_type(fk.stock_solvers(4, shift=(1, 3)), dict[str, fk.Solver])
     best = cal.best(6)
     assert_type(fk.sample(velocity, noise, best), Tensor)
     trained = fk.straighten(None, velocity, schedule, noise=(3, 32, 32), iterations=10)
