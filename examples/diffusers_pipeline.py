@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     v = pipeline_velocity(pipe, **call)  # the pipeline's own guided velocity, its own grid, its own latents
     noise, held_out = v.noise(args.samples), v.noise(max(2, args.samples // 2))
-    cal = fk.calibrate(v, noise, grid=v.grid(args.grid), steps=[args.steps], fit=True, verify_noise=held_out)
+    cal = fk.calibrate(v, noise, grid=v.grid(args.grid), steps=[args.steps], effort="fit", verify_noise=held_out)
     print(cal)
 
     stock = pipe.scheduler

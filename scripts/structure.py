@@ -149,7 +149,7 @@ def moves(package: Path) -> tuple[int, int, int]:
         files.add(file)
 
     def run():
-        fk.calibrate(velocity, noise, 32, [2, 4, 8], fit=True, progress=False, **{name: other})
+        fk.calibrate(velocity, noise, 32, [2, 4, 8], effort="fit", progress=False, **{name: other})
 
     run()  # what only a first call does
     sys.setprofile(see)

@@ -721,7 +721,7 @@ def _stages(cal) -> None:
         **dict(
             verify_noise=(lambda: rand(N, D) + 1, or_none(is_noise)),
             teacher_solver=("euler", is_one_of("euler", "heun")),
-            fit=(False, is_flag),
+            effort=("schedule", is_one_of("schedule", "fit")),
             keep_bytes=(10**6, is_int(0, 10**5000)),
             forced_knots=(None, or_none(are_numbers)),
         ),

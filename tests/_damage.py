@@ -67,7 +67,7 @@ def _plain(value):
 
 def write_calibration(path):
     noise, other = torch.randn(8, 6), torch.randn(4, 6)
-    cal = fk.calibrate(field(), noise, 6, [1, 2, 3], fit=True, verify_noise=other, progress=False)
+    cal = fk.calibrate(field(), noise, 6, [1, 2, 3], effort="fit", verify_noise=other, progress=False)
     cal.save(path)
 
 
@@ -83,7 +83,7 @@ def read_calibration(path):
 
 def _progress(path):
     noise, other = torch.linspace(-1, 1, 48).view(8, 6), torch.linspace(-2, 2, 24).view(4, 6)
-    rest = dict(keep_bytes=2000, chunk=3, fit=True, verify_noise=other, progress=False)
+    rest = dict(keep_bytes=2000, chunk=3, effort="fit", verify_noise=other, progress=False)
     return fk.calibrate(field(), noise, 6, [1, 2, 3], checkpoint=path, **rest)
 
 

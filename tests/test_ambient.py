@@ -131,7 +131,7 @@ def forward_pairs(w, tmp_path):
 
 @stage
 def calibrate(w, tmp_path):
-    cal = fk.calibrate(w["net"], w["noise"], GRID, [N], verify_noise=w["other"], fit=True, max_regret=0.5, **QUIET)
+    cal = fk.calibrate(w["net"], w["noise"], GRID, [N], verify_noise=w["other"], effort="fit", max_regret=0.5, **QUIET)
     return [cal, fk.calibrate(w["guided"], w["noise"], GRID, [N], chunk=4, **QUIET)]
 
 
@@ -253,7 +253,7 @@ def step_cost(w, tmp_path):
 @stage
 def files(w, tmp_path):
     path = tmp_path / f"{threading.get_ident()}.boss.json"
-    cal = fk.calibrate(w["net"], w["noise"], GRID, [N], fit=True, **QUIET)
+    cal = fk.calibrate(w["net"], w["noise"], GRID, [N], effort="fit", **QUIET)
     cal.save(path)
     return [fk.Calibration.load(path, w["net"]), BUNDLED["digits"].load()]
 

@@ -1,4 +1,4 @@
-"""The card, .boss.json of version 2: its schema, its checksum, and what a reader without the library makes of it."""
+"""The card, .boss.json of version 3: its schema, its checksum, and what a reader without the library makes of it."""
 
 import base64
 import hashlib
@@ -26,7 +26,8 @@ def calibration(**options):
 def rich():
     """With everything: a start below sigma = 1, a forced knot, solvers, and what was verified."""
     grid = torch.linspace(0.05, 1, 14, dtype=torch.float64)
-    options = dict(grid=grid, steps=[2, 4], fit=True, verify_noise=normal(8, 4, seed=1), forced_knots=[grid[6].item()])
+    options = dict(grid=grid, steps=[2, 4], effort="fit", verify_noise=normal(8, 4, seed=1))
+    options |= dict(forced_knots=[grid[6].item()])
     return calibration(**options)
 
 
@@ -79,7 +80,9 @@ DAMAGE = {
     "an interval of no number": lambda d: d["schedules"]["4"].pop("samples_needed"),
     "N = 04": lambda d: d["schedules"].update({"04": d["schedules"]["4"]}),
     "a negative cost": lambda d: d["schedules"]["4"].update(cost=-1.0),
-    "another choice": lambda d: d["verified"]["4"].update(mine={"error": 1.0}),
+    "what was tried of no name": lambda d: d["tried"]["4"][0].pop("name"),
+    "a plan of two kinds": lambda d: d["tried"]["4"][0]["plan"].update(schedule={}, solver={}),
+    "a negative number of samples": lambda d: d["tried"]["4"][0].update(samples=-1),
     "a negative error": lambda d: d["verified"]["4"]["fitted"].update(error=-1.0),
     "a solver of no name": lambda d: d["solvers"]["4"].pop("name"),
     "another encoding": lambda d: d["cost"].update(encoding="hex"),

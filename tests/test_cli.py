@@ -166,7 +166,8 @@ def test_sample_uniform_and_colour(run):
 
 
 def test_calibrate_fits_and_verifies(run, fails):
-    out, _ = run("calibrate --model digits --grid 12 --steps 2,4 -n 48 --fit --verify-noise 24 --out fitted.boss.json")
+    of = "--grid 12 --steps 2,4 -n 48 --effort fit --verify-noise 24"
+    out, _ = run(f"calibrate --model digits {of} --out fitted.boss.json")
     cal = fk.Calibration.load("fitted.boss.json")
     assert sorted(cal.solvers) == [2, 4]
     assert cal.verified[4]["fitted"] < cal.verified[4]["uniform"]
@@ -174,7 +175,9 @@ def test_calibrate_fits_and_verifies(run, fails):
     assert f"{cal.verified[4]['uniform']:.4g}" in out
     assert "2 schedules and 2 solvers from 48 noises" in out
     net, noise = BUNDLED["digits"].load(), torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    plans = {"best": cal.solvers[4], "ab2": fk.Solver.adams_bashforth(cal[4], 2), "heun": fk.Solver.heun(cal[4])}
+    best = cal.best(4)
+    assert best.name in ("fitted", "adams-bashforth 2")
+    plans = {"best": best, "ab2": fk.Solver.adams_bashforth(cal[4], 2), "heun": fk.Solver.heun(cal[4])}
     for method, plan in plans.items():
         how = f"--schedule fitted.boss.json --steps 4 --method {method} -n 3 --out x.npy"
         out, _ = run(f"sample --model digits {how}")

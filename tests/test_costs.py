@@ -717,6 +717,7 @@ def as_version_1(card, entries):
     names |= {"cost_interval": "interval", "samples_needed": "enough"}
     former["schedules"] = {n: {new: s[old] for old, new in names.items()} for n, s in card["schedules"].items()}
     verified = card["verified"]
+    verified = {n: {name: of[name] for name in ("uniform", "bellman", "fitted")} for n, of in verified.items()}
     former["verified"] = {n: {name: e["error"] for name, e in of.items()} for n, of in verified.items()}
     if "verified_as" in entries:
         hashes = {n: {name: e["sha256"] for name, e in of.items()} for n, of in verified.items()}
@@ -730,38 +731,48 @@ def test_fitted_solvers_are_verified(tmp_path):
     """Fits to samples that curve early, verified on samples that curve late: one helps there, and one does not."""
     velocity, noise, wrong = Sided(), normal(40, 2, dtype=torch.float64).abs() + 1, fk.Solver.euler(2)
     with pytest.warns(UserWarning, match=r"^verify_noise: .*the fitted solver has a larger error .* for N = 8; use"):
-        cal = fk.calibrate(velocity, noise, 20, [2, 8], verify_noise=-1 - noise, fit=True, chunk=16, **QUIET)
+        cal = fk.calibrate(velocity, noise, 20, [2, 8], verify_noise=-1 - noise, effort="fit", chunk=16, **QUIET)
     assert sorted(cal.solvers) == [2, 8]
     for n, solver in cal.solvers.items():
-        assert solver.to_dict() == fk.fit_solver(velocity, cal, n, chunk=16).to_dict()
+        assert solver is next(c.plan for c in cal.tried[n] if isinstance(c.plan, fk.Solver))
         x1 = fk.sample(velocity, -1 - noise, 20)
         error = (fk.sample(velocity, -1 - noise, solver) - x1).square().sum(-1).mean().item()
         assert cal.verified[n]["fitted"] == pytest.approx(error, rel=1e-9)
-        assert sorted(cal.verified[n]) == sorted(cal.verified_as[n]) == ["bellman", "fitted", "uniform"]
-    assert cal.best(2) is cal.solvers[2]
-    assert cal.best(8) == fk.Schedule.uniform(8)
+        assert sorted(cal.verified[n]) == sorted(cal.verified_as[n]) == sorted(cal.choices(n))
+        assert {"bellman", "fitted", "uniform"} <= set(cal.verified[n])
+    for n in (2, 8):
+        assert cal.best(n) is cal.choices(n)[min(cal.verified[n], key=cal.verified[n].get)]
     cal.save(tmp_path / "a.json")
     again = fk.Calibration.load(tmp_path / "a.json")
-    assert again.best(2).to_dict() == cal.solvers[2].to_dict()
-    assert again.best(8) == cal.best(8)
+    assert again.best(2).to_dict() == cal.best(2).to_dict()
+    for n in (2, 8):
+        assert [(c.name, c.error, c.interval, c.samples) for c in again.tried[n]] == [
+            (c.name, c.error, c.interval, c.samples) for c in cal.tried[n]
+        ]
+    assert again.report() == cal.report()
     for entries in ({}, {"verified_as"}, {"verified_as", "uniform"}):
         former = as_version_1(json.loads((tmp_path / "a.json").read_text()), entries)
         (tmp_path / "b.json").write_text(json.dumps(sealed(former)))
         before = fk.Calibration.load(tmp_path / "b.json")
         assert before.best(2).to_dict() == cal.solvers[2].to_dict()
-        assert before.best(8) == cal.best(8)
-        assert before.verified == cal.verified
+        assert before.best(8) == cal.uniform(8)
+        assert before.tried == {}
+        assert before.verified == {
+            n: {k: e for k, e in of.items() if k in ("uniform", "bellman", "fitted")} for n, of in cal.verified.items()
+        }
         assert (before[8].cost_interval, before[8].samples_needed) == (cal[8].cost_interval, cal[8].samples_needed)
     cal.verified.clear()
+    assert cal.best(8) is cal.tried[8][0].plan
+    cal.solvers[8] = fk.Solver.heun(8)
     assert cal.best(8) is cal.solvers[8]  # what is not verified is the user's word
-    cal.solvers.clear()
+    cal.solvers.clear(), cal.tried.clear()
     assert cal.best(2) is cal[2]
     with pytest.raises(KeyError, match="find"):
         cal.best(5)
     cal.solvers[5] = wrong
     assert cal.best(5) is wrong
     with pytest.raises(ValueError, match=r"^keep_bytes: expected two samples whose trajectories are kept, .*, got 0"):
-        fk.calibrate(velocity, noise, 20, 2, fit=True, keep_bytes=0, **QUIET)
+        fk.calibrate(velocity, noise, 20, 2, effort="fit", keep_bytes=0, **QUIET)
 
 
 def test_norms_on_grids_whose_costs_take_much_memory():
@@ -800,10 +811,10 @@ def test_warnings_of_a_calibration_point_at_its_caller():
     net.forward = lambda x, t: -x
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fk.calibrate(lambda x, t: torch.ones_like(x), normal(8, 2), 6, (2, 3), fit=True, **QUIET)
+        fk.calibrate(lambda x, t: torch.ones_like(x), normal(8, 2), 6, (2, 3), effort="fit", **QUIET)
         assert not caught  # Euler is exact, and so is the fit
         fk.calibrate(
-            fk.VelocityField(net), normal(8, 2), 6, (2, 3), fit=True, verify_noise=normal(8, 2, seed=1), **QUIET
+            fk.VelocityField(net), normal(8, 2), 6, (2, 3), effort="fit", verify_noise=normal(8, 2, seed=1), **QUIET
         )
     assert {w.filename for w in caught} == {__file__}
     assert sum("eval mode" in str(w.message) for w in caught) == 1

@@ -45,7 +45,7 @@ def test_stock_schedules_by_their_sources(steps):
 
 @pytest.mark.parametrize("verified", [True, False])
 def test_panels_show_what_the_calibration_holds(verified, tmp_path):
-    cal = calibration(fit=True, verify_noise=normal(8, 4, seed=1)) if verified else calibration()
+    cal = calibration(effort="fit", verify_noise=normal(8, 4, seed=1)) if verified else calibration()
     figure = fk.plot(cal, tmp_path / "a.png", steps=2)
     sigmas, costs, errors = figure.axes[:3]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

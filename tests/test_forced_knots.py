@@ -28,7 +28,7 @@ class TwoNetworks(fk.VelocityBase):
 
 @pytest.fixture(scope="module")
 def cal():
-    return fk.calibrate(TwoNetworks(), NOISE, GRID, [3, 4, 6], fit=True, verify_noise=NOISE.flip(0) + 1e-3, **QUIET)
+    return fk.calibrate(TwoNetworks(), NOISE, GRID, [3, 4, 6], effort="fit", verify_noise=NOISE.flip(0) + 1e-3, **QUIET)
 
 
 def test_a_velocity_announces_them(cal, tmp_path):

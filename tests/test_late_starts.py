@@ -47,7 +47,7 @@ class Flow:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             self.cal = fk.calibrate(
-                self.velocity, NOISE, self.grid, [2, N], verify_noise=OTHER, fit=True, max_regret=1e-9, **QUIET
+                self.velocity, NOISE, self.grid, [2, N], verify_noise=OTHER, effort="fit", max_regret=1e-9, **QUIET
             )
 
     def unit(self, times):

@@ -90,6 +90,10 @@ class Exact(nn.Module):
         return -v if self.back else v
 
 
+def verified(v):
+    return fk.calibrate(v, NOISE, KNOTS, [3], verify_noise=NOISE + 1, effort="fit", progress=False).verified
+
+
 def calibrated(velocity):
     return fk.calibrate(velocity, NOISE, KNOTS, [3], progress=False)
 
@@ -121,11 +125,7 @@ STAGES = {
     "graph": lambda v: fk.sample(v, NOISE, KNOTS, capture="graph"),
     "in a compiled function": compiled,
     "calibrate": lambda v: calibrated(v).kept.x,
-    "calibrate, verified": lambda v: torch.tensor(
-        [
-            *fk.calibrate(v, NOISE, KNOTS, [3], verify_noise=NOISE + 1, fit=True, progress=False).verified[3].values(),
-        ]
-    ),
+    "calibrate, verified": lambda v: torch.tensor([*verified(v)[3].values()]),
     "fit": lambda v: fk.fit_solver(v, calibrated(v), 3).coefficients,
     "polish": lambda v: fk.polish(v, calibrated(v), fk.Solver.euler(calibrated(v)[3]), iterations=1).coefficients,
     **{

@@ -50,12 +50,12 @@ def contents(cal):
 
 
 SETTINGS = {
-    "whole": dict(fit=True, verify_noise=normal(17, 4, seed=9, dtype=torch.float64)),
-    "some kept": dict(fit=True, keep_bytes=21 * 4 * 8 * 11),
+    "whole": dict(effort="fit", verify_noise=normal(17, 4, seed=9, dtype=torch.float64)),
+    "some kept": dict(effort="fit", keep_bytes=21 * 4 * 8 * 11),
     "none kept": dict(keep_bytes=0, verify_noise=normal(5, 4, seed=9, dtype=torch.float64)),
     "until stable": dict(max_regret=0.5),
     "all used": dict(max_regret=1e-9),
-    "float32": dict(fit=True, dtype=torch.float32),
+    "float32": dict(effort="fit", dtype=torch.float32),
 }
 
 
@@ -84,7 +84,7 @@ def test_interrupted_again_and_again_it_ends_as_the_uninterrupted(name, error, t
 @pytest.mark.parametrize("evaluations", range(0, 31, 3))
 def test_one_interruption_anywhere(evaluations, tmp_path):
     net, noise, path = Net(), normal(6, 4, dtype=torch.float64), tmp_path / "c"
-    settings = dict(grid=6, steps=[2], chunk=2, fit=True, progress=False)
+    settings = dict(grid=6, steps=[2], chunk=2, effort="fit", progress=False)
     whole = fk.calibrate(net, noise, **settings)
     Net.left = evaluations
     try:
@@ -149,12 +149,12 @@ def test_other_steps_and_a_fit_go_on_from_the_same_rollout(tmp_path):
     begun(tmp_path / "c")
     Net.left = 1 + 1 + 2 * 2  # what fits of 2 and 3 steps may take: N - 1 and their held-out comparisons
     with pytest.raises(Stopped):
-        begun(tmp_path / "c", steps=[1, 2, 3], fit=True)
+        begun(tmp_path / "c", steps=[1, 2, 3], effort="fit")
     Net.left = 10**9
-    cal = begun(tmp_path / "c", steps=[1, 2, 3], fit=True)
-    assert contents(cal) == contents(begun(None, steps=[1, 2, 3], fit=True))
+    cal = begun(tmp_path / "c", steps=[1, 2, 3], effort="fit")
+    assert contents(cal) == contents(begun(None, steps=[1, 2, 3], effort="fit"))
     for forced in ([1 / 6], [], [0.5]):  # which a solver of before does not have, or has needlessly
-        settings = dict(steps=[2, 3], fit=True, forced_knots=forced, grid=6)
+        settings = dict(steps=[2, 3], effort="fit", forced_knots=forced, grid=6)
         assert contents(begun(tmp_path / "c", **settings)) == contents(begun(None, **settings))
 
 

@@ -196,7 +196,7 @@ def test_a_scheduler_of_an_edm_pipeline_is_refused():
 
 def calibration():
     field = fk.VelocityField(lambda x, t: (1 - t)[:, None] * x.sin())
-    cal = fk.calibrate(field, normal(64, 4), grid=20, steps=[2, 3, 4], fit=True, progress=False)
+    cal = fk.calibrate(field, normal(64, 4), grid=20, steps=[2, 3, 4], effort="fit", progress=False)
     return field, cal
 
 

@@ -94,7 +94,7 @@ STAGES = {
     "sample in a compiled function": lambda v: torch.compile(fk.sample, fullgraph=True)(v, NOISE, 3),
     "invert": lambda v: fk.invert(v, NOISE, 4).noise,
     "calibrate": lambda v: calibrated(v).cost,
-    "calibrate with fits": lambda v: calibrated(v, fit=True).solvers[2].coefficients,
+    "calibrate with fits": lambda v: calibrated(v, effort="fit").solvers[2].coefficients,
     "calibrate, verified": lambda v: torch.tensor([*calibrated(v, verify_noise=NOISE.flip(0)).verified[2].values()]),
     "objective endpoint": lambda v: calibrated(v).find([2], objective="endpoint", velocity=v, chunk=10)[2].times,
     "objective student": lambda v: calibrated(v).find([2], objective="student", velocity=v, chunk=10)[2].times,

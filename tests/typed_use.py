@@ -21,7 +21,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     assert_type(loaded, fk.LoadedWeights)
     assert_type(loaded.others, tuple[str, ...])
     assert_type(by_time.check(velocity, noise, times=(0.2, 0.7)), float)
-    cal = fk.calibrate(velocity, noise, grid=100, steps=range(1, 11), fit=True, verify_noise=noise)
+    cal = fk.calibrate(velocity, noise, grid=100, steps=range(1, 11), effort="fit", verify_noise=noise)
     assert_type(cal, fk.Calibration)
     schedule = cal[4]
     assert_type(schedule, fk.Schedule)

@@ -15,6 +15,7 @@ from flowkernels._casts import no_grad
 from flowkernels._checks import (
     expect,
     expect_bool,
+    expect_choice,
     expect_noise,
     expect_positive_int,
     expect_real,
@@ -28,7 +29,7 @@ from flowkernels._version import __version__
 from flowkernels._warnings import held_warnings, warn
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import BELLMAN, FITTED, UNIFORM, Calibration
-from flowkernels.calibration.fit import fit_solvers
+from flowkernels.calibration.effort import EFFORTS, SCHEDULE, try_plans
 from flowkernels.calibration.progress import Progress
 from flowkernels.calibration.sample_costs import SampleCosts, group_size, mean_interval
 from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
@@ -58,7 +59,7 @@ def calibrate(
     max_regret: float | None = None,
     teacher_solver: str | Solver = EULER,
     verify_noise: Tensor | None = None,
-    fit: bool = False,
+    effort: str = "schedule",
     forced_knots: Sequence[float] | Tensor | None = None,
     keep_bytes: int = KEEP_BYTES,
     chunk: int | None = None,
@@ -89,8 +90,11 @@ def calibrate(
             Costs, schedules, fits and endpoint errors are of its states at the knots, and the velocities there.
         verify_noise: other noise, `[m, *shape]`: the endpoint errors to the teacher on it are `verified`, and a warning
             names the numbers of steps for which something is worse than uniform steps. K evaluations of each of its
-            samples, and 2N for every N, 3N with `fit`. Conditioning with one row a sample gives it the first m rows.
-        fit: fit a solver for each N (`fit_solver`), which needs kept samples; they are `solvers`.
+            samples, and N for every N and each of its `choices`: 2 with `effort="schedule"`, up to 7. Conditioning with
+            one row a sample gives it the first m rows.
+        effort: "schedule" finds schedules alone. "fit" tries solvers too, on the samples that are kept, which are to be
+            two or more: for each N uniform steps, the Bellman schedule, Adams-Bashforth 2 and a fit, judged by
+            samples that they were not fitted to; they are `tried`, and `best(N)` the best of them.
         forced_knots: times of the grid that every schedule has as knots, as no step may span them: such as where a
             pipeline changes from one network to another. None takes the velocity's own (`VelocityBase.forced_knots`),
             or the first times of the grid after them.
@@ -140,7 +144,8 @@ def calibrate(
     expect(keep_bytes >= 0, "keep_bytes", "at least 0", keep_bytes)
     if max_regret is not None:
         max_regret = expect_real(max_regret, "max_regret", "a positive share, such as 0.02", lambda a: a > 0)
-    fit, progress, resume = (expect_bool(b, k) for b, k in ((fit, "fit"), (progress, "progress"), (resume, "resume")))
+    progress, resume = (expect_bool(b, k) for b, k in ((progress, "progress"), (resume, "resume")))
+    expect_choice(effort, "effort", EFFORTS)
     path = None if checkpoint is None else expect_target(checkpoint, "checkpoint")
     seed = None if seed is None else expect_seed(seed)
     if verify_noise is not None:
@@ -151,8 +156,8 @@ def calibrate(
 
     provenance = _provenance(velocity, noise, K, seed) | entry_of(solver, teacher_solver)
     rolled_out = _Trajectories(teacher, noise, keep_bytes)
-    too_few, wanted_kept = "keep_bytes" if n > 1 else "noise", "two samples whose trajectories are kept, with fit"
-    expect(rolled_out.most > 1 or not fit, too_few, wanted_kept, f"{rolled_out.most}")
+    too_few, wanted_kept = "keep_bytes" if n > 1 else "noise", f"two samples whose trajectories are kept, for {effort}"
+    expect(rolled_out.most > 1 or effort == SCHEDULE, too_few, wanted_kept, f"{rolled_out.most}")
     size, euler = group_size(n) if max_regret is None else 1, solver.is_euler
     samples = SampleCosts(times, size, device=noise.device, secants=not euler)
     looks = [] if max_regret is None else _looks(n)
@@ -208,12 +213,8 @@ def calibrate(
         forced_knots=forced_knots,
     )
     with done.kept(), _warnings_once():
-        for N in wanted if fit else ():
-            if N not in done.solvers:
-                solver = fit_solvers(given, cal, [N], chunk)[N]
-                with done.changes():
-                    done.solvers[N] = solver
-            cal.solvers[N] = done.solvers[N]
+        if effort != SCHEDULE:
+            try_plans(given, cal, wanted, effort, chunk, done, progress)
         if verify_noise is not None:
             _verify(cal, given, verify_noise, wanted, chunk, n, done)
     return cal

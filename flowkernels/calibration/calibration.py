@@ -40,7 +40,7 @@ from flowkernels.calibration.card import (
     FITTED,
     PIPELINE,
     UNIFORM,
-    as_version_2,
+    as_version_3,
     calibration_of,
     expect_version,
     written,
@@ -48,13 +48,15 @@ from flowkernels.calibration.card import (
 from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.calibration.sample_costs import SampleCosts
+from flowkernels.calibration.tried import Tried, plan_hash, table
 from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.schedule import Schedule, expect_steps
 from flowkernels.solver import Solver
-from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.protocol import Velocity, resolve
 from flowkernels.velocity.provenance import INDIFFERENT
+
+OTHERS = 4  # of what was tried, beside uniform steps, the Bellman schedule and the solver, that may be verified
 
 
 class Calibration(Measured, Mapping):
@@ -64,15 +66,19 @@ class Calibration(Measured, Mapping):
     provenance and gram (files of before there was a Gram matrix have none), and `kept` and sample_costs are in memory
     only. Beside it there are dicts, all of them in the file, into which a caller may put what is to be kept:
 
-    schedules: {N: Schedule}. solvers: {N: Solver}, such as fits; empty until one is put there.
+    schedules: {N: Schedule}. solvers: {N: Solver}, the best one that `calibrate` has tried, or what a caller puts in.
 
-    verified: {N: {"uniform": e, "bellman": e, "fitted": e}}, where `calibrate` was given noise to verify on: the mean
-    squared distance to the teacher's samples of Euler steps on the uniform and on the Bellman schedule, and of the
-    solver if there is one. verified_interval: the same of (low, high), the bootstrap interval of 95 % of that mean over
-    the noises; of what was verified on one noise, and in files of before there were any, nothing.
+    tried: {N: [Tried]}, all that `calibrate` has tried with `effort="fit"` or "best", the best first: each with its
+    name, plan, mean squared distance to the teacher's samples with interval, evaluations and seconds. A file keeps all
+    of it but the errors of single samples.
 
-    verified_as: {N: {"uniform": h, "bellman": h, "fitted": h}}, hashes of what was verified; what is there now may be
-    another.
+    verified: {N: {"uniform": e, "bellman": e, "fitted": e, ..}}, where `calibrate` was given noise to verify on: the
+    mean squared distance to the teacher's samples of `choices`. verified_interval: the same of (low, high), the
+    bootstrap interval of 95 % of that mean over the noises; of what was verified on one noise, and in files of before
+    there were any, nothing.
+
+    verified_as: {N: {"uniform": h, "bellman": h, "fitted": h, ..}}, hashes of what was verified; what is there now may
+    be another.
 
     Examples:
         >>> velocity, noise = (lambda x, t: x * t[:, None] ** 4), torch.randn(64, 2)
@@ -94,6 +100,7 @@ class Calibration(Measured, Mapping):
         verified_as: dict[int, dict[str, str]] | None = None,
         *,
         verified_interval: dict[int, dict[str, tuple[float, float]]] | None = None,
+        tried: dict[int, list[Tried]] | None = None,
         norm_cost: Tensor | None = None,
         kept: Trajectory | None = None,
         sample_costs: SampleCosts | None = None,
@@ -104,6 +111,7 @@ class Calibration(Measured, Mapping):
         super().__init__(times, cost, provenance, gram, **rest)
         self.schedules = schedules
         self.solvers = {} if solvers is None else solvers
+        self.tried = {} if tried is None else tried
         self.verified = {} if verified is None else verified
         self.verified_as = {} if verified_as is None else verified_as
         self.verified_interval = {} if verified_interval is None else verified_interval
@@ -114,6 +122,10 @@ class Calibration(Measured, Mapping):
             expect_shown(known, name, expected, entries, TypeError)
             for n in entries:
                 expect_int(n, name, expected, 1)
+        expected = "a dict from numbers of steps to lists of Tried"
+        known = isinstance(self.tried, Mapping) and all(isinstance(v, list) for v in self.tried.values())
+        known = known and all(isinstance(c, Tried) for of in self.tried.values() for c in of)
+        expect_shown(known, "tried", expected, self.tried, TypeError)
 
     @classmethod
     def merge(cls, calibrations: Iterable["Calibration"]) -> "Calibration":
@@ -128,7 +140,8 @@ class Calibration(Measured, Mapping):
             Calibration, with schedules of all numbers of steps that one of them has. Costs are those of one call, to
             1e-12 in float64; in float32 to the rounding of the sums, about 1e-7. Intervals need calibrations in memory,
             as does `kept`: the trajectories of the first ones, up to where one does not keep all of its samples.
-            Solvers and verified errors are of one part each, and left out: `fit_solver` makes them anew.
+            Solvers, what was tried and verified errors are of one part each, and left out: `fit_solver` makes solvers
+            anew.
 
         Raises:
             TypeError, ValueError: naming what differs, or the two whose noise is the same.
@@ -232,13 +245,17 @@ class Calibration(Measured, Mapping):
 
     def choices(self, steps: int) -> dict[str, Schedule | Solver]:
         """What there is for N steps, by its name in `verified`: the uniform schedule (from the grid's first time, with
-        the forced knots), the Bellman schedule and the solver; KeyError where there is no other than the uniform
-        one."""
+        the forced knots), the Bellman schedule, the solver, "fitted", and the best of what else was tried; KeyError
+        where there is no other than the uniform one."""
         known = {UNIFORM: self.uniform(steps)}
         if steps in self.schedules or steps not in self.solvers:
             known[BELLMAN] = self[steps]
-        if steps in self.solvers:
-            known[FITTED] = self.solvers[steps]
+        solver, others = self.solvers.get(steps), 0
+        for c in self.tried.get(steps, ()):
+            if c.failed is None and c.name not in known and c.plan is not solver and others < OTHERS:
+                known[c.name], others = c.plan, others + 1
+        if solver is not None:
+            known[FITTED] = solver
         return {name: self._marked(plan) for name, plan in known.items()}
 
     def uniform(self, steps: int) -> Schedule:
@@ -261,22 +278,58 @@ class Calibration(Measured, Mapping):
                 self.verified_interval[steps] = known
 
     def best(self, steps: int) -> Schedule | Solver:
-        """Of the uniform schedule, the Bellman schedule and the solver, what has the least verified error: those that
-        are what was verified, and not put in its place since.
+        """Of `choices`, what has the least verified error: those that are what was verified, and not put in its place
+        since.
 
-        Where nothing was verified, the solver if there is one, else the Bellman schedule.
+        Where nothing was verified, the best of what was tried (`tried`); where nothing was tried, or another solver was
+        put into `solvers` since, that solver, else the Bellman schedule. KeyError for a number of steps that there is
+        nothing for, which `cal.solvers[N] = fk.fit_solver(velocity, cal, N)` makes from the kept samples.
         """
         return self.choices(steps)[self._best(steps)]
 
     def _best(self, steps: int) -> str:
-        known, errors = self.choices(steps), self.errors(steps)  # the last of them where errors are equal or unknown
+        known, errors = self.choices(steps), self.errors(steps)
+        tried = [c for c in self.tried.get(steps, ()) if c.failed is None]
+        if tried and not errors:
+            now = _hashes_of(known)
+            then = [plan_hash(c.plan) for c in tried]
+            if FITTED not in now or now[FITTED] in then:  # no other was put there
+                best = [name for name in known if now[name] == then[0]]
+                if best:
+                    return best[0]
+        # the last of them where errors are equal or unknown
         return min(reversed(known), key=lambda name: errors.get(name, math.inf))
 
     def errors(self, steps: int) -> dict[str, float]:
         """The verified errors of `choices` that are still what was verified, by name; KeyError as `choices`."""
         now, then = _hashes_of(self.choices(steps)), self.verified_as.get(steps, {})
-        as_it_was = {name for name in now if name == UNIFORM or then.get(name) == now[name]}
-        return {name: e for name, e in self.verified.get(steps, {}).items() if name in as_it_was and e == e}  # no NaN
+        verified = {name: e for name, e in self.verified.get(steps, {}).items() if e == e}  # no NaN
+        of = {then[name]: e for name, e in verified.items() if name in then}  # another solver may be "fitted" by now
+        known = {name: of.get(plan) for name, plan in now.items()}
+        if known.get(UNIFORM) is None and UNIFORM in verified:
+            known[UNIFORM] = verified[UNIFORM]
+        return {name: e for name, e in known.items() if e is not None}
+
+    def report(self) -> str:
+        """A table of all that was tried, for each N the best first: the root mean square of the distance to the
+        teacher's samples, of samples that a plan was not fitted to, with its interval of 95 %, what it took in
+        evaluations of single samples and in seconds, and "*" at `best`. Where the samples do not decide between the
+        best and the next, a line says so, and about how many would."""
+        effort, K = self.provenance.get("effort"), len(self.times) - 1
+        if not self.tried:
+            return f'nothing was tried: calibrate(..., effort="fit" or "best") does\n\n{self}'
+        evaluations = sum(c.evaluations for of in self.tried.values() for c in of)
+        seconds = sum(c.seconds for of in self.tried.values() for c in of)
+        head = [f"effort {effort['level']}: {effort['samples']:,} samples, a teacher of {K} steps"] if effort else []
+        head += [f"{evaluations:,.0f} evaluations of single samples in {seconds:.1f} s, beside the teacher's"]
+        return "\n".join([*head, "", *table(self.tried, {n: self._best_tried(n) for n in self.tried})])
+
+    def _best_tried(self, steps: int) -> str | None:
+        """The name, in `tried`, of `best`."""
+        if steps not in self.schedules and steps not in self.solvers:  # a caller may take them out
+            return None
+        best = plan_hash(self.best(steps))
+        return next((c.name for c in self.tried[steps] if c.failed is None and plan_hash(c.plan) == best), None)
 
     def __repr__(self) -> str:
         K, steps = len(self.times) - 1, ", ".join(map(str, sorted(self.schedules)))
@@ -292,8 +345,13 @@ class Calibration(Measured, Mapping):
             lines.append(
                 f"{n:>3} {figures[0]:>11.4g} {interval:>19} {needed:>7} {figures[1]:>11.4g} {figures[2]:>6.3f}  {knots}"
             )
-        if unmeasured := sorted(set(self.solvers) - set(self.verified)):
+        if unmeasured := sorted(set(self.solvers) - set(self.verified) - set(self.tried)):
             lines += ["", f"a solver for N = {', '.join(map(str, unmeasured))}, not verified: cal.best(N)"]
+        if self.tried:
+            lines += ["", f"{'N':>3} {'rms':>9}  {'tried':>5}  best of what was tried, by cross-validation"]
+        for n, of in sorted(self.tried.items()):
+            c, tell = of[0], "" if of[0].decided else ", undecided"
+            lines.append(f"{n:>3} {c.error**0.5:>9.4g}  {len(of):>5}  {c.name}{tell}")
         if self.verified:
             lines += [
                 "",
@@ -345,7 +403,7 @@ class Calibration(Measured, Mapping):
             found = digest(data)
             if SUM in data:
                 expect_unchanged(data[SUM], found, EDITED)
-            cal = calibration_of(cls, as_version_2(data) if version == 1 else data)
+            cal = calibration_of(cls, data if version == 3 else as_version_3(data))
             if version == 1 and "verified_as" not in data:  # as files once were: what is there is what was verified
                 cal.add_verified({n: of for n, of in cal.verified.items() if n in {*cal.schedules, *cal.solvers}})
         if SUM not in data:
@@ -413,9 +471,4 @@ def _joined_trajectories(parts: list[Calibration]) -> Trajectory | None:
 
 
 def _hashes_of(plans: dict[str, Schedule | Solver]) -> dict[str, str]:
-    """Of what decides the samples of each."""
-    solver, schedule = ("times", "model_times", "coefficients"), ("times",)
-    free = (*solver, "start_coefficients")
-    of = {name: schedule for name in plans}
-    of |= {name: solver if p.keeps_start else free for name, p in plans.items() if isinstance(p, Solver)}
-    return {name: tensors_hash({part: getattr(plan, part) for part in of[name]}) for name, plan in plans.items()}
+    return {name: plan_hash(plan) for name, plan in plans.items()}

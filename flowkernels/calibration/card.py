@@ -2,7 +2,7 @@
 
 import base64
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from torch import Tensor
 from flowkernels._checks import expect, expect_int, expect_numbers, expect_real, expect_times
 from flowkernels._files import SUM, plain
 from flowkernels._version import __version__
+from flowkernels.calibration import tried
 from flowkernels.sampling.teacher_solver import ENTRY
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
@@ -36,7 +37,7 @@ def written(cal, best: dict[int, str]) -> dict:
     """The entries of a Calibration's file, but for its checksum. best: the name of the best choice of each N."""
     data = {
         "format": FORMAT,
-        "version": 3 if cal.secants else 2,  # earlier versions would take the teacher for Euler's
+        "version": 3,
         "written": {"by": f"flowkernels {__version__}", "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"},
         "rule": RULE,
         "provenance": plain(cal.provenance),
@@ -44,6 +45,7 @@ def written(cal, best: dict[int, str]) -> dict:
         "forced_knots": list(cal.forced_knots),
         "schedules": {str(n): _schedule_to_dict(s, cal.times) for n, s in sorted(cal.schedules.items())},
         "solvers": {str(n): _solver_to_dict(s) for n, s in sorted(cal.solvers.items())},
+        "tried": {str(n): [tried.to_dict(c) for c in of] for n, of in sorted(cal.tried.items())},
         "verified": {str(n): _verified_to_dict(cal, n) for n in sorted(cal.verified)},
         "best": {str(n): name for n, name in best.items()},
         "cost": _encoded(cal.cost, 1),
@@ -57,8 +59,7 @@ def expect_version(data: Any, path: str | Path) -> int:
     kind = data.get("format") if isinstance(data, dict) else type(data).__name__
     expect(kind == FORMAT, "path", f"a file of format {FORMAT!r}", f"{path} of format {kind!r}")
     version = data.get("version")
-    known = type(version) is int and version in (1, 2, 3)
-    expect(known, "path", "version 1, 2 or 3", f"{path} of version {version!r}")
+    expect(type(version) is int and version in (1, 2, 3), "path", "version 1, 2 or 3", f"{path} of version {version!r}")
     return version
 
 
@@ -81,7 +82,10 @@ def calibration_of(made: Callable[..., Made], data: dict) -> Made:
     of, version = _by_steps(data, "schedules", K), data["version"]
     schedules = {n: _schedule(s, f"schedules.{n}", n, times, version) for n, s in of}
     solvers = {n: _solver(s, f"solvers.{n}", n, times) for n, s in _by_steps(data, "solvers", None)}
-    verified = [(n, *_verified(of, f"verified.{n}")) for n, of in _by_steps(data, "verified", None)]
+    of_tried = {n: _tried(of, f"tried.{n}", times) for n, of in _by_steps(data, "tried", None)}
+    names = {n: {*CHOICES, *(c.name for c in of)} for n, of in of_tried.items()}
+    known = _by_steps(data, "verified", None)
+    verified = [(n, *_verified(of, f"verified.{n}", names.get(n, CHOICES))) for n, of in known]
     return made(
         times,
         tables["cost"],
@@ -92,13 +96,17 @@ def calibration_of(made: Callable[..., Made], data: dict) -> Made:
         {n: errors for n, errors, _, _ in verified},
         {n: hashes for n, _, hashes, _ in verified if hashes},
         verified_interval={n: intervals for n, _, _, intervals in verified if intervals},
+        tried=of_tried,
         norm_cost=tables.get("norm_cost"),
         forced_knots=forced,
     )
 
 
-def as_version_2(data: dict) -> dict:
-    """A file of version 1, with what was verified in one table, as version 2 has it, and today's names."""
+def as_version_3(data: dict) -> dict:
+    """A file of version 1, with what was verified in one table and today's names, or of version 2, before there was
+    what was tried."""
+    if data["version"] == 2:
+        return data | {"tried": {}}
     verified, schedules = {}, {}
     for n, errors in _object(data.get("verified", {}), "verified").items():
         verified[n] = {name: {"error": error} for name, error in _object(errors, f"verified.{n}").items()}
@@ -109,7 +117,7 @@ def as_version_2(data: dict) -> dict:
     for n, schedule in _object(data["schedules"], "schedules").items():
         old = _object(schedule, f"schedules.{n}")
         schedules[n] = {new: old[name] for new, name in RENAMED.items() if name in old} | old
-    return {"forced_knots": [], "solvers": {}} | data | {"verified": verified, "schedules": schedules}
+    return {"forced_knots": [], "solvers": {}, "tried": {}} | data | {"verified": verified, "schedules": schedules}
 
 
 def _object(value, name: str) -> dict:
@@ -166,10 +174,20 @@ def _solver(data, name: str, N: int, times: Tensor) -> Solver:
     return solver
 
 
-def _verified(data, name: str) -> tuple[dict[str, float], dict[str, str], dict[str, tuple[float, float]]]:
-    """Errors, hashes of what they are of, and intervals, each by choice."""
-    unknown = sorted(set(_object(data, name)) - set(CHOICES))
-    expect(not unknown, name, f"entries of {', '.join(CHOICES)}", f"{unknown}")
+def _tried(data, name: str, times: Tensor) -> list[tried.Tried]:
+    expect(isinstance(data, list), name, "a list", data)
+    found = [tried.from_dict(entry, f"{name}[{i}]", times) for i, entry in enumerate(data)]
+    names = [c.name for c in found]
+    expect(len(set(names)) == len(names), name, "names that differ", names)
+    return found
+
+
+def _verified(
+    data, name: str, names: Container[str]
+) -> tuple[dict[str, float], dict[str, str], dict[str, tuple[float, float]]]:
+    """Errors, hashes of what they are of, and intervals, each by choice, whose names are these."""
+    unknown = sorted(what for what in _object(data, name) if what not in names)
+    expect(not unknown, name, f"entries of {', '.join(CHOICES)} or of what was tried", f"{unknown}")
     errors, hashes, intervals = {}, {}, {}
     for what, entry in data.items():
         errors[what] = _least(_object(entry, f"{name}.{what}")["error"], f"{name}.{what}.error")

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,33 @@ from flowkernels._checks import FLOATS, describe, expect, expect_finite, expect_
 from flowkernels._files import damaged, plain
 from flowkernels._warnings import warn
 from flowkernels.calibration.sample_costs import SampleCosts
+from flowkernels.calibration.tried import Tried, from_dict, to_dict, tried_of
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.velocity.hashes import tensors_hash
 
-FORMAT, VERSION = "flowkernels.calibrating", "1"
+FORMAT, VERSION = "flowkernels.calibrating", "2"
 WANTED = "the progress of a calibration"
 PART = 0.05  # of the time goes into writing, at most
-COSTS, ERRORS = "costs.", "errors."  # what names of tensors begin with
+COSTS, ERRORS, TRIED = "costs.", "errors.", "tried."  # what names of tensors begin with
 
 Plans = Mapping[int, Mapping[str, Schedule | Solver]]
 
 
 class Progress:
-    """A calibration's progress: samples rolled out, solvers and endpoint errors.
+    """A calibration's progress: samples rolled out, what was tried, and endpoint errors.
 
     It is written after the first part of the work, then as often as takes 5 % of the time, and when the work ends or is
     interrupted. Without a path nothing is written.
 
-    samples: how many are in the costs. solvers: {N: Solver}. fitted: what these depend on beside the setting.
+    samples: how many are in the costs. tried: {key: [Candidate]}. fitted: what these depend on beside the setting.
     """
 
     def __init__(
         self, path: Path | None, setting: Mapping[str, Any], attributes: str | None, fitted: Mapping[str, Any]
     ):
         self.path, self.setting, self.attributes = path, json.loads(json.dumps(plain(dict(setting)))), attributes
-        self.samples, self.velocity_dtype, self.solvers, self.fitted = 0, "", {}, fitted
+        self.samples, self.velocity_dtype, self.tried, self.fitted = 0, "", {}, fitted
         self._costs: dict[str, Tensor] = {}
         self._kept: tuple[Tensor, Tensor] | None = None
         self._verified_as, self._errors = "", {}
@@ -98,9 +100,10 @@ class Progress:
         for name, t in zip("xv", self._kept or (), strict=False):
             tensors[name] = t[:, : self.samples]
         tensors |= {f"{ERRORS}{N}.{name}": e for N, of in self.errors().items() for name, e in of.items()}
-        solvers = {str(N): {**s.to_dict(), "notes": plain(s.notes)} for N, s in self.solvers.items()}
+        tried = {key: [to_dict(tried_of(c)) for c in of] for key, of in self.tried.items()}
+        tensors |= {f"{TRIED}{key}.{i}": c.errors for key, of in self.tried.items() for i, c in enumerate(of)}
         about = dict(samples=str(self.samples), velocity_dtype=self.velocity_dtype, verified_as=self._verified_as)
-        about |= dict(setting=self.setting, attributes=self.attributes or "", solvers=solvers, fitted=self.fitted)
+        about |= dict(setting=self.setting, attributes=self.attributes or "", tried=tried, fitted=self.fitted)
         try:
             _weights.write(self.path, tensors, format=FORMAT, version=VERSION, **about)
         except Exception as e:
@@ -118,7 +121,7 @@ class Progress:
         tensors, about = _weights.read(self.path, "checkpoint", WANTED, stacklevel=5)
         kind, version = about.get("format"), about.get("version")
         expect(kind == FORMAT, "checkpoint", f"a file of format {FORMAT!r}", f"{self.path} of format {describe(kind)}")
-        expect(version == VERSION, "checkpoint", f"version {VERSION}", f"{self.path} of version {version}")
+        expect(version in ("1", VERSION), "checkpoint", f"version 1 or {VERSION}", f"{self.path} of version {version}")
         with damaged("checkpoint", WANTED, self.path):
             there = _weights.parsed(about, "setting")
         self._expect_setting(there)
@@ -128,8 +131,8 @@ class Progress:
             self._costs = {name: tensors[COSTS + name] for name in ("grams", "total", "sizes")}
             costs.set_state(self._costs)
             expect(costs.count == self.samples, "samples", f"{costs.count}, those of the costs", self.samples)
-            solvers = {int(N): Solver.from_dict(s) for N, s in _weights.parsed(about, "solvers").items()}
-            self.solvers = solvers if _weights.parsed(about, "fitted") == self.fitted else {}
+            if version == VERSION and _weights.parsed(about, "fitted") == self.fitted:
+                self.tried = self._tried(_weights.parsed(about, "tried"), tensors, costs.times)
             for name, errors in tensors.items():
                 if name.startswith(ERRORS):
                     N, what = name.removeprefix(ERRORS).split(".", 1)
@@ -151,6 +154,17 @@ class Progress:
             why = why if self.attributes else "one that has no hash"
             warn(f"checkpoint: expected the velocity that {self.path} was made with, got {why}", stacklevel=4)
         return self._kept
+
+    @staticmethod
+    def _tried(data: Mapping[str, Any], tensors: Mapping[str, Tensor], grid: Tensor) -> dict[str, list[Tried]]:
+        """With the errors of single samples."""
+        found = {}
+        for key, of in data.items():
+            known = [from_dict(entry, f"tried.{key}", grid) for entry in of]
+            names = [f"{TRIED}{key}.{i}" for i in range(len(known))]
+            errors = [expect_values(tensors[name], name, (torch.float64,)) for name in names]
+            found[key] = [replace(c, errors=e) for c, e in zip(known, errors, strict=True)]
+        return found
 
     def _expect_setting(self, there: Mapping[str, Any]) -> None:
         keys = self.setting.keys() | there.keys()

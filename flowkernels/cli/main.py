@@ -19,6 +19,7 @@ from flowkernels._checks import expect_times
 from flowkernels._files import write_or_keep
 from flowkernels.bench import command as bench
 from flowkernels.bench import record, replay, tune
+from flowkernels.calibration.effort import EFFORTS
 from flowkernels.cli import demo
 from flowkernels.cli.inputs import (
     InputError,
@@ -147,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_options.above_0,
         help="stop once no schedule costs this share more than needed, such as 0.02",
     )
-    add("--fit", action="store_true", help="fit a solver for each number of steps as well")
+    efforts = "schedules alone; solvers too, which takes up to 2 N evaluations more a noise for every number of steps N"
+    add("--effort", choices=EFFORTS, default="schedule", help=efforts)
     add("--verify-noise", type=_options.positive, help="other noises to measure endpoint errors on; none if not given")
     add("--chunk", type=_options.positive, help="noises rolled out at once; by memory if not given")
     add("--state", type=_file, help="file that keeps what has been done, written as the calibration goes on")
@@ -316,7 +318,7 @@ def _calibrate(args) -> None:
             times,
             args.steps,
             max_regret=args.max_regret,
-            fit=args.fit,
+            effort=args.effort,
             forced_knots=args.knot,
             verify_noise=held_out,
             chunk=args.chunk,
@@ -325,7 +327,9 @@ def _calibrate(args) -> None:
         )
     write_or_keep(args.targets["out"], "--out", calibration.save)
     print(calibration)
-    found = f"{len(calibration)} schedules" + (f" and {len(calibration.solvers)} solvers" if args.fit else "")
+    if calibration.tried:
+        print(f"\n{calibration.report()}\n")
+    found = f"{len(calibration)} schedules" + (f" and {len(calibration.solvers)} solvers" if calibration.tried else "")
     print(f"{args.out}: {found} from {calibration.provenance['n']} noises and {K} fine steps")
 
 

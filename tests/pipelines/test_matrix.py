@@ -91,7 +91,7 @@ def calibration(name: str) -> fk.Calibration:
     family = tiny.FAMILIES[name]
     v = pipeline_velocity(family.make(), **family.call())
     noise = v.noise(4, torch.Generator().manual_seed(1))
-    return fk.calibrate(v, noise, grid=v.grid(8), steps=[N], fit=True, progress=False)
+    return fk.calibrate(v, noise, grid=v.grid(8), steps=[N], effort="fit", progress=False)
 
 
 def takes(family: tiny.Family, argument: str) -> bool:

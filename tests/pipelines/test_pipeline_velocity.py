@@ -441,7 +441,7 @@ def test_a_scheduler_of_a_calibration_knows_it_too(name):
 def test_a_calibration_knows_the_pipeline_that_it_is_for(tmp_path):
     pipe, family = made("wan22"), tiny.FAMILIES["wan22"]
     v = pipeline_velocity(pipe, **family.call())
-    cal = fk.calibrate(v, v.noise(6), grid=v.grid(8), steps=[2, 4], fit=True, progress=False)
+    cal = fk.calibrate(v, v.noise(6), grid=v.grid(8), steps=[2, 4], effort="fit", progress=False)
     sigmas = [s for s in (1 - v.grid(8)).tolist() if s * 1000 < 875]
     assert cal.forced_knots == pytest.approx((1 - sigmas[0],))
     assert all(cal.forced_knots[0] in cal[n].times for n in cal)

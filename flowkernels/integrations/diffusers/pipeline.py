@@ -45,7 +45,7 @@ def pipeline_velocity(
     """The velocity of a diffusers pipeline as it samples: guided its own way, behind its own casts.
 
         v = pipeline_velocity(pipe, prompt=prompts, guidance_scale=5, height=1024, width=1024)
-        cal = fk.calibrate(v, v.noise(64), grid=v.grid(50), steps=[4, 8], fit=True)
+        cal = fk.calibrate(v, v.noise(64), grid=v.grid(50), steps=[4, 8], effort="fit")
 
     An evaluation is a call of the pipeline on a copy of it (its models shared) with one time, which ends where the
     scheduler is to make the step; what was to be stepped with is the velocity. What the call prepares of prompts and

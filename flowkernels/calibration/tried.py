@@ -1,0 +1,153 @@
+"""`Tried`: a plan for N steps that a calibration has tried, as it is kept, stored and reported."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkernels._checks import expect, expect_int, expect_numbers, expect_real, expect_text, expect_times
+from flowkernels._files import plain
+from flowkernels.calibration.selection import Candidate, choose
+from flowkernels.schedule import Schedule
+from flowkernels.solver import Solver
+from flowkernels.velocity.hashes import tensors_hash
+
+
+def _no_errors() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64, device="cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Tried(Candidate):
+    """A plan that was tried, with its figures.
+
+    errors: of each sample (`Candidate`); of one from a file, empty. error: their mean. interval: of 95 % of it, None of
+    fewer than two samples. samples: how many they are. failed: why there is no error, None where there is one.
+    decided: of the best of its N, whether it is better than the next for certain (95 %); needed: about how many samples
+    would decide, None where that is not known.
+
+    evaluations: of single samples, all that it took, whatever their number was. seconds: that they took.
+
+    Examples:
+        >>> velocity, noise = (lambda x, t: x * t[:, None] ** 4), torch.randn(64, 2)
+        >>> cal = fk.calibrate(velocity, noise, 20, [2], effort="fit", progress=False)
+        >>> cal.tried[2][0].plan is cal.best(2), cal.tried[2][0].error <= cal.tried[2][1].error
+        (True, True)
+    """
+
+    errors: Tensor = field(default_factory=_no_errors)
+    error: float = math.nan
+    interval: tuple[float, float] | None = None
+    samples: int = 0
+    failed: str | None = None
+    decided: bool = True
+    needed: int | None = None
+
+
+def ranked(candidates: Sequence[Candidate]) -> list[Tried]:
+    """The best first, by `choose`, the others by their errors, those that have none last."""
+    known = [c for c in candidates if getattr(c, "failed", None) is None]
+    if not known:
+        return [tried_of(c) for c in candidates]
+    choice = choose(known)
+    order = sorted(range(len(known)), key=lambda i: (i != choice.best, known[i].errors.mean().item()))
+    found = [tried_of(known[i], choice.intervals[i]) for i in order]
+    found[0] = tried_of(known[choice.best], choice.intervals[choice.best], choice.decided, choice.needed)
+    return found + [tried_of(c) for c in candidates if getattr(c, "failed", None) is not None]
+
+
+def tried_of(
+    c: Candidate, interval: tuple[float, float] | None = None, decided: bool = True, needed: int | None = None
+) -> Tried:
+    """A candidate with its figures."""
+    n = len(c.errors)
+    error = c.errors.mean().item() if n else math.nan
+    failed = getattr(c, "failed", None)
+    return Tried(c.name, c.plan, c.errors, c.evaluations, c.seconds, error, interval, n, failed, decided, needed)
+
+
+def plan_hash(plan: Schedule | Solver) -> str:
+    """Of what decides its samples."""
+    parts = ("times",)
+    if isinstance(plan, Solver):
+        parts = ("times", "model_times", "coefficients", *(() if plan.keeps_start else ("start_coefficients",)))
+    return tensors_hash({part: getattr(plan, part) for part in parts})
+
+
+def plan_to_dict(plan: Schedule | Solver) -> dict:
+    """As a file has it: {"schedule": {times, indices, notes}} or {"solver": {..}}."""
+    if isinstance(plan, Solver):
+        return {"solver": plan.to_dict() | {"notes": plain(plan.notes)}}
+    of = {"times": plan.times.tolist(), "indices": None if plan.indices is None else list(plan.indices)}
+    return {"schedule": of | {"cost": plan.cost, "uniform_cost": plan.uniform_cost, "notes": plain(plan.notes)}}
+
+
+def plan_from_dict(data: Mapping[str, Any], name: str, grid: Tensor) -> Schedule | Solver:
+    """ValueError for what is no plan."""
+    expect(isinstance(data, dict) and len(data) == 1, name, "a schedule or a solver", data)
+    ((kind, of),) = data.items()
+    expect(kind in ("schedule", "solver") and isinstance(of, dict), name, "a schedule or a solver", kind)
+    if kind == "solver":
+        return Solver.from_dict(of)
+    expect_numbers(of["times"], f"{name}.times")
+    on_it = of.get("indices") is not None
+    known = dict(cost=of.get("cost"), uniform_cost=of.get("uniform_cost"), notes=of.get("notes", {}))
+    places = dict(grid=grid, indices=tuple(of["indices"])) if on_it else {}
+    return Schedule(expect_times(of["times"], f"{name}.times"), **places, **known)
+
+
+def to_dict(tried: Tried) -> dict:
+    """The entry of a card."""
+    found = {"name": tried.name, "samples": tried.samples, "evaluations": tried.evaluations, "seconds": tried.seconds}
+    if tried.failed is not None:
+        return plain(found | {"failed": tried.failed, "plan": plan_to_dict(tried.plan)})
+    found |= {"error": tried.error} | ({} if tried.interval is None else {"interval": list(tried.interval)})
+    found |= {} if tried.decided else {"decided": False, "needed": tried.needed}
+    return plain(found | {"plan": plan_to_dict(tried.plan)})
+
+
+def from_dict(data: Any, name: str, grid: Tensor) -> Tried:
+    """What a card's entry is of, checked."""
+    expect(isinstance(data, dict), name, "an object", data)
+    plan, least = plan_from_dict(data["plan"], f"{name}.plan", grid), "a number of at least 0"
+    of = {"name": expect_text(data["name"], f"{name}.name"), "plan": plan}
+    expect(abs(plan.times.min() - grid[0]) <= 1e-9, f"{name}.plan", f"one from {grid[0]:g}", f"{plan.times.min():g}")
+    for entry in ("evaluations", "seconds"):
+        of[entry] = expect_real(data[entry], f"{name}.{entry}", least, lambda v: v >= 0)
+    of["samples"] = expect_int(data["samples"], f"{name}.samples", "a number of samples", 0)
+    if "failed" in data:
+        return Tried(**of, failed=expect_text(data["failed"], f"{name}.failed"))
+    of["error"] = expect_real(data["error"], f"{name}.error", least, lambda v: v >= 0)
+    if "interval" in data:
+        low, high = expect_numbers(data["interval"], f"{name}.interval", 2)
+        expect(0 <= low <= high, f"{name}.interval", "[low, high]", data["interval"])
+        of["interval"] = (low, high)
+    if "decided" in data:
+        expect(data["decided"] is False, f"{name}.decided", "false, or no entry", data["decided"])
+        needed = data["needed"]
+        of |= {"decided": False}
+        of["needed"] = needed if needed is None else expect_int(needed, f"{name}.needed", "a number of samples", 1)
+    return Tried(**of)
+
+
+def table(tried: Mapping[int, Sequence[Tried]], best: Mapping[int, str]) -> list[str]:
+    """Lines of `Calibration.report`: N, name, root mean square of the error with its interval, evaluations, seconds."""
+    width = max([len(c.name) for of in tried.values() for c in of], default=4)
+    lines = [f"{'N':>3}   {'name':<{width}} {'rms':>9}  {'95 % interval':<17} {'evaluations':>12} {'seconds':>8}"]
+    for n, of in sorted(tried.items()):
+        lines.append("")
+        for c in of:
+            mark = "*" if c.name == best.get(n) else " "
+            figures = f"{c.evaluations:>12,.0f} {c.seconds:>8.2f}"
+            if c.failed is not None:
+                lines.append(f"{n:>3} {mark} {c.name:<{width}} {'-':>9}  {'':<17} {figures}  failed: {c.failed:.200}")
+                continue
+            between = "" if c.interval is None else "{:.3g}..{:.3g}".format(*(max(e, 0) ** 0.5 for e in c.interval))
+            lines.append(f"{n:>3} {mark} {c.name:<{width}} {c.error**0.5:>9.4g}  {between:<17} {figures}".rstrip())
+        if of and not of[0].decided:
+            more = f"; about {of[0].needed:,} would decide" if of[0].needed else ""
+            lines.append(f"      undecided on {of[0].samples:,} samples{more}")
+    return lines
