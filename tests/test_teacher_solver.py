@@ -242,7 +242,7 @@ def test_resumed_is_uninterrupted(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_fits_and_what_is_verified_are_of_its_states(name):
     states, ends = teachers("uniform")[name][1], noise(16, 5)
-    cal = calibrated(name, fit=True, verify_noise=ends)
+    cal = calibrated(name, effort="fit", verify_noise=ends)
     for steps in (2, 3):
         for plan, what in ((cal[steps], "bellman"), (cal.solvers[steps], "fitted"), (cal.uniform(steps), "uniform")):
             error = (fk.sample(velocity, ends, plan) - states(ends)[-1]).square().sum(1).mean()
