@@ -116,8 +116,9 @@ class Schedule:
 
     @property
     def ratio(self) -> float | None:
-        """cost / uniform_cost, at most 1 for a schedule of least cost; 1 where both are zero."""
-        if self.cost is None or self.uniform_cost is None:
+        """cost / uniform_cost, at most 1 for a schedule of least cost; 1 where both are zero. None where one is unknown
+        or below 0, as sums of differences may be."""
+        if self.cost is None or self.uniform_cost is None or min(self.cost, self.uniform_cost) < 0:
             return None
         return self.cost / self.uniform_cost if self.uniform_cost > 0 else 1.0
 

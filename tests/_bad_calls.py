@@ -746,7 +746,7 @@ def _stages(cal) -> None:
     place("cal.choices", cal.choices, (KeyError,), steps=(2, is_int(1, K)))
     place("cal.best", cal.best, (KeyError,), steps=(2, is_int(1, K)))
     options = dict(velocity=(lambda: Net(), is_function), **some, gamma=(1.15, within(0)), probes=(2, is_int(1)))
-    options |= dict(candidates=(lambda: [0.0, 0.1], are_numbers))
+    options |= dict(candidates=(lambda: [0.0, 0.1], are_numbers), metric=("dev", is_one_of("dev", "l1", "l2")))
     for objective, make in OBJECTIVES.items():
         args = {name: options[name] for name in list(inspect.signature(make).parameters)[2:]}
         called = (objective, is_one_of(*OBJECTIVES), "velocity", "options")

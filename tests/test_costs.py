@@ -11,7 +11,8 @@ from _flows import Counted, ElementwiseField, even_grid, linear_field, normal, r
 
 import flowkernels as fk
 from flowkernels._files import sealed
-from flowkernels.calibration import objectives, sample_costs
+from flowkernels.calibration import gits_costs, objectives, sample_costs
+from flowkernels.calibration.gits_costs import absolute_costs, deviation_costs
 from flowkernels.calibration.objectives import OBJECTIVES, pair_costs
 from flowkernels.calibration.sample_costs import SampleCosts
 from flowkernels.models.bundled import BUNDLED
@@ -227,14 +228,41 @@ def calibrated(velocity, n=6, dim=3, K=7, forced=(), **settings):
 FORCED = pytest.mark.parametrize("forced", [(), (2, 5), (6,)], ids=str)
 
 
+def from_the_line(y, x):
+    """How far each of y `[n, d]` is from its sample's line from the noise to the end of x `[K+1, n, d]`."""
+    found = []
+    for i in range(y.shape[0]):
+        along = x[-1, i] - x[0, i]
+        part = (y[i] - x[0, i]) @ along / (along @ along)
+        found.append((y[i] - x[0, i] - part * along).norm())
+    return torch.stack(found)
+
+
+def step_errors(trajectory, kind):
+    """The cost of every step by loops over knots, from states: E|e|^2, or GITS's of a metric."""
+    t, x, v = trajectory.times, trajectory.x, trajectory.v
+    cost = torch.zeros(len(t), len(t), dtype=torch.float64)
+    for j, k in itertools.combinations(range(len(t)), 2):
+        end = x[j] + (t[k] - t[j]) * v[j]
+        if kind == "dev":
+            of = from_the_line(end, x) - from_the_line(x[k], x)
+        else:
+            of = (x[k] - end).norm(p=1 if kind == "l1" else 2, dim=1)
+        cost[j, k] = (of.square() if kind == "squared" else of).mean()
+    return cost
+
+
 @FORCED
 @pytest.mark.parametrize(
-    ("objective", "gamma"), [("squared", 1.0), ("norm", 1.0), ("gits", 1.15), ("gits", 0.7), ("gits", 3.0)]
-)
-def test_sums_of_errors_against_all_paths(objective, gamma, forced):
+    ("objective", "kind", "gamma"),
+    [("squared", "squared", 1.0), ("norm", "l2", 1.0), ("gits", "l2", 1.15), ("gits", "l2", 0.7), ("gits", "l1", 3.0),
+     ("gits", "dev", 1.15), ("gits", "dev", 1.0)],
+)  # fmt: skip
+def test_sums_of_errors_against_all_paths(objective, kind, gamma, forced):
     cal, trajectory = calibrated(Turning(), forced=forced)
-    options, before, own = {} if objective != "gits" else {"gamma": gamma}, sorted(cal), objective == "squared"
-    e = (errors(trajectory).square() if own else errors(trajectory)).mean(-1)
+    options = {"metric": kind, "gamma": gamma} if objective == "gits" else {}
+    before, own = sorted(cal), objective == "squared"
+    e = step_errors(trajectory, kind)
 
     def cost(path):
         return sum(gamma**i * e[j, k].item() for i, (j, k) in enumerate(itertools.pairwise(path)))
@@ -243,13 +271,89 @@ def test_sums_of_errors_against_all_paths(objective, gamma, forced):
     for steps, schedule in plans.items():
         best, expected = least(7, steps, cost, forced)
         assert schedule.indices == best
-        assert schedule.cost == pytest.approx(expected, rel=1e-9)
+        assert schedule.cost == pytest.approx(expected, rel=1e-9, abs=1e-12)
         even = fk.schedule.uniform_indices(cal.times, steps, forced)
         assert set(forced) <= set(even)
-        assert schedule.uniform_cost == pytest.approx(cost(even), rel=1e-9)
+        assert schedule.uniform_cost == pytest.approx(cost(even), rel=1e-9, abs=1e-12)
         assert schedule.notes == ({} if own else {"objective": objective, "evaluations": 0, **options})
         assert (schedule.cost_interval is None) == (objective == "gits")
     assert sorted(cal) == (list(plans) if own else before)  # only BOSS's are the calibration's own
+
+
+# what `get_dp_list` of github.com/zju-pi/diff-sampler, gits-main (commit 68d5ce4), gave for `Turning` on an even grid
+# of 12 steps from normal(6, 3), its Euler teacher's times being 1 - t and its denoiser x + (1 - t) v; and its
+# `cost_mat` from the noise to the end
+GITS = {
+    "dev": (0.9892837056387864,
+            [[0, 12], [0, 8, 12], [0, 7, 9, 12], [0, 7, 9, 11, 12], [0, 6, 8, 10, 11, 12], [0, 6, 8, 9, 10, 11, 12],
+             [0, 5, 7, 8, 9, 10, 11, 12], [0, 5, 6, 7, 8, 9, 10, 11, 12]]),
+    "l1": (3.0975593206826315,
+           [[0, 12], [0, 9, 12], [0, 8, 10, 12], [0, 8, 10, 11, 12], [0, 7, 9, 10, 11, 12], [0, 3, 7, 9, 10, 11, 12],
+            [0, 3, 6, 8, 9, 10, 11, 12], [0, 3, 6, 7, 8, 9, 10, 11, 12]]),
+    "l2": (1.916694851250148,
+           [[0, 12], [0, 9, 12], [0, 8, 10, 12], [0, 7, 9, 11, 12], [0, 7, 9, 10, 11, 12], [0, 3, 7, 9, 10, 11, 12],
+            [0, 3, 6, 8, 9, 10, 11, 12], [0, 3, 6, 7, 8, 9, 10, 11, 12]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", GITS)
+def test_gits_is_its_authors(metric):
+    cal = fk.calibrate(Turning(), normal(6, 3, dtype=torch.float64), 12, 2, **QUIET)
+    whole, knots = GITS[metric]
+    plans = cal.find(range(1, 9), objective="gits", metric=metric)
+    assert [list(plan.indices) for plan in plans.values()] == knots
+    assert plans[1].cost == pytest.approx(whole, rel=1e-9)
+    if metric == "dev":  # their defaults
+        assert cal.find(range(1, 9), objective="gits") == plans
+
+
+def test_deviations_may_be_below_nought():
+    """Steps whose ends are nearer to the line than the teacher's path, which bulges; and paths that are points."""
+    bulge = lambda x, t: torch.stack([torch.ones_like(t), 10 * (1 - 2 * t) * (t > 0.1)], 1).to(x.dtype)  # noqa: E731
+    cal = fk.calibrate(bulge, normal(3, 2, dtype=torch.float64), 10, 2, **QUIET)
+    x, v = cal.kept.x, cal.kept.v
+    cost = deviation_costs(cal.single_costs, x, v)
+    inside = torch.ones(11, 11, dtype=torch.bool).triu(1)
+    assert torch.allclose(cost[inside], step_errors(cal.kept, "dev")[inside], atol=1e-12)
+    plan = cal.find(3, objective="gits")[3]
+    assert plan.cost < 0
+    assert plan.ratio is None
+    still = fk.calibrate(lambda x, t: torch.zeros_like(x), normal(3, 2), 10, 2, **QUIET)
+    assert still.find(2, objective="gits")[2].cost == 0
+
+
+def test_absolute_errors_of_many_features(monkeypatch):
+    """A sample at a time is what all at once are; states in float32, whose rounding is not in them."""
+    velocity, noise = ElementwiseField(), normal(5, 7)
+    cal = fk.calibrate(velocity, noise, 9, 2, **QUIET)
+    wide = fk.rollout(velocity, noise.double(), 9)
+    expected = step_errors(wide, "l1")
+    found = absolute_costs(cal.kept.x, cal.kept.v, cal.times)
+    monkeypatch.setattr(gits_costs, "PART_BYTES", 1)
+    inside = torch.ones(10, 10, dtype=torch.bool).triu(1)
+    assert torch.allclose(absolute_costs(cal.kept.x, cal.kept.v, cal.times), found, rtol=1e-12)
+    assert torch.allclose(found[inside], expected[inside], rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.25])
+@pytest.mark.parametrize("forced", [(), (3,), (5, 9)], ids=str)
+def test_uniform_steps(start, forced):
+    grid = torch.linspace(start, 1, 13, dtype=torch.float64)
+    cal = fk.calibrate(Turning(), normal(4, 3, dtype=torch.float64), grid, 3, forced_knots=grid[list(forced)], **QUIET)
+    plans = cal.find(range(len(forced) + 1, 13), objective="uniform")
+    for n, plan in plans.items():
+        expected = fk.Schedule.uniform(n, start, grid[list(forced)]).times
+        assert torch.allclose(plan.times, expected, rtol=0, atol=1e-9)
+        on_grid = all(((grid - t).abs() < 1e-6).any() for t in expected)
+        assert (plan.indices is not None) == on_grid
+        if not forced:
+            assert on_grid == (12 % n == 0)
+        if on_grid:
+            assert torch.equal(plan.times, grid[list(plan.indices)])
+            steps = [cal.cost[step].item() for step in itertools.pairwise(plan.indices)]
+            assert plan.cost == plan.uniform_cost == pytest.approx(sum(steps), rel=1e-12)
+        assert plan.notes == {"objective": "uniform", "evaluations": 0}
+    assert sum(plan.indices is not None for plan in plans.values()) >= 2
 
 
 def test_gits_weighs_by_default():
@@ -258,6 +362,8 @@ def test_gits_weighs_by_default():
     assert cal.find(3, objective="gits")[3].cost == cal.find(3, objective="gits", gamma=1.15)[3].cost
     with pytest.raises(ValueError, match=r"^gamma: expected a positive, finite number, got 0"):
         cal.find(3, objective="gits", gamma=0)
+    with pytest.raises(ValueError, match=r"^metric: expected one of \['dev', 'l1', 'l2'\], got l3"):
+        cal.find(3, objective="gits", metric="l3")
 
 
 def carried(velocity, trajectory):
@@ -549,7 +655,7 @@ def test_bad_objectives(tmp_path):
     cal, _ = calibrated(Turning())
     with pytest.raises(ValueError, match=r"^objective: expected one of \['squared', 'norm', .*'free'.*\], got best"):
         cal.find(2, objective="best")
-    with pytest.raises(TypeError, match=r"^options: expected of \['gamma'\] for 'gits', got \['probes'\]"):
+    with pytest.raises(TypeError, match=r"^options: expected of \['metric', 'gamma'\] for 'gits', got \['probes'\]"):
         cal.find(2, objective="gits", probes=2)
     with pytest.raises(TypeError, match=r"^options: expected none for 'squared', got \['gamma'\]"):
         cal.find(2, gamma=2)
@@ -570,6 +676,14 @@ def test_bad_objectives(tmp_path):
     cal.save(tmp_path / "a.json")
     again, none = fk.Calibration.load(tmp_path / "a.json"), calibrated(Turning(), keep_bytes=0)[0]
     assert again.find(3, objective="norm")[3] == cal.find(3, objective="norm")[3]  # in the file
+    with_l2 = dict(objective="gits", metric="l2")
+    assert again.find(3, **with_l2)[3] == cal.find(3, **with_l2)[3]
+    for metric in ("dev", "l1"):
+        expected = (
+            rf"^objective: expected .* keeps samples, for 'gits' with metric='{metric}' \(metric='l2' does without"
+        )
+        with pytest.raises(ValueError, match=expected):
+            again.find(3, objective="gits", metric=metric)
     assert again.find(3, objective="pairs")[3].notes == cal.find(3, objective="pairs")[3].notes
     for lost, known in ((again, ("endpoint", "student", "free")), (none, ("norm", "gits", "student"))):
         for objective in known:

@@ -212,8 +212,8 @@ class Calibration(Measured, Mapping):
         Args:
             steps: the numbers of steps N wanted, each 1..K.
             objective: what is least along the steps: a function of `flowkernels.calibration.objectives` by its name,
-                "squared" (BOSS), "norm", "gits", "endpoint", "pairs", "student", "oss" or "free". Their docstrings say
-                what each is, which options it has and what it costs.
+                "squared" (BOSS), "norm", "gits", "endpoint", "pairs", "student", "oss", "free" or "uniform". Their
+                docstrings say what each is, which options it has and what it costs.
             velocity: the teacher, for objectives that evaluate it (a `FusedSampler`'s own velocity is used).
             options: those of the objective. Of those that evaluate, `samples` (the first ones; 64) and `chunk`, how
                 many rows are evaluated at once (all samples; of "student", "oss" and "free" those of several times, up

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from flowkernels._checks import expect, expect_float64, expect_positive_int, expect_shown
 from flowkernels.calibration.bellman import least_cost_schedules, path_of, without_spans
+from flowkernels.calibration.gits_costs import absolute_costs, deviation_costs
 from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.step_cost import StepCost
 from flowkernels.ops.bellman_pairs import bellman_pairs
@@ -43,6 +44,8 @@ from flowkernels.velocity.protocol import Velocity, resolve
 
 PAIRS_BYTES = 2 << 30  # of the costs of all pairs of steps
 CANDIDATES = (0.0, 1 / 64, 1 / 32, 3 / 64, 3 / 32, 3 / 16)  # model times, in parts of what is left to t = 1
+
+ON_GRID = 1e-9  # of a time from a knot, as for forced knots
 
 OBJECTIVES: dict[str, Callable] = {}
 
@@ -70,13 +73,54 @@ def norm(cal: Measured, steps: list[int]) -> dict[int, Schedule]:
 
 
 @objective
-def gits(cal: Measured, steps: list[int], *, gamma: float = 1.15) -> dict[int, Schedule]:
-    """Least sum of `gamma^i E|e|`, i counting the steps. No evaluations.
+def uniform(cal: Measured, steps: list[int]) -> dict[int, Schedule]:
+    """Least longest step: N equal ones, with forced knots as equal as these let them be. No evaluations.
+
+    On the grid where all its knots are, as of a uniform grid where N divides K, with the cost of BOSS's objective; else
+    on no grid, as `Calibration.uniform`, and without one.
+    """
+    found = {}
+    for n in steps:
+        plan = Schedule.uniform(n, max(0.0, cal.times[0].item()), cal.forced_knots)
+        away, places = (cal.times - plan.times[:, None]).abs().min(1)
+        if away.max() <= ON_GRID:
+            path = tuple(places.tolist())
+            cost = sum(cal.cost[step].item() for step in itertools.pairwise(path))
+            plan = Schedule(cal.times[places], cal.times, path, cost, cost)
+        found[n] = plan
+    return _noted(found, "uniform", 0)
+
+
+@objective
+def gits(cal: Measured, steps: list[int], *, metric: str = "dev", gamma: float = 1.15) -> dict[int, Schedule]:
+    """Least sum of `gamma^i c_i`, i counting the steps. No evaluations.
+
+    metric: what a step costs. "dev": by how much further its end is from the line between the noise and the teacher's
+    sample than the teacher's own state at that knot, in the mean; below 0 where it is nearer. "l2": E|e|. "l1": the
+    same in the sum over features of |e|. "dev" and "l1" need kept samples, of which at most 512 are used; "l2" is in a
+    calibration's file.
 
     Source: GITS (On the Trajectory Regularity of ODE-based Diffusion Sampling, arXiv 2405.11326), whose recursion from
-    the data end is `V[j][s] = min_i E|e|_2 + gamma V[i][s-1]`.
+    the data end is `V[j][s] = min_i c_ji + gamma V[i][s-1]`. Against its authors' code
+    (github.com/zju-pi/diff-sampler, commit 68d5ce4), whose defaults these are. There x is the variance-exploding path's
+    of times sigma, of iPNDM's steps by default; here the flow's own of times t. Its analytical first step is left out.
     """
-    return _noted(_of_norms(cal, steps, "gits", gamma), "gits", 0, gamma=gamma)
+    known = ("dev", "l1", "l2")
+    expect(isinstance(metric, str) and metric in known, "metric", f"one of {list(known)}", metric)
+    if metric == "l2":
+        plans = _of_norms(cal, steps, "gits", gamma)
+    else:
+        of = f"a calibration that keeps samples, for 'gits' with metric={metric!r} (metric='l2' does without)"
+        expect(cal.kept is not None, "objective", of, "one of none")
+        singles = cal.single_costs
+        x, v = cal.kept.x[:, : singles.count], cal.kept.v[:, : singles.count]
+        cost = (
+            deviation_costs(singles, x, v)
+            if metric == "dev"
+            else absolute_costs(x, v, cal.times, cal.secants)
+        )
+        plans = least_cost_schedules(cost, cal.times, steps, gamma=gamma, forced_knots=cal.forced_knots)
+    return _noted(plans, "gits", 0, metric=metric, gamma=gamma)
 
 
 def _of_norms(cal: Measured, steps: list[int], name: str, gamma: float) -> dict[int, Schedule]:
