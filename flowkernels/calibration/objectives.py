@@ -33,16 +33,15 @@ from flowkernels._checks import expect, expect_float64, expect_positive_int, exp
 from flowkernels.calibration.bellman import least_cost_schedules, path_of, without_spans
 from flowkernels.calibration.gits_costs import absolute_costs, deviation_costs
 from flowkernels.calibration.measured import Measured
+from flowkernels.calibration.pair_costs import pair_costs
 from flowkernels.calibration.step_cost import StepCost
 from flowkernels.ops.bellman_pairs import bellman_pairs
-from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.sampling.teacher import Teacher, velocity_at
 from flowkernels.schedule import Schedule, uniform_indices
 from flowkernels.solver import Solver
 from flowkernels.velocity.identity import warn_if_another
 from flowkernels.velocity.protocol import Velocity, resolve
 
-PAIRS_BYTES = 2 << 30  # of the costs of all pairs of steps
 CANDIDATES = (0.0, 1 / 64, 1 / 32, 3 / 64, 3 / 32, 3 / 16)  # model times, in parts of what is left to t = 1
 
 ON_GRID = 1e-9  # of a time from a knot, as for forced knots
@@ -114,11 +113,7 @@ def gits(cal: Measured, steps: list[int], *, metric: str = "dev", gamma: float =
         expect(cal.kept is not None, "objective", of, "one of none")
         singles = cal.single_costs
         x, v = cal.kept.x[:, : singles.count], cal.kept.v[:, : singles.count]
-        cost = (
-            deviation_costs(singles, x, v)
-            if metric == "dev"
-            else absolute_costs(x, v, cal.times, cal.secants)
-        )
+        cost = deviation_costs(singles, x, v) if metric == "dev" else absolute_costs(x, v, cal.times, cal.secants)
         plans = least_cost_schedules(cost, cal.times, steps, gamma=gamma, forced_knots=cal.forced_knots)
     return _noted(plans, "gits", 0, metric=metric, gamma=gamma)
 
@@ -129,11 +124,6 @@ def _of_norms(cal: Measured, steps: list[int], name: str, gamma: float) -> dict[
     plans = least_cost_schedules(cost, cal.times, steps, gamma=gamma, forced_knots=cal.forced_knots)
     has_intervals = gamma == 1 and cal.single_costs is not None
     return cal.single_costs.with_intervals(plans, norm=True) if has_intervals else plans
-
-
-def _expect_euler(cal: Measured, name: str) -> None:
-    expected = f"a calibration of Euler's steps, for {name!r}"
-    expect(not cal.secants, "objective", expected, f"one of {cal.teacher_solver.name!r} (teacher_solver)")
 
 
 def _noted(plans: dict[int, Schedule], name: str, evaluations: int, **notes) -> dict[int, Schedule]:
@@ -190,74 +180,40 @@ def endpoint(
 ) -> dict[int, Schedule]:
     """Least sum of `E|(d x_K / d x_k) e|^2`, each error as the teacher's flow carries it to t = 1, to first order.
 
-    It is estimated with `probes` random signs, pulled back through the teacher's steps: (1 + 2 probes)(K - 1)
-    evaluations, a vector-Jacobian product counted as two. The velocity must have gradients.
+    It is estimated with `probes` random signs, pulled back by Euler's steps at the teacher's states, which are its own
+    where these are: (1 + 2 probes)(K - 1) evaluations, a vector-Jacobian product counted as two. The velocity must have
+    gradients.
     """
     expect_positive_int(probes, "probes")
-    _expect_euler(cal, "endpoint")
     x, v, teacher = _samples(cal, velocity, "endpoint", samples, chunk)
     K, n, h, t = len(cal.times) - 1, x.shape[1], cal.times.diff().tolist(), cal.times[:-1].tolist()
     draw = torch.Generator("cpu").manual_seed(0)
     y = torch.randint(2, (probes, *x[0].shape), generator=draw, device="cpu").to(x) * 2 - 1
-    a = v.to(x.dtype).diff(dim=0)
+    times = cal.times.to(x.device)
+    u, off = v.to(x.dtype), None
+    if cal.secants:  # the increments are theirs, and e_j = u_j - v_j is in every step from j
+        u = x.diff(dim=0) / times.diff().to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+        off = u - v
+    a = u.diff(dim=0)
     inner = torch.zeros(K + 1, K + 1, probes, n, dtype=torch.float64, device=x.device)  # a_m . y_k at [m, k]
+    beside = None if off is None else torch.zeros_like(inner)  # e_j . y_k at [j, k]
     for k in range(K, 0, -1):
         if k < K:
             y = _pulled(teacher, x[k], t[k], y, h[k])
         for p in range(probes):
             inner[1:k, k, p] = (a[: k - 1] * y[p]).flatten(2).sum(-1, dtype=torch.float64)
-    times = cal.times.to(x.device)
+            if off is not None:
+                beside[:k, k, p] = (off[:k] * y[p]).flatten(2).sum(-1, dtype=torch.float64)
     cost = torch.full((K + 1, K + 1), torch.inf, dtype=torch.float64, device=x.device)
     for k in range(1, K + 1):  # the error of the step j -> k is the sum over j < m < k of (t_k - t_m) a_m
-        terms = (times[k] - times[:k])[:, None, None] * inner[:k, k]
-        along = terms.flip(0).cumsum(0).flip(0)  # from m on
-        cost[: k - 1, k] = along[1:].square().mean((1, 2))
-        cost[k - 1, k] = 0
+        span = (times[k] - times[:k])[:, None, None]
+        errors = (span * inner[:k, k]).flip(0).cumsum(0).flip(0)  # from m on
+        errors = torch.cat([errors[1:], torch.zeros_like(errors[:1])])
+        if off is not None:
+            errors += span * beside[:k, k]
+        cost[:k, k] = errors.square().mean((1, 2))
     plans = least_cost_schedules(cost.cpu(), cal.times, steps, forced_knots=cal.forced_knots)
     return _noted(plans, "endpoint", (1 + 2 * probes) * (K - 1), samples=n, probes=probes)
-
-
-def pair_costs(gram: Tensor, times: Tensor) -> Tensor:
-    """The error of a variable-step Adams-Bashforth 2 step from knot j to knot k after one from knot i to knot j.
-
-    `c(i, j, k) = mean |x_k - x_j - h v_j - h^2 / (2 (t_j - t_i)) (v_j - v_i)|^2` with `h = t_k - t_j`.
-
-    Args:
-        gram: the mean Gram matrix of increments, float64 `[K-1, K-1]`. times: float64 `[K+1]`.
-
-    Returns:
-        float64 `[K+1, K+1, K+1]` on the CPU, of which entries i < j < k count.
-    """
-    K = len(times) - 1
-    needed = 8 * (K + 1) ** 3
-    expect(needed <= PAIRS_BYTES, "grid", "costs of pairs of at most 2 GiB (K = 644)", f"K = {K}: {needed / 2**30:.1f}")
-    A = torch.zeros(K + 1, K + 1, dtype=torch.float64, device="cpu")
-    A[1:K, 1:K] = gram
-    # S(j, k) = x_k - x_j - h v_j = sum of (t_k - t_m) a_m over j < m < k, B(i, j) = v_j - v_i = sum of a_m over
-    # i < m <= j. First <a_i, S(j, k)> at [i, j, k], then <B(i, j), S(j, k)>: sums of what comes later
-    c = A[:, :, None] * (times[None, :] - times[:, None]).clamp_min(0)
-    later = torch.zeros_like(c[:, 0])
-    for j in range(K, -1, -1):
-        here = c[:, j].clone()
-        c[:, j] = later
-        later += here
-    later.zero_()
-    for i in range(K, -1, -1):
-        c[i, :i] = 0  # j < i
-        here = c[i].clone()
-        c[i] = later
-        later += here
-    inside = torch.ones_like(A).triu(1)
-    before = (A * inside).flip(0).cumsum(0).flip(0)  # sum of A[m, j] over i <= m < j
-    before = torch.cat([before[1:], torch.zeros_like(before[:1])])
-    BB = ((2 * before + A.diagonal()) * inside).cumsum(1)
-    SS = cost_from_gram(gram, times)
-    h = times[None, :] - times[:, None]
-    for i in range(K + 1):
-        f = h[i + 1 :].square() / (2 * h[i, i + 1 :, None])
-        c[i, : i + 1] = torch.inf
-        c[i, i + 1 :] = (SS[i + 1 :] - 2 * f * c[i, i + 1 :] + f.square() * BB[i, i + 1 :, None]).clamp_min_(0)
-    return c
 
 
 @objective
@@ -267,7 +223,6 @@ def pairs(cal: Measured, steps: list[int]) -> dict[int, Solver]:
     No evaluations, but K^3 numbers. Returns solvers.
     """
     expect(cal.gram is not None, "objective", "a calibration with its Gram matrix, for 'pairs'", "one of before that")
-    _expect_euler(cal, "pairs")
     times, K = cal.times, len(cal.times) - 1
     first = without_spans(cal.cost, cal.forced)[0].contiguous()
     cost = without_spans(pair_costs(cal.gram, times), cal.forced)
