@@ -16,6 +16,7 @@ from flowkernels.calibration.fit import fit_solver
 from flowkernels.calibration.polish import polish
 from flowkernels.calibration.step_cost import StepCost, step_costs
 from flowkernels.calibration.stock import stock_solvers
+from flowkernels.calibration.teacher_error import TeacherError
 from flowkernels.fusion.head import FusedHead, fuse_head
 from flowkernels.fusion.sampler import FusedSampler, NotFusable, fuse
 from flowkernels.models.checkpoints import LoadedWeights, load_weights
@@ -67,6 +68,7 @@ __all__ = [
     "StepCost",
     "StraightenLoss",
     "Straightened",
+    "TeacherError",
     "Trajectory",
     "TrajectoryBank",
     "Velocity",

@@ -722,11 +722,20 @@ def _stages(cal) -> None:
             verify_noise=(lambda: rand(N, D) + 1, or_none(is_noise)),
             teacher_solver=("euler", is_one_of("euler", "heun")),
             effort=("schedule", is_one_of("schedule", "fit")),
+            teacher_error=(0, is_int(0)),
             keep_bytes=(10**6, is_int(0, 10**5000)),
             forced_knots=(None, or_none(are_numbers)),
         ),
         **dict(chunk=(None, or_none(is_int(1))), progress=bar, seed=(3, or_none(is_int(-(2**63), 2**64 - 1)))),
         **dict(checkpoint=(None, or_none(is_path)), resume=(False, is_flag)),
+    )
+    place(
+        "cal.measure_teacher",
+        cal.measure_teacher,
+        velocity=field,
+        samples=(2, is_int(1)),
+        noise=(None, or_none(is_noise)),
+        chunk=(None, or_none(is_int(1))),
     )
     place("Calibration.merge", fk.Calibration.merge, calibrations=(lambda: [cal], lambda v: v is cal or v == [cal]))
     place(

@@ -31,6 +31,11 @@ def rich():
     return calibration(**options)
 
 
+def of_heun():
+    """Of a teacher whose steps are not Euler's, its own error in it."""
+    return calibration(teacher_solver="heun", teacher_error=4)
+
+
 def bare():
     """Without a Gram matrix, intervals or solvers, as one that a caller makes of costs."""
     cal = calibration()
@@ -54,7 +59,9 @@ def validate(data):
 
 
 @pytest.mark.parametrize(
-    "make", [calibration, rich, bare, lambda: fk.Calibration.load(OLD)], ids=["plain", "rich", "bare", "old"]
+    "make",
+    [calibration, rich, of_heun, bare, lambda: fk.Calibration.load(OLD)],
+    ids=["plain", "rich", "heun", "bare", "old"],
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_what_is_written_keeps_to_the_schema(make, tmp_path):

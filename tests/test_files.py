@@ -499,6 +499,6 @@ def test_a_key_that_is_there_twice_is_named(tmp_path):
     path = tmp_path / "twice.boss.json"
     fk.calibrate(lambda x, t: -x, torch.ones(4, 2), 4, [2], progress=False).save(path)
     text = path.read_text()
-    path.write_text(text.replace('"version": 2', '"version": 2, "version": 2', 1))
+    path.write_text(text.replace('"version": 3', '"version": 3, "version": 3', 1))
     with pytest.raises(ValueError, match=r"^path: .*twice.boss.json.*'version' twice"):
         fk.Calibration.load(path)

@@ -285,3 +285,59 @@ def test_what_is_refused(given, message):
         fk.calibrate(lambda x, t: 1 / 0, noise(), K, [2], teacher_solver=given, progress=False)
     with pytest.raises(TypeError, match=r"^teacher_solver: expected 'euler', 'heun' or a Solver, got 3"):
         fk.calibrate(lambda x, t: 1 / 0, noise(), K, [2], teacher_solver=3, progress=False)
+
+
+def distance(a, b):
+    return (a - b).square().sum(1)
+
+
+@pytest.mark.parametrize("name", ["euler", *NAMES])
+def test_the_teachers_own_error(name, tmp_path):
+    """By plain loops, of three grids for Heun's method; and near to the distance to a far finer solution."""
+    t, x, first = [i / 24 for i in range(25)], noise(), noise()[:9]
+    given = {"euler": "euler", "heun": "heun", "heun to the end": fk.Solver.heun(t)}.get(name)
+    if given is None:
+        middle = [(a + b) / 2 for a, b in itertools.pairwise(t)]
+        more = {"adams-bashforth": fk.Solver.adams_bashforth(t, 2), "runge-kutta": runge_kutta_4_solver(t)}
+        given = more.get(name) or fk.Solver.euler(t, model_times=middle)
+    counted = Counted()
+    cal = fk.calibrate(counted, x, t, [2], teacher_solver=given, progress=False)
+    assert cal.teacher_error is None
+    before = counted.samples
+    found = cal.measure_teacher(counted, samples=9, chunk=4)
+    half = [i / 48 for i in range(49)]
+    end, finer = cal.kept.x[-1, :9], heun(t if name == "euler" else half)(first)[-1]
+    if name == "heun":
+        twice = heun(t[::2])(first)[-1]
+        r = (distance(twice, end).mean() / distance(end, finer).mean()).sqrt().item()
+        assert found.order == pytest.approx(torch.tensor(r).log2().item(), rel=1e-5)
+        assert 1.5 < found.order < 2.5
+        assert found.factor == pytest.approx((r / (r - 1)) ** 2)
+    else:
+        assert (found.factor, found.order) == (1, None)
+    assert found.error == pytest.approx(found.factor * distance(end, finer).mean().item(), rel=1e-9)
+    assert found.interval[0] < found.error < found.interval[1]
+    evaluations = {"euler": 48, "heun": 96 + 24}.get(name, 96)
+    assert (found.samples, found.evaluations) == (9, evaluations)
+    assert counted.samples - before == 9 * evaluations
+    if name in ("euler", "heun"):
+        truth = runge_kutta_4([i / 400 for i in range(401)])(first)[-1]
+        assert found.error == pytest.approx(distance(end, truth).mean().item(), rel=0.15)
+    assert str(found) in str(cal)
+    cal.save(tmp_path / "model.boss.json")
+    assert fk.Calibration.load(tmp_path / "model.boss.json").teacher_error == found
+    assert (
+        fk.calibrate(velocity, x, t, [2], teacher_solver=given, teacher_error=9, progress=False).teacher_error == found
+    )
+    loaded = fk.Calibration.load(tmp_path / "model.boss.json")  # which rolls the teacher out anew
+    anew = loaded.measure_teacher(velocity, samples=9, noise=x)
+    assert anew.error == pytest.approx(found.error)
+    assert anew.evaluations == evaluations + cal.teacher_solver.evaluations
+
+
+def test_where_nothing_converges_the_distance_is_not_extrapolated():
+    cal = fk.calibrate(lambda x, t: torch.sign(torch.sin(40 * t))[:, None] + x, noise(), 8, [2], teacher_solver="heun",
+                       teacher_error=4, progress=False)  # fmt: skip
+    assert not 1 <= cal.teacher_error.order <= 3
+    assert cal.teacher_error.factor == 1
+    assert "do not converge yet" in str(cal)

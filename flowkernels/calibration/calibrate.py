@@ -16,6 +16,7 @@ from flowkernels._checks import (
     expect,
     expect_bool,
     expect_choice,
+    expect_int,
     expect_noise,
     expect_positive_int,
     expect_real,
@@ -32,6 +33,7 @@ from flowkernels.calibration.calibration import BELLMAN, FITTED, UNIFORM, Calibr
 from flowkernels.calibration.effort import EFFORTS, SCHEDULE, try_plans
 from flowkernels.calibration.progress import Progress
 from flowkernels.calibration.sample_costs import SampleCosts, group_size, mean_interval
+from flowkernels.calibration.teacher_error import teacher_error as measured_teacher_error
 from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import initial_state
@@ -58,6 +60,7 @@ def calibrate(
     *,
     max_regret: float | None = None,
     teacher_solver: str | Solver = EULER,
+    teacher_error: int = 0,
     verify_noise: Tensor | None = None,
     effort: str = "schedule",
     forced_knots: Sequence[float] | Tensor | None = None,
@@ -88,6 +91,9 @@ def calibrate(
             A Solver from noise to data whose `times` are the grid, such as `fk.Solver.adams_bashforth(grid, 2)` (K): as
             many as it makes, and one more for each knot whose velocity it does without.
             Costs, schedules, fits and endpoint errors are of its states at the knots, and the velocities there.
+        teacher_error: of how many of the first samples to measure how far the teacher itself ends from a finer solution
+            (`Calibration.measure_teacher`), a floor under all errors: 2K evaluations of each of Euler's steps, 4K or 5K
+            of others. 0 measures nothing.
         verify_noise: other noise, `[m, *shape]`: the endpoint errors to the teacher on it are `verified`, and a warning
             names the numbers of steps for which something is worse than uniform steps. K evaluations of each of its
             samples, and N for every N and each of its `choices`: 2 with `effort="schedule"`, up to 7. Conditioning with
@@ -144,6 +150,7 @@ def calibrate(
     expect(keep_bytes >= 0, "keep_bytes", "at least 0", keep_bytes)
     if max_regret is not None:
         max_regret = expect_real(max_regret, "max_regret", "a positive share, such as 0.02", lambda a: a > 0)
+    teacher_error = expect_int(teacher_error, "teacher_error", "a number of samples, or 0", 0)
     progress, resume = (expect_bool(b, k) for b, k in ((progress, "progress"), (resume, "resume")))
     expect_choice(effort, "effort", EFFORTS)
     path = None if checkpoint is None else expect_target(checkpoint, "checkpoint")
@@ -213,6 +220,10 @@ def calibrate(
         forced_knots=forced_knots,
     )
     with done.kept(), _warnings_once():
+        if teacher_error:
+            ends, first = None if cal.kept is None else cal.kept.x[-1, :teacher_error], noise[:teacher_error]
+            first = first if ends is None else first[: len(ends)]
+            cal.teacher_error = measured_teacher_error(cal, velocity, first, n, chunk, ends)
         if effort != SCHEDULE:
             try_plans(given, cal, wanted, effort, chunk, done, progress)
         if verify_noise is not None:

@@ -18,7 +18,9 @@ from flowkernels._checks import (
     expect,
     expect_int,
     expect_list,
+    expect_noise,
     expect_path,
+    expect_positive_int,
     expect_shown,
 )
 from flowkernels._files import (
@@ -48,11 +50,13 @@ from flowkernels.calibration.card import (
 from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.calibration.sample_costs import SampleCosts
+from flowkernels.calibration.teacher_error import SAMPLES, TeacherError, teacher_error
 from flowkernels.calibration.tried import Tried, plan_hash, table
 from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.schedule import Schedule, expect_steps
 from flowkernels.solver import Solver
+from flowkernels.velocity.identity import warn_if_another
 from flowkernels.velocity.protocol import Velocity, resolve
 from flowkernels.velocity.provenance import INDIFFERENT
 
@@ -80,6 +84,9 @@ class Calibration(Measured, Mapping):
     verified_as: {N: {"uniform": h, "bellman": h, "fitted": h, ..}}, hashes of what was verified; what is there now may
     be another.
 
+    teacher_error: how far the teacher itself ends from a finer solution, a `TeacherError`, where `measure_teacher` has
+    found it; None. No error in `verified` tells of less.
+
     Examples:
         >>> velocity, noise = (lambda x, t: x * t[:, None] ** 4), torch.randn(64, 2)
         >>> cal = fk.calibrate(velocity, noise, grid=20, steps=[2, 4], progress=False)
@@ -101,6 +108,7 @@ class Calibration(Measured, Mapping):
         *,
         verified_interval: dict[int, dict[str, tuple[float, float]]] | None = None,
         tried: dict[int, list[Tried]] | None = None,
+        teacher_error: TeacherError | None = None,
         norm_cost: Tensor | None = None,
         kept: Trajectory | None = None,
         sample_costs: SampleCosts | None = None,
@@ -115,6 +123,9 @@ class Calibration(Measured, Mapping):
         self.verified = {} if verified is None else verified
         self.verified_as = {} if verified_as is None else verified_as
         self.verified_interval = {} if verified_interval is None else verified_interval
+        known = teacher_error is None or isinstance(teacher_error, TeacherError)
+        expect(known, "teacher_error", "a TeacherError or None", teacher_error, TypeError)
+        self.teacher_error = teacher_error
         tables = dict.fromkeys(("verified", "verified_as", "verified_interval"), Mapping)
         for name, of in {"schedules": Schedule, "solvers": Solver, **tables}.items():
             entries, expected = getattr(self, name), f"a dict from numbers of steps to {of.__name__}s"
@@ -140,8 +151,8 @@ class Calibration(Measured, Mapping):
             Calibration, with schedules of all numbers of steps that one of them has. Costs are those of one call, to
             1e-12 in float64; in float32 to the rounding of the sums, about 1e-7. Intervals need calibrations in memory,
             as does `kept`: the trajectories of the first ones, up to where one does not keep all of its samples.
-            Solvers, what was tried and verified errors are of one part each, and left out: `fit_solver` makes solvers
-            anew.
+            Solvers, what was tried, verified errors and the teacher's own are of one part each, and left out:
+            `fit_solver` and `measure_teacher` make them anew.
 
         Raises:
             TypeError, ValueError: naming what differs, or the two whose noise is the same.
@@ -242,6 +253,51 @@ class Calibration(Measured, Mapping):
         if objective == "squared":
             self.schedules.update(plans)
         return {n: self._marked(plan) for n, plan in plans.items()}
+
+    @no_grad
+    def measure_teacher(
+        self, velocity: Velocity, *, samples: int = SAMPLES, noise: Tensor | None = None, chunk: int | None = None
+    ) -> TeacherError:
+        """The teacher's own error at t = 1, which is a floor under every error measured against it; `teacher_error`
+        from then on, and in the file.
+
+        Args:
+            velocity: the teacher (a `FusedSampler`'s own velocity is used).
+            samples: of how many of the first kept ones, or of `noise`.
+            noise: `[n, *shape]`, for a calibration that keeps no trajectories: the teacher is rolled out on it anew.
+            chunk: samples evaluated at once; None evaluates all.
+
+        Returns:
+            TeacherError. By Euler's steps the distance to Heun's method on the same grid, 2K evaluations a sample;
+            else to Heun's on a grid of half its steps, 4K. Of "heun" itself a solution of twice the steps tells how
+            fast these converge (K more, of a grid that can be halved), by which the distance is extrapolated.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+
+        Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, chapter II.4 (Richardson).
+
+        Examples:
+            >>> velocity, noise = (lambda x, t: x * t[:, None] ** 4), torch.randn(64, 2)
+            >>> cal = fk.calibrate(velocity, noise, 20, [2], teacher_solver="heun", progress=False)
+            >>> cal.measure_teacher(velocity).error < 1e-4
+            True
+        """
+        velocity, kept, known = resolve(velocity).unfused(), self.kept, self.provenance
+        samples = expect_positive_int(samples, "samples")
+        chunk = None if chunk is None else expect_positive_int(chunk, "chunk")
+        if noise is None:
+            wanted = "one that keeps trajectories (noise= rolls the teacher out anew)"
+            expect(kept is not None, "calibration", wanted, "one that keeps none")
+            start, ends = kept.x[0, :samples], kept.x[-1, :samples]
+            total = known.get("n_given", known.get("n", kept.x.shape[1]))
+        else:
+            shape = known.get("shape", list(expect_noise(noise).shape[1:]))
+            expect(list(noise.shape[1:]) == shape, "noise", f"samples of the calibration's shape {shape}", noise)
+            start, ends, total = noise[:samples], None, len(noise)
+        warn_if_another(velocity, known, stacklevel=5)
+        self.teacher_error = teacher_error(self, velocity, start, total, chunk, ends)
+        return self.teacher_error
 
     def choices(self, steps: int) -> dict[str, Schedule | Solver]:
         """What there is for N steps, by its name in `verified`: the uniform schedule (from the grid's first time, with
@@ -361,6 +417,9 @@ class Calibration(Measured, Mapping):
             cells = "".join(f"{self._verified_cell(n, name, errors):>32}" for name in CHOICES)
             known = n in self.schedules or n in self.solvers  # a caller may take schedules out
             lines.append(f"{n:>3} {cells}  {self._best(n) if known else '-'}")
+        told = "not measured (cal.measure_teacher)" if self.teacher_error is None else str(self.teacher_error)
+        if self.verified or self.teacher_error is not None:
+            lines += ["", f"the teacher's own error ({self.teacher_solver.name}, K = {len(self.times) - 1}): {told}"]
         return "\n".join(lines)
 
     def _verified_cell(self, n: int, name: str, errors: Mapping[str, float]) -> str:

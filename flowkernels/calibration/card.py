@@ -15,6 +15,7 @@ from flowkernels._checks import expect, expect_int, expect_numbers, expect_real,
 from flowkernels._files import SUM, plain
 from flowkernels._version import __version__
 from flowkernels.calibration import tried
+from flowkernels.calibration.teacher_error import TeacherError
 from flowkernels.sampling.teacher_solver import ENTRY
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
@@ -50,6 +51,8 @@ def written(cal, best: dict[int, str]) -> dict:
         "best": {str(n): name for n, name in best.items()},
         "cost": _encoded(cal.cost, 1),
     }
+    if cal.teacher_error is not None:
+        data["teacher_error"] = plain(cal.teacher_error.to_dict())
     tables = {"gram": (cal.gram, 0), "norm_cost": (cal.norm_cost, 1)}
     return data | {name: _encoded(table, diagonal) for name, (table, diagonal) in tables.items() if table is not None}
 
@@ -97,6 +100,7 @@ def calibration_of(made: Callable[..., Made], data: dict) -> Made:
         {n: hashes for n, _, hashes, _ in verified if hashes},
         verified_interval={n: intervals for n, _, _, intervals in verified if intervals},
         tried=of_tried,
+        teacher_error=TeacherError.from_dict(data["teacher_error"]) if "teacher_error" in data else None,
         norm_cost=tables.get("norm_cost"),
         forced_knots=forced,
     )
