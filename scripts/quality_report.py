@@ -9,10 +9,11 @@ import argparse
 import csv
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -24,6 +25,9 @@ import pages  # noqa: E402
 from flowkernels.bench import suite  # noqa: E402
 
 ROWS = suite.module("quality.rows").ROWS
+ONE_CALL = [name for name in ("best", "fit") if name in ROWS]
+GRADIENTS = ("ld3", "bespoke")
+FREE = [name for name, row in ROWS.items() if row.known and not row.calibrated and name not in GRADIENTS]
 
 
 class Results:
@@ -51,6 +55,21 @@ class Results:
         sums = [sum(values[seed] for seed in seeds) for values in found]
         return sums[0] / sums[1] if seeds else float("nan")
 
+    def interval(self, data: str, row: str, other: str, N: int) -> tuple[float, float, float]:
+        """The ratio of two rows' rms with its interval of 95 %: a bootstrap over parts of the held-out samples of all
+        seeds, the same ones for both rows."""
+        pairs = []
+        for mine in self.by.get((data, row, N), []):
+            theirs = [r for r in self.by.get((data, other, N), []) if r["seed"] == mine["seed"]]
+            if theirs and mine.get("parts") and theirs[0].get("parts"):
+                pairs += zip(*([float(p) for p in r["parts"].split()] for r in (mine, theirs[0])), strict=True)
+        if not pairs:
+            return (float("nan"),) * 3
+        errors = np.array(pairs)
+        drawn = errors[np.random.default_rng(0).integers(0, len(errors), (4000, len(errors)))].sum(1)
+        low, high = np.quantile((drawn[:, 0] / drawn[:, 1]) ** 0.5, (0.025, 0.975))
+        return (errors[:, 0].sum() / errors[:, 1].sum()) ** 0.5, low, high
+
     def names(self, data: str) -> list[str]:
         return [name for name in ROWS if any(d == data and r == name for d, r, _ in self.by)]
 
@@ -58,9 +77,10 @@ class Results:
         """The columns: N of the uniform row."""
         return sorted(N for d, r, N in self.by if d == data and r == "uniform")
 
-    def best(self, data: str, N: int, key: str) -> tuple[str, float]:
+    def best(self, data: str, N: int, key: str, but: Sequence[str] = ()) -> tuple[str, float]:
         """The row without training that is best."""
-        found = {name: self.mean(data, name, N, key) for name in self.names(data) if not ROWS[name].trained}
+        names = [name for name in self.names(data) if not ROWS[name].trained and name not in but]
+        found = {name: self.mean(data, name, N, key) for name in names}
         found = {name: value for name, value in found.items() if value == value}
         name = min(found, key=found.get, default="")
         return name, found.get(name, float("nan"))
@@ -97,6 +117,32 @@ def targets(r: Results) -> Iterator[tuple[str, str, str, bool | None]]:
         name, _ = r.best("digits", N, "rms")
         ratio = r.ratio("digits", name, "boss", N, "rms")
         yield at_most(f"digits, N = {N}: rms, of BOSS with Euler's", most, ratio, name)
+    for data, N, most in (
+        *(("fashion", N, m) for N, m in ((3, 4.1), (4, 2.9), (8, 0.8))),
+        ("digits", 4, 0.4),
+        ("digits", 8, 0.065),
+    ):
+        rms = {name: r.mean(data, name, N, "rms") for name in ONE_CALL}
+        found = [name for name in rms if rms[name] == rms[name]]
+        name = found[0] if found else ""
+        yield at_most(f"{data}, N = {N}: rms of one call", most, rms.get(name, float("nan")), name)
+    for name in ONE_CALL[:1]:
+        cells = [(low <= 1.05) for *_, low, _, _ in against_best(r, name)]
+        of = f"{sum(cells)} of {len(cells)} cells of data set and N"
+        yield (
+            f"{name}: interval of its ratio to the best row reaches 1.05",
+            "all cells",
+            of if cells else "",
+            all(cells) if cells else None,
+        )
+        worse = [row for row in stock_wins(r, name)]
+        there = any(name in r.names(data) for data in r.data)
+        yield (
+            f"{name}: worse than uniform Euler or a stock sampler",
+            "nowhere",
+            f"{len(worse)} cells" if there else "",
+            not worse if there else None,
+        )
     lost = list(losses(r))
     for what, names in (("any row", list(ROWS)), ("fitted or polished", ["fitted", "fitted3", "polished"])):
         cells = sum(len(ns) for _, name, ns in lost if name in names)
@@ -109,6 +155,53 @@ def targets(r: Results) -> Iterator[tuple[str, str, str, bool | None]]:
         spent = r.mean(data, "fitted", steps[0], "calibration_evaluations") if steps else float("nan")
         what = f"{data}: calibration and fit of all N, evaluations a sample (K + 2 for each step of each N)"
         yield at_most(what, K + 2 * sum(steps), spent, "fitted")
+
+
+def against_best(r: Results, name: str) -> Iterator[tuple[str, int, str, float, float, float, float]]:
+    """(data set, N, the best row beside one call's, ratio of rms, its interval, evaluations of one call in those of
+    that row, if it is a fit by gradients) for N of 2 and more."""
+    for data in r.data:
+        for N in r.steps(data):
+            if N < 2 or not r.values(data, name, N, "rms"):
+                continue
+            other, _ = r.best(data, N, "endpoint_error", but=ONE_CALL)
+            ratio, low, high = r.interval(data, name, other, N)
+            spent = r.ratio(data, name, other, N, "calibration_evaluations") if other in GRADIENTS else float("nan")
+            if ratio == ratio:
+                yield data, N, other, ratio, low, high, spent
+
+
+def stock_wins(r: Results, name: str) -> Iterator[tuple[str, int, str, float, float, float]]:
+    """(data set, N, the best row of those that need no calibration, ratio and interval) where one call is worse."""
+    for data in r.data:
+        for N in r.steps(data):
+            found = {other: r.mean(data, other, N, "endpoint_error") for other in FREE}
+            other = min((o for o in found if found[o] == found[o]), key=found.get, default="")
+            if other and r.ratio(data, name, other, N, "endpoint_error") > 1 + 1e-4:
+                yield data, N, other, *r.interval(data, name, other, N)
+
+
+def one_call(r: Results) -> Iterator[str]:
+    for name in ONE_CALL:
+        rows = list(against_best(r, name))
+        if not rows:
+            continue
+        yield f"\n## {ROWS[name].title} against the best row\n"
+        yield (
+            "Ratio of its rms to that of the row that is best by hand, gradient fits and stock samplers included, "
+            "straightening left out; interval of 95 %, a bootstrap over held-out samples of all seeds. Where the best "
+            "row is a fit by gradients: the evaluations of the one call, of that fit's.\n"
+        )
+        yield "| data | N | ratio | interval | best row | evaluations |"
+        yield "|---" * 6 + "|"
+        for data, N, other, ratio, low, high, spent in rows:
+            share = f"{spent:.2g}" if spent == spent else ""
+            yield f"| {data} | {N} | {ratio:.3g} | {low:.3g} to {high:.3g} | {ROWS[other].title} | {share} |"
+        yield "\nStock samplers and schedules that need no calibration and are better than it:\n"
+        yield from [
+            f"- {data}, N = {N}: {ROWS[other].title}, by {ratio:.3g} ({low:.3g} to {high:.3g})"
+            for data, N, other, ratio, low, high in stock_wins(r, name)
+        ] or ["None."]
 
 
 def losses(r: Results) -> Iterator[tuple[str, str, dict[int, float]]]:
@@ -182,7 +275,7 @@ def plot(r: Results, data: str, path: Path) -> None:
     """Quality against evaluations, and at one N against what the calibration cost."""
     panels = [("rms", "rms to the teacher's endpoint"), ("distance_to_data", "distance to data")]
     fig, axes = plt.subplots(1, 3, figsize=(15, 5))
-    styles = {name: dict(color=plt.cm.tab20(i % 20), marker="osv^D"[i % 5]) for i, name in enumerate(ROWS)}
+    styles = {name: dict(color=plt.cm.tab20(i % 20), marker="osv^DPX"[i % 7]) for i, name in enumerate(ROWS)}
     for (key, label), panel in zip(panels, axes, strict=False):
         for name in r.names(data):
             points = sorted((N, r.mean(data, name, N, key)) for d, n, N in r.by if (d, n) == (data, name))
@@ -207,7 +300,7 @@ def plot(r: Results, data: str, path: Path) -> None:
     axes[2].set(
         xlim=(-1, None), xlabel="calibration evaluations a sample", ylabel="rms", yscale="log", title=f"N = {N}"
     )
-    axes[0].legend(fontsize=6)
+    axes[0].legend(fontsize=5, ncols=2)
     pages.save(fig, path)
 
 
@@ -224,6 +317,7 @@ def write(source: Path, page: Path) -> None:
         f"- {data}, {ROWS[name].title}: " + ", ".join(f"{ratio:.2f} at N = {N}" for N, ratio in ratios.items())
         for data, name, ratios in losses(r)
     ] or ["None."]
+    lines += one_call(r)
     for data in r.data:
         lines += section(r, data, pictures.name)
         plot(r, data, pictures / f"{data}.png")

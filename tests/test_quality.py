@@ -12,11 +12,13 @@ import flowkernels as fk
 from flowkernels.bench import suite
 from flowkernels.cli import main
 
-metrics, data_sets, quality_rows, quality = (
-    suite.module(f"quality.{name}") for name in ("metrics", "data", "rows", "command")
+metrics, data_sets, fits, quality_rows, quality = (
+    suite.module(f"quality.{name}") for name in ("metrics", "data", "gradient_fits", "rows", "command")
 )
 KNOWN = "uniform,shifted,cosine,boss,ab2,ab3,boss_ab2,boss_ab3,heun"
-OURS = ",gits,oss,norm,endpoint,free,pairs,fitted,fitted3,polished,straightened"
+STOCK = [f"{name}{shift}" for shift in ("", "_shift3") for name in ("dpmpp_2m", "unipc_3", "deis_2", "flow_heun")]
+STOCK += [f"{name}{shift}" for shift in ("", "_shift3") for name in ("dpmpp_3m", "unipc_2", "deis_3")]
+OURS = ",fit,ld3,bespoke," + ",".join(STOCK) + ",gits,oss,norm,endpoint,free,pairs,fitted,fitted3,polished,straightened"
 
 
 # ---- distances ----
@@ -165,6 +167,68 @@ def test_the_gate_knows_a_wrong_solver(monkeypatch):
     assert red == ["adams-bashforth 3 to its sums in float64"]
 
 
+def pairs(n=64):
+    data = data_sets.load("mixture2", pytest.fail)
+    noise = torch.randn(n, 2, generator=data_sets.generator(5))
+    return fits.Pairs(lambda index: data.velocity, noise, fk.sample(data.velocity, noise, 40)), data.velocity
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_learned_times_begin_as_uniform_ones(order):
+    plan, (known, velocity) = fits.Times(4, order), pairs()
+    solver = fk.Solver.adams_bashforth(4, order)
+    for found, table in zip(plan.tables(), (solver.model_times, torch.ones(4), solver.coefficients), strict=True):
+        assert torch.allclose(found.detach(), table.double(), atol=1e-14)
+    with torch.no_grad():
+        plan.sizes += torch.tensor([0.3, -0.2, 0.5, 0.0])
+        plan.moved += torch.tensor([9.0, 9.0, 0.01, -9.0])
+    h = torch.tensor([0.3, -0.2, 0.5, 0.0], dtype=torch.float64).softmax(0)
+    knots = torch.cat([torch.zeros(1), h.cumsum(0)])
+    given, _, b = (table.detach() for table in plan.tables())
+    assert torch.allclose(b, fk.Solver.adams_bashforth([*knots[:-1].tolist(), 1.0], order).coefficients)
+    away = torch.stack([h.min() * 0, h.min() / 2, torch.tensor(0.01, dtype=h.dtype), -h.min() / 2])
+    assert torch.allclose(given, knots[:-1] + away)
+    x = fits.run(velocity, known.noise, *(table.detach() for table in plan.tables()))
+    assert torch.allclose(x, fk.sample(velocity, known.noise, plan.solver("mine")), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ld3", "bespoke"])
+def test_gradient_fits_get_nearer(method):
+    """Than what they begin from, on the samples that choose; the same again from the same seed."""
+    known, velocity = pairs(256)
+    how = fits.Descent(40, 32)
+    first, again = (getattr(fits, method)(known, 3, how, data_sets.generator(0)) for _ in range(2))
+    assert first.to_dict() == again.to_dict()
+    index = known.chosen_by
+
+    def error(solver):
+        off = fk.sample(velocity, known.noise[index], solver) - known.ends[index]
+        return off.square().sum(1).mean()
+
+    begun = min(error(fk.Solver.adams_bashforth(3, order)) for order in (1, 2))
+    assert error(first) < (0.8 if method == "ld3" else 0.6) * begun
+    assert first.keeps_start == (method == "ld3")
+
+
+def test_noise_near_a_sample():
+    """Within the radius, moved where the error falls and nowhere else."""
+    known, _ = pairs()
+    near, plan, index = fits.Near(known, 2), fits.Times(2, 1), known.fitted
+    noise = near.noise[index].clone().requires_grad_()
+    errors = known.errors(plan, index, noise)
+    errors.mean().backward()
+    near.move(plan, index, errors.detach(), noise)
+    away = (near.noise - known.noise).norm(dim=1)
+    assert near.radius == 0.001 * 2 / 4
+    assert not away[known.chosen_by].any()
+    assert away.max() <= near.radius * (1 + 1e-3)
+    moved = away[index] > 0
+    assert moved.float().mean() > 0.5
+    after = known.errors(plan, index, near.noise[index])
+    assert (after[moved] < errors[moved]).all()
+    assert torch.equal(after[~moved], errors[~moved].detach())
+
+
 @pytest.mark.parametrize("name", ["mixture64", "scales", "policy", "digits"])
 def test_gate_of_each_data_set(name):
     assert quality.is_green(data_sets.load(name, lambda text: None), 20)
@@ -188,8 +252,10 @@ def test_what_is_written(measured):
     found = rows_of(measured)
     steps = ("1", "2", "4")
     assert {*(KNOWN + OURS).split(",")} == {*quality_rows.ROWS}
-    expected = {(name, N) for name in quality_rows.ROWS for N in steps if name not in ("heun", "straightened")}
-    expected |= {("heun", "1"), ("heun", "3"), ("straightened", "2"), ("teacher", "20")}
+    odd = ("heun", "flow_heun", "flow_heun_shift3")
+    expected = {(name, N) for name in quality_rows.ROWS for N in steps if name not in (*odd, "straightened")}
+    expected |= {(name, "1") for name in odd}
+    expected |= {("heun", "3"), ("straightened", "2"), ("teacher", "20")}
     assert set(found) == {("mixture2", seed, *key) for seed in "01" for key in expected}
     for (_, _, name, N), r in found.items():
         assert tuple(r) == quality.FIELDS
@@ -203,7 +269,12 @@ def test_what_is_written(measured):
             # K of the calibration; straightening has 32 trajectories, a trial and 8 iterations of 16, there and back
             known = {"straightened": 20 + (32 * 20 + 3 * (1 + 8) * 16) / 64}
             known |= dict.fromkeys(("boss", "boss_ab2", "boss_ab3", "gits", "norm", "pairs"), 20)
-            known |= dict.fromkeys(("uniform", "shifted", "cosine", "ab2", "ab3", "heun"), 0)
+            known |= dict.fromkeys(("uniform", "shifted", "cosine", "ab2", "ab3", "heun", *STOCK), 0)
+            # a rollout; for each N twice 5 iterations of 16, there and back, and 6 looks at 16; LD3's noise once more
+            known["bespoke"] = 20 + 7 * 2 * (5 * 16 * 3 + 6 * 16) / 64
+            known["ld3"] = 20 + (1 + 2 * 6) * (5 * 16 * 4 + 6 * 16) / 64
+            parts = [float(part) for part in r["parts"].split()]
+            assert sum(parts) / 16 == pytest.approx(float(r["endpoint_error"]), rel=1e-4)
             cost = float(r["calibration_evaluations"])
             assert cost == known.get(name, cost)
             assert cost > 20 or name in known
@@ -330,8 +401,18 @@ def test_report(measured, tmp_path):
     table = text[text.index("| row | N = 1") :].splitlines()
     cells = next(line for line in table if line.startswith("| uniform, Adams-Bashforth 2 ")).split(" | ")
     assert cells[3].startswith(f"{mean('ab2', '4', 'rms'):.3g} ± ") or cells[3].startswith("**")
-    there = [name for name in quality_rows.ROWS if name not in ("heun", "straightened")]
+    there = [
+        name for name in quality_rows.ROWS if name not in ("straightened", "heun", "flow_heun", "flow_heun_shift3")
+    ]
     best = min((mean(name, "4", "rms"), name) for name in there)
     winner = next(line for line in table if line.startswith(f"| {quality_rows.ROWS[best[1]].title} |"))
     assert f"| **{best[0]:.3g}** ± " in winner
+    # one call against the best row, with the parts' bootstrap
+    one = next(line for line in text.splitlines() if line.startswith("| mixture2 | 4 | "))
+    by_error = {name: mean(name, "4") for name in there if name not in quality_report.ONE_CALL}
+    other = min(by_error, key=by_error.get)
+    _, _, _, ratio, interval, title, _ = (cell.strip() for cell in one.split("|")[:7])
+    assert float(ratio) == pytest.approx((mean("fit", "4") / mean(other, "4")) ** 0.5, rel=0.01)
+    assert float(interval.split(" to ")[0]) < float(ratio) < float(interval.split(" to ")[1])
+    assert title == quality_rows.ROWS[other].title
     assert "| fashion, N = 8: Frechet distance, of the teacher's | <= 1.05 |  | not measured |" in text

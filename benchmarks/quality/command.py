@@ -23,7 +23,7 @@ from torch import Tensor
 import flowkernels as fk
 from flowkernels import Solver
 from flowkernels.bench.tables import write_csv
-from flowkernels.evaluation.endpoint import endpoint_error
+from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.runtime.environment import provenance
 
 from .data import SIZES, Data, Sizes, generator, load
@@ -32,10 +32,11 @@ from .rows import ROWS, Counted, Run
 FIELDS = (
     *("data", "seed", "row", "N", "evaluations", "endpoint_error", "rms"),
     *("distance_to_teacher", "distance_to_data", "metric", "teacher_distance_to_data"),
-    *("calibration_evaluations", "calibration_seconds", "gate", "settings", "notes"),
+    *("calibration_evaluations", "calibration_seconds", "gate", "settings", "notes", "parts"),
     *("hardware", "versions", "threads", "commit", "date"),
 )
 KEY = ("data", "seed", "row", "N")
+PARTS = 16  # of the held-out samples, whose endpoint errors are kept for intervals of ratios
 GATE = 1e-4  # largest relative difference of a roll-out in float32 from the same one in float64, or summed otherwise
 
 
@@ -191,6 +192,10 @@ class Bench:
             return s.steps if seed < s.seeds else ()
         if name == "heun":
             return tuple(range(1, max(self.sizes.steps), 2))
+        if name.startswith("flow_heun"):
+            return tuple(N for N in self.sizes.steps if N % 2)
+        if name in ("ld3", "bespoke") and self.sizes.descent.steps is not None:
+            return tuple(N for N in self.sizes.steps if N in self.sizes.descent.steps)
         return self.sizes.steps
 
     def _calibrated(self, seed: int) -> tuple[Run, float, float]:
@@ -208,7 +213,8 @@ class Bench:
     def _figures(self, seed: int, velocity: Callable, noise: Tensor, solver) -> dict:
         counted = Counted(velocity)
         x = fk.sample(self._given(counted, seed), noise, solver)
-        error = endpoint_error(x, self.teacher)
+        errors = endpoint_errors(x, self.teacher)
+        error, parts = errors.mean().item(), [part.mean().item() for part in errors.tensor_split(PARTS)]
         there = self.data.distance.describe(x)
         return dict(
             evaluations=counted.count // len(noise),
@@ -216,6 +222,7 @@ class Bench:
             rms=error**0.5,
             distance_to_teacher=self.data.distance.between(there, self.described),
             distance_to_data=self.data.from_real(there),
+            parts=" ".join(f"{part:.5g}" for part in parts),
         )
 
     def _teacher_rows(self, run: Run, held_out: Tensor) -> list[dict]:

@@ -4,7 +4,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from flowkernels.models.networks import ResidualMLP
 
 from .closed_forms import Policy, generator, mixture2, mixture64, scales
 from .datasets import digits, fashion
+from .gradient_fits import Descent
 from .metrics import Classifier, Energy, Frechet
 
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10)
@@ -36,7 +37,8 @@ class Straightening:
 @dataclass(frozen=True)
 class Sizes:
     """How much work a data set is: noises of a calibration, held-out noises, K, how many of the held-out noises the
-    finer teacher is rolled out from, samples and iterations of `fk.polish`, and the largest N that it is worth."""
+    finer teacher is rolled out from, samples and iterations of `fk.polish`, the largest N that it is worth, and what is
+    spent on fits by gradients."""
 
     calibration: int
     held_out: int
@@ -45,10 +47,11 @@ class Sizes:
     steps: tuple[int, ...] = STEPS
     finer: int = 256
     polish: tuple[int, int, int] = (512, 6, 10)
+    descent: Descent = field(default_factory=Descent)
 
     def quick(self) -> "Sizes":
         little = replace(self.straighten, steps=(2,), iterations=8, batch=16, bank=32)
-        return Sizes(64, 128, little, grid=20, steps=(1, 2, 4), finer=16, polish=(32, 2, 4))
+        return Sizes(64, 128, little, grid=20, steps=(1, 2, 4), finer=16, polish=(32, 2, 4), descent=Descent(5, 16))
 
 
 SIZES = {
@@ -57,7 +60,10 @@ SIZES = {
     "scales": Sizes(1024, 4096, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
     "policy": Sizes(512, 2048, Straightening((2, 4, 8), 400, 128, 2048, 1e-3, 0.99)),
     "digits": Sizes(1024, 2048, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
-    "fashion": Sizes(256, 384, Straightening((4, 8), 128, 64, 256, 2e-4, 0.95, seeds=1), finer=64, polish=(96, 3, 6)),
+    "fashion": Sizes(
+        *(256, 384, Straightening((4, 8), 128, 64, 256, 2e-4, 0.95, seeds=1)),
+        **dict(finer=64, polish=(96, 3, 6), descent=Descent(150, 16, steps=(2, 3, 4, 8))),
+    ),
 }
 
 

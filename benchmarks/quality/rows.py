@@ -13,6 +13,7 @@ import flowkernels as fk
 from flowkernels import Solver
 
 from .data import Data, Sizes, generator
+from .gradient_fits import Pairs, bespoke, ld3
 
 
 class Counted:
@@ -57,6 +58,15 @@ class Run:
         """The velocity of the noise of a use."""
         return self.data.given(self.counted, n, 1000 * self.seed + use)
 
+    def pairs(self) -> Pairs:
+        """The calibration's noise and the teacher's ends of it."""
+        noise, rows = self.noise(self.sizes.calibration, 0), getattr(self.velocity, "conditioning", {})
+
+        def of(index: Tensor) -> Callable:
+            return functools.partial(self.counted, **{key: value[index] for key, value in rows.items()})
+
+        return Pairs(of, noise, fk.sample(self.velocity, noise, self.sizes.grid))
+
     def noise(self, n: int, use: int) -> Tensor:
         """Noise of its own for each seed and use: 0 calibration, 1 held out, 2 straightening."""
         return torch.randn(n, *self.data.shape, generator=generator(1000 * self.seed + use))
@@ -78,6 +88,17 @@ class Row:
 
 
 ROWS: dict[str, Row] = {}
+SHIFTS = (1, 3)  # of diffusers' schedulers: none, and Stable Diffusion 3's
+STOCK = {
+    "dpmpp_2m": "DPM-Solver++ (2M)",
+    "dpmpp_3m": "DPM-Solver++ (3M)",
+    "unipc_2": "UniPC 2",
+    "unipc_3": "UniPC 3",
+    "deis_2": "DEIS 2",
+    "deis_3": "DEIS 3",
+    "heun": "Heun",
+}
+EFFORTS = ("fit",)  # of `fk.calibrate`, beside the schedule alone
 
 
 def row(name: str, title: str, **settings):
@@ -166,6 +187,60 @@ def _(run: Run) -> dict:
     found = {N: s if most < N else fk.polish(run.velocity, run.cal, s, **options) for N, s in fitted(run).items()}
     run.note = f"on {samples} samples, at most {iterations} iterations, N up to {most}"
     return found
+
+
+def stock(name: str, title: str, shift: float) -> None:
+    """A row of a stock sampler, as a Solver that is equal to diffusers' scheduler (tests/test_stock.py)."""
+    key = name if shift == 1 else f"{name}, shift {shift:g}"
+
+    def make(run: Run) -> dict:
+        found = {N: fk.stock_solvers(N, shift=shift) for N in run.sizes.steps}
+        return {N: solvers[key] for N, solvers in found.items() if key in solvers}
+
+    title = f"{title}, diffusers" + ("" if shift == 1 else f", shift {shift:g}")
+    of_flow = "flow_heun" if name == "heun" else name
+    ROWS[of_flow if shift == 1 else f"{of_flow}_shift{shift:g}"] = Row(title, make, calibrated=False, known=True)
+
+
+for name, title in STOCK.items():
+    for shift in SHIFTS:
+        stock(name, title, shift)
+
+
+def by_gradient(name: str, title: str, method: Callable, rate: str) -> None:
+    def make(run: Run) -> dict:
+        how, pairs = run.sizes.descent, run.pairs()
+        wanted = [N for N in run.sizes.steps if how.steps is None or N in how.steps]
+        found = {N: method(pairs, N, how, generator(1000 * run.seed + 3)) for N in wanted}
+        taken = ", ".join(f"N = {N}: {solver.name.partition(', ')[2]}" for N, solver in found.items())
+        cosine = f"Adam from {getattr(how, rate):g}, cosine to 0"
+        run.note = f"{how.iterations} iterations of {how.batch}, twice, {cosine}; taken: {taken}"
+        return found
+
+    ROWS[name] = Row(title, make, calibrated=False, known=True)
+
+
+by_gradient("ld3", "LD3: times by gradients", ld3, "ld3")
+by_gradient("bespoke", "Bespoke Non-Stationary: times and coefficients by gradients", bespoke, "bespoke")
+
+
+def one_call(effort: str) -> None:
+    """A row of what one call of `fk.calibrate` finds best for each N."""
+
+    def make(run: Run) -> dict:
+        steps, noise = run.sizes.steps, run.noise(run.sizes.calibration, 0)
+        cal = fk.calibrate(
+            run.velocity, noise, run.sizes.grid, steps, effort=effort, seed=1000 * run.seed, progress=False
+        )
+        found = {N: cal.best(N) for N in steps}
+        run.note = "taken: " + ", ".join(f"N = {N}: {getattr(plan, 'name', 'schedule')}" for N, plan in found.items())
+        return found
+
+    ROWS[effort] = Row(f'calibrate(effort="{effort}"), cal.best(N)', make, calibrated=False)
+
+
+for effort in EFFORTS:
+    one_call(effort)
 
 
 @row("straightened", "BOSS's schedule, Euler, straightened", trained=True)
