@@ -803,9 +803,8 @@ def _stages(cal) -> None:
         fk.polish,
         **of_cal,
         **dict(start=(fk.Solver.heun(2), lambda v: isinstance(v, (fk.Solver, fk.Schedule))), samples=(4, is_int(2))),
-        **dict(
-            iterations=(1, is_int(1)), held_out=part, noise=(None, or_none(is_noise)), chunk=(None, or_none(is_int(1)))
-        ),
+        **dict(iterations=(1, is_int(1)), robust=(False, is_flag), start_coefficients=(False, is_flag)),
+        **dict(noise=(None, or_none(is_noise)), chunk=(None, or_none(is_int(1)))),
         teacher=(None, or_none(is_function)),
         progress=bar,
     )

@@ -1,14 +1,13 @@
 """Fitted and polished solvers: exact where they can be, never worse on what they hold out, and counted."""
 
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels.calibration import fit, polish
+from flowkernels.calibration import fit
 from flowkernels.models.closed_form import GaussianMixtureVelocity
 from flowkernels.solver import Solver, polynomial_weights
 
@@ -373,47 +372,17 @@ def test_held_out_samples_are_spread(n, most, held_out):
 
 
 def test_polish_of_a_velocity_that_is_defined_at_the_knots_alone():
+    """Its coefficients alone."""
+
     def velocity(x, t):
         off = ((t * 10).round() / 10 - t).abs() > 1e-4
         return torch.where(off[:, None], torch.nan, -x)
 
     cal = fk.calibrate(velocity, noise(16, 2), 10, 2, progress=False)
     solver = Solver.euler(cal[2])
-    assert fk.polish(velocity, cal, solver) is solver
-
-
-def test_a_step_of_polish_is_that_of_damped_least_squares():
-    """Of a field that is linear in x and quadratic in t, with derivatives by differences of the sampler itself."""
-    velocity = lambda x, t: -x * (1 + t.to(x.dtype) ** 2)[:, None]  # noqa: E731
-    cal = fk.calibrate(velocity, noise(8, 2, dtype=F64), 20, 3, progress=False)
-    given = Solver.adams_bashforth(cal[3], 2)
-    last, fitted = cal.times[-2].item(), [i for i in range(8) if i % 4 != 3]
-    begin, end = cal.kept.x[0, fitted], cal.kept.x[-1, fitted]
-
-    def moved(where, by):
-        t, b = given.model_times.clone(), given.coefficients.clone()
-        for (i, column), change in zip(where, by, strict=True):
-            if column is None:
-                t[i] = (t[i] + change).clamp(0, last)
-            else:
-                b[i, column] += change
-        return replace(given, model_times=t, coefficients=b)
-
-    x, places, columns = fk.sample(velocity, begin, given), [], []
-    for i in range(3):
-        places += [(i, None), *((i, column) for column in range(i + 1))]
-    for place in places:
-        late = place[1] is None and given.model_times[place[0]] + polish.DIFFERENCE > last
-        step = -polish.DIFFERENCE if late else polish.DIFFERENCE
-        columns.append((fk.sample(velocity, begin, moved([place], [step])) - x).flatten() / step)
-    J = torch.stack(columns, 1)
-    scaled = J / J.norm(dim=0)
-    damped = scaled.T @ scaled + polish.DAMPING * torch.eye(len(places), dtype=F64)
-    expected = moved(places, torch.linalg.solve(damped, scaled.T @ (end - x).flatten()) / J.norm(dim=0))
-    got = fk.polish(velocity, cal, given, iterations=1)
-    torch.testing.assert_close(got.coefficients, expected.coefficients, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(got.model_times, expected.model_times, rtol=1e-6, atol=1e-9)
-    assert not torch.equal(got.coefficients, given.coefficients)
+    polished = fk.polish(velocity, cal, solver)
+    assert torch.equal(polished.model_times, solver.model_times)
+    assert endpoint_error(lambda x, t: -x, polished, K=10) < 1e-8
 
 
 def test_polish_keeps_what_is_best():
@@ -482,7 +451,8 @@ def polishing(start=CAL[2], **options):
         (TypeError, r"^start: expected a Solver or a Schedule", polishing(3)),
         (ValueError, r"^samples: expected at least 2", polishing(samples=1)),
         (ValueError, r"^iterations: expected at least 1", polishing(iterations=0)),
-        (ValueError, r"^held_out: ", polishing(held_out=0.0)),
+        (TypeError, r"^robust: ", polishing(robust=1)),
+        (TypeError, r"^start_coefficients: ", polishing(start_coefficients="yes")),
     ],
 )
 def test_bad_input(error, message, call):
