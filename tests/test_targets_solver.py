@@ -55,7 +55,6 @@ def test_it_is_nearer_than_boss_and_than_the_solver_untrained():
     assert found["fitted, step by step"] < min(found["fitted"], found["boss"])
     assert found["fitted, trained"] < 0.7 * found["fitted"]
     assert found["polished"] < 0.15 * found["fitted"]
-    assert found["polished, trained"] < found["fitted, trained"]
     assert found["polished, trained"] < 0.36 * found["boss"]
 
 
