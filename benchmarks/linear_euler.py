@@ -75,7 +75,7 @@ def cases(device) -> Iterator[Case]:
 def small(device) -> Small:
     x, z, weight = (torch.randn(size, device=device) for size in ((1, 64), (1, 16), (64, 16)))
     sample = Sample("", (x, z, weight, H), {})
-    inner = kernel("linear_euler", x, z, weight, *[None] * 7, "pqc", None, H, [], [], None)
+    inner = kernel("linear_euler", x, z, weight, *[None] * 7, "pqc", None, H, [], [], 1.0, None)
     return Small(
         lambda: linear_euler(x, z, weight, H),
         lambda: inner()[0],

@@ -453,7 +453,7 @@ def _ops() -> None:
     place("euler_step", fk.euler_step, x=x, v=v, h=number, v_uncond=optional, guidance=number, low=low)
     place("euler_step out", fk.euler_step, x=x, v=v, h=number, out=out, low=low)
     terms, b = (lambda: [rand(N, D)] * 2, are_dense(*FLOATS)), (lambda: [0.5, 0.25], are_numbers)
-    place("linear_update", fk.linear_update, x=x, v=terms, b=b, low=low)
+    place("linear_update", fk.linear_update, x=x, v=terms, b=b, scale=number, low=low)
     place("linear_update out", fk.linear_update, x=x, v=terms, b=b, out=out, low=low)
     parameter = is_dense(*FLOATS)
     head = dict(
@@ -461,7 +461,8 @@ def _ops() -> None:
         **dict(bias=(lambda: rand(D), or_none(parameter)), norm=(1e-5, or_none(is_number))),
         **{name: (lambda: rand(5), or_none(parameter)) for name in ("norm_weight", "norm_bias")},
         **{name: (lambda: rand(N, 5), or_none(parameter)) for name in ("scale", "shift")},
-        **dict(history=(lambda: [rand(N, D)], are_dense(*FLOATS)), b=(lambda: [0.5], are_numbers), low=low),
+        **dict(history=(lambda: [rand(N, D)], are_dense(*FLOATS)), b=(lambda: [0.5], are_numbers)),
+        **dict(x_scale=number, low=low),
     )
     place("linear_euler", fk.linear_euler, **head)
     place("linear_euler out", fk.linear_euler, **head, out=out, velocity_out=optional)

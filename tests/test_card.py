@@ -135,9 +135,10 @@ def test_a_reader_without_the_library(saved):
     assert data["best"]["4"] == min(cal.verified[4], key=cal.verified[4].get)
     field, x0, past = linear_field(), normal(3, 4), []
     x = x0.double()
-    for row, t in zip(solver["coefficients"], solver["model_times"], strict=True):
+    starts = solver.get("start_coefficients", [1.0] * len(solver["model_times"]))
+    for row, t, a in zip(solver["coefficients"], solver["model_times"], starts, strict=True):
         past.append(field(x.float(), torch.full((3,), t)).double())
-        x = x0 + sum(b * v for b, v in zip(row, past, strict=False))
+        x = a * x0 + sum(b * v for b, v in zip(row, past, strict=False))
     torch.testing.assert_close(x.float(), fk.sample(field, x0, cal.solvers[4]), rtol=1e-5, atol=1e-6)
     K = len(data["times"]) - 1
     cost = np.full((K + 1, K + 1), np.inf)

@@ -28,6 +28,7 @@ PLANS = {
     "lms 2": fk.Solver.adams_bashforth(KNOTS, 2),
     "lms 4": fk.Solver.adams_bashforth(KNOTS, 4),
     "fitted": fk.Solver(KNOTS, KNOTS[:-1], torch.eye(4).cumsum(0).tril() / 4.0, "fitted"),
+    "free start": fk.Solver([0, 0.5, 1], [0, 0.5], [[0.5, 0], [0.5, 0.5]], start_coefficients=[1.0, 0.8]),
     "model times": fk.Solver.euler(KNOTS, model_times=[0.01, 0.1, 0.3, 0.62]),
 }
 
@@ -89,9 +90,10 @@ def timegrid(made, v, noise):
 def loop(made, v, noise):
     tables = made.value if made.to == "numpy" else json.loads(made.text)
     x, past = noise.double(), []
-    for row, t in zip(np.asarray(tables["coefficients"]), tables["model_times"], strict=True):
+    rows = tables["model_times"], tables["start_coefficients"], np.asarray(tables["coefficients"])
+    for t, a, row in zip(*rows, strict=True):
         past.append(v(x, torch.full((len(x),), t, dtype=x.dtype)).double())
-        x = noise + sum(b * u for b, u in zip(row, past, strict=False))
+        x = a * noise + sum(b * u for b, u in zip(row, past, strict=False))
     np.testing.assert_allclose(tables["sigmas"], 1 - np.asarray(tables["times"]))
     return x.float()
 

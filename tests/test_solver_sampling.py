@@ -3,6 +3,7 @@
 import itertools
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,12 +30,18 @@ def dense(M=5, seed=0):
     return Solver(uneven_grid(M), uneven_grid(M)[:-1], b, "dense")
 
 
+def free(M=5, seed=0):
+    """A dense one with a free coefficient of the first state."""
+    return replace(dense(M, seed), start_coefficients=[0.9, 1.3, -0.2, 0.6, 0.8][:M])  # one of which grows sixfold
+
+
 SOLVERS = {
     "other times": Solver.euler(uneven_grid(5), model_times=[0.1, 0.2, 0.2, 0.4, 0.9]),
     "ab2": Solver.adams_bashforth(uneven_grid(5), 2),
     "ab3": Solver.adams_bashforth(uneven_grid(5), 3),
     "heun": Solver.heun(uneven_grid(4)),
     "dense": dense(),
+    "free start": free(),
 }
 EACH = pytest.mark.parametrize("name", SOLVERS)
 
@@ -45,14 +52,15 @@ def definition(velocity, noise, solver):
     start = x = noise.double()
     seen, dtype = [], F64 if noise.dtype == F64 else torch.float32
     with torch.no_grad():
-        for t, row in zip(solver.model_times.tolist(), solver.coefficients, strict=True):
+        rows = solver.model_times.tolist(), solver.start_coefficients.tolist(), solver.coefficients
+        for t, a, row in zip(*rows, strict=True):
             given = x.to(dtype), torch.full((len(x),), t, dtype=dtype)
             if isinstance(velocity, VelocityField) and velocity.is_guided:
                 v, u = (part.double() for part in velocity.pair(*(g.clone() for g in given)))
                 seen.append(u + velocity.guidance * (v - u))
             else:
                 seen.append(velocity(*(g.clone() for g in given)).double().clone())
-            x = start + sum(b * v for b, v in zip(row.tolist(), seen, strict=False))
+            x = a * start + sum(b * v for b, v in zip(row.tolist(), seen, strict=False))
     return x
 
 
@@ -113,7 +121,7 @@ def test_samples_are_the_formulas(kind, name):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "cuda"])
 def test_on_each_backend(backend):
-    for kind, name in itertools.product(("guided", "elementwise"), ("ab2", "dense")):
+    for kind, name in itertools.product(("guided", "elementwise"), ("ab2", "dense", "free start")):
         make, noise, close = VELOCITIES[kind]
         velocity = make()
         with fk.backend(backend):
@@ -238,7 +246,7 @@ KINDS = ["elementwise", "embedded", "guided", "guided bfloat16", "float64", "a v
 def test_captured(kind, mode, aot_eager, host_cuda):  # noqa: F811
     make, noise, close = VELOCITIES[kind]
     velocity = make()
-    for solver in (Solver.adams_bashforth(uneven_grid(3)), dense(3)):
+    for solver in (Solver.adams_bashforth(uneven_grid(3)), dense(3), free(3)):
         for x in (noise, 2 * noise):
             got = fk.sample(velocity, x, solver, capture=mode)
             torch.testing.assert_close(got.double(), definition(velocity, x, solver), **close)
@@ -262,6 +270,7 @@ def test_a_recorded_loop_is_of_the_whole_solver(mode, aot_eager, host_cuda):  # 
     clocked = VelocityField(lambda x, t: net(x, t) * (1 + t[:, None]))
     b = Solver.euler(times).coefficients
     solvers = [times, Solver.adams_bashforth(times, 2), Solver.adams_bashforth(times, 3), dense(3)]
+    solvers += [replace(dense(3), start_coefficients=a) for a in ([1, 1, 0.5], [1, 0.5, 1])]
     solvers += [Solver(times, times[1:], b), Solver(times, times[1:] - 0.01, b), Solver(times, times[:-1], 1.1 * b)]
     results = [fk.sample(clocked, noise, s, capture=mode) for s in solvers]
     assert len(capture.LOOPS.loops) == len(solvers)
@@ -287,14 +296,14 @@ def test_inside_torch_compile():
     compiled = torch.compile(fk.sample, fullgraph=True, dynamic=True, backend=backend)
     for kind, solvers in {
         "guided": [SOLVERS["ab2"], Solver.adams_bashforth(5, 2), dense(3)],
-        "float64": [dense(3), dense(3, seed=1), Solver.euler(3)],
+        "float64": [dense(3), dense(3, seed=1), Solver.euler(3), free(3), free(3, seed=1)],
     }.items():
         make, noise, close = VELOCITIES[kind]
         velocity = make()
         for solver in solvers:
             got = compiled(velocity, noise, solver)
             torch.testing.assert_close(got.double(), definition(velocity, noise, solver), **close)
-    assert len(graphs) == 4
+    assert len(graphs) == 5
 
 
 def test_inside_torch_compile_with_constants():

@@ -33,6 +33,7 @@ SOLVERS = {
     "heun": Solver.heun(0.1 + 0.9 * uneven_grid(3)),  # begins below sigma = 1
     "dense": Solver(uneven_grid(4), uneven_grid(4)[:-1], normal(4, 4, dtype=F64).tril() / 4),
 }
+SOLVERS["free start"] = replace(SOLVERS["dense"], start_coefficients=[0.9, 1.3, 0.6, 0.8])
 EACH = pytest.mark.parametrize("name", SOLVERS)
 OPTIONS = {*inspect.signature(FlowMatchEulerDiscreteScheduler).parameters}  # early versions of diffusers lack some
 
@@ -305,6 +306,12 @@ def test_errors():
     stock = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match=r"^solver: expected a solver from noise to data"):
         solver_scheduler(Solver.heun(3, inverse=True), like=stock)
+    for lost in (0.0, 1e-4):  # in whose state nothing is left of x_0
+        with pytest.raises(
+            ValueError, match=r"^solver: expected Solver.* no start coefficient that is 0, .*before the"
+        ):
+            made(replace(SOLVERS["dense"], start_coefficients=[1.0, lost, 1.0, 1.0]))
+    made(replace(SOLVERS["dense"], start_coefficients=[1.0, 1.0, 1.0, 0.0]))
     scheduler = made(4)
     with pytest.raises(ValueError, match=r"^config: expected one with solvers, as solver_scheduler.*of FlowMatchEuler"):
         type(scheduler).from_config(json.loads(stock.to_json_string()))

@@ -236,6 +236,14 @@ inline int aligned_head(int64_t n, const T*... p) {
   return -1;
 }
 
+// Never contracted with a sum
+__device__ __forceinline__ float rounded_product(float a, float b) {
+  return __fmul_rn(a, b);
+}
+__device__ __forceinline__ double rounded_product(double a, double b) {
+  return __dmul_rn(a, b);
+}
+
 // ---- dispatch on element types: f is called with a Type<T> ----
 template <class T>
 struct Type {

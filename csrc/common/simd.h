@@ -67,6 +67,19 @@ FK_INLINE void hold(vf& v) {
 #endif
 }
 
+// A product that is rounded before it is added to: the compiler would else be free to contract it with the sum.
+template <class V>
+FK_INLINE V rounded(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
+
 // ---- loads: kFloats elements as float, or kVectorBytes / 8 as double ----
 FK_INLINE vf load(const float* p) {
   return *(const vf_mem*)p;

@@ -259,7 +259,11 @@ inline float __frcp_rn(float x) {
 inline float __fmaf_rn(float a, float b, float c) {
   return fmaf(a, b, c);
 }
-inline double __dmul_rn(double a, double b) {  // never contracted with a sum
+inline float __fmul_rn(float a, float b) {  // never contracted with a sum, nor is the next
+  const volatile float product = a * b;
+  return product;
+}
+inline double __dmul_rn(double a, double b) {
   const volatile double product = a * b;
   return product;
 }

@@ -14,7 +14,8 @@ inline fk::LinearEulerArgs linear_euler_args(Address x, const Operand& z, int64_
                                              Address out, Address low, Address velocity, int x_type, int history_type,
                                              int low_type, int velocity_type, std::array<int64_t, 4> sizes,
                                              std::array<int64_t, 4> patches, bool channels_first,
-                                             std::optional<double> eps, double h, std::optional<double> guidance) {
+                                             std::optional<double> eps, double h, double x_scale,
+                                             std::optional<double> guidance) {
   auto [n, T, d, outputs] = sizes;
   auto [patch, C, H, W] = patches;
   return {at(x),
@@ -50,6 +51,7 @@ inline fk::LinearEulerArgs linear_euler_args(Address x, const Operand& z, int64_
           eps.value_or(0),
           h,
           guidance.value_or(1),
+          x_scale,
           0};
 }
 

@@ -211,7 +211,7 @@ void update(const LinearEulerArgs& a, const X* v, int64_t at, int64_t count) {
   for (int64_t i = 0; i < count; i += L) {
     const int64_t rest = count - i;
     const auto velocity = load(v + i);
-    auto sum = get<X>(a.x, a.x_type, at + i, rest) + X(a.h) * velocity;
+    auto sum = rounded(X(a.x_scale) * get<X>(a.x, a.x_type, at + i, rest)) + X(a.h) * velocity;
     for (int64_t t = 0; t < a.terms; t++) sum += X(a.b[t]) * get<X>(a.history[t], a.history_type, at + i, rest);
     put(a.out, a.x_type, at + i, sum, rest);
     if (a.low) put(a.low, a.low_type, at + i, sum, rest);

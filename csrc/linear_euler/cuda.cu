@@ -44,7 +44,7 @@ struct Head {
   int64_t n, T, H, W;
   int d, outputs, patch, C;
   bool channels_first, normed, guided;
-  X eps, h, guidance;
+  X eps, h, guidance, x_scale;
 };
 
 template <class X>
@@ -72,7 +72,7 @@ __device__ __forceinline__ void put(void* p, Dtype type, int64_t i, X v) {
 // Element `at` of the state takes its step. The history is read first: the velocity may replace one of it.
 template <class X>
 __device__ __forceinline__ void take_step(const Head<X>& a, int64_t at, X v) {
-  X sum = a.x[at] + a.h * v;
+  X sum = rounded_product(a.x_scale, a.x[at]) + a.h * v;
 #pragma unroll 1
   for (int t = 0; t < a.terms; t++) sum += a.b[t] * get<X>(a.history[t], a.history_type, at);
   a.out[at] = sum;
@@ -864,7 +864,7 @@ Head<X> head_of(const LinearEulerArgs& a) {
   head.d = static_cast<int>(a.d), head.outputs = static_cast<int>(a.outputs);
   head.patch = static_cast<int>(a.patch), head.C = static_cast<int>(a.C);
   head.channels_first = a.channels_first, head.normed = a.normed, head.guided = a.guided;
-  head.eps = X(a.eps), head.h = X(a.h), head.guidance = X(a.guidance);
+  head.eps = X(a.eps), head.h = X(a.h), head.guidance = X(a.guidance), head.x_scale = X(a.x_scale);
   return head;
 }
 
@@ -873,11 +873,11 @@ int linear_euler(const LinearEulerArgs& given, void* stream) {
   if (a.n * a.T == 0) return launched();
   if (a.terms > kTerms) {  // the other terms first, since the velocity may replace one of them
     const int64_t elements = a.patch ? a.n * a.C * a.H * a.W : a.n * a.T * a.outputs;
-    const int status = linear_update({a.x, a.history + kTerms, a.b + kTerms, a.terms - kTerms, a.out, nullptr, a.x_type,
-                                      a.history_type, a.low_type, elements, 0},
+    const int status = linear_update({a.x, a.history + kTerms, a.b + kTerms, a.terms - kTerms, a.x_scale, a.out,
+                                      nullptr, a.x_type, a.history_type, a.low_type, elements, 0},
                                      stream);
     if (status) return status;
-    a.x = a.out;
+    a.x = a.out, a.x_scale = 1;
   }
   if (a.x_type == Dtype::f64) return launch_rows(head_of<double>(a), stream);
   const Head<float> head = head_of<float>(a);

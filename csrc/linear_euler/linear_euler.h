@@ -1,5 +1,5 @@
-// out = x + h v + sum_i b_i v_i with v = place(f(z) W^T + bias), the last layer of a velocity network and the step
-// after it, and a copy of out in low precision for the next model call. f: LayerNorm, then scale and shift, where
+// out = x_scale x + h v + sum_i b_i v_i with v = place(f(z) W^T + bias), the last layer of a velocity network and the
+// step after it, and a copy of out in low precision for the next model call. f: LayerNorm, then scale and shift, where
 // wanted.
 #pragma once
 
@@ -41,6 +41,7 @@ struct LinearEulerArgs {
   double eps;       // of LayerNorm
   double h;         // step size
   double guidance;  // w: v = v_u + w (v_c - v_u)
+  double x_scale;   // of x, whose product is rounded before it is added to
   int threads;
   void* workspace = nullptr;  // on a GPU: linear_euler_workspace bytes, or null
 };

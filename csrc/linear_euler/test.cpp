@@ -44,7 +44,8 @@ void linear_euler_case(Dtype x_type, Dtype z_type, Dtype weight_type, HeadCase k
     addresses.push_back(history[t]->as());
   }
   if (k.layout == 2) addresses.back() = velocity.as();
-  const double h = 0.37, w = 3.5, eps_norm = 1e-3, e = eps(x_type);
+  const double h = 0.37, w = 3.5, eps_norm = 1e-3, e = eps(x_type), x_scales[] = {1, -0.3, 0};
+  const double x_scale = x_scales[k.terms];
 
   auto kernel = [&](int threads) {
     if (k.layout == 2) out.copy(x), velocity.copy(*history.back());
@@ -82,6 +83,7 @@ void linear_euler_case(Dtype x_type, Dtype z_type, Dtype weight_type, HeadCase k
       eps_norm,
       h,
       w,
+      x_scale,
       threads});
   };
   // a lane sums d / lanes terms, then lanes add up
@@ -145,7 +147,7 @@ void linear_euler_case(Dtype x_type, Dtype z_type, Dtype weight_type, HeadCase k
             if (c >= k.C) continue;
             i = ((s * k.C + c) * k.H + t / wide * P + pq / P) * k.W + t % wide * P + pq % P;
           }
-          double truth = x[i] + h * v.v, size = std::fabs(x[i]) + h * v.size;
+          double truth = x_scale * x[i] + h * v.v, size = std::fabs(x_scale * x[i]) + h * v.size;
           for (int j = 0; j < k.terms; j++) {
             const double term = b[j] * (*history[j])[i];
             truth += term, size += std::fabs(term);

@@ -3,11 +3,10 @@
 #include "linear_update/linear_update.h"
 
 inline fk::LinearUpdateArgs linear_update_args(Address x, const std::vector<Address>& v, const std::vector<double>& b,
-                                               Address out, Address low, int x_type, int v_type, int low_type,
-                                               int64_t n) {
-  return {at(x),   pointers(v),       b.data(),          int64_t(v.size()),   at(out),
-          at(low), fk::Dtype(x_type), fk::Dtype(v_type), fk::Dtype(low_type), n,
-          0};
+                                               double scale, Address out, Address low, int x_type, int v_type,
+                                               int low_type, int64_t n) {
+  return {at(x),   pointers(v),       b.data(),          int64_t(v.size()),   scale, at(out),
+          at(low), fk::Dtype(x_type), fk::Dtype(v_type), fk::Dtype(low_type), n,     0};
 }
 
 template <class Module>

@@ -15,9 +15,10 @@ constexpr int kUnroll = 4;
 template <class X, class V, class Low, int N>
 FK_INLINE void update(const LinearUpdateArgs& a, int64_t i, bool past) {
   constexpr int L = Vector<X>::n;
+  const X scale = X(a.scale);
   typename Vector<X>::type sum[N];
 #pragma GCC unroll 4
-  for (int k = 0; k < N; k++) sum[k] = load(static_cast<const X*>(a.x) + i + k * L);
+  for (int k = 0; k < N; k++) sum[k] = rounded(scale * load(static_cast<const X*>(a.x) + i + k * L));
   for (int64_t t = 0; t < a.terms; t++) {
     const V* v = static_cast<const V*>(a.v[t]) + i;
     const X b = X(a.b[t]);
@@ -44,7 +45,7 @@ void update_rest(const LinearUpdateArgs& a, int64_t i, int64_t rest) {
   X x[L] = {}, out[L];
   Low low[L];
   memcpy(x, static_cast<const X*>(a.x) + i, rest * sizeof(X));
-  auto sum = load(x);
+  auto sum = rounded(X(a.scale) * load(x));
   for (int64_t t = 0; t < a.terms; t++) {
     V v[L] = {};
     memcpy(static_cast<void*>(v), static_cast<const V*>(a.v[t]) + i, rest * sizeof(V));

@@ -15,6 +15,7 @@ template <class X, class V>
 struct Terms {
   const V* v[kTerms];
   X b[kTerms];
+  X scale;  // of x
   int count;
 };
 
@@ -36,6 +37,8 @@ template <int E, class X, class V, class Low>
 __device__ __forceinline__ void update(const X* x, const Terms<X, V>& terms, X* out, Low* low, int64_t at) {
   X sum[E];
   load_vector(sum, x + at);
+#pragma unroll
+  for (int j = 0; j < E; j++) sum[j] = rounded_product(terms.scale, sum[j]);
   int t = 0;
   for (; t + kUnroll <= terms.count; t += kUnroll) add_terms<kUnroll>(sum, terms, t, at);
   switch (terms.count - t) {
@@ -89,6 +92,7 @@ int by_terms(const LinearUpdateArgs& a, void* stream) {
   for (int64_t first = 0;; first += kTerms, x = out) {
     const bool last = a.terms - first <= kTerms;
     Terms<X, V> terms{};
+    terms.scale = first ? X(1) : X(a.scale);
     terms.count = last ? static_cast<int>(a.terms - first) : kTerms;
     for (int t = 0; t < terms.count; t++) {
       terms.v[t] = static_cast<const V*>(a.v[first + t]);

@@ -1,4 +1,4 @@
-// out = x + sum_i b_i v_i, in one pass, and a copy of out in low precision for the next model call.
+// out = scale x + sum_i b_i v_i, in one pass, and a copy of out in low precision for the next model call.
 #pragma once
 
 #include <stdint.h>
@@ -13,6 +13,7 @@ struct LinearUpdateArgs {
   const void* const* v;  // [terms] of [n]: f32, bf16 or f16 with an f32 state, f64 with an f64 state
   const double* b;       // [terms] coefficients
   int64_t terms;         // >= 1
+  double scale;          // of x, whose product is rounded before it is added to
   void* out;             // [n] of x's type; may be x itself
   void* low;             // [n] second output, or null
   Dtype x_type, v_type, low_type;  // low: bf16, f16

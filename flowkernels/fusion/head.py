@@ -235,9 +235,8 @@ class FusedHead(VelocityField):
             h = terms.pop(i, 0.0)
             history = dict(history=[places.of(past[k][0]) for k in terms], b=list(terms.values()))
             begin = start if update.from_start else x
-            begin = places.of(begin if update.scale == 1 else update.scale * begin)
             to = dict(out=places.room_in(new), low=places.room_in(low), velocity_out=places.room_in(v))
-            linear_euler(begin, **head, h=h, **history, **to)
+            linear_euler(places.of(begin), **head, h=h, **history, x_scale=update.scale, **to)
             for written, t in zip(to.values(), (new, low, v), strict=True):
                 places.put(written, t)
             past = {k: p for k, p in past.items() if last[k] > i}

@@ -71,8 +71,8 @@ RECEIVERS = {
         suffixes=(".pt",),
     ),
     "numpy": Receiver(
-        "float64 arrays for a loop of one's own: x[i+1] = x[0] + sum over l <= i of coefficients[i, l] v(x[l], "
-        "model_times[l])",
+        "float64 arrays for a loop of one's own: x[i+1] = start_coefficients[i] x[0] + sum over l <= i of "
+        "coefficients[i, l] v(x[l], model_times[l])",
         suffixes=(".npz",),
         whole=True,
     ),
@@ -127,7 +127,8 @@ def export(
             "sdcpp": the arguments `--sigmas ... --sampling-method ... --steps ...` of stable-diffusion.cpp.
             "k-diffusion": falling sigmas with the last 0, float32 `[N+1]`.
             "timegrid": rising times, float32 `[N+1]`, for flow_matching and torchdiffeq.
-            "numpy": float64 arrays: times `[N+1]`, sigmas `[N+1]`, model_times `[M]`, coefficients `[M, M]`.
+            "numpy": float64 arrays: times `[N+1]`, sigmas `[N+1]`, model_times `[M]`, coefficients `[M, M]`,
+                start_coefficients `[M]`.
             "json": the same as plain values, with the name, steps and evaluations, and the solver's notes.
         steps: which N of a Calibration; not needed where it holds one.
         path: a file to write as well: .txt (for "comfy" a .json too), .pt for tensors, .npz, .json; for "diffusers" a
@@ -258,7 +259,8 @@ class Export:
     def _numpy(self) -> tuple[dict[str, np.ndarray], None]:
         solver = self.solver
         tables = dict(times=solver.times, sigmas=1 - solver.times, model_times=solver.model_times)
-        return {k: t.numpy().copy() for k, t in (tables | dict(coefficients=solver.coefficients)).items()}, None
+        tables |= dict(coefficients=solver.coefficients, start_coefficients=solver.start_coefficients)
+        return {k: t.numpy().copy() for k, t in tables.items()}, None
 
     def _json(self) -> tuple[dict[str, Any], str]:
         solver, tables = self.solver, {k: t.tolist() for k, t in self._numpy()[0].items()}
@@ -327,7 +329,7 @@ def _sampler(solver: Solver, receiver: Receiver) -> str | None:
     """The receiver's own name for a solver, if it has one."""
     if solver.is_euler:
         return "euler"
-    if solver.is_inverse or solver.evaluations > 2 * solver.steps:
+    if solver.is_inverse or solver.evaluations > 2 * solver.steps or not solver.keeps_start:
         return None
     named = {"euler": Solver.euler(solver.times)}
     if "heun" in receiver.named:

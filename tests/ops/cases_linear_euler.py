@@ -9,7 +9,18 @@ from flowkernels.ops.linear_euler import samples
 CALLS = {
     "linear_euler": Call(
         lambda x, z, w, b, s, v: fk.linear_euler(
-            x, z, w, 0.25, bias=b, norm=1e-3, scale=s, guidance=2.0, history=[v], b=[0.5], low=torch.bfloat16
+            x,
+            z,
+            w,
+            0.25,
+            bias=b,
+            norm=1e-3,
+            scale=s,
+            guidance=2.0,
+            history=[v],
+            b=[0.5],
+            x_scale=-2.0,
+            low=torch.bfloat16,
         ),
         ((3, 5), (6, 4), (5, 4), (5,), (6, 4), (3, 5)),
     ),

@@ -7,7 +7,9 @@ import flowkernels as fk
 from flowkernels.runtime.backends import backend
 
 CALLS = {
-    "linear_update": Call(lambda x, v, w: fk.linear_update(x, [v, w], [0.5, 2.0], low=torch.bfloat16), ((3, 5),) * 3),
+    "linear_update": Call(
+        lambda x, v, w: fk.linear_update(x, [v, w], [0.5, 2.0], scale=-2.0, low=torch.bfloat16), ((3, 5),) * 3
+    ),
     "linear_update_out": Call(
         lambda x, v, out: fk.linear_update(x, [v], [0.5], out=out, low=torch.bfloat16), ((3, 5),) * 3, written=(2,)
     ),
@@ -39,5 +41,5 @@ def guarded(page) -> None:
 def large(device, n: int, on: str = "cuda") -> float:
     x, v = torch.rand(n, device=device), torch.rand(n, device=device, dtype=torch.bfloat16)
     with backend(on):
-        out = fk.linear_update(x, [v, v], [0.5, -0.25])
-    return max(apart(out[p], x[p].double() + 0.25 * v[p].double(), x[p] + v[p].float() + 1) for p in pieces(n))
+        out = fk.linear_update(x, [v, v], [0.5, -0.25], scale=0.75)
+    return max(apart(out[p], 0.75 * x[p].double() + 0.25 * v[p].double(), x[p] + v[p].float() + 1) for p in pieces(n))

@@ -59,7 +59,7 @@ def step_in_place(x, v, u, h, w):
 
 
 def update(x, v, u, h, w):
-    return linear_update(x, [v, u, v], [h, w, 0.5], low=BF16)
+    return linear_update(x, [v, u, v], [h, w, 0.5], scale=w, low=BF16)
 
 
 def update_in_place(x, v, u, h, w):
@@ -67,7 +67,7 @@ def update_in_place(x, v, u, h, w):
 
 
 def head(x, v, u, h, w):
-    return linear_euler(x, torch.cat([v, u]), v.T @ u, h, guidance=w, norm=1e-5, history=[v], b=[w])
+    return linear_euler(x, torch.cat([v, u]), v.T @ u, h, guidance=w, norm=1e-5, history=[v], b=[w], x_scale=h)
 
 
 STEPS = step, plain_step, step_in_place, update, update_in_place, head

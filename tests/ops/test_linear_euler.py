@@ -87,8 +87,15 @@ def test_patches_in_float64(grid, p, extra, order, guidance, dtype, seed):
     assert error <= bound
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 30), SEEDS, st.sampled_from(DTYPES))
-def test_is_a_linear_layer_and_a_step(tokens, d, outputs, seed, dtype):
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 30),
+    SEEDS,
+    st.sampled_from(DTYPES),
+    st.sampled_from([1.0, 0.0, 0.25, -2.0]),
+)
+def test_is_a_linear_layer_and_a_step(tokens, d, outputs, seed, dtype, x_scale):
     x, z, weight, options = exact(3, tokens, d, outputs, seed, dtype)
     f = z.double() * (1 + options["scale"].double()[:, None]) + options["shift"].double()[:, None]
     v = f @ weight.double().T + options["bias"].double()
@@ -96,8 +103,8 @@ def test_is_a_linear_layer_and_a_step(tokens, d, outputs, seed, dtype):
     v, half = v.to(x.dtype), x.shape[0] // 2
     assert torch.equal(linear_euler(x, z, weight, 0.5, **options), euler_step(x, v, 0.5))
     terms = [integers(*x.shape, seed=6 + i, dtype=x.dtype) for i in range(2)]
-    got = linear_euler(x, z, weight, 0.25, **options, history=terms, b=[-0.5, 2.0])
-    assert torch.equal(got, linear_update(x, [v, *terms], [0.25, -0.5, 2.0]))
+    got = linear_euler(x, z, weight, 0.25, **options, history=terms, b=[-0.5, 2.0], x_scale=x_scale)
+    assert torch.equal(got, linear_update(x, [v, *terms], [0.25, -0.5, 2.0], scale=x_scale))
     rows = {k: t if k == "bias" else t[:2] for k, t in options.items()}  # two samples as one and its unconditional
     guided = linear_euler(x[:half], z[:2], weight, 0.5, **rows, guidance=2.0)
     assert torch.equal(guided, euler_step(x[:half], v[:1], 0.5, v_uncond=v[1:2], guidance=2.0))
@@ -120,6 +127,20 @@ def test_every_output_has_its_place(p, channels, order):
     for name in BACKENDS:
         with backend(name):
             assert torch.equal(linear_euler(x, z, torch.eye(outputs), 1.0, patch=p, order=order), v)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_scaled_state_is_rounded_before_the_sum(dtype, name):
+    sample = make((5, 60), 33, (4,), dtype=dtype, options=EVERY, terms=2)
+    x, *args = sample.args
+    x_scale = 0.3 if name in ("cpu", "cuda") else -0.5  # Triton may contract another one with the sum
+    with backend(name):
+        plain, one = (linear_euler(x, *args, **sample.kwargs, **given) for given in ({}, dict(x_scale=1)))
+        scaled = linear_euler(x, *args, **sample.kwargs, x_scale=x_scale)
+        before = linear_euler(torch.mul(x, x_scale), *args, **sample.kwargs)
+    assert torch.equal(plain, one)
+    assert torch.equal(scaled, before)
 
 
 @EACH
@@ -340,9 +361,9 @@ def test_a_long_history_whose_last_the_velocity_replaces(dtype, name):
     history = [integers(*x.shape, seed=7 + i, dtype=x.dtype) for i in range(40)]
     b = (integers(40, seed=6, dtype=F64) / 4).tolist()
     v = linear_euler(torch.zeros_like(x), z, weight, 1.0, **options)
-    expected = linear_update(x, [v, *history], [1.5, *b])
+    expected = linear_update(x, [v, *history], [1.5, *b], scale=-0.5)
     with backend(name):
-        got = linear_euler(x, z, weight, 1.5, **options, history=history, b=b, velocity_out=history[-1])
+        got = linear_euler(x, z, weight, 1.5, **options, history=history, b=b, x_scale=-0.5, velocity_out=history[-1])
     assert torch.equal(history[-1], v)
     assert torch.equal(got, expected)
 
@@ -414,7 +435,7 @@ def test_opcheck_of_the_mutable_op(low):
     x, k = sample.args[0], sample.kwargs
     names = ("bias", "norm", "norm_weight", "norm_bias", "scale", "shift", "patch")
     copy = None if low is None else torch.empty(x.shape, dtype=low)
-    args = (*sample.args[:3], *map(k.get, names), "pqc", 2.0, 0.5, k["history"], k["b"])
+    args = (*sample.args[:3], *map(k.get, names), "pqc", 2.0, 0.5, k["history"], k["b"], 0.3)
     written = torch.empty_like(x), copy, torch.empty_like(x)
     torch.library.opcheck(torch.ops.flowkernels.linear_euler_out.default, (*args, *written))
 
@@ -481,6 +502,7 @@ IMAGE, TOKENS, HEAD = torch.zeros(2, 3, 4, 6), torch.zeros(2, 6, 5), torch.zeros
         (ValueError, r"history\[0\]: expected x's shape", (X, Z, W, 0.1), dict(history=[X[:1]], b=[1.0])),
         (TypeError, r"history\[1\]: expected torch.float32", (X, Z, W, 0.1), dict(history=[X, X.half()], b=[1, 1])),
         (TypeError, r"b\[0\]: expected a number", (X, Z, W, 0.1), dict(history=[X], b=["1"])),
+        (TypeError, r"x_scale: expected a number, got None", (X, Z, W, 0.1), dict(x_scale=None)),
         (TypeError, r"out: expected torch.float32, got", (X, Z, W, 0.1), dict(out=X.double())),
         (ValueError, r"out: expected x's shape", (X, Z, W, 0.1), dict(out=X[:1])),
         (TypeError, r"low: expected torch.bfloat16, torch.float16 or", (X, Z, W, 0.1), dict(low=F32)),

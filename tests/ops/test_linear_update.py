@@ -16,6 +16,7 @@ DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (F64, F64)]
 LAYOUTS = ["contiguous", "misaligned", "sliced", "permuted", "channels_last"]
 SAMPLES = [s for s in sample_inputs() if "expanded" not in s.id]
 SIZES, SEEDS, TERMS = st.integers(0, 140), st.integers(0, 2**32 - 1), st.integers(1, 9)
+SCALES = st.sampled_from([1.0, 0.0, 0.25, -2.0])  # of the state, which are exact too
 EACH = pytest.mark.parametrize("name", BACKENDS)
 
 
@@ -41,13 +42,13 @@ def pair(result):
 # ---- properties; whole numbers and eighths make them exact ----
 
 
-@given(SIZES, TERMS, SEEDS, st.sampled_from(DTYPES), st.sampled_from(BACKENDS))
-def test_is_the_sum(size, terms, seed, dtypes, name):
+@given(SIZES, TERMS, SEEDS, st.sampled_from(DTYPES), SCALES, st.sampled_from(BACKENDS))
+def test_is_the_sum(size, terms, seed, dtypes, scale, name):
     x, v, b = exact(size, terms, seed, dtypes)
     with backend(name):
-        got, low = linear_update(x, v, b, low=BF16)
+        got, low = linear_update(x, v, b, scale=scale, low=BF16)
     wide = torch.stack([t.double() for t in v])
-    assert torch.equal(got.double(), x.double() + torch.tensor(b, dtype=F64) @ wide)
+    assert torch.equal(got.double(), scale * x.double() + torch.tensor(b, dtype=F64) @ wide)
     assert torch.equal(low, got.bfloat16())
 
 
@@ -76,12 +77,12 @@ def test_one_term_is_an_euler_step(size, seed, dtypes, h):
     assert torch.equal(got[1], expected[1])
 
 
-@given(SIZES, TERMS, SEEDS, st.sampled_from(DTYPES), st.floats(1e-3, 20), st.sampled_from(BACKENDS))
-def test_formula_in_float64(size, terms, seed, dtypes, scale, name):
+@given(SIZES, TERMS, SEEDS, st.sampled_from(DTYPES), st.floats(1e-3, 20), st.floats(-2, 2), st.sampled_from(BACKENDS))
+def test_formula_in_float64(size, terms, seed, dtypes, spread, scale, name):
     x, *v = (randn(size, seed=seed + i, dtype=dtypes[min(i, 1)]) for i in range(terms + 1))
-    sample = Sample("", (x, v, (scale * randn(terms, seed=seed + 99, dtype=F64)).tolist()), {})
+    sample = Sample("", (x, v, (spread * randn(terms, seed=seed + 99, dtype=F64)).tolist()), dict(scale=scale))
     with backend(name):
-        error, bound = error_and_bound(sample, linear_update(*sample.args))
+        error, bound = error_and_bound(sample, linear_update(*sample.args, **sample.kwargs))
     assert error <= bound
 
 
@@ -105,6 +106,24 @@ def test_coefficients_and_velocities_in_every_form():
     assert torch.equal(linear_update(x, v, [0.5, -1, 2]), expected)
     leaf = x.clone().requires_grad_()  # through the dispatcher
     assert torch.equal(linear_update(leaf, v, torch.tensor([0.5, -1, 2])), expected)
+
+
+@EACH
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("terms", [1, 5, 40])
+def test_the_scaled_state_is_rounded_before_the_sum(terms, dtypes, name):
+    """A scale of 1 changes no bit of what comes of none, and another one is a product before the same sum; but for
+    Triton, which may contract it with the sum."""
+    x, *v = (randn(700, seed=i, dtype=dtypes[min(i, 1)]) for i in range(terms + 1))
+    x[:2], v[0][:2] = torch.tensor([-0.0, 0.0]), 0
+    b = randn(terms, seed=99, dtype=F64).tolist()
+    scale = 0.3 if name in ("cpu", "cuda") else -0.5  # a power of two: exact
+    with backend(name):
+        plain, one = linear_update(x, v, b), linear_update(x, v, b, scale=1)
+        scaled, before = linear_update(x, v, b, scale=scale), linear_update(torch.mul(x, scale), v, b)
+    assert torch.equal(plain, one)
+    assert torch.equal(plain.signbit(), one.signbit())
+    assert torch.equal(scaled, before)
 
 
 # ---- outputs: in place, into a tensor, in low precision ----
@@ -187,10 +206,11 @@ def test_a_copy_of_float64_is_rounded_as_by_torch(low, name):
 def test_launches_of_triton_do_not_change_a_bit(dtypes, monkeypatch):
     x, *v = (randn(700, seed=i, dtype=dtypes[min(i, 1)]) for i in range(8))
     b, results = randn(7, seed=99).tolist(), []
+    scale = -0.3
     for terms in (7, 3, 1):
         monkeypatch.setattr(triton_kernel, "TERMS", terms)
         with backend("triton"):
-            results.append(linear_update(x, v, b, low=BF16))
+            results.append(linear_update(x, v, b, scale=scale, low=BF16))
     assert all(torch.equal(*pair) for other in results[1:] for pair in zip(other, results[0], strict=True))
     assert torch.equal(results[0][1], results[0][0].bfloat16())
 
@@ -203,10 +223,16 @@ def test_launches_of_triton_do_not_change_a_bit(dtypes, monkeypatch):
 def test_nan_and_inf_propagate(x_dtype, v_dtype, name):
     values = torch.tensor([0.0, -1.0, math.nan, math.inf, -math.inf], dtype=F64)
     x, v, w = (t.flatten() for t in torch.meshgrid(values, values, values, indexing="ij"))
-    for b in ([0.0, 1.0], [0.25, -2.0], [math.inf, 0.0], [math.nan, 1.0]):
+    for *b, scale in (
+        [0.0, 1.0, 1.0],
+        [0.25, -2.0, 0.0],
+        [math.inf, 0.0, -1.0],
+        [math.nan, 1.0, 1.0],
+        [1, 1, math.inf],
+    ):
         with backend(name):
-            state, low = linear_update(x.to(x_dtype), [v.to(v_dtype), w.to(v_dtype)], b, low=BF16)
-        torch.testing.assert_close(state.double(), x + b[0] * v + b[1] * w, rtol=0, atol=0, equal_nan=True)
+            state, low = linear_update(x.to(x_dtype), [v.to(v_dtype), w.to(v_dtype)], b, scale=scale, low=BF16)
+        torch.testing.assert_close(state.double(), scale * x + b[0] * v + b[1] * w, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(low, state.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -255,7 +281,7 @@ def test_threads_do_not_change_a_bit(terms, n):
     results = []
     for threads in (1, 2, 2, 3, 7):
         torch.set_num_threads(threads)
-        results.append(linear_update(x, v, b, low=F16))
+        results.append(linear_update(x, v, b, scale=0.3, low=F16))
     assert all(torch.equal(state, results[0][0]) and torch.equal(low, results[0][1]) for state, low in results[1:])
 
 
@@ -271,14 +297,15 @@ def test_gradcheck(name):
     with backend(name):
         for terms in (1, 3):
             inputs = tuple(leaves(2, 3, count=terms + 1))
-            update = lambda x, *v: linear_update(x, v, [0.3, -1.5, 0.7][: len(v)])  # noqa: E731
+            update = lambda x, *v: linear_update(x, v, [0.3, -1.5, 0.7][: len(v)], scale=len(v) - 2.3)  # noqa: E731
             assert torch.autograd.gradcheck(update, inputs, check_batched_grad=True)
             assert torch.autograd.gradgradcheck(update, inputs)
 
 
 @EACH
+@pytest.mark.parametrize("scale", [1, 0, -0.3])
 @pytest.mark.parametrize("loss", ["sum", "permuted", "sliced", "scaled", "dense"])
-def test_gradients_that_arrive_strided(loss, name):
+def test_gradients_that_arrive_strided(loss, scale, name):
     weights = randn(7, 5, 3, seed=9, dtype=F64)
     reduce = {
         "sum": lambda y: y.sum(),
@@ -291,11 +318,11 @@ def test_gradients_that_arrive_strided(loss, name):
     for leaf in (got, expected):
         leaf[1].requires_grad_(loss != "scaled")  # one that needs none among those that do
     with backend(name):
-        total = reduce(linear_update(got[0], got[1:], [0.3, -1.5]))
+        total = reduce(linear_update(got[0], got[1:], [0.3, -1.5], scale=scale))
         total.backward(retain_graph=True)
         total.backward()
     x, v, w = expected
-    (2 * reduce(x + 0.3 * v - 1.5 * w)).backward()
+    (2 * reduce(scale * x + 0.3 * v - 1.5 * w)).backward()
     for a, b in zip(got, expected, strict=True):
         assert a.grad is b.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-12, atol=1e-12)
 
@@ -354,10 +381,10 @@ def test_torch_func_transforms():
     x, v = randn(3, 5, seed=0, dtype=F64), randn(3, 5, seed=1, dtype=F64)
 
     def update(x, v):
-        return linear_update(x, [v, x], [0.25, 0.5])
+        return linear_update(x, [v, x], [0.25, 0.5], scale=-2.0)
 
     _, tangent = torch.func.jvp(update, (x, v), (torch.ones_like(x), torch.ones_like(v)))
-    torch.testing.assert_close(tangent, torch.full_like(x, 1.75))
+    torch.testing.assert_close(tangent, torch.full_like(x, -1.25))
     grad = torch.func.grad(lambda v: update(x, v).square().sum())(v)
     torch.testing.assert_close(grad, 0.5 * update(x, v))
     torch.testing.assert_close(torch.func.vmap(update)(x, v), update(x, v))
@@ -403,7 +430,7 @@ def test_mutation_under_compile(program, compiler):
 
 def test_gradients_under_compile():
     def loss(x, v, w):
-        state, low = linear_update(x, [v, w], [0.3, 2.5], low=BF16)
+        state, low = linear_update(x, [v, w], [0.3, 2.5], scale=0.7, low=BF16)
         return (state.square() + low).sum()
 
     eager, compiled = leaves(3, 7, dtype=F32), leaves(3, 7, dtype=F32)
@@ -417,7 +444,7 @@ def test_gradients_under_compile():
 def test_opcheck_of_the_mutable_op(low):
     x, v, w, out = (randn(3, 21, seed=i) for i in range(4))
     copy = None if low is None else torch.empty(3, 21, dtype=low)
-    torch.library.opcheck(torch.ops.flowkernels.linear_update_out.default, (x, [v, w], [0.3, 0.1], out, copy))
+    torch.library.opcheck(torch.ops.flowkernels.linear_update_out.default, (x, [v, w], [0.3, 0.1], -0.3, out, copy))
 
 
 # ---- the meta device and errors ----
@@ -439,6 +466,8 @@ HALF = X.bfloat16()
 @pytest.mark.parametrize(
     ("error", "message", "args", "kwargs"),
     [
+        (TypeError, r"scale: expected a number, got 'a'", (X, [X], [0.1]), dict(scale="a")),
+        (TypeError, r"scale: expected a number, got None", (X, [X], [0.1]), dict(scale=None)),
         (TypeError, r"x: expected a torch.Tensor, got float 1.0", (1.0, [X], [0.1]), {}),
         (TypeError, r"x: expected torch.float32 or torch.float64, got a torch.bfloat16", (HALF, [HALF], [0.1]), {}),
         (TypeError, r"v: expected a sequence, .*, got None", (X, None, [0.1]), {}),

@@ -649,8 +649,8 @@ PYTHON = {
         Bug(
             "row of a solver",
             "the target of a step on a solver is formed with the row of the one before",
-            "linear_update(start, v, b[k][:k])",
-            "linear_update(start, v, b[k - 1][:k])",
+            "linear_update(start, v, b[k][:k], scale=a[k])",
+            "linear_update(start, v, b[k - 1][:k], scale=a[k])",
             "tests/test_straighten.py -k solver",
         ),
         Bug(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 FLOW_MODES = ("UniPC", "DPMSolver", "DEIS", "SASolver")  # of schedulers that are for other models too
+MOST_GROWTH = 1000  # of x_0's part in one step, which raises the rounding of the state with it
 LOWER = {torch.float32: (torch.bfloat16, torch.float16), torch.float64: (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -46,16 +47,17 @@ def solver_scheduler(
     The state is kept in float32 between steps, where the pipeline hands back what it was given: each element that is
     the kept one rounded to bfloat16 or float16 goes on from the kept one, and any other from what the pipeline has made
     of it, however it was written. A start within the solver (an image, strength below 1) has no velocities before it:
-    steps that look further back are Euler's and then Adams-Bashforth's of order 2 on its knots, which a warning says
-    once. With `per_token_timesteps` each token's start is its own. Where the pipeline changes the shape of its latents
-    the solver starts anew there, as from an image.
+    steps that look further back, or scale the state, are Euler's and then Adams-Bashforth's of order 2 on its knots,
+    which a warning says once. With `per_token_timesteps` each token's start is its own. Where the pipeline changes the
+    shape of its latents the solver starts anew there, as from an image.
 
     `save_config` keeps all of it, numbers to the last digit. A pipeline that was saved with it is loaded after
     `import flowkernels.integrations.diffusers`: diffusers does not import a module because a file names it. Copies
     (`copy.deepcopy`, `from_config`) serve requests at the same time.
 
     Raises:
-        TypeError, ValueError: naming the argument; at `set_timesteps` for a number of steps that it does not hold, and
+        TypeError, ValueError: naming the argument, also for a solver one of whose states has nothing of x_0 in it (a
+            start coefficient of 0 before the last); at `set_timesteps` for a number of steps that it does not hold, and
             for sigmas that begin below its own start (latents that the pipeline has noised less).
 
     Examples:
@@ -82,6 +84,13 @@ def _held(solver) -> dict[int, Solver]:
         held = [_with_notes(solver)]
     for each in held:
         expect(not each.is_inverse, "solver", "a solver from noise to data", each)
+        a = each.start_coefficients.abs()
+        known = (a[:-1] != 0) & (a[1:] <= MOST_GROWTH * a[:-1])
+        expected = (
+            f"{each!r} with no start coefficient that is 0, or below 1/{MOST_GROWTH} of the next, before the last"
+        )
+        got = f"{each.start_coefficients.tolist()}: steps go from state to state, and one says too little of x_0"
+        expect(bool(known.all()), "solver", expected, got)
     return {each.evaluations: each for each in held}
 
 
@@ -212,19 +221,24 @@ def scheduler_class() -> type:
         def _start(self, begin: int) -> None:
             """Nothing is known of before this evaluation."""
             self._begin, self._past, self._state, self._joined = begin, {}, None, None
-            self._short = any(min(update.which) < begin for update in self._updates[begin:])
+            self._short = not all(self._is_own(i, begin) for i in range(begin, len(self._updates)))
+
+        def _is_own(self, i: int, begin: int) -> bool:
+            """Whether the step after evaluation i is the solver's own, of velocities from `begin` on. One that scales
+            its state is for states that have come from x_0 by its steps."""
+            update = self._updates[i]
+            return min(update.which) >= begin and (update.scale == 1 or begin == 0)
 
         def _rule(self, i: int, begin: int) -> tuple[tuple[int, ...], tuple[float, ...], float]:
             """Velocities, their factors and the state's of the step after evaluation i, of those from `begin` on.
 
-            The solver's own where it looks no further back. Else a step of lower order over the same interval. What
+            The solver's own where it can be. Else a step of lower order over the same interval. What
             begins with one of Euler's has an error of the second order in the step there, so that no more than order 2
             is to be had of it: Adams-Bashforth 2 on the knots suffices. The factors add up to the interval, and so
             constant velocities stay exact, as they would not with the solver's own factors cut off.
             """
-            _, which, factors, scale = self._updates[i]
-            if min(which) >= begin and (scale == 1 or begin == 0):
-                return which, factors, scale
+            if self._is_own(i, begin):
+                return self._updates[i][1:]
             t = self._known[max(i - 1, begin) : i + 2]
             if len(t) == 2 or t[0] == t[1] or t[1] == t[2]:
                 return (i,), (float(t[-1] - t[-2]),), 1.0
@@ -269,7 +283,8 @@ def scheduler_class() -> type:
             if self._short and not self._warned:
                 self._warned = True
                 text = f"begin_index: starts at evaluation {self._begin} of {self.solver!r}, whose steps look back at "
-                warn(text + "velocities before it; those steps are of lower order (Euler, then Adams-Bashforth 2)", 2)
+                text += "velocities before it" + ("" if self.solver.keeps_start else " or at x_0")
+                warn(text + "; those steps are of lower order (Euler, then Adams-Bashforth 2)", 2)
             dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
             x = self._taken(sample, dtype)
             v = model_output.to(dtype) if torch.float64 in (dtype, model_output.dtype) else model_output

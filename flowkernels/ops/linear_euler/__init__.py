@@ -44,11 +44,12 @@ def linear_euler(
     guidance: float | None = None,
     history: Sequence[Tensor] = (),
     b: Sequence[float] = (),
+    x_scale: float = 1.0,
     out: Tensor | None = None,
     low: torch.dtype | Tensor | None = None,
     velocity_out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`x + h v + sum_i b_i v_i` with the velocity head `v = place(f(z) W^T + bias)`, z read once.
+    """`x_scale * x + h v + sum_i b_i v_i` with the velocity head `v = place(f(z) W^T + bias)`, z read once.
 
     f is `LayerNorm(z)` with `norm`, then `f (1 + scale) + shift`, as in the final layers of DiT, SD3 and Flux; without
     any of these it is z.
@@ -77,6 +78,7 @@ def linear_euler(
         history: earlier velocities of x's shape and one dtype (float32, bfloat16 or float16; float64 with a float64
             state): the other terms of a multistep update, as in `linear_update`.
         b: as many coefficients.
+        x_scale: of x, as `scale` in `linear_update`; a float.
         out: where the new state goes. `out=x` steps in place; None allocates. Other overlap with an input is undefined.
         low: bfloat16 or float16 for a second output, the new state rounded for the next model call; or a tensor of
             that dtype and x's shape to write it to.
@@ -121,9 +123,11 @@ def linear_euler(
     else:
         norm = expect_number(norm, "norm")
     history, b = _expect_history(history, b, x)
+    if type(x_scale) is not float:
+        x_scale = expect_number(x_scale, "x_scale")
     expect_low(low, x)
     head = (x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b)
-    return OP.call(head, (x, z, weight, *parameters, *history), out, low, (velocity_out,))
+    return OP.call((*head, x_scale), (x, z, weight, *parameters, *history), out, low, (velocity_out,))
 
 
 def _expect_parameter(t, name: str, shape: tuple[int, ...], x: Tensor, z: Tensor) -> None:
@@ -227,7 +231,7 @@ def _workspace(C, z, operands, norm, guidance, size, device) -> Tensor | None:
 
 
 def _launch(C, x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b,
-            out, low, velocity_out, *where) -> None:  # fmt: skip
+            x_scale, out, low, velocity_out, *where) -> None:  # fmt: skip
     if scale is not None and shift is not None and scale.dtype != shift.dtype:
         scale, shift = scale.to(x.dtype), shift.to(x.dtype)
     # tensors whose addresses are taken have names here, and so live until the call is over
@@ -247,7 +251,7 @@ def _launch(C, x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, p
     C.linear_euler(
         *(x.data_ptr(), (z.data_ptr(), DTYPE_CODES[z.dtype], z.stride(0)), token, *map(_rows, operands)),
         *([t.data_ptr() for t in history], b, *pointers, *codes),
-        *(size, (0, 0, 0, 0) if patch is None else (patch, *x.shape[1:]), order == "cpq", norm, h, guidance),
+        *(size, (0, 0, 0, 0) if patch is None else (patch, *x.shape[1:]), order == "cpq", norm, h, x_scale, guidance),
         *threads_or(where),
     )
     for t, written in zip(given, to, strict=True):
@@ -262,7 +266,8 @@ def _reference(*args) -> tuple[Tensor, Tensor]:
 
 _HEAD = (
     "Tensor x, Tensor z, Tensor weight, Tensor? bias, float? norm, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? scale, Tensor? shift, int? patch, str order, float? guidance, float h, Tensor[] history, float[] b"
+    "Tensor? scale, Tensor? shift, int? patch, str order, float? guidance, float h, Tensor[] history, float[] b, "
+    "float x_scale"
 )
 OP = StateOp(
     "linear_euler",

@@ -50,10 +50,15 @@ def head_velocity(
 
 
 def linear_euler(
-    x: Tensor, velocity: Tensor, h: float, history: Sequence[Tensor] = (), b: Sequence[float] = ()
+    x: Tensor,
+    velocity: Tensor,
+    h: float,
+    history: Sequence[Tensor] = (),
+    b: Sequence[float] = (),
+    x_scale: float = 1.0,
 ) -> Tensor:
     """The update with the head's velocity."""
-    x = x + h * velocity
+    x = (x if x_scale == 1 else x_scale * x) + h * velocity
     for term, factor in zip(history, b, strict=True):
         x = x + factor * term.to(x.dtype)
     return x

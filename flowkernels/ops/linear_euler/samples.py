@@ -40,6 +40,7 @@ def make(
     extra=0,
     guidance=None,
     terms=0,
+    x_scale=1.0,
     low=None,
     layout="contiguous",
     mean=0.0,
@@ -77,12 +78,15 @@ def make(
     if terms:
         given["history"] = [arrange(randn(*shape, dtype=dtype), layout) for _ in range(terms)]
         given["b"] = randn(terms, dtype=F64).tolist()
+    if x_scale != 1:
+        given["x_scale"] = x_scale
     name = f"{'x'.join(map(str, (*shape, '', *tokens, d)))}-{str(dtype)[6:]}"
     for part in (
         *options,
         *((f"patch{patch}{order}{'+' * bool(extra)}",) if patch else ()),
         *((f"guided{guidance:g}",) if guidance is not None else ()),
         *((f"terms{terms}",) if terms else ()),
+        *((f"xscale{x_scale:g}",) if x_scale != 1 else ()),
         *((f"low_{str(low)[6:]}",) if low else ()),
         *((str(parameters)[6:] + "_weights",) if parameters != dtype else ()),
         *((layout,) if layout != "contiguous" else ()),
@@ -128,6 +132,10 @@ def sample_inputs() -> Iterator[Sample]:
     yield make((1, 64, 3), 2112, (64,), dtype=BF16, parameters=F32, options="norm scale", mean=-30.0)
     yield make((1, 64, 70), 264, (64,), options="norm affine")
     yield make((2, 3, 16, 16), 64, dtype=BF16, patch=2, extra=1, order="cpq", guidance=0.5, options="scale")
+    yield make((3, 12), 40, (4,), terms=2, x_scale=0.3, low=BF16)
+    yield make((3, 12), 40, (4,), dtype=F64, terms=1, x_scale=-1.7)
+    yield make((2, 2, 4, 6), 18, dtype=BF16, patch=2, guidance=3.0, x_scale=0.0)
+    yield make((1, 64, 5), 200, (64,), dtype=F16, options="norm", terms=20, x_scale=-0.3)
     for modulation in ("shift", "scale"):  # with the affine map, whose parameters may be combined with it
         yield make((3, 12), 40, (4,), dtype=BF16, options=f"norm affine {modulation}")
 
@@ -135,14 +143,14 @@ def sample_inputs() -> Iterator[Sample]:
 def to_op(sample: Sample) -> tuple:
     (x, z, weight, h), k = sample.args, sample.kwargs
     names = ("bias", "norm", "norm_weight", "norm_bias", "scale", "shift", "patch")
-    step = (k.get("order", "pqc"), k.get("guidance"), h, k.get("history", []), k.get("b", []), k.get("low"))
-    return (x, z, weight, *map(k.get, names), *step)
+    step = (k.get("order", "pqc"), k.get("guidance"), h, k.get("history", []), k.get("b", []))
+    return (x, z, weight, *map(k.get, names), *step, k.get("x_scale", 1.0), k.get("low"))
 
 
 def from_op(args: tuple) -> Sample:
-    h, history, b, low = args[12:]
-    kwargs = dict(zip(HEAD, args[3:12], strict=True), history=history or None, b=b or None, low=low)
-    return Sample("from_op", (*args[:3], h), not_none(**kwargs))
+    h, history, b, x_scale, low = args[12:]
+    kwargs = dict(zip(HEAD, args[3:12], strict=True), history=history or None, b=b or None)
+    return Sample("from_op", (*args[:3], h), not_none(**kwargs, x_scale=x_scale, low=low))
 
 
 def parts(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> Iterator[tuple[Sample, Tensor | tuple]]:
@@ -173,12 +181,12 @@ def compiled_inputs() -> Iterator[Sample]:
 def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tuple[float, float]:
     """The error of the new state against twice its digits and what is allowed, relative to the sum's terms.
 
-    The terms are |x|, |b_i v_i|, and |h| times the products of |f| and |W| with guidance's |u| + |w| (|v| + |u|), where
-    |f| counts what LayerNorm subtracts before it divides. Allowed are the roundings that one of them passes through
-    (`_roundings`), and those of the sum of d products. Partial sums of terms of both signs wander by sqrt(d) of one
-    while they grow evenly to their end: six standard deviations are 3 half-ulps of the terms' sizes and, in two lanes,
-    sqrt(d) of the product itself. Where terms are not of that kind the reference in the same dtype shows it: if it
-    takes more than half of what is allowed, twice what it takes is. The low-precision copy is to be the new state,
+    The terms are |x_scale x|, |b_i v_i|, and |h| times the products of |f| and |W| with guidance's |u| + |w| (|v| +
+    |u|), where |f| counts what LayerNorm subtracts before it divides. Allowed are the roundings that one of them passes
+    through (`_roundings`), and those of the sum of d products. Partial sums of terms of both signs wander by sqrt(d) of
+    one while they grow evenly to their end: six standard deviations are 3 half-ulps of the terms' sizes and, in two
+    lanes, sqrt(d) of the product itself. Where terms are not of that kind the reference in the same dtype shows it: if
+    it takes more than half of what is allowed, twice what it takes is. The low-precision copy is to be the new state,
     rounded: anything else is an infinite error.
     """
     x, z, weight, h = sample.args
@@ -188,7 +196,7 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tupl
         return math.inf, 0.0
     if x.numel() == 0:
         return 0.0, 0.0
-    history, b = given.get("history", ()), given.get("b", ())
+    history, b, x_scale = given.get("history", ()), given.get("b", ()), given.get("x_scale", 1.0)
     head = {k: given[k] for k in HEAD if k in given}
 
     def lifted(to: Callable) -> tuple:
@@ -197,19 +205,19 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, Tensor]) -> tupl
 
     wide = lift(x.dtype)
     *of_head, options = lifted(wide)
-    truth = reference.linear_euler(
-        of_head[0], reference.head_velocity(*of_head, **options), h, [wide(t) for t in history], b
-    )
+    velocity = reference.head_velocity(*of_head, **options)
+    truth = reference.linear_euler(of_head[0], velocity, h, [wide(t) for t in history], b, x_scale)
     *of_head, options = lifted(Tensor.double)
     size = _scale(*of_head, options)
-    scale = reference.linear_euler(absolute(x), size, abs(h), [absolute(t) for t in history], [abs(c) for c in b])
+    terms = [absolute(t) for t in history], [abs(c) for c in b], abs(x_scale)
+    scale = reference.linear_euler(absolute(x), size, abs(h), *terms)
     w = options.pop("guidance", None)
     ends = reference.head_velocity(*of_head, **options).abs()
     ends = ends if w is None else _guided(ends, w)
     bound = rounding(_roundings(given) + of_sum(1 + len(b)), x.dtype)
     least = rounding(math.sqrt(weight.shape[1]), x.dtype) * abs(h) * ends
 
-    expected = reference.linear_euler(x, reference.head_velocity(x, z, weight, **head), h, history, b)
+    expected = reference.linear_euler(x, reference.head_velocity(x, z, weight, **head), h, history, b, x_scale)
     factor = max(1.0, 2 * closeness(compared(expected, truth, scale, bound, least)))
     return compared(state, truth, scale, factor * bound, factor * least)
 

@@ -121,6 +121,7 @@ def linear_euler_kernel(
     h,
     history,  # of x's shape
     b,  # a number for each
+    x_scale,  # of x, or None: a product with 1 could be contracted with the sum
     out,  # of x's shape and type
     low,  # of x's shape, or None
     velocity,  # of x's shape, or None; may be one of history
@@ -196,6 +197,8 @@ def linear_euler_kernel(
         at = (((token // T).to(tl.int64) * C + channel) * H + down) * W + right
 
     state = tl.load(x + at, mask=exists, other=0)
+    if x_scale is not None:
+        state *= scalar(x_scale, dtype)
     state += scalar(h, dtype) * v
     for k in tl.static_range(len(history)):
         state += scalar(b[k], dtype) * tl.load(history[k] + at, mask=exists, other=0).to(dtype)
@@ -208,13 +211,16 @@ def linear_euler_kernel(
 
 
 def _launch(x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patch, order, guidance, h, history, b,
-            out, low, velocity_out) -> None:  # fmt: skip
+            x_scale, out, low, velocity_out) -> None:  # fmt: skip
     if x.numel() == 0:
         return
     z = _dense(z if z.dim() < 4 else z.flatten(1, -2))
     T, z_token = (1, 0) if z.dim() == 2 else (z.shape[1], z.stride(1))
     weight, bias = _dense(weight), bias if bias is None else _dense(bias)
     scale, shift, one = _modulation(x.dtype, norm_weight, norm_bias, scale, shift)
+    x_scale = None if x_scale == 1 else x_scale
+    if x_scale is not None and len(history) > MOST_TERMS:
+        x, x_scale = x_scale * x, None
     for term, factor in zip(history[MOST_TERMS:], b[MOST_TERMS:], strict=True):
         x = torch.add(x, term, alpha=factor)
     x, dtype = x.contiguous(), x.dtype
@@ -234,7 +240,8 @@ def _launch(x, z, weight, bias, norm, norm_weight, norm_bias, scale, shift, patc
     triton_common.launch(
         linear_euler_kernel, grid, x, z, z.stride(0), z_token, weight, weight.stride(0), bias, numbers(norm),
         scale, _row(scale), shift, _row(shift), numbers(one), numbers(guidance), numbers(h), history,
-        tuple(map(numbers, b[:MOST_TERMS])), *to, n, T, d, outputs, *((0, 0, 0) if patch is None else x.shape[1:]),
+        tuple(map(numbers, b[:MOST_TERMS])), numbers(x_scale), *to, n, T, d, outputs,
+        *((0, 0, 0) if patch is None else x.shape[1:]),
         on=x, config=config, PATCH=patch, ORDER=order, INDEX=index, GROUPS=config["num_warps"], BLOCK_O=block,
     )  # fmt: skip
     for t, written in zip(given, to, strict=True):

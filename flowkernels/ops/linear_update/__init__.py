@@ -69,18 +69,18 @@ def linear_update(
             b[i] = expect_number(factor, f"b[{i}]")
     if low is not None:
         expect_low(low, x)
-    if (scale := expect_number(scale, "scale")) != 1:
-        return OP.call((scale * x, v, b), (x, *v), out, low)
-    return OP.call((x, v, b), (x, *v), out, low)
+    if type(scale) is not float:
+        scale = expect_number(scale, "scale")
+    return OP.call((x, v, b, scale), (x, *v), out, low)
 
 
-def _launch(C, x, v, b, out, low, *where) -> None:
+def _launch(C, x, v, b, scale, out, low, *where) -> None:
     x, v = x.contiguous(), [t.contiguous() for t in v]
     to = out if out.is_contiguous() else OP.empty(out)
     copy = low if low is None or low.is_contiguous() else OP.empty(low)
     copy_ptr, copy_code = (0, 0) if copy is None else (copy.data_ptr(), DTYPE_CODES[copy.dtype])
     codes = DTYPE_CODES[x.dtype], DTYPE_CODES[v[0].dtype], copy_code
-    pointers = x.data_ptr(), [t.data_ptr() for t in v], b, to.data_ptr(), copy_ptr
+    pointers = x.data_ptr(), [t.data_ptr() for t in v], b, scale, to.data_ptr(), copy_ptr
     C.linear_update(*pointers, *codes, x.numel(), *threads_or(where))
     if to is not out:
         out.copy_(to)
@@ -94,7 +94,7 @@ def _reference(*args) -> tuple[Tensor, None]:
 
 OP = StateOp(
     "linear_update",
-    "Tensor x, Tensor[] v, float[] b",
+    "Tensor x, Tensor[] v, float[] b, float scale",
     tensors=("x", "v"),
     many=True,
     kernel=_launch,
@@ -103,7 +103,7 @@ OP = StateOp(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, v, ctx.b, _ = inputs
+    _, v, ctx.b, ctx.scale, _ = inputs
     ctx.dtypes = [t.dtype for t in v]
     ctx.set_materialize_grads(False)
 
@@ -111,8 +111,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad, grad_low):
     grad = gradient_of_state(grad, grad_low)
     none = [None] * len(ctx.b)
+    dx = grad if grad is None or (type(ctx.scale) is float and ctx.scale == 1) else grad * ctx.scale
     dv = none if grad is None else [(grad * b).to(dtype) for b, dtype in zip(ctx.b, ctx.dtypes, strict=True)]
-    return grad, dv, none if isinstance(ctx.b[0], Tensor) else None, None
+    return dx, dv, none if isinstance(ctx.b[0], Tensor) else None, None, None
 
 
 register_autograd("linear_update", _backward, _setup_context)

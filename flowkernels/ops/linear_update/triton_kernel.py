@@ -14,8 +14,10 @@ SEARCH = {"linear_update": {"BLOCK": (512, 1024, 2048, 4096), "num_warps": (2, 4
 
 
 @triton.jit
-def _elements(x, v, b, out, low, i, mask):
+def _elements(x, v, b, scale, out, low, i, mask):
     state = tl.load(x + i, mask=mask)
+    if scale is not None:
+        state *= scalar(scale, state.dtype)
     for t in tl.static_range(len(v)):
         state += scalar(b[t], state.dtype) * tl.load(v[t] + i, mask=mask).to(state.dtype)
     tl.store(out + i, state, mask=mask)
@@ -28,6 +30,7 @@ def linear_update_kernel(
     x,  # [n] float32 or float64
     v,  # tuple of [n], one for each term
     b,  # tuple of as many numbers
+    scale,  # of x, or None: a product with 1 could be contracted with the sum
     out,  # [n], x's type; may be x
     low,  # [n] or None
     n,
@@ -36,12 +39,12 @@ def linear_update_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     i = first + tl.arange(0, BLOCK)
     if first + BLOCK <= n:  # without a mask its accesses are wide, whatever n is
-        _elements(x, v, b, out, low, i, None)
+        _elements(x, v, b, scale, out, low, i, None)
     else:
-        _elements(x, v, b, out, low, i, i < n)
+        _elements(x, v, b, scale, out, low, i, i < n)
 
 
-def _launch(x, v, b, out, low) -> None:
+def _launch(x, v, b, scale, out, low) -> None:
     if (n := x.numel()) == 0:
         return
     x, v = x.contiguous(), [t.contiguous() for t in v]
@@ -50,10 +53,12 @@ def _launch(x, v, b, out, low) -> None:
     config = triton_common.config_of(CONFIGS, "linear_update")
     grid = (triton.cdiv(n, config["BLOCK"]),)
     numbers = [triton_common.parts(factor, x.dtype) for factor in b]
+    scale = None if scale == 1 else triton_common.parts(scale, x.dtype)
     for first in range(0, len(v), TERMS):
         terms = slice(first, first + TERMS)
         state, last = to if first else x, copy if first + TERMS >= len(v) else None
-        arguments = (state, tuple(v[terms]), tuple(numbers[terms]), to, last, n)
+        of_state = None if first else scale
+        arguments = (state, tuple(v[terms]), tuple(numbers[terms]), of_state, to, last, n)
         triton_common.launch(linear_update_kernel, grid, *arguments, on=x, config=config)
     if to is not out:
         out.copy_(to)
