@@ -4,6 +4,7 @@ import itertools
 import math
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from flowkernels import Schedule, Solver, VelocityField
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import ResidualMLP
 from flowkernels.sampling import capture, loop
+from flowkernels.sampling.teacher import Teacher
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
 
 BF16, F64 = torch.bfloat16, torch.float64
@@ -376,6 +378,63 @@ def test_a_fused_head_without_a_trunk():
             assert (got - expected).norm() <= tolerance * expected.norm()
 
 
+# ---- a free coefficient of the first state, in every way ----
+
+
+def by_scheduler(velocity, noise, solver):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from flowkernels.integrations.diffusers import solver_scheduler
+
+    scheduler, x = solver_scheduler(solver, like=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1)), noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(-velocity(x, (1 - t).expand(len(x))), t, x).prev_sample
+    return x
+
+
+def in_graph(velocity, noise, solver):
+    torch._dynamo.reset()
+    return torch.compile(fk.sample, fullgraph=True, backend="eager")(velocity, noise, solver)
+
+
+WAYS = {
+    "sample": fk.sample,
+    "rollout": lambda *given: fk.rollout(*given).x[-1],
+    "graph": lambda *given: fk.sample(*given, capture="graph"),
+    "compile": lambda *given: fk.sample(*given, capture="compile"),
+    "in a compiled function": in_graph,
+    "fused head": lambda velocity, *given: fk.sample(fk.fuse_head(velocity), *given),
+    "rollout of a fused head": lambda velocity, *given: fk.rollout(fk.fuse_head(velocity), *given).x[-1],
+    "teacher": lambda velocity, noise, solver: Teacher(velocity, len(noise)).run(solver, noise)[1],
+    "scheduler": by_scheduler,
+    "export": lambda velocity, noise, solver: definition(velocity, noise, Tables(**fk.export(solver, "numpy"))),
+    "invert": lambda *given: fk.invert(*given, round_trip=False).noise,
+    "invert by a fused head": lambda velocity, *given: (
+        fk.invert(fk.fuse_head(velocity), *given, round_trip=False).noise
+    ),
+}
+
+
+class Tables(SimpleNamespace):
+    """Of an export, in torch."""
+
+    def __init__(self, **tables):
+        super().__init__(**{name: torch.from_numpy(t) for name, t in tables.items()})
+
+
+@pytest.mark.parametrize("starts", [(0.9, 1.3, -0.2, 0.6, 0.8), (1, 1, 1, 1, 0.7), (0.5, 0.5, 0.5, 0.5, 0)], ids=str)
+@pytest.mark.parametrize("name", ["dense", "ab2"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_free_start_in_every_way(way, name, starts, aot_eager, host_cuda):  # noqa: F811
+    net, noise, solver = scrambled(Perceptron()), normal(7, 3, 4), replace(SOLVERS[name], start_coefficients=starts)
+    if "invert" in way:
+        solver = replace(solver, times=solver.times.flip(0), model_times=1 - solver.model_times)
+    field = VelocityField(net, reverse_time=True, sign=-1)
+    expected = definition(field, noise, solver)
+    got = WAYS[way](field, noise, solver)
+    torch.testing.assert_close(got.double(), expected, **CLOSE)
+
+
 # ---- errors ----
 
 
@@ -424,8 +483,8 @@ def test_what_takes_no_solver():
     velocity, noise = Counted(ElementwiseField()), normal(3, 4)
     with pytest.raises(ValueError, match=r"^schedule: expected a solver from noise to data \(fk.invert runs it\), got"):
         fk.sample(velocity, noise, Solver.heun(3, inverse=True))
-    with pytest.raises(TypeError, match=r"^grid: expected a fine grid.*fk.sample runs a solver.*got Solver"):
-        fk.rollout(velocity, noise, SOLVERS["ab2"])
+    with pytest.raises(ValueError, match=r"^grid: expected a solver from noise to data, got"):
+        fk.rollout(velocity, noise, Solver.heun(3, inverse=True))
     with pytest.raises(TypeError, match=r"^schedule: expected a Schedule.*target='solver'\), got Solver"):
         fk.straighten(None, velocity, SOLVERS["ab2"], noise=noise, iterations=1)
     assert velocity.calls == 0
