@@ -43,9 +43,10 @@ def solver_loop(net, solver: fk.Solver):
 
     def run(x):
         start, velocities = x, []
-        for t, (from_start, which, factors, _) in zip(times, updates, strict=True):
+        for t, (from_start, which, factors, scale) in zip(times, updates, strict=True):
             velocities.append(net(torch.cat([x, x.new_full((len(x), 1), t)], 1)))
             x = start if from_start else x
+            x = x if scale == 1 else scale * x
             for i, factor in zip(which, factors, strict=True):
                 x = x + factor * velocities[i]
         return x
@@ -58,6 +59,11 @@ def fitted_like(steps: int) -> fk.Solver:
     g, times = torch.Generator().manual_seed(0), torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     b = 1 / steps + torch.randn(steps, steps, generator=g, dtype=torch.float64) / (10 * steps)
     return fk.Solver(times, times[:-1] + 0.3 / steps, b.tril(), "dense")
+
+
+def with_free_start(solver: fk.Solver) -> fk.Solver:
+    """The same with other coefficients of x_0 than 1."""
+    return replace(solver, start_coefficients=torch.linspace(0.95, 0.6, solver.evaluations, dtype=torch.float64))
 
 
 def low_loop(net, steps: int):
@@ -119,7 +125,7 @@ def cases(device) -> Iterator[Case]:
             net.float()
             eager = solver_loop(net, solver)
             compiled = torch.compile(eager, fullgraph=True, dynamic=False)
-            terms = sum(len(which) for _, which, _ in solver.updates())
+            terms = sum(len(update.which) + (update.scale != 1) for update in solver.updates())
             bound = 2 * relative_error(eager(x), truth) + terms * torch.finfo(torch.float32).eps
             return Work(
                 ours(lambda: sampler(x), device)
@@ -176,6 +182,7 @@ def cases(device) -> Iterator[Case]:
     for n in (1, 256):
         yield solved(n, fk.Solver.adams_bashforth(8), "Adams-Bashforth 2")
         yield solved(n, fitted_like(8), "dense solver")
+        yield solved(n, with_free_start(fitted_like(8)), "dense solver, free start")
     yield residual(512, 100)
     yield case(4)
     yield case(4096, main=True)

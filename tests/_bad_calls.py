@@ -548,8 +548,8 @@ def _ops() -> None:
         first=(0, is_int(0, 0), "source"),
     )
 
-    def update(from_start, which, factors):
-        return fk.mlp_sample(rand(N, D), [(True, [0], [0.5]), (from_start, which, factors)], layers())
+    def update(from_start, which, factors, scale):
+        return fk.mlp_sample(rand(N, D), [(True, [0], [0.5]), (from_start, which, factors, scale)], layers())
 
     place(
         "mlp_sample update",
@@ -557,6 +557,7 @@ def _ops() -> None:
         from_start=(False, is_flag, "step_sizes"),
         which=(lambda: [0, 1], are_numbers, "step_sizes"),
         factors=(lambda: [0.5, 0.5], are_numbers, "step_sizes"),
+        scale=(0.5, is_number, "step_sizes"),
     )
 
 

@@ -1,6 +1,7 @@
 """Fused samplers of solvers: on every backend what the loop gives that is written down in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,15 @@ def fitted(M: int = 5) -> fk.Solver:
     return fk.Solver(torch.linspace(0, 1, M + 1), torch.rand(M, generator=g, dtype=F64), b)
 
 
+def scaled() -> fk.Solver:
+    """Two velocities and a part of the state before, as exponential integrators have them."""
+    ratios, b = torch.tensor([0.8, 1.3, -0.5, 0.9, 1.1], dtype=F64), torch.zeros(5, 5, dtype=F64)
+    for i, ratio in enumerate(ratios):
+        b[i] = ratio * b[i - 1]
+        b[i, max(0, i - 1) : i + 1] += torch.tensor([-0.1, 0.3], dtype=F64)[-(i + 1) :]
+    return fk.Solver(KNOTS, KNOTS[:-1], b, start_coefficients=ratios.cumprod(0))
+
+
 KNOTS = [0.0, 0.2, 0.3, 0.65, 0.8, 1.0]
 SOLVERS = {
     "ab2": fk.Solver.adams_bashforth(KNOTS, 2),
@@ -29,6 +39,8 @@ SOLVERS = {
     "heun": fk.Solver.heun(3),
     "dense": fitted(),
     "free times": fk.Solver.euler(4, model_times=[0.1, 0.3, 0.55, 0.9]),
+    "free start": replace(fitted(), start_coefficients=torch.tensor([0.9, 0.0, -0.6, 1.2, 0.8])),
+    "scaled": scaled(),
     "late": fk.Solver.adams_bashforth(KNOTS[1:], 2),
     "euler back": fk.Solver.euler(KNOTS, inverse=True),
     "ab2 back": fk.Solver.adams_bashforth(KNOTS[1:], 2, inverse=True),
@@ -68,7 +80,7 @@ def loop(velocity, x, solver):
     for i, t in enumerate(solver.model_times):
         velocities.append(velocity(states[-1], torch.full((len(x),), t.item(), dtype=x.dtype)))
         terms = (b * v for b, v in zip(solver.coefficients[i], velocities, strict=False))
-        states.append(start + sum(b.to(x.dtype) for b in terms))
+        states.append(solver.start_coefficients[i] * start + sum(b.to(x.dtype) for b in terms))
     return states[-1], torch.stack(states), torch.stack(velocities)
 
 
@@ -91,21 +103,22 @@ def assert_within_the_bound(sampler, velocity, x, solver):
     assert torch.equal(got[1][-1], got[0])
     assert torch.equal(sampler(x), got[0])
     steps = sampler._steps.tolist() if isinstance(sampler._steps, torch.Tensor) else sampler._steps
-    guided = {} if batch.unconditional is None else dict(unconditional=batch.unconditional, guidance=velocity.guidance)
-    error, bound = error_and_bound(Sample("", (x, steps, batch.layers), dict(trajectory=True, **guided)), got)
+    kwargs = {} if batch.unconditional is None else dict(unconditional=batch.unconditional, guidance=velocity.guidance)
+    kwargs |= dict(trajectory=True, weights=batch.network.low)
+    error, bound = error_and_bound(Sample("", (x, steps, batch.layers), kwargs), got)
     assert error <= bound
     for found, truth in zip(got, exact(velocity, x, solver), strict=True):  # tables are of float32 here
         assert (found - truth).abs().max() <= (bound + 4 * torch.finfo(torch.float32).eps) * truth.abs().max()
 
 
-MULTISTEP = ("ab2", "ab3", "heun", "dense", "ab2 back")  # the others are Euler steps to the op
+MULTISTEP = ("ab2", "ab3", "heun", "dense", "free start", "scaled", "ab2 back")  # the others are Euler steps to the op
 
 
 @pytest.mark.parametrize(
     ("solver", "name"), [(s, name) for name in BACKENDS for s in (SOLVERS if name == "cpu" else MULTISTEP)]
 )
 def test_a_solver_on_every_backend(solver, name):
-    solver, x, guidance = SOLVERS[solver], randn(9, 6), 1.7 if solver in ("ab2", "dense") else None
+    solver, x, guidance = SOLVERS[solver], randn(9, 6), 1.7 if solver in ("ab2", "dense", "free start") else None
     velocity = field(9, guidance=guidance)
     sampler = fk.fuse(velocity, solver)
     with backend(name):
@@ -113,11 +126,27 @@ def test_a_solver_on_every_backend(solver, name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_start_coefficients_with_bfloat16_weights(name):
+    x, solver = randn(9, 6), SOLVERS["free start"]
+    with backend(name):
+        for guidance in (None, 1.7):
+            velocity = field(9, guidance=guidance)
+            assert_within_the_bound(fk.fuse(velocity, solver, weights=torch.bfloat16), velocity, x, solver)
+
+
+def test_the_form_of_start_coefficients():
+    free, steps = SOLVERS["free start"].updates(), SOLVERS["scaled"].updates()
+    assert [u.scale for u in free] == SOLVERS["free start"].start_coefficients.tolist()
+    assert [(u.from_start, len(u.which)) for u in steps] == [(False, 1), (True, 2)] + [(False, 2)] * 3
+    assert [round(u.scale, 12) for u in steps] == [0.8, 1.04, -0.5, 0.9, 1.1]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_other_conditioning_and_other_solvers_of_one_sampler(name):
     net, x, other = network(), randn(9, 6), randn(9, 4, seed=5)
     sampler = fk.fuse(field(9, net), 4)
     with backend(name):
-        for solver in (SOLVERS["ab2"], SOLVERS["dense"], fk.Solver.euler(KNOTS)):
+        for solver in (SOLVERS["ab2"], SOLVERS["dense"], SOLVERS["free start"], fk.Solver.euler(KNOTS)):
             got = sampler.on(solver)(x, c=other)
             expected = loop(fk.VelocityField(net, conditioning={"c": other}), x, solver)[0]
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -53,6 +53,10 @@ struct alignas(16) Panel {
   const char* data;
   int64_t bytes;
 };
+struct alignas(16) Update {  // an MlpUpdate, and its scale
+  int from_start, terms, kept;
+  float scale;
+};
 struct Term {
   int place;  // of an earlier velocity, or -1: this evaluation's
   float factor;
@@ -61,7 +65,7 @@ struct Program {
   Layer* layers;  // of the unconditional velocity if there is one, then of the other
   Panel* panels;
   float* h;  // of Euler steps
-  MlpUpdate* updates;  // of others, and all their terms
+  Update* updates;  // of others, and all their terms
   Term* terms;
   int panel_count;
 };
@@ -418,10 +422,11 @@ __device__ __forceinline__ void copy_inputs(const Layer& l, const float* rows, i
   }
 }
 
-// ---- x after an update that adds v and earlier velocities, which this thread itself has kept ----
-__device__ __forceinline__ float updated(float x, float v, const MlpUpdate& update, const Term* terms, float* kept,
+// ---- an update of x, a state, that adds v and earlier velocities, which this thread itself has kept ----
+__device__ __forceinline__ float updated(float x, float v, const Update& update, const Term* terms, float* kept,
                                          int64_t stride) {
-  for (int i = 0; i < int(update.terms); i++) {
+  x *= update.scale;  // rounded by itself: the fma below takes the product as it is
+  for (int i = 0; i < update.terms; i++) {
     const Term t = terms[i];
     x = __fmaf_rn(t.factor, t.place < 0 ? v : kept[t.place * stride], x);
   }
@@ -536,7 +541,7 @@ __global__ void __launch_bounds__(kThreads, wide ? 1 : 2) mlp_sample_kernel(Run 
         const int64_t i = place + int64_t(at.r) * a.D + at.c;
         float x;
         if (a.multistep) {
-          const MlpUpdate& update = a.program.updates[s];
+          const Update update = a.program.updates[s];
           float* kept = a.kept + blockIdx.x * a.past + at.r * a.D + at.c;
           x = updated(update.from_start ? a.x[i] : row[0], v, update, terms, kept, int64_t(a.per) * a.D);
         } else {
@@ -691,10 +696,10 @@ Program program_at(const MlpPrepared& p, char* base, int64_t& bytes) {
     bytes = layers + panels + round_up(p.steps * int64_t(sizeof(float)), 16);
     return r;
   }
-  r.updates = reinterpret_cast<MlpUpdate*>(steps);
+  r.updates = reinterpret_cast<Update*>(steps);
   r.terms = reinterpret_cast<Term*>(r.updates + p.steps);
   const int64_t terms = terms_of(p) * int64_t(sizeof(Term));
-  bytes = layers + panels + round_up(p.steps * int64_t(sizeof(MlpUpdate)) + terms, 16);
+  bytes = layers + panels + round_up(p.steps * int64_t(sizeof(Update)) + terms, 16);
   return r;
 }
 
@@ -709,10 +714,12 @@ int64_t mlp_program(const MlpPrepared& p, void* to) {
       *r.layers++ = layer_of(p.layers[i], uncond ? p.tables_uncond : p.tables, p.low);
   for_panels(p, [&](const char* weights, int bytes) { *r.panels++ = {weights, bytes}; });
   for (int64_t s = 0; s < p.steps; s++) {
-    if (p.updates)
-      r.updates[s] = p.updates[s];
-    else
+    if (p.updates) {
+      const MlpUpdate& u = p.updates[s];
+      r.updates[s] = {int(u.from_start), int(u.terms), int(u.kept), p.scales ? float(p.scales[s]) : 1.0f};
+    } else {
       r.h[s] = float(p.h[s]);
+    }
   }
   for (int64_t i = 0; p.updates && i < terms_of(p); i++) r.terms[i] = {int(p.terms[i].place), float(p.terms[i].factor)};
   return bytes;

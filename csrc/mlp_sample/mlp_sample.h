@@ -40,7 +40,7 @@ struct MlpTable {
   int64_t step_stride, sample_stride;
 };
 
-// What follows an evaluation: x <- (x_0 or x) + its terms, one after another.
+// What follows an evaluation: x <- scale * (x_0 or x) + its terms, one after another.
 struct MlpUpdate {
   int64_t from_start;  // 1: from x_0
   int64_t terms;
@@ -66,6 +66,7 @@ struct MlpPrepared {
   const MlpUpdate* updates;       // [steps], or null: Euler steps
   const MlpTerm* terms;           // of all updates
   int64_t places;                 // for velocities that are kept
+  const double* scales;           // [steps], of updates, or null: all are 1
 };
 
 struct MlpSampleArgs : MlpPrepared {

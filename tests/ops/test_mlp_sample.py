@@ -287,21 +287,23 @@ def assert_updates_within_the_bound(name, net, guidance, trajectory, low, steps)
 
 @EACH
 def test_updates_of_whole_numbers(name):
-    """v = x + t, from either state, without the last velocity, and with the first one long after it."""
+    """v = x + t, from either state, scaled or not, without the last velocity, and with the first one long after it."""
     x = torch.tensor([[1.0, -2.0, 3.0], [0.0, 5.0, -1.0]])
-    shift = torch.arange(4.0).expand(3, 4).T.reshape(4, 1, 3)
+    shift = torch.arange(5.0).expand(3, 5).T.reshape(5, 1, 3)
     layers = [Layer("linear", Source(0, 0, 3), 3, torch.eye(3), shift=shift)]
     updates = [
         (True, [0], [2.0]),
-        (False, [0], [3.0]),
-        (True, [0, 1, 2], [1.0, -1.0, 2.0]),
-        (False, [0, 3], [-4.0, 1.0]),
+        (False, [0], [3.0], -2.0),
+        (True, [0, 1, 2], [1.0, -1.0, 2.0], 0.0),
+        (False, [0, 3], [-4.0, 1.0], 0.5),
+        (True, [4], [1.0], 3),
     ]
     states, velocities = [x], []
-    for t, (first, which, factors, *_) in enumerate(updates):
+    for t, (first, which, factors, *scale) in enumerate(updates):
         velocities.append(states[-1] + t)
         added = sum(b * velocities[k] for b, k in zip(factors, which, strict=True))
-        states.append((x if first else states[-1]) + added)
+        begin = x if first else states[-1]
+        states.append((scale[0] * begin if scale else begin) + added)
     with backend(name):
         got = mlp_sample(x, updates, layers, trajectory=True)
         alone = mlp_sample(x, updates, layers)
@@ -321,8 +323,9 @@ def test_updates_that_are_euler_steps(name, low):
     with backend(name):
         expected = mlp_sample(x, h, layers, weights=low)
         assert torch.equal(mlp_sample(x, updates, layers, weights=low), expected)
-        updates[-1] = Update(False, [0, 3], [0.0, h[3]])
-        assert torch.equal(mlp_sample(x, updates, layers, weights=low), expected)
+        for scale in (1.0, 1.0 + 1e-12):  # which in float32 is the same
+            updates[-1] = Update(False, [0, 3], [0.0, h[3]], scale)
+            assert torch.equal(mlp_sample(x, updates, layers, weights=low), expected)
 
 
 @SOLVERS
@@ -369,6 +372,7 @@ def test_velocities_that_are_needed_later_have_places_of_their_own(steps, seed):
             memory[kept] = i
     assert len(memory) == given.count
     assert given.factors == [b for u in updates for b in u.factors]
+    assert given.scales == [u.scale for u in updates]
 
 
 def test_places_are_used_again():
@@ -382,6 +386,9 @@ def test_updates_as_the_registered_op_takes_them(steps, seed):
     assert _steps(*_flat_steps(updates)) == updates
     h = [0.5 * i for i in range(steps)]
     assert _steps(*_flat_steps(h)) == h
+    kept = [Update(u.from_start, u.which, u.factors) for u in updates]
+    code = [int(number) for u in kept for number in (u.from_start, len(u.which), *u.which)]
+    assert _flat_steps(kept) == ([b for u in kept for b in u.factors], code)  # as recordings before scales have it
 
 
 @pytest.mark.parametrize("low", [None, BF16])
@@ -687,6 +694,8 @@ def whole(x=X, h=(0.1, 0.2), layers=(A, B)):
         (ValueError, r"step_sizes\[0\]: expected increasing numbers", whole(h=[(True, [0, 0], [1.0, 1.0])]), {}),
         (ValueError, r"step_sizes\[0\]: expected 1 factors, got \[\]", whole(h=[(True, [0], [])]), {}),
         (TypeError, r"step_sizes\[0\], factor of 0: expected a number, got 'a'", whole(h=[(True, [0], ["a"])]), {}),
+        (TypeError, r"step_sizes\[0\], scale: expected a number, got 'a'", whole(h=[(True, [0], [1.0], "a")]), {}),
+        (TypeError, r"step_sizes\[0\]: expected \(whether .*, a scale\)", whole(h=[(True, [0], [1.0], 1, 1)]), {}),
         (
             TypeError,
             r"weights: expected torch.bfloat16 or None, got torch.float16",

@@ -1,9 +1,9 @@
 """Velocity evaluation and all steps of a sampler in one call, for networks that are stacks of linear layers."""
 
+import itertools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -90,9 +90,9 @@ def mlp_sample(
 
     Args:
         x: noise `[n, D]`, float32.
-        step_sizes: h_s for s = 0..N-1, or what `Solver.updates()` returns: an `Update`, or a triple like it, for each
+        step_sizes: h_s for s = 0..N-1, or what `Solver.updates()` returns: an `Update`, or a tuple like it, for each
             of N evaluations (whether the state after it starts from x instead of the state before it; which velocities
-            are added; their factors).
+            are added; their factors; what the state that it starts from is multiplied by, 1 where that is left out).
         layers: the network; the value of the last layer is the velocity, of width D.
         unconditional: the same layers with the tables of the unconditional velocity, for guidance.
         guidance: w in `v_uncond + w (v - v_uncond)`; 1 means no guidance.
@@ -144,19 +144,21 @@ def expect_steps(steps: list) -> list[float] | list[Update]:
     if not any(isinstance(step, (tuple, list)) for step in steps):
         return [float(expect_number(size, f"step_sizes[{i}]")) for i, size in enumerate(steps)]
     for i, update in enumerate(steps):
-        where, triple = f"step_sizes[{i}]", "(whether from x, which velocities, their factors), as all others"
-        expect(isinstance(update, (tuple, list)) and len(update) in (3, 4), where, triple, update, TypeError)
-        from_start, which, factors = update[:3]
-        expect(update[3:] in ((), (1.0,)), where, "scale 1", update)
+        where, form = f"step_sizes[{i}]", "(whether from x, which velocities, their factors, a scale), as all others"
+        expect(isinstance(update, (tuple, list)) and len(update) in (3, 4), where, form, update, TypeError)
+        from_start, which, factors, scale = Update(*update)
         expect(isinstance(from_start, bool), where, "True or False first", from_start, TypeError)
         expected = f"increasing numbers of evaluations from 0 to {i}"
         which, factors = expect_list(which, where, expected), expect_list(factors, where, "a list of factors")
-        rises = all(type(k) is int for k in which) and all(a < b for a, b in pairwise([-1, *which, i + 1]))
+        rises = all(type(k) is int for k in which) and all(a < b for a, b in itertools.pairwise([-1, *which, i + 1]))
         expect(rises, where, expected, which)
         expect(len(factors) == len(which), where, f"{len(which)} factors", factors)
         for k, factor in zip(which, factors, strict=True):
             expect_number(factor, f"{where}, factor of {k}")
-    updates = [Update(u[0] and i > 0, tuple(u[1]), tuple(map(float, u[2]))) for i, u in enumerate(steps)]
+        expect_number(scale, f"{where}, scale")
+    updates = []
+    for i, (from_start, which, factors, scale) in enumerate(itertools.starmap(Update, steps)):
+        updates.append(Update(from_start and i > 0, tuple(which), tuple(map(float, factors)), float(scale)))
     sizes = euler_sizes(updates)
     return updates if sizes is None else sizes
 
@@ -219,23 +221,28 @@ def _named_tensors(layers: Sequence[Layer], where: str):
 
 
 # Steps as the registered op takes them: the sizes; or all factors, and of each update whether it starts from x, how
-# many terms it has, and which
+# many terms it has, and which. A scale that is not 1 is the first of the update's factors, and a 2 in its first number.
 
 
 def _flat_steps(steps: list[float] | list[Update]) -> tuple[list[float], list[int]]:
     if not steps or not isinstance(steps[0], Update):
         return steps, []
-    code = [number for u in steps for number in (int(u.from_start), len(u.which), *u.which)]
-    return [b for u in steps for b in u.factors], code
+    code, factors = [], []
+    for u in steps:
+        scaled = u.scale != 1
+        code += [u.from_start + 2 * scaled, len(u.which), *u.which]
+        factors += [u.scale, *u.factors] if scaled else u.factors
+    return factors, code
 
 
 def _steps(step_sizes: Sequence[float], updates: Sequence[int]) -> list[float] | list[Update]:
     if not updates:
         return list(step_sizes)
     found, factors, code = [], iter(step_sizes), iter(updates)
-    for from_start in code:
+    for begin in code:
         which = tuple(next(code) for _ in range(next(code)))
-        found.append(Update(bool(from_start), which, tuple(next(factors) for _ in which)))
+        scale = next(factors) if begin & 2 else 1.0
+        found.append(Update(bool(begin & 1), which, tuple(next(factors) for _ in which), scale))
     return found
 
 
@@ -393,10 +400,10 @@ class Prepared:
         self.C, self.is_cuda = plan.C, is_cuda(plan.C)
         given = steps if isinstance(steps, Tensor) else Updates(steps)
         self.kept = (plan, given, tables, unconditional)  # their memory is read
-        h, updates = (steps.data_ptr(), (0, 0, 0)) if given is steps else (0, given.numbers)
+        h, updates = (steps.data_ptr(), (0, 0, 0, 0)) if given is steps else (0, given.numbers)
         uncond = 0 if unconditional is None else unconditional.structs.data_ptr()
         numbers = struct.pack(
-            "=qqqqqqqqqdqqqq",
+            "=qqqqqqqqqdqqqqq",
             *(plan.dim, len(steps), h, plan.structs.data_ptr(), plan.count, plan.row, plan.velocity),
             *(tables.structs.data_ptr(), uncond, guidance, plan.low, *updates),
         )
@@ -478,13 +485,14 @@ class Updates:
     """Updates as the kernels read them. A velocity that a later update adds has a place until then.
 
     listed: for each update whether it starts from x, its number of terms, and the place where its velocity is kept, or
-    -1. places: of each term's velocity, -1 for that of the update's own evaluation. count: of places.
+    -1. scales: one for each. places: of each term's velocity, -1 for that of the update's own evaluation. count: of
+    places.
     """
 
     def __init__(self, updates: Sequence[Update]):
         last = last_uses(updates)
         self.listed, self.places, self.count = [], [], 0
-        self.factors = [b for u in updates for b in u.factors]
+        self.scales, self.factors = [u.scale for u in updates], [b for u in updates for b in u.factors]
         taken, free = {}, []
         for i, u in enumerate(updates):
             self.places += [taken.get(k, -1) for k in u.which]
@@ -494,10 +502,11 @@ class Updates:
                 taken[i] = free.pop() if free else self.count - 1
             self.listed.append((int(u.from_start), len(u.which), taken.get(i, -1)))
         structs = b"".join(struct.pack("=qqq", *numbers) for numbers in self.listed)
-        terms = zip(self.places, self.factors, strict=True)
-        self.structs = bytearray(structs + b"".join(struct.pack("=qd", *term) for term in terms)) or bytearray(1)
+        terms = b"".join(struct.pack("=qd", *term) for term in zip(self.places, self.factors, strict=True))
+        self.structs = bytearray(structs + terms + struct.pack(f"={len(self.scales)}d", *self.scales)) or bytearray(1)
         at = torch.frombuffer(self.structs, dtype=torch.uint8).data_ptr()
-        self.numbers = at, at + len(structs), self.count
+        scales = 0 if all(scale == 1 for scale in self.scales) else at + len(structs) + len(terms)
+        self.numbers = at, at + len(structs), self.count, scales
 
 
 def _empty(x: Tensor, steps: int, trajectory: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowkernels.solver import Update
+
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "none": lambda y, alpha: y,
     "relu": lambda y, alpha: y.relu(),
@@ -68,8 +70,8 @@ def mlp_sample(x, step_sizes, layers, unconditional, guidance, weights, *norm) -
             v = u + guidance * (v - u)
         velocities.append(v)
         if isinstance(update, tuple):
-            from_start, which, factors = update[:3]
-            x = start if from_start else x
+            from_start, which, factors, scale = Update(*update)
+            x = scale * (start if from_start else x)
             for i, factor in zip(which, factors, strict=True):
                 x = x + factor * velocities[i]
         else:

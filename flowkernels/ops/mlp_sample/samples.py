@@ -1,5 +1,6 @@
 """Sample inputs of `mlp_sample` and the error allowed on them, for its tests and its benchmark."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -97,13 +98,19 @@ def dense(steps: int, g: torch.Generator) -> list[Update]:
     return [Update(i > 0, tuple(range(i + 1)), tuple(factors[i, : i + 1].tolist())) for i in range(steps)]
 
 
+SCALES = 1.0, 1.0, 0.7, -0.6, 0.0
+
+
 def scattered(steps: int, g: torch.Generator) -> list[Update]:
-    """Any of the velocities, its own or not, from either state; places are used again in no order."""
+    """Any of the velocities, its own or not, from either state, which is scaled or not; places are used again in no
+    order."""
     found = []
     for i in range(steps):
         which = torch.rand(i + 1, generator=g).lt(0.5).nonzero().flatten().tolist() or [i // 2]
         factors = torch.randn(len(which), generator=g, dtype=torch.float64) / steps
-        found.append(Update(bool(torch.rand((), generator=g) < 0.5) and i > 0, tuple(which), tuple(factors.tolist())))
+        from_start = bool(torch.rand((), generator=g) < 0.5) and i > 0
+        scale = SCALES[torch.randint(len(SCALES), (), generator=g)]
+        found.append(Update(from_start, tuple(which), tuple(factors.tolist()), scale))
     return found
 
 
@@ -215,7 +222,7 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
     evaluated in float64 with such random errors, so often that a result of few numbers is not moved too little by
     chance, and twice the largest difference is allowed. An update of k terms rounds k partial sums: it is exact for a
     state that it starts from, and for factors, which are rounded themselves, that are off by some sqrt(k) half-ulps
-    more.
+    more. A scale of that state is rounded, and its product.
 
     With `weights` the truth is that of the network that is not rounded, and the reference rounds as the kernel does:
     twice its error, the rounding that is asked for, is allowed beside. Their values differ where an input lies so near
@@ -238,13 +245,9 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
         worst = [(a - b).abs().max() / b.abs().max() for a, b in zip(found, truth, strict=True) if b.numel()]
         return max(w.item() if w == w else math.inf for w in worst)
 
-    half_ulp = torch.finfo(torch.float32).eps / 2
-    floor, most, roundings = 0.0, 0, 0  # most: roundings of a state since it started from x
-    multistep = len(h) > 0 and isinstance(h[0], tuple)
+    half_ulp, full = torch.finfo(torch.float32).eps / 2, functools.partial(x.new_full, dtype=torch.float64)
+    floor, multistep = 0.0, len(h) > 0 and isinstance(h[0], tuple)
     updates = [Update(*u) if multistep else Update(False, (i,), (u,)) for i, u in enumerate(h)]
-    for u in updates:
-        roundings = len(u.which) + (0 if u.from_start else roundings)
-        most = max(most, roundings)
     for trial in range(TRIALS + MOVED // x.numel()):
         g = torch.Generator().manual_seed(trial)
 
@@ -271,12 +274,14 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
             mean, spread = y.mean(1, keepdim=True), (y.var(1, unbiased=False, keepdim=True) + eps).sqrt()
             return F.layer_norm(off(y, 4), shape, eps=eps) + (off(mean, 4) - mean) / spread
 
-        if multistep:
-            each = ((u, off(torch.tensor(u.factors, dtype=torch.float64), 1 + len(u.which) ** 0.5)) for u in updates)
-            steps = [Update(u.from_start, u.which, tuple(factors.tolist())) for u, factors in each]
-        else:
-            steps = off(torch.tensor(h, dtype=torch.float64), 2)
-        other = off(x, most**0.5), steps, moved(layers), moved(given[1]), given[2]
+        def moved_update(u, off=off):
+            """By errors of its own at every element of the state, and where that is scaled of the terms."""
+            scaled = u.scale != 1
+            factors = (off(full(x.shape if scaled else (), b), 1 + len(u.which) ** 0.5) for b in u.factors)
+            scale = off(full(x.shape, u.scale), scaled + (len(u.which) + scaled) ** 0.5)
+            return Update(u.from_start, u.which, tuple(factors), scale)
+
+        other = x.double(), map(moved_update, updates), moved(layers), moved(given[1]), given[2]
         floor = max(floor, error(evaluate(*other, None, norm)))
     found = got if trajectory else (got,)
     rounded = error(evaluate(x, h, *given, k["weights"])) if k.get("weights") else 0.0

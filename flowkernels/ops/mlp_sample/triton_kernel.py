@@ -222,12 +222,13 @@ def _updated(
     v,  # [ROWS, BLOCK]
     column,
     mask,
+    scale,
     update,  # [UPDATE]
     places,  # of this update's terms
     factors,
 ):
-    """x_0 or the state, and the terms, one after another; v is kept where a later update wants it."""
-    state = tl.load(tl.where(tl.load(update + FROM_START) != 0, x, row) + column, mask=mask)
+    """x_0 or the state, scaled, and the terms, one after another; v is kept where a later update wants it."""
+    state = scale * tl.load(tl.where(tl.load(update + FROM_START) != 0, x, row) + column, mask=mask)
     for i in range(tl.load(update + TERMS).to(tl.int32)):
         place = tl.load(places + i)
         term = tl.load(past + place * room + column, mask=mask & (place >= 0))
@@ -244,7 +245,7 @@ def mlp_sample_kernel(
     out,  # [n, D]
     states,  # [steps + 1, n, D], if 1 is in `kept`
     velocities,  # [steps, n, D], if 2 is in `kept`
-    h,  # [steps], or the factors of all updates
+    h,  # [steps], or the scales of all updates and then their factors
     updates,  # [steps, UPDATE], or None for Euler steps
     places,  # [terms]
     lines,  # [count, LINE]
@@ -303,7 +304,8 @@ def mlp_sample_kernel(
                     state = tl.load(row + column, mask=mask) + tl.load(h + step) * v
                 else:
                     state = _updated(row, x + sample * D, row + past, room, v, column, mask,
-                                     updates + step * UPDATE, places + term, h + term)  # fmt: skip
+                                     tl.load(h + step), updates + step * UPDATE, places + term,
+                                     h + steps + term)  # fmt: skip
                 tl.store(row + column, state, mask=mask)
                 at = (step * n + sample) * D + column
                 if kept >= 2:
@@ -381,7 +383,7 @@ class Prepared:
         else:
             given = Updates(steps)
             self.updates = [number for update in given.listed for number in update]
-            self.h, self.places, count = given.factors, given.places, given.count
+            self.h, self.places, count = given.scales + given.factors, given.places, given.count
         if unconditional is not None:
             self.uncond, self.pitch = self.pitch, self.pitch + _round_up(plan.dim)
         if plan.low is None:  # copies of inputs are in the row as well
