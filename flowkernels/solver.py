@@ -19,9 +19,13 @@ from flowkernels._checks import (
     expect_text,
     expect_times,
 )
+from flowkernels._warnings import warn
 from flowkernels.schedule import Schedule
 
 MOST_GROWTH = 4.0  # of x_0's part from state to state, beyond which updates begin at x_0
+MOST_AMPLIFICATION = (
+    2.0  # of errors, beyond which Adams-Bashforth warns: a quarter of its weights, by size, is negative
+)
 NEGLIGIBLE = 1e-14  # of the largest coefficient: what sums in float64 leave of a zero
 
 
@@ -143,6 +147,25 @@ class Solver:
         on_knots = torch.equal(self.model_times, self.times[:-1])
         return on_knots and euler_sizes(self._updates) == self.times.diff().tolist()
 
+    @property
+    def amplification(self) -> float:
+        """How errors of its velocities add up, `sum_l |b[M-1, l]| / |t_N - t_0|`: where none is off by more than eps,
+        the sample is off by `amplification |t_N - t_0| eps` at most.
+
+        1 where the velocities' weights are positive and make up the time, as of Euler's steps. More where they are of
+        both signs: Adams-Bashforth 2 weighs the last two by `1 + r/2` and `-r/2` of a step r times the one before it,
+        and extrapolates what two near ones differ by, errors included, over the long step.
+
+        Examples:
+            >>> fk.Solver.adams_bashforth([0, 0.25, 0.5, 0.75, 1]).amplification
+            1.0
+            >>> round(fk.Solver.adams_bashforth([0, 0.01, 0.5, 1]).amplification, 2)
+            24.99
+        """
+        T, sizes = abs(self.times[-1] - self.times[0]).item(), euler_sizes(self._updates)
+        weights = self.coefficients[-1].tolist() if sizes is None else sizes
+        return sum(map(abs, weights)) / T
+
     def updates(self, chained: bool = False) -> tuple[Update, ...]:
         """What follows each evaluation, in whichever form has fewer terms: Adams-Bashforth 2 from x_i has two, a fit
         has them all from x_0.
@@ -248,6 +271,9 @@ class Solver:
         The first steps, which have fewer velocities before them, are of lower order. Exact for velocities that are
         polynomials in t of a degree below `order`, from the step on that has as many velocities.
 
+        A UserWarning says where its `amplification` is above 2, on knots with a long step after a short one, as
+        schedules of least cost have them: there it is likely to be worse than on uniform knots, or than Euler's steps.
+
         Args:
             schedule: a Schedule, N for N uniform steps, or N+1 increasing times, from 0 or later to 1.
             order: 1 (Euler) or more; beyond 3 or 4 it is unstable on most flows.
@@ -255,14 +281,16 @@ class Solver:
 
         Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, chapter III.5 (variable steps).
         """
-        expect_positive_int(order, "order")
-        times = _knots(schedule, inverse, table=True)
-        N = len(times) - 1
-        steps = torch.zeros(N, N, dtype=torch.float64, device="cpu")
-        for k in range(N):
-            p = min(order, k + 1)
-            steps[k, k - p + 1 : k + 1] = polynomial_weights(times[k - p + 1 : k + 1], times[k], times[k + 1])
-        return cls(times, times[:-1], steps.cumsum(0), f"adams-bashforth {order}")
+        found = adams_bashforth(schedule, order, inverse=inverse)
+        if (by := found.amplification) > MOST_AMPLIFICATION:
+            ratio = max(b / a for a, b in itertools.pairwise(found.times.diff().abs().tolist()))
+            warn(
+                f"schedule: expected knots on which Adams-Bashforth {order} amplifies errors of velocities at most "
+                f"{MOST_AMPLIFICATION:g} times, got {by:.3g} (Solver.amplification), with a step of {ratio:.3g} times "
+                "the one before it; uniform knots, Euler's steps or fit_solver are likely to be better",
+                stacklevel=2,
+            )
+        return found if cls is Solver else cls(found.times, found.model_times, found.coefficients, found.name)
 
     @classmethod
     def heun(cls, schedule: Schedule | int | Sequence[float] | Tensor, *, inverse: bool = False) -> "Solver":
@@ -295,6 +323,20 @@ class Solver:
     def __repr__(self) -> str:
         knots = ", ".join(f"{t:.3g}" for t in self.times)
         return f"Solver({self.name!r}, steps={self.steps}, evaluations={self.evaluations}, times=[{knots}])"
+
+
+def adams_bashforth(
+    schedule: Schedule | int | Sequence[float] | Tensor, order: int = 2, *, inverse: bool = False
+) -> Solver:
+    """`Solver.adams_bashforth` without its warning: for what is tried, and whose errors are measured."""
+    expect_positive_int(order, "order")
+    times = _knots(schedule, inverse, table=True)
+    N = len(times) - 1
+    steps = torch.zeros(N, N, dtype=torch.float64, device="cpu")
+    for k in range(N):
+        p = min(order, k + 1)
+        steps[k, k - p + 1 : k + 1] = polynomial_weights(times[k - p + 1 : k + 1], times[k], times[k + 1])
+    return Solver(times, times[:-1], steps.cumsum(0), f"adams-bashforth {order}")
 
 
 def expect_solver(schedule: Schedule | Solver | int | Sequence[float] | Tensor, name: str) -> Solver:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import warnings
 
 import pytest
@@ -17,6 +18,7 @@ from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.calibration.pair_costs import pair_costs
 from flowkernels.calibration.sample_costs import SampleCosts
 from flowkernels.models.bundled import BUNDLED
+from flowkernels.models.closed_form import GaussianMixtureVelocity
 
 QUIET = dict(progress=False)
 
@@ -482,6 +484,31 @@ def test_costs_of_pairs(teacher):
         h = t[k] - t[j]
         e = x[k] - x[j] - h * v[j] - h * h / (2 * (t[j] - t[i])) * (v[j] - v[i])
         assert found[i, j, k] == pytest.approx(e.square().sum(-1).mean().item(), rel=1e-9, abs=1e-15)
+
+
+def test_pairs_says_where_eulers_steps_are_likely_to_be_better():
+    """On modes far apart, where it is so on other noise; not on the digits."""
+    means = normal(5, 13, seed=1) * 6 / 13**0.5
+    far = GaussianMixtureVelocity(means, stds=0.1)
+    noise, other = normal(64, 13), normal(128, 13, seed=1)
+    cal = fk.calibrate(far, noise, 30, range(1, 9), **QUIET)
+    with pytest.warns(UserWarning, match=r"^objective: Adams-Bashforth 2 \('pairs'\) is likely") as seen:
+        plans = cal.find(range(1, 9), objective="pairs")
+    assert seen[0].filename == __file__
+    named = [int(n) for n in re.search(r"N = ([\d, ]+):", str(seen[0].message))[1].split(", ")]
+    end = fk.sample(far, other, 30)
+    error = lambda plan: (fk.sample(far, other, plan) - end).square().sum(1).mean()  # noqa: E731
+    assert len(named) >= 3
+    for n, plan in plans.items():
+        assert plan.notes["squared_cost"] == cal[n].cost
+        assert plan.notes["amplification"] == plan.amplification
+        doubtful = plan.notes["cost"] > 2 * cal[n].cost
+        assert (n in named) == doubtful
+        if doubtful:
+            assert error(plan) > error(cal[n])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fk.calibrate(BUNDLED["digits"].load(), normal(32, 1, 8, 8), 30, 2, **QUIET).find(range(1, 9), objective="pairs")
 
 
 def test_pairs_of_too_many_knots():

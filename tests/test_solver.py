@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import pickle
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from _flows import even_grid, normal, uneven_grid
 
 import flowkernels as fk
 from flowkernels import Schedule, Solver
-from flowkernels.solver import Update, euler_sizes, polynomial_weights
+from flowkernels.solver import Update, adams_bashforth, euler_sizes, polynomial_weights
 
 F64 = torch.float64
 
@@ -133,6 +134,52 @@ def test_first_steps_are_of_lower_order():
     assert torch.equal(ab1[:1], ab3[:1])
     assert torch.equal(ab2[:2], ab3[:2])
     assert not torch.equal(ab2[2], ab3[2])
+
+
+@pytest.mark.parametrize(
+    "times", [even_grid(5), uneven_grid(6), torch.tensor([0.2, 0.21, 0.6, 0.7, 1.0], dtype=F64)], ids=len
+)
+@pytest.mark.parametrize("name", ["euler", "adams", "heun", "inverse"])
+def test_how_errors_of_velocities_add_up(name, times):
+    """The sample is a sum of the velocities, so signs of an error of 1 that follow the weights', which unit velocities
+    one at a time tell, make the most of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solver = {
+            "euler": lambda: fk.Solver.euler(times),
+            "adams": lambda: fk.Solver.adams_bashforth(times, 3),
+            "heun": lambda: fk.Solver.heun(times),
+            "inverse": lambda: fk.Solver.adams_bashforth(times, 2, inverse=True),
+        }[name]()
+
+    def moved(errors):
+        calls = iter(errors)
+        return fk.sample(lambda x, t: torch.full_like(x, next(calls)), torch.zeros(1, 1, dtype=torch.float64), solver)
+
+    if name == "inverse":  # which `sample` refuses
+        ends = solver.coefficients[-1]
+    else:
+        ends = torch.stack([moved(unit.tolist()) for unit in torch.eye(solver.evaluations)]).flatten()
+        assert moved(ends.sign().tolist()).item() == pytest.approx(
+            solver.amplification * (1 - times[0]).item(), rel=1e-9
+        )
+    assert solver.amplification == pytest.approx((ends.abs().sum() / (1 - times[0])).item(), rel=1e-9)
+    assert solver.amplification >= 1 - 1e-12
+
+
+def test_adams_bashforth_says_where_it_amplifies_errors():
+    quiet = [fk.Schedule([0, 0.1, 0.3, 0.6, 1.0]), fk.Schedule([0, 0.2, 0.5, 1.0]), 2, 3, 5, 10]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for knots in quiet:
+            fk.Solver.adams_bashforth(knots, inverse=True), fk.Solver.adams_bashforth(knots)
+        loud = adams_bashforth([0, 0.01, 0.5, 1])  # of which nothing is said
+    with pytest.warns(
+        UserWarning, match=r"^schedule: expected knots on which .*, got 25 .* a step of 49 times"
+    ) as seen:
+        again = fk.Solver.adams_bashforth([0, 0.01, 0.5, 1])
+    assert seen[0].filename == __file__
+    assert torch.equal(again.coefficients, loud.coefficients)
 
 
 def test_the_known_numbers_of_even_knots():

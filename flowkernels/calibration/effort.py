@@ -16,7 +16,7 @@ from flowkernels.calibration.selection import Candidate
 from flowkernels.calibration.tried import Tried, plan_hash, ranked
 from flowkernels.evaluation.endpoint import endpoint_errors
 from flowkernels.schedule import Schedule
-from flowkernels.solver import Solver
+from flowkernels.solver import Solver, adams_bashforth
 from flowkernels.velocity.protocol import VelocityBase
 
 EFFORTS = SCHEDULE, FIT = "schedule", "fit"
@@ -58,7 +58,7 @@ class Search:
         """Uniform steps, the Bellman schedule, Adams-Bashforth on both and a fit."""
         plan = schedule_on_grid(self.cal, N)
         plans = {UNIFORM: self.cal.uniform(N), BELLMAN: plan}
-        plans |= {f"adams-bashforth 2, {name}": Solver.adams_bashforth(of, 2) for name, of in plans.items()}
+        plans |= {f"adams-bashforth 2, {name}": adams_bashforth(of, 2) for name, of in plans.items()}
         self.task(N, "basics", lambda: [*self.judged(plans.items()), *self.fits(N, {BELLMAN: plan})])
 
     def fits(self, N: int, plans: dict[str, Schedule]) -> Iterable[Candidate]:

@@ -18,7 +18,7 @@ from flowkernels.evaluation.endpoint import endpoint_error
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.ops.velocity_gram import velocity_gram
 from flowkernels.schedule import Schedule
-from flowkernels.solver import Solver, polynomial_weights
+from flowkernels.solver import Solver, adams_bashforth, polynomial_weights
 from flowkernels.velocity.protocol import Velocity
 
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums of the Gram matrix are good for
@@ -162,7 +162,7 @@ def _fit(data: Samples, fitted: int, plan: Schedule, order: int, ridges: tuple[f
 
     solvers = {
         EULER: Solver.euler(plan, inverse=inverse),
-        ADAMS: Solver.adams_bashforth(plan, 2, inverse=inverse),
+        ADAMS: adams_bashforth(plan, 2, inverse=inverse),
         FITTED: Solver(knots, knots[:-1], coefficients, FITTED),
     }
     errors = {FITTED: endpoint_error(x[fitted:], goals[-1][fitted:])}

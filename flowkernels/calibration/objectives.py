@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_float64, expect_positive_int, expect_shown
+from flowkernels._warnings import warn
 from flowkernels.calibration.bellman import least_cost_schedules, path_of, without_spans
 from flowkernels.calibration.gits_costs import absolute_costs, deviation_costs
 from flowkernels.calibration.measured import Measured
@@ -38,12 +39,13 @@ from flowkernels.calibration.step_cost import StepCost
 from flowkernels.ops.bellman_pairs import bellman_pairs
 from flowkernels.sampling.teacher import Teacher, velocity_at
 from flowkernels.schedule import Schedule, uniform_indices
-from flowkernels.solver import Solver
+from flowkernels.solver import Solver, adams_bashforth
 from flowkernels.velocity.identity import warn_if_another
 from flowkernels.velocity.protocol import Velocity, resolve
 
 CANDIDATES = (0.0, 1 / 64, 1 / 32, 3 / 64, 3 / 32, 3 / 16)  # model times, in parts of what is left to t = 1
 
+WORSE = 2.0  # times the cost of Euler's steps, beyond which "pairs" warns
 ON_GRID = 1e-9  # of a time from a knot, as for forced knots
 
 OBJECTIVES: dict[str, Callable] = {}
@@ -220,14 +222,15 @@ def endpoint(
 def pairs(cal: Measured, steps: list[int]) -> dict[int, Solver]:
     """Least sum of E|e|^2 of Adams-Bashforth 2, exactly: a step's error depends on the knot before it too.
 
-    No evaluations, but K^3 numbers. Returns solvers.
+    No evaluations, but K^3 numbers. Returns solvers. A UserWarning names the N for which it is likely to be worse than
+    Euler's steps: whose cost is more than twice the least one of these, `squared_cost` in notes.
     """
     expect(cal.gram is not None, "objective", "a calibration with its Gram matrix, for 'pairs'", "one of before that")
     times, K = cal.times, len(cal.times) - 1
     first = without_spans(cal.cost, cal.forced)[0].contiguous()
     cost = without_spans(pair_costs(cal.gram, times), cal.forced)
     value, parent = bellman_pairs(first, cost, max(steps))
-    found = {}
+    euler, found, worse = least_cost_schedules(cal.cost, times, steps, forced_knots=cal.forced_knots), {}, []
     for n in steps:
         before = int(value[n, :, K].argmin()) if n > 1 else 0
         path = path_of(parent, n, (before, K))
@@ -235,14 +238,25 @@ def pairs(cal: Measured, steps: list[int]) -> dict[int, Solver]:
         def along(path: Sequence[int]) -> float:
             return first[path[1]].item() + sum(cost[path[i : i + 3]].item() for i in range(len(path) - 2))
 
+        solver = adams_bashforth(Schedule(times[list(path)], times, path))
         notes = {
             "objective": "pairs",
             "evaluations": 0,
             "indices": list(path),
             "cost": value[n, before, K].item(),
             "uniform_cost": along(uniform_indices(times, n, cal.forced)),
+            "squared_cost": euler[n].cost,
+            "amplification": solver.amplification,
         }
-        found[n] = replace(Solver.adams_bashforth(Schedule(times[list(path)], times, path)), notes=notes)
+        found[n] = replace(solver, notes=notes)
+        if notes["cost"] > WORSE * euler[n].cost + 1e-12 * first[K].item():  # beyond rounding
+            worse.append(str(n))
+    if worse:
+        warn(
+            f"objective: Adams-Bashforth 2 ('pairs') is likely to be worse than Euler's steps ('squared') for N = "
+            f"{', '.join(worse)}: its steps' errors cost more than {WORSE:g} times as much",
+            stacklevel=4,
+        )
     return found
 
 

@@ -17,7 +17,7 @@ from flowkernels._checks import expect, expect_bool, expect_choice, expect_posit
 from flowkernels._files import expect_target, plain, whole_file, whole_folder
 from flowkernels.calibration.calibration import FITTED, Calibration
 from flowkernels.schedule import Schedule
-from flowkernels.solver import Solver, expect_solver
+from flowkernels.solver import Solver, adams_bashforth, expect_solver
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -336,7 +336,7 @@ def _sampler(solver: Solver, receiver: Receiver) -> str | None:
         named["heun"] = Solver.heun(solver.times)
     if "lms" in receiver.named:  # its first steps are of lower order, as ours
         orders = range(2, min(4, solver.steps) + 1)
-        named |= {f"lms(order={p})": Solver.adams_bashforth(solver.times, p) for p in orders}
+        named |= {f"lms(order={p})": adams_bashforth(solver.times, p) for p in orders}
     for name, known in named.items():
         same = torch.equal(known.model_times, solver.model_times)
         if same and torch.allclose(known.coefficients, solver.coefficients, rtol=0, atol=1e-12):
