@@ -906,6 +906,7 @@ def _stages(cal) -> None:
         data=(None, or_none(is_start), "noise", "size"),
         size=(None, or_none(is_int(1)), "noise", "data"),
         grid=(None, or_none(is_times), "schedules"),
+        teacher_solver=(None, or_none(is_one_of("euler", "heun")), "data"),
         storage=("device", lambda v: is_one_of("device", "pinned", "shared")(v) or is_path(v)),
         dtype=(None, lambda v: v is None or is_one_of(F32, F64, torch.bfloat16)(v)),
         chunk=(3, is_int(1)),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import flowkernels as fk
+from flowkernels.cli.main import main
 
 K, F64 = 6, torch.float64
 
@@ -255,10 +256,14 @@ def test_fits_and_what_is_verified_are_of_its_states(name):
     assert cal.find(3, objective="student", velocity=velocity)[3].steps == 3
 
 
-def test_fused_samplers():
-    torch.manual_seed(0)
+def net_of(seed):
+    torch.manual_seed(seed)
     net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.SiLU(), torch.nn.Linear(16, 3))
-    field, x = fk.VelocityField(net, time_column=True), noise(dtype=torch.float32)
+    return fk.VelocityField(net, time_column=True)
+
+
+def test_fused_samplers():
+    field, x = net_of(0), noise(dtype=torch.float32)
     for name in NAMES:
         plain = calibrated(name, x=x, of=field, chunk=7, keep_bytes=x[:14].nbytes * (2 * K + 1))
         fused = calibrated(name, x=x, of=fk.fuse(field, K), chunk=7, keep_bytes=x[:14].nbytes * (2 * K + 1))
@@ -341,3 +346,69 @@ def test_where_nothing_converges_the_distance_is_not_extrapolated():
     assert not 1 <= cal.teacher_error.order <= 3
     assert cal.teacher_error.factor == 1
     assert "do not converge yet" in str(cal)
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bank_has_the_states_that_its_schedules_were_calibrated_with(name, kind, tmp_path):
+    cal, x = calibrated(name, kind), noise(10, 4)
+    expected = teachers(kind)[name][1](x)
+    cal.save(tmp_path / "model.boss.json")
+    loaded = fk.Calibration.load(tmp_path / "model.boss.json")
+    plans = [cal, loaded, cal[3], fk.StraightenLoss(cal[3]), fk.StraightenLoss(cal.find(3)[3])]
+    solvers = [fk.fit_solver(velocity, cal, 3)]
+    for plan in plans:
+        bank = fk.TrajectoryBank(velocity, plan, noise=x, chunk=4, progress=False).fill()
+        for steps in (3,) if plan not in (cal, loaded) else (2, 3):
+            kept = torch.stack([expected[i] for i in cal[steps].indices])
+            torch.testing.assert_close(bank.states(schedule=steps), kept, rtol=0, atol=1e-12)
+    given = cal.teacher_solver
+    for plan in solvers:  # a fit's own notes say nothing
+        bank = fk.TrajectoryBank(velocity, plan, noise=x, grid=cal.times, teacher_solver=given, progress=False).fill()
+        torch.testing.assert_close(bank.states()[-1], expected[-1], rtol=0, atol=1e-12)
+    euler = fk.TrajectoryBank(velocity, cal, noise=x, teacher_solver="euler", progress=False).fill()
+    assert not torch.allclose(euler.states(schedule=3)[-1], expected[-1], atol=1e-6)
+    folder = tmp_path / "bank"
+    fk.TrajectoryBank(velocity, cal, noise=x, storage=folder, progress=False).fill()
+    with pytest.raises(ValueError, match=r"^storage: .*teacher_solver"):
+        fk.TrajectoryBank(velocity, cal, noise=x, storage=folder, teacher_solver="euler", progress=False)
+
+
+def test_a_fused_bank_and_straightening():
+    field, x = net_of(4), noise(dtype=torch.float32)
+    cal = calibrated("heun", x=x, of=field)
+    plain = fk.TrajectoryBank(field, cal[2], noise=x, progress=False).fill()
+    fused = fk.TrajectoryBank(fk.fuse(field, K), cal[2], noise=x, progress=False).fill()
+    torch.testing.assert_close(fused.states(), plain.states(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(plain.states()[-1], cal.kept.x[-1], rtol=1e-5, atol=1e-6)
+    seen = []
+
+    def teacher(x, t):
+        seen.append(float(t.flatten()[0]))
+        return field(x, t)
+
+    fk.straighten(net_of(4), teacher, cal[2], noise=x, iterations=1, batch=24, progress=False)
+    knots = [t for t in GRIDS["uniform"][1:K] for t in (t, t)]
+    assert seen == pytest.approx([0.0, *knots, (GRIDS["uniform"][K - 1] + 1) / 2])
+
+
+def test_what_a_bank_refuses():
+    other = fk.calibrate(velocity, noise(), GRIDS["uniform"], [2], progress=False)
+    with pytest.raises(
+        ValueError, match=r"^schedules: expected schedules that were calibrated with one teacher's solver"
+    ):
+        fk.TrajectoryBank(velocity, [calibrated("heun")[3], other[2]], noise=noise())
+    with pytest.raises(ValueError, match=r"^teacher_solver: expected a solver on the grid, of 12 steps"):
+        fk.TrajectoryBank(velocity, calibrated("adams-bashforth"), noise=noise(), grid=2 * K)
+    with pytest.raises(ValueError, match=r"^teacher_solver: expected None with data"):
+        fk.TrajectoryBank(velocity, other, data=noise(), teacher_solver="heun")
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / "model.boss.json"
+    more = "--grid 6 --steps 2 -n 8 --teacher-solver heun --teacher-error 4"
+    assert main(f"calibrate --model digits --out {path} {more}".split()) == 0
+    assert "the teacher's own error (heun, K = 6)" in capsys.readouterr().out
+    cal = fk.Calibration.load(path)
+    assert cal.teacher_error.samples == 4
+    assert cal[2].notes["teacher_solver"] == "heun"

@@ -40,7 +40,6 @@ from flowkernels.calibration.card import (
     CHOICES,
     EDITED,
     FITTED,
-    PIPELINE,
     UNIFORM,
     as_version_3,
     calibration_of,
@@ -51,9 +50,10 @@ from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.calibration.sample_costs import SampleCosts
 from flowkernels.calibration.teacher_error import SAMPLES, TeacherError, teacher_error
-from flowkernels.calibration.tried import Tried, plan_hash, table
+from flowkernels.calibration.tried import PIPELINE, Tried, plan_hash, table
 from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.sampling.rollout import Trajectory
+from flowkernels.sampling.teacher_solver import ENTRY, entry_of
 from flowkernels.schedule import Schedule, expect_steps
 from flowkernels.solver import Solver
 from flowkernels.velocity.identity import warn_if_another
@@ -194,7 +194,7 @@ class Calibration(Measured, Mapping):
         if not known:  # KeyError for all of them, which a Mapping's `in` takes for an answer
             got = describe(steps)
             raise KeyError(f"steps: expected one of {sorted(self.schedules)}, got {got}; find({got}) adds it")
-        return self._marked(self.schedules[steps])
+        return self.marked(self.schedules[steps])
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.schedules)
@@ -202,10 +202,14 @@ class Calibration(Measured, Mapping):
     def __len__(self) -> int:
         return len(self.schedules)
 
-    def _marked(self, plan: Schedule | Solver) -> Schedule | Solver:
-        """With the settings of the pipeline that it is for, if there is one, in its notes: `sample` looks there."""
+    def marked(self, plan: Schedule | Solver) -> Schedule | Solver:
+        """With the settings of the pipeline that it is for, if there is one, in its notes, where `sample` looks, and
+        the teacher's solver, if it is not Euler's, where a bank of the teacher's trajectories does."""
         if PIPELINE in self.provenance:
             plan.notes.setdefault(PIPELINE, self.provenance[PIPELINE])
+        if self.secants:
+            own = self.provenance[ENTRY] if len(self.forced) == 0 else entry_of(self.teacher_solver)[ENTRY]
+            plan.notes.setdefault(ENTRY, own)
         return plan
 
     @no_grad
@@ -252,7 +256,7 @@ class Calibration(Measured, Mapping):
             self.expect_forced(plan.times, "objective")
         if objective == "squared":
             self.schedules.update(plans)
-        return {n: self._marked(plan) for n, plan in plans.items()}
+        return {n: self.marked(plan) for n, plan in plans.items()}
 
     @no_grad
     def measure_teacher(
@@ -312,7 +316,7 @@ class Calibration(Measured, Mapping):
                 known[c.name], others = c.plan, others + 1
         if solver is not None:
             known[FITTED] = solver
-        return {name: self._marked(plan) for name, plan in known.items()}
+        return {name: self.marked(plan) for name, plan in known.items()}
 
     def uniform(self, steps: int) -> Schedule:
         """N equal steps from the grid's first time, on no grid; with forced knots, equal between these."""

@@ -20,7 +20,7 @@ from flowkernels.sampling.teacher_solver import ENTRY
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 
-FORMAT, PIPELINE = "flowkernels.calibration", "pipeline"
+FORMAT = "flowkernels.calibration"
 RULE = {  # for readers of a file: what its numbers mean elsewhere
     "time": "t = 1 - sigma: sigma 1 is noise, sigma 0 data, x = sigma noise + (1 - sigma) data; a schedule that begins "
     "below sigma 1 begins with the state there",
@@ -225,16 +225,11 @@ def _schedule_to_dict(s: Schedule, times: Tensor) -> dict:
     }
     if s.cost_interval is not None:
         data |= {"cost_interval": list(s.cost_interval), "samples_needed": s.samples_needed}
-    return plain(data | ({"notes": notes} if (notes := _own_notes(s)) else {}))
+    return plain(data | ({"notes": notes} if (notes := tried.own_notes(s)) else {}))
 
 
 def _solver_to_dict(s: Solver) -> dict:
-    return s.to_dict() | {"notes": plain(_own_notes(s))}
-
-
-def _own_notes(plan: Schedule | Solver) -> dict:
-    """Those that do not come of the calibration's provenance."""
-    return {k: v for k, v in plan.notes.items() if k != PIPELINE}
+    return s.to_dict() | {"notes": plain(tried.own_notes(s))}
 
 
 def _encoding(diagonal: int) -> str:

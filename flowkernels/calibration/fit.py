@@ -102,7 +102,7 @@ def fit_solver(
     inverse = expect_bool(inverse, "inverse")
     start = plans[0].indices[0]
     data = Samples.of(velocity, calibration, noise, chunk, start=start, teacher=teacher)
-    return _best_fit(data, held_out, plans, order, ridges, inverse)
+    return calibration.marked(_best_fit(data, held_out, plans, order, ridges, inverse))
 
 
 def fit_solvers(velocity: Velocity, calibration: Calibration, steps: Iterable[int], chunk: int) -> dict[int, Solver]:

@@ -11,9 +11,12 @@ from torch import Tensor
 from flowkernels._checks import expect, expect_int, expect_numbers, expect_real, expect_text, expect_times
 from flowkernels._files import plain
 from flowkernels.calibration.selection import Candidate, choose
+from flowkernels.sampling.teacher_solver import ENTRY
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.velocity.hashes import tensors_hash
+
+PIPELINE = "pipeline"  # of a provenance: the settings of the one that it is for
 
 
 def _no_errors() -> Tensor:
@@ -77,12 +80,17 @@ def plan_hash(plan: Schedule | Solver) -> str:
     return tensors_hash({part: getattr(plan, part) for part in parts})
 
 
+def own_notes(plan: Schedule | Solver) -> dict:
+    """Those that do not come of the calibration's provenance."""
+    return {k: v for k, v in plan.notes.items() if k not in (PIPELINE, ENTRY)}
+
+
 def plan_to_dict(plan: Schedule | Solver) -> dict:
     """As a file has it: {"schedule": {times, indices, notes}} or {"solver": {..}}."""
     if isinstance(plan, Solver):
-        return {"solver": plan.to_dict() | {"notes": plain(plan.notes)}}
+        return {"solver": plan.to_dict() | {"notes": plain(own_notes(plan))}}
     of = {"times": plan.times.tolist(), "indices": None if plan.indices is None else list(plan.indices)}
-    return {"schedule": of | {"cost": plan.cost, "uniform_cost": plan.uniform_cost, "notes": plain(plan.notes)}}
+    return {"schedule": of | {"cost": plan.cost, "uniform_cost": plan.uniform_cost, "notes": plain(own_notes(plan))}}
 
 
 def plan_from_dict(data: Mapping[str, Any], name: str, grid: Tensor) -> Schedule | Solver:

@@ -40,6 +40,7 @@ from flowkernels.ops import tuned
 from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends
 from flowkernels.runtime.environment import environment
+from flowkernels.sampling.teacher_solver import EULER, NAMES
 from flowkernels.schedule import forced_places
 from flowkernels.training.losses import LOSSES
 from flowkernels.training.t_sampling import T_SAMPLINGS
@@ -140,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
     takes_model(add)
     add("-n", type=_options.positive, default=1024, help="noises rolled out")
     add("--grid", type=_grid, default=100, help="K, uniform fine steps of the teacher, or its times, such as 0.1,0.5,1")
+    steps = (
+        "the teacher's on the grid: Heun's take 2 evaluations each, and half as many end nearer to the true solution"
+    )
+    add("--teacher-solver", choices=NAMES, default=EULER, help=steps)
+    own = "noises on which to measure how far the teacher itself ends from a finer solution; none if not given"
+    add("--teacher-error", type=_options.positive, default=0, help=own)
     knot = "time of the grid that every schedule is to have, as no step may span it; once for each"
     add("--knot", type=_options.from_0_below_1, action="append", help=knot)
     add("--steps", type=_steps, default=_steps("1-10"), help="numbers of steps, such as 1-10 or 2,4,8")
@@ -318,6 +325,8 @@ def _calibrate(args) -> None:
             times,
             args.steps,
             max_regret=args.max_regret,
+            teacher_solver=args.teacher_solver,
+            teacher_error=args.teacher_error,
             effort=args.effort,
             forced_knots=args.knot,
             verify_noise=held_out,

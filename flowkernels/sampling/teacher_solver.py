@@ -55,11 +55,11 @@ def heun(times: Tensor, forced: Sequence[int] = ()) -> Solver:
     return Solver(times, at, b, HEUN)
 
 
-def entry_of(solver: Solver, given: str | Solver) -> dict:
-    """What a provenance says of it: nothing of Euler's steps."""
+def entry_of(solver: Solver, given: str | Solver | None = None) -> dict:
+    """What a provenance says of it: its name, if it was given by one, else its tables; nothing of Euler's steps."""
     if solver.is_euler:
         return {}
-    entry = {k: v for k, v in solver.to_dict().items() if k != "notes"} if isinstance(given, Solver) else given
+    entry = given if isinstance(given, str) else {k: v for k, v in solver.to_dict().items() if k != "notes"}
     return {ENTRY: plain(entry)}
 
 

@@ -28,6 +28,7 @@ from flowkernels.ops.straighten_loss.reference import means
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.bank.batch import BankBatch, generator_on, uniform
+from flowkernels.training.bank.knots import noted_teacher
 from flowkernels.training.by_rows import losses_by_rows
 from flowkernels.training.losses import FUSED, LOSSES
 from flowkernels.training.refined import refined
@@ -176,6 +177,7 @@ class StraightenLoss(nn.Module):
         teacher: the velocity that made the bank, for a target that evaluates it; no other looks at it. Its weights are
             not the loss's.
 
+    teacher_solver: what the notes of the schedule name as the teacher's solver, for a bank; None is Euler's steps.
     schedule: the Schedule at whose knots the bank's states are to be: that given, its ends ("reflow", "distill",
         "endpoint"), or that with its substeps. times: those knots, float64 `[N+1]`, on the CPU; with substeps `[M+1]`,
         and the `interval` of a batch is one of M.
@@ -219,6 +221,7 @@ class StraightenLoss(nn.Module):
         self.knots = _knots(plan, self._row, target)
         self.schedule, self.within = refined(self.knots, self.substeps if self._row.between else 1)
         self.solver = schedule if takes_solver else Solver.euler(self.knots)
+        self.teacher_solver = noted_teacher(schedule)
         self.loss = self._row.loss if loss is None else _expect_loss(loss)
         self.huber_c = expect_real(huber_c, "huber_c", "a positive number", _is_squared)
         self.weighting = weighting if _is_one(weighting, BY_LOSS) else _expect_weighting(weighting, self.knots.steps)

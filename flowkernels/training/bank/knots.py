@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_list, expect_shown, expect_times
-from flowkernels.schedule import Schedule
+from flowkernels.sampling.teacher_solver import ENTRY, EULER, expect_teacher_solver
+from flowkernels.schedule import Schedule, first_from, forced_places
 from flowkernels.solver import Solver
+from flowkernels.velocity.protocol import VelocityBase
 
 SCHEDULES = "a Schedule, a Solver, a StraightenLoss, or several of them"
 
@@ -30,6 +32,12 @@ def knots_on_grid(schedule: Schedule, grid) -> tuple[Tensor, tuple[int, ...]]:
     return fine, tuple(nearest.tolist())
 
 
+def noted_teacher(plan: Any) -> Any:
+    """The teacher's solver that a schedule, a solver or a loss's was calibrated with, as its notes say; None is Euler's
+    steps, or nothing that is known."""
+    return getattr(plan, "notes", {}).get(ENTRY) if isinstance(plan, (Schedule, Solver)) else getattr(plan, ENTRY, None)
+
+
 def schedule_of(plan: Any, name: str = "schedules") -> Schedule:
     """The knots of a schedule, a solver, or of what a `StraightenLoss` is for."""
     plan = getattr(plan, "schedule", plan)
@@ -42,11 +50,12 @@ def schedule_of(plan: Any, name: str = "schedules") -> Schedule:
 @dataclass(frozen=True)
 class Knots:
     """grid: the teacher's fine grid, float64 `[K+1]`. places: of the states that are kept in it, rising. schedules:
-    what they are the knots of."""
+    what they are the knots of. noted: the teachers' solvers that these were calibrated with, each once."""
 
     grid: Tensor
     places: tuple[int, ...]
     schedules: tuple[Schedule, ...]
+    noted: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, schedules: Any, grid: Any = None) -> "Knots":
@@ -63,7 +72,22 @@ class Knots:
             expect(fine is None or torch.equal(own, fine), "schedules", expected, f"another grid of {plan}")
             fine = own
             places.update(indices)
-        return cls(fine, tuple(sorted(places)), tuple(plans))
+        noted: list[Any] = []
+        for plan in several:
+            if (teacher := noted_teacher(plan)) not in noted:
+                noted.append(teacher)
+        return cls(fine, tuple(sorted(places)), tuple(plans), tuple(noted))
+
+    def teacher_solver(self, given: str | Solver | None, velocity: VelocityBase) -> Solver:
+        """The teacher's on the grid: given, or None for what the schedules were calibrated with."""
+        if given is None:
+            told = "schedules that were calibrated with one teacher's solver, or teacher_solver="
+            expect(len(self.noted) < 2, "schedules", told, f"{len(self.noted)} solvers")
+            given = (*self.noted, None)[0] or EULER
+            if isinstance(given, Mapping):
+                given = Solver.from_dict({**given, "notes": {}})
+        forced = forced_places(first_from(velocity.forced_knots, self.grid), self.grid)
+        return expect_teacher_solver(given, self.grid, forced)
 
     @property
     def times(self) -> Tensor:

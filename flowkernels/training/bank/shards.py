@@ -15,6 +15,7 @@ from torch import Tensor
 from flowkernels import _weights
 from flowkernels._checks import expect, expect_path
 from flowkernels._files import SUM, damaged, expect_file, expect_unchanged, read_json, sealed, whole_file
+from flowkernels.sampling.teacher_solver import ENTRY
 from flowkernels.training.bank.starts import Layout
 from flowkernels.training.bank.storage import staged
 
@@ -57,9 +58,10 @@ class Shards:
         if not (self.folder / MANIFEST).exists():
             return False
         manifest, _ = read_manifest(self.folder)
-        for key, value in about.items():
+        unknown = {ENTRY: None}  # where the teacher's steps are Euler's, nothing is said of them
+        for key, value in (unknown | about).items():
             expected = f"a folder of this bank ({key} = {_short(value)})"
-            same = key == "attributes" or manifest.get(key, _short) == value
+            same = key == "attributes" or manifest.get(key, unknown.get(key, _short)) == value
             expect(same, "storage", expected, f"{self.folder}, where {key} = {_short(manifest.get(key))}")
         self.manifest = manifest
         self.scan(check=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 from flowkernels._checks import expect_finite_flow
 from flowkernels.sampling import loop
 from flowkernels.sampling.teacher import Teacher
+from flowkernels.sampling.teacher_solver import KnotStates
 from flowkernels.solver import Solver
 from flowkernels.training.bank.knots import Knots
 from flowkernels.training.students.student import expect_takes_conditioning
@@ -21,8 +22,7 @@ class TeacherStates:
         velocity: the teacher; of conditioning of its own with a row for each of `size` trajectories, each takes its
         own. knots: at which states are asked for.
         size: of all trajectories.
-        backward: from data at the grid's last time, by Heun's method on the grid, to its first; else from the first,
-            by Euler's steps.
+        solver: the teacher's on the grid, from its first time; None goes back from data at the last one, by Heun's.
         guidance: the name of the conditioning that is the teacher's weight of guidance.
         given: names of conditioning that is given with each chunk, in the place of its own; None where they are not
             known before that.
@@ -34,16 +34,21 @@ class TeacherStates:
         knots: Knots,
         size: int,
         chunk: int,
-        backward: bool,
+        solver: Solver | None,
         guidance: str | None,
         given: Collection[str] | None,
     ):
-        self.velocity, self.knots, self.size, self.backward = resolve(velocity), knots, size, backward
+        self.velocity, self.knots, self.size, self.backward = resolve(velocity), knots, size, solver is None
         self.guidance = guidance
-        self.solver = Solver.heun(knots.grid, inverse=True) if backward else Solver.euler(knots.grid)
+        self.solver = Solver.heun(knots.grid, inverse=True) if solver is None else solver
+        self._at: dict[int, int] = {}  # behind how many evaluations which of the knots is reached
+        if solver is not None:
+            behind = [*range(solver.steps)] if solver.is_euler else [*KnotStates.of(solver).places]
+            behind.append(solver.evaluations)
+            self._at = {behind[k]: i for i, k in enumerate(knots.places)}
         if given is not None:  # that its conditioning has as many rows
             self.velocity.unfused().without_conditioning(given).rows(slice(0, min(chunk, size)), size)
-        self._teacher = None if backward else Teacher(self.velocity, size, solver=self.solver, chunk=chunk)
+        self._teacher = None if solver is None else Teacher(self.velocity, size, solver=self.solver, chunk=chunk)
 
     @property
     def evaluations(self) -> int:
@@ -66,7 +71,7 @@ class TeacherStates:
         return x
 
     def _forward(self, teacher: Teacher, x: Tensor, first: int) -> Iterator[tuple[int | None, Tensor]]:
-        at = {k: i for i, k in enumerate(self.knots.places)}
+        at = self._at
         if teacher.fused is not None:
             _, states, _ = teacher.fused_flow(x, first, states=True)
             yield from ((at.get(k), x) for k, x in enumerate(states))

@@ -26,7 +26,9 @@ from flowkernels._checks import (
 )
 from flowkernels._files import damaged, plain
 from flowkernels.sampling.loop import initial_state
+from flowkernels.sampling.teacher_solver import entry_of
 from flowkernels.schedule import Schedule
+from flowkernels.solver import Solver
 from flowkernels.training.bank.batch import BankBatch, generator_on
 from flowkernels.training.bank.knots import Knots
 from flowkernels.training.bank.shards import DTYPES, MANIFEST, Shards, expect_folder, read_manifest, sealed_manifest
@@ -61,6 +63,8 @@ class TrajectoryBank:
         size: n, where neither is a tensor; None is 1024.
         grid: the teacher's fine grid, a number of steps or times, of which the knots have to be some; None is the
             schedules' own.
+        teacher_solver: the teacher's steps on the grid from noise, "euler", "heun" or a Solver, as for `calibrate`;
+            None is what the schedules were calibrated with, Euler's where they say nothing.
         storage: "device"; "pinned", the host's memory, page-locked where the device is a GPU; "shared", memory that
             other processes can be handed; or a folder, for safetensors files that are mapped into memory. From all but
             "device" a batch takes the two ends of each of its intervals alone.
@@ -110,6 +114,7 @@ class TrajectoryBank:
         data: Noise | None = None,
         size: int | None = None,
         grid: int | Sequence[float] | Tensor | None = None,
+        teacher_solver: str | Solver | None = None,
         storage: str | Path = "device",
         dtype: torch.dtype | None = None,
         chunk: int = 128,
@@ -121,6 +126,9 @@ class TrajectoryBank:
     ):
         self._velocity = resolve(velocity)
         self._knots = Knots.of(schedules, grid)
+        expect(teacher_solver is None or data is None, "teacher_solver", "None with data", teacher_solver)
+        unfused = self._velocity.unfused()
+        self._solver = None if data is not None else self._knots.teacher_solver(teacher_solver, unfused)
         self._starts = Starts(noise, data, size, conditioning, seed)
         self.size, self._progress = self._starts.size, expect_bool(progress, "progress")
         self.chunk = min(expect_positive_int(chunk, "chunk"), self.size)
@@ -129,9 +137,8 @@ class TrajectoryBank:
         self.device = expect_device(device) or _device_of(self._velocity, self._starts.given)
         expect(self.device.type != "meta", "device", "one that holds data", self.device)
         self.guidance = _expect_guidance(guidance, self._velocity, self._starts.columns)
-        backward = self._starts.is_data
         given = self._starts.columns.names
-        self._teacher = TeacherStates(velocity, self._knots, self.size, self.chunk, backward, self.guidance, given)
+        self._teacher = TeacherStates(velocity, self._knots, self.size, self.chunk, self._solver, self.guidance, given)
         self.inversion_error: float | None = None
         memory = isinstance(storage, str) and storage in MEMORIES
         here = self.device if memory and storage == "device" else "cpu"
@@ -378,6 +385,8 @@ class TrajectoryBank:
         knots, known = self._knots, identity(as_given(self._velocity.unfused()))
         about = {"size": self.size, "chunk": self.chunk, "shape": self._known_layout().shape, "dtype": str(self.dtype)}
         about |= {"times": knots.times, "grid": knots.grid, "schedules": [s.times for s in knots.schedules]}
+        if self._solver is not None and not self._solver.is_euler:
+            about |= entry_of(self._solver)
         about |= {
             "guidance": self.guidance,
             "columns": self._known_layout().columns,

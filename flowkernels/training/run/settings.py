@@ -23,7 +23,7 @@ from flowkernels._checks import (
 from flowkernels._files import expect_target
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.bank.knots import knots_on_grid
+from flowkernels.training.bank.knots import knots_on_grid, noted_teacher
 from flowkernels.training.bank.starts import Noise
 from flowkernels.training.bank.trajectory_bank import TrajectoryBank
 from flowkernels.training.objective import Loss, StraightenLoss, TSampling
@@ -217,5 +217,7 @@ class Settings:
         A field with a default is left out at it: of what came later, checkpoints of before it say nothing either.
         """
         found = {"times": self.objective.times.tolist(), "grid": self.grid.tolist()} | self.objective.identity()
+        if (teacher := noted_teacher(self.schedule)) is not None:
+            found["teacher_solver"] = teacher
         defaults = {f.name: f.default for f in fields(self)}
         return found | {name: value for name in SHARED if (value := getattr(self, name)) != defaults[name]}
