@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,13 @@ def of_heun():
     return calibration(teacher_solver="heun", teacher_error=4)
 
 
+def free_start():
+    """With a solver whose coefficients of the first state are not all 1."""
+    cal = calibration()
+    cal.solvers[4] = replace(fk.Solver.adams_bashforth(cal[4]), start_coefficients=[1.0, 0.9, 1.1, 0.7])
+    return cal
+
+
 def bare():
     """Without a Gram matrix, intervals or solvers, as one that a caller makes of costs."""
     cal = calibration()
@@ -60,8 +68,8 @@ def validate(data):
 
 @pytest.mark.parametrize(
     "make",
-    [calibration, rich, of_heun, bare, lambda: fk.Calibration.load(OLD)],
-    ids=["plain", "rich", "heun", "bare", "old"],
+    [calibration, rich, of_heun, free_start, bare, lambda: fk.Calibration.load(OLD)],
+    ids=["plain", "rich", "heun", "free start", "bare", "old"],
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_what_is_written_keeps_to_the_schema(make, tmp_path):
@@ -124,15 +132,19 @@ def test_a_card_is_edited_on_purpose(saved):
     assert fk.Calibration.load(saved).provenance["name"] == "mine"
 
 
-def test_a_reader_without_the_library(saved):
+@pytest.mark.parametrize("free", [False, True], ids=["", "free start"])
+def test_a_reader_without_the_library(saved, free):
     """As docs/card.md has it."""
-    cal, data = fk.Calibration.load(saved), json.loads(saved.read_text())
+    if free:
+        free_start().save(saved)
+    cal = fk.Calibration.load(saved)
+    data = json.loads(saved.read_text())
     found = data.pop("sha256")
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     assert hashlib.sha256(text.encode()).hexdigest() == found
     schedule, solver = data["schedules"]["4"], data["solvers"]["4"]
     assert schedule["sigmas"] == (1 - cal[4].times).tolist()
-    assert data["best"]["4"] == min(cal.verified[4], key=cal.verified[4].get)
+    assert free or data["best"]["4"] == min(cal.verified[4], key=cal.verified[4].get)
     field, x0, past = linear_field(), normal(3, 4), []
     x = x0.double()
     starts = solver.get("start_coefficients", [1.0] * len(solver["model_times"]))
