@@ -790,13 +790,13 @@ def _stages(cal) -> None:
         steps=(2, or_none(is_int(1, 3))),
     )
     of_cal = dict(velocity=field, calibration=(lambda: cal, nothing_else))
-    part = (0.25, within(0, 1))
     place(
         "fit_solver",
         fk.fit_solver,
         **of_cal,
         **dict(steps=(2, is_int(1, K)), schedule=(None, or_none(lambda v: isinstance(v, (fk.Schedule, list))))),
-        **dict(noise=(None, or_none(is_noise)), held_out=part, order=(2, or_none(is_int(1)))),
+        **dict(noise=(None, or_none(is_noise)), folds=(3, is_int(2)), order=(2, or_none(is_int(1)))),
+        free_start=(None, or_none(is_flag)),
         **dict(ridge=(None, or_none(within(0, ends="[)"))), inverse=(False, is_flag), chunk=(None, or_none(is_int(1)))),
         teacher=(None, or_none(is_function)),
     )

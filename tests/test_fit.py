@@ -1,13 +1,17 @@
 """Fitted and polished solvers: exact where they can be, never worse on what they hold out, and counted."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels.calibration import fit
+from flowkernels.calibration import fit, samples
+from flowkernels.calibration.fit import fit_candidates
+from flowkernels.calibration.samples import Samples
+from flowkernels.calibration.stepwise import fit_steps
 from flowkernels.models.closed_form import GaussianMixtureVelocity
 from flowkernels.solver import Solver, polynomial_weights
 
@@ -96,8 +100,9 @@ def test_linear_fields_are_exact_with_enough_terms():
 
     x0 = noise(64, 3, dtype=F64)
     cal = fk.calibrate(velocity, x0, 50, (1, 2, 3, 4), progress=False)
-    errors = [fk.fit_solver(velocity, cal, N).notes["held_out"] for N in (1, 2, 3, 4)]
+    errors = [fk.fit_solver(velocity, cal, N, free_start=False).notes["held_out"] for N in (1, 2, 3, 4)]
     assert errors[1]["fitted"] > 1e-6  # two terms are not enough
+    assert fk.fit_solver(velocity, cal, 2).notes["held_out"]["fitted"] < 1e-10  # with x_0 they are three
     assert errors[2]["fitted"] < 1e-10
     assert errors[3]["fitted"] < 1e-10
     assert errors[3]["euler"] > 1e-3
@@ -119,72 +124,198 @@ def test_better_than_euler_and_adams_bashforth():
         assert torch.equal(solver.model_times, cal[N].times[:-1])
 
 
+def test_flows_of_one_gaussian_are_exact_in_a_step():
+    """`x_1 = mean + std x_0` and the first velocity is `mean - x_0`: `x_1 = (1 + std) x_0 + v_0`."""
+    velocity = GaussianMixtureVelocity(torch.tensor([[2.0, -1.0]], dtype=F64), 0.3)
+    cal = fk.calibrate(velocity, noise(32, 2, dtype=F64), 400, 1, progress=False)
+    solver, bound = (fk.fit_solver(velocity, cal, 1, free_start=free) for free in (True, False))
+    assert bound.keeps_start
+    x0 = noise(64, 2, seed=1, dtype=F64)
+    torch.testing.assert_close(fk.sample(velocity, x0, solver), fk.sample(velocity, x0, 400), atol=1e-5, rtol=0)
+    teachers = ((1.3, 1.0), 0.01)  # its own error, on its grid
+    assert (solver.start_coefficients.item(), solver.coefficients.item()) == pytest.approx(teachers[0], abs=teachers[1])
+    assert bound.notes["held_out"]["fitted"] > 1e6 * solver.notes["held_out"]["fitted"]
+
+
+def plain_fit(data: Samples, knots: list[float], ridges: tuple[float, ...], ways: tuple[bool, ...]):
+    """(b, a, errors of cross-validation) by least squares on the samples' own numbers."""
+    N, F = len(knots) - 1, int(data.folds.max()) + 1
+    goals, nodes = [data.state_at(t) for t in knots], torch.tensor(knots, dtype=F64)
+    x0, v = goals[0], []
+    b, a = torch.zeros(F + 1, N, dtype=F64), torch.ones(F + 1, dtype=F64)
+
+    def end(j):
+        return a[j] * x0 + sum(b[j, i] * u for i, u in enumerate(v))
+
+    for k in range(N):
+        own = [end(j) for j in range(F + 1)]
+        v.append(data.teacher.at(own[F], knots[k]))
+        h, news = knots[k + 1] - knots[k], []
+        for j in range(F + 1):
+            tried = []
+            for p in range(1, k + 2):
+                q = min(p, 3)
+                adams = torch.zeros(k + 1, dtype=F64)
+                adams[k + 1 - q :] = polynomial_weights(nodes[k - q + 1 : k + 1], nodes[k], nodes[k + 1]) / h
+                rest = (goals[k + 1] - own[j]) / h - sum(w * u for w, u in zip(adams, v, strict=True))
+                for free in ways:
+                    columns = [v[k], *(v[m] - v[m - 1] for m in range(k - p + 2, k + 1)), *([x0] if free else [])]
+
+                    def least_squares(rows, ridge, columns=columns, rest=rest):
+                        A = torch.stack([c[rows].flatten() for c in columns], 1)
+                        damped = torch.cat([A, (ridge**0.5 * A.norm(dim=0)).diag()])
+                        target = torch.cat([rest[rows].flatten(), torch.zeros(A.shape[1], dtype=F64)])
+                        return torch.linalg.lstsq(damped, target[:, None]).solution[:, 0]
+
+                    for ridge in ridges:
+                        error = 0
+                        for g in set(range(F)) - {j}:
+                            change = least_squares((data.folds != j) & (data.folds != g), ridge)
+                            left = rest - sum(c * column for c, column in zip(change, columns, strict=True))
+                            error += left[data.folds == g].square().sum()
+                        change = least_squares(data.folds != j, ridge)
+                        weights = adams.clone()
+                        weights[k] += change[0]
+                        for c, m in zip(change[1:p], range(k - p + 2, k + 1), strict=True):
+                            weights[m] += c
+                            weights[m - 1] -= c
+                        tried.append((error, weights, change[p] if free else 0))
+            news.append(min(tried, key=lambda t: t[0])[1:])
+        for j, (weights, more) in enumerate(news):
+            b[j, : k + 1] += h * weights
+            a[j] += h * more
+    errors = torch.zeros(data.n, dtype=F64)
+    for f in range(F):
+        errors[data.folds == f] = (end(f) - goals[-1]).square().sum(1)[data.folds == f]
+    return b[F], a[F], errors
+
+
+@pytest.mark.parametrize("ways", [(False,), (True,), (False, True)])
+def test_cross_validation_is_that_of_least_squares(ways):
+    """Of samples in an order of their own, in folds of unequal sizes."""
+    velocity, times = mixture().double(), torch.linspace(0, 1, 11, dtype=F64)
+    kept = fk.rollout(velocity, noise(11, 2, dtype=F64), times)
+    cal = fk.Calibration(times, torch.zeros(11, 11, dtype=F64), {}, kept=kept)
+    data = Samples.of(velocity, cal, folds=3, proven=True).in_order([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])
+    knots, ridges = torch.tensor([0.0, 0.2, 0.55, 1.0], dtype=F64), (1e-3, 1e-1)
+    found = fit_steps(data, knots, 3, ridges, ways)
+    b, a, errors = plain_fit(data, knots.tolist(), ridges, ways)
+    torch.testing.assert_close(found.solver.coefficients[-1], b, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found.solver.start_coefficients[-1], a, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found.errors, errors, rtol=1e-6, atol=1e-9)
+    assert errors.min() > 1e-9
+
+
+def test_cross_validated_errors_are_those_of_fresh_samples():
+    """On targets that are noise, where every fit is too flexible: on average they are those, on samples that no fit has
+    seen, of fits to as many samples as folds leave."""
+    velocity = lambda x, t: torch.stack([x[:, 1], -x[:, 0]], 1) * (1 + t[:, None]) + x.sin()  # noqa: E731
+    times, knots = torch.linspace(0, 1, 5, dtype=F64), torch.tensor([0, 0.25, 0.5, 1], dtype=F64)
+    cross, fresh = [], []
+    for seed in range(60):
+        x = noise(5, 16, 2, seed=seed, dtype=F64)
+        cal = fk.Calibration(times, torch.zeros(5, 5, dtype=F64), {}, {}, kept=fk.Trajectory(times, x, x[:-1]))
+        data = Samples.of(velocity, cal)
+        data.first = None
+        cross.append(fit_steps(data, knots, 3, (1e-7, 1e-3, 1.0), (False, True)).errors.mean())
+        fewer = data.in_order(range(12))
+        solver = fit_steps(fewer, knots, 3, (1e-7, 1e-3, 1.0), (False, True)).solver
+        others = fk.sample(velocity, noise(256, 2, seed=1000 + seed, dtype=F64), solver)
+        fresh.append((others - noise(256, 2, seed=2000 + seed, dtype=F64)).square().sum(1).mean())
+    assert abs(torch.stack(cross).log().mean() - torch.stack(fresh).log().mean()) < 0.1
+
+
 def test_the_best_of_several_schedules():
     velocity = Counted(mixture())
     cal = calibrated(velocity)
     plans = [fk.Schedule(cal.times[[0, 1, 2, 40]]), cal[3], cal.find(3, objective="norm")[3]]
     velocity.count = 0
     best = fk.fit_solver(velocity, cal, 3, schedule=plans)
-    assert velocity.count == best.notes["evaluations"] * 192 == 192 + 3 * (2 * 192 + 2 * 2 * 48)
+    assert velocity.count == best.notes["evaluations"] * 192 <= 3 * 2 * 3 * 192
     each = [fk.fit_solver(velocity, cal, 3, schedule=plan) for plan in plans]
-    errors = [solver.notes["held_out"][solver.name] for solver in each]
+    errors = [solver.notes["error"] for solver in each]
     least = each[errors.index(min(errors))]
     assert torch.equal(best.coefficients, least.coefficients)
-    assert best.notes["held_out"] == least.notes["held_out"]
+    assert best.notes["error"] == least.notes["error"]
     assert errors[0] > min(errors)
 
 
-def test_what_it_says_it_costs():
+@pytest.mark.parametrize("inverse", [False, True])
+def test_what_it_says_it_costs(inverse):
     """At most 2N a sample, all of it counted; the first is the calibration's of a module that has not changed."""
     velocity = Counted(mixture())
     cal, of_module = calibrated(velocity), calibrated(mixture())
     for N in (1, 2, 4):
         velocity.count = 0
-        notes = fk.fit_solver(velocity, cal, N, held_out=0.25).notes
-        assert notes["samples"] == [144, 48]
-        assert velocity.count == 192 * N + 2 * (N - 1) * 48 == notes["evaluations"] * 192
+        notes = fk.fit_solver(velocity, cal, N, inverse=inverse).notes
+        n, m = notes["samples"]
+        assert n == 192 >= m >= 96
+        assert velocity.count == 192 * N + 2 * (N - 1) * m == notes["evaluations"] * 192
         assert notes["evaluations"] <= 2 * N
-        known = fk.fit_solver(mixture(), of_module, N, held_out=0.25).notes
-        assert known["evaluations"] == notes["evaluations"] - 1
-        assert known["held_out"] == notes["held_out"]
+        known = fk.fit_solver(mixture(), of_module, N, inverse=inverse).notes
+        assert known["evaluations"] <= 2 * N
+        assert known["samples"][1] >= m
+        assert known["error"] == notes["error"]
 
 
-def test_held_out_samples_are_not_fitted():
-    """Changing what the teacher does with them changes no coefficient where nothing is chosen by them."""
+def test_candidates_are_of_the_same_samples():
+    """Fits on several knots, with x_0's coefficients free and not, and what they took."""
+    velocity = mixture()
+    cal = calibrated(velocity, n=33)
+    data = Samples.of(velocity, cal, folds=5)
+    found = fit_candidates(data, {"squared": cal[3], "pairs": cal.find(3, objective="pairs")[3]})
+    names = ["squared, fitted", "squared, fitted, free start", "pairs, fitted", "pairs, fitted, free start"]
+    assert [c.name for c in found] == names
+    assert [c.plan.keeps_start for c in found] == [True, False] * 2
+    assert all(c.errors.shape == (33,) and c.errors.dtype == F64 and c.seconds > 0 for c in found)
+    assert sum(c.evaluations for c in found) == pytest.approx(data.evaluations)
+    plain = fk.fit_solver(velocity, cal, 3, folds=5, free_start=False)
+    assert torch.equal(found[0].plan.coefficients, plain.coefficients)
+    with pytest.raises(ValueError, match=r"^plans: expected plans that begin at 0, as the samples do"):
+        fit_candidates(data, {"late": fk.Schedule([0.5, 1])})
+
+
+@pytest.mark.parametrize("N", [3, 7])
+def test_knots_between_those_of_the_grid(N):
+    """The teacher's states there are those of its own Euler steps."""
     velocity = mixture()
     cal = calibrated(velocity)
-    options = dict(order=2, ridge=1e-3)
-    before = fk.fit_solver(velocity, cal, 1, **options)
-    x = cal.kept.x.clone()
-    x[-1, 3::4] += 1e-3  # every fourth
-    cal = fk.Calibration(cal.times, cal.cost, dict(cal), cal.provenance, kept=fk.Trajectory(cal.times, x, cal.kept.v))
-    after = fk.fit_solver(velocity, cal, 1, **options)
-    assert torch.equal(before.coefficients, after.coefficients)
-    assert before.notes["held_out"] != after.notes["held_out"]
+    plan = fk.Schedule.uniform(N)
+    solver = fk.fit_solver(velocity, cal, N, schedule=plan)
+    assert torch.equal(solver.times, plan.times)
+    assert endpoint_error(velocity, solver) < 0.5 * endpoint_error(velocity, plan)
+    data = Samples.of(velocity, cal)
+    for t in (0.0, 0.0125, 0.33, 1.0):
+        j = min(int(t * 40 + 1e-9), 39)
+        expected = cal.kept.x[j] + (t - cal.times[j].item()) * cal.kept.v[j]
+        torch.testing.assert_close(data.state_at(t), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("adams-bashforth 2", 2)])
-def test_falls_back_and_says_so(name, order):
-    """The samples that are held out, every fourth, move in another way than the others, in one that Euler or
-    Adams-Bashforth 2 is exact for: on their way velocities jump at the knot, or change linearly."""
+def test_falls_back_and_says_so(name, order, monkeypatch):
+    """From a fit that is made worse: velocities jump at the knot, or change linearly."""
 
     def velocity(x, t):
         s = t.to(x.dtype)[:, None]
-        other = 1 + (s >= 0.5).to(x.dtype) if order == 1 else 1 + (s - 0.5).clamp_min(0)
-        return torch.where(x[:, 1:] < 0, torch.cat([other, 0 * s], 1), torch.cat([(8 * s).sin(), 0 * s], 1))
+        return x[:, 1:] * (1 + (s >= 0.5) if order == 1 else 1 + s) * torch.tensor([1.0, 0.0], dtype=F64)
 
-    x0 = noise(64, 2, dtype=F64)
-    x0[:, 1] = 1
-    x0[3::4, 1] = -1
-    cal = fk.calibrate(velocity, x0, 20, 2, progress=False)
+    def worse(*args):
+        found = fit_steps(*args)
+        b = 2 * found.solver.coefficients
+        return replace(found, solver=replace(found.solver, coefficients=b), errors=found.errors + 1)
+
+    monkeypatch.setattr(fit, "fit_steps", worse)
+    cal = fk.calibrate(velocity, noise(64, 2, dtype=F64), 20, 2, progress=False)
     schedule = fk.Schedule(cal.times[[0, 10, 20]])
-    with pytest.warns(UserWarning, match=rf"the fit for N = 2 is not better than {name} on the 16 held-out") as seen:
-        solver = fk.fit_solver(velocity, cal, 2, schedule=schedule, ridge=0.0)
-    assert [w.filename for w in seen] == [__file__]
+    with pytest.warns(UserWarning, match=rf"the fit for N = 2 is not better than {name} on 64 samples") as seen:
+        solver = fk.fit_solver(velocity, cal, 2, schedule=schedule)
+    assert seen[-1].filename == __file__
     assert solver.name == name
     assert torch.equal(solver.coefficients, Solver.adams_bashforth(schedule, order).coefficients)
     errors = solver.notes["held_out"]
     assert errors[name] == min(errors.values()) < errors["fitted"]
+    x1 = fk.sample(velocity, noise(64, 2, dtype=F64), solver)
+    assert solver.notes["error"] == pytest.approx((x1 - cal.kept.x[-1]).square().sum(1).mean().item(), abs=1e-9)
 
 
 @pytest.mark.parametrize("n", [2, 3, 64])
@@ -342,8 +473,8 @@ def test_float64_and_images():
 def test_polish_lowers_the_endpoint_error():
     velocity = Counted(mixture())
     cal = calibrated(velocity)
-    for N in (1, 3):
-        fitted = fk.fit_solver(velocity, cal, N)
+    for N in (1, 4):
+        fitted = fk.fit_solver(velocity, cal, N, free_start=False)
         velocity.count = 0
         polished = fk.polish(velocity, cal, fitted, samples=128)
         assert velocity.count == polished.notes["evaluations"] * 128
@@ -361,7 +492,7 @@ def test_polish_lowers_the_endpoint_error():
 @pytest.mark.parametrize("held_out", [0.01, 0.25, 0.5, 0.99])
 def test_held_out_samples_are_spread(n, most, held_out):
     """Over all samples, and the same ones for a polish of fewer."""
-    some, whole = (fit.held_out_last(m, held_out) for m in (min(n, most or n), n))
+    some, whole = (samples.held_out_last(m, held_out) for m in (min(n, most or n), n))
     for order, fitted in (some, whole):
         assert sorted(order) == list(range(len(order)))
         assert 1 <= fitted < len(order)
@@ -437,11 +568,12 @@ def polishing(start=CAL[2], **options):
         (ValueError, r"^steps: expected at most K = 10", fitting(11)),
         (TypeError, r"^steps: expected an integer", fitting(2.0)),
         (ValueError, r"^schedule: expected a schedule of 3 steps", fitting(3, schedule=CAL[2])),
-        (ValueError, r"^schedule: expected knots on the calib", fitting(schedule=fk.Schedule([0, 0.33, 1]))),
+        (ValueError, r"^schedule: expected knots on the calib", fitting(schedule=fk.Schedule([0.33, 0.5, 1]))),
         (TypeError, r"^schedule: expected a Schedule", fitting(schedule=2)),
         (TypeError, r"^schedule: expected a Schedule", fitting(schedule=[CAL[2], 2])),
         (ValueError, r"^schedule: expected at least one schedule", fitting(schedule=[])),
-        (ValueError, r"^held_out: expected a part between 0 and 1, got 1", fitting(held_out=1)),
+        (ValueError, r"^folds: expected an integer of at least 2, got 1", fitting(folds=1)),
+        (TypeError, r"^free_start: expected", fitting(free_start=1)),
         (ValueError, r"^order: expected at least 1", fitting(order=0)),
         (ValueError, r"^ridge: expected a finite number of at least 0", fitting(ridge=-1.0)),
         (ValueError, r"^chunk: expected at least 1", fitting(chunk=0)),

@@ -35,7 +35,7 @@ def test_it_is_nearer_than_boss_and_than_the_solver_untrained():
     cal = fk.calibrate(field, normal(256, D, seed=1), GRID, [N], progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        fitted = fk.fit_solver(field, cal, N)
+        fitted = fk.fit_solver(field, cal, N, free_start=False)
     polished = fk.polish(field, cal, fitted, samples=256)
     torch.manual_seed(0)
     start, held_out = Corrected(field), normal(1024, D, seed=2)

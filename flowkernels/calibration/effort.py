@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.calibration.card import BELLMAN, UNIFORM
-from flowkernels.calibration.fit import HELD_OUT, RIDGES, _fit, held_out_last, schedule_on_grid
+from flowkernels.calibration.fit import fit_candidates, schedule_on_grid
 from flowkernels.calibration.progress import Progress
-from flowkernels.calibration.samples import Samples
+from flowkernels.calibration.samples import HELD_OUT, Samples, held_out_last
 from flowkernels.calibration.selection import Candidate
 from flowkernels.calibration.tried import Tried, plan_hash, ranked
 from flowkernels.evaluation.endpoint import endpoint_errors
@@ -62,12 +62,11 @@ class Search:
         self.task(N, "basics", lambda: [*self.judged(plans.items()), *self.fits(N, {BELLMAN: plan})])
 
     def fits(self, N: int, plans: dict[str, Schedule]) -> Iterable[Candidate]:
+        """With errors of cross-validation, on the samples that other plans are judged on."""
         for name, plan in plans.items():
-            before, began = self.data.teacher.evaluations, time.perf_counter()
-            solver = _fit(self.data, self.fitted, plan, N, RIDGES, False)
-            found = next(iter(self.judged([(f"fit, {name}", solver)])))
-            spent = self.data.teacher.evaluations - before
-            yield replace(found, evaluations=spent, seconds=time.perf_counter() - began)
+            (found,) = fit_candidates(self.data, {name: plan}, ways={"": (False, True)})
+            spent = round(found.evaluations * self.data.n)
+            yield replace(found, name=f"fit, {name}", errors=found.errors[self.fitted :], evaluations=spent)
 
     def judged(self, plans: Iterable[tuple[str, Schedule | Solver]]) -> Iterable[Candidate]:
         """Plans that were fitted to none of the samples."""

@@ -121,7 +121,8 @@ def _polished(
     best = tried[choose(tried).best]
     if best.plan is given:
         return given, before, before
-    known = {k: v for k, v in given.notes.items() if k != "held_out"}  # which were the given solver's errors
+    errors = ("held_out", "samples", "error", "interval")  # which were the given solver's
+    known = {k: v for k, v in given.notes.items() if k not in errors}
     notes = {"polish": [before.mean().item(), best.errors.mean().item()], "evaluations": data.evaluations}
     name = f"{given.name.removesuffix(POLISHED)}{POLISHED}"
     return replace(best.plan, name=name, notes=known | notes), before, best.errors
@@ -138,7 +139,8 @@ def polish_on(velocity: Velocity, solver: Solver, ends: Tensor, grid: Tensor, ch
     ends: the teacher's states at its beginning and its end, `[2, n, *shape]`, n >= 2. grid: the teacher's times.
     """
     n = ends.shape[1]
-    data = Samples(Teacher(resolve(velocity).unfused(), n, chunk=chunk), ends, (0, solver.times[0].item()), folds_of(n))
+    teacher, start = Teacher(resolve(velocity).unfused(), n, chunk=chunk), (0, solver.times[0].item())
+    data = Samples(teacher, ends, start, folds_of(n), grid[[0, -1]])
     found, before, after = _polished(data, grid, (), solver, [Refinement()])
     gain = before - after
     return found if gain.mean() > gain.std() / n**0.5 else solver

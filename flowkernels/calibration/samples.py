@@ -16,12 +16,24 @@ from flowkernels.velocity.identity import warn_if_another
 from flowkernels.velocity.protocol import Velocity, resolve
 
 FOLDS = 4  # of a cross-validation
+HELD_OUT = 0.25  # the part of the samples that decides between the iterates of a polish
 
 
 def folds_of(n: int, folds: int = FOLDS) -> Tensor:
     """The fold of each of n >= 2 samples, int64 `[n]` on the CPU: the i-th one's is i modulo `folds`, of which there
     are no more than samples."""
     return torch.arange(n, device="cpu") % min(folds, n)
+
+
+def held_out_last(n: int, part: float) -> tuple[list[int], int]:
+    """The places of n >= 2 samples, those that are held out last, and how many are not.
+
+    One in every so many is held out, of the first samples as of all, so that a polish holds out what a fit did.
+    """
+    held = [int((i + 1) * part) > int(i * part) for i in range(n)]
+    held[-1] |= not any(held)
+    held[0] &= not all(held)
+    return sorted(range(n), key=held.__getitem__), n - sum(held)
 
 
 @dataclass
@@ -37,7 +49,9 @@ class Samples:
     x: Tensor
     start: tuple[int, float]
     folds: Tensor
+    times: Tensor
     first: Tensor | None = None
+    last: Tensor | None = None
 
     @classmethod
     def of(
@@ -83,19 +97,21 @@ class Samples:
         if noise is not None:
             kept = rollout(known_as.rows(slice(n), total), noise[:n], calibration.teacher_solver)
             evaluated.evaluations = n * KnotStates.of(calibration.teacher_solver).evaluations
-        found = cls(evaluated, kept.x[:, :n], (start, calibration.times[start].item()), folds_of(n, folds))
+        times = calibration.times
+        found = cls(evaluated, kept.x[:, :n], (start, times[start].item()), folds_of(n, folds), times)
         if proven:
             found.first = kept.v[start, :n].to(kept.x.dtype)
         return found
 
-    def in_order(self, order: Sequence[int]) -> "Samples":
+    def in_order(self, order: Sequence[int] | Tensor) -> "Samples":
         """The same samples, or some of them, in another order of their places."""
         places = torch.as_tensor(order, dtype=torch.int64, device="cpu")
         rows = places if self.teacher.order is None else self.teacher.order[places]
         teacher = Teacher(self.teacher.velocity, self.teacher.total, order=rows, chunk=self.teacher.chunk)
         teacher.evaluations = self.teacher.evaluations
-        first = None if self.first is None else self.first[places.to(self.first.device)]
-        return replace(self, teacher=teacher, folds=self.folds[places], first=first)
+        known = {"first": self.first, "last": self.last}
+        known = {name: v if v is None else v[places.to(v.device)] for name, v in known.items()}
+        return replace(self, teacher=teacher, folds=self.folds[places], **known)
 
     @property
     def n(self) -> int:
@@ -106,8 +122,13 @@ class Samples:
         """Made for each sample on average."""
         return self.teacher.evaluations / self.n
 
-    def velocity_at_start(self) -> Tensor:
-        """At the first states of the n samples: the teacher's, or, where it may be another velocity's, its own."""
+    def velocity_at_start(self, inverse: bool = False) -> Tensor:
+        """At the first states of the n samples: the teacher's, or, where it may be another velocity's, its own.
+        inverse: at their last states instead, where a solver from data to noise starts."""
+        if inverse:
+            if self.last is None:
+                self.last = self.teacher.at(self.state(-1), self.times[-1].item())
+            return self.last
         if self.first is None:
             place, t = self.start
             self.first = self.teacher.at(self.state(place), t)
@@ -117,3 +138,13 @@ class Samples:
         """`[n, *shape]` at knot i of the grid."""
         order = self.teacher.order
         return self.x[i] if order is None else self.x[i].index_select(0, order.to(self.x.device))
+
+    def state_at(self, t: float) -> Tensor:
+        """`[n, *shape]` at a time within the grid: between two knots on the line through the states there, which is the
+        teacher's own way where its steps are Euler's."""
+        j = int((self.times - t).abs().argmin())
+        if abs(self.times[j].item() - t) <= 1e-9:
+            return self.state(j)
+        j = int(torch.searchsorted(self.times, t))
+        low, high = self.times[j - 1 : j + 1].tolist()
+        return torch.lerp(self.state(j - 1), self.state(j), (t - low) / (high - low))
