@@ -34,6 +34,17 @@ SOLVERS = {
     "dense": Solver(uneven_grid(4), uneven_grid(4)[:-1], normal(4, 4, dtype=F64).tril() / 4),
 }
 SOLVERS["free start"] = replace(SOLVERS["dense"], start_coefficients=[0.9, 1.3, 0.6, 0.8])
+
+
+def scaled_steps(times, scales):
+    """Steps `x_{i+1} = scales[i] x_i + h v_i`."""
+    rows = torch.diag(times.diff())
+    for i in range(1, len(scales)):
+        rows[i] += scales[i] * rows[i - 1]
+    return Solver(times, times[:-1], rows, start_coefficients=torch.tensor(scales, dtype=F64).cumprod(0))
+
+
+SOLVERS["scaled steps"] = scaled_steps(uneven_grid(4), [0.9, 1.3, 0.6, 0.8])
 EACH = pytest.mark.parametrize("name", SOLVERS)
 OPTIONS = {*inspect.signature(FlowMatchEulerDiscreteScheduler).parameters}  # early versions of diffusers lack some
 

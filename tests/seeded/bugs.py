@@ -41,6 +41,13 @@ CPU = {
             of_op("linear_update"),
         ),
         Bug(
+            "scale of the tail",
+            "the state's factor in the last few elements",
+            "auto sum = rounded(X(a.scale) * load(x));",
+            "auto sum = load(x);",
+            of_op("linear_update"),
+        ),
+        Bug(
             "second thread",
             "64 elements at the begin of the second thread's part",
             "int64_t i = lines * p / parts * 64, end",
@@ -304,6 +311,13 @@ CUDA = {
     ],
     "csrc/linear_euler/cuda.cu": [
         Bug(
+            "scale before a long history",
+            "the state's factor is applied twice beside more than 16 terms",
+            "a.x = a.out, a.x_scale = 1;",
+            "a.x = a.out;",
+            of_op("linear_euler"),
+        ),
+        Bug(
             "padding in the variance",
             "LayerNorm of features that are no multiple of 16",
             "const float e = i + j < d ? convert<float>(z[j]) - mean : 0;\n            square += e * e;",
@@ -348,6 +362,13 @@ TRITON = {
     ],
     "flowkernels/ops/linear_update/triton_kernel.py": [
         Bug("many terms", "the first 8 of more terms", "to if first else x", "x", of_op("linear_update")),
+        Bug(
+            "scale of every launch",
+            "the state's factor is applied once for each 8 terms",
+            "of_state = None if first else scale",
+            "of_state = scale",
+            of_op("linear_update"),
+        ),
     ],
     "flowkernels/ops/segment_points/triton_kernel.py": [
         Bug(
@@ -752,6 +773,13 @@ PYTHON = {
             "updates(chained=True)",
             "updates()",
             "tests/test_solver_scheduler.py",
+        ),
+        Bug(
+            "scaled states of an image",
+            "a start within a solver multiplies the state of an image by what is for the solver's own states",
+            "(update.scale == 1 or begin == 0)",
+            "True",
+            "tests/test_solver_scheduler.py -k constant",
         ),
     ],
     "flowkernels/cli/inputs.py": [
