@@ -83,7 +83,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
 
 def pieces(velocity: fk.Velocity, noise: Tensor) -> fk.Schedule:
     trajectory = fk.rollout(velocity, noise, 50)
-    of_heun = fk.calibrate(velocity, noise, 50, teacher_solver="heun", teacher_error=16)
+    of_heun = fk.calibrate(velocity, noise, 50, teacher_solver="heun", teacher_error=64)
     assert_type(of_heun.measure_teacher(velocity, samples=8), fk.TeacherError)
     assert_type(trajectory, fk.Trajectory)
     costs = fk.StepCost(trajectory.times, device="cuda:0")

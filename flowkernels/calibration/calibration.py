@@ -267,7 +267,8 @@ class Calibration(Measured, Mapping):
 
         Args:
             velocity: the teacher (a `FusedSampler`'s own velocity is used).
-            samples: of how many of the first kept ones, or of `noise`.
+            samples: of how many of the first kept ones, or of `noise`. A few of them may have most of the error: of 16
+                digits it was 0.046 (root mean square), of 128 it was 0.225.
             noise: `[n, *shape]`, for a calibration that keeps no trajectories: the teacher is rolled out on it anew.
             chunk: samples evaluated at once; None evaluates all.
 
@@ -381,6 +382,7 @@ class Calibration(Measured, Mapping):
         evaluations = sum(c.evaluations for of in self.tried.values() for c in of)
         seconds = sum(c.seconds for of in self.tried.values() for c in of)
         head = [f"effort {effort['level']}: {effort['samples']:,} samples, a teacher of {K} steps"] if effort else []
+        head += [self._told_of_teacher(root=True)]
         head += [f"{evaluations:,.0f} evaluations of single samples in {seconds:.1f} s, beside the teacher's"]
         return "\n".join([*head, "", *table(self.tried, {n: self._best_tried(n) for n in self.tried})])
 
@@ -421,10 +423,13 @@ class Calibration(Measured, Mapping):
             cells = "".join(f"{self._verified_cell(n, name, errors):>32}" for name in CHOICES)
             known = n in self.schedules or n in self.solvers  # a caller may take schedules out
             lines.append(f"{n:>3} {cells}  {self._best(n) if known else '-'}")
-        told = "not measured (cal.measure_teacher)" if self.teacher_error is None else str(self.teacher_error)
         if self.verified or self.teacher_error is not None:
-            lines += ["", f"the teacher's own error ({self.teacher_solver.name}, K = {len(self.times) - 1}): {told}"]
+            lines += ["", self._told_of_teacher()]
         return "\n".join(lines)
+
+    def _told_of_teacher(self, root: bool = False) -> str:
+        told = "not measured (cal.measure_teacher)" if self.teacher_error is None else self.teacher_error.told(root)
+        return f"the teacher's own error ({self.teacher_solver.name}, K = {len(self.times) - 1}): {told}"
 
     def _verified_cell(self, n: int, name: str, errors: Mapping[str, float]) -> str:
         interval = self.verified_interval.get(n, {}).get(name)

@@ -17,7 +17,7 @@ from flowkernels.sampling.teacher_solver import ENTRY, HEUN, heun
 from flowkernels.solver import Solver
 from flowkernels.velocity.protocol import VelocityBase
 
-SAMPLES = 16  # that it is estimated on
+SAMPLES = 64  # that it is estimated on; a few of them may have most of it
 ORDERS = 1.0, 3.0  # of convergence, between which an estimate of Heun's method is extrapolated
 
 
@@ -34,7 +34,7 @@ class TeacherError:
 
     Examples:
         >>> velocity, noise = (lambda x, t: x * t[:, None] ** 4), torch.randn(64, 2)
-        >>> cal = fk.calibrate(velocity, noise, 20, [2], teacher_error=16, progress=False)
+        >>> cal = fk.calibrate(velocity, noise, 20, [2], teacher_error=64, progress=False)
         >>> cal.teacher_error.evaluations, cal.teacher_error.reference
         (40, 'heun on 20 steps')
     """
@@ -48,10 +48,15 @@ class TeacherError:
     order: float | None = None
 
     def __str__(self) -> str:
-        between = "" if self.interval is None else " ({:.3g}..{:.3g})".format(*self.interval)
+        return self.told()
+
+    def told(self, root: bool = False) -> str:
+        """In a line. root: as root mean squares."""
+        power = 0.5 if root else 1
+        between = "" if self.interval is None else " ({:.3g}..{:.3g})".format(*(end**power for end in self.interval))
         off = self.order is not None and not ORDERS[0] <= self.order <= ORDERS[1]
         doubt = f", which do not converge yet (order {self.order:.2g})" if off else ""
-        return f"{self.error:.4g}{between} of {self.samples} samples to {self.reference}{doubt}"
+        return f"{self.error**power:.4g}{between} of {self.samples} samples to {self.reference}{doubt}"
 
     def to_dict(self) -> dict[str, Any]:
         known = asdict(self)
