@@ -72,6 +72,18 @@ class ElementwiseField(nn.Module):
         return (3 * x).sin() + 4 * s * s - x * s
 
 
+class Turning(nn.Module):
+    """A curved field whose features act on each other."""
+
+    def __init__(self, dim=3):
+        super().__init__()
+        self.matrix = nn.Parameter(normal(dim, dim, seed=4, dtype=torch.float64))
+
+    def forward(self, x, t):
+        s = t.to(x.dtype)[:, None]
+        return (2 * x @ self.matrix.T + 3 * s).sin() + 4 * s * s
+
+
 class Counted:
     """A velocity that counts its calls."""
 

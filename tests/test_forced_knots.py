@@ -1,4 +1,4 @@
-"""Knots that every schedule has, beyond the recursions (tests/test_costs.py tries all paths of these)."""
+"""Knots that every schedule has, beyond the recursions (tests/test_objectives.py tries all paths of these)."""
 
 import itertools
 

@@ -14,8 +14,8 @@ To add one, write a function here:
    evaluations that the recursion does not make (`student`). `find` refuses what lacks a forced knot.
 4. The result {N: Schedule}, with `notes` that say the objective, its evaluations and its options (`_noted`); or
    {N: Solver}, whose notes say these, and `indices`, `cost` and `uniform_cost` too, which a Schedule has as its own.
-5. Its name in `find`'s docstring, its formula in docs/mathematics.md, and a test in tests/test_costs.py against all
-   paths of a small grid.
+5. Its name in `find`'s docstring, its formula in docs/mathematics.md, and a test in tests/test_objectives.py against
+   all paths of a small grid.
 
 In the docstrings e is the error of a step from a teacher's knot, `e_jk = x_k - x_j - (t_k - t_j) v_j`. Evaluations are
 further ones of each of the `samples`, of which there are at most those kept.
@@ -62,14 +62,19 @@ def objective(make: Callable) -> Callable:
 
 @objective
 def squared(cal: Measured, steps: list[int]) -> dict[int, Schedule]:
-    """Least sum of E|e|^2. No evaluations. BOSS, arXiv 2312.16414."""
+    """Least sum of E|e|^2. No evaluations.
+
+    Source: BOSS (arXiv 2312.16414). Against its authors' code (github.com/nguyenngocbaocmt02/BOSS, commit 0c170f9):
+    the same costs and paths, by an Euler teacher on a uniform grid there. Of paths of equal cost it takes others.
+    """
     plans = least_cost_schedules(cal.cost, cal.times, steps, forced_knots=cal.forced_knots)
     return plans if cal.sample_costs is None else cal.sample_costs.with_intervals(plans)
 
 
 @objective
 def norm(cal: Measured, steps: list[int]) -> dict[int, Schedule]:
-    """Least sum of E|e|. No evaluations."""
+    """Least sum of E|e|. No evaluations. BOSS's with the root of every sample's square, as "gits" of metric "l2" has it
+    with a gamma of 1."""
     return _noted(_of_norms(cal, steps, "norm", 1.0), "norm", 0)
 
 
