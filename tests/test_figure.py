@@ -45,7 +45,8 @@ def test_stock_schedules_by_their_sources(steps):
 
 @pytest.mark.parametrize("verified", [True, False])
 def test_panels_show_what_the_calibration_holds(verified, tmp_path):
-    cal = calibration(effort="fit", verify_noise=normal(8, 4, seed=1)) if verified else calibration()
+    of_heun = dict(teacher_solver="heun", teacher_error=4, effort="fit", verify_noise=normal(8, 4, seed=1))
+    cal = calibration(**of_heun) if verified else calibration()
     figure = fk.plot(cal, tmp_path / "a.png", steps=2)
     sigmas, costs, errors = figure.axes[:3]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -63,6 +64,8 @@ def test_panels_show_what_the_calibration_holds(verified, tmp_path):
     ends = [segment[:, 1] for segment in bars["Bellman"][2][0].get_segments()]
     np.testing.assert_allclose(ends, [e for _, e in mean.values()])
     assert ("fitted" in bars) == verified
+    own = [cal.teacher_error.error] * 2 if verified else None
+    assert lines(errors).get("the teacher's own error") == own
 
 
 def test_odd_calibrations_are_drawn(tmp_path):

@@ -168,7 +168,9 @@ def _told(calibration: Calibration) -> str:
     size = [str(pipeline[k]) for k in ("width", "height", "num_frames") if pipeline.get(k) is not None]
     said = [str(pipeline["pipeline"])] if "pipeline" in pipeline else []
     said += [" x ".join(size)] if size else []
-    said += [f"teacher of {len(calibration.times) - 1} steps"]
+    solver = calibration.teacher_solver
+    of = "" if solver.is_euler else f" of {solver.name}"
+    said += [f"teacher of {solver.steps} steps{of}"]
     said += [f"{known['n']} noises"] if known.get("n") is not None else []
     return "   ·   ".join(said)
 
@@ -215,6 +217,9 @@ def _errors(ax: Axes, calibration: Calibration, N: int) -> None:
             BELLMAN: [(n, s.cost, s.cost_interval) for n, s in plans if s.cost],
         }
     ax.axvline(N, color="#dddddd", linewidth=6, zorder=0)
+    own = calibration.teacher_error
+    if calibration.verified and own is not None and own.error > 0:
+        ax.axhline(own.error, color="black", linewidth=0.8, linestyle=(0, (1, 3)), label="the teacher's own error")
     there = sorted({n for points in series.values() for n, _, _ in points})
     for i, (name, points) in enumerate(series.items()):
         if points:
