@@ -152,9 +152,10 @@ def targets(r: Results) -> Iterator[tuple[str, str, str, bool | None]]:
     for data in r.data:
         steps = r.steps(data)
         K = max((N for d, name, N in r.by if d == data and name == "teacher"), default=0)
-        spent = r.mean(data, "fitted", steps[0], "calibration_evaluations") if steps else float("nan")
         what = f"{data}: calibration and fit of all N, evaluations a sample (K + 2 for each step of each N)"
-        yield at_most(what, K + 2 * sum(steps), spent, "fitted")
+        for name in ("fitted", "fit"):
+            spent = r.mean(data, name, steps[0], "calibration_evaluations") if steps else float("nan")
+            yield at_most(what, K + 2 * sum(steps), spent, name)
 
 
 def against_best(r: Results, name: str) -> Iterator[tuple[str, int, str, float, float, float, float]]:
