@@ -723,7 +723,9 @@ def _stages(cal) -> None:
         **dict(
             verify_noise=(lambda: rand(N, D) + 1, or_none(is_noise)),
             teacher_solver=("euler", is_one_of("euler", "heun")),
-            effort=("schedule", is_one_of("schedule", "fit")),
+            effort=("schedule", is_one_of("schedule", "fit", "best")),
+            evaluations=(None, lambda v: v is None),
+            minutes=(None, lambda v: v is None),
             teacher_error=(0, is_int(0)),
             keep_bytes=(10**6, is_int(0, 10**5000)),
             forced_knots=(None, or_none(are_numbers)),

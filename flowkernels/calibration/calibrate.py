@@ -3,6 +3,7 @@
 import contextlib
 import numbers
 import platform
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from flowkernels._version import __version__
 from flowkernels._warnings import held_warnings, warn
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import BELLMAN, FITTED, UNIFORM, Calibration
-from flowkernels.calibration.effort import EFFORTS, SCHEDULE, try_plans
+from flowkernels.calibration.effort import BEST, EFFORTS, SCHEDULE, Budget, try_plans
 from flowkernels.calibration.progress import Progress
 from flowkernels.calibration.sample_costs import SampleCosts, group_size, mean_interval
 from flowkernels.calibration.teacher_error import teacher_error as measured_teacher_error
@@ -63,6 +64,8 @@ def calibrate(
     teacher_error: int = 0,
     verify_noise: Tensor | None = None,
     effort: str = "schedule",
+    evaluations: int | None = None,
+    minutes: float | None = None,
     forced_knots: Sequence[float] | Tensor | None = None,
     keep_bytes: int = KEEP_BYTES,
     chunk: int | None = None,
@@ -98,9 +101,20 @@ def calibrate(
             names the numbers of steps for which something is worse than uniform steps. K evaluations of each of its
             samples, and N for every N and each of its `choices`: 2 with `effort="schedule"`, up to 7. Conditioning with
             one row a sample gives it the first m rows.
-        effort: "schedule" finds schedules alone. "fit" tries solvers too, on the samples that are kept, which are to be
-            two or more: for each N uniform steps, the Bellman schedule, Adams-Bashforth 2 and a fit, judged by
-            samples that they were not fitted to; they are `tried`, and `best(N)` the best of them.
+        effort: what is done for each N.
+            "schedule": the schedule of least cost; nothing is evaluated but the rollout.
+            "fit": solvers too, on the samples that are kept, which are to be two or more: uniform steps, the Bellman
+            schedule, Adams-Bashforth 2 on both and a fit, each judged by samples that it was not fitted to. At most 2 N
+            evaluations of each sample more.
+            "best": a budget is spent on what pays: stock samplers, fits on the knots of several objectives, with x_0's
+            coefficient free and not, and joint refinements of times and coefficients from the best of them and from
+            those of the next smaller and larger N. What was tried is in `tried` and `report()`, `best(N)` is the best.
+            Ctrl-C ends it with what there is.
+        evaluations: the budget of "best": as many of single samples in all, the rollout's with them; None is what all
+            fits and three refinements of each N take, for N = 8 about 3,000 of each sample. Those of "fit" are made in
+            any case. Nothing is begun that would take more. The budget is said before it is spent.
+        minutes: the budget as time, from the call on: nothing is begun that would not end by then, as far as the
+            rollout tells; with `evaluations` the first of both that is spent.
         forced_knots: times of the grid that every schedule has as knots, as no step may span them: such as where a
             pipeline changes from one network to another. None takes the velocity's own (`VelocityBase.forced_knots`),
             or the first times of the grid after them.
@@ -153,6 +167,10 @@ def calibrate(
     teacher_error = expect_int(teacher_error, "teacher_error", "a number of samples, or 0", 0)
     progress, resume = (expect_bool(b, k) for b, k in ((progress, "progress"), (resume, "resume")))
     expect_choice(effort, "effort", EFFORTS)
+    for name, value in (("evaluations", evaluations), ("minutes", minutes)):
+        expect(value is None or effort == BEST, name, f"None, except with effort={BEST!r}", value)
+    if minutes is not None:
+        minutes = expect_real(minutes, "minutes", "a positive number of minutes", lambda m: m > 0)
     path = None if checkpoint is None else expect_target(checkpoint, "checkpoint")
     seed = None if seed is None else expect_seed(seed)
     if verify_noise is not None:
@@ -165,6 +183,10 @@ def calibrate(
     rolled_out = _Trajectories(teacher, noise, keep_bytes)
     too_few, wanted_kept = "keep_bytes" if n > 1 else "noise", f"two samples whose trajectories are kept, for {effort}"
     expect(rolled_out.most > 1 or effort == SCHEDULE, too_few, wanted_kept, f"{rolled_out.most}")
+    least = n * rolled_out.evaluations + 2 * sum(wanted) * rolled_out.most
+    if evaluations is not None:
+        expect_int(evaluations, "evaluations", f"at least {least:,}, of the rollout and of what 'fit' tries", least)
+    budget = Budget.of(evaluations, minutes)
     size, euler = group_size(n) if max_regret is None else 1, solver.is_euler
     samples = SampleCosts(times, size, device=noise.device, secants=not euler)
     looks = [] if max_regret is None else _looks(n)
@@ -182,6 +204,7 @@ def calibrate(
         rolled_out.restore(done.load(samples, rolled_out.x))
     parts = list(_parts(n, chunk, [rolled_out.most, *looks]))
     expect(any(done.samples == stop for _, stop in [(0, 0), *parts]), "checkpoint", "whole chunks", done.samples)
+    took = 0.0
     with (
         done.kept(),
         tqdm(
@@ -190,7 +213,9 @@ def calibrate(
     ):
         for start, stop in parts:
             if stop > done.samples:
+                begun = time.perf_counter()
                 x, v = rolled_out.trajectories(start, stop, bar)
+                took = (time.perf_counter() - begun) / (stop - start) / rolled_out.evaluations
                 with done.changes():
                     samples.update(v, None if euler else x)
                     done.add_samples(samples, rolled_out.kept_so_far(), v.dtype)
@@ -225,7 +250,8 @@ def calibrate(
             first = first if ends is None else first[: len(ends)]
             cal.teacher_error = measured_teacher_error(cal, velocity, first, n, chunk, ends)
         if effort != SCHEDULE:
-            try_plans(given, cal, wanted, effort, chunk, done, progress)
+            spent = rolled_out.evaluations * stop
+            try_plans(given, cal, wanted, effort, chunk, done, progress, budget, spent, took)
         if verify_noise is not None:
             _verify(cal, given, verify_noise, wanted, chunk, n, done)
     return cal

@@ -346,6 +346,10 @@ class Calibration(Measured, Mapping):
         put into `solvers` since, that solver, else the Bellman schedule. KeyError for a number of steps that there is
         nothing for, which `cal.solvers[N] = fk.fit_solver(velocity, cal, N)` makes from the kept samples.
         """
+        if steps not in self.schedules and steps not in self.solvers:
+            there, got = sorted({*self.schedules, *self.solvers}), describe(steps)
+            made = f"cal.solvers[{got}] = fk.fit_solver(velocity, cal, {got}) makes it, find({got}) a schedule"
+            raise KeyError(f"steps: expected one of {there}, got {got}; {made}")
         return self.choices(steps)[self._best(steps)]
 
     def _best(self, steps: int) -> str:
@@ -376,14 +380,16 @@ class Calibration(Measured, Mapping):
         teacher's samples, of samples that a plan was not fitted to, with its interval of 95 %, what it took in
         evaluations of single samples and in seconds, and "*" at `best`. Where the samples do not decide between the
         best and the next, a line says so, and about how many would."""
-        effort, K = self.provenance.get("effort"), len(self.times) - 1
         if not self.tried:
             return f'nothing was tried: calibrate(..., effort="fit" or "best") does\n\n{self}'
-        evaluations = sum(c.evaluations for of in self.tried.values() for c in of)
-        seconds = sum(c.seconds for of in self.tried.values() for c in of)
-        head = [f"effort {effort['level']}: {effort['samples']:,} samples, a teacher of {K} steps"] if effort else []
+        effort, seconds = self.provenance.get("effort"), sum(c.seconds for of in self.tried.values() for c in of)
+        head = [f"tried, by samples that they were not fitted to, in {seconds:.1f} s"]
+        if isinstance(effort, dict) and {"level", "samples", "evaluations"} <= effort.keys():
+            made, n = effort["evaluations"], effort["samples"]
+            head = [f"effort {effort['level']}: {n:,} samples, {made:,} evaluations of single ones with the rollout's"]
+            head += [f"a teacher of {len(self.times) - 1} steps; what was tried took {seconds:.1f} s"]
+            head += [f"skipped: {what} ({why})" for what, why in effort.get("skipped", {}).items()]
         head += [self._told_of_teacher(root=True)]
-        head += [f"{evaluations:,.0f} evaluations of single samples in {seconds:.1f} s, beside the teacher's"]
         return "\n".join([*head, "", *table(self.tried, {n: self._best_tried(n) for n in self.tried})])
 
     def _best_tried(self, steps: int) -> str | None:

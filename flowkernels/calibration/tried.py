@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowkernels._checks import expect, expect_int, expect_numbers, expect_real, expect_text, expect_times
 from flowkernels._files import plain
+from flowkernels.calibration.sample_costs import mean_interval
 from flowkernels.calibration.selection import Candidate, choose
 from flowkernels.sampling.teacher_solver import ENTRY
 from flowkernels.schedule import Schedule
@@ -27,10 +28,10 @@ def _no_errors() -> Tensor:
 class Tried(Candidate):
     """A plan that was tried, with its figures.
 
-    errors: of each sample (`Candidate`); of one from a file, empty. error: their mean. interval: of 95 % of it, None of
-    fewer than two samples. samples: how many they are. failed: why there is no error, None where there is one.
-    decided: of the best of its N, whether it is better than the next for certain (95 %); needed: about how many samples
-    would decide, None where that is not known.
+    errors: of each sample (`Candidate`), NaN of one that has not judged it; of one from a file, empty. error: their
+    mean. interval: of 95 % of it, None of fewer than two samples. samples: how many they are. failed: why there is no
+    error, None where there is one. decided: of the best of its N, whether it is better than the next for certain
+    (95 %); needed: about how many samples would decide, None where that is not known.
 
     evaluations: of single samples, all that it took, whatever their number was. seconds: that they took.
 
@@ -50,26 +51,40 @@ class Tried(Candidate):
     needed: int | None = None
 
 
+def better(candidates: Sequence[Candidate]) -> int:
+    """The place of the best, by the samples that have judged all of them; where all samples have judged that one, of
+    those that all have judged the best. An error is NaN where a sample has not."""
+    judged = ~torch.stack([c.errors for c in candidates]).isnan()
+    rows = judged.all(0)
+    best = choose([replace(c, errors=c.errors[rows]) for c in candidates]).best
+    if not judged[best].all():
+        return best
+    whole = [i for i, c in enumerate(candidates) if judged[i].all()]
+    return whole[choose([candidates[i] for i in whole]).best]
+
+
 def ranked(candidates: Sequence[Candidate]) -> list[Tried]:
-    """The best first, by `choose`, the others by their errors, those that have none last."""
+    """The best first (`better`), the others by their errors, those that have none last."""
     known = [c for c in candidates if getattr(c, "failed", None) is None]
+    failed = [tried_of(c) for c in candidates if getattr(c, "failed", None) is not None]
     if not known:
-        return [tried_of(c) for c in candidates]
-    choice = choose(known)
-    order = sorted(range(len(known)), key=lambda i: (i != choice.best, known[i].errors.mean().item()))
-    found = [tried_of(known[i], choice.intervals[i]) for i in order]
-    found[0] = tried_of(known[choice.best], choice.intervals[choice.best], choice.decided, choice.needed)
-    return found + [tried_of(c) for c in candidates if getattr(c, "failed", None) is not None]
+        return failed
+    best = better(known)
+    rows = ~known[best].errors.isnan()
+    rivals = [c for c in known if not c.errors[rows].isnan().any()]
+    choice = choose([replace(c, errors=c.errors[rows]) for c in rivals])
+    first = tried_of(known[best], choice.decided, choice.needed)
+    others = [tried_of(c) for i, c in enumerate(known) if i != best]
+    return [first, *sorted(others, key=lambda c: c.error), *failed]
 
 
-def tried_of(
-    c: Candidate, interval: tuple[float, float] | None = None, decided: bool = True, needed: int | None = None
-) -> Tried:
+def tried_of(c: Candidate, decided: bool = True, needed: int | None = None) -> Tried:
     """A candidate with its figures."""
-    n = len(c.errors)
-    error = c.errors.mean().item() if n else math.nan
-    failed = getattr(c, "failed", None)
-    return Tried(c.name, c.plan, c.errors, c.evaluations, c.seconds, error, interval, n, failed, decided, needed)
+    known = c.errors[~c.errors.isnan()]
+    error = known.mean().item() if len(known) else math.nan
+    interval, failed = mean_interval(known), getattr(c, "failed", None)
+    of = (c.name, c.plan, c.errors, float(c.evaluations), c.seconds)
+    return Tried(*of, error, interval, len(known), failed, decided, needed)
 
 
 def plan_hash(plan: Schedule | Solver) -> str:

@@ -155,8 +155,10 @@ def _parser() -> argparse.ArgumentParser:
         type=_options.above_0,
         help="stop once no schedule costs this share more than needed, such as 0.02",
     )
-    efforts = "schedules alone; solvers too, which takes up to 2 N evaluations more a noise for every number of steps N"
+    efforts = "schedules alone; solvers too, of up to 2 N evaluations a noise for every N; or the best a budget can buy"
     add("--effort", choices=EFFORTS, default="schedule", help=efforts)
+    add("--evaluations", type=_options.positive, help="budget of --effort best, of single noises with the rollout's")
+    add("--minutes", type=_options.above_0, help="budget of --effort best, as time")
     add("--verify-noise", type=_options.positive, help="other noises to measure endpoint errors on; none if not given")
     add("--chunk", type=_options.positive, help="noises rolled out at once; by memory if not given")
     add("--state", type=_file, help="file that keeps what has been done, written as the calibration goes on")
@@ -318,7 +320,8 @@ def _calibrate(args) -> None:
     velocity, shape, _ = load_model(args)
     noise = draw_noise(args.n, shape, args.seed).to(args.device)
     held_out = draw_noise(args.verify_noise, shape, args.seed + VERIFY).to(args.device) if args.verify_noise else None
-    with _of_state():
+    budgets = {"evaluations: ": "--evaluations: ", "minutes: ": "--minutes: "}
+    with _of_state(), _in_its_words(budgets):
         calibration = fk.calibrate(
             velocity,
             noise,
@@ -328,6 +331,8 @@ def _calibrate(args) -> None:
             teacher_solver=args.teacher_solver,
             teacher_error=args.teacher_error,
             effort=args.effort,
+            evaluations=args.evaluations,
+            minutes=args.minutes,
             forced_knots=args.knot,
             verify_noise=held_out,
             chunk=args.chunk,
