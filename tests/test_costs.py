@@ -274,7 +274,7 @@ def test_verified_on_other_noise(tmp_path):
     again = fk.Calibration.load(tmp_path / "a.json")
     assert (again.verified, again.verified_interval) == (bad.verified, bad.verified_interval)
     assert str(again) == str(bad)
-    told = [line.split() for line in str(bad).splitlines()[-3:]]
+    told = [line.split() for line in str(bad).splitlines()[-5:-2]]  # what follows is the teacher's own error
     assert [line[-1] for line in told] == ["bellman", "uniform", "uniform"]
     assert told[2][1:3] == ["{:.4g}".format(bad.verified[5]["uniform"]),
                             "({:.3g}..{:.3g})".format(*bad.verified_interval[5]["uniform"])]  # fmt: skip
@@ -283,7 +283,7 @@ def test_verified_on_other_noise(tmp_path):
         dict(uniform=0.01234, bellman=1.234e-6),
         (1.23e-7, 1.23e-4),
     )
-    assert len(str(again).splitlines()[-1].split()) == 7  # columns apart
+    assert len(str(again).splitlines()[-3].split()) == 7  # columns apart
 
 
 @pytest.mark.parametrize("n", [10, 100, 5000])
