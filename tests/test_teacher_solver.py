@@ -392,6 +392,20 @@ def test_a_fused_bank_and_straightening():
     assert seen == pytest.approx([0.0, *knots, (GRIDS["uniform"][K - 1] + 1) / 2])
 
 
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("heun", r"evaluation 5 \(t = 0.5\)"), ("other times", r"knot 3 \(t = 0.5\)"), ("adams-bashforth", r"step 3 \(t")],
+)
+def test_nan_is_named(name, where):
+    def bad(x, t):
+        return torch.where(((t - 0.5).abs() < 1e-6)[:, None] & (x[:, :1] == x[4, :1]), torch.nan, velocity(x, t))
+
+    with pytest.raises(
+        ValueError, match=f"^velocity: expected finite velocities, got NaN or Inf in sample 4 at {where}"
+    ):
+        calibrated(name, of=bad)
+
+
 def test_what_a_bank_refuses():
     other = fk.calibrate(velocity, noise(), GRIDS["uniform"], [2], progress=False)
     with pytest.raises(

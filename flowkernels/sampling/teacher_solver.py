@@ -144,7 +144,8 @@ class KnotStates:
         times = self.solver.times
         for j in self.missing:
             v = teacher.at(states[j], times[j].item(), first)
-            expect_finite_flow(v, [v], times[j:], first)
+            before = itertools.repeat(torch.zeros_like(v), j)  # which have been looked at
+            expect_finite_flow(v, itertools.chain(before, [v]), times, first, "knot")
             found[j] = v
             made()
         return found
