@@ -217,13 +217,19 @@ def mean_interval(values: Tensor) -> tuple[float, float] | None:
     values."""
     if len(values) < 2:
         return None
-    groups = values.detach().to("cpu", torch.float64).tensor_split(min(len(values), SINGLES))
-    sums = torch.stack([group.sum() for group in groups])
-    sizes = torch.tensor([len(group) for group in groups], dtype=torch.float64, device="cpu")
-    shape, generator = (RESAMPLES, len(groups)), torch.Generator("cpu").manual_seed(0)
-    picks = torch.randint(len(groups), shape, generator=generator, device="cpu")
-    ((low, high),) = ends((sums[picks].sum(1) / sizes[picks].sum(1))[None], tail_of(len(groups)))
+    values = values.detach().to("cpu", torch.float64)
+    sums = resampled_sums(torch.stack([values, torch.ones_like(values)], 1))
+    ((low, high),) = ends((sums[:, 0] / sums[:, 1])[None], tail_of(min(len(values), SINGLES)))
     return low, high
+
+
+def resampled_sums(values: Tensor) -> Tensor:
+    """The sums over n samples of `values [n, c]`, in `RESAMPLES` resamples with replacement, always the same ones of as
+    many samples, or of groups of them."""
+    groups = values.tensor_split(min(len(values), SINGLES))
+    sums = torch.stack([group.sum(0) for group in groups])
+    shape, generator = (RESAMPLES, len(groups)), torch.Generator("cpu").manual_seed(0)
+    return sums[torch.randint(len(groups), shape, generator=generator, device="cpu")].sum(1)
 
 
 def ends(values: Tensor, tail: float) -> list[list[float]]:
