@@ -65,11 +65,14 @@ SMALLER = {
     "ends(256": "ends(8",
     "grid=100": "grid=24",
     "100)": "12)",
+    'effort="best")': 'effort="best", grid=24, evaluations=20_000)',
+    "minutes=5": "grid=24, minutes=0.05",
 }
 # page: how many blocks it has, the features of a sample, what the last block leaves
 CODE = {
     "README.md": (1, 4, "x1"),
-    "docs/get-started.md": (8, 4, "x1"),
+    "docs/choosing.md": (1, 4, "x1"),
+    "docs/get-started.md": (9, 4, "x1"),
     "docs/couplings.md": (4, 4, "x1"),
     "docs/fused-samplers.md": (1, 64, "actions"),
     "docs/triton.md": (1, 4, "x1"),
