@@ -152,9 +152,9 @@ def targets(r: Results) -> Iterator[tuple[str, str, str, bool | None]]:
     for data in r.data:
         steps = r.steps(data)
         K = max((N for d, name, N in r.by if d == data and name == "teacher"), default=0)
-        what = f"{data}: calibration and fit of all N, evaluations a sample (K + 2 for each step of each N)"
         for name in ("fitted", "fit"):
             spent = r.mean(data, name, steps[0], "calibration_evaluations") if steps else float("nan")
+            what = f"{data}: {name}, calibration and fit of all N, evaluations a sample (K + 2 for each step of each N)"
             yield at_most(what, K + 2 * sum(steps), spent, name)
 
 
@@ -180,6 +180,19 @@ def stock_wins(r: Results, name: str) -> Iterator[tuple[str, int, str, float, fl
             other = min((o for o in found if found[o] == found[o]), key=found.get, default="")
             if other and r.ratio(data, name, other, N, "endpoint_error") > 1 + 1e-4:
                 yield data, N, other, *r.interval(data, name, other, N)
+
+
+def peers_win(r: Results) -> Iterator[tuple[str, int, str, str, float, float, float]]:
+    """(data set, N, the best row that is published elsewhere, the best of ours, ratio of ours to it with its interval)
+    where the peer is better."""
+    known = [name for name, row in ROWS.items() if row.known]
+    for data in r.data:
+        for N in r.steps(data):
+            ours, mine = r.best(data, N, "endpoint_error", but=known)
+            peer, theirs = r.best(data, N, "endpoint_error", but=[name for name in ROWS if name not in known])
+            if ours and peer and mine > theirs * (1 + 1e-4):
+                _, low, high = r.interval(data, ours, peer, N)
+                yield data, N, peer, ours, (mine / theirs) ** 0.5, low, high
 
 
 def one_call(r: Results) -> Iterator[str]:
@@ -317,6 +330,12 @@ def write(source: Path, page: Path) -> None:
     lines += [
         f"- {data}, {ROWS[name].title}: " + ", ".join(f"{ratio:.2f} at N = {N}" for N, ratio in ratios.items())
         for data, name, ratios in losses(r)
+    ] or ["None."]
+    lines += ["", "Rows published elsewhere that are better than every row of ours, and the ratio of rms:", ""]
+    lines += [
+        f"- {data}, N = {N}: {ROWS[peer].title}; the best of ours, {ROWS[ours].title}, has {ratio:.3g} times its rms"
+        + (f" ({low:.3g} to {high:.3g})" if low == low else "")
+        for data, N, peer, ours, ratio, low, high in peers_win(r)
     ] or ["None."]
     lines += one_call(r)
     for data in r.data:

@@ -397,7 +397,7 @@ def test_report(measured, tmp_path):
     assert {title for title, _ in lost} >= {"shifted by 3, Euler"}
     told = {
         (line.partition(", ")[2].partition(": ")[0], part.rpartition(" ")[2])
-        for line in text[text.index("## Losses") : text.index("## mixture2")].splitlines()
+        for line in text[text.index("## Losses") : text.index("Rows published elsewhere")].splitlines()
         if line.startswith("- ")
         for part in line.partition(": ")[2].split(", ")
     }
@@ -411,6 +411,13 @@ def test_report(measured, tmp_path):
     best = min((mean(name, "4", "rms"), name) for name in there)
     winner = next(line for line in table if line.startswith(f"| {quality_rows.ROWS[best[1]].title} |"))
     assert f"| **{best[0]:.3g}** ± " in winner
+    for N in "124":
+        known = {name: mean(name, N) for name in there if quality_rows.ROWS[name].known}
+        ours = min(mean(name, N) for name in there if name not in known)
+        peer = min(known, key=known.get)
+        assert (f"- mixture2, N = {N}: {quality_rows.ROWS[peer].title}; the best of ours" in text) == (
+            known[peer] < ours
+        )
     # one call against the best row, with the parts' bootstrap
     one = next(line for line in text.splitlines() if line.startswith("| mixture2 | 4 | "))
     by_error = {name: mean(name, "4") for name in there if name not in quality_report.ONE_CALL}

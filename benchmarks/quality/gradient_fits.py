@@ -21,7 +21,7 @@ class Descent:
     """Iterations of Adam, samples in each, and the learning rates of `bespoke` and `ld3` at the first, which fall to 0
     with a cosine. steps: the N that it is worth, None for all."""
 
-    iterations: int = 1000
+    iterations: int = 600
     batch: int = 64
     bespoke: float = 0.01
     ld3: float = 0.03
