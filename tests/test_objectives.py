@@ -297,6 +297,7 @@ def test_pairs_says_where_eulers_steps_are_likely_to_be_better():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fk.calibrate(BUNDLED["digits"].load(), normal(32, 1, 8, 8), 30, 2, **QUIET).find(range(1, 9), objective="pairs")
+        fk.calibrate(far, noise[:16], 12, 2, effort="best", evaluations=12_000, **QUIET)  # which measures what it finds
 
 
 def test_pairs_of_too_many_knots():

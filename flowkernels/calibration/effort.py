@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flowkernels._warnings import held_warnings
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.calibration.card import BELLMAN, UNIFORM
 from flowkernels.calibration.fit import WAYS, fit_candidates, schedule_on_grid
@@ -193,7 +194,8 @@ class Search:
         if any(f"{N} {key}" not in self.done.tried for N in steps):
             options = {"velocity": self.velocity, "chunk": self.chunk, "samples": SAMPLES} if KNOTS[name] else {}
             try:
-                plans = self.cal.find(steps, objective=name, **options)
+                with held_warnings():  # of the very velocity; and what comes of them is measured
+                    plans = self.cal.find(steps, objective=name, **options)
             except (ValueError, RuntimeError) as e:
                 self.skipped[key] = f"{e}"
                 return
