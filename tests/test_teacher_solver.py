@@ -381,15 +381,20 @@ def test_a_fused_bank_and_straightening():
     fused = fk.TrajectoryBank(fk.fuse(field, K), cal[2], noise=x, progress=False).fill()
     torch.testing.assert_close(fused.states(), plain.states(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(plain.states()[-1], cal.kept.x[-1], rtol=1e-5, atol=1e-6)
-    seen = []
-
-    def teacher(x, t):
-        seen.append(float(t.flatten()[0]))
-        return field(x, t)
-
-    fk.straighten(net_of(4), teacher, cal[2], noise=x, iterations=1, batch=24, progress=False)
     knots = [t for t in GRIDS["uniform"][1:K] for t in (t, t)]
-    assert seen == pytest.approx([0.0, *knots, (GRIDS["uniform"][K - 1] + 1) / 2])
+    for target, grid in (
+        ("boss", None),
+        ("next_knot", cal.times),
+    ):  # the latter has states between the schedule's knots
+        seen = []
+
+        def teacher(x, t, seen=seen):
+            seen.append(float(t.flatten()[0]))
+            return field(x, t)
+
+        options = dict(noise=x, grid=grid, target=target, iterations=1, batch=24, progress=False)
+        fk.straighten(net_of(4), teacher, cal[2], **options)
+        assert seen == pytest.approx([0.0, *knots, (GRIDS["uniform"][K - 1] + 1) / 2])
 
 
 @pytest.mark.parametrize(

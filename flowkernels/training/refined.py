@@ -33,4 +33,4 @@ def on_grid(schedule: Schedule, grid) -> Schedule:
     if grid is None:
         return schedule
     fine, places = knots_on_grid(schedule, grid)
-    return Schedule(fine[list(places)], fine, places)
+    return Schedule(fine[list(places)], fine, places, notes=schedule.notes)
