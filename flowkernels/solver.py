@@ -69,8 +69,8 @@ class Solver:
     coefficients: b, float64 `[M, M]`, zero above the diagonal, in units of time.
     name: what it is, in a word.
     notes: where it comes from, such as the report of a fit. Numbers, texts, lists and dicts of them.
-    start_coefficients: a, float64 `[M]`; None for ones, as multistep methods have them. With others a solver is any
-        linear scheme in x_0 and velocities, such as an exponential integrator.
+    start_coefficients: a, float64 `[M]`; None for ones, as multistep methods have them, exponential integrators on
+        straight paths too. With others a solver is any linear scheme in x_0 and velocities, such as a fit has them.
 
     Multistep methods make one evaluation a step, M = N; Heun's second stage is an evaluation of its own.
 

@@ -24,7 +24,7 @@ def fitted(M: int = 5) -> fk.Solver:
 
 
 def scaled() -> fk.Solver:
-    """Two velocities and a part of the state before, as exponential integrators have them."""
+    """Two velocities and a multiple of the state before."""
     ratios, b = torch.tensor([0.8, 1.3, -0.5, 0.9, 1.1], dtype=F64), torch.zeros(5, 5, dtype=F64)
     for i, ratio in enumerate(ratios):
         b[i] = ratio * b[i - 1]

@@ -342,14 +342,17 @@ def own_velocities(net, solver, start):
     v, x = [], [start]
     for k in range(solver.steps):
         v.append(net(x[-1], solver.times[k].expand(len(start))))
-        x.append(start + sum(b * each for b, each in zip(solver.coefficients[k].tolist(), v, strict=False)))
+        added = sum(b * each for b, each in zip(solver.coefficients[k].tolist(), v, strict=False))
+        x.append(solver.start_coefficients[k] * start + added)
     return x, v
 
 
+@pytest.mark.parametrize("a", [(1, 1, 1), (0.8, 0, -0.7)])
 @pytest.mark.parametrize("loss", ["l2", "cauchy"])
-def test_the_loss_of_a_solvers_steps_in_float64(loss):
+def test_the_loss_of_a_solvers_steps_in_float64(loss, a):
     """The velocity that lands the solver on the teacher's next knot, on the student's own states and the teacher's."""
     noise, solver = normal(12, 5), fk.Solver.adams_bashforth([0, 0.3, 0.7, 1], 3)
+    solver = dataclasses.replace(solver, start_coefficients=a)
     states = torch.stack([noise, *(normal(12, 5, seed=k) for k in (1, 2, 3))])
     student = DropoutNet(Affine(0.7, -0.4), 0.5)
     objective = fk.StraightenLoss(solver, target="solver", loss=loss, huber_c=0.3)
@@ -371,7 +374,7 @@ def test_the_loss_of_a_solvers_steps_in_float64(loss):
         is_own = (row - x[k][s]).abs().max() < 1e-5
         assert is_own or (row - states[k, s]).abs().max() < 1e-6
         own += bool(is_own and k > 0)  # of the first knots all are both
-        past = sum((b[k, i] * v[i][s] for i in range(k)), states[0, s].double())
+        past = sum((b[k, i] * v[i][s] for i in range(k)), a[k] * states[0, s].double())
         goal = (states[k + 1, s].double() - past) / b[k, k]
         assert each.item() == pytest.approx(per_sample(loss, answer - goal, 0.3), rel=1e-4)
     assert 3 <= own <= 20  # a quarter of 40
@@ -384,7 +387,7 @@ def end_of_a_solver(net, solver, start):
     x, v = start, []
     for i, t in enumerate(solver.model_times):
         v.append(net(x, t.expand(len(start))))
-        x = start + sum(solver.coefficients[i, j] * v[j] for j in range(i + 1))
+        x = solver.start_coefficients[i] * start + sum(solver.coefficients[i, j] * v[j] for j in range(i + 1))
     return x
 
 
@@ -392,6 +395,7 @@ SOLVERS = {
     "all before": fk.Solver([0.1, 0.4, 1], [0.1, 0.3, 0.5], [[0.3, 0, 0], [0.5, -0.2, 0], [0.1, 0.6, 0.2]]),
     "no last": fk.Solver([0, 1], [0, 0.5], [[0.3, 0], [1, 0]]),
     "Heun": fk.Solver.heun([0, 0.3, 1]),
+    "free start": dataclasses.replace(fk.Solver.heun([0, 0.3, 1]), start_coefficients=[0.8, 0, -0.7]),
 }
 
 

@@ -42,10 +42,10 @@ GATE = 1e-4  # largest relative difference of a roll-out in float32 from the sam
 
 def summed(velocity, noise: Tensor, solver: Solver) -> Tensor:
     """The solver as its definition reads, in plain torch and with every term."""
-    x, v = noise, []
+    x, v, a = noise, [], solver.start_coefficients.tolist()
     for i, t in enumerate(solver.model_times.tolist()):
         v.append(velocity(x, torch.full((len(x),), t, dtype=x.dtype)))
-        x = noise + sum(b * w for b, w in zip(solver.coefficients[i].tolist(), v, strict=False))
+        x = a[i] * noise + sum(b * w for b, w in zip(solver.coefficients[i].tolist(), v, strict=False))
     return x
 
 

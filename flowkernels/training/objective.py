@@ -110,9 +110,9 @@ class StraightenLoss(nn.Module):
       the network changes in time: one whose embedding has sinusoids of a thousand t does much faster than its flow, and
       then needs "adaptive" or a small learning rate.
     - "solver": for a multistep `Solver` in place of the schedule. At step k, on the student's own state x_k as well as
-      the teacher's, the velocity that lands the solver on the teacher's next knot: `(x_b - x_0 - sum_{i<k} b[k,i] v_i)
-      / b[k,k]`, with the student's own v_i. They are those of the last `roll_out`, and have no gradient. Of Euler steps
-      it is "boss" on the student's own states. Source: docs/mathematics.md, "Straightening".
+      the teacher's, the velocity that lands the solver on the teacher's next knot: `(x_b - a[k] x_0 - sum_{i<k} b[k,i]
+      v_i) / b[k,k]`, with the student's own v_i. They are those of the last `roll_out`, and have no gradient. Of Euler
+      steps it is "boss" on the student's own states. Source: docs/mathematics.md, "Straightening".
     - "endpoint": for any `Solver`, the whole of its steps: they are to end where the teacher does. The student is
       evaluated as often as the solver has it, each time on its own state and after its own velocities, and the gradient
       goes back through all of it: `(x_N - x_0) / (t_N - t_0)` is what is compared, with x_N the solver's end. An

@@ -25,8 +25,8 @@ from flowkernels.velocity.protocol import Velocity
 
 class RolledOut(NamedTuple):
     """A student's own samples on a solver: x_k, k < N, and last the teacher's, `[N+1, n, *shape]`. of: the teacher's
-    states. pairs, step_sizes: of each step `x_0 + sum_{i<k} b[k,i] v_i` and the teacher's state at its end,
-    `[2N, n, *shape]`, and b[k,k], float64 `[2N-1]`, at the places 2k; None where they are not wanted."""
+    states. pairs, step_sizes: of each step `a[k] x_0 + sum_{i<k} b[k,i] v_i` and the teacher's state at its
+    end, `[2N, n, *shape]`, and b[k,k], float64 `[2N-1]`, at the places 2k; None where they are not wanted."""
 
     states: Tensor
     of: Tensor
