@@ -425,7 +425,7 @@ __device__ __forceinline__ void copy_inputs(const Layer& l, const float* rows, i
 // ---- an update of x, a state, that adds v and earlier velocities, which this thread itself has kept ----
 __device__ __forceinline__ float updated(float x, float v, const Update& update, const Term* terms, float* kept,
                                          int64_t stride) {
-  x *= update.scale;  // rounded by itself: the fma below takes the product as it is
+  x = rounded_product(update.scale, x);
   for (int i = 0; i < update.terms; i++) {
     const Term t = terms[i];
     x = __fmaf_rn(t.factor, t.place < 0 ? v : kept[t.place * stride], x);

@@ -226,8 +226,7 @@ int64_t run_tile(const MlpSampleArgs& a, const Tile& t, int threads) {
         float *x = t.rows + i * t.pitch, *from = u.from_start ? x + start : x;
         for (int64_t c = 0; c < D; c += kFloats) {
           const vf v = velocity(x, c);
-          vf sum = scale * load(from + c);
-          hold(sum);  // rounded here, whatever is added
+          vf sum = rounded(scale * load(from + c));
           for (int64_t k = 0; k < u.terms; k++)
             sum += float(terms[k].factor) * (terms[k].place < 0 ? v : load(x + past + terms[k].place * room + c));
           store(x + c, sum);

@@ -117,7 +117,7 @@ class NoisePrediction(Composite):
             ratio = alphas[k + 1] / alphas[k]
             b = sigmas[k + 1] - ratio * sigmas[k]
             v = torch.add(x * ((ratio - 1) / (then - now)), e, alpha=b / (then - now)) if keep else None
-            x = linear_update(ratio * x, (e,), (b,), out=x if out is None else out[k + 1])
+            x = linear_update(x, (e,), (b,), scale=ratio, out=x if out is None else out[k + 1])
             yield x, v
 
     def _expect_straight(self) -> None:
