@@ -186,6 +186,18 @@ def test_calibrate_fits_and_verifies(run, fails):
     assert "--method: expected --schedule FILE" in fails("sample --model digits --steps 4 --method best --out x.npy")
 
 
+def test_calibrate_with_a_budget(run, fails):
+    command = "calibrate --model digits --grid 8 --steps 2 -n 16 --effort best"
+    out, err = run(f"{command} --evaluations 9000 --out best.boss.json")
+    cal = fk.Calibration.load("best.boss.json")
+    assert cal.report() in out
+    assert cal.provenance["effort"]["evaluations"] <= 9000
+    assert any(c.name.startswith("stock") for c in cal.tried[2])
+    assert "calibrate: up to 8,872 evaluations of single samples more" in out + err
+    assert "--evaluations: expected at least 192" in fails(f"{command} --evaluations 100 --out x.json")
+    assert "--minutes: expected None" in fails("calibrate --model digits --minutes 1 --out x.json")
+
+
 def test_a_grid_that_begins_late_and_a_forced_knot(run, fails):
     calibrate = "calibrate --model digits -n 8 --grid 0.2,0.3,0.45,0.6,0.8,1"
     out, _ = run(f"{calibrate} --knot 0.45 --steps 2,3 --out late.json")

@@ -68,6 +68,18 @@ def test_panels_show_what_the_calibration_holds(verified, tmp_path):
     assert lines(errors).get("the teacher's own error") == own
 
 
+def test_what_was_tried_is_shown_where_nothing_was_verified():
+    cal = calibration(effort="fit", teacher_error=4)
+    axes = fk.plot(cal).axes[2]
+    bars = {c.get_label(): c[0].get_ydata(orig=False) for c in axes.containers}
+    best = [cal.tried[n][0].error for n in sorted(cal.tried)]
+    uniform = [c.error for n in sorted(cal.tried) for c in cal.tried[n] if c.name == "uniform"]
+    np.testing.assert_allclose(bars["the best of what was tried"], best)
+    np.testing.assert_allclose(bars["uniform"], uniform)
+    assert axes.get_title("left").startswith("Error by cross-validation")
+    assert "the teacher's own error" in lines(axes)
+
+
 def test_odd_calibrations_are_drawn(tmp_path):
     """Of no costs, of one N, with forced knots and a late start, of more steps than are labelled."""
     still = fk.calibrate(lambda x, t: 0 * x, normal(4, 3), 6, [3], progress=False)

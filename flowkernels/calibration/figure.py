@@ -197,7 +197,9 @@ def _sigmas(ax: Axes, calibration: Calibration, N: int) -> None:
 
 
 def _errors(ax: Axes, calibration: Calibration, N: int) -> None:
-    """Verified endpoint errors over the numbers of steps; costs, where nothing was verified."""
+    """Verified endpoint errors over the numbers of steps; where nothing was verified, those of what was tried, or
+    costs."""
+    names = {}
     if calibration.verified:
         title, label = "Verified endpoint error", "mean squared distance to the teacher's samples"
         intervals = calibration.verified_interval
@@ -209,6 +211,15 @@ def _errors(ax: Axes, calibration: Calibration, N: int) -> None:
             ]
             for name in CHOICES
         }
+    elif calibration.tried:
+        title, label = "Error by cross-validation", "mean squared distance to the teacher's samples"
+        series = {}
+        for name in (UNIFORM, BELLMAN):
+            known = [(n, c) for n, of in sorted(calibration.tried.items()) for c in of if c.name == name]
+            series[name] = [(n, c.error, c.interval) for n, c in known if c.error > 0]
+        series[FITTED] = [(n, of[0].error, of[0].interval) for n, of in sorted(calibration.tried.items()) if of]
+        series[FITTED] = [point for point in series[FITTED] if point[1] > 0]
+        names = {FITTED: {"label": "the best of what was tried"}}
     else:
         title, label = "Cost (no error was verified)", "sum of the mean squared errors of the steps"
         plans = sorted(calibration.items())
@@ -218,7 +229,7 @@ def _errors(ax: Axes, calibration: Calibration, N: int) -> None:
         }
     ax.axvline(N, color="#dddddd", linewidth=6, zorder=0)
     own = calibration.teacher_error
-    if calibration.verified and own is not None and own.error > 0:
+    if (calibration.verified or calibration.tried) and own is not None and own.error > 0:
         ax.axhline(own.error, color="black", linewidth=0.8, linestyle=(0, (1, 3)), label="the teacher's own error")
     there = sorted({n for points in series.values() for n, _, _ in points})
     for i, (name, points) in enumerate(series.items()):
@@ -226,7 +237,7 @@ def _errors(ax: Axes, calibration: Calibration, N: int) -> None:
             n, mean, ends = zip(*points, strict=True)
             beside = np.array(n) + 0.07 * (i - 1)  # intervals do not hide one another
             low, high = np.transpose([(m - e[0], e[1] - m) if e else (0, 0) for m, e in zip(mean, ends, strict=True)])
-            ax.errorbar(beside, mean, np.clip([low, high], 0, None), capsize=2.5, **LOOK[name])
+            ax.errorbar(beside, mean, np.clip([low, high], 0, None), capsize=2.5, **LOOK[name] | names.get(name, {}))
     plain_log(ax, xlabel="steps N", ylabel=label, title=f"{title}, bars: 95 %")
     if there:
         ax.set(xticks=there, xlim=(there[0] - 0.5, there[-1] + 0.5))
