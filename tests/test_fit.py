@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels.calibration import fit, samples
+from flowkernels.calibration import fit
 from flowkernels.calibration.fit import fit_candidates
 from flowkernels.calibration.samples import Samples
 from flowkernels.calibration.stepwise import fit_steps
@@ -488,18 +488,18 @@ def test_polish_lowers_the_endpoint_error():
         assert again.notes["polish"][1] <= polished.notes["polish"][1]
 
 
-@pytest.mark.parametrize(("n", "most"), [(2, None), (3, None), (64, None), (64, 10), (7, 100)])
-@pytest.mark.parametrize("held_out", [0.01, 0.25, 0.5, 0.99])
-def test_held_out_samples_are_spread(n, most, held_out):
-    """Over all samples, and the same ones for a polish of fewer."""
-    some, whole = (samples.held_out_last(m, held_out) for m in (min(n, most or n), n))
-    for order, fitted in (some, whole):
-        assert sorted(order) == list(range(len(order)))
-        assert 1 <= fitted < len(order)
-        assert abs((len(order) - fitted) - held_out * len(order)) <= 1
-    (order, fitted), (of_all, fitted_of_all) = some, whole
-    if held_out * len(order) > 1 and (1 - held_out) * len(order) > 1:
-        assert set(order[fitted:]) <= set(of_all[fitted_of_all:])
+@pytest.mark.parametrize(("n", "most", "parts"), [(2, None, 4), (3, None, 2), (64, 10, 4), (7, 100, 5)])
+def test_folds_are_spread(n, most, parts):
+    """Over all samples, none of them empty, and the same ones of fewer samples."""
+    cal = calibrated(VELOCITY, n=n, K=6)
+    data = Samples.of(VELOCITY, cal, folds=parts, most=most)
+    sizes = data.folds.bincount()
+    assert data.n == min(n, most or n) == sizes.sum()
+    assert len(sizes) == min(parts, data.n)
+    assert sizes.max() - sizes.min() <= 1
+    assert torch.equal(
+        data.folds, Samples.of(VELOCITY, cal, folds=parts).folds[: data.n] if data.n >= parts else data.folds
+    )
 
 
 def test_polish_of_a_velocity_that_is_defined_at_the_knots_alone():

@@ -16,24 +16,12 @@ from flowkernels.velocity.identity import warn_if_another
 from flowkernels.velocity.protocol import Velocity, resolve
 
 FOLDS = 4  # of a cross-validation
-HELD_OUT = 0.25  # the part of the samples that decides between the iterates of a polish
 
 
 def folds_of(n: int, folds: int = FOLDS) -> Tensor:
     """The fold of each of n >= 2 samples, int64 `[n]` on the CPU: the i-th one's is i modulo `folds`, of which there
     are no more than samples."""
     return torch.arange(n, device="cpu") % min(folds, n)
-
-
-def held_out_last(n: int, part: float) -> tuple[list[int], int]:
-    """The places of n >= 2 samples, those that are held out last, and how many are not.
-
-    One in every so many is held out, of the first samples as of all, so that a polish holds out what a fit did.
-    """
-    held = [int((i + 1) * part) > int(i * part) for i in range(n)]
-    held[-1] |= not any(held)
-    held[0] &= not all(held)
-    return sorted(range(n), key=held.__getitem__), n - sum(held)
 
 
 @dataclass
