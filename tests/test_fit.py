@@ -318,6 +318,16 @@ def test_falls_back_and_says_so(name, order, monkeypatch):
     assert solver.notes["error"] == pytest.approx((x1 - cal.kept.x[-1]).square().sum(1).mean().item(), abs=1e-9)
 
 
+@pytest.mark.filterwarnings("error:fit_solver")
+def test_it_does_not_say_so_for_rounding():
+    """Where Euler is exact, and the fit but for rounding."""
+    velocity = lambda x, t: torch.tensor([0.1, 0.7, -1.3]).expand_as(x)  # noqa: E731
+    cal = fk.calibrate(velocity, noise(64, 3), 20, 4, progress=False)
+    solver = fk.fit_solver(velocity, cal, 4)
+    assert solver.name == "fitted"
+    assert solver.notes["held_out"]["fitted"] < 1e-10
+
+
 @pytest.mark.parametrize("n", [2, 3, 64])
 @pytest.mark.parametrize(
     "velocity",
