@@ -12,6 +12,7 @@ from torch import Tensor
 import flowkernels as fk
 from flowkernels import Solver
 from flowkernels.calibration.effort import EFFORTS
+from flowkernels.solver import adams_bashforth
 
 from .data import Data, Sizes, generator
 from .gradient_fits import Pairs, bespoke, ld3
@@ -121,7 +122,7 @@ def warped(name: str, title: str, warp: Callable[[Tensor], Tensor]) -> None:
 
 def multistep(name: str, title: str, order: int, calibrated: bool) -> None:
     def make(run: Run) -> dict:
-        return {N: Solver.adams_bashforth(run.cal[N] if calibrated else N, order) for N in run.sizes.steps}
+        return {N: adams_bashforth(run.cal[N] if calibrated else N, order) for N in run.sizes.steps}
 
     ROWS[name] = Row(title, make, calibrated=calibrated, known=not calibrated)
 
