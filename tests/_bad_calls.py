@@ -726,7 +726,7 @@ def _stages(cal) -> None:
             effort=("schedule", is_one_of("schedule", "fit", "best")),
             evaluations=(None, lambda v: v is None),
             minutes=(None, lambda v: v is None),
-            teacher_error=(0, is_int(0)),
+            teacher_error=(None, or_none(is_int(0))),
             keep_bytes=(10**6, is_int(0, 10**5000)),
             forced_knots=(None, or_none(are_numbers)),
         ),

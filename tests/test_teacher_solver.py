@@ -340,6 +340,20 @@ def test_the_teachers_own_error(name, tmp_path):
     assert anew.evaluations == evaluations + cal.teacher_solver.evaluations
 
 
+def test_the_best_effort_measures_it_within_its_budget():
+    for budget, samples in ((4000, (4000 - 24 * 12 - 2 * 2 * 24) // (20 * 30)), (100_000, 24)):
+        counted = Counted()
+        options = dict(teacher_solver="heun", steps=[2], effort="best", evaluations=budget, progress=False)
+        cal = fk.calibrate(counted, noise(), K, **options)
+        assert cal.teacher_error.samples == samples
+        assert cal.teacher_error.evaluations == 5 * K
+        assert counted.samples <= budget
+        assert cal.provenance["effort"]["evaluations"] <= budget
+        assert "the teacher's own error (heun, K = 6)" in cal.report()
+    cal = fk.calibrate(velocity, noise(), K, teacher_error=0, **options)
+    assert cal.teacher_error is None
+
+
 def test_where_nothing_converges_the_distance_is_not_extrapolated():
     cal = fk.calibrate(lambda x, t: torch.sign(torch.sin(40 * t))[:, None] + x, noise(), 8, [2], teacher_solver="heun",
                        teacher_error=4, progress=False)  # fmt: skip

@@ -34,6 +34,8 @@ from flowkernels.calibration.calibration import BELLMAN, FITTED, UNIFORM, Calibr
 from flowkernels.calibration.effort import BEST, EFFORTS, SCHEDULE, Budget, try_plans
 from flowkernels.calibration.progress import Progress
 from flowkernels.calibration.sample_costs import SampleCosts, group_size, mean_interval
+from flowkernels.calibration.teacher_error import SAMPLES as OWN_SAMPLES
+from flowkernels.calibration.teacher_error import price_of
 from flowkernels.calibration.teacher_error import teacher_error as measured_teacher_error
 from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.library import fresh
@@ -41,7 +43,7 @@ from flowkernels.sampling.loop import initial_state
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.sampling.sample import sample
 from flowkernels.sampling.teacher import Teacher
-from flowkernels.sampling.teacher_solver import EULER, KnotStates, entry_of, expect_teacher_solver
+from flowkernels.sampling.teacher_solver import EULER, HEUN, KnotStates, entry_of, expect_teacher_solver
 from flowkernels.schedule import expect_steps, first_from, forced_places
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import TRAINING, warn_if_training
@@ -61,7 +63,7 @@ def calibrate(
     *,
     max_regret: float | None = None,
     teacher_solver: str | Solver = EULER,
-    teacher_error: int = 0,
+    teacher_error: int | None = None,
     verify_noise: Tensor | None = None,
     effort: str = "schedule",
     evaluations: int | None = None,
@@ -96,7 +98,8 @@ def calibrate(
             Costs, schedules, fits and endpoint errors are of its states at the knots, and the velocities there.
         teacher_error: of how many of the first samples to measure how far the teacher itself ends from a finer solution
             (`Calibration.measure_teacher`), a floor under all errors: 2K evaluations of each of Euler's steps, 4K or 5K
-            of others. 0 measures nothing.
+            of others. 0 measures nothing. None is 0, and with `effort="best"` 64, or fewer where these would take more
+            than a twentieth of a budget.
         verify_noise: other noise, `[m, *shape]`: the endpoint errors to the teacher on it are `verified`, and a warning
             names the numbers of steps for which something is worse than uniform steps. K evaluations of each of its
             samples, and N for every N and each of its `choices`: 2 with `effort="schedule"`, up to 7. Conditioning with
@@ -164,7 +167,8 @@ def calibrate(
     expect(keep_bytes >= 0, "keep_bytes", "at least 0", keep_bytes)
     if max_regret is not None:
         max_regret = expect_real(max_regret, "max_regret", "a positive share, such as 0.02", lambda a: a > 0)
-    teacher_error = expect_int(teacher_error, "teacher_error", "a number of samples, or 0", 0)
+    if asked := teacher_error is not None:
+        teacher_error = expect_int(teacher_error, "teacher_error", "a number of samples, or 0", 0)
     progress, resume = (expect_bool(b, k) for b, k in ((progress, "progress"), (resume, "resume")))
     expect_choice(effort, "effort", EFFORTS)
     for name, value in (("evaluations", evaluations), ("minutes", minutes)):
@@ -183,9 +187,13 @@ def calibrate(
     rolled_out = _Trajectories(teacher, noise, keep_bytes)
     too_few, wanted_kept = "keep_bytes" if n > 1 else "noise", f"two samples whose trajectories are kept, for {effort}"
     expect(rolled_out.most > 1 or effort == SCHEDULE, too_few, wanted_kept, f"{rolled_out.most}")
-    least = n * rolled_out.evaluations + 2 * sum(wanted) * rolled_out.most
+    own, kept = price_of(solver, teacher_solver == HEUN, forced), rolled_out.most
+    least = n * rolled_out.evaluations + 2 * sum(wanted) * kept + own * min(teacher_error or 0, kept)
     if evaluations is not None:
         expect_int(evaluations, "evaluations", f"at least {least:,}, of the rollout and of what 'fit' tries", least)
+    if teacher_error is None:
+        few = OWN_SAMPLES if evaluations is None else min(OWN_SAMPLES, (evaluations - least) // (20 * own))
+        teacher_error = min(few, kept) if effort == BEST else 0
     budget = Budget.of(evaluations, minutes)
     size, euler = group_size(n) if max_regret is None else 1, solver.is_euler
     samples = SampleCosts(times, size, device=noise.device, secants=not euler)
@@ -248,9 +256,14 @@ def calibrate(
         if teacher_error:
             ends, first = None if cal.kept is None else cal.kept.x[-1, :teacher_error], noise[:teacher_error]
             first = first if ends is None else first[: len(ends)]
-            cal.teacher_error = measured_teacher_error(cal, velocity, first, n, chunk, ends)
+            try:
+                cal.teacher_error = measured_teacher_error(cal, velocity, first, n, chunk, ends)
+            except ValueError:  # NaN at times between those of the grid
+                if asked:
+                    raise
         if effort != SCHEDULE:
             spent = rolled_out.evaluations * stop
+            spent += own * len(first) if teacher_error else 0
             try_plans(given, cal, wanted, effort, chunk, done, progress, budget, spent, took)
         if verify_noise is not None:
             _verify(cal, given, verify_noise, wanted, chunk, n, done)
