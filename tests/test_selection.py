@@ -95,6 +95,10 @@ def test_few_samples_and_errors_that_are_not_finite():
     assert (found.best, found.second, found.decided, found.needed) == (0, 1, False, None)
     found = choice(torch.zeros(2, 3, dtype=torch.float64))
     assert (found.best, found.decided, found.needed) == (0, False, None)
+    found = choice(torch.tensor([[1, 0, 0, 0], [0, 0, 0, 2]], dtype=torch.float64))  # some resamples have one alone
+    assert (found.best, found.decided, found.needed) == (0, False, None)
+    same = torch.rand(3, generator=torch.Generator().manual_seed(0)).double() + 0.1
+    assert choice(torch.stack([same, same.flip(0), same])).needed is None
     found = choice(torch.tensor([[2.0], [1.0]], dtype=torch.float64))
     assert (found.best, found.decided, found.intervals) == (1, False, (None, None))
     with pytest.raises(ValueError, match=r"^candidates: expected one or more, got none"):

@@ -85,13 +85,14 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
     second = rest[_least(errors[rest])]
     ratio = _ratio_interval(errors[best], errors[second])
     decided, needed = ratio is not None and ratio[1] < 1, None
-    means = errors[best].mean().item(), errors[second].mean().item()
-    if not decided and ratio is not None and means[0] != means[1] and min(ratio) > 0 and max(*ratio, *means) < math.inf:
+    if not decided and ratio is not None and ratio[0] > 0 and ratio[1] < math.inf:
+        apart = math.log(errors[best].mean().item() / errors[second].mean().item()) / 2
         half = math.log(ratio[1] / ratio[0]) / 2
-        needed = math.ceil(n * (half / (math.log(means[0] / means[1]) / 2)) ** 2) + 1
+        needed = math.ceil(n * (half / apart) ** 2) + 1 if abs(apart) > 1e-6 else None
     return Choice(best, intervals, second, decided, needed, ratio, n)
 
 
+MOST = 1e100  # a ratio beyond which it is infinite: of resamples that have none of what is not 0
 UNDECIDED = 0.5  # standard errors of a difference, within which means do not decide
 
 
@@ -118,5 +119,5 @@ def _ratio_interval(errors: Tensor, others: Tensor) -> tuple[float, float] | Non
     ratios = (sums[:, 0] / sums[:, 1]).sqrt()
     if bool(ratios.isnan().any()):
         return None
-    ((low, high),) = ends(ratios[None], tail_of(min(len(errors), SINGLES)))
-    return low, high
+    ((low, high),) = ends(ratios.clamp_max(MOST)[None], tail_of(min(len(errors), SINGLES)))
+    return low, high if high < MOST else math.inf
