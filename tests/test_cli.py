@@ -188,12 +188,11 @@ def test_calibrate_fits_and_verifies(run, fails):
 
 def test_calibrate_with_a_budget(run, fails):
     command = "calibrate --model digits --grid 8 --steps 2 -n 16 --effort best"
-    out, err = run(f"{command} --evaluations 9000 --out best.boss.json")
+    out, _ = run(f"{command} --evaluations 9000 --out best.boss.json")
     cal = fk.Calibration.load("best.boss.json")
     assert cal.report() in out
     assert cal.provenance["effort"]["evaluations"] <= 9000
     assert any(c.name.startswith("stock") for c in cal.tried[2])
-    assert "calibrate: up to 8,872 evaluations of single samples more" in out + err
     assert "--evaluations: expected at least 192" in fails(f"{command} --evaluations 100 --out x.json")
     assert "--minutes: expected None" in fails("calibrate --model digits --minutes 1 --out x.json")
 

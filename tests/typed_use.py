@@ -21,8 +21,9 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     assert_type(loaded, fk.LoadedWeights)
     assert_type(loaded.others, tuple[str, ...])
     assert_type(by_time.check(velocity, noise, times=(0.2, 0.7)), float)
-    cal = fk.calibrate(velocity, noise, grid=100, steps=range(1, 11), effort="fit", verify_noise=noise)
+    cal = fk.calibrate(velocity, noise, grid=100, steps=range(1, 11), effort="best", minutes=5.0, verify_noise=noise)
     assert_type(cal, fk.Calibration)
+    assert_type(cal.report(), str)
     schedule = cal[4]
     assert_type(schedule, fk.Schedule)
     cal.save("model.boss.json")

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,8 +42,8 @@ PLAIN, ROBUST = Refinement(), Refinement(ROBUST_FIRST)
 FREE = Refinement(ROBUST_FIRST, True)
 # turns of refinements: what is refined (a number is a place among those that were not), and how
 TURNS = (
-    *((0, PLAIN), (0, ROBUST), (FEWER, ROBUST), (1, ROBUST), (0, FREE), (MORE, ROBUST), (2, PLAIN), (AGAIN, PLAIN)),
-    *((1, PLAIN), (FEWER, FREE), (3, ROBUST), (2, FREE), (MORE, PLAIN), (4, ROBUST), (AGAIN, FREE), (5, ROBUST)),
+    *((0, ROBUST), (FEWER, ROBUST), (1, ROBUST), (0, PLAIN), (MORE, ROBUST), (0, FREE), (2, ROBUST), (AGAIN, PLAIN)),
+    *((1, PLAIN), (FEWER, FREE), (3, ROBUST), (1, FREE), (MORE, PLAIN), (4, ROBUST), (AGAIN, FREE), (5, ROBUST)),
 )
 
 
@@ -91,7 +92,7 @@ def try_plans(
         if budget.evaluations < math.inf:
             total = int(budget.evaluations) - spent
         if bar:
-            tqdm.write(f"calibrate: {search.told()}")
+            tqdm.write(f"calibrate: {search.told()}", file=sys.stderr)  # as progress bars are
     with tqdm(total=total, desc=effort, disable=not bar, leave=False, unit="eval", unit_scale=True) as search.bar:
         for N in steps:
             search.basics(N)
@@ -297,7 +298,10 @@ class Search:
         known.sort(key=lambda c: c.errors.mean().item())
         if which == AGAIN:
             return next((c for c in known if ", refined" in c.name), None)
-        fresh = [c for c in known if ", refined" not in c.name]
+        fresh = []  # of those on the same knots the best
+        for c in known:
+            if ", refined" not in c.name and not any(torch.equal(c.plan.times, other.plan.times) for other in fresh):
+                fresh.append(c)
         return fresh[which] if which < len(fresh) else None
 
     def whole(self, N: int) -> list[Candidate]:
