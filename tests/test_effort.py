@@ -248,6 +248,21 @@ def test_what_few_samples_judged_is_compared_on_those():
     assert ranked([some, whole, better])[0].name == "better"
 
 
+def test_errors_of_the_size_of_rounding_decide_nothing():
+    """Whose ratio may be infinite."""
+    plan = fk.Schedule.uniform(1)
+    large = torch.tensor([1e-32, 1e-30], dtype=torch.float64)
+    small = torch.tensor([5e-324, 0.0], dtype=torch.float64)
+    first, second = ranked([Candidate("a", plan, large), Candidate("b", plan, small)])
+    assert (first.name, second.name) == ("b", "a")
+    assert first.needed is None or first.needed > 0
+
+
+def test_a_price_is_said_first(capsys):
+    calibrated(n=8, steps=[2], effort="best", evaluations=2_000, progress=True)
+    assert "calibrate: up to 1,904 evaluations of single samples more, about" in capsys.readouterr().err
+
+
 def test_budgets_of_other_efforts_are_refused():
     with pytest.raises(ValueError, match=r"^evaluations: expected None, except with effort='best', got 10"):
         calibrated(effort="fit", evaluations=10)

@@ -86,9 +86,11 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
     ratio = _ratio_interval(errors[best], errors[second])
     decided, needed = ratio is not None and ratio[1] < 1, None
     if not decided and ratio is not None and ratio[0] > 0 and ratio[1] < math.inf:
-        apart = math.log(errors[best].mean().item() / errors[second].mean().item()) / 2
-        half = math.log(ratio[1] / ratio[0]) / 2
-        needed = math.ceil(n * (half / apart) ** 2) + 1 if abs(apart) > 1e-6 else None
+        means = errors[best].mean().item(), errors[second].mean().item()
+        half, apart = math.log(ratio[1] / ratio[0]) / 2, 0.0
+        if min(means) > 0 and max(means) / min(means) < math.inf:  # errors may be of the size of rounding
+            apart = math.log(means[0] / means[1]) / 2
+        needed = math.ceil(n * (half / apart) ** 2) + 1 if abs(apart) > 1e-6 and half < math.inf else None
     return Choice(best, intervals, second, decided, needed, ratio, n)
 
 
