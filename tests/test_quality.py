@@ -199,7 +199,7 @@ def test_learned_times_begin_as_uniform_ones(order):
 @pytest.mark.parametrize("method", ["ld3", "bespoke"])
 def test_gradient_fits_get_nearer(method):
     """Than what they begin from, on the samples that choose; the same again from the same seed."""
-    known, velocity = pairs(256)
+    known, velocity = pairs(128)
     how = fits.Descent(40, 32)
     first, again = (getattr(fits, method)(known, 3, how, data_sets.generator(0)) for _ in range(2))
     assert first.to_dict() == again.to_dict()

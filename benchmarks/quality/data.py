@@ -37,8 +37,8 @@ class Straightening:
 @dataclass(frozen=True)
 class Sizes:
     """How much work a data set is: noises of a calibration, held-out noises, K, how many of the held-out noises the
-    finer teacher is rolled out from, samples and iterations of `fk.polish`, the largest N that it is worth, and what is
-    spent on fits by gradients."""
+    finer teacher is rolled out from, samples and iterations of `fk.polish`, the largest N that it is worth, what is
+    spent on fits by gradients, and the budget of `effort="best"` in evaluations a sample, None for its own."""
 
     calibration: int
     held_out: int
@@ -48,10 +48,12 @@ class Sizes:
     finer: int = 256
     polish: tuple[int, int, int] = (512, 6, 10)
     descent: Descent = field(default_factory=Descent)
+    budget: int | None = None
 
     def quick(self) -> "Sizes":
         little = replace(self.straighten, steps=(2,), iterations=8, batch=16, bank=32)
-        return Sizes(64, 128, little, grid=20, steps=(1, 2, 4), finer=16, polish=(32, 2, 4), descent=Descent(5, 16))
+        few = dict(finer=16, polish=(32, 2, 4), descent=Descent(5, 16), budget=150)
+        return Sizes(64, 128, little, grid=20, steps=(1, 2, 4), **few)
 
 
 SIZES = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import flowkernels as fk
 from flowkernels import Solver
-from flowkernels.calibration.effort import EFFORTS
+from flowkernels.calibration.effort import BEST, EFFORTS
 from flowkernels.solver import adams_bashforth
 
 from .data import Data, Sizes, generator
@@ -230,9 +230,10 @@ def one_call(effort: str) -> None:
 
     def make(run: Run) -> dict:
         steps, noise = run.sizes.steps, run.noise(run.sizes.calibration, 0)
-        cal = fk.calibrate(
-            run.velocity, noise, run.sizes.grid, steps, effort=effort, seed=1000 * run.seed, progress=False
-        )
+        options = dict(effort=effort, seed=1000 * run.seed, progress=False)
+        if effort == BEST and run.sizes.budget is not None:
+            options["evaluations"] = run.sizes.budget * len(noise)
+        cal = fk.calibrate(run.velocity, noise, run.sizes.grid, steps, **options)
         found = {N: cal.best(N) for N in steps}
         run.note = "taken: " + ", ".join(f"N = {N}: {getattr(plan, 'name', 'schedule')}" for N, plan in found.items())
         return found
