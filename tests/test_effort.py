@@ -1,6 +1,7 @@
 """What `calibrate(effort=)` tries, within which budget, and what is the best of it."""
 
 import contextlib
+import re
 import warnings
 
 import pytest
@@ -260,7 +261,7 @@ def test_errors_of_the_size_of_rounding_decide_nothing():
 
 def test_a_price_is_said_first(capsys):
     calibrated(n=8, steps=[2], effort="best", evaluations=2_000, progress=True)
-    assert "calibrate: up to 1,904 evaluations of single samples more, about" in capsys.readouterr().err
+    assert re.search(r"calibrate: up to 1,[89]\d\d evaluations of single samples more, about", capsys.readouterr().err)
 
 
 def test_budgets_of_other_efforts_are_refused():

@@ -114,8 +114,8 @@ def calibrate(
             those of the next smaller and larger N. What was tried is in `tried` and `report()`, `best(N)` is the best.
             Ctrl-C ends it with what there is.
         evaluations: the budget of "best": as many of single samples in all, the rollout's with them; None is what all
-            fits and three refinements of each N take, for N = 8 about 3,000 of each sample. Those of "fit" are made in
-            any case. Nothing is begun that would take more. The budget is said before it is spent.
+            fits and three refinements of each N take (six of N <= 4), for N = 8 about 3,000 of each sample. Those of
+            "fit" are made in any case. Nothing is begun that would take more. The budget is said before it is spent.
         minutes: the budget as time, from the call on: nothing is begun that would not end by then, as far as the
             rollout tells; with `evaluations` the first of both that is spent.
         forced_knots: times of the grid that every schedule has as knots, as no step may span them: such as where a

@@ -29,7 +29,7 @@ from flowkernels.solver import Solver, adams_bashforth
 from flowkernels.velocity.protocol import VelocityBase
 
 EFFORTS = SCHEDULE, FIT, BEST = "schedule", "fit", "best"
-REFINEMENTS = 3  # of each number of evaluations, that "best" has a budget for where nothing else is said
+REFINEMENTS, FEW = 3, 4  # "best" has a budget for as many of each N where nothing is said, twice where N is few
 JUDGES = 4  # one in so many samples judges what is hardly ever the best
 SHIFTS = (1.0, 3.0)  # of stock samplers
 SAMPLES = 64  # that objectives evaluate
@@ -142,7 +142,8 @@ class Search:
         """The evaluations that a budget is where nothing is said."""
         n, K = self.data.n, len(self.cal.times) - 1
         knots = sum(KNOTS[k] * (steps[-1] if k in STEPWISE else 1) for k in KNOTS) * K * min(SAMPLES, n)
-        once = sum(2 * N * (len(KNOTS) + 1) + REFINEMENTS * price(self.data, Solver.euler(N), PLAIN) for N in steps)
+        once = sum(2 * N * (len(KNOTS) + 1) for N in steps)
+        once += sum(REFINEMENTS * (1 + (N <= FEW)) * price(self.data, Solver.euler(N), PLAIN) for N in steps)
         stock = sum(16 * N * len(self.some) for N in steps)
         return int(self.spent + knots + n * once + stock)
 
