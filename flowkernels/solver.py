@@ -180,7 +180,8 @@ class Solver:
         b, a, found = self.coefficients, [1.0, *self.start_coefficients.tolist()], []
         small = NEGLIGIBLE * b.abs().max()
         for i in range(self.evaluations):
-            known = a[i] != 0 and abs(a[i + 1] / a[i]) <= MOST_GROWTH  # larger ones would raise rounding with them
+            # larger ones would raise rounding with them, but for the first state's, which is x_0 itself
+            known = i == 0 or (a[i] != 0 and abs(a[i + 1] / a[i]) <= MOST_GROWTH)
             if chained:
                 expect(a[i] != 0, "start_coefficients", "no 0 before the last, for steps from state to state", a[1:])
             scales = a[i + 1] / a[i] if known or chained else 1.0, a[i + 1]

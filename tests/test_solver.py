@@ -226,6 +226,7 @@ SOLVERS = {
     "dense": dense(),
     "inverse": Solver.adams_bashforth(uneven_grid(6), 2, inverse=True),
     "free start": replace(dense(), start_coefficients=[0.9, 1.2, 0.8, 0.1, 0.6, -0.3]),  # one of which grows sixfold
+    "far start": replace(dense(), start_coefficients=[-5.0, 9.0, 0.8, 0.1, 0.6, 7.0]),
 }
 
 
