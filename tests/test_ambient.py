@@ -157,8 +157,9 @@ def fit_solver(w, tmp_path):
 
 @stage
 def polish(w, tmp_path):
-    solver = fk.Solver.adams_bashforth(w["cal"][3])
-    return [fk.polish(w["net"], w["cal"], p, iterations=1) for p in (solver, w["cal"][3])]
+    """Of the solver its ends: its coefficients are free where these hardly move."""
+    solver = fk.polish(w["net"], w["cal"], fk.Solver.adams_bashforth(w["cal"][3]), iterations=1)
+    return [fk.sample(w["net"], w["noise"], solver), fk.polish(w["net"], w["cal"], w["cal"][3], iterations=1)]
 
 
 def straightened(w, student=None, velocity=None, **settings):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import flowkernels as fk
 from flowkernels.calibration import least_squares, refine
-from flowkernels.calibration.least_squares import EndpointProblem, Unknowns
+from flowkernels.calibration.endpoint_problem import DIFFERENCES, EndpointProblem, Unknowns
 from flowkernels.calibration.refine import ROBUST_FIRST, ROBUST_LAST, SQUARED, Refinement
 from flowkernels.calibration.samples import Samples
 from flowkernels.models.closed_form import GaussianMixtureVelocity
@@ -51,7 +51,7 @@ def test_a_step_is_that_of_dense_damped_least_squares(start_coefficients, chunk)
     unknowns = replace(Unknowns.of(data, cal.times, (), solver, start_coefficients), by=1e-5)
     problem, rows = EndpointProblem(data, 6, False), slice(1, 6)
     weights = torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0], dtype=F64)
-    v, _ = problem.run(solver, rows)
+    v, _ = data.teacher.run(solver, problem.begin[rows], (), rows.start)
     gram = problem.gram(solver, unknowns, v, rows, weights)
 
     x0, goal = cal.kept.x[0, rows], cal.kept.x[-1, rows]
@@ -93,7 +93,7 @@ def test_derivatives_count_what_they_evaluate():
     cal, data = samples(bent, N=4)
     solver, start = Solver.adams_bashforth(cal[4], 2), data.teacher.evaluations
     problem, rows = EndpointProblem(data, 8, False), slice(0, 8)
-    v, _ = problem.run(solver)
+    v, _ = problem.ends(solver)
     for free, each in ((False, 4 * 5 * 6 // 6), (True, 4 * 5 * 6 // 6 + 4 * 3 // 2)):
         unknowns, start = Unknowns.of(data, cal.times, (), solver, free), data.teacher.evaluations
         problem.gram(solver, unknowns, v, rows, torch.ones(8, dtype=F64))
@@ -106,9 +106,9 @@ def test_the_difference_is_as_small_as_rounding_allows():
     for velocity in (bent, lambda x, t: bent(x, t).bfloat16().float()):
         cal, data = samples(velocity, n=64, dtype=torch.float32)
         solver, problem = Solver.euler(cal[3]), EndpointProblem(data, 64, False)
-        v, _ = problem.run(solver)
+        v, _ = problem.ends(solver)
         found.append(problem.difference(solver, Unknowns.of(data, cal.times, (), solver, False), v, slice(0, 64)))
-    assert found[0] < found[1] == least_squares.DIFFERENCES[0]
+    assert found[0] < found[1] == DIFFERENCES[0]
 
 
 def test_robust_weights():
@@ -123,17 +123,25 @@ def test_robust_weights():
     assert least_squares.loss(errors, None)[0].tolist() == [1.0] * 4
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 24])
-def test_scales_are_annealed(iterations):
-    first, last = (refine.annealed(w, iterations) for w in (ROBUST_FIRST, ROBUST_LAST))
-    assert refine.annealed(SQUARED, iterations) == [None] * iterations
-    assert len(first) == len(last) == iterations
-    robust = [c for c in first if c is not None]
-    assert robust == sorted(robust)
-    assert first == robust + [None] * (iterations - len(robust))
-    robust = [c for c in last if c is not None]
-    assert robust == sorted(robust, reverse=True)
-    assert last == [None] * (iterations - len(robust)) + robust
+def test_scales_are_annealed():
+    first, last = (refine.annealed(w) for w in (ROBUST_FIRST, ROBUST_LAST))
+    for scale_at, robust in ((first, range(6)), (last, range(10, 3, -1))):
+        found = [scale_at(k / 10) for k in robust]
+        assert found == sorted(found)
+        assert found[0] == 2
+        assert all(scale_at(k / 10) is None for k in range(11) if k not in robust)
+    assert refine.annealed(SQUARED)(0.0) is None
+
+
+def test_corrected_derivatives_say_what_a_step_has_found():
+    """The least change that does, weighed by the size of each; unknowns that were not moved stay."""
+    J, size = noise(3, 4, 2, dtype=F64), torch.tensor([1.0, 4.0, 9.0], dtype=F64)
+    change, moved, before = torch.tensor([0.5, 0.0, -1.0], dtype=F64), noise(4, 2, seed=1, dtype=F64), None
+    before = J.clone()
+    least_squares._correct(J, change, moved, size)
+    torch.testing.assert_close(torch.einsum("p,pnd->nd", change, J), moved)
+    assert torch.equal(J[1], before[1])
+    torch.testing.assert_close((J - before)[2] / (change * size)[2], (J - before)[0] / (change * size)[0])
 
 
 def test_forced_knots_and_the_teachers_times_hold_every_evaluation():

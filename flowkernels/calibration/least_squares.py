@@ -1,80 +1,18 @@
-"""Levenberg and Marquardt's damped least squares on a solver's endpoints: of its coefficients, its coefficients of x_0
-and its model times, by finite differences of the sampler itself."""
+"""Levenberg and Marquardt's damped least squares on a solver's endpoints, with weights of the samples."""
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from flowkernels.calibration.samples import Samples
-from flowkernels.evaluation.endpoint import endpoint_errors
-from flowkernels.ops.linear_update import linear_update
-from flowkernels.ops.velocity_gram import velocity_gram
-from flowkernels.sampling.teacher import Teacher
+from flowkernels.calibration.endpoint_problem import EndpointProblem, Unknowns, price_of
 from flowkernels.solver import Solver
 
 DAMPING = 1e-3  # of the first step, in parts of the size of each unknown
-DIFFERENCES = (0.02, 0.005, 0.00125, 0.0003125)  # of unknowns, for derivatives: the first is beyond bfloat16's rounding
-STACKED = 2**18  # elements of the states that are evaluated at once, where the samples alone are fewer
-FROM_START = -1  # the place of a coefficient of x_0 in its row
-
-
-@dataclass(frozen=True)
-class Unknowns:
-    """What of a solver of M evaluations is free: (i, None) is the time of evaluation i, (i, FROM_START) the coefficient
-    of x_0 after it and (i, l) that of v_l.
-
-    limits: between which times each evaluation stays. by: the differences for derivatives.
-    """
-
-    places: list[tuple[int, int | None]]
-    limits: list[tuple[float, float]]
-    by: float
-
-    @classmethod
-    def of(
-        cls, data: Samples, grid: Tensor, forced: Sequence[int], solver: Solver, start_coefficients: bool
-    ) -> "Unknowns":
-        first = data.start[1]
-        row = (None, FROM_START) if start_coefficients else (None,)
-        places = [(i, where) for i in range(solver.evaluations) for where in (*row, *range(i + 1))]
-        return cls(places, time_limits(grid.tolist(), forced, solver, first), DIFFERENCES[0] * (1 - first))
-
-    def of_evaluation(self, i: int) -> list[tuple[int, int | None]]:
-        """(place in the list, what) of those that come into play with evaluation i."""
-        return [(row, where) for row, (at, where) in enumerate(self.places) if at == i]
-
-    def difference(self, solver: Solver, i: int) -> float:
-        """By how much time i is changed for a derivative: up, or down where there is more room; 0 where there is
-        none."""
-        t, (low, high), by = solver.model_times[i].item(), self.limits[i], self.by
-        up, down = high - t, t - low
-        step = min(by, up) if up >= by or up >= down else -min(by, down)
-        return step if abs(step) > by / 16 else 0.0
-
-    def moved(self, solver: Solver, by: Tensor) -> Solver:
-        t, b, a = (x.clone() for x in (solver.model_times, solver.coefficients, solver.start_coefficients))
-        for (i, where), change in zip(self.places, by.tolist(), strict=True):
-            if where is None:
-                t[i] = min(max(t[i].item() + change, self.limits[i][0]), self.limits[i][1])
-            elif where == FROM_START:
-                a[i] += change
-            else:
-                b[i, where] += change
-        return replace(solver, model_times=t, coefficients=b, start_coefficients=a)
-
-
-def time_limits(grid: list[float], forced: Sequence[int], solver: Solver, first: float) -> list[tuple[float, float]]:
-    """Between which times each evaluation stays: where the teacher was evaluated, on its side of every forced knot."""
-    t = solver.model_times.tolist()
-    found = []
-    for now in t:
-        low = max([min(first, *t), *(grid[f] for f in forced if grid[f] <= now)])
-        high = min([max(grid[-2], *t), *(max(grid[f - 1], now) for f in forced if grid[f] > now)])
-        found.append((low, high))
-    return found
+ATTEMPTS = 4  # at a step, each with ten times the damping of the last
+PATIENCE = 3  # idle iterations of few samples, before all are taken
+IDLE = 3e-3  # the part that the loss falls by, below which an iteration is idle
 
 
 def loss(errors: Tensor, scale: float | None) -> tuple[Tensor, float]:
@@ -89,173 +27,98 @@ def loss(errors: Tensor, scale: float | None) -> tuple[Tensor, float]:
     return 1 / (1 + errors / scale), (scale * torch.log1p(errors / scale)).mean().item()
 
 
-class EndpointProblem:
-    """The endpoints of n samples: where a solver takes them, and derivatives of that.
-
-    fit: how many of them, the first, are fitted; the others are held out.
-    """
-
-    def __init__(self, data: Samples, fit: int, inverse: bool):
-        place = data.start[0]
-        self.data, self.fit = data, fit
-        self.begin, self.end = (data.state(i) for i in ((-1, place) if inverse else (place, -1)))
-
-    def run(self, solver: Solver, rows: slice | None = None) -> tuple[list[Tensor], Tensor]:
-        """(velocities, errors [.]) of the samples `rows`; of those that are fitted, if None."""
-        rows = slice(0, self.fit) if rows is None else rows
-        v, x = self.data.teacher.run(solver, self.begin[rows], (), rows.start)
-        return v, endpoint_errors(x, self.end[rows]).cpu()
-
-    def held_out(self, solver: Solver) -> Tensor:
-        return self.run(solver, slice(self.fit, self.data.n))[1]
-
-    def gram(self, solver: Solver, unknowns: Unknowns, v: list[Tensor], rows: slice, weights: Tensor) -> Tensor:
-        """The Gram matrix of the endpoint's derivatives and, last, of what is missing to the teacher's, float64
-        `[P+1, P+1]`: over the samples `rows`, whose velocities v are, with weights `[.]`."""
-        total = 0
-        for part in self.data.teacher.chunks(rows.stop - rows.start):
-            whole = slice(rows.start + part.start, rows.start + part.stop)
-            total = total + self._gram(solver, unknowns, [t[part] for t in v], whole, weights[part])
-        return total
-
-    def _gram(self, solver, unknowns, v, rows: slice, weights) -> Tensor:
-        start, end = self.begin[rows], self.end[rows]
-        a, b = solver.start_coefficients.tolist(), solver.coefficients.tolist()
-        x = linear_update(start, v, b[-1], scale=a[-1])
-        sums = start.new_zeros(len(unknowns.places) + 2, *start.shape)  # whose increments `velocity_gram` multiplies
-        for i in range(solver.evaluations):
-            for row, derivative in self._derivatives(solver, unknowns, i, start, v, x, rows):
-                sums[row + 1] = derivative
-        sums[-1] = end - x
-        sums.mul_(weights.sqrt().to(sums).view(-1, *[1] * (sums.dim() - 2)))
-        return velocity_gram(sums.cumsum_(0)).cpu()
-
-    def _derivatives(self, solver, unknowns, i: int, start, v, x, rows: slice) -> Iterator[tuple[int, Tensor]]:
-        """(place, derivative) of the endpoint x of what comes into play with evaluation i; none, for zeros, where the
-        velocity is not defined at a changed time."""
-        a, b = solver.start_coefficients.tolist(), solver.coefficients.tolist()
-        M, by, stacked = solver.evaluations, unknowns.by, []
-        after = linear_update(start, v[: i + 1], b[i][: i + 1], scale=a[i])
-        for row, where in unknowns.of_evaluation(i):
-            if where is None:
-                step = unknowns.difference(solver, i)
-                if step == 0:
-                    continue
-                state = linear_update(start, v[:i], b[i - 1][:i], scale=a[i - 1]) if i else start
-                change = self.data.teacher.at(state, solver.model_times[i].item() + step, rows.start).sub_(v[i])
-                if i == M - 1:
-                    stacked.append((row, step, b[i][i] * change, None))
-                else:
-                    stacked.append((row, step, b[i][i] * change, change))
-            else:
-                stacked.append((row, by, by * (start if where == FROM_START else v[where]), None))
-        if i < M - 1:
-            most = max(1, self._most_at_once(len(start), start[0].numel()) // len(start))
-            parts = [stacked[k : k + most] for k in range(0, len(stacked), most)]
-            stacked = [moved for part in parts for moved in self._carried(solver, i, start, v, x, after, part, rows)]
-        for row, step, moved, _ in stacked:
-            derivative = moved / step
-            if torch.isfinite(derivative).all():
-                yield row, derivative
-
-    def _most_at_once(self, n: int, size: int) -> int:
-        chunk = self.data.teacher.chunk
-        return chunk if chunk is not None else max(n, STACKED // max(size, 1))
-
-    def _carried(self, solver, i: int, start, v, x, after, changes: list, rows: slice) -> list:
-        """The changes of the state after evaluation i, carried on to the endpoint, evaluated in one batch."""
-        known, u, n = self.data.teacher, len(changes), len(start)
-        teacher = self._repeated(u, rows)
-        a, b = solver.start_coefficients.tolist(), solver.coefficients.tolist()
-        states, made = torch.cat([after + change for _, _, change, _ in changes]), []
-        for j in range(i + 1, solver.evaluations):
-            made.append(teacher.at(states, solver.model_times[j].item()))
-            shared = linear_update(start, v[: i + 1], b[j][: i + 1], scale=a[j])
-            states = linear_update(shared.repeat(u, *[1] * (shared.dim() - 1)), made, b[j][i + 1 : j + 1])
-            for k, (_, _, _, change) in enumerate(changes):
-                if change is not None:
-                    states[k * n : (k + 1) * n].add_(change, alpha=b[j][i])
-        known.evaluations += teacher.evaluations
-        moved = states.view(u, *start.shape).sub_(x)
-        return [(row, step, end, None) for (row, step, _, _), end in zip(changes, moved, strict=True)]
-
-    def _repeated(self, u: int, rows: slice) -> Teacher:
-        """The teacher of u copies of the samples `rows`."""
-        known = self.data.teacher
-        order = torch.arange(rows.start, rows.stop, device="cpu") if known.order is None else known.order[rows]
-        return Teacher(known.velocity, known.total, order=order.repeat(u), chunk=known.chunk)
-
-    def difference(self, solver: Solver, unknowns: Unknowns, v: list[Tensor], rows: slice) -> float:
-        """Which of DIFFERENCES is the best for derivatives: larger ones have more of curvature in them, smaller ones
-        more of rounding, and by that the derivatives of two differ."""
-        M, whole = solver.evaluations, unknowns.by / DIFFERENCES[0]
-        if M == 1:
-            return unknowns.by
-        start, a, b = self.begin[rows], solver.start_coefficients.tolist(), solver.coefficients.tolist()
-        x = linear_update(start, v[: M - 1], b[M - 2][: M - 1], scale=a[M - 2])
-        now = solver.model_times[-1].item()
-        found = [
-            (self.data.teacher.at(x + h * whole * v[M - 2], now, rows.start) - v[-1]).div_(h * whole)
-            for h in DIFFERENCES
-        ]
-        off = [(one - other).double().square().sum().item() for one, other in itertools.pairwise(found)]
-        least = min(range(len(off)), key=lambda k: off[k] if off[k] == off[k] else torch.inf)
-        return DIFFERENCES[least] * whole
-
-
-ATTEMPTS = 5  # at a step, each with ten times the damping of the last
-IDLE = 3e-3  # the part that the loss falls by, below which an iteration is idle
-
-
 def minimised(
     problem: EndpointProblem,
     unknowns: Unknowns,
     solver: Solver,
-    scales: Sequence[float | None],
+    scale_at: Callable[[float], float | None],
+    budget: float,
     window: int,
     progress: Callable[[], object] = lambda: None,
 ) -> Solver:
-    """The solver after an iteration for each of `scales`, or fewer where the last of them find nothing more.
+    """The solver after as many steps as the budget has room for, or fewer where the last of them find nothing more.
 
-    scales: of `loss`, in units of the median squared distance; None is the squared distance itself. window: the samples
-        whose derivatives an iteration takes, in turn; all that are fitted decide whether its step is made. A step that
-        is right for a few and good for all leaves narrow valleys that the exact step ends in.
+    scale_at: of `loss`, in units of the median squared distance, by the part of the budget that is spent; None is the
+        squared distance itself. budget: evaluations of each sample that is fitted. window: the samples whose
+        derivatives a step takes at first, in turn, while steps from so few are good for all; then it takes those of
+        all, and between them, where they are few enough to be kept, corrects them by what each step has found
+        (Broyden's rank-1 update), which needs no more evaluations.
 
     Of the squared distance, the iterate with the least; else the last.
     """
-    windows = max(1, round(problem.fit / window))
-    edges = [problem.fit * k // windows for k in range(windows + 1)]
-    v, errors = problem.run(solver)
+    windows, turn = max(1, round(problem.fit / window)), 0
+    v, x = problem.ends(solver)
+    errors = problem.errors(x)
     if not torch.isfinite(errors).all():
         return solver
-    best, damping, idle = (errors.mean().item(), solver), DAMPING, 0
-    for k, c in enumerate(scales):
+    best, damping, derivatives, first, skipped = (errors.mean().item(), solver), DAMPING, None, True, 0.0
+    began, final, idle = problem.evaluations, scale_at(1.0), 0
+    M, price = solver.evaluations, price_of(unknowns.places, solver.evaluations)
+    while True:
+        corrected = derivatives is not None
+        spent = (problem.evaluations - began) / problem.fit
+        if spent + M + (0 if corrected else price / windows) > budget:
+            break
+        c = scale_at(min(1.0, skipped + spent / budget))
         scale = None if c is None else c * errors.median().item() or None
         weights, now = loss(errors, scale)
-        rows = slice(edges[k % windows], edges[k % windows + 1])
-        of_window = [t[rows] for t in v]
-        if k == 0:
-            unknowns = replace(unknowns, by=problem.difference(solver, unknowns, of_window, rows))
-        gram = problem.gram(solver, unknowns, of_window, rows, weights[rows])
+        rows = slice(problem.fit * (turn % windows) // windows, problem.fit * (turn % windows + 1) // windows)
+        if first:
+            unknowns = replace(unknowns, by=problem.difference(solver, unknowns, [t[rows] for t in v], rows))
+            first = False
+        if not corrected:
+            turn += 1
+            if windows == 1 and problem.can_keep(unknowns):
+                derivatives = problem.derivatives(solver, unknowns, v, rows)
+        if derivatives is not None:
+            gram = problem.gram_of(derivatives, x, rows, weights)
+        else:
+            gram = problem.gram(solver, unknowns, [t[rows] for t in v], rows, weights[rows])
         progress()
-        found, attempts = now, ATTEMPTS if torch.isfinite(gram).all() else 0
-        for _ in range(attempts):
+        found = None
+        for _ in range((2 if corrected or windows > 1 else ATTEMPTS) if torch.isfinite(gram).all() else 0):
             change = step(gram, damping)
             if torch.isfinite(change).all():
                 tried = unknowns.moved(solver, change)
-                tried_v, tried_errors = problem.run(tried)
-                found = loss(tried_errors, scale)[1]
-                if found < now:  # NaN is not
-                    solver, v, errors, damping = tried, tried_v, tried_errors, max(damping / 5, 1e-6)
+                tried_v, tried_x = problem.ends(tried)
+                tried_errors = problem.errors(tried_x)
+                if (lower := loss(tried_errors, scale)[1]) < now:  # NaN is not
+                    found = lower
                     break
             damping = max(10 * damping, 1e-4)
+        gain = 0.0
+        if found is None:
+            damping = min(damping, 1e-2)
         else:
-            found, damping = now, min(damping, 1e-2)
-        best = min(best, (errors.mean().item(), solver), key=lambda b: b[0])
-        idle = idle + 1 if found > (1 - IDLE) * now else 0
-        if idle > windows and c == scales[-1]:
-            break
-    return best[1] if scales[-1] is None else solver
+            gain, damping = 1 - found / now, max(damping / 5, 1e-6)
+            if derivatives is not None:
+                _correct(
+                    derivatives, unknowns.values(tried) - unknowns.values(solver), tried_x - x, gram.diagonal()[:-1]
+                )
+            solver, v, x, errors = tried, tried_v, tried_x, tried_errors
+            best = min(best, (errors.mean().item(), solver), key=lambda b: b[0])
+        if windows > 1:
+            idle = 0 if gain > IDLE else idle + 1
+            if idle == PATIENCE:
+                windows, turn = 1, 0
+        elif gain < (3 * IDLE if corrected else IDLE):
+            derivatives = None
+            if not corrected and c == final:
+                break
+            skipped += 0.0 if corrected else 0.2
+    return best[1] if final is None else solver
+
+
+def _correct(derivatives: Tensor, change: Tensor, moved: Tensor, size: Tensor) -> None:
+    """Broyden's update in place: the least change of derivatives `[P, n, *shape]`, each by its own size, after which
+    they take `change` [P] to `moved` [n, *shape]."""
+    if not (change != 0).any():
+        return
+    scaled = change * torch.where(size > 0, size, 1.0)
+    by = (scaled / (change @ scaled)).tolist()
+    off = moved - torch.einsum("p,p...->...", change.to(derivatives), derivatives)
+    for row, part in zip(derivatives, by, strict=True):
+        row.add_(off, alpha=part)
 
 
 def step(gram: Tensor, damping: float) -> Tensor:

@@ -54,8 +54,8 @@ def polish(
             than the grid is for the teacher's states at its first knot, which the grid must have. Forced knots of the
             calibration stay, and evaluations on their sides of these.
         samples: at most as many of those that the calibration keeps.
-        iterations: at most as many, of each half; of a solver the derivatives of one are of an eighth of the half, in
-            turn, or of more where that would be too few.
+        iterations: at most as many, of each half; of a solver, an iteration is as many evaluations as derivatives of
+            all samples of the half and six runs take, and in the end a third as many are of all samples.
         robust: of a solver, begin with weights that leave out samples far off, and end with none; tried beside the
             squared distance throughout.
         start_coefficients: of a solver, free its coefficients of x_0 too; tried beside the others.
@@ -68,15 +68,17 @@ def polish(
         What was given, with other numbers; as it was where nothing is better on held-out samples. A Solver's notes tell
         the endpoint error before and after, "polish", and "evaluations", made for each sample on average.
 
-    Cost: derivatives for a solver of M evaluations take M (M+1)(M+2)/6 of a sample (120 for M = 8; a coefficient is
-    tried from its evaluation on), M (M-1)/2 more with those of x_0; an iteration of a half takes these of an eighth of
-    its samples, and 1 to 5 M of each. In the end a third as many iterations are of all samples. A schedule of N steps
-    takes up to some 16 N^2 a sample.
-    Memory: a state of a chunk's samples for each coefficient and time, M (M+3) / 2, beside M of all samples.
+    Cost: derivatives for a solver of M evaluations take J = M (M+1)(M+2)/6 of a sample (120 for M = 8; a coefficient is
+    tried from its evaluation on), M (M-1)/2 more with those of x_0. A refinement takes at most some 4/3 iterations
+    (J + 6 M) a sample, `robust` and `start_coefficients` as much again, and both four times as much. Steps are made of
+    derivatives of an eighth of the samples while these are good for all, then of all samples', which are corrected by
+    what steps find between them. A schedule of N steps takes up to some 16 N^2 a sample.
+    Memory: states of a chunk's samples for each coefficient and time, M (M+3) / 2, or of all samples where that is at
+    most 256 MB, and twice as many while they are multiplied; M states of all samples beside.
 
     Source: arXiv 2403.01329 (Bespoke solvers) for the free coefficients and times; More, The Levenberg-Marquardt
     algorithm (1978), for the scaled damping; Holland and Welsch, Robust regression using iteratively reweighted
-    least-squares (1977).
+    least-squares (1977); Broyden, A class of methods for solving nonlinear simultaneous equations (1965).
 
     Examples:
         >>> velocity, noise = (lambda x, t: x * t[:, None] ** 4), torch.randn(64, 2)
@@ -98,8 +100,9 @@ def polish(
     data = Samples.of(velocity, calibration, noise, chunk, most=samples, start=place, teacher=teacher)
     weights = (SQUARED, ROBUST_FIRST) if robust else (SQUARED,)
     ways = [Refinement(w, free, iterations) for free in range(1 + start_coefficients) for w in weights]
-    total = 3 * iterations if isinstance(start, Schedule) else sum(w.most_iterations for w in ways)
-    with tqdm(total=total, desc="polish", disable=not progress, leave=False) as bar:
+    with tqdm(
+        total=3 * iterations if isinstance(start, Schedule) else None, desc="polish", disable=not progress, leave=False
+    ) as bar:
         if isinstance(start, Schedule):
             return _knots_moved(data, calibration, start, iterations, bar.update)
         return _polished(data, calibration.times, calibration.forced, start, ways, bar.update)[0]

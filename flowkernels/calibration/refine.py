@@ -9,25 +9,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowkernels.calibration.least_squares import EndpointProblem, Unknowns, minimised
+from flowkernels.calibration.endpoint_problem import EndpointProblem, Unknowns, places_of, price_of
+from flowkernels.calibration.least_squares import minimised
 from flowkernels.calibration.samples import Samples
 from flowkernels.calibration.selection import Candidate
 from flowkernels.solver import Solver
 
-ITERATIONS = 24  # of a refinement, at most
+ITERATIONS = 5  # of a refinement, at most
 SQUARED, ROBUST_FIRST, ROBUST_LAST = "squared", "robust first", "robust last"
 REFINED = ", refined"
 
 
-def annealed(weights: str, iterations: int) -> list[float | None]:
-    """The scales of `minimised`: of the squared distance throughout; robust at first, so that a few samples far off do
+def annealed(weights: str) -> Callable[[float], float | None]:
+    """`scale_at` of `minimised`: of the squared distance throughout; robust at first, so that a few samples far off do
     not lead into a valley of their own, and squared at last; or squared at first."""
-    if weights == SQUARED:
-        return [None] * iterations
-    robust = max(1, iterations * 3 // 4 if weights == ROBUST_FIRST else iterations // 2)
-    scales = [2 * 32 ** (k / max(robust - 1, 1)) for k in range(robust)]
-    rest = [None] * (iterations - robust)
-    return scales + rest if weights == ROBUST_FIRST else rest + scales[::-1]
+
+    def scale_at(done: float) -> float | None:
+        if weights == SQUARED:
+            return None
+        if weights == ROBUST_FIRST:
+            return 2 * 32 ** (done / 0.6) if done < 0.6 else None
+        return None if done < 0.4 else 2 * 32 ** ((1 - done) / 0.6)
+
+    return scale_at
 
 
 def window_of(fit: int, unknowns: int, size: int) -> int:
@@ -39,20 +43,16 @@ def window_of(fit: int, unknowns: int, size: int) -> int:
 @dataclass(frozen=True)
 class Refinement:
     """How a solver is refined. weights: a name of `annealed`. start_coefficients: whether those of x_0 are free.
-    iterations: of each half of the samples, and at most a third as many of all in the end."""
+    iterations: how many each half of the samples may take, or as many evaluations in smaller ones: derivatives of them
+    all and six runs of the solver; and a third of that of all samples in the end."""
 
     weights: str = SQUARED
     start_coefficients: bool = False
     iterations: int = ITERATIONS
 
-    @property
-    def last_iterations(self) -> int:
-        """Of all samples."""
-        return max(1, self.iterations // 3)
-
-    @property
-    def most_iterations(self) -> int:
-        return 2 * self.iterations + self.last_iterations
+    def budget(self, M: int) -> float:
+        """Evaluations of each sample of a half, at most, for a solver of M."""
+        return self.iterations * (price_of(places_of(M, self.start_coefficients), M) + 6 * M)
 
     def __str__(self) -> str:
         free = ", free x_0" if self.start_coefficients else ""
@@ -102,13 +102,8 @@ def refine(
 
 
 def price(data: Samples, solver: Solver, how: Refinement) -> float:
-    """How many evaluations of each sample a refinement takes, about."""
-    M = solver.evaluations
-    of_unknowns = sum((M - i) + (M - 1 - i) * (i + 1 + how.start_coefficients) for i in range(M))
-    unknowns = M * (M + 3) // 2 + M * how.start_coefficients
-    half = data.n // 2
-    part = window_of(half, unknowns, data.x[0, 0].numel()) / half if half else 1.0
-    return how.iterations * (4 / 3) * (part * of_unknowns + 2 * M) + 3 * M
+    """How many evaluations of each sample a refinement takes, at most, but for rejected steps at the end."""
+    return 4 / 3 * how.budget(solver.evaluations) + 6 * solver.evaluations + 8
 
 
 def refined(
@@ -123,23 +118,24 @@ def refined(
     """A start refined in one way, with errors by cross-validation on two halves of the samples."""
     began, before = time.perf_counter(), data.teacher.evaluations
     unknowns = Unknowns.of(data, grid, forced, start, how.start_coefficients)
-    size, scales = data.x[0, 0].numel(), annealed(how.weights, how.iterations)
+    size, scale_at = data.x[0, 0].numel(), annealed(how.weights)
+    budget = how.budget(start.evaluations)
 
-    def minimum(problem: EndpointProblem, solver: Solver, scales: list[float | None]) -> Solver:
+    def minimum(problem: EndpointProblem, solver: Solver, scale_at: Callable, budget: float) -> Solver:
         window = window_of(problem.fit, len(unknowns.places), size)
-        return minimised(problem, unknowns, solver, scales, window, progress)
+        return minimised(problem, unknowns, solver, scale_at, budget, window, progress)
 
     errors, models = torch.empty(data.n, dtype=torch.float64, device="cpu"), []
     for mine, other in halves(data):
         part = data.in_order([*mine, *other])
         problem = EndpointProblem(part, len(mine), start.is_inverse)
-        solver = minimum(problem, start, scales)
+        solver = minimum(problem, start, scale_at, budget)
         errors[other] = problem.held_out(solver)
         models.append((errors[other].mean().item(), solver))
         data.teacher.evaluations = part.teacher.evaluations
     solver = min(models, key=lambda m: m[0] if m[0] == m[0] else math.inf)[1]
-    final = [scales[-1]] * how.last_iterations
-    solver = minimum(EndpointProblem(data, data.n, start.is_inverse), solver, final)
+    last = scale_at(1.0)
+    solver = minimum(EndpointProblem(data, data.n, start.is_inverse), solver, lambda done: last, budget / 3)
     evaluations = (data.teacher.evaluations - before) / data.n
     return Candidate(f"{name}{REFINED} ({how})", solver, errors, evaluations, time.perf_counter() - began)
 
@@ -152,4 +148,5 @@ def halves(data: Samples) -> tuple[tuple[list[int], list[int]], ...]:
 
 def own_errors(data: Samples, solver: Solver) -> Tensor:
     """Of a solver as it is, `[n]`."""
-    return EndpointProblem(data, data.n, solver.is_inverse).run(solver)[1]
+    problem = EndpointProblem(data, data.n, solver.is_inverse)
+    return problem.errors(problem.ends(solver)[1])
