@@ -64,7 +64,7 @@ SIZES = {
     "digits": Sizes(1024, 2048, Straightening((2, 4, 8), 400, 256, 4096, 1e-3, 0.99)),
     "fashion": Sizes(
         *(256, 384, Straightening((4, 8), 128, 64, 256, 2e-4, 0.95, seeds=1)),
-        **dict(finer=64, polish=(96, 3, 6), descent=Descent(150, 16, steps=(2, 3, 4, 8))),
+        **dict(finer=64, polish=(96, 3, 6), descent=Descent(150, 16, steps=(2, 3, 4, 8)), budget=1500),
     ),
 }
 
