@@ -98,6 +98,8 @@ DAMAGE = {
     "what was tried of no name": lambda d: d["tried"]["4"][0].pop("name"),
     "a plan of two kinds": lambda d: d["tried"]["4"][0]["plan"].update(schedule={}, solver={}),
     "a negative number of samples": lambda d: d["tried"]["4"][0].update(samples=-1),
+    "skipped as a list": lambda d: d["provenance"]["effort"].update(skipped=["stock"]),
+    "a number of samples as text": lambda d: d["provenance"]["effort"].update(samples="8"),
     "a negative error": lambda d: d["verified"]["4"]["fitted"].update(error=-1.0),
     "a solver of no name": lambda d: d["solvers"]["4"].pop("name"),
     "another encoding": lambda d: d["cost"].update(encoding="hex"),
@@ -115,6 +117,15 @@ def test_what_the_schema_refuses_is_not_read(damage, saved):
     jsonschema = pytest.importorskip("jsonschema")
     with pytest.raises(jsonschema.ValidationError):
         validate(data)
+
+
+def test_what_was_tried_has_the_evaluations_of_its_number(saved):
+    data = json.loads(saved.read_text())
+    data["tried"]["3"] = data["tried"]["4"]
+    del data["sha256"]
+    saved.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"tried.3\[0\].plan: expected one of 3 evaluations, got 4"):
+        fk.Calibration.load(saved)
 
 
 def test_a_card_is_edited_on_purpose(saved):

@@ -176,19 +176,23 @@ def test_interrupted_it_goes_on_to_the_same(best, error, tmp_path):
             assert [getattr(c, entry) for c in again.tried[N]] == pytest.approx(expected, rel=1e-9, nan_ok=True)
 
 
-def test_what_fails_is_listed():
-    """Without gradients, and where the velocity is not defined between the times of the grid."""
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyError, AssertionError])
+def test_what_fails_is_listed(error):
+    """Without gradients, and where the velocity is not defined between the times of the grid: NaN, or it raises."""
 
     def velocity(x, t):
         with torch.no_grad():
             on_grid = (t * K - (t * K).round()).abs() < 1e-6
+            if error is not None and not on_grid.all():
+                raise error("no such time")
             return torch.where(on_grid[:, None], Counted()(x, t), torch.nan)
 
     cal = calibrated(velocity, grid=K, steps=[5], effort="best", evaluations=20_000)
     failed = {c.name: c.failed for c in cal.tried[5] if c.failed is not None}
-    assert "NaN" in failed["uniform"]
+    assert ("NaN" if error is None else f"{error.__name__}: ") in failed["uniform"]
     assert "gradients" in cal.provenance["effort"]["skipped"]["knots of endpoint"]
     assert cal.tried[5][0].failed is None
+    assert cal.teacher_error is None
     assert "failed: " in cal.report()
     assert torch.isfinite(fk.sample(velocity, cal.kept.x[0], cal.best(5))).all()
 

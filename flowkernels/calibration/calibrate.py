@@ -37,6 +37,7 @@ from flowkernels.calibration.sample_costs import SampleCosts, group_size, mean_i
 from flowkernels.calibration.teacher_error import SAMPLES as OWN_SAMPLES
 from flowkernels.calibration.teacher_error import price_of
 from flowkernels.calibration.teacher_error import teacher_error as measured_teacher_error
+from flowkernels.calibration.tried import FAILURES
 from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import initial_state
@@ -258,7 +259,7 @@ def calibrate(
             first = first if ends is None else first[: len(ends)]
             try:
                 cal.teacher_error = measured_teacher_error(cal, velocity, first, n, chunk, ends)
-            except ValueError:  # NaN at times between those of the grid
+            except FAILURES:  # at times between those of the grid
                 if asked:
                     raise
         if effort != SCHEDULE:

@@ -82,10 +82,12 @@ def calibration_of(made: Callable[..., Made], data: dict) -> Made:
     for size in shape:
         expect_int(size, "provenance.shape", "positive integers", 1)
     expect(made_for is None or isinstance(made_for, str), "provenance.parameters_sha256", "a text or null", made_for)
+    if "effort" in provenance:
+        tried.effort_of(provenance["effort"], "provenance.effort")
     of, version = _by_steps(data, "schedules", K), data["version"]
     schedules = {n: _schedule(s, f"schedules.{n}", n, times, version) for n, s in of}
     solvers = {n: _solver(s, f"solvers.{n}", n, times) for n, s in _by_steps(data, "solvers", None)}
-    of_tried = {n: _tried(of, f"tried.{n}", times) for n, of in _by_steps(data, "tried", None)}
+    of_tried = {n: _tried(of, f"tried.{n}", times, n) for n, of in _by_steps(data, "tried", None)}
     names = {n: {*CHOICES, *(c.name for c in of)} for n, of in of_tried.items()}
     known = _by_steps(data, "verified", None)
     verified = [(n, *_verified(of, f"verified.{n}", names.get(n, CHOICES))) for n, of in known]
@@ -178,9 +180,9 @@ def _solver(data, name: str, N: int, times: Tensor) -> Solver:
     return solver
 
 
-def _tried(data, name: str, times: Tensor) -> list[tried.Tried]:
+def _tried(data, name: str, times: Tensor, N: int) -> list[tried.Tried]:
     expect(isinstance(data, list), name, "a list", data)
-    found = [tried.from_dict(entry, f"{name}[{i}]", times) for i, entry in enumerate(data)]
+    found = [tried.from_dict(entry, f"{name}[{i}]", times, N) for i, entry in enumerate(data)]
     names = [c.name for c in found]
     expect(len(set(names)) == len(names), name, "names that differ", names)
     return found

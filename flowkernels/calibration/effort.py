@@ -22,7 +22,7 @@ from flowkernels.calibration.refine import ROBUST_FIRST, Refinement, price, refi
 from flowkernels.calibration.samples import Samples
 from flowkernels.calibration.selection import Candidate
 from flowkernels.calibration.stock import stock_solvers
-from flowkernels.calibration.tried import Tried, better, plan_hash, ranked
+from flowkernels.calibration.tried import FAILURES, Tried, better, plan_hash, ranked
 from flowkernels.evaluation.endpoint import endpoint_errors
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, adams_bashforth
@@ -198,8 +198,8 @@ class Search:
             try:
                 with held_warnings():  # of the very velocity; and what comes of them is measured
                     plans = self.cal.find(steps, objective=name, **options)
-            except (ValueError, RuntimeError) as e:
-                self.skipped[key] = f"{e}"
+            except FAILURES as e:
+                self.skipped[key] = f"{type(e).__name__}: {e}"
                 return
             notes = plans[steps[0]].notes
             own = notes.get("evaluations", 0) * notes.get("samples", 0)
@@ -218,7 +218,7 @@ class Search:
                 for c in self.in_all(fit_candidates(self.data, {name: knots}, ways=ways)):
                     yield replace(c, evaluations=c.evaluations + extra)
                     extra = 0
-            except (ValueError, RuntimeError) as e:
+            except FAILURES as e:
                 yield self.failure(f"{name}, fitted", plan, e, 0, time.perf_counter() - begun)
 
     def in_all(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
@@ -238,7 +238,7 @@ class Search:
                 found = endpoint_errors(x, end).to("cpu", torch.float64)
                 if not torch.isfinite(found).all():
                     raise ValueError("NaN or Inf in the samples")
-            except (ValueError, RuntimeError) as e:
+            except FAILURES as e:
                 taken = part.teacher.evaluations - before, time.perf_counter() - begun
                 yield self.failure(name, plan, e, *taken)
                 continue
@@ -284,7 +284,7 @@ class Search:
                 yield from self.in_all(
                     refine(self.data, [start], self.cal.times, forced=self.cal.forced, refinements=[how])
                 )
-            except (ValueError, RuntimeError) as e:
+            except FAILURES as e:
                 yield self.failure(f"{start.name}, refined ({how})", start.plan, e, 0, time.perf_counter() - begun)
 
         self.task(N, f"refine {plan_hash(start.plan)} {how}", make)

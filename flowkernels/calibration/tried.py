@@ -18,6 +18,9 @@ from flowkernels.solver import Solver
 from flowkernels.velocity.hashes import tensors_hash
 
 PIPELINE = "pipeline"  # of a provenance: the settings of the one that it is for
+# of a network that is not defined at all times, or for all batches, and of plans that none comes of; what else is raised
+# ends a calibration
+FAILURES = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AssertionError)
 
 
 def _no_errors() -> Tensor:
@@ -132,10 +135,12 @@ def to_dict(tried: Tried) -> dict:
     return plain(found | {"plan": plan_to_dict(tried.plan)})
 
 
-def from_dict(data: Any, name: str, grid: Tensor) -> Tried:
-    """What a card's entry is of, checked."""
+def from_dict(data: Any, name: str, grid: Tensor, N: int | None = None) -> Tried:
+    """What a card's entry is of, checked. N: of how many evaluations the plan is to be."""
     expect(isinstance(data, dict), name, "an object", data)
     plan, least = plan_from_dict(data["plan"], f"{name}.plan", grid), "a number of at least 0"
+    made = Solver.of(plan).evaluations
+    expect(N in (None, made), f"{name}.plan", f"one of {N} evaluations", f"{made}")
     of = {"name": expect_text(data["name"], f"{name}.name"), "plan": plan}
     expect(abs(plan.times.min() - grid[0]) <= 1e-9, f"{name}.plan", f"one from {grid[0]:g}", f"{plan.times.min():g}")
     for entry in ("evaluations", "seconds"):
@@ -154,6 +159,18 @@ def from_dict(data: Any, name: str, grid: Tensor) -> Tried:
         of |= {"decided": False}
         of["needed"] = needed if needed is None else expect_int(needed, f"{name}.needed", "a number of samples", 1)
     return Tried(**of)
+
+
+def effort_of(data: Any, name: str) -> None:
+    """Check a provenance's entry of what was tried: its level, samples and evaluations, and what was skipped."""
+    expect(isinstance(data, dict), name, "an object", data)
+    expect_text(data["level"], f"{name}.level")
+    for entry in ("samples", "evaluations"):
+        expect_int(data[entry], f"{name}.{entry}", "a number of at least 0", 0)
+    skipped = data.get("skipped", {})
+    expect(isinstance(skipped, dict), f"{name}.skipped", "an object", skipped)
+    for what, why in skipped.items():
+        expect_text(why, f"{name}.skipped.{what}")
 
 
 def table(tried: Mapping[int, Sequence[Tried]], best: Mapping[int, str]) -> list[str]:
