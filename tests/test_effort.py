@@ -3,6 +3,7 @@
 import contextlib
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +121,16 @@ def test_report_and_file(best, tmp_path):
         (marked,) = [line for line in lines if line.startswith(f"{N:>3} *")]
         assert cal.tried[N][0].name in marked
         assert f"{cal.tried[N][0].error ** 0.5:.4g}" in marked
+
+
+def test_a_number_of_steps_of_which_nothing_is_left(best):
+    cal, failed = calibrated(effort="fit"), replace(best[0].tried[2][0], failed="ValueError: no")
+    cal.tried = {1: [], 2: [failed], 3: cal.tried[3]}
+    cal.solvers.clear()
+    for N in (1, 2):
+        assert torch.equal(cal.best(N).times, cal[N].times)
+    assert "failed: ValueError: no" in cal.report()
+    assert re.search(r"(?m)^  2         -      1  -$", str(cal))
 
 
 def test_an_unknown_number_of_steps_says_what_there_is(best):

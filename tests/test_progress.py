@@ -217,9 +217,14 @@ def test_parts_merged_are_one_calibration(sizes, dtype):
         assert torch.allclose(solvers[0].coefficients, solvers[1].coefficients, rtol=1e-9, atol=1e-12)
 
 
-def test_parts_from_files_are_merged_and_saved(tmp_path):
+@pytest.mark.parametrize("effort", ["schedule", "fit", "best"])
+def test_parts_from_files_are_merged_and_saved(effort, tmp_path):
     net, noise = Net(), normal(60, 4, dtype=torch.float64)
-    parts = [fk.calibrate(net, part, 20, [2, 3], progress=False) for part in noise.split(20)]
+    budgets = [dict(evaluations=900 + 100 * i) if effort == "best" else {} for i in range(3)]
+    parts = [
+        fk.calibrate(net, part, 20, [2, 3], effort=effort, progress=False, **budget)
+        for part, budget in zip(noise.split(20), budgets, strict=True)
+    ]
     for i, part in enumerate(parts):
         part.save(tmp_path / f"{i}.boss.json")
     merged = fk.Calibration.merge([fk.Calibration.load(tmp_path / f"{i}.boss.json") for i in range(3)])
@@ -228,6 +233,8 @@ def test_parts_from_files_are_merged_and_saved(tmp_path):
     again = fk.Calibration.load(tmp_path / "merged.boss.json", net)
     assert [s.indices for s in again.values()] == [s.indices for s in merged.values()]
     assert [part["n"] for part in again.provenance["parts"]] == [20, 20, 20]
+    assert [part.get("effort") for part in again.provenance["parts"]] == [p.provenance.get("effort") for p in parts]
+    assert again.provenance.get("effort") is None
 
 
 def test_kept_trajectories_end_where_a_part_has_dropped_some():

@@ -418,8 +418,10 @@ class Calibration(Measured, Mapping):
         if self.tried:
             lines += ["", f"{'N':>3} {'rms':>9}  {'tried':>5}  best of what was tried, by cross-validation"]
         for n, of in sorted(self.tried.items()):
-            c, tell = of[0], "" if of[0].decided else ", undecided"
-            lines.append(f"{n:>3} {c.error**0.5:>9.4g}  {len(of):>5}  {c.name}{tell}")
+            c = next((c for c in of if c.failed is None), None)
+            rms, name = ("-", "-") if c is None else (f"{c.error**0.5:.4g}", c.name)
+            tell = "" if c is None or c.decided else ", undecided"
+            lines.append(f"{n:>3} {rms:>9}  {len(of):>5}  {name}{tell}")
         if self.verified:
             lines += [
                 "",
@@ -492,7 +494,8 @@ class Calibration(Measured, Mapping):
         return cal
 
 
-OF_A_PART = ("n", "n_given", "seed", "noise_sha256", "max_regret", "stopped", "versions", "device", "unknown", "parts")
+OF_A_PART = ("n", "n_given", "seed", "noise_sha256", "max_regret", "stopped", "effort", "versions", "device", "unknown")
+OF_A_PART += ("parts",)
 OF_ROWS = ("conditioning", "unconditional")  # hashes, of each part's own rows perhaps
 
 

@@ -18,8 +18,7 @@ from flowkernels.solver import Solver
 from flowkernels.velocity.hashes import tensors_hash
 
 PIPELINE = "pipeline"  # of a provenance: the settings of the one that it is for
-# of a network that is not defined at all times, or for all batches, and of plans that none comes of; what else is raised
-# ends a calibration
+# of a network that is not defined at all times or all batches, and of what no plan comes of; else a calibration ends
 FAILURES = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AssertionError)
 
 
