@@ -193,7 +193,7 @@ def test_schedules_that_no_grid_has(flows):
     """Beginning before the grid, or apart from it, or at several times."""
     early, late = flows
     for start in (early.plan, fk.Schedule([0.31, 1.0]), fk.Solver.heun(early.plan), fk.Solver.heun([0.31, 1.0])):
-        with pytest.raises(ValueError, match=r"^(schedule|start): expected knots on the calibration's grid, got S"):
+        with pytest.raises(ValueError, match=r"^start: expected knots on the calibration's grid, got S"):
             fk.polish(late.velocity, late.cal, start)
     plans = [fk.Schedule(early.grid[[i, 5, K]]) for i in (0, 1)]
     with pytest.raises(ValueError, match=r"^schedule: expected schedules that begin at one time, got beginnings at"):

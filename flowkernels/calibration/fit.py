@@ -183,11 +183,16 @@ def _best_fit(
 
 
 def schedule_on_grid(
-    calibration: Calibration, steps: int, schedule: Schedule | None = None, between: bool = False
+    calibration: Calibration,
+    steps: int,
+    schedule: Schedule | None = None,
+    between: bool = False,
+    name: str = "schedule",
 ) -> Schedule:
     """A schedule of N steps, on the calibration's grid; None takes its own, or else one of least cost.
 
-    between: whether those after the first may be between knots of the grid, on which the schedule then is not.
+    between: whether those after the first may be between knots of the grid, on which the schedule then is not. name: of
+    the argument that the schedule is.
     """
     expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
     K = len(calibration.times) - 1
@@ -198,16 +203,16 @@ def schedule_on_grid(
             return calibration[steps]
         cost, times, forced = calibration.cost, calibration.times, calibration.forced_knots
         return least_cost_schedules(cost, times, steps, forced_knots=forced)[steps]
-    expect(isinstance(schedule, Schedule), "schedule", "a Schedule", schedule, TypeError)
-    expect(schedule.steps == steps, "schedule", f"a schedule of {steps} steps", schedule)
+    expect(isinstance(schedule, Schedule), name, "a Schedule", schedule, TypeError)
+    expect(schedule.steps == steps, name, f"a schedule of {steps} steps", schedule)
     if between and bool(((calibration.times - schedule.times[:, None]).abs().min(1).values > 1e-9).any()):
-        place_on_grid(calibration, schedule.times[0].item(), "schedule", schedule)
-        calibration.expect_forced(schedule.times, "schedule")
+        place_on_grid(calibration, schedule.times[0].item(), name, schedule)
+        calibration.expect_forced(schedule.times, name)
         return Schedule(schedule.times)
-    indices = tuple(place_on_grid(calibration, t, "schedule", schedule) for t in schedule.times.tolist())
+    indices = tuple(place_on_grid(calibration, t, name, schedule) for t in schedule.times.tolist())
     times = calibration.times[list(indices)]
-    expect(len(set(indices)) == len(indices), "schedule", "knots on the calibration's grid", schedule)
-    calibration.expect_forced(times, "schedule")
+    expect(len(set(indices)) == len(indices), name, "knots on the calibration's grid", schedule)
+    calibration.expect_forced(times, name)
     return Schedule(times, calibration.times, indices)
 
 

@@ -93,7 +93,7 @@ def polish(
     expect_bool(robust, "robust"), expect_bool(start_coefficients, "start_coefficients")
     expect_bool(progress, "progress")
     if isinstance(start, Schedule):
-        place = schedule_on_grid(calibration, start.steps, start).indices[0]
+        place = schedule_on_grid(calibration, start.steps, start, name="start").indices[0]
     else:
         place = place_on_grid(calibration, start.times.min().item(), "start", start)
         calibration.expect_forced(start.times, "start")

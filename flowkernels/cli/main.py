@@ -145,8 +145,9 @@ def _parser() -> argparse.ArgumentParser:
         "the teacher's on the grid: Heun's take 2 evaluations each, and half as many end nearer to the true solution"
     )
     add("--teacher-solver", choices=NAMES, default=EULER, help=steps)
-    own = "noises on which to measure how far the teacher itself ends from a finer solution; none if not given"
-    add("--teacher-error", type=_options.positive, default=0, help=own)
+    own = "noises on which to measure how far the teacher itself ends from a finer solution; none if not given, "
+    own += "or up to 64 with --effort best"
+    add("--teacher-error", type=_options.positive, help=own)
     knot = "time of the grid that every schedule is to have, as no step may span it; once for each"
     add("--knot", type=_options.from_0_below_1, action="append", help=knot)
     add("--steps", type=_steps, default=_steps("1-10"), help="numbers of steps, such as 1-10 or 2,4,8")
