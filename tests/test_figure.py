@@ -63,7 +63,7 @@ def test_panels_show_what_the_calibration_holds(verified, tmp_path):
     np.testing.assert_allclose(bars["Bellman"][0].get_ydata(orig=False), [m for m, _ in mean.values()])
     ends = [segment[:, 1] for segment in bars["Bellman"][2][0].get_segments()]
     np.testing.assert_allclose(ends, [e for _, e in mean.values()])
-    assert ("fitted" in bars) == verified
+    assert ("solver" in bars) == verified
     own = [cal.teacher_error.error] * 2 if verified else None
     assert lines(errors).get("the teacher's own error") == own
 

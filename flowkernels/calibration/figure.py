@@ -19,7 +19,7 @@ from flowkernels.calibration.calibration import BELLMAN, CHOICES, FITTED, UNIFOR
 LOOK = {
     UNIFORM: dict(label="uniform", color="#d55e00", marker="s", markersize=7, markerfacecolor="none", linestyle="--"),
     BELLMAN: dict(label="Bellman", color="#0072b2", marker="o", markersize=5, linestyle="-"),
-    FITTED: dict(label="fitted", color="#cc79a7", marker="D", markersize=5, linestyle=":"),
+    FITTED: dict(label="solver", color="#cc79a7", marker="D", markersize=5, linestyle=":"),
     "straightened": dict(label="straightened", color="#009e73", marker="*", markersize=11, linestyle="none"),
 }
 STOCK = {

@@ -1,4 +1,4 @@
-"""The demo: BOSS on a bundled model, from calibration to a report folder."""
+"""The demo: a bundled model, from calibration to a report folder."""
 
 import contextlib
 import time
@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 import flowkernels as fk
 from flowkernels._files import whole_folder, write_or_keep
-from flowkernels.calibration.calibration import CHOICES
+from flowkernels.calibration.card import BELLMAN, CHOICES, FITTED, UNIFORM
 from flowkernels.evaluation.endpoint import endpoint_errors
 from flowkernels.models.bundled import BUNDLED, save_network
 from flowkernels.runtime.environment import environment
+from flowkernels.solver import Solver
 from flowkernels.velocity.identity import parameter_hash
 
 
@@ -24,12 +25,15 @@ from flowkernels.velocity.identity import parameter_hash
 class Settings:
     """How much work the demo does.
 
-    calibration: noises for the step costs. held_out: noises for the endpoint errors, in no other use.
+    calibration: noises for the step costs. effort, evaluations: of `calibrate`. held_out: noises for the endpoint
+    errors, in no other use.
     iterations, batch, bank, lr, ema: of `straighten`. grid: K, fine steps of the teacher. steps: the table's N.
     straighten: the N that is straightened. pictured: samples in the picture.
     """
 
     calibration: int
+    effort: str
+    evaluations: int | None
     held_out: int
     iterations: int
     batch: int
@@ -43,8 +47,28 @@ class Settings:
 
 
 SETTINGS = {
-    "digits": Settings(calibration=1024, held_out=1024, iterations=1500, batch=256, bank=8192, lr=1e-3, ema=0.995),
-    "fashion": Settings(calibration=32, held_out=32, iterations=128, batch=32, bank=112, lr=2e-4, ema=0.95),
+    "digits": Settings(
+        calibration=512,
+        effort="best",
+        evaluations=2_000_000,
+        held_out=1024,
+        iterations=1500,
+        batch=64,
+        bank=8192,
+        lr=5e-4,
+        ema=0.995,
+    ),
+    "fashion": Settings(
+        calibration=32,
+        effort="fit",
+        evaluations=None,
+        held_out=32,
+        iterations=128,
+        batch=8,
+        bank=112,
+        lr=5e-5,
+        ema=0.95,
+    ),
 }
 
 
@@ -106,22 +130,29 @@ def run(
     with stage("load", f"{data}, samples of shape {list(bundled.shape)}"):
         net = bundled.load()
         velocity = fused(net, s.grid, bundled.shape)
-    with stage("calibrate", f"{s.calibration} noises, {s.grid} fine steps, every N to 10"):
-        steps = sorted({*range(1, 11), *s.steps, s.straighten})
-        calibration = fk.calibrate(velocity, noise(s.calibration, 0), s.grid, steps, seed=seed, progress=progress)
+    evaluated, N = sorted({*s.steps, s.straighten}), s.straighten
+    what = f"{s.calibration} noises, {s.grid} fine steps, the best solver of each N, no training (effort={s.effort!r})"
+    with stage("calibrate", what):
+        calibration = fk.calibrate(
+            velocity,
+            noise(s.calibration, 0),
+            s.grid,
+            evaluated,
+            effort=s.effort,
+            evaluations=s.evaluations,
+            seed=seed,
+            progress=progress,
+        )
 
-    N, held_out = s.straighten, noise(s.held_out, 2)
-    plan = calibration[N]
-    with stage("fit", "solvers on Bellman's knots, no training"):
-        evaluated = sorted({*s.steps, N})
-        calibration.solvers.update({n: fk.fit_solver(velocity, calibration, n) for n in evaluated})
+    held_out, plan = noise(s.held_out, 2), Solver.of(calibration.best(N))
     with stage("evaluate", f"endpoint errors on {s.held_out} other noises"):
         teacher = fk.sample(velocity, held_out, s.grid, progress=progress)
         rows, ends = [], {}
         for n in evaluated:
             best = calibration[n]
             row = {"steps": n, "cost_uniform": best.uniform_cost, "cost_bellman": best.cost, "ratio": best.ratio}
-            for name, how in calibration.choices(n).items():
+            plans = {UNIFORM: calibration.uniform(n), BELLMAN: best, FITTED: calibration.best(n)}
+            for name, how in plans.items():
                 ends[name, n] = fk.sample(velocity, held_out, how)
                 row |= _error_cells(name, ends[name, n], teacher)
             rows.append(row)
@@ -130,6 +161,8 @@ def run(
             None,
             velocity,
             plan,
+            target="endpoint",
+            grid=s.grid,
             noise=bundled.shape,
             iterations=s.iterations,
             batch=s.batch,
@@ -141,7 +174,8 @@ def run(
             progress=progress,
         )
     with stage("sample", f"{s.held_out} samples, {N} steps, straightened"):
-        straightened = fk.sample(fused(result.student, plan, bundled.shape), held_out, plan)
+        student = fused(result.student, result.solver, bundled.shape)
+        straightened = fk.sample(student, held_out, result.solver)
         next(r for r in rows if r["steps"] == N).update(_error_cells("straightened", straightened, teacher))
 
     shown = {name: ends[name, N] for name in CHOICES} | {"straightened": straightened}
@@ -153,6 +187,7 @@ def run(
         "settings": asdict(s),
         "endpoint_error": "mean over samples of the squared L2 distance to the teacher's endpoint",
         "table": rows,
+        "solver": result.solver.to_dict(),
         "history": result.history,
         "provenance": calibration.provenance,
         "environment": environment(),
@@ -164,7 +199,7 @@ def run(
         with whole_folder(path) as folder:
             with stage("report", str(path)):
                 calibration.save(folder / "schedule.boss.json")
-                notes = {"straightened_from": parameter_hash(net), "times": plan.times.tolist()}
+                notes = {"straightened_from": parameter_hash(net), "solver": results["solver"]}
                 save_network(result.student, folder / "student.safetensors", **notes)
                 images = plot.draw(results, calibration, pictures, folder)
             seconds["total"] = sum(s for name, s in seconds.items() if name != "total")

@@ -114,7 +114,7 @@ def _svg(figure: Figure) -> str:
 def draw(results: dict, calibration: Calibration, pictures: dict[str, Tensor], folder: Path) -> dict[str, str]:
     """Write samples.png into the folder. Returns the page's images as data URIs, by name.
 
-    pictures: images `[n, 1, H, W]` in [-1, 1] of teacher, uniform, bellman, fitted and straightened, from equal noise.
+    pictures: images `[n, 1, H, W]` in [-1, 1] of teacher, uniform, bellman, solver and straightened, from equal noise.
     """
     with rc_context(STYLE):
         _samples(results, pictures).savefig(folder / "samples.png", dpi=150)

@@ -11,7 +11,7 @@ from flowkernels.cli.plot import number, straightened_row
 
 FORMAT = "flowkernels.report"
 FILES = {"report.html", "report.json", "schedule.boss.json", "samples.png", "student.safetensors"}
-HEAD = ["N", "uniform", "Bellman", "ratio", "uniform", "Bellman", "fitted", "straightened"]
+HEAD = ["N", "uniform", "Bellman", "ratio", "uniform", "Bellman", "solver", "straightened"]
 CSS = """
 :root { color-scheme: light }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
@@ -123,8 +123,8 @@ def _page(results: dict, images: dict[str, str]) -> str:
 <p class="note">Step cost: sum over the schedule's steps of the mean squared error of one jump along the teacher's
 trajectory; uniform knots are rounded to the teacher's grid. Endpoint error: mean over {s["held_out"]} held-out noises
 of the squared L2 distance to the teacher's endpoint. Bellman's schedules have the least step cost; the endpoint error
-also holds how errors carry on from step to step, so it need not be least. Fitted: a multistep solver on Bellman's
-knots, fitted to the teacher without training. Straightened: the student on Bellman's schedule.</p>
+also holds how errors carry on from step to step, so it need not be least. Solver: the best of all that the calibration
+tried, without training. Straightened: a student trained with that solver, for where its samples end.</p>
 {figures["samples"]}
 <div class="pair">{figures["errors"]}{figures["loss"]}</div>
 {figures["schedules"]}
