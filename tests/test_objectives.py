@@ -336,8 +336,9 @@ def test_the_students_own_states(objective, teacher, forced):
     counted = Counted(velocity)
     plans = cal.find(range(len(forced) + 1, 8), objective=objective, velocity=counted)
     evaluated = sum(k < 7 and s < 7 and (s > 0 or k < min([7, *forced])) for s, k in states)
-    assert {plan.notes["evaluations"] for plan in plans.values()} == {evaluated}
-    assert counted.calls == 7 + 3  # a call for each round, and a look at whether rows may have times of their own
+    # a call for each round, and a look at whether rows may have times of their own: of four, and of all at the last
+    assert counted.calls == 7 + 3 + 1
+    assert {plan.notes["evaluations"] for plan in plans.values()} == {evaluated + 2}
     for steps, plan in plans.items():
         path = [7]
         for s in range(steps, 0, -1):
@@ -386,7 +387,7 @@ def test_free_times_against_all_paths_and_times(forced, teacher):
         expected = torch.stack([t[j] + f * (1 - t[j]) for j, f in zip(path, given, strict=False)])
         moved = torch.tensor([cost[j, k, 0.0] > 1e-20 for j, k in itertools.pairwise(path)])
         assert torch.allclose(solver.model_times[moved], expected[moved], rtol=0, atol=1e-12)
-        assert solver.notes["evaluations"] == 14
+        assert solver.notes["evaluations"] == 14 + 2  # of looks at rows of several times
     assert (plans[3].model_times > plans[3].times[:-1]).any()
 
 
@@ -409,7 +410,8 @@ def test_conditioning_of_the_samples(objective):
     for n in (2, 3):
         assert torch.equal(got[n].times, expected[n].times)
         told = [{k: v for k, v in plans[n].notes.items() if "cost" not in k} for plans in (got, expected)]
-        assert told[0] == told[1]
+        looks = 0 if objective == "endpoint" else 2  # at rows of several times, without a chunk
+        assert told[0] | {"evaluations": told[0]["evaluations"] + looks} == told[1]
 
 
 def test_an_objective_is_one_function(monkeypatch):

@@ -37,11 +37,11 @@ def test_each_sample_has_its_own_conditioning_and_guidance(order, chunk):
     assert teacher.evaluations == 2 * len(x)
 
 
-@pytest.mark.parametrize(("chunk", "calls"), [(None, 4), (3, 10), (4, 5), (5, 7), (20, 4), (30, 4)])
+@pytest.mark.parametrize(("chunk", "calls"), [(None, 5), (3, 10), (4, 5), (5, 8), (20, 5), (30, 5)])
 @pytest.mark.parametrize("order", [None, ORDER], ids=["all", "some"])
 def test_rows_of_several_times(order, chunk, calls):
     """Each with its own time, conditioning and guidance, in as few calls as the rows of a chunk allow: beside three of
-    the check, of two rows each at most."""
+    the check, of two rows each at most, and one of its last time."""
     field, push = guided_field()
     calls_of = []
     field.net.register_forward_pre_hook(lambda net, args: calls_of.append(len(args[0])))
@@ -58,20 +58,25 @@ def test_rows_of_several_times(order, chunk, calls):
     assert torch.allclose(teacher.at_times(x[:, 1:], times, 1), found[:, 1:], rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["first time", "rows of its own", "none"])
+@pytest.mark.parametrize("kind", ["first time", "rows of its own", "some of its rows", "as many rows", "none"])
 def test_velocities_that_take_one_time_are_evaluated_time_by_time(kind):
+    """Also where the first samples are conditioned alike, so that two rows do not show it."""
     push, seen = normal(4, 3, seed=1), []
+    more = torch.cat([push[:1].expand(3, 3), normal(27, 3, seed=2)])
+    rows = {"rows of its own": push, "some of its rows": more[:4], "as many rows": more}
 
     def velocity(x, t):
         seen.append(len(x))
         s = t[0] if kind == "first time" else t[:, None]
-        return (3 * x + (push if kind == "rows of its own" else 2) * s).sin()
+        given = rows[kind] if kind in rows else torch.full((30, 1), 2.0)
+        given = given if kind == "rows of its own" else given[: len(x)]
+        return (3 * x + given * s).sin()
 
     x, times = normal(5, 4, 3), [0.1, 0.3, 0.35, 0.6, 0.9]
     teacher = Teacher(velocity, 4)
     found = teacher.at_times(x, times)
     assert teacher.takes_rows is (kind == "none")
-    assert seen[-1] == (20 if kind == "none" else 4)
+    assert seen[-2:] == ([20, 4] if kind == "none" else [4, 4])
     for v, states, t in zip(found, x, times, strict=True):
         assert torch.equal(v, velocity(states, torch.full((4,), t)))
     assert teacher.at_times(x[:0], []).shape == (0, 4, 3)

@@ -154,6 +154,11 @@ def _samples(
     return cal.kept.x[:, :n], cal.kept.v[:, :n], Teacher(velocity, total, chunk=chunk)
 
 
+def _of_each(teacher: Teacher, x: Tensor) -> int:
+    """A teacher's evaluations for each sample, those with it that `at_times` looks with."""
+    return -(-teacher.evaluations // x.shape[1])
+
+
 @torch.inference_mode(False)  # which enables gradients too
 def _pulled(teacher: Teacher, x: Tensor, t: float, y: Tensor, h: float) -> Tensor:
     """`(1 + h dv/dx)^T y` at x for each of the cotangents y `[probes, n, *shape]`."""
@@ -334,12 +339,11 @@ def _own_states(
     furthest = [0, *forced, *[K] * most]  # that so many steps reach, none of which spans a forced knot
     z, error = torch.empty_like(x), torch.zeros(most + 1, K + 1, dtype=torch.float64, device="cpu")
     z[:] = x[0]  # more than the first of which `free` asks
-    parent, evaluations = torch.zeros(most + 1, K + 1, dtype=torch.int64, device="cpu"), 0
+    parent = torch.zeros(most + 1, K + 1, dtype=torch.int64, device="cpu")
     ahead = torch.empty_like(x)
     for s in range(1, most + 1):
         starts = range(furthest[1]) if s == 1 and free else range(s - 1, min(furthest[s - 1] + 1, K))
         v = teacher.at_times(z[starts.start : starts.stop], t[starts.start : starts.stop])
-        evaluations += len(starts)
         for k in [K] if s == most and len(steps) == 1 else range(s, furthest[s] + 1):
             first, last = max([starts[0], *(f for f in forced if f < k)]), min(k, starts[-1] + 1)
             h = (cal.times[k] - cal.times[first:last]).to(x).view(-1, *[1] * (x.dim() - 1))
@@ -348,7 +352,7 @@ def _own_states(
             best = int(errors.argmin())
             error[s, k], parent[s, k], ahead[k] = errors[best], best + first, reached[best]
         z, ahead = ahead, z
-    return parent, {n: error[n, K].item() for n in steps}, evaluations
+    return parent, {n: error[n, K].item() for n in steps}, _of_each(teacher, x)
 
 
 @objective
@@ -368,17 +372,15 @@ def free(
     candidate but 0. Returns Euler solvers with such model times.
     """
     x, kept, teacher = _samples(cal, velocity, "free", samples, chunk)
-    K = len(cal.times) - 1
     expected = "some fractions, 0 <= f < 1"
     fractions = expect_float64(candidates, "candidates", expected)
     given = fractions.tolist() if fractions.dim() == 1 else []
     expect_shown(len(given) > 0 and all(0 <= c < 1 for c in given), "candidates", expected, candidates)
-    tables, evaluations = [], 0
+    tables = []
     for part in given:
         v = kept
         if part > 0:
             v = teacher.at_times(x[:-1], [t + part * (1 - t) for t in cal.times[:-1].tolist()])
-            evaluations += K
         table = StepCost(cal.times, states=True, device=v.device).update(v, x).cost().cpu()
         at = cal.times[:-1] + part * (1 - cal.times[:-1])
         for f in cal.forced:  # somewhere after the knot before it begins another velocity
@@ -392,7 +394,7 @@ def free(
         at = schedule.times[:-1] + part * (1 - schedule.times[:-1])
         notes = {
             "objective": "free",
-            "evaluations": evaluations,
+            "evaluations": _of_each(teacher, x),
             "samples": x.shape[1],
             "indices": list(schedule.indices),
             "cost": schedule.cost,

@@ -27,6 +27,11 @@ def velocity_at(velocity: VelocityBase, x: Tensor, t: float | Tensor) -> Tensor:
     return v if v_uncond is None else guided(v, v_uncond, w, x.dtype)
 
 
+def _agree(alone: Tensor, together: Tensor) -> bool:
+    size, off = (v.double().flatten(1).norm(dim=1) for v in (alone, together - alone))
+    return bool((off <= AGREE * size).all())
+
+
 class Teacher:
     """A velocity on samples in an order of their own: evaluated in chunks, with each sample's conditioning and with
     guidance, and counted.
@@ -62,6 +67,7 @@ class Teacher:
         self.total, self.solver, self.order, self.chunk, self.evaluations = total, solver, order, chunk, 0
         self._fields: dict[tuple[int, int], VelocityBase] = {}  # of samples from .. to
         self.takes_rows: bool | None = None
+        self._knows_rows = False  # by more rows than samples
 
     def chunks(self, n: int) -> Iterator[slice]:
         """Parts of n samples that are evaluated at once."""
@@ -98,22 +104,39 @@ class Teacher:
         from `first` on: what `at` gives for each time, in as few calls of the network as `chunk` rows allow.
 
         Without a chunk a call has rows whose states take 2.5 MiB, or all samples at one time if these are more. A
-        velocity that does not take rows of several times, such as one that looks at the first alone, is found out at
-        the cost of four rows, once, and evaluated time by time.
+        velocity that does not take rows of several times, such as one that looks at the first alone or has its own
+        conditioning of n samples, is found out, once, and evaluated time by time: at the cost of four rows, and of the
+        last time's again where these told nothing.
         """
         m, n = x.shape[:2]
         most = self.chunk or max(n, ROWS_BYTES // max(1, x[:1, :1].nbytes))
-        if m < 2 or most <= n or not self._takes_rows(x, times, first):
-            found = [self.at(states, t, first) for states, t in zip(x, times, strict=True)]
-            return torch.stack(found) if found else torch.empty_like(x)
+        found = None
+        if m > 1 and most > n and self._takes_rows(x, times, first):
+            found = self._by_rows(x, times, first, most)
+        if found is None:
+            single = [self.at(states, t, first) for states, t in zip(x, times, strict=True)]
+            found = torch.stack(single) if single else torch.empty_like(x)
+        return found
+
+    def _by_rows(self, x: Tensor, times: Sequence[float], first: int, most: int) -> Tensor | None:
+        """None where the first such call shows that the velocity is another one there."""
+        m, n = x.shape[:2]
         states, out = x.flatten(0, 1), torch.empty_like(x)
         rows, at = out.flatten(0, 1), torch.tensor(times, dtype=torch.float64, device="cpu").repeat_interleave(n)
         samples = torch.arange(n, device="cpu").repeat(m) + first
         for begin in range(0, m * n, most):
             part = slice(begin, begin + most)
-            rows[part] = velocity_at(self._field_of(samples[part]), states[part], at[part])
-        self.evaluations += m * n
-        return out
+            try:
+                rows[part] = velocity_at(self._field_of(samples[part]), states[part], at[part])
+            except Exception:
+                if self._knows_rows:
+                    raise
+                self.takes_rows = False
+                return None
+            self.evaluations += len(rows[part])
+        if not self._knows_rows:
+            self._knows_rows = self.takes_rows = _agree(self.at(x[-1], times[-1], first), out[-1])
+        return out if self.takes_rows else None
 
     def _field_of(self, samples: Tensor) -> VelocityBase:
         """Of samples in any order, perhaps more than once."""
@@ -131,8 +154,7 @@ class Teacher:
             except Exception:  # whatever a callable makes of other rows than those of its samples
                 self.takes_rows = False
             else:
-                size, off = (v.double().flatten(1).norm(dim=1) for v in (alone, together - alone))
-                self.takes_rows = bool((off <= AGREE * size).all())
+                self.takes_rows = _agree(alone, together)
         return self.takes_rows
 
     def run(
