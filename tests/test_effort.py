@@ -12,6 +12,7 @@ from _flows import normal
 import flowkernels as fk
 from flowkernels.calibration import effort as module
 from flowkernels.calibration.neighbours import merged, split
+from flowkernels.calibration.progress import Progress
 from flowkernels.calibration.selection import Candidate
 from flowkernels.calibration.tried import plan_hash, ranked
 
@@ -153,6 +154,22 @@ def test_minutes_are_a_budget():
     cal = calibrated(effort="best", minutes=1e-6)
     assert {c.name for c in cal.tried[3]} >= {"uniform", "bellman, fitted"}
     assert not any("refined" in c.name for c in cal.tried[3])
+
+
+def test_what_takes_longer_than_the_rollout_is_known_by_its_kind():
+    cal, budget = calibrated(), module.Budget.of(None, 10)
+    search = module.Search(Counted(), cal, 32, Progress(None, {}, None, {}), budget, 0, 0.1)
+    for kind, at_most in {"refine": 6000, "stock": 6000}.items():
+        assert search.affords(0.9 * at_most, kind, kind)
+        assert not search.affords(1.1 * at_most, kind, kind)
+    search.task(3, "stock", lambda: [Candidate("a", cal.uniform(3), torch.zeros(32), evaluations=10.0)])
+    made, seconds = search.took["stock"]
+    assert (made, list(search.took)) == (10.0, ["stock"])
+    assert seconds >= 0
+    search.took = {"refine": (10.0, 50.0)}
+    assert not search.affords(200, "refine", "refine")
+    assert search.affords(100, "refine", "refine")
+    assert search.affords(200, "stock", "stock")
 
 
 class Stopped(Exception):

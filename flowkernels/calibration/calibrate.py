@@ -118,7 +118,7 @@ def calibrate(
             fits and three refinements of each N take (six of N <= 4), for N = 8 about 3,000 of each sample. Those of
             "fit" are made in any case. Nothing is begun that would take more. The budget is said before it is spent.
         minutes: the budget as time, from the call on: nothing is begun that would not end by then, as far as the
-            rollout tells; with `evaluations` the first of both that is spent.
+            rollout, and what of its kind was done before, tell; with `evaluations` the first of both that is spent.
         forced_knots: times of the grid that every schedule has as knots, as no step may span them: such as where a
             pipeline changes from one network to another. None takes the velocity's own (`VelocityBase.forced_knots`),
             or the first times of the grid after them.

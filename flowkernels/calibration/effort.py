@@ -133,6 +133,7 @@ class Search:
         self.counted: set[str] = set()  # keys of tasks
         self.skipped: dict[str, str] = {}
         self.spent, self.seconds_each = float(spent), seconds_each
+        self.took: dict[str, tuple[float, float]] = {}  # by the kind of task: evaluations made now, and seconds
         self.bar = None
         n = self.data.n
         some = torch.randperm(n, generator=torch.Generator("cpu").manual_seed(0), device="cpu")[: max(2, n // JUDGES)]
@@ -183,7 +184,7 @@ class Search:
         if N % 2 and N > 1:
             with contextlib.suppress(ValueError):  # fewer steps than forced knots take
                 plans["heun"] = Solver.heun(self.cal.uniform((N + 1) // 2))
-        if self.affords(len(plans) * N * len(self.some), f"stock samplers, N = {N}"):
+        if self.affords(len(plans) * N * len(self.some), f"stock samplers, N = {N}", "stock"):
             self.task(N, "stock", lambda: self.judged({f"stock {name}": plan for name, plan in plans.items()}))
 
     def knots(self, name: str, steps: Sequence[int]) -> None:
@@ -275,7 +276,7 @@ class Search:
         start = self.start_of(N, which, steps)
         if start is None or start.plan.is_inverse:
             return True
-        if not self.affords(price(self.data, start.plan, how) * self.data.n, f"more refinements, N = {N}"):
+        if not self.affords(price(self.data, start.plan, how) * self.data.n, f"more refinements, N = {N}", "refine"):
             return False
 
         def make() -> Iterator[Candidate]:
@@ -336,9 +337,13 @@ class Search:
             return best
         return None
 
-    def affords(self, evaluations: float, what: str) -> bool:
-        """Whether there is budget for as many of single samples; else it is said that they were skipped."""
-        ok = self.budget.allows(self.spent, evaluations, self.seconds_each)
+    def affords(self, evaluations: float, what: str, kind: str = "") -> bool:
+        """Whether there is budget for as many of single samples; else it is said that they were skipped. What one takes
+        is what those of tasks of this kind did, where that is more than the rollout's: batches may be smaller, or
+        networks slower at other times."""
+        made, seconds = self.took.get(kind, (0.0, 0.0))
+        each = max(self.seconds_each, seconds / made if made else 0.0)
+        ok = self.budget.allows(self.spent, evaluations, each)
         if not ok:
             self.skipped[what] = "no budget"
         return ok
@@ -347,7 +352,10 @@ class Search:
         """What `make` finds for N evaluations, or what was found for this key before; `add`ed to what was found."""
         key, there = f"{N} {key}", self.found.setdefault(N, [])
         if key not in self.done.tried:
+            kind, begun = key.split()[1], time.monotonic()
             made = list(make())
+            before, evaluations = self.took.get(kind, (0.0, 0.0)), sum(c.evaluations for c in made)
+            self.took[kind] = before[0] + evaluations, before[1] + time.monotonic() - begun
             with self.done.changes():
                 self.done.tried[key] = made
         if key not in self.counted:
