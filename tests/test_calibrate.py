@@ -658,3 +658,19 @@ def test_gradients_stay_out():
 def test_progress_bar_changes_nothing(capsys):
     assert same(small(progress=True), small())
     assert "calibrate" in capsys.readouterr().err
+
+
+def test_more_noise_to_verify_on_than_conditioning_has_rows_is_refused_first():
+    calls, labels = [], torch.arange(8.0)
+
+    def net(x, t, y):
+        calls.append(len(x))
+        return x * y[:, None]
+
+    noise, more = torch.randn(8, 2), torch.randn(9, 2)
+    velocity = fk.VelocityField(net, conditioning={"y": labels})
+    with pytest.raises(ValueError, match=r"verify_noise: expected at most 8 samples.*conditioning\['y'\].*got 9"):
+        fk.calibrate(velocity, noise, 4, [2], verify_noise=more, progress=False)
+    assert not calls
+    for given in (fk.VelocityField(net, conditioning={"y": labels[:1]}), lambda x, t: x):  # one row for all, none
+        assert fk.calibrate(given, noise, 4, [2], verify_noise=more, progress=False).verified

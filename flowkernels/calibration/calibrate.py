@@ -48,7 +48,7 @@ from flowkernels.sampling.teacher_solver import EULER, HEUN, KnotStates, entry_o
 from flowkernels.schedule import expect_steps, first_from, forced_places
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import TRAINING, warn_if_training
-from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
+from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve, rows_of_samples
 from flowkernels.velocity.provenance import hash_of
 
 CHUNK_BYTES = 256 << 20  # velocities of one chunk of samples
@@ -104,7 +104,7 @@ def calibrate(
         verify_noise: other noise, `[m, *shape]`: the endpoint errors to the teacher on it are `verified`, and a warning
             names the numbers of steps for which something is worse than uniform steps. K evaluations of each of its
             samples, and N for every N and each of its `choices`: 2 with `effort="schedule"`, up to 7. Conditioning with
-            one row a sample gives it the first m rows.
+            one row a sample gives it the first m rows, of which there are no more than of `noise`.
         effort: what is done for each N.
             "schedule": the schedule of least cost; nothing is evaluated but the rollout.
             "fit": solvers too, on the samples that are kept, which are to be two or more: uniform steps, the Bellman
@@ -179,7 +179,7 @@ def calibrate(
     path = None if checkpoint is None else expect_target(checkpoint, "checkpoint")
     seed = None if seed is None else expect_seed(seed)
     if verify_noise is not None:
-        _expect_other_noise(verify_noise, noise)
+        _expect_other_noise(verify_noise, noise, given)
     teacher = Teacher(given, n, solver=solver)
     velocity = teacher.velocity
     warn_if_training(velocity)
@@ -191,7 +191,8 @@ def calibrate(
     own, kept = price_of(solver, teacher_solver == HEUN, forced), rolled_out.most
     least = n * rolled_out.evaluations + 2 * sum(wanted) * kept + own * min(teacher_error or 0, kept)
     if evaluations is not None:
-        expect_int(evaluations, "evaluations", f"at least {least:,}, of the rollout and of what 'fit' tries", least)
+        whole = f"at least {least:,}, of all samples together: the rollout and what 'fit' tries"
+        expect_int(evaluations, "evaluations", whole, least)
     if teacher_error is None:
         few = OWN_SAMPLES if evaluations is None else min(OWN_SAMPLES, (evaluations - least) // (20 * own))
         teacher_error = min(few, kept) if effort == BEST else 0
@@ -279,7 +280,7 @@ def _looks(n: int) -> list[int]:
     return [*found[:-1], n]
 
 
-def _expect_other_noise(verify_noise: Tensor, noise: Tensor) -> None:
+def _expect_other_noise(verify_noise: Tensor, noise: Tensor, velocity: VelocityBase) -> None:
     expect_noise(verify_noise, "verify_noise")
     same = verify_noise.shape[1:] == noise.shape[1:] and verify_noise.device == noise.device
     expected = f"noise of shape [m, {', '.join(map(str, noise.shape[1:]))}] on {noise.device}"
@@ -287,6 +288,9 @@ def _expect_other_noise(verify_noise: Tensor, noise: Tensor) -> None:
     m = min(len(verify_noise), len(noise))
     other = not torch.equal(verify_noise[:m].to(noise.dtype), noise[:m])
     expect(other, "verify_noise", "other noise than the calibration's", "the same values")
+    if len(verify_noise) > len(noise) and (rows := rows_of_samples(velocity, len(noise))):
+        most = f"at most {len(noise)} samples, as many as {', '.join(rows)} has rows"
+        expect(False, "verify_noise", most, f"{len(verify_noise)}")
 
 
 def _verify(

@@ -348,8 +348,9 @@ class Calibration(Measured, Mapping):
         """
         if steps not in self.schedules and steps not in self.solvers:
             there, got = sorted({*self.schedules, *self.solvers}), describe(steps)
-            made = f"cal.solvers[{got}] = fk.fit_solver(velocity, cal, {got}) makes it, find({got}) a schedule"
-            raise KeyError(f"steps: expected one of {there}, got {got}; {made}")
+            made = f"; cal.solvers[{got}] = fk.fit_solver(velocity, cal, {got}) makes it, find({got}) a schedule"
+            possible = isinstance(steps, numbers.Integral) and not isinstance(steps, bool) and steps > 0
+            raise KeyError(f"steps: expected one of {there}, got {got}{made if possible else ''}")
         return self.choices(steps)[self._best(steps)]
 
     def _best(self, steps: int) -> str:
@@ -423,16 +424,14 @@ class Calibration(Measured, Mapping):
             tell = "" if c is None or c.decided else ", undecided"
             lines.append(f"{n:>3} {rms:>9}  {len(of):>5}  {name}{tell}")
         if self.verified:
-            lines += [
-                "",
-                f"{'N':>3} {''.join(f'{name:>32}' for name in CHOICES)}  best of the verified endpoint errors",
-            ]
+            names = "".join(f"{name:>32}" for name in CHOICES)
+            lines += ["", f"{'N':>3} {names}  best of the verified endpoint errors (mean squared)"]
         for n, errors in sorted(self.verified.items()):
             cells = "".join(f"{self._verified_cell(n, name, errors):>32}" for name in CHOICES)
             known = n in self.schedules or n in self.solvers  # a caller may take schedules out
             lines.append(f"{n:>3} {cells}  {self._best(n) if known else '-'}")
         if self.verified or self.teacher_error is not None:
-            lines += ["", self._told_of_teacher()]
+            lines += ["", self._told_of_teacher(root=not self.verified and bool(self.tried))]  # as the table above it
         return "\n".join(lines)
 
     def _told_of_teacher(self, root: bool = False) -> str:

@@ -56,7 +56,8 @@ class TeacherError:
         between = "" if self.interval is None else " ({:.3g}..{:.3g})".format(*(end**power for end in self.interval))
         off = self.order is not None and not ORDERS[0] <= self.order <= ORDERS[1]
         doubt = f", which do not converge yet (order {self.order:.2g})" if off else ""
-        return f"{self.error**power:.4g}{between} of {self.samples} samples to {self.reference}{doubt}"
+        kind = "rms" if root else "mean squared"
+        return f"{kind} {self.error**power:.4g}{between} of {self.samples} samples to {self.reference}{doubt}"
 
     def to_dict(self) -> dict[str, Any]:
         known = asdict(self)

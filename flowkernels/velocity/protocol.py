@@ -257,6 +257,17 @@ def samples_of(velocity: VelocityBase, default: int = 3) -> int:
     return next((n for n in rows if n > 1), default)
 
 
+def rows_of_samples(velocity: VelocityBase, n: int) -> list[str]:
+    """Names of the conditioning that has a row for each of n samples, such as `conditioning['y']`."""
+    given = {name: getattr(velocity, name, {}) for name in ("conditioning", "unconditional")}
+    return [
+        f"{name}[{key!r}]"
+        for name, values in given.items()
+        for key, value in values.items()
+        if key not in velocity.shared and is_per_sample(value, n)
+    ]
+
+
 def on_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     """f of a tensor, or of those in a container; what holds none as it is."""
     if isinstance(value, Tensor):
