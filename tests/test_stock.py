@@ -109,6 +109,32 @@ def test_order_from_sigma_one(name):
     assert 0.9 < order < 1.1 if name == "euler" else order > 1.6
 
 
+@pytest.mark.parametrize("first", [1e-6, 1e-9])
+def test_a_first_step_of_almost_nothing(first):
+    """Near sigma = 1 rounding grows: of x_0's coefficient, and not of the velocities'."""
+    for solver in fk.stock_solvers([0, first, 0.3, 0.6, 1]).values():
+        assert solver.keeps_start
+        assert torch.allclose(solver.coefficients.sum(1), solver.times[1:], rtol=0, atol=1e-9)
+        assert solver.amplification < 3
+    # DPM-Solver++ (2M) by logarithms of the times themselves
+    lam = [math.log(t / (1 - t)) for t in (first, 0.3, 0.6)]
+    x0, v0, v1, v2, v3 = np.eye(5)
+    x1 = x0 + first * v0
+    m1 = x1 + (1 - first) * v1
+    # of the step from sigma = 1 on, infinitely long in lam, the slope has no weight
+    x2 = 0.7 / (1 - first) * x1 - 0.3 * math.expm1(lam[0] - lam[1]) * m1
+    m2, r = x2 + 0.7 * v2, (lam[1] - lam[0]) / (lam[2] - lam[1])
+    x3 = 0.4 / 0.7 * x2 - 0.6 * math.expm1(lam[1] - lam[2]) * (m2 + (m2 - m1) / r / 2)
+    x4 = x3 + 0.4 * v3
+    rows = fk.stock_solvers([0, first, 0.3, 0.6, 1])["dpmpp_2m"].coefficients
+    assert np.allclose(rows, np.stack([x1, x2, x3, x4])[:, 1:], rtol=0, atol=1e-8)
+
+
+def test_knots_that_rounding_does_not_tell_apart():
+    with pytest.raises(ValueError, match=r"^steps: expected knots that are far enough apart for 'unipc_3' in float64"):
+        fk.stock_solvers([0.4, 0.4 + 1e-9, 0.6, 0.7, 0.8, 0.9, 1])
+
+
 def test_by_hand():
     """DPM-Solver++ (2M) on three knots of four, its one step of second order written out."""
     s = [0.9, 0.6, 0.3, 0]
