@@ -166,6 +166,23 @@ def test_the_best_of_a_calibration_and_how_much_is_lost():
         fk.export(fit, "sdcpp")
 
 
+def test_knots_are_of_a_schedule_whatever_solvers_were_tried(tmp_path):
+    """Those that were verified too, among them the best under the name that it was tried by, as it is of a file."""
+    options = dict(effort="fit", verify_noise=normal(16, 4, seed=5), progress=False)
+    cal = fk.calibrate(linear_field(), normal(32, 4), 12, [4], **options)
+    cal.save(tmp_path / "c.boss.json")
+    for each in (cal, fk.Calibration.load(tmp_path / "c.boss.json")):
+        assert list(each.choices(4)) == list(cal.choices(4))
+        errors = each.errors(4)
+        assert errors["fitted"] < errors["uniform, adams-bashforth 2"] < min(errors["uniform"], errors["bellman"])
+        best = min(("bellman", "uniform"), key=errors.get)
+        said = re.escape(f"{errors['fitted']:.3g} with it, {errors[best]:.3g} without")
+        with pytest.raises(ValueError, match=said):
+            fk.export(each, "timegrid", steps=4)
+        knots = fk.export(each, "timegrid", steps=4, knots_only=True)
+        assert torch.equal(knots, each.choices(4)[best].times.float())
+
+
 @pytest.mark.parametrize(
     ("plan", "to", "message"),
     [

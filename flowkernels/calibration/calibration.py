@@ -312,8 +312,9 @@ class Calibration(Measured, Mapping):
         if steps in self.schedules or steps not in self.solvers:
             known[BELLMAN] = self[steps]
         solver, others = self.solvers.get(steps), 0
+        own = None if solver is None else plan_hash(solver)  # of a file they are not the same object
         for c in self.tried.get(steps, ()):
-            if c.failed is None and c.name not in known and c.plan is not solver and others < OTHERS:
+            if c.failed is None and c.name not in known and plan_hash(c.plan) != own and others < OTHERS:
                 known[c.name], others = c.plan, others + 1
         if solver is not None:
             known[FITTED] = solver
@@ -371,7 +372,8 @@ class Calibration(Measured, Mapping):
         now, then = _hashes_of(self.choices(steps)), self.verified_as.get(steps, {})
         verified = {name: e for name, e in self.verified.get(steps, {}).items() if e == e}  # no NaN
         of = {then[name]: e for name, e in verified.items() if name in then}  # another solver may be "fitted" by now
-        known = {name: of.get(plan) for name, plan in now.items()}
+        own = {name for name, plan in now.items() if name in verified and then.get(name) == plan}  # of equal plans too
+        known = {name: verified[name] if name in own else of.get(plan) for name, plan in now.items()}
         if known.get(UNIFORM) is None and UNIFORM in verified:
             known[UNIFORM] = verified[UNIFORM]
         return {name: e for name, e in known.items() if e is not None}

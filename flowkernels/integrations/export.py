@@ -204,7 +204,8 @@ class Export:
         if isinstance(plan, Calibration):
             N = _steps_of(plan, steps)
             schedules, errors, found = plan.choices(N), plan.errors(N), Solver.of(plan.best(N))
-            fitted = schedules.pop(FITTED, None)
+            fitted = schedules.get(FITTED)
+            schedules = {name: of for name, of in schedules.items() if isinstance(of, Schedule)}  # Euler's steps
             knots = min(reversed(schedules), key=lambda name: errors.get(name, math.inf))
             euler = Solver.of(schedules[knots])
             both = (errors.get(FITTED), errors.get(knots)) if found is fitted else (None, None)
