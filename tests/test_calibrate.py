@@ -660,6 +660,21 @@ def test_progress_bar_changes_nothing(capsys):
     assert "calibrate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("2", fk.Solver.adams_bashforth(2, 2), "solvers: .*keys"),
+        (2, fk.Schedule.uniform(2), r"solvers\[2\]: .*a Solver"),
+    ],
+)
+def test_what_is_no_solver_of_a_number_of_steps_is_not_written(key, value, message, tmp_path):
+    cal = fk.calibrate(lambda x, t: x, torch.randn(4, 2), 4, [2], progress=False)
+    cal.solvers[key] = value
+    with pytest.raises(TypeError, match=message):
+        cal.save(tmp_path / "a.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_more_noise_to_verify_on_than_conditioning_has_rows_is_refused_first():
     calls, labels = [], torch.arange(8.0)
 

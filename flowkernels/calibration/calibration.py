@@ -453,6 +453,9 @@ class Calibration(Measured, Mapping):
         JSON cannot hold.
         """
         expect_target(path)
+        for n, solver in self.solvers.items():  # a caller may put in anything
+            expect(isinstance(n, numbers.Integral), "solvers", "numbers of steps as keys", n, TypeError)
+            expect(isinstance(solver, Solver), f"solvers[{n}]", "a Solver", solver, TypeError)
         data = written(self, {n: self._best(n) for n in sorted({*self.schedules, *self.solvers})})
         calibration_of(type(self), data)
         text = json.dumps(sealed(data), indent=1)

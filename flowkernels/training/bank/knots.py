@@ -21,7 +21,12 @@ def knots_on_grid(schedule: Schedule, grid) -> tuple[Tensor, tuple[int, ...]]:
     """The teacher's fine grid, the schedule's own where `grid` is None, and the places of the schedule's knots in it;
     ValueError or TypeError, naming `grid`, where there is none or it misses a knot."""
     if grid is None:
-        expect(schedule.grid is not None, "grid", "the teacher's fine grid, for a schedule that has none", "None")
+        expect(
+            schedule.grid is not None,
+            "grid",
+            "the teacher's fine grid, such as 100 or cal.times, for a schedule that has none",
+            "None",
+        )
         return schedule.grid, schedule.indices
     fine = expect_times(grid, "grid")
     distance, nearest = (fine[None] - schedule.times[:, None]).abs().min(1)
