@@ -197,7 +197,7 @@ def test_refine_leaves_out_what_is_not_finite_and_what_is_over_the_budget():
     at_nan = Solver.euler([0, 0.32, 1])
     good = Solver.euler([0, 0.5, 1])
     found = refine.refine(data, [at_nan, good], cal.times, refinements=[Refinement(iterations=3)])
-    assert [c.name for c in found] == ["euler, refined (squared)"]
+    assert [c.name for c in found] == ["euler, refined (squared, 3 iterations)"]
     assert torch.isfinite(found[0].errors).all()
     assert refine.refine(data, [good], cal.times, budget_evaluations=10.0) == []
     one = refine.price(data, good, Refinement())

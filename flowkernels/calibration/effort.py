@@ -37,13 +37,17 @@ SAMPLES = 64  # that objectives evaluate
 KNOTS = {"squared": 0, "norm": 0, "uniform": 0, "gits": 0, "pairs": 0, "student": 1, "oss": 1, "free": 5, "endpoint": 5}
 STEPWISE = ("student", "oss")  # as many for each step of the largest N
 CHOSEN = {"": (False, True)}  # a fit with x_0's coefficient free or not, as its own cross-validation chooses
-FEWER, MORE, AGAIN = "fewer", "more", "again"  # a neighbour's best, or what was refined
-PLAIN, ROBUST = Refinement(), Refinement(ROBUST_FIRST)
-FREE = Refinement(ROBUST_FIRST, True)
+# a neighbour's best, or what the best that was refined began as: a refinement of what has seen all samples would not be
+# judged by samples that it has not seen
+FEWER, MORE, AGAIN = "fewer", "more", "again"
+PLAIN, ROBUST, FREE = Refinement(), Refinement(ROBUST_FIRST), Refinement(ROBUST_FIRST, True)
+LONG = replace(FREE, iterations=3 * FREE.iterations)
+TIMES = "free"  # Euler at model times of its own: far off, but it leads into valleys that fits are not in
 # turns of refinements: what is refined (a number is a place among those that were not), and how
 TURNS = (
-    *((0, ROBUST), (FEWER, ROBUST), (1, ROBUST), (0, PLAIN), (MORE, ROBUST), (0, FREE), (2, ROBUST), (AGAIN, PLAIN)),
-    *((1, PLAIN), (FEWER, FREE), (3, ROBUST), (1, FREE), (MORE, PLAIN), (4, ROBUST), (AGAIN, FREE), (5, ROBUST)),
+    *((0, ROBUST), (TIMES, FREE), (FEWER, FREE), (AGAIN, LONG), (1, FREE), (MORE, FREE), (0, PLAIN), (2, ROBUST)),
+    *((0, FREE), (AGAIN, replace(PLAIN, iterations=LONG.iterations)), (FEWER, ROBUST), (1, ROBUST), (3, FREE)),
+    *((MORE, ROBUST), (1, PLAIN), (4, FREE), (AGAIN, LONG), (5, ROBUST)),
 )
 
 
@@ -132,6 +136,7 @@ class Search:
         self.found: dict[int, list[Candidate]] = {}
         self.counted: set[str] = set()  # keys of tasks
         self.skipped: dict[str, str] = {}
+        self.began: dict[str, Candidate] = {}  # hashes of plans: what they were refined from
         self.spent, self.seconds_each = float(spent), seconds_each
         self.took: dict[str, tuple[float, float]] = {}  # by the kind of task: evaluations made now, and seconds
         self.bar = None
@@ -143,7 +148,7 @@ class Search:
         """The evaluations that a budget is where nothing is said."""
         n, K = self.data.n, len(self.cal.times) - 1
         knots = sum(KNOTS[k] * (steps[-1] if k in STEPWISE else 1) for k in KNOTS) * K * min(SAMPLES, n)
-        once = sum(2 * N * (len(KNOTS) + 1) for N in steps)
+        once = sum(N * (3 * len(KNOTS) + 2) for N in steps)
         once += sum(REFINEMENTS * (1 + (N <= FEW)) * price(self.data, Solver.euler(N), PLAIN) for N in steps)
         stock = sum(16 * N * len(self.some) for N in steps)
         return int(self.spent + knots + n * once + stock)
@@ -174,8 +179,8 @@ class Search:
         for N in steps:
             self.complete(N)
         for turn in TURNS:
-            if not any([self.refine(N, *turn, steps) for N in steps]):
-                break
+            for N in steps:
+                self.refine(N, *turn, steps)
 
     def stock(self, N: int) -> None:
         """Samplers that pipelines come with, on their own knots, or on uniform ones where not every knot is free."""
@@ -191,7 +196,7 @@ class Search:
         """Fits on the knots that an objective finds, with x_0's coefficient free and not."""
         key, K = f"knots of {name}", len(self.cal.times) - 1
         own = KNOTS[name] * K * (steps[-1] if name in STEPWISE else 1) * min(SAMPLES, self.data.n)
-        if not self.affords(own + 2 * sum(steps) * self.data.n, key):
+        if not self.affords(own + 3 * sum(steps) * self.data.n, key):
             return
         plans = {}
         if any(f"{N} {key}" not in self.done.tried for N in steps):
@@ -206,7 +211,13 @@ class Search:
             own = notes.get("evaluations", 0) * notes.get("samples", 0)
         for N in steps:
             extra = own if steps[0] == N else 0
-            self.task(N, key, lambda N=N, extra=extra: self.fits({name: plans[N]}, extra=extra))
+            self.task(N, key, lambda N=N, extra=extra: self.on_knots(name, plans[N], extra))
+
+    def on_knots(self, name: str, plan: Schedule | Solver, extra: float) -> Iterator[Candidate]:
+        """Fits, and a solver as it is."""
+        yield from self.fits({name: plan}, extra=extra)
+        if isinstance(plan, Solver):
+            yield from self.judged({name: plan})
 
     def fits(
         self, plans: dict[str, Schedule | Solver], ways: Mapping[str, Sequence[bool]] = WAYS, extra: float = 0
@@ -271,13 +282,13 @@ class Search:
                 whole = replace(chosen, errors=errors, evaluations=taken[0], seconds=taken[1])
             self.found[N] = [whole if c is chosen else c for c in self.found[N]]
 
-    def refine(self, N: int, which: int | str, how: Refinement, steps: Sequence[int]) -> bool:
-        """One more refinement; whether there is budget for more."""
+    def refine(self, N: int, which: int | str, how: Refinement, steps: Sequence[int]) -> None:
+        """One more refinement, where there is budget for it."""
         start = self.start_of(N, which, steps)
         if start is None or start.plan.is_inverse:
-            return True
+            return
         if not self.affords(price(self.data, start.plan, how) * self.data.n, f"more refinements, N = {N}", "refine"):
-            return False
+            return
 
         def make() -> Iterator[Candidate]:
             begun = time.perf_counter()
@@ -288,18 +299,20 @@ class Search:
             except FAILURES as e:
                 yield self.failure(f"{start.name}, refined ({how})", start.plan, e, 0, time.perf_counter() - begun)
 
-        self.task(N, f"refine {plan_hash(start.plan)} {how}", make)
-        return True
+        for c in self.task(N, f"refine {plan_hash(start.plan)} {how}", make):
+            self.began.setdefault(plan_hash(c.plan), start)
 
     def start_of(self, N: int, which: int | str, steps: Sequence[int]) -> Candidate | None:
-        """What is refined: of what all samples have judged the best that was refined, the one at a place among those
-        that were not, or a neighbour's best."""
+        """What is refined: of what all samples have judged the start of the best that was refined, the one at a place
+        among those that were not, one by name, or a neighbour's best."""
         if which in (FEWER, MORE):
             return self.neighbour(N, which, steps)
+        if which == TIMES:
+            return next((c for c in self.found[N] if c.name == TIMES and getattr(c, "failed", None) is None), None)
         known = [replace(c, plan=Solver.of(c.plan)) for c in self.whole(N)]
         known.sort(key=lambda c: c.errors.mean().item())
         if which == AGAIN:
-            return next((c for c in known if ", refined" in c.name), None)
+            return next((self.began[h] for c in known if (h := plan_hash(c.plan)) in self.began), None)
         fresh = []  # of those on the same knots the best
         for c in known:
             if ", refined" not in c.name and not any(torch.equal(c.plan.times, other.plan.times) for other in fresh):

@@ -56,7 +56,8 @@ class Refinement:
 
     def __str__(self) -> str:
         free = ", free x_0" if self.start_coefficients else ""
-        return f"{self.weights}{free}"
+        longer = "" if self.iterations == ITERATIONS else f", {self.iterations} iterations"
+        return f"{self.weights}{free}{longer}"
 
 
 def refine(
