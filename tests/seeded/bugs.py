@@ -557,19 +557,26 @@ PYTHON = {
             "tests/test_step_cost.py",
         ),
     ],
-    "flowkernels/calibration/fit.py": [
+    "flowkernels/calibration/stepwise.py": [
         Bug(
             "held-out error",
             "what decides between orders and ridges",
-            "error = rest - 2 * change @ held_s",
-            "error = rest - change @ held_s",
+            "out = torch.cat([-change, torch.ones_like",
+            "out = torch.cat([change, torch.ones_like",
+            "tests/test_fit.py",
+        ),
+        Bug(
+            "own fold",
+            "a sample's error is of a fit that has seen it",
+            "has = 1 - torch.eye(F + 1, F,",
+            "has = 1 - 0 * torch.eye(F + 1, F,",
             "tests/test_fit.py",
         ),
         Bug(
             "differences",
             "the sign in which a difference of velocities takes part",
-            "weights[:-1] -= change[1:]",
-            "weights[:-1] += change[1:]",
+            "weights[..., :-1] -= change[..., 1:p]",
+            "weights[..., :-1] += change[..., 1:p]",
             "tests/test_fit.py",
         ),
         Bug(
@@ -582,32 +589,41 @@ PYTHON = {
         Bug(
             "prior",
             "a fit of three velocities departs from Adams-Bashforth 2",
-            "q = min(p, 3)",
-            "q = min(p, 2)",
+            "min(p, 3), p + free",
+            "min(p, 2), p + free",
             "tests/test_fit.py",
         ),
     ],
-    "flowkernels/calibration/polish.py": [
-        Bug(
-            "last, not best",
-            "the last iterate instead of the best on the held-out samples",
-            "best = min(best, (held, solver), key=lambda b: b[0])",
-            "best = (held, solver)",
-            "tests/test_fit.py",
-        ),
+    "flowkernels/calibration/endpoint_problem.py": [
         Bug(
             "times past the teacher's",
             "a polished solver asks for times at which the teacher was not evaluated",
-            "t[i] = min(max(t[i].item() + change, limits[i][0]), limits[i][1])",
-            "t[i] = max(t[i].item() + change, limits[i][0])",
-            "tests/test_fit.py",
+            "t[i] = min(max(t[i].item() + change, self.limits[i][0]), self.limits[i][1])",
+            "t[i] = max(t[i].item() + change, self.limits[i][0])",
+            "tests/test_fit.py tests/test_refine.py",
         ),
         Bug(
             "derivative's places",
-            "the derivatives in the last evaluation's coefficients",
-            "derivative = v[where]",
-            "derivative = v[-1]",
-            "tests/test_fit.py",
+            "the derivatives in the coefficients of earlier velocities",
+            "by * (start if where == FROM_START else v[where])",
+            "by * (start if where == FROM_START else v[-1])",
+            "tests/test_fit.py tests/test_refine.py",
+        ),
+        Bug(
+            "a time's own step",
+            "what a changed time changes in later states",
+            "add_(change, alpha=b[j][i])",
+            "add_(change, alpha=b[i][i])",
+            "tests/test_fit.py tests/test_refine.py",
+        ),
+    ],
+    "flowkernels/calibration/refine.py": [
+        Bug(
+            "judged by its own half",
+            "each half judges what was fitted to itself",
+            "part = data.in_order([*mine, *other])",
+            "part = data.in_order([*other, *mine])",
+            "tests/test_refine.py",
         ),
     ],
     "flowkernels/sampling/loop.py": [
