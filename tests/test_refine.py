@@ -212,3 +212,11 @@ def test_an_inverse_solver():
     (found,) = refine.refine(data, [start], cal.times, refinements=[Refinement(ROBUST_FIRST)])
     assert found.plan.is_inverse
     assert found.errors.mean() < 0.1 * refine.own_errors(data, start).mean()
+
+
+def test_errors_are_of_their_own_samples():
+    """Of halves that find about the same, those by cross-validation are about those of the plan, sample by sample."""
+    cal, data = samples(bent, n=128)
+    (found,) = refine.refine(data, [Solver.euler(cal[3])], cal.times, refinements=[Refinement()])
+    both = torch.stack([found.errors, refine.own_errors(data, found.plan)]).log()
+    assert torch.corrcoef(both)[0, 1] > 0.8

@@ -619,8 +619,8 @@ PYTHON = {
     ],
     "flowkernels/calibration/refine.py": [
         Bug(
-            "judged by its own half",
-            "each half judges what was fitted to itself",
+            "errors of others",
+            "errors of one sample are told of another",
             "part = data.in_order([*mine, *other])",
             "part = data.in_order([*other, *mine])",
             "tests/test_refine.py",
