@@ -152,9 +152,12 @@ def test_a_budget_is_kept(share):
 
 
 def test_minutes_are_a_budget():
-    cal = calibrated(effort="best", minutes=1e-6)
+    velocity = Counted()
+    cal = calibrated(velocity, effort="best", minutes=1e-6)
     assert {c.name for c in cal.tried[3]} >= {"uniform", "bellman, fitted"}
     assert not any("refined" in c.name for c in cal.tried[3])
+    assert cal.teacher_error is None  # which takes time too
+    assert velocity.samples <= 32 * (K + 2 * sum(STEPS))
 
 
 def test_what_takes_longer_than_the_rollout_is_known_by_its_kind():
