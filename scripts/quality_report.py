@@ -153,9 +153,10 @@ def targets(r: Results) -> Iterator[tuple[str, str, str, bool | None]]:
         steps = r.steps(data)
         K = max((N for d, name, N in r.by if d == data and name == "teacher"), default=0)
         for name in ("fitted", "fit"):
+            own = [N for (d, n, N) in r.by if (d, n) == (data, name)]  # which may be more than others have
             spent = r.mean(data, name, steps[0], "calibration_evaluations") if steps else float("nan")
             what = f"{data}: {name}, calibration and fit of all N, evaluations a sample (K + 2 for each step of each N)"
-            yield at_most(what, K + 2 * sum(steps), spent, name)
+            yield at_most(what, K + 2 * sum(own or steps), spent, name)
 
 
 def against_best(r: Results, name: str) -> Iterator[tuple[str, int, str, float, float, float, float]]:
