@@ -254,7 +254,7 @@ def calibrate(
         sample_costs=samples,
         forced_knots=forced_knots,
     )
-    if not asked and time.monotonic() + 20 * own * teacher_error * took > budget.deadline:
+    if not asked and not budget.in_time(20 * own * teacher_error, took):
         teacher_error = 0
     with done.kept(), _warnings_once():
         if teacher_error:

@@ -67,7 +67,10 @@ class Budget:
         return cls(math.inf if evaluations is None else evaluations, time.monotonic() + 60 * minutes)
 
     def allows(self, spent: float, more: float, seconds_each: float) -> bool:
-        return spent + more <= self.evaluations and time.monotonic() + more * seconds_each <= self.deadline
+        return spent + more <= self.evaluations and self.in_time(more, seconds_each)
+
+    def in_time(self, evaluations: float, seconds_each: float) -> bool:
+        return time.monotonic() + evaluations * seconds_each <= self.deadline
 
 
 def try_plans(

@@ -324,8 +324,7 @@ class TrajectoryBank:
         if self._is_whole(places):
             return BankBatch(self._store.states, interval, sample, **more)
         knots = self._on(places, here)
-        ends = self._there(self._store.ends(knots[interval], knots[interval + 1], sample)).to(self._state_dtype)
-        return BankBatch(ends, self._there(interval), self._there(sample), True, size=self.size, **more)
+        return self._batch_of_ends(knots[interval], knots[interval + 1], interval, sample, more)
 
     def ends(self, count: int, schedule: Any = None) -> BankBatch:
         """The ends of the last `count` trajectories, from the first knot of a schedule to its last, as one interval:
@@ -336,12 +335,15 @@ class TrajectoryBank:
         here = self.device if self._store.kind == "device" else torch.device("cpu")
         sample = torch.arange(self.size - count, self.size, device=here)
         knots = self._on(places, here)
-        ends = self._store.ends(knots[0].expand(count), knots[-1].expand(count), sample)
-        ends = self._there(ends).to(self._state_dtype)
         times = tuple(self.times[[places[0], places[-1]]].tolist())
         more = dict(conditioning=self._conditioning(sample), guidance=self.guidance, times=times)
-        interval = self._there(torch.zeros_like(sample))
-        return BankBatch(ends, interval, self._there(sample), True, size=self.size, **more)
+        first, last = knots[0].expand(count), knots[-1].expand(count)
+        return self._batch_of_ends(first, last, torch.zeros_like(sample), sample, more)
+
+    def _batch_of_ends(self, first: Tensor, last: Tensor, interval: Tensor, sample: Tensor, more: dict) -> BankBatch:
+        """Of the states at these knots of samples, gathered."""
+        ends = self._there(self._store.ends(first, last, sample)).to(self._state_dtype)
+        return BankBatch(ends, self._there(interval), self._there(sample), True, size=self.size, **more)
 
     def states(self, schedule: Any = None, count: int | None = None) -> Tensor:
         """All states at the knots of one schedule, `[N+1, n, *shape]`, float32 or float64, on the device: those that
