@@ -103,6 +103,17 @@ def straighten(
     checkpoint_every: int = 500,
     resume: bool = True,
     progress: bool = True,
+    lora: Any = None,
+    autocast: torch.dtype | None = None,
+    accumulate: int = 1,
+    gradient_checkpointing: bool = False,
+    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    held_out: int | None = None,
+    evaluate_every: int | None = None,
+    patience: int | None = None,
+    callbacks: Sequence[Callable[..., Any]] = (),
+    keep_checkpoints: int = 1,
+    group: Any = None,
 ) -> Straightened:
     """Fine-tune `student` so that on every interval of `schedule` it is the teacher's straight line, or has another
     `target`.
@@ -177,6 +188,8 @@ def straighten(
             refused: of other settings, teacher (weights, convention, conditioning; a warning says what cannot be
             read), noise, student or optimiser.
         progress: show a progress bar.
+        accumulate: parts in which a batch is computed, one after the other, their gradients added up: the memory of one
+            part, the steps of the whole batch.
 
     Before the teacher is rolled out, the student is tried on a batch, and its state on the format of checkpoints. A
     caller's `no_grad` and `inference_mode` do not count; in `torch.autocast` both networks compute in its dtype.
@@ -232,6 +245,7 @@ def straighten(
         checkpoint_every=checkpoint_every,
         resume=resume,
         progress=progress,
+        accumulate=accumulate,
     )
     objective = settings.objective
     teacher = None if velocity is None else resolve(velocity)

@@ -14,7 +14,9 @@ class BankBatch(NamedTuple):
     somewhere else; size: its n, where that has to be known. weight: factors on the examples' losses, `[B]`.
     conditioning: keyword arguments of the network by name, with a row for each example, which take the place of a
     `VelocityField`'s own; guidance: the name of the one that is the teacher's weight of guidance, where one is. times:
-    the knots whose intervals these are, where known: a loss of others refuses the batch.
+    the knots whose intervals these are, where known: a loss of others refuses the batch. part: (start, stop, of): the
+    examples are those from start to stop of a batch of so many, of which others are computed apart; None is all. What a
+    loss draws it draws for all of them, so that the parts together are the batch.
 
     Examples:
         >>> states = fk.rollout(lambda x, t: -x, torch.randn(16, 2), 20).x[[0, 10, 20]]
@@ -30,6 +32,15 @@ class BankBatch(NamedTuple):
     conditioning: dict[str, Tensor] | None = None
     guidance: str | None = None
     times: tuple[float, ...] | None = None
+    part: tuple[int, int, int] | None = None
+
+    def split(self, start: int, stop: int) -> "BankBatch":
+        """The examples from start to stop, to be computed apart from the others (`part`)."""
+        first, _, of = self.part or (0, 0, len(self.interval))
+        rows, states, size = slice(start, stop), self.states, self.states.shape[1] if self.size is None else self.size
+        if self.ends:
+            states = states[:, rows]
+        return self.examples(rows)._replace(states=states, size=size, part=(first + start, first + stop, of))
 
     def examples(self, rows: slice) -> "BankBatch":
         """Some of the examples, on the same states."""

@@ -6,6 +6,7 @@ then, such as where the history has a row.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +44,14 @@ class Descent:
         else:
             self.last = math.nan, math.nan
 
-    def step(self, loss: Tensor) -> None:
-        """One step down a loss `[]`; on the CPU ValueError, as `read`, before the weights change."""
+    def step(self, losses: Iterable[Tensor]) -> None:
+        """One step down the sum of losses `[]`, each of which goes back before the next is computed; on the CPU
+        ValueError, as `read`, before the weights change."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = torch.zeros((), dtype=torch.float32, device=self.parameters[0].device)
+        for part in losses:
+            part.backward()
+            loss = loss + part.detach().to(loss.device)
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = norm_of(grads, loss.device)
         if self.waits:

@@ -8,10 +8,13 @@ A loop of a caller's own takes the same parts:
         ...
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flowkernels.training.bank.batch import BankBatch
 from flowkernels.training.run.descent import Descent
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.run.state import State
@@ -38,10 +41,8 @@ def train(state: State, settings: Settings) -> None:
             rate = settings.rate(it)
             set_rate(state.optimizer, rate)
             drawn = bank.sample(state.generator)
-            found = objective(state.student, drawn, state.generator, it / settings.iterations)
-            descent.step(found.loss)
+            descent.step(losses(state, settings, drawn))
             state.update_average()
-            state.count(objective.interval_of(drawn.interval), found.per_sample)
             state.iteration = it + 1
             if settings.is_logged(it):
                 loss, norm = descent.read()
@@ -51,6 +52,19 @@ def train(state: State, settings: Settings) -> None:
                 descent.read()
                 state.save(settings.checkpoint, stacklevel=5)
     torch.clear_autocast_cache()
+
+
+def losses(state: State, settings: Settings, drawn: BankBatch) -> Iterator[Tensor]:
+    """The loss of a batch, in `settings.accumulate` parts that add up to it: of each the graph is there alone."""
+    objective, done, n = settings.objective, state.iteration / settings.iterations, len(drawn.interval)
+    parts, before = min(settings.accumulate, n), state.generator.get_state()
+    for i in range(parts):
+        start, stop = n * i // parts, n * (i + 1) // parts
+        part = drawn if parts == 1 else drawn.split(start, stop)
+        state.generator.set_state(before)  # each draws what the whole batch draws
+        found = objective(state.student, part, state.generator, done)
+        yield found.loss if parts == 1 else found.loss * ((stop - start) / n)
+        state.count(objective.interval_of(part.interval), found.per_sample)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

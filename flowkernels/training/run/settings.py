@@ -84,6 +84,7 @@ CHECKS: dict[str, Check] = {
     "ema": _or_none(_real("a number in [0, 1) or None", lambda a: 0 <= a < 1)),
     "seed": expect_seed,
     "log_every": expect_positive_int,
+    "accumulate": expect_positive_int,
     "checkpoint": _or_none(_expect_checkpoint),
     "checkpoint_every": expect_positive_int,
     "resume": expect_bool,
@@ -101,7 +102,7 @@ SHARED = (
     "lr",
     "warmup",
 )  # by a run that is resumed
-SHARED += ("decay", "clip", "ema", "seed", "log_every")
+SHARED += ("decay", "clip", "ema", "seed", "log_every", "accumulate")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,6 +147,7 @@ class Settings:
     initial_speed: float = 1.5
     refresh_fraction: float = 1.0
     compared: str = "data"
+    accumulate: int = 1
     objective: StraightenLoss = field(init=False)
 
     def __post_init__(self):

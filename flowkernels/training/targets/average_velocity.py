@@ -16,16 +16,19 @@ def average_velocity(call: Call) -> Dense:
     """On the chords of the examples' intervals at t, to s uniform between t and the last knot; of some s = t."""
     x, t = call.chord()
     s = t + call.uniform() * (call.times[-1] - t)
-    share = call.settings["instantaneous"] * len(t)
+    begin, _, of = call.part
+    share = call.settings["instantaneous"] * of
     first = int(
         share + torch.rand((), generator=call.generator, dtype=torch.float32, device="cpu").item()
-    )  # that many, on average
+    )  # that many of the batch, on average
+    first = min(max(first - begin, 0), len(t))
+    between = call.uniform()
     s = torch.cat([t[:first], s[first:]])
     now, later = call.examples(slice(0, first)), call.examples(slice(first, None))
     targets = [_velocity(now, x[:first], t[:first])] if first else []
     if first < len(t):
         consistent = CONSISTENT[call.settings["consistency"]]
-        targets.append(consistent(later, x[first:], t[first:], s[first:]))
+        targets.append(consistent(later, x[first:], t[first:], s[first:], between[first:]))
     return dense(call.velocity(x, t, s=s), torch.cat(targets), spare=True)
 
 
@@ -37,16 +40,15 @@ def _velocity(call: Call, x: Tensor, t: Tensor) -> Tensor:
 
 
 @no_grad
-def _split(call: Call, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+def _split(call: Call, x: Tensor, t: Tensor, s: Tensor, part: Tensor) -> Tensor:
     """The student's own displacements by way of a time between, which add up (SplitMeanFlow)."""
-    part = call.uniform()
     r = torch.lerp(t, s, part.to(t.dtype))
     first = call.velocity(x, t, s=r)
     second = call.velocity(x + _rows(r - t, x) * first, r, s=s)
     return _rows(part, x) * first + _rows(1 - part, x) * second
 
 
-def _derivative(call: Call, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+def _derivative(call: Call, x: Tensor, t: Tensor, s: Tensor, part: Tensor) -> Tensor:
     """From the derivative of (s - t) u in t along the flow, which is -v (MeanFlow)."""
     v = _velocity(call, x, t)
     whose = call.batch.sample, call.samples, call.batch.conditioning

@@ -146,19 +146,30 @@ class Call:
         parts = {name: getattr(self, name)[rows] for name in ("places", "columns", "start", "size", "end")}
         return replace(self, batch=self.batch.examples(rows), **parts)
 
+    @property
+    def part(self) -> tuple[int, int, int]:
+        """(start, stop, of): which of a batch's examples these are."""
+        return self.batch.part or (0, len(self.places), len(self.places))
+
+    def drawn(self, draw: Callable[[int], Tensor | None]) -> Tensor | None:
+        """Of what is drawn for all examples of the batch, that of these."""
+        start, stop, of = self.part
+        found = draw(of)
+        return found if found is None or (start, stop) == (0, of) else found[start:stop]
+
     def u(self) -> Tensor | None:
         """Where on its interval each example is, `[B]` in [0, 1]; None where all are at its start."""
-        return self.draw_u(len(self.places), self.generator, self.states.device)
+        return self.drawn(lambda n: self.draw_u(n, self.generator, self.states.device))
 
     def uniform(self) -> Tensor:
         """In [0, 1), float32 `[B]`."""
-        return uniform(len(self.places), self.generator, self.states.device)
+        return self.drawn(lambda n: uniform(n, self.generator, self.states.device))
 
     def normal(self) -> Tensor:
         """Standard normal, a state for each example `[B, *shape]`."""
-        device, shape = self.states.device, (len(self.places), *self.states.shape[2:])
-        generator = generator_on(device, self.generator)
-        return torch.randn(shape, generator=generator, dtype=self.states.dtype, device=device)
+        device, generator = self.states.device, generator_on(self.states.device, self.generator)
+        of = dict(generator=generator, dtype=self.states.dtype, device=device)
+        return self.drawn(lambda n: torch.randn(n, *self.states.shape[2:], **of))
 
     def chord(self) -> tuple[Tensor, Tensor]:
         """(x, t): points on the lines between the ends of the examples' intervals, at u."""
