@@ -93,7 +93,7 @@ class Ranks:
                     key,
                     f"the same on every rank, {_short(first)} as on rank 0",
                     f"{_short(got)} on rank {rank}",
-                )  # noqa: E501
+                )
 
     def wait(self) -> None:
         """Until every rank is here."""
