@@ -17,6 +17,7 @@ from flowkernels.calibration.polish import polish
 from flowkernels.calibration.step_cost import StepCost, step_costs
 from flowkernels.calibration.stock import stock_solvers
 from flowkernels.calibration.teacher_error import TeacherError
+from flowkernels.evaluation.images import save_images
 from flowkernels.fusion.head import FusedHead, fuse_head
 from flowkernels.fusion.sampler import FusedSampler, NotFusable, fuse
 from flowkernels.models.checkpoints import LoadedWeights, load_weights
@@ -93,6 +94,7 @@ __all__ = [
     "record_calls",
     "rollout",
     "sample",
+    "save_images",
     "step_costs",
     "stock_solvers",
     "straighten",

@@ -654,6 +654,10 @@ def _stages(cal) -> None:
         ),
         **dict(chunk=(None, or_none(is_int(1))), progress=bar),
     )
+    pixels = (lambda: rand(2, 1, 3, 3), nothing_else)
+    ends = ((-1, 1), lambda v: are_numbers(v) and len(v) == 2 and v[0] < v[1])
+    png = dict(grid=(True, lambda v: is_flag(v) and v), path=("samples.png", is_path), columns=(2, or_none(is_int(1))))
+    place("save_images", fk.save_images, (OSError,), samples=pixels, value_range=ends, **png)
     names = or_none(lambda v: isinstance(v, str) and v != "")
     given = (lambda: {"c": rand(N, D)}, or_none(is_dict), "unconditional")
 

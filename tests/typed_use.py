@@ -33,6 +33,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     assert_type(fk.stock_solvers(4, shift=(1, 3)), dict[str, fk.Solver])
     best = cal.best(6)
     assert_type(fk.sample(velocity, noise, best), Tensor)
+    fk.save_images(noise, "samples.png", value_range=(0, 1), grid=True, columns=4)
     trained = fk.straighten(None, velocity, schedule, noise=(3, 32, 32), iterations=10)
     assert_type(trained, fk.Straightened)
     assert_type(trained.student, nn.Module)

@@ -34,6 +34,7 @@ from flowkernels.cli.inputs import (
     require,
 )
 from flowkernels.cli.outputs import SAMPLE_FORMATS, save_samples
+from flowkernels.evaluation.images import expect_image_folder
 from flowkernels.integrations.export import RECEIVERS, Export
 from flowkernels.models.bundled import BUNDLED, save_network
 from flowkernels.ops import tuned
@@ -210,7 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     methods = "Euler steps; Adams-Bashforth 2 or 3 or Heun on the same knots; or what the calibration found best"
     add("--method", choices=METHODS, default="euler", help=methods)
     add("--chunk", type=_options.positive, help="samples drawn at once; all if not given")
-    add("--out", type=_file, required=True, help=f"file to write: {', '.join(SAMPLE_FORMATS)}")
+    add("--out", type=_file, required=True, help=f"file to write: {', '.join(SAMPLE_FORMATS)}, of a grid of all")
+    add("--png", type=_options.path, metavar="FOLDER", help="folder for each sample as an image of its own")
 
     add = command("export", _export, "A schedule or a solver of a calibration in the form that another sampler takes.")
     add("file", type=_options.path, metavar="FILE", help="calibration file (.boss.json)")
@@ -408,8 +410,7 @@ def _sample(args) -> None:
     check_paths(args, *SAMPLE_FORMATS)
     calibration = load_calibration(args) if args.schedule else None
     velocity, shape, notes = load_model(args, calibration)
-    image = len(shape) == 3 and shape[0] in (1, 3)
-    require(image or args.out.suffix != ".png", f"--out: expected shape [1 or 3, H, W] for a .png, got {list(shape)}")
+    _check_images(args, shape)
     schedule = calibration[args.steps] if calibration else fk.Schedule.uniform(args.steps)
     teacher = notes.get("straightened_from")
     if calibration and (teacher is None or teacher != calibration.provenance.get("parameters_sha256")):
@@ -423,11 +424,25 @@ def _sample(args) -> None:
     parts = draw_noise(args.n, shape, args.seed).to(args.device).split(args.chunk or args.n)
     samples = torch.cat([fk.sample(velocity, part, plan, progress=True).cpu() for part in parts])
     write_or_keep(args.targets["out"], "--out", lambda path: save_samples(path, samples))
+    if args.png is not None:
+        write_or_keep(args.png, "--png", lambda path: fk.save_images(samples, path, grid=False))
     solver = fk.Solver.of(plan)
     print(
         f"{args.out}: {args.n} samples of shape {list(shape)}, {args.steps} steps, "
         f"{solver.evaluations} evaluations ({solver.name})"
     )
+
+
+def _check_images(args, shape: tuple[int, ...]) -> None:
+    """Whether samples can be the images that are to be written, and where."""
+    image = len(shape) == 3 and shape[0] in (1, 3)
+    for option, wanted in (("--out", args.out.suffix == ".png"), ("--png", args.png is not None)):
+        require(image or not wanted, f"{option}: expected shape [1 or 3, H, W] for a .png, got {list(shape)}")
+    if args.png is not None:
+        try:
+            expect_image_folder(args.png, "--png")
+        except (OSError, ValueError) as e:
+            raise InputError(str(e)) from e
 
 
 def _method(name: str, schedule: fk.Schedule, calibration: fk.Calibration | None) -> fk.Schedule | fk.Solver:
