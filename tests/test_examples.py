@@ -43,7 +43,8 @@ def script(name):
 
 
 def test_every_script_is_tried():
-    files = [Path(__file__), Path(__file__).parent / "pipelines/test_example.py"]
+    pipelines = Path(__file__).parent / "pipelines"
+    files = [Path(__file__), pipelines / "test_example.py", pipelines / "test_trainers.py"]
     tried = {name for file in files for name in re.findall(r'script\("(\w+)"\)', file.read_text())}
     assert tried == {path.stem for path in EXAMPLES.glob("*.py")}
 
