@@ -13,6 +13,7 @@ import flowkernels as fk
 from flowkernels._files import sealed
 from flowkernels.calibration import sample_costs
 from flowkernels.calibration.sample_costs import SampleCosts
+from flowkernels.evaluation import bootstrap
 from flowkernels.models.bundled import BUNDLED
 
 QUIET = dict(progress=False)
@@ -166,7 +167,7 @@ def test_intervals_of_norms():
 @pytest.mark.parametrize("tail", [0.0, 0.0107, 0.025, 0.25])
 def test_quantiles_without_a_sort(tail):
     values = normal(3, 201, dtype=torch.float64)
-    got = torch.tensor(sample_costs.ends(values, tail), dtype=torch.float64)
+    got = torch.tensor(bootstrap.ends(values, tail), dtype=torch.float64)
     expected = values.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), 1).T
     assert torch.allclose(got, expected, rtol=1e-12)
 
@@ -175,7 +176,7 @@ def test_tails_of_few_groups_are_those_of_students_t():
     """`Phi(-t sqrt(G / (G-1)))` with the 97.5 % quantiles of Student's t from tables."""
     for groups, t in ((6, 2.5706), (17, 2.1199), (32, 2.0395), (10**6, 1.96)):
         expected = torch.special.ndtr(torch.tensor(-t * (groups / (groups - 1)) ** 0.5, dtype=torch.float64)).item()
-        assert sample_costs.tail_of(groups) == pytest.approx(expected, rel=0.02)
+        assert bootstrap.tail_of(groups) == pytest.approx(expected, rel=0.02)
 
 
 def test_samples_that_agree_need_no_more():
@@ -291,9 +292,9 @@ def test_the_interval_of_a_mean_holds_it(n):
     """Of 200 draws about 95 %, and fewer of a heavy tail."""
     draws = normal(200, n, dtype=torch.float64)
     for values, mean, least in ((draws, 0.0, 0.91), (draws.exp(), math.exp(0.5), 0.8)):
-        held = [low <= mean <= high for low, high in map(sample_costs.mean_interval, values)]
+        held = [low <= mean <= high for low, high in map(bootstrap.mean_interval, values)]
         assert least <= sum(held) / 200 <= 0.985
-    assert sample_costs.mean_interval(draws[0, :1]) is None
+    assert bootstrap.mean_interval(draws[0, :1]) is None
 
 
 def test_a_fused_sampler_is_verified():

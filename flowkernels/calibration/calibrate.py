@@ -33,11 +33,12 @@ from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import BELLMAN, FITTED, UNIFORM, Calibration
 from flowkernels.calibration.effort import BEST, EFFORTS, SCHEDULE, Budget, try_plans
 from flowkernels.calibration.progress import Progress
-from flowkernels.calibration.sample_costs import SampleCosts, group_size, mean_interval
+from flowkernels.calibration.sample_costs import SampleCosts, group_size
 from flowkernels.calibration.teacher_error import SAMPLES as OWN_SAMPLES
 from flowkernels.calibration.teacher_error import price_of
 from flowkernels.calibration.teacher_error import teacher_error as measured_teacher_error
 from flowkernels.calibration.tried import FAILURES
+from flowkernels.evaluation.bootstrap import mean_interval
 from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.library import fresh
 from flowkernels.sampling.loop import initial_state

@@ -13,10 +13,10 @@ from flowkernels._checks import expect, expect_bool, expect_int, expect_positive
 from flowkernels._warnings import warn
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import Calibration
-from flowkernels.calibration.sample_costs import mean_interval
 from flowkernels.calibration.samples import FOLDS, Samples
 from flowkernels.calibration.selection import Candidate, choose
 from flowkernels.calibration.stepwise import fit_steps
+from flowkernels.evaluation.bootstrap import mean_interval
 from flowkernels.evaluation.endpoint import endpoint_errors
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, adams_bashforth

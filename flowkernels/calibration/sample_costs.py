@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowkernels._checks import expect, expect_values
 from flowkernels.calibration.bellman import without_spans
+from flowkernels.evaluation.bootstrap import RESAMPLES, ends, tail_of
 from flowkernels.ops.bellman import bellman
 from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.ops.velocity_gram import velocity_gram
@@ -18,7 +19,6 @@ from flowkernels.schedule import Schedule
 GROUPS = 64  # of samples, at most; merged in pairs when they are more
 SINGLES = 512  # samples that E|e| is the mean of
 GROUP_BYTES = 128 << 20  # of the Gram matrices of all groups: larger grids have fewer
-RESAMPLES = 1000  # of a bootstrap interval
 FEW_RESAMPLES = 100  # for what needs a Bellman table of each
 WANTED_HALF_WIDTH = 0.02  # of the cost, for `Schedule.samples_needed`
 
@@ -200,41 +200,3 @@ def _paired(grams: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
     half = len(sizes) // 2
     pairs = torch.cat([grams[0 : 2 * half : 2] + grams[1 : 2 * half : 2], grams[2 * half : len(sizes)]])
     return pairs, [sum(sizes[i : i + 2]) for i in range(0, len(sizes), 2)]
-
-
-def tail_of(groups: int) -> float:
-    """The share of resamples beyond each end of an interval of 95 %: 2.5 %, less what few groups ask for, whose
-    resamples spread too little and whose mean is Student's t (the expanded percentile interval; Hesterberg, What
-    Teachers Should Know About the Bootstrap, 2015)."""
-    z, freedom = 1.959964, groups - 1
-    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    return math.erfc(t * math.sqrt(groups / freedom / 2)) / 2
-
-
-def mean_interval(values: Tensor) -> tuple[float, float] | None:
-    """The bootstrap interval of 95 % of the mean of `values [n]`, always of the same resamples; None of fewer than two
-    values."""
-    if len(values) < 2:
-        return None
-    values = values.detach().to("cpu", torch.float64)
-    sums = resampled_sums(torch.stack([values, torch.ones_like(values)], 1))
-    ((low, high),) = ends((sums[:, 0] / sums[:, 1])[None], tail_of(min(len(values), SINGLES)))
-    return low, high
-
-
-def resampled_sums(values: Tensor) -> Tensor:
-    """The sums over n samples of `values [n, c]`, in `RESAMPLES` resamples with replacement, always the same ones of as
-    many samples, or of groups of them."""
-    groups = values.tensor_split(min(len(values), SINGLES))
-    sums = torch.stack([group.sum(0) for group in groups])
-    shape, generator = (RESAMPLES, len(groups)), torch.Generator("cpu").manual_seed(0)
-    return sums[torch.randint(len(groups), shape, generator=generator, device="cpu")].sum(1)
-
-
-def ends(values: Tensor, tail: float) -> list[list[float]]:
-    """The quantiles of each row at `tail` and `1 - tail`, without sorting what lies between."""
-    place = tail * (values.shape[1] - 1)
-    whole = int(place)
-    outer = [values.topk(whole + 2, largest=largest).values for largest in (False, True)]
-    return torch.stack([torch.lerp(v[:, whole], v[:, whole + 1], place - whole) for v in outer], 1).tolist()

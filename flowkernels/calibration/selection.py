@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect
-from flowkernels.calibration.sample_costs import SINGLES, ends, mean_interval, resampled_sums, tail_of
+from flowkernels.evaluation.bootstrap import MOST_GROUPS, ends, mean_interval, resampled_sums, tail_of
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 
@@ -121,5 +121,5 @@ def _ratio_interval(errors: Tensor, others: Tensor) -> tuple[float, float] | Non
     ratios = (sums[:, 0] / sums[:, 1]).sqrt()
     if bool(ratios.isnan().any()):
         return None
-    ((low, high),) = ends(ratios.clamp_max(MOST)[None], tail_of(min(len(errors), SINGLES)))
+    ((low, high),) = ends(ratios.clamp_max(MOST)[None], tail_of(min(len(errors), MOST_GROUPS)))
     return low, high if high < MOST else math.inf

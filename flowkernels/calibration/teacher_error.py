@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowkernels._checks import expect, expect_numbers, expect_positive_int, expect_real, expect_text
 from flowkernels.calibration.measured import Measured
-from flowkernels.calibration.sample_costs import mean_interval
+from flowkernels.evaluation.bootstrap import mean_interval
 from flowkernels.evaluation.endpoint import endpoint_errors
 from flowkernels.sampling.sample import sample
 from flowkernels.sampling.teacher_solver import ENTRY, HEUN, heun

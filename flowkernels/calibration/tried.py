@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flowkernels._checks import expect, expect_int, expect_numbers, expect_real, expect_text, expect_times
 from flowkernels._files import plain
-from flowkernels.calibration.sample_costs import mean_interval
 from flowkernels.calibration.selection import Candidate, choose
+from flowkernels.evaluation.bootstrap import mean_interval
 from flowkernels.sampling.teacher_solver import ENTRY
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
