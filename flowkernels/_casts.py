@@ -1,7 +1,8 @@
 """What a caller's `torch.autocast` keeps: weights as they were cast at their first use in it."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -9,19 +10,24 @@ import torch
 F = TypeVar("F", bound=Callable)
 
 
-def no_grad(stage: F) -> F:
-    """`torch.no_grad()` of a stage that runs networks: casts of weights as they were before it are not used in it, and
+@contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    """`torch.no_grad()` of a block that runs networks: casts of weights as they were before it are not used in it, and
     those made in it, some without a graph, are not left to the caller."""
+    with torch.no_grad():
+        torch.clear_autocast_cache()
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
+
+
+def no_grad(stage: F) -> F:
+    """`without_gradients` of a whole stage; `torch.no_grad()` alone in torch.compile, which casts on its own."""
 
     @functools.wraps(stage)
     def run(*args, **kwargs):
-        with torch.no_grad():
-            if torch.compiler.is_compiling():  # which casts on its own
-                return stage(*args, **kwargs)
-            torch.clear_autocast_cache()
-            try:
-                return stage(*args, **kwargs)
-            finally:
-                torch.clear_autocast_cache()
+        with torch.no_grad() if torch.compiler.is_compiling() else without_gradients():
+            return stage(*args, **kwargs)
 
     return run

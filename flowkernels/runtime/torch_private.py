@@ -137,3 +137,18 @@ def float32_convolutions():
 def keeps_parametrized() -> bool:
     """Inside torch.nn.utils.parametrize.cached(), which keeps weights as they were at their first use."""
     return bool(getattr(nn.utils.parametrize, "_cache_enabled", 0))
+
+
+def store_of(group) -> tuple | None:
+    """(the store that the processes of a group met by, the group's timeout); None where torch does not tell."""
+    from torch import distributed as dist
+
+    find = getattr(dist.distributed_c10d, "_get_process_group_store", None)
+    if find is None:
+        return None
+    store = find(group)
+    for device in dist.get_backend_config(group).split(","):
+        options = getattr(group._get_backend(torch.device(device.split(":")[0])), "options", None)
+        if hasattr(options, "_timeout"):
+            return store, options._timeout
+    return store, store.timeout
