@@ -38,8 +38,11 @@ from flowkernels.training.pairs.couplings import couple
 from flowkernels.training.pairs.pairs import Pairs, forward_pairs
 from flowkernels.training.straighten import Straightened, straighten
 from flowkernels.training.students.acceleration import Acceleration
+from flowkernels.training.students.adapters import without_adapters
 from flowkernels.training.students.average_velocity import AverageVelocity
 from flowkernels.training.students.blockwise import Blockwise
+from flowkernels.training.students.lora import add_lora
+from flowkernels.training.students.lora_files import save_lora
 from flowkernels.training.students.noise_prediction import NoisePrediction
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase
@@ -76,6 +79,7 @@ __all__ = [
     "VelocityBase",
     "VelocityField",
     "__version__",
+    "add_lora",
     "backend",
     "calibrate",
     "couple",
@@ -95,9 +99,11 @@ __all__ = [
     "rollout",
     "sample",
     "save_images",
+    "save_lora",
     "step_costs",
     "stock_solvers",
     "straighten",
+    "without_adapters",
 ]
 __all__.extend(OPS)
 

@@ -850,6 +850,18 @@ def _stages(cal) -> None:
     )
     module = (lambda: Net(), lambda v: isinstance(v, nn.Module))
     place(
+        "add_lora",
+        fk.add_lora,
+        (ImportError, OSError),
+        **dict(velocity=(*module, "lora"), lora=(2, lambda v: is_int(1)(v) or is_dict(v) or is_path(v))),
+        name=("new", or_none(lambda v: isinstance(v, str) and v != "" and "." not in v)),
+    )
+    named = (None, or_none(lambda v: isinstance(v, str)))
+    of_file = dict(folder=("lora", is_path), name=named, layout=(None, or_none(is_one_of("diffusers", "peft"))))
+    unadapted = (OSError, ValueError)  # of any network here: without peft there is none with adapters
+    place("save_lora", fk.save_lora, unadapted, student=module, **of_file)
+    place("without_adapters", fk.without_adapters, unadapted, student=module)
+    place(
         "Acceleration",
         fk.Acceleration,
         velocity=module,

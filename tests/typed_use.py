@@ -2,6 +2,7 @@
 of it may be of a type that is not known. tests/test_types.py sees that every public name is here; nothing runs."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import assert_type
 
 import torch
@@ -42,6 +43,9 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     assert_type(two, fk.AverageVelocity)
     fk.straighten(two, velocity, schedule, noise=(3,), iterations=9, target="average_velocity", consistency="split")
     assert_type(fk.sample(two.on(8), two(noise, noise, noise), 8), Tensor)
+    student = fk.add_lora(velocity, {"r": 8, "use_dora": True}, name="straight")
+    assert_type(fk.without_adapters(student), fk.VelocityField)
+    assert_type(fk.save_lora(student, "folder", layout="peft"), Path)
     objective = fk.StraightenLoss(solver, target="solver", loss=lambda v, target: (v - target).abs().flatten(1).mean(1))
     objective.roll_out(trained.student, noise)
     batch = fk.BankBatch(noise, torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,10 +14,13 @@ from flowkernels.velocity import hashes
 unwrapped = functools.partial(hashes.unwrapped, of=hashes.IN_PLACE)  # what torch.compile or DDP wraps
 
 
-def copied(module: nn.Module) -> nn.Module:
+def copied(module: nn.Module, known: Mapping[int, Any] = MappingProxyType({})) -> nn.Module:
     """A deep copy without wrappers, in it neither. What a module computed and holds, as weight_norm does, is copied
-    without its graph, and tensors of inference mode become ordinary ones."""
-    memo: dict[int, Any] = {}
+    without its graph, and tensors of inference mode become ordinary ones.
+
+    known: by `id`, what takes the place of a copy, such as weights that are shared.
+    """
+    memo: dict[int, Any] = dict(known)
     try:
         for part in module.modules():
             for value in vars(part).values():

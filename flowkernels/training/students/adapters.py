@@ -1,0 +1,169 @@
+"""Adapters in networks: which layers of peft's there are, a network without them, and evaluating it so.
+
+peft is imported where a network that is given may have such layers, that is where someone has imported it already.
+"""
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from flowkernels._checks import expect, expect_shown
+from flowkernels.training.students.modules import copied, unwrapped
+from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.hashes import unwrapped as bare_of
+from flowkernels.velocity.protocol import VelocityBase
+from flowkernels.velocity.provenance import Identity
+
+CONFIGS = "peft_config"  # of a network: the configurations of its adapters by name
+LOADED = "_hf_peft_config_loaded"  # of diffusers' models
+
+
+def adapter_layers(module: nn.Module) -> dict[str, Any]:
+    """The layers of peft's that hold adapters, by name."""
+    if sys.modules.get("peft") is None:
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: part for name, part in module.named_modules() if isinstance(part, BaseTunerLayer)}
+
+
+def network_of(velocity: nn.Module) -> nn.Module:
+    """The network of a velocity, without wrappers, peft's own among them."""
+    net = bare_of(velocity)
+    while isinstance(net, VelocityField):
+        net = bare_of(net.net)
+    return net
+
+
+def adapter_name(net: nn.Module, name: str | None) -> str:
+    """The adapter of that name, or the one that is trained; ValueError where there is none, or are several."""
+    there = list(getattr(net, CONFIGS, {}))
+    expect(len(there) > 0, "student", "a network with an adapter of peft's (fk.add_lora)", type(net).__name__)
+    if name is not None:
+        expect_shown(name in there, "name", f"one of the adapters {there}", name)
+        return name
+    trained = [key for key in there if any(p.requires_grad for p in adapter_parameters(net, key).values())]
+    found = there if len(there) == 1 else trained
+    expect(len(found) == 1, "name", f"one of the adapters {there}", "None, where it is not one that is trained")
+    return found[0]
+
+
+def adapter_parameters(net: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter, by their names in the network."""
+    found = {}
+    for path, layer in adapter_layers(net).items():
+        for kind in layer.adapter_layer_names:
+            part = getattr(layer, kind)
+            if name in part:
+                held = part[name]
+                inside = {"": held} if isinstance(held, nn.Parameter) else dict(held.named_parameters())
+                found |= {".".join(filter(None, (path, kind, name, key))): p for key, p in inside.items()}
+    return found
+
+
+def without_adapters_copied(net: nn.Module) -> nn.Module:
+    """The network as it was before adapters were put in, of the same weights, not of copies; to be looked at."""
+    memo: dict[int, Any] = {}
+    for part in net.modules():
+        for held in (*part._parameters.values(), *part._buffers.values()):
+            if held is not None:
+                memo[id(held)] = held
+    for layer in reversed(list(adapter_layers(net).values())):
+        memo[id(layer)] = copy.deepcopy(layer.get_base_layer(), memo)
+    memo[id(getattr(net, CONFIGS, None))] = None
+    found = copied(net, memo)
+    for name in (CONFIGS, LOADED):
+        found.__dict__.pop(name, None)
+    return found
+
+
+@contextlib.contextmanager
+def adapters_off(net: nn.Module) -> Iterator[None]:
+    """In the block the network computes what it did before adapters were put in, in eval mode. Its modes, and which of
+    the weights have gradients, are then what they were."""
+    layers = [layer for layer in adapter_layers(net).values() if not layer.disable_adapters]
+    training = [part for part in net.modules() if part.training]
+    needed = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    for part in training:
+        part.training = False
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for p, gradient in needed:
+            p.requires_grad_(gradient)
+        for part in training:
+            part.training = True
+
+
+class _Off:
+    """A network called without its adapters."""
+
+    def __init__(self, net: nn.Module):
+        self.net, self.inside = net, unwrapped(net)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with adapters_off(self.inside):
+            return self.inside(*args, **kwargs)
+
+
+class _Teacher(VelocityField):
+    """A field whose network is an `_Off`: its identity is that of the field before adapters were put in."""
+
+    def identify(self, weights: bool = True) -> Identity:
+        try:
+            net = without_adapters_copied(network_of(self.net.net))
+        except ValueError:  # sharded weights are not copied
+            return super().identify(weights)
+        return VelocityField(net, **self.settings()).identify(weights)
+
+
+def without_adapters(student: nn.Module) -> VelocityField:
+    """The teacher in a student with adapters: the same network, of the same weights, with its adapters off.
+
+    For loops of one's own whose student is a network that adapters were put into in place, as diffusers' `add_adapter`
+    and `peft.get_peft_model` do: there is one copy of the weights, sharded or not, and whatever is asked of the teacher
+    is computed with all adapters off and in eval mode (dropout off too), while the student's modes and the adapters'
+    gradients stay as they are. A student of `fk.add_lora` has no need of it: there the velocity that it was made of is
+    the teacher still.
+
+    Not for two threads at once, and not between a student's forward and backward pass with gradient checkpointing
+    inside of this one's call.
+
+    Args:
+        student: a network or `VelocityField` with adapters of peft's; it may be wrapped, as by accelerate or
+            DistributedDataParallel.
+
+    Returns:
+        A VelocityField of the student's convention and conditioning. Of the same identity (`TrajectoryBank`,
+        checkpoints) as the network had before.
+
+    Raises:
+        TypeError, ValueError: naming the argument: a network without adapters, or with ones that are merged.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.SiLU(), torch.nn.Linear(8, 2))
+        >>> fk.without_adapters(fk.VelocityField(net, time_column=True))
+        Traceback (most recent call last):
+        ValueError: student: expected a network with adapters of peft's, got Sequential
+    """
+    expect(isinstance(student, nn.Module), "student", "an nn.Module", student, TypeError)
+    inner = unwrapped(student)
+    several = isinstance(inner, VelocityBase) and not isinstance(inner, VelocityField)
+    expect(not several, "student", "a network, or a VelocityField of one", type(inner).__name__)
+    field = VelocityField.of(inner)
+    net = network_of(field)
+    layers = adapter_layers(net)
+    expect(len(layers) > 0, "student", "a network with adapters of peft's", type(net).__name__)
+    merged = next((name for name, layer in layers.items() if layer.merged), None)
+    expect(merged is None, "student", "adapters that are not merged (unmerge_adapter)", f"{merged!r}, which is")
+    plain = type(field) is VelocityField
+    expect(plain, "student", "a network, or a VelocityField of one", type(field).__name__)
+    return _Teacher(_Off(field.net), **field.settings())
