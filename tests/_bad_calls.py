@@ -932,6 +932,7 @@ def _stages(cal) -> None:
             conditioning=(None, or_none(lambda v: v == {} or is_function(v))), guidance=(None, or_none(nothing_else))
         ),
         **dict(seed=(0, is_int(-(2**63), 2**64 - 1)), device=("cpu", or_none(is_one_of("cpu"))), progress=bar),
+        **dict(group=(None, or_none(nothing_else)), held_out=(0, is_int(0, 0))),
     )
     filled = fk.TrajectoryBank(Net(), [cal[2], cal[3]], noise=(D,), size=N, progress=False).fill()
     place(
@@ -940,7 +941,7 @@ def _stages(cal) -> None:
         batch=(2, is_int(1)),
         generator=(None, or_none(lambda v: isinstance(v, torch.Generator))),
         schedule=(2, lambda v: v in (2, 3) or isinstance(v, fk.Schedule)),
-        held_out=(1, is_int(0, N - 1)),
+        held_out=(1, or_none(is_int(0, N - 1))),
     )
     place("TrajectoryBank.ends", lambda count: filled.ends(count, 2), count=(2, is_int(1, N)))
     place("TrajectoryBank.refresh", filled.refresh, fraction=(0.5, within(0, 1, ends="(]")))

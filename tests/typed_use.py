@@ -71,6 +71,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     assert_type(bank.fill().refresh(0.25), int)
     assert_type(bank.sample(64, torch.Generator(), schedule=cal[4]), fk.BankBatch)
     fk.straighten(None, velocity, cal[4], bank=fk.TrajectoryBank.open("bank"), iterations=10)
+    fk.TrajectoryBank(velocity, cal[4], noise=(3,), group=torch.distributed.group.WORLD, held_out=32)
     inversion = fk.invert(velocity, noise, fk.Solver.heun(8, inverse=True))
     assert_type(inversion, fk.Inversion)
     assert_type(fk.export(cal, "comfy", steps=4, path="sigmas.txt"), str)

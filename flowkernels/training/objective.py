@@ -306,7 +306,7 @@ class StraightenLoss(nn.Module):
         tables = self.tables(states.device)
         times, sizes = tables.times, tables.step_sizes
         start, size = times[interval], sizes[interval]
-        places, columns = interval, sample
+        places, columns = interval, batch.columns
         if batch.ends:  # of each example a column of two states, one after the other
             states = states.transpose(0, 1).reshape(2 * len(interval), 1, *states.shape[2:])
             places, columns = 2 * torch.arange(len(interval), device=interval.device), torch.zeros_like(sample)
@@ -512,6 +512,8 @@ class StraightenLoss(nn.Module):
             _expect_inside(batch.interval, len(self.times) - 1, "interval")
             if not batch.ends or batch.size is not None:
                 _expect_inside(batch.sample, size, "sample")
+            if batch.first and not batch.ends:
+                _expect_inside(batch.columns, batch.states.shape[1], "sample - first")
             if weight is not None and not bool((torch.isfinite(weight) & (weight >= 0)).all()):
                 expect(False, "weight", "finite factors >= 0", weight)
         return batch

@@ -16,7 +16,8 @@ class BankBatch(NamedTuple):
     `VelocityField`'s own; guidance: the name of the one that is the teacher's weight of guidance, where one is. times:
     the knots whose intervals these are, where known: a loss of others refuses the batch. part: (start, stop, of): the
     examples are those from start to stop of a batch of so many, of which others are computed apart; None is all. What a
-    loss draws it draws for all of them, so that the parts together are the batch.
+    loss draws it draws for all of them, so that the parts together are the batch. first: the sample that the first of
+    `states` is of, of a bank that a rank has a part of.
 
     Examples:
         >>> states = fk.rollout(lambda x, t: -x, torch.randn(16, 2), 20).x[[0, 10, 20]]
@@ -33,6 +34,7 @@ class BankBatch(NamedTuple):
     guidance: str | None = None
     times: tuple[float, ...] | None = None
     part: tuple[int, int, int] | None = None
+    first: int = 0
 
     def split(self, start: int, stop: int) -> "BankBatch":
         """The examples from start to stop, to be computed apart from the others (`part`)."""
@@ -41,6 +43,11 @@ class BankBatch(NamedTuple):
         if self.ends:
             states = states[:, rows]
         return self.examples(rows)._replace(states=states, size=size, part=(first + start, first + stop, of))
+
+    @property
+    def columns(self) -> Tensor:
+        """Where the examples' samples are in `states`, `[B]`."""
+        return self.sample - self.first if self.first else self.sample
 
     def examples(self, rows: slice) -> "BankBatch":
         """Some of the examples, on the same states."""

@@ -16,6 +16,7 @@ from flowkernels import _weights
 from flowkernels._checks import expect, expect_path
 from flowkernels._files import SUM, damaged, expect_file, expect_unchanged, read_json, sealed, whole_file
 from flowkernels.sampling.teacher_solver import ENTRY
+from flowkernels.training.bank.by_rank import spread
 from flowkernels.training.bank.starts import Layout
 from flowkernels.training.bank.storage import staged
 
@@ -58,7 +59,7 @@ class Shards:
         if not (self.folder / MANIFEST).exists():
             return False
         manifest, _ = read_manifest(self.folder)
-        unknown = {ENTRY: None}  # where the teacher's steps are Euler's, nothing is said of them
+        unknown = {ENTRY: None, "order": None}  # of Euler's steps, and of chunks one after the other, nothing is said
         for key, value in (unknown | about).items():
             expected = f"a folder of this bank ({key} = {_short(value)})"
             same = key == "attributes" or manifest.get(key, unknown.get(key, _short)) == value
@@ -87,6 +88,7 @@ class Shards:
     def scan(self, check: bool) -> None:
         """Look at all shards that are there; ValueError, naming one, for what is none of this bank. check: at every
         byte, else at the sizes and headers."""
+        self._maps.clear(), self._arrays.clear()  # another rank may have put files in the place of those
         for k in range(len(self.tickets)):
             self.tickets[k] = self._ticket(k, check) if self.path(k).exists() else None
 
@@ -110,8 +112,8 @@ class Shards:
                 index = tensors[COLUMN + key]
                 if index.dtype != torch.int64 or not bool(((index >= 0) & (index < len(table))).all()):
                     raise ValueError(f"places outside of the {len(table)} rows of the table {key}")
-            ticket = int(metadata["ticket"])
-            if ticket < 0 or ticket % len(self.tickets) != k:
+            ticket, C = int(metadata["ticket"]), len(self.tickets)
+            if ticket < 0 or (spread(ticket, C) if "order" in self.manifest else ticket % C) != k:
                 raise ValueError(f"ticket {ticket}")
         return ticket
 

@@ -14,18 +14,18 @@ SHARED_MEMORY = Path("/dev/shm")  # where Linux has it: less than the machine's 
 
 
 class Memory:
-    """States `[M, n, *shape]` and columns of conditioning `[n, ...]`, of M knots and n trajectories in chunks.
+    """States `[M, n, *shape]` and columns of conditioning `[n, ...]`, of M knots and n trajectories, in chunks.
 
     kind: "device": on the device; "pinned": on the host, page-locked where the device is a GPU; "shared": on the host,
     in memory that other processes may be handed.
     tickets: of each chunk the number of its draw, None before it is there.
     """
 
-    def __init__(self, kind: str, device: torch.device, size: int, chunk: int):
-        self.kind, self.device, self.size, self.chunk = kind, device, size, chunk
+    def __init__(self, kind: str, device: torch.device, size: int, chunks: int):
+        self.kind, self.device, self.size = kind, device, size
         self.states: Tensor | None = None
         self.columns: dict[str, Tensor] = {}
-        self.tickets: list[int | None] = [None] * -(-size // chunk)
+        self.tickets: list[int | None] = [None] * chunks
 
     def expect_space(self, nbytes: int, todo: int) -> None:
         """That the bank fits. todo: bytes of the chunks that are still to be made."""

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from flowkernels._checks import (
     expect_text,
 )
 from flowkernels._files import damaged, plain
+from flowkernels.runtime.ranks import Group, Ranks
 from flowkernels.sampling.loop import initial_state
 from flowkernels.sampling.teacher_solver import entry_of
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.bank.batch import BankBatch, generator_on
+from flowkernels.training.bank.by_rank import ByRank, spread
 from flowkernels.training.bank.knots import Knots
 from flowkernels.training.bank.shards import DTYPES, MANIFEST, Shards, expect_folder, read_manifest, sealed_manifest
 from flowkernels.training.bank.starts import Columns, Conditioning, Layout, Noise, Starts, generator_of, looked_up
@@ -42,6 +44,7 @@ from flowkernels.velocity.identity import identity, warn_of_doubts
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 
 log = logging.getLogger("flowkernels")
+ORDER = "spread"  # of the chunks of a bank with a group, in `bank.json`
 
 
 class TrajectoryBank:
@@ -81,6 +84,11 @@ class TrajectoryBank:
         seed: of all that is drawn: each chunk has a generator of its own.
         device: of the teacher, and of batches; None is that of the noise or of the teacher's weights.
         progress: show a progress bar of the teacher's evaluations, and the bank's size.
+        group: a `torch.distributed.ProcessGroup` whose W ranks make the same calls and share the bank: each rolls out
+            n / W of the trajectories and keeps these, or writes them to a folder for all; and `sample` is its part of a
+            batch that is the same whatever W is, with a trajectory of each B-th of the bank, where the generators of
+            all ranks have the same seed.
+        held_out: with a group, how many of the last trajectories `sample` does not draw: of them too each rank has 1/W.
 
     Nothing is evaluated before `fill`. A bank in a folder that holds a part of it already goes on where that ended, bit
     for bit; what is there of another bank is refused. A bank that is pickled, for other processes, leaves the teacher
@@ -123,7 +131,10 @@ class TrajectoryBank:
         seed: int = 0,
         device: torch.device | str | None = None,
         progress: bool = True,
+        group: Group | None = None,
+        held_out: int = 0,
     ):
+        self._ranks = None if group is None else Ranks(group)
         self._velocity = resolve(velocity)
         self._knots = Knots.of(schedules, grid)
         expect(teacher_solver is None or data is None, "teacher_solver", "None with data", teacher_solver)
@@ -132,6 +143,8 @@ class TrajectoryBank:
         self._starts = Starts(noise, data, size, conditioning, seed)
         self.size, self._progress = self._starts.size, expect_bool(progress, "progress")
         self.chunk = min(expect_positive_int(chunk, "chunk"), self.size)
+        self._by_rank = self._shared_by(self._ranks, self.size, held_out)
+        self._is_spread = self._by_rank is not None  # the order of its chunks
         expect_room(64 * self.chunks, "size", "trajectories", f"{self.size}")
         self._dtype = None if dtype is None else expect_dtype(dtype, "dtype", tuple(DTYPES.values()))
         self.device = expect_device(device) or _device_of(self._velocity, self._starts.given)
@@ -145,13 +158,20 @@ class TrajectoryBank:
         self._tables = {key: table.to(here) for key, table in self._starts.columns.tables.items()}
         self._places: dict[tuple[int, ...], Tensor] = {}
         self._layout: Layout | None = None
-        self._store = Memory(storage, self.device, self.size, self.chunk) if memory else self._folder(storage)
+        self._own = self._by_rank if memory and self._by_rank is not None else ByRank(self.size)  # what the store has
+        self._store = Memory(storage, self.device, self._own.count, self.chunks) if memory else self._folder(storage)
         if not self._starts.is_function:
             self._expect_space(self._missing())
 
     @classmethod
     def open(
-        cls, storage: str | Path, *, device: torch.device | str | None = None, check: bool = True
+        cls,
+        storage: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        check: bool = True,
+        group: Group | None = None,
+        held_out: int = 0,
     ) -> "TrajectoryBank":
         """A bank that is whole in a folder, without its teacher: batches are streamed from the files.
 
@@ -159,6 +179,7 @@ class TrajectoryBank:
             storage: the folder.
             device: of batches; None is the CPU.
             check: look at every byte of the shards, against their checksums; else at their sizes and headers.
+            group, held_out: as of the bank; batches are a rank's part.
 
         Raises:
             TypeError, ValueError, OSError: naming the folder and what is missing in it, truncated or of another bank.
@@ -166,9 +187,12 @@ class TrajectoryBank:
         folder = expect_path(storage, "storage").absolute()
         manifest, tables = read_manifest(folder)
         bank = cls.__new__(cls)
+        bank._ranks = None if group is None else Ranks(group)
         bank._velocity = bank._starts = bank._teacher = bank.inversion_error = None
         bank._progress, bank._places, bank._tables = False, {}, tables
         bank.size, bank.chunk, bank.guidance = manifest["size"], manifest["chunk"], manifest["guidance"]
+        bank._by_rank = cls._shared_by(bank._ranks, bank.size, held_out)
+        bank._is_spread = "order" in manifest
         bank.device = expect_device(device) or torch.device("cpu")
         with damaged("storage", "the manifest of a bank", folder / MANIFEST):
             bank._knots = Knots.of([Schedule(times) for times in manifest["schedules"]], manifest["grid"])
@@ -176,10 +200,10 @@ class TrajectoryBank:
         bank._store.scan(expect_bool(check, "check"))
         bank._dtype = bank._store.dtype
         missing = bank._missing()
-        got = f"{len(missing)} missing, {bank._store.path(missing[0] % bank.chunks) if missing else ''} the first"
+        got = f"{len(missing)} missing, {bank._store.path(bank._place(missing[0])) if missing else ''} the first"
         expected = f"the {bank.chunks} shards of a bank in {folder} (fill() of one with its teacher makes them)"
         expect(not missing, "storage", expected, got)
-        bank._layout = bank._store.layout()
+        bank._layout, bank._own = bank._store.layout(), ByRank(bank.size)
         return bank
 
     # ---- what it is ----
@@ -219,10 +243,12 @@ class TrajectoryBank:
 
     @property
     def nbytes(self) -> int:
-        """Of the bank, when it is filled, the tables of its conditioning included."""
+        """Of the bank, when it is filled, the tables of its conditioning included; of one in memory with a group, what
+        this rank has."""
         shape, _, row, _ = self._known_layout()
         state = math.prod(shape) * self.dtype.itemsize
-        return self.size * (len(self._knots.places) * state + row) + sum(t.nbytes for t in self._tables.values())
+        trajectory = len(self._knots.places) * state + row
+        return self._own.count * trajectory + sum(t.nbytes for t in self._tables.values())
 
     @property
     def chunks(self) -> int:
@@ -236,7 +262,7 @@ class TrajectoryBank:
     @property
     def drawn(self) -> int:
         """How many chunks have been drawn, all refreshes counted: with the seed, what tells which trajectories are
-        there. The n-th is at place n modulo `chunks`."""
+        there. The n-th is at place n modulo `chunks`, with a group at one that spreads those of a refresh over all."""
         return max([self.chunks, *(ticket + 1 for ticket in self._store.tickets if ticket is not None)])
 
     def identity(self) -> dict[str, Any]:
@@ -252,6 +278,8 @@ class TrajectoryBank:
         """
         if drawn is not None:
             drawn = expect_int(drawn, "drawn", f"a number of chunks, at least {self.chunks}", self.chunks)
+        if self._ranks is not None:
+            self._ranks.expect_same(self.identity())
         self._make(self._missing(drawn))
         return self
 
@@ -271,7 +299,8 @@ class TrajectoryBank:
         begin = self.drawn
         tickets = list(range(begin, begin + max(1, math.ceil(fraction * self.chunks - 1e-9))))
         self._make(tickets)
-        return sum(self._rows(c % self.chunks).stop - self._rows(c % self.chunks).start for c in tickets)
+        rows = [self._rows(self._place(ticket)) for ticket in tickets]
+        return sum(part.stop - part.start for part in rows)
 
     @torch.inference_mode(False)
     @no_grad
@@ -280,11 +309,12 @@ class TrajectoryBank:
         self._expect_teacher("roll_out")
         expect(len(expect_noise(noise)) == self.size, "noise", f"{self.size} samples", noise)
         self._layout = Layout(tuple(noise.shape[1:]), initial_state(noise[:0]).dtype)
-        with self._bar(self.chunks) as bar:
-            for k in range(self.chunks):
-                rows = self._rows(k)
-                columns = self._starts.columns.rows(rows, generator_of(self._starts.seed, k))
-                self._roll_out(k, initial_state(noise[rows]), columns, k, bar)
+        tickets = self._rolled_out_here(range(self.chunks))
+        with self._bar(len(tickets)) as bar:
+            for ticket in tickets:
+                k = self._place(ticket)
+                columns = self._starts.columns.rows(self._rows(k), generator_of(self._starts.seed, ticket))
+                self._roll_out(k, initial_state(noise[self._rows(k)]), columns, ticket, bar)
         self._store.settle()
 
     def sample(
@@ -293,7 +323,7 @@ class TrajectoryBank:
         generator: torch.Generator | None = None,
         schedule: Any = None,
         *,
-        held_out: int = 0,
+        held_out: int | None = None,
     ) -> BankBatch:
         """A batch: intervals and trajectories, drawn uniformly.
 
@@ -303,37 +333,49 @@ class TrajectoryBank:
                 there whose seed this one draws: nothing waits.
             schedule: whose intervals, of several: a number of steps, or a Schedule, Solver or StraightenLoss whose
                 knots the bank keeps.
-            held_out: so many of the last trajectories are not drawn: `ends` has these.
+            held_out: so many of the last trajectories are not drawn: `ends` has these. None is 0, with a group what the
+                bank says.
 
         Returns:
             BankBatch, on the device: the states themselves where they are there as they are needed, float and of this
-            schedule alone, and else the ends of the intervals, gathered.
+            schedule alone, and else the ends of the intervals, gathered. With a group, the rank's part of the batch.
         """
         batch, places = expect_positive_int(batch, "batch"), self._knots.choose(schedule)
         known = generator is None or isinstance(generator, torch.Generator)
         expect(known, "generator", "a torch.Generator or None", generator, TypeError)
-        held_out = expect_int(held_out, "held_out", f"fewer than the {self.size} trajectories", 0, self.size - 1)
+        held_out = self._expect_held_out(self._held_out if held_out is None else held_out)
         self._expect_filled()
         expect_room(2 * 8 * batch, "batch", "examples", f"{batch}")
         here = self.device if self._store.kind == "device" else torch.device("cpu")
         drawn_by = generator_on(here, torch.default_generator if generator is None else generator)
-        interval = torch.randint(len(places) - 1, (batch,), generator=drawn_by, device=here)
-        sample = torch.randint(self.size - held_out, (batch,), generator=drawn_by, device=here)
+        interval, part = torch.randint(len(places) - 1, (batch,), generator=drawn_by, device=here), None
+        if self._by_rank is None:
+            sample = torch.randint(self.size - held_out, (batch,), generator=drawn_by, device=here)
+        else:
+            rows = self._by_rank.of_batch(batch)
+            sample = self._by_rank.draw(batch, drawn_by, here)[rows]
+            interval, part = interval[rows], (rows.start, rows.stop, batch)
         times = tuple(self.times[list(places)].tolist())
         more = dict(conditioning=self._conditioning(sample), guidance=self.guidance, times=times)
+        more |= dict(part=part, first=self._own.drawn.start)
         if self._is_whole(places):
-            return BankBatch(self._store.states, interval, sample, **more)
+            size = None if self._by_rank is None else self.size
+            return BankBatch(self._store.states, interval, sample, size=size, **more)
         knots = self._on(places, here)
         return self._batch_of_ends(knots[interval], knots[interval + 1], interval, sample, more)
 
     def ends(self, count: int, schedule: Any = None) -> BankBatch:
         """The ends of the last `count` trajectories, from the first knot of a schedule to its last, as one interval:
-        those that `sample(held_out=count)` does not draw. Their states are `[2, count, *shape]`."""
+        those that `sample(held_out=count)` does not draw. Their states are `[2, count, *shape]`; with a group those of
+        this rank, ceil(count / W) on each."""
         expect_int(count, "count", f"of {self.size} trajectories", 1, self.size)
         places = self._knots.choose(schedule)
         self._expect_filled()
         here = self.device if self._store.kind == "device" else torch.device("cpu")
-        sample = torch.arange(self.size - count, self.size, device=here)
+        if self._by_rank is not None:
+            self._expect_held_out(count, "count")
+        rows = slice(self.size - count, self.size) if self._by_rank is None else self._by_rank.aside
+        sample, count = torch.arange(rows.start, rows.stop, device=here), rows.stop - rows.start
         knots = self._on(places, here)
         times = tuple(self.times[[places[0], places[-1]]].tolist())
         more = dict(conditioning=self._conditioning(sample), guidance=self.guidance, times=times)
@@ -342,18 +384,20 @@ class TrajectoryBank:
 
     def _batch_of_ends(self, first: Tensor, last: Tensor, interval: Tensor, sample: Tensor, more: dict) -> BankBatch:
         """Of the states at these knots of samples, gathered."""
-        ends = self._there(self._store.ends(first, last, sample)).to(self._state_dtype)
+        ends = self._there(self._store.ends(first, last, self._own.places(sample))).to(self._state_dtype)
         return BankBatch(ends, self._there(interval), self._there(sample), True, size=self.size, **more)
 
     def states(self, schedule: Any = None, count: int | None = None) -> Tensor:
         """All states at the knots of one schedule, `[N+1, n, *shape]`, float32 or float64, on the device: those that
-        are kept, or a copy. For what goes along whole trajectories, as `StraightenLoss.roll_out` does, whose batches
-        are then `BankBatch(states, batch.interval, batch.sample)`. count: of the first trajectories alone."""
+        are kept, or a copy; of a bank in memory with a group this rank's, of `own`. For what goes
+        along whole trajectories, as `StraightenLoss.roll_out` does, whose batches are then
+        `batch._replace(states=states, ends=False)`. count: of the first trajectories alone."""
         places = self._knots.choose(schedule)
-        count = self.size if count is None else min(expect_positive_int(count, "count"), self.size)
+        here = self._own.count
+        count = here if count is None else min(expect_positive_int(count, "count"), here)
         self._expect_filled()
         if self._is_whole(places):
-            return self._store.states if count == self.size else self._store.states[:, :count]
+            return self._store.states if count == here else self._store.states[:, :count]
         return self._store.knots(list(places), count, self._state_dtype)
 
     def expect_for(self, objective: Any) -> None:
@@ -362,11 +406,11 @@ class TrajectoryBank:
 
     def first(self, count: int) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The states that the first trajectories have at the first knot, or begin with, and their conditioning."""
-        rows = slice(0, min(count, self.chunk))
+        rows = slice(0, min(count, self.chunk, self._own.count))
         if self.is_filled:
-            sample = torch.arange(rows.stop, device=self.device if self._store.kind == "device" else "cpu")
+            sample = self._own.trajectories(self.device if self._store.kind == "device" else "cpu")[rows]
             knot = torch.zeros_like(sample)
-            x = self._there(self._store.ends(knot, knot, sample)[0]).to(self._state_dtype)
+            x = self._there(self._store.ends(knot, knot, self._own.places(sample))[0]).to(self._state_dtype)
             return x, self._conditioning(sample)
         x, columns = self._starts.draw(self._rows(0), 0)
         given = {key: c[rows].to(self.device) for key, c in looked_up(columns, self._tables).items()}
@@ -379,7 +423,7 @@ class TrajectoryBank:
 
     def __getstate__(self) -> dict:
         self._known_layout()
-        return vars(self) | {"_velocity": None, "_teacher": None, "_starts": None, "_progress": False}
+        return vars(self) | {"_velocity": None, "_teacher": None, "_starts": None, "_progress": False, "_ranks": None}
 
     # ---- its parts ----
 
@@ -395,6 +439,8 @@ class TrajectoryBank:
             "tables": sorted(self._tables),
             **self._starts.identity(),
         }
+        if self._is_spread:
+            about["order"] = ORDER
         field = field_identity(as_given(self._velocity.unfused()))
         return plain(about | {"teacher": known.parameters, "field": field, "attributes": known.attributes})
 
@@ -408,7 +454,7 @@ class TrajectoryBank:
         warn_of_doubts("storage", store.folder, store.manifest["attributes"], known, stacklevel=5)
         there = next((ticket for ticket in store.tickets if ticket is not None), None)
         if self._starts.is_function and there is not None:  # whose output no identity tells
-            k = there % self.chunks
+            k = self._place(there)
             same = self._starts.hash(*self._starts.draw(self._rows(k), there)) == store.drawn_hash(k)
             expected = "functions that draw what they drew before, from the same generator"
             expect(same, "storage", expected, f"other values than in {store.path(k)}")
@@ -420,7 +466,36 @@ class TrajectoryBank:
     def _missing(self, drawn: int | None = None) -> list[int]:
         """The draws that are not there, of a bank of which so many chunks have been drawn."""
         last, C = self.drawn if drawn is None else drawn, self.chunks
-        return [c for c in range(last - C, last) if self._store.tickets[c % C] != c]
+        return [c for c in range(last - C, last) if self._store.tickets[self._place(c)] != c]
+
+    def _place(self, ticket: int) -> int:
+        """Of the ticket-th chunk that is drawn."""
+        return spread(ticket, self.chunks) if self._is_spread else ticket % self.chunks
+
+    def _here(self, k: int) -> list[slice]:
+        """Of a chunk's trajectories those that this rank rolls out."""
+        if self._by_rank is None or self._store.kind != "folder":
+            return self._own.of(self._rows(k))
+        mine = self._by_rank.part(self.chunks)  # a file is one rank's
+        return [self._rows(k)] if mine.start <= k < mine.stop else []
+
+    @staticmethod
+    def _shared_by(ranks: Ranks | None, size: int, held_out: int) -> ByRank | None:
+        if ranks is None:
+            expect_int(held_out, "held_out", "0 without a group (sample(held_out=))", 0, 0)
+            return None
+        held_out = expect_int(held_out, "held_out", f"fewer than the {size} trajectories", 0, size - 1)
+        return ByRank(size, held_out, ranks.rank, ranks.size)
+
+    @property
+    def _held_out(self) -> int:
+        return 0 if self._by_rank is None else self._by_rank.held_out
+
+    def _expect_held_out(self, count: int, name: str = "held_out") -> int:
+        count = expect_int(count, name, f"fewer than the {self.size} trajectories", 0, self.size - 1)
+        same = self._by_rank is None or count == self._held_out
+        expect(same, name, f"{self._held_out}, as the bank says that ranks share", f"{count}")
+        return count
 
     @torch.inference_mode(False)
     @no_grad
@@ -430,17 +505,44 @@ class TrajectoryBank:
         self._expect_teacher("fill")
         warn_if_training(as_given(self._velocity), stacklevel=6)
         self._expect_space(tickets)
-        with self._bar(len(tickets)) as bar:
-            for ticket in tickets:
-                k = ticket % self.chunks
+        mine = self._rolled_out_here(tickets)
+        with self._bar(len(mine)) as bar:
+            for ticket in mine:
+                k = self._place(ticket)
                 self._roll_out(k, *self._starts.draw(self._rows(k), ticket), ticket, bar)
         self._store.settle()
+        if self._by_rank is not None and self._store.kind == "folder":
+            self._ranks.wait()
+            self._store.scan(check=False)
+            missing = [self._store.path(self._place(c)).name for c in self._missing(max(tickets) + 1)]
+            expected = f"a folder that all {self._ranks.size} ranks write to"
+            expect(not missing, "storage", expected, f"{self._store.folder} without {', '.join(missing[:3])}")
+
+    def _rolled_out_here(self, tickets: Iterable[int]) -> list[int]:
+        """Those of whose chunks this rank has trajectories; the others' are there as they are on other ranks."""
+        mine = []
+        for ticket in tickets:
+            k = self._place(ticket)
+            if self._here(k):
+                mine.append(ticket)
+            elif self._store.kind != "folder":
+                self._store.tickets[k] = ticket
+        return mine
 
     def _roll_out(self, k: int, x: Tensor, columns: dict[str, Tensor], ticket: int, bar: tqdm) -> None:
-        rows, hash = self._rows(k), self._starts.hash(x, columns) if self._store.kind == "folder" else ""
-        x = x.to(self.device)
+        """Of what a chunk begins with, what is this rank's."""
+        hash, first = self._starts.hash(x, columns) if self._store.kind == "folder" else "", self._rows(k).start
+        for rows in self._here(k):
+            part = slice(rows.start - first, rows.stop - first)
+            own = {key: column[part] for key, column in columns.items()}
+            self._roll_out_rows(k, rows, x[part].to(self.device), own, ticket, hash, bar)
+
+    def _roll_out_rows(
+        self, k: int, rows: slice, x: Tensor, columns: dict[str, Tensor], ticket: int, hash: str, bar: tqdm
+    ) -> None:
         given = {key: c.to(self.device) for key, c in looked_up(columns, self._tables).items()}
-        into = self._store.into(k, rows, len(self._knots.places), x, self._dtype or x.dtype)
+        there = self._own.place(rows)
+        into = self._store.into(k, there, len(self._knots.places), x, self._dtype or x.dtype)
         state = x
         for place, state in self._teacher.flow(x, rows, given):
             if place is not None:
@@ -451,7 +553,7 @@ class TrajectoryBank:
             expect(False, "dtype", "one that holds the teacher's states", f"{into.dtype}, whose largest is {most:.3g}")
         if self._starts.is_data and self.inversion_error is None:
             self.inversion_error = (self._teacher.back(state, rows, given) - x).double().square().mean().sqrt().item()
-        self._store.put(k, rows, into, columns, ticket, hash)
+        self._store.put(k, there, into, columns, ticket, hash)
 
     def _bar(self, chunks: int) -> tqdm:
         """With what is about to be made, told before it is."""
@@ -463,7 +565,7 @@ class TrajectoryBank:
         return tqdm(total=total, desc=f"teacher, bank of {size}", disable=not self._progress, leave=False, unit="eval")
 
     def _conditioning(self, sample: Tensor) -> dict[str, Tensor] | None:
-        columns = looked_up(self._store.rows(sample), self._tables)
+        columns = looked_up(self._store.rows(self._own.places(sample)), self._tables)
         return {key: self._there(column) for key, column in columns.items()} or None
 
     def _is_whole(self, places: tuple[int, ...]) -> bool:
@@ -494,7 +596,7 @@ class TrajectoryBank:
 
     def _expect_space(self, tickets: list[int]) -> None:
         """That there is room for what is to be made: for chunks that are not there, and one beside those that are."""
-        new = sum(self._store.tickets[c % self.chunks] is None for c in tickets)
+        new = sum(self._store.tickets[self._place(c)] is None for c in tickets)
         todo = min(self.size, self.chunk * (new + (new < len(tickets))))
         self._store.expect_space(self.nbytes, self.nbytes * todo // self.size)
 

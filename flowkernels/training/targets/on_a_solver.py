@@ -6,6 +6,6 @@ from flowkernels.training.targets.own_states import own_or_teachers
 
 def on_a_solver(call: Call) -> Answer:
     """The velocity that lands the solver on the teacher's next knot, after the student's own velocities so far."""
-    interval, sample = call.batch.interval, call.batch.sample
+    interval, columns = call.batch.interval, call.batch.columns
     v = call.velocity(own_or_teachers(call), call.start)
-    return Answer(v, call.rolled_out.pairs, call.rolled_out.step_sizes, 2 * interval, sample)
+    return Answer(v, call.rolled_out.pairs, call.rolled_out.step_sizes, 2 * interval, columns)

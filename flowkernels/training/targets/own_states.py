@@ -14,9 +14,9 @@ OWN = 0.25  # of the examples are on the student's own states, the others on the
 
 def own_or_teachers(call: Call) -> Tensor:
     """The states `[B, *shape]` at the examples' knots."""
-    states, interval, sample = call.batch[:3]
+    states, interval, columns = call.batch.states, call.batch.interval, call.batch.columns
     own = call.uniform() < OWN
-    x, there = (segment_points(at, interval, sample) for at in (call.rolled_out.states, states))
+    x, there = (segment_points(at, interval, columns) for at in (call.rolled_out.states, states))
     return torch.where(own.view(-1, *[1] * (x.dim() - 1)), x, there, out=x)
 
 
