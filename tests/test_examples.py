@@ -2,8 +2,12 @@
 
 import doctest
 import inspect
+import os
 import re
 import runpy
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +84,33 @@ def test_own_trainer(options, tmp_path, monkeypatch):
     first, last = script("own_trainer")(["--iterations", "30", "--grid", "20", *options])
     assert last < first
     assert (tmp_path / "shards").exists() == ("shards" in options)
+
+
+def test_fsdp2_trainer(tmp_path, monkeypatch):
+    """Two ranks, killed half way, and one that goes on from their checkpoint, end where one rank alone ends."""
+    path, options = EXAMPLES / "fsdp2_trainer.py", ["--size", "64", "--batch", "32", "--grid", "16"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path, *options]
+    command += ["--iterations", "12", "--checkpoint", tmp_path / "killed", "--checkpoint-every", "7"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["step-000012"]
+
+    found = {}
+    for name in ("killed", "alone"):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        told = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port)
+        for key, value in told.items():
+            monkeypatch.setenv(key, value)
+        its = ["--iterations", "20", "--checkpoint", str(tmp_path / name), "--out", str(tmp_path / f"{name}.pt")]
+        found[name] = script("fsdp2_trainer")([*options, *its])
+    assert found["alone"]["trained"] < 0.9 * found["alone"]["untrained"]
+    assert found["killed"]["loss"] == pytest.approx(found["alone"]["loss"], rel=1e-5)
+    killed, alone = (torch.load(tmp_path / f"{name}.pt") for name in ("killed", "alone"))
+    for key, weight in alone.items():
+        torch.testing.assert_close(killed[key], weight, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "option"), [("policy", "--calls"), ("own_trainer", "--iterations")])
