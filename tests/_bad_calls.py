@@ -977,6 +977,12 @@ def _stages(cal) -> None:
         **dict(
             checkpoint=(None, or_none(is_path)), checkpoint_every=(5, is_int(1)), resume=(False, is_flag), progress=bar
         ),
+        **dict(
+            autocast=(None, or_none(lambda v: v is torch.bfloat16)),
+            accumulate=(2, is_int(1)),
+            gradient_checkpointing=(False, is_flag),
+            lr_scheduler=(None, or_none(is_function), "warmup", "decay"),
+        ),
     )
 
 

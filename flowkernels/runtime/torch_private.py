@@ -34,6 +34,7 @@ from torch.utils._pytree import (
     tree_flatten,  # nested containers and their leaves
     tree_leaves,  # the leaves alone
     tree_map,  # the same containers of other leaves
+    tree_unflatten,  # the containers that a list of leaves was
 )
 
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # of a device's number; None in a torch without CUDA

@@ -32,6 +32,7 @@ from flowkernels.training.bank.knots import noted_teacher
 from flowkernels.training.by_rows import losses_by_rows
 from flowkernels.training.losses import FUSED, LOSSES
 from flowkernels.training.refined import refined
+from flowkernels.training.students.precision import autocast
 from flowkernels.training.t_sampling import START, T_SAMPLINGS
 from flowkernels.training.targets.average_velocity import CONSISTENCIES
 from flowkernels.training.targets.base import Answer, Call, Dense, RolledOut, Target
@@ -182,6 +183,8 @@ class StraightenLoss(nn.Module):
         "endpoint"), or that with its substeps. times: those knots, float64 `[N+1]`, on the CPU; with substeps `[M+1]`,
         and the `interval` of a batch is one of M.
     knots: the Schedule of N steps that is learned, whose intervals `weighting` and `per_interval` are of.
+    autocast: the dtype in which the student is evaluated by torch.autocast, the teacher and the loss not; None, as it
+        is at first, is as the caller's context has it.
 
     Raises TypeError, ValueError, naming the argument. It has no weights of its own (a module that is `loss` keeps its);
     what it needs is copied to a bank's device once, and nothing waits for a GPU.
@@ -233,6 +236,7 @@ class StraightenLoss(nn.Module):
             instantaneous, "instantaneous", "a share of the examples, in [0, 1]", lambda a: 0 <= a <= 1
         )
         self.rolled_out: RolledOut | None = None
+        self.autocast: torch.dtype | None = None
         self._tables: dict[torch.device, Tables] = {}
 
     @property
@@ -329,6 +333,7 @@ class StraightenLoss(nn.Module):
             rolled_out=rolled,
             progress=progress,
             settings={name: getattr(self, name) for name in OF_ONE},
+            autocast=self.autocast,
         )
 
     def tried(
@@ -436,7 +441,8 @@ class StraightenLoss(nn.Module):
         modes = {part: part.training for part in student.modules()}
         student.eval()
         try:
-            self.rolled_out = own_states(student, self.solver, states, chunk, pairs=self.refits)
+            with autocast(self.autocast, states.device):
+                self.rolled_out = own_states(student, self.solver, states, chunk, pairs=self.refits)
         finally:
             for part, training in modes.items():
                 part.training = training

@@ -24,9 +24,12 @@ from flowkernels.training.run.checkpoint import BANK_DRAWN, checkpoint_to_resume
 from flowkernels.training.run.loop import train
 from flowkernels.training.run.optimizers import optimizer_identity, own_optimizer
 from flowkernels.training.run.pairs import RunPairs, are_pairs
+from flowkernels.training.run.schedulers import Scheduler
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.run.state import State
 from flowkernels.training.students.modules import architecture
+from flowkernels.training.students.precision import expect_castable
+from flowkernels.training.students.recomputed import recomputed
 from flowkernels.training.students.student import (
     conditioned,
     expect_no_wrapped_field,
@@ -170,8 +173,9 @@ def straighten(
         lr: peak learning rate.
         warmup: iterations of linear warm-up.
         decay: of the learning rate after it, "cosine" to zero or "none".
-        optimizer: parameters -> optimiser; None is Adam. Its learning rate is set to the schedule above. On a GPU the
-            weights are kept a second time, unless it is torch's Adam, AdamW, SGD or Adagrad with fused=True.
+        optimizer: parameters -> optimiser; None is Adam. Its learning rate is set to the schedule above, if there is no
+            `lr_scheduler`. On a GPU the weights are kept a second time, unless it is torch's Adam, AdamW, SGD or
+            Adagrad with fused=True.
         clip: largest norm of the gradient, or None.
         ema: decay of the averaged weights that are returned, or None to return the last ones. The average of weights of
             bfloat16 or float16 is kept in float32.
@@ -188,8 +192,21 @@ def straighten(
             refused: of other settings, teacher (weights, convention, conditioning; a warning says what cannot be
             read), noise, student or optimiser.
         progress: show a progress bar.
+        autocast: the dtype, torch.bfloat16, in which the student is evaluated by torch.autocast, also inside of a
+            caller's; weights, gradients, loss and averages keep theirs, and the teacher with its bank is as the
+            caller's context has it. float16 is refused: it would need a scaled loss. None: as the context has it.
         accumulate: parts in which a batch is computed, one after the other, their gradients added up: the memory of one
-            part, the steps of the whole batch.
+            part, the steps of the whole batch. What is drawn for the batch is divided, so that the gradient is that of
+            the whole; but dropout draws anew in each part, and a batch norm takes the statistics of a part. A network
+            with `no_sync`, as DistributedDataParallel has it, sends its gradients with the last part alone.
+        gradient_checkpointing: compute activations again in the backward pass, in place of keeping them: by the model's
+            own switch, where it has one (diffusers' `enable_gradient_checkpointing`, transformers'), else of its
+            repeated blocks (entries of a ModuleList or Sequential, of one class), else of the network, which helps
+            target="endpoint" alone: then it keeps of each evaluation the state. Same gradients, another forward's time.
+            A resumed run may have it otherwise.
+        lr_scheduler: optimiser -> one of `torch.optim.lr_scheduler`, in the place of `warmup` and `decay`: a step of it
+            behind each iteration; `ReduceLROnPlateau` makes one at each row of the history, of its loss. `lr` is then
+            Adam's, and an `optimizer` has rates of its own.
 
     Before the teacher is rolled out, the student is tried on a batch, and its state on the format of checkpoints. A
     caller's `no_grad` and `inference_mode` do not count; in `torch.autocast` both networks compute in its dtype.
@@ -245,7 +262,10 @@ def straighten(
         checkpoint_every=checkpoint_every,
         resume=resume,
         progress=progress,
+        autocast=autocast,
         accumulate=accumulate,
+        gradient_checkpointing=gradient_checkpointing,
+        lr_scheduler=lr_scheduler,
     )
     objective = settings.objective
     teacher = None if velocity is None else resolve(velocity)
@@ -261,6 +281,7 @@ def straighten(
             expect_takes(net, name, "a network net(x, t)", None, None)
     parameters = trained_parameters(student)
     device = parameters[0].device
+    expect_castable(parameters, settings.autocast)
     if are_pairs(settings.bank):
         trajectories = RunPairs(settings.bank, objective, settings.batch, device)
     else:
@@ -291,12 +312,22 @@ def straighten(
         "student": architecture(student),
         "attributes": known.attributes,
     }
+    scheduler = None if lr_scheduler is None else Scheduler(settings.lr_scheduler, opt, settings.iterations)
+    if scheduler is not None:
+        setting["lr_scheduler"] = scheduler.identity()
     saved = checkpoint_to_resume(settings, setting, student, known, stacklevel=4)
     initialise(student, velocity, init)
     if velocity is not None:
         warn_if_training(velocity, stacklevel=4)
     state = State(
-        student, opt, trajectories, setting, steps=objective.knots.steps, ema=settings.ema, seed=settings.seed
+        student,
+        opt,
+        trajectories,
+        setting,
+        steps=objective.knots.steps,
+        ema=settings.ema,
+        seed=settings.seed,
+        scheduler=scheduler,
     )
     if saved is not None:
         state.load(saved, settings.checkpoint)
@@ -367,5 +398,7 @@ def _fill(bank: RunBank | RunPairs, state: State, settings: Settings, saved: Map
     if settings.checkpoint is not None:
         expect_storable(state.contents())
     objective = settings.objective
-    try_student(state.student, starts, bank.size, bank.batch, objective.tried, conditioning)
+    part = -(-bank.batch // settings.accumulate)
+    with recomputed(state.student, settings.gradient_checkpointing):
+        try_student(state.student, starts, bank.size, part, objective.tried, conditioning)
     bank.roll_out(None if saved is None else saved.get(BANK_DRAWN))

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ KEYS = {"setting", "iteration", "history", "student", "optimizer", "average"}
 KEYS |= {"bank_rng", "rng", "global_rng", "totals", "counts", "bank_noise"}
 ROLLED_OUT = "rolled_out"  # weights, of a run on its student's own samples alone
 BANK_DRAWN = "bank_drawn"  # how much had been drawn, of a bank with seeds of its own alone
+LR_SCHEDULER = "lr_scheduler"  # its state, of a run that has one alone
 BEGAN_AT = "began_at"  # the error that the student had before it was trained, where a solver goes with it
 RENAMED = {"u": "t_sampling", "weight": "weighting"}  # settings, since
 SINCE_2 = {"teacher_field", "student_field", "optimizer", "student"}  # settings that version 1 does not have
@@ -90,7 +91,7 @@ def read_checkpoint(path: Path, stacklevel: int = 3) -> dict:
         if version == 1:
             saved.setdefault("bank_noise", None)
         _expect(
-            saved.keys() - {"format", "version", ROLLED_OUT, BANK_DRAWN, BEGAN_AT} == KEYS,
+            saved.keys() - {"format", "version", ROLLED_OUT, BANK_DRAWN, BEGAN_AT, LR_SCHEDULER} == KEYS,
             f"{sorted(KEYS)}",
             sorted(saved, key=str),
         )
@@ -138,6 +139,8 @@ def checkpoint_to_resume(
         _expect((ROLLED_OUT in saved) == settings.objective.needs_roll_out, f"{ROLLED_OUT} where it is used", [*saved])
         if ROLLED_OUT in saved:
             expect_weights(student, saved[ROLLED_OUT], "checkpoint", exact=True)
+        of_scheduler = settings.lr_scheduler is not None
+        _expect((LR_SCHEDULER in saved) == of_scheduler, f"{LR_SCHEDULER} where there is one", [*saved])
         _expect_progress(saved, settings)
         _expect_random_states(saved)
     warn_of_doubts("checkpoint", path, saved["setting"].get("attributes"), teacher, stacklevel + 1)
@@ -194,9 +197,9 @@ def _expect_random_states(saved: dict) -> None:
         _expect_alike(state, like, "the state of a GPU's random generator")
 
 
-def expect_optimizer_state(saved, opt, parameters: list[nn.Parameter]) -> None:
+def expect_optimizer_state(saved, opt, parameters: list[nn.Parameter], varies: Collection[str] = ()) -> None:
     """Raise unless the state is of the form that a step of the optimiser makes, which is what it is compared with: a
-    step of size zero. Its kernels do not look at shapes."""
+    step of size zero. Its kernels do not look at shapes. varies: names in its groups that are not compared."""
     for p in parameters:
         p.grad = torch.zeros_like(p)
     rates = [group["lr"] for group in opt.param_groups]
@@ -213,7 +216,7 @@ def expect_optimizer_state(saved, opt, parameters: list[nn.Parameter]) -> None:
     _expect(fits and all(isinstance(g, dict) for g in groups), f"{len(own['param_groups'])} groups", groups)
     for have, want in zip(groups, own["param_groups"], strict=True):
         _expect(repr(have.get("params")) == repr(want["params"]), "the optimiser's parameters", have.get("params"))
-        for key in (have.keys() & want.keys()) - set(PLACES):
+        for key in (have.keys() & want.keys()) - {*PLACES, *varies}:
             _expect(repr(have[key]) == repr(want[key]), f"an optimiser with {key} = {want[key]!r}", have[key])
     _expect(isinstance(saved["state"], dict), "the state of parameters", saved["state"])
     for i, have in saved["state"].items():

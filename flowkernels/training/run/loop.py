@@ -18,6 +18,8 @@ from flowkernels.training.bank.batch import BankBatch
 from flowkernels.training.run.descent import Descent
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.run.state import State
+from flowkernels.training.students.modules import unsynchronised
+from flowkernels.training.students.recomputed import recomputed
 from flowkernels.training.students.student import trained_parameters
 
 
@@ -32,14 +34,15 @@ def train(state: State, settings: Settings) -> None:
     left = range(state.iteration, settings.iterations)
     quiet = not settings.progress
     bar = tqdm(left, desc="straighten", disable=quiet, leave=False, initial=left.start, total=left.stop)
-    with bar:
+    with bar, recomputed(state.student, settings.gradient_checkpointing):
         for it in bar:
             if settings.is_refreshed(it):
                 bank.refresh(state.generator)
             if objective.needs_roll_out and settings.is_rolled_out(it):
                 state.roll_out(objective, settings.checkpoint is not None)
-            rate = settings.rate(it)
-            set_rate(state.optimizer, rate)
+            rate, loss = settings.rate(it) if state.scheduler is None else state.scheduler.rate(), None
+            if state.scheduler is None:
+                set_rate(state.optimizer, rate)
             drawn = bank.sample(state.generator)
             descent.step(losses(state, settings, drawn))
             state.update_average()
@@ -48,6 +51,8 @@ def train(state: State, settings: Settings) -> None:
                 loss, norm = descent.read()
                 state.log(iteration=it, loss=loss, lr=rate, grad_norm=norm)
                 bar.set_postfix(loss=f"{loss:.4g}")
+            if state.scheduler is not None:
+                state.scheduler.step(loss)
             if settings.is_saved(it):
                 descent.read()
                 state.save(settings.checkpoint, stacklevel=5)
@@ -62,8 +67,9 @@ def losses(state: State, settings: Settings, drawn: BankBatch) -> Iterator[Tenso
         start, stop = n * i // parts, n * (i + 1) // parts
         part = drawn if parts == 1 else drawn.split(start, stop)
         state.generator.set_state(before)  # each draws what the whole batch draws
-        found = objective(state.student, part, state.generator, done)
-        yield found.loss if parts == 1 else found.loss * ((stop - start) / n)
+        with unsynchronised(state.student, i + 1 < parts):
+            found = objective(state.student, part, state.generator, done)
+            yield found.loss if parts == 1 else found.loss * ((stop - start) / n)
         state.count(objective.interval_of(part.interval), found.per_sample)
 
 

@@ -31,6 +31,8 @@ from flowkernels.training.pairs.pairs import Pairs
 from flowkernels.training.refined import on_grid
 from flowkernels.training.run.optimizers import OPTIMIZER
 from flowkernels.training.run.pairs import PairsSource, are_pairs, expect_pairs
+from flowkernels.training.run.schedulers import DECAY, WARMUP, expect_scheduler
+from flowkernels.training.students.precision import expect_autocast
 from flowkernels.training.targets.table import has_states_between
 from flowkernels.velocity.protocol import Velocity, resolve
 
@@ -84,7 +86,10 @@ CHECKS: dict[str, Check] = {
     "ema": _or_none(_real("a number in [0, 1) or None", lambda a: 0 <= a < 1)),
     "seed": expect_seed,
     "log_every": expect_positive_int,
+    "autocast": expect_autocast,
     "accumulate": expect_positive_int,
+    "gradient_checkpointing": expect_bool,
+    "lr_scheduler": _or_none(expect_scheduler),
     "checkpoint": _or_none(_expect_checkpoint),
     "checkpoint_every": expect_positive_int,
     "resume": expect_bool,
@@ -147,7 +152,10 @@ class Settings:
     initial_speed: float = 1.5
     refresh_fraction: float = 1.0
     compared: str = "data"
+    autocast: torch.dtype | None = None
     accumulate: int = 1
+    gradient_checkpointing: bool = False
+    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     objective: StraightenLoss = field(init=False)
 
     def __post_init__(self):
@@ -162,7 +170,14 @@ class Settings:
         if has_states_between(self.target) and isinstance(schedule, Schedule) and not pairs:
             schedule = on_grid(schedule, self.bank.grid if given else self.grid)
         objective = StraightenLoss(schedule, teacher=self.velocity, **settings)
+        objective.autocast = checked["autocast"]
         checked["objective"] = objective
+        derived = objective.target == "average_velocity" and objective.consistency == "derivative"
+        expected = "False with consistency='derivative', which differentiates the student in forward mode"
+        expect(not (derived and checked["gradient_checkpointing"]), "gradient_checkpointing", expected, True)
+        for name, default in (("warmup", WARMUP), ("decay", DECAY)):
+            own = self.lr_scheduler is not None and checked[name] != default
+            expect(not own, name, f"{default!r} with an lr_scheduler, which takes its place", checked[name])
         if given or pairs:
             for name, value in (("noise", self.noise), ("grid", self.grid)):
                 expect(value is None, name, "None with a bank that has its own", value)
@@ -221,5 +236,7 @@ class Settings:
         found = {"times": self.objective.times.tolist(), "grid": self.grid.tolist()} | self.objective.identity()
         if (teacher := noted_teacher(self.schedule)) is not None:
             found["teacher_solver"] = teacher
+        if self.autocast is not None:
+            found["autocast"] = str(self.autocast)
         defaults = {f.name: f.default for f in fields(self)}
         return found | {name: value for name in SHARED if (value := getattr(self, name)) != defaults[name]}

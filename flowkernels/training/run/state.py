@@ -17,12 +17,14 @@ from flowkernels.training.run.checkpoint import (
     BANK_DRAWN,
     BEGAN_AT,
     HISTORY,
+    LR_SCHEDULER,
     ROLLED_OUT,
     checks_of,
     expect_optimizer_state,
     write_checkpoint,
 )
 from flowkernels.training.run.pairs import RunPairs
+from flowkernels.training.run.schedulers import Scheduler
 from flowkernels.training.students.modules import copied, expect_weights, load_weights, plain_state
 from flowkernels.training.students.student import trained_parameters
 
@@ -35,6 +37,7 @@ class State:
         is kept, not the trajectories.
     iteration: iterations done. history: columns of `Straightened.history`. totals, counts: float32 `[N]` where the
         student is, the losses of each interval since the last row, and their number.
+    scheduler: of the learning rate; None where the settings have it.
     steps: N. setting: what a resumed run must share, in plain values.
     rolled_out: the weights with which the student's own samples were taken last; None where none are, or not kept.
     began_at: how far the student's samples were from the teacher's before it was trained; None where nobody asks.
@@ -50,8 +53,10 @@ class State:
         steps: int,
         ema: float | None,
         seed: int,
+        scheduler: Scheduler | None = None,
     ):
         self.student, self.optimizer, self.bank, self.setting = student, optimizer, bank, setting
+        self.scheduler = scheduler
         self.average = None if ema is None else Average(student, ema)
         self.generator = torch.Generator().manual_seed(seed)
         self.iteration, self.history = 0, {name: [] for name in HISTORY}
@@ -94,6 +99,7 @@ class State:
     def contents(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         more = {ROLLED_OUT: self.rolled_out, BANK_DRAWN: self.bank.drawn, BEGAN_AT: self.began_at}
+        more[LR_SCHEDULER] = None if self.scheduler is None else self.scheduler.contents()
         return {
             "setting": self.setting,
             "iteration": self.iteration,
@@ -122,7 +128,8 @@ class State:
         """Go on from a checkpoint of this run, its generator where the bank's noise is drawn from again; ValueError,
         naming it, where the optimiser's state or the average is none that a run makes."""
         with checks_of(path):
-            expect_optimizer_state(saved["optimizer"], self.optimizer, trained_parameters(self.student))
+            varies = () if self.scheduler is None else self.scheduler.varies
+            expect_optimizer_state(saved["optimizer"], self.optimizer, trained_parameters(self.student), varies)
             if self.average is not None:
                 expect_weights(self.average, saved["average"], "checkpoint")  # those of before were of bfloat16
                 done, n = saved["iteration"], int(saved["average"]["n_averaged"])
@@ -130,6 +137,8 @@ class State:
                 self.average.load_state_dict(saved["average"])
             load_weights(self.student, saved["student"])
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
+            if self.scheduler is not None:
+                self.scheduler.load(saved[LR_SCHEDULER])
             self.rolled_out, self.began_at = saved.get(ROLLED_OUT), saved.get(BEGAN_AT)
         self.iteration, self.history = saved["iteration"], saved["history"]
         self.totals.copy_(saved["totals"]), self.counts.copy_(saved["counts"])

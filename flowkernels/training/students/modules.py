@@ -1,8 +1,9 @@
 """Modules copied, and their state dicts: under names without wrappers, checked before they are loaded."""
 
+import contextlib
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +34,17 @@ def copied(module: nn.Module, known: Mapping[int, Any] = MappingProxyType({})) -
     except Exception as e:
         got = f"{type(module).__name__} ({type(e).__name__}: {e})"
         raise ValueError(f"student: expected a module that copy.deepcopy copies, got {got}") from e
+
+
+@contextlib.contextmanager
+def unsynchronised(module: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """A context in which what has `no_sync`, as DistributedDataParallel, adds up gradients without sending them, if
+    that is wanted."""
+    with contextlib.ExitStack() as stack:
+        for part in module.modules() if wanted else ():
+            if callable(no_sync := getattr(part, "no_sync", None)):
+                stack.enter_context(no_sync())
+        yield
 
 
 def plain_state(module: nn.Module) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from flowkernels.training.students.average_velocity import AverageVelocity
 from flowkernels.training.students.blockwise import Blockwise
 from flowkernels.training.students.composite import Composite
 from flowkernels.training.students.modules import copied, expect_weights, load_weights, plain_state, unwrapped
+from flowkernels.training.students.precision import autocast
 from flowkernels.training.students.second_time import TwoTimes
 from flowkernels.velocity.evaluate import evaluate
 from flowkernels.velocity.field import VelocityField
@@ -119,11 +120,13 @@ def student_velocity(
     sample: Tensor,
     n: int,
     conditioning: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
     **given: Any,
 ) -> Tensor:
     """The student's velocities `[B, *shape]`, with their graph, at the points x `[B, *shape]` and times t `[B]` of the
     samples `[B]` of n; what comes back is checked for shape. conditioning: with a row for each point, in place of its
-    own of those names. given: further arguments, of a student that takes them."""
+    own of those names. dtype: of autocast, None as the caller has it. given: further arguments, of a student that takes
+    them."""
     torch.clear_autocast_cache()  # of weights as they were before a step, or without a graph
     learner = resolve(student).without_conditioning(conditioning or ()).rows(sample, n)
     if conditioning and isinstance(learner, Composite):
@@ -132,7 +135,8 @@ def student_velocity(
         learner = conditioned(student, learner, conditioning)
     elif conditioning:
         learner, given = conditioned(student, learner, {**conditioning, **given}), {}
-    v = learner(x, learner.time_for(t, x.float()), **given)
+    with autocast(dtype, x.device):
+        v = learner(x, learner.time_for(t, x.float()), **given)
     if not isinstance(v, Tensor) or v.shape != x.shape:
         expect(False, "student", f"a velocity of x's shape {list(x.shape)}", v)
     if torch.is_grad_enabled() and not v.requires_grad:
@@ -167,13 +171,15 @@ def student_derivative(
     sample: Tensor,
     n: int,
     conditioning: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`AverageVelocity.derivative` of the samples `[B]` of n, in x's dtype; with conditioning as for
+    """`AverageVelocity.derivative` of the samples `[B]` of n, in x's dtype; with conditioning and dtype as for
     `student_velocity`."""
     torch.clear_autocast_cache()
     learner = student.without_conditioning(conditioning or ()).rows(sample, n)
     learner = conditioned(student, learner, conditioning) if conditioning else learner
-    return learner.derivative(x, t, s, v).to(x.dtype)
+    with autocast(dtype, x.device):
+        return learner.derivative(x, t, s, v).to(x.dtype)
 
 
 @no_grad

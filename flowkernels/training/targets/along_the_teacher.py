@@ -29,7 +29,7 @@ def velocity_matching(call: Call) -> Dense:
     step = STEP * (call.end - t)
     here, there = (x, t), (x + _like(step, x) * teachers, t + step)
     # of bfloat16 a difference would not be left
-    others = (here, there) if torch.is_autocast_enabled(x.device.type) else (there,)
+    others = (here, there) if call.in_autocast(x) else (there,)
     v, *found = call.velocities(here, *others, exact=True)
     before, after = (v.detach(), *found)[-2:]
     change = after - before

@@ -52,7 +52,7 @@ def _derivative(call: Call, x: Tensor, t: Tensor, s: Tensor, part: Tensor) -> Te
     """From the derivative of (s - t) u in t along the flow, which is -v (MeanFlow)."""
     v = _velocity(call, x, t)
     whose = call.batch.sample, call.samples, call.batch.conditioning
-    return v + _rows(s - t, x) * student_derivative(call.student, x, t, s, v, *whose)
+    return v + _rows(s - t, x) * student_derivative(call.student, x, t, s, v, *whose, call.autocast)
 
 
 CONSISTENT = {"split": _split, "derivative": _derivative}

@@ -84,7 +84,7 @@ class Call:
     solver: what "solver" and "endpoint" are given, Euler's of the schedule for others. rolled_out: the student's own
     samples on it, of the last `StraightenLoss.roll_out`; None before, and of targets that need none.
     progress: how much of the training is done, in [0, 1], where a target needs it. settings: those that one target
-    alone has, by the names of arguments of `StraightenLoss`.
+    alone has, by the names of arguments of `StraightenLoss`. autocast: of the student's evaluations.
     """
 
     student: nn.Module
@@ -104,6 +104,7 @@ class Call:
     rolled_out: RolledOut | None
     progress: float | None
     settings: Mapping[str, Any]
+    autocast: torch.dtype | None = None
 
     @property
     def samples(self) -> int:
@@ -112,8 +113,12 @@ class Call:
 
     def velocity(self, x: Tensor, t: Tensor, **given: Any) -> Tensor:
         """The student's, `[B, *shape]`, with its graph. given: further arguments, of a student that takes them."""
-        conditioning = self.batch.conditioning
-        return student_velocity(self.student, x, t, self.batch.sample, self.samples, conditioning, **given)
+        whose = self.batch.sample, self.samples, self.batch.conditioning
+        return student_velocity(self.student, x, t, *whose, self.autocast, **given)
+
+    def in_autocast(self, x: Tensor) -> bool:
+        """Whether the student is evaluated in it, by the run or by the caller's context."""
+        return self.autocast is not None or torch.is_autocast_enabled(x.device.type)
 
     def velocities(
         self, first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor], exact: bool = False
@@ -133,7 +138,7 @@ class Call:
                     torch.set_rng_state(before[0])
                     for device, state in zip(devices, before[1:], strict=True):
                         torch.cuda.set_rng_state(state, device)
-                found.append(self.velocity(*other))
+                found.append((replace(self, autocast=None) if exact else self).velocity(*other))
         return found
 
     def teachers_velocity(self, x: Tensor, t: Tensor) -> Tensor:
