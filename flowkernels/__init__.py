@@ -36,6 +36,7 @@ from flowkernels.training.bank.trajectory_bank import TrajectoryBank
 from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.pairs.couplings import couple
 from flowkernels.training.pairs.pairs import Pairs, forward_pairs
+from flowkernels.training.run.events import TrainingEvent
 from flowkernels.training.straighten import Straightened, straighten
 from flowkernels.training.students.acceleration import Acceleration
 from flowkernels.training.students.adapters import without_adapters
@@ -73,6 +74,7 @@ __all__ = [
     "StraightenLoss",
     "Straightened",
     "TeacherError",
+    "TrainingEvent",
     "Trajectory",
     "TrajectoryBank",
     "Velocity",

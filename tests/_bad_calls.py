@@ -348,6 +348,10 @@ def are_within_1(v) -> bool:
     return t.numel() > 0 and bool(((t >= 0) & (t <= 1)).all())
 
 
+def are_callbacks(v) -> bool:
+    return isinstance(v, (list, tuple)) and all(is_function(each) for each in v)
+
+
 def is_path(v) -> bool:
     return isinstance(v, (str, os.PathLike)) and v != "" and "\0" not in str(v) and len(str(v)) < 1000
 
@@ -884,7 +888,13 @@ def _stages(cal) -> None:
     place("Pairs", fk.Pairs, states=(lambda: rand(2, N, D), is_dense(F32, F64)), weight=factors)
     pairs = fk.Pairs(rand(2, N, D))
     drawing = (None, or_none(lambda v: isinstance(v, torch.Generator)))
-    place("Pairs.batch", pairs.batch, size=(None, or_none(is_int(1, 10**6))), generator=drawing)
+    place(
+        "Pairs.batch",
+        pairs.batch,
+        size=(None, or_none(is_int(1, 10**6))),
+        generator=drawing,
+        held_out=(1, is_int(0, len(pairs) - 1)),
+    )
     place("Pairs.cat", fk.Pairs.cat, pairs=(lambda: [pairs, pairs], nothing_else))
     place(
         "couple",
@@ -943,6 +953,13 @@ def _stages(cal) -> None:
         schedule=(2, lambda v: v in (2, 3) or isinstance(v, fk.Schedule)),
         held_out=(1, or_none(is_int(0, N - 1))),
     )
+    place(
+        "TrajectoryBank.each",
+        filled.each,
+        start=(0, is_int(0, 1), "stop"),
+        stop=(2, is_int(1, N), "start"),
+        schedule=(2, lambda v: v in (2, 3) or isinstance(v, fk.Schedule)),
+    )
     place("TrajectoryBank.ends", lambda count: filled.ends(count, 2), count=(2, is_int(1, N)))
     place("TrajectoryBank.refresh", filled.refresh, fraction=(0.5, within(0, 1, ends="(]")))
     place("StraightenLoss.roll_out", learned.roll_out, student=student, states=known, chunk=(None, or_none(is_int(1))))
@@ -983,6 +1000,9 @@ def _stages(cal) -> None:
             gradient_checkpointing=(False, is_flag),
             lr_scheduler=(None, or_none(is_function), "warmup", "decay"),
         ),
+        **dict(held_out=(2, is_int(0, 3), "bank"), evaluate_every=(1, or_none(is_int(1)), "held_out")),
+        **dict(patience=(2, or_none(is_int(1)), "evaluate_every"), callbacks=((), are_callbacks)),
+        keep_checkpoints=(1, or_none(is_int(1)), "checkpoint"),
     )
 
 

@@ -3,7 +3,9 @@ what they name exists; figures that are quoted are those of the page that they a
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,7 +110,7 @@ def test_code_runs(page, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_the_code_of_straightening_runs():
     torch.manual_seed(0)
-    nearest, with_labels = blocks("docs/straightening.md")
+    nearest, with_labels = blocks("docs/straightening.md")[:2]
     net, noise, labels = Policy().eval().requires_grad_(False), normal(16, 4), torch.arange(16) % 10
     labelled = fk.VelocityField(Labelled().eval(), conditioning={"y": labels})
     for code, velocity in ((nearest, net), (with_labels, labelled)):
@@ -120,6 +122,59 @@ def test_the_code_of_straightening_runs():
         exec(compile(code, "docs/straightening.md", "exec"), names)
         assert names["x1"].shape == noise.shape
         assert names["x1"].isfinite().all()
+
+
+class Writer:
+    """In the place of tensorboard's SummaryWriter and of wandb's run, which the tests do without."""
+
+    def __init__(self, folder=""):
+        self.told = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def add_scalar(self, name, value, step):
+        self.told[name, step] = value
+
+    def log(self, values, step):
+        self.told |= {(name, step): value for name, value in values.items()}
+
+
+class Pixels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, t):
+        return self.layer(x) - x + t[:, None, None, None]
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_the_code_of_watching_a_training_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    (tmp_path / "run").mkdir()
+    run, of_tensorboard, of_wandb = Writer(), *blocks("docs/straightening.md")[2:]
+    names = dict(fk=fk, torch=torch, velocity=Pixels().eval(), noise=normal(16, 1, 6, 6), SummaryWriter=Writer)
+    names |= dict(wandb=SimpleNamespace(init=lambda project: run, Image=str))
+    names["cal"] = fk.calibrate(names["velocity"], names["noise"], 8, [4], progress=False)
+    smaller = {"iterations=1500": "iterations=6", "8192": "40", "held_out=256": "held_out=8"}
+    smaller |= {"evaluate_every=100": "evaluate_every=3"}
+    for large, small in smaller.items():
+        assert large in of_tensorboard
+        of_tensorboard = of_tensorboard.replace(large, small)
+    exec(compile(of_tensorboard, "docs/straightening.md", "exec"), names)
+    told = names["writer"].told
+    assert [told["endpoint_error", it] for it in (3, 6)] == names["result"].evaluations["endpoint_error"][1:]
+    assert [told["loss", it + 1] for it in (0, 5)] == names["result"].history["loss"]
+    exec(compile(of_wandb, "docs/straightening.md", "exec"), names)
+    training = of_tensorboard.partition("result =")[2].replace("run/run.pt", "run/other.pt")
+    exec(compile(f"result ={textwrap.dedent(training)}", "docs/straightening.md", "exec"), names)
+    assert {key: value for key, value in run.told.items() if key[0] != "samples"} == told
+    assert {path.name for path in Path("run").glob("*.png")} == {"samples-000003.png", "samples-000006.png"}
 
 
 def test_every_page_with_code_is_run():

@@ -942,7 +942,7 @@ def test_kill_in_the_middle(tmp_path):
     ("change", "message"),
     [
         (dict(lr=2e-2), r"lr = 0.02.*got lr = 0.01"),
-        (dict(iterations=25), r"iterations = 25.*got iterations = 24"),
+        (dict(held_out=3), r"held_out = 3.*got held_out = 'nothing'"),
         (dict(t_sampling="uniform"), r"t_sampling = 'uniform'.*got t_sampling = 'start'"),
         (dict(bank=25), r"bank = 25.*got bank = 24"),
         (dict(seed=4), r"seed = 4.*got seed = 3"),

@@ -37,6 +37,11 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     fk.save_images(noise, "samples.png", value_range=(0, 1), grid=True, columns=4)
     trained = fk.straighten(None, velocity, schedule, noise=(3, 32, 32), iterations=10)
     assert_type(trained, fk.Straightened)
+    told: list[fk.TrainingEvent] = []
+    fk.straighten(None, velocity, schedule, noise=(3,), iterations=9, callbacks=[told.append], checkpoint="run.pt")
+    fk.straighten(None, velocity, schedule, noise=(3,), iterations=9, held_out=256, evaluate_every=100, patience=3)
+    assert_type(told[0].samples(4), Tensor)
+    assert_type(told[0].scalars, dict[str, float])
     assert_type(trained.student, nn.Module)
     assert_type(trained.solver, fk.Solver | None)
     two = fk.AverageVelocity.from_velocity(velocity, time_embedding="time_text_embed")

@@ -257,6 +257,11 @@ class StraightenLoss(nn.Module):
         """Whether the student is sampled with a solver that is fitted to it afterwards."""
         return self._row.solver
 
+    @property
+    def is_one_step(self) -> bool:
+        """Whether what is learned is a step, or a solver, from the first knot to the last, and nothing else."""
+        return self._row.whole and self._row.only
+
     def expect_student(self, student: nn.Module) -> None:
         """Raise for what is no module, or one that lacks what the target needs."""
         expect(isinstance(student, nn.Module), "student", "an nn.Module", student, TypeError)

@@ -11,27 +11,27 @@ from torch import Tensor, nn
 from flowkernels._checks import expect, expect_takes
 from flowkernels._warnings import warn
 from flowkernels.calibration.polish import polish_on
-from flowkernels.evaluation.endpoint import endpoint_error
-from flowkernels.sampling.teacher import Teacher
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.bank.batch import BankBatch
 from flowkernels.training.bank.trajectory_bank import TrajectoryBank
 from flowkernels.training.objective import Loss, TSampling
 from flowkernels.training.pairs.pairs import Pairs
 from flowkernels.training.run.bank import RunBank
 from flowkernels.training.run.checkpoint import BANK_DRAWN, checkpoint_to_resume, expect_storable
+from flowkernels.training.run.evaluations import Evaluations
+from flowkernels.training.run.events import TrainingEvent
+from flowkernels.training.run.held_out import HeldOut, learner_of, undisturbed
 from flowkernels.training.run.loop import train
 from flowkernels.training.run.optimizers import optimizer_identity, own_optimizer
 from flowkernels.training.run.pairs import RunPairs, are_pairs
 from flowkernels.training.run.schedulers import Scheduler
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.run.state import State
+from flowkernels.training.run.watch import result
 from flowkernels.training.students.modules import architecture
 from flowkernels.training.students.precision import expect_castable
 from flowkernels.training.students.recomputed import recomputed
 from flowkernels.training.students.student import (
-    conditioned,
     expect_no_wrapped_field,
     expect_trainable_here,
     field_identity,
@@ -58,15 +58,23 @@ class Straightened:
     solver: of targets "solver" and "endpoint", the one to sample the student with: that which it was trained for, or
     that polished again, on samples of the bank, where it is better by more than a standard error on those held out (of
     the polish: the student has seen them). None of other targets.
-    errors: of the same targets, the mean squared L2 distance of samples to the teacher's, on trajectories of the bank
-    that were not trained on (one in 8, at most 256): of the network that the training began from with the solver that
-    was given, and of `student` with `solver`. None where nothing is held out, as of fewer than 64 trajectories.
+    errors: the mean squared L2 distance of samples to the teacher's, on the trajectories that are held out: of the
+    network that the training began from, on the schedule or with the solver that was given, and of `student`, with
+    `solver` where there is one. None where nothing is held out.
+    evaluations: with `evaluate_every`, lists of equal length: iteration, how many were done; endpoint_error, as
+    `errors`, with the solver that was given; interval_loss, the N mean losses of the intervals, unweighted; and the
+    standard errors of both over the trajectories, endpoint_stderr and interval_stderr. All of the weights that would
+    have been returned then.
+    best: with `patience`, the iterations that the weights of `student` had: those of the least endpoint_error, which
+    is the less to be trusted for having been chosen by it.
     """
 
     student: nn.Module
     history: dict[str, list] = field(repr=False)
     solver: Solver | None = None
     errors: tuple[float, float] | None = None
+    evaluations: dict[str, list] | None = field(default=None, repr=False)
+    best: int | None = None
 
 
 @torch.inference_mode(False)  # which enables gradients too: a caller's no_grad and inference_mode do not count
@@ -114,8 +122,8 @@ def straighten(
     held_out: int | None = None,
     evaluate_every: int | None = None,
     patience: int | None = None,
-    callbacks: Sequence[Callable[..., Any]] = (),
-    keep_checkpoints: int = 1,
+    callbacks: Sequence[Callable[[TrainingEvent], Any]] = (),
+    keep_checkpoints: int | None = 1,
     group: Any = None,
 ) -> Straightened:
     """Fine-tune `student` so that on every interval of `schedule` it is the teacher's straight line, or has another
@@ -137,7 +145,9 @@ def straighten(
         noise: the states at the grid's first time: a tensor `[bank, *shape]` (a fixed bank of that many samples), a
             shape (standard normal noise of it), or a function `(n, generator) -> [n, *shape]`, the generator on the
             CPU. Per-sample conditioning of a `VelocityField` needs a tensor of as many samples.
-        iterations: optimiser steps in all; a resumed run counts those before.
+        iterations: optimiser steps in all; a resumed run counts those before. A finished one goes on where there are
+            to be more: with decay="none" it is then the longer run, bit for bit (of target="annealed_reflow" but for
+            beta); the cosine is from there on that of the longer run, and rises where it had come down.
         batch: samples an iteration; for target="endpoint" each makes all of the solver's evaluations.
         bank: trajectories kept, where `noise` is not a tensor; or a `TrajectoryBank` with noise, or data, of its own,
             which is filled where it is not: for one that is elsewhere than on the device, serves several runs, or
@@ -195,6 +205,20 @@ def straighten(
         autocast: the dtype, torch.bfloat16, in which the student is evaluated by torch.autocast, also inside of a
             caller's; weights, gradients, loss and averages keep theirs, and the teacher with its bank is as the
             caller's context has it. float16 is refused: it would need a scaled loss. None: as the context has it.
+        held_out: so many of the last trajectories of the bank, or pairs, are not trained on; of a function's pairs as
+            many are drawn beside. None is 0, of targets "solver" and "endpoint" one in 8, at most 256, of at least 64.
+            `refresh` draws them anew with the others.
+        evaluate_every: iterations after which the student is evaluated on these, and before the first one and at the
+            end: on `schedule` or the solver (of "distill" in one step), and by the loss of each interval with the same
+            u each time. Nothing of the training changes by it.
+        patience: evaluations without a smaller endpoint error after which the training ends. Then, or at the end, the
+            best weights are returned, which the checkpoint has beside the last. A resumed run may have another number.
+        callbacks: functions of a `fk.TrainingEvent`, each called after a row of the history, an evaluation and a
+            checkpoint, and at the end; one that returns True ends the training. Where one raises, a checkpoint is
+            written first.
+        keep_checkpoints: how many checkpoints stay: 1, `checkpoint` alone; k, beside it the last k with their
+            iterations, such as run-000500.pt of run.pt; None, all. Where run.pt is missing a run goes on from the last
+            of these; where it is damaged, the error names the one before.
         accumulate: parts in which a batch is computed, one after the other, their gradients added up: the memory of one
             part, the steps of the whole batch. What is drawn for the batch is divided, so that the gradient is that of
             the whole; but dropout draws anew in each part, and a batch norm takes the statistics of a part. A network
@@ -210,11 +234,11 @@ def straighten(
 
     Before the teacher is rolled out, the student is tried on a batch, and its state on the format of checkpoints. A
     caller's `no_grad` and `inference_mode` do not count; in `torch.autocast` both networks compute in its dtype.
-    Targets "solver" and "endpoint" do not train on a part of the bank, and a UserWarning says so where the student, on
-    that part, is farther from the teacher than what it began from, as it may be where the given solver is near already.
+    Of targets "solver" and "endpoint" a UserWarning says where the student, on what is held out, is farther from the
+    teacher than what it began from, as it may be where the given solver is near already.
 
     Returns:
-        Straightened(student, history, solver, errors).
+        Straightened(student, history, solver, errors, evaluations, best).
 
     Raises:
         TypeError, ValueError: naming the argument, before any work is done; for NaN or Inf in the loss, the iteration.
@@ -266,6 +290,11 @@ def straighten(
         accumulate=accumulate,
         gradient_checkpointing=gradient_checkpointing,
         lr_scheduler=lr_scheduler,
+        held_out=held_out,
+        evaluate_every=evaluate_every,
+        patience=patience,
+        callbacks=callbacks,
+        keep_checkpoints=keep_checkpoints,
     )
     objective = settings.objective
     teacher = None if velocity is None else resolve(velocity)
@@ -283,7 +312,7 @@ def straighten(
     device = parameters[0].device
     expect_castable(parameters, settings.autocast)
     if are_pairs(settings.bank):
-        trajectories = RunPairs(settings.bank, objective, settings.batch, device)
+        trajectories = RunPairs(settings.bank, objective, settings.batch, device, settings.held_out, settings.seed)
     else:
         trajectories = RunBank.of(
             settings.bank,
@@ -293,12 +322,16 @@ def straighten(
             grid=settings.grid,
             batch=settings.batch,
             fraction=settings.refresh_fraction,
+            held_out=settings.held_out,
             seed=settings.seed,
             device=device,
             progress=settings.progress,
         )
     if objective.refits and not are_pairs(settings.bank):
         expect(trajectories.size >= 2, "bank", "at least 2 samples, to polish the solver on", trajectories.size)
+    if settings.evaluate_every is not None:
+        expected = "at least 2 trajectories or pairs, with evaluate_every"
+        expect(trajectories.held_out >= 2, "held_out", expected, f"{trajectories.held_out}")
     opt = own_optimizer(optimizer, parameters, settings.lr)
     known = Identity() if velocity is None else identity(velocity)
     trajectories.expect_teacher(known)
@@ -319,6 +352,7 @@ def straighten(
     initialise(student, velocity, init)
     if velocity is not None:
         warn_if_training(velocity, stacklevel=4)
+    evaluated = settings.evaluate_every
     state = State(
         student,
         opt,
@@ -328,40 +362,37 @@ def straighten(
         ema=settings.ema,
         seed=settings.seed,
         scheduler=scheduler,
+        evaluations=None if evaluated is None else Evaluations(evaluated, settings.patience is not None),
     )
     if saved is not None:
         state.load(saved, settings.checkpoint)
-    if state.iteration < settings.iterations or objective.needs_roll_out or objective.refits:
+    held_out = HeldOut(trajectories, settings)
+    if state.iteration < settings.iterations or objective.needs_roll_out or objective.refits or held_out.count:
         _fill(trajectories, state, settings, saved)
     if saved is not None and objective.needs_roll_out:
         state.roll_out_again(objective)
     if saved is not None:
         state.load_random_states(saved)
-    elif trajectories.held_out:
-        state.began_at = _error(student, objective.solver, trajectories)
-    train(state, settings)
-    trained, solver, errors = state.result(), None, None
+    elif held_out.count:
+        state.began_at = _error(student, held_out, held_out.solver)
+    train(state, settings, held_out)
+    trained, solver, errors = result(state), None, None
     if objective.refits:
         solver = _polished_again(trained, trajectories, settings)
-        if state.began_at is not None:
-            errors = state.began_at, _error(trained, solver, trajectories)
-            _warn_if_worse(*errors, trajectories.held_out, objective.target)
-    return Straightened(trained, state.history, solver, errors)
+    if state.began_at is not None:
+        errors = state.began_at, _error(trained, held_out, solver or held_out.solver)
+        if objective.refits:
+            _warn_if_worse(*errors, held_out.count, objective.target)
+    rows, best = None, None
+    if state.evaluations is not None:
+        rows, best = state.evaluations.rows, state.evaluations.best_iteration
+    return Straightened(trained, state.history, solver, errors, rows, best)
 
 
-@torch.no_grad()
-def _error(student: nn.Module, solver: Solver, bank: RunBank) -> float:
-    """The mean squared distance of its samples to the teacher's, of the trajectories held out; its modes stay."""
-    batch = bank.ends()
-    learner, modes = _learner(student, batch, bank.size), {m: m.training for m in student.modules()}
-    teacher = Teacher(learner.unfused(), bank.held_out, chunk=bank.batch)
-    try:
-        student.eval()
-        _, ends = teacher.run(solver, batch.states[0])
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return endpoint_error(ends, batch.states[1])
+def _error(student: nn.Module, held_out: HeldOut, solver: Solver) -> float:
+    """The mean squared distance of its samples to the teacher's, of the trajectories held out."""
+    with undisturbed(student):
+        return held_out.endpoint_errors(student.eval(), solver).mean().item()
 
 
 def _warn_if_worse(before: float, after: float, n: int, target: str) -> None:
@@ -374,19 +405,14 @@ def _warn_if_worse(before: float, after: float, n: int, target: str) -> None:
         warn(f"{told} from the teacher's {rms}; {hint}", stacklevel=4)
 
 
-def _learner(student: nn.Module, drawn: BankBatch, size: int) -> VelocityBase:
-    """The student on the trajectories of a batch, with their conditioning."""
-    learner = resolve(student).without_conditioning(drawn.conditioning or ()).rows(drawn.sample, size)
-    return conditioned(student, learner, drawn.conditioning) if drawn.conditioning else learner
-
-
 def _polished_again(student: nn.Module, bank: RunBank | RunPairs, settings: Settings) -> Solver:
     """The solver of the run, for what the student has become; of weighted pairs as it was: a polish has no weights."""
     drawn = bank.sample(torch.Generator().manual_seed(settings.seed), max(2, min(POLISHED, bank.size)))
     if drawn.weight is not None:
         return settings.objective.solver
     ends = drawn.states if drawn.ends else drawn.states[[0, -1]][:, drawn.sample]
-    return polish_on(_learner(student, drawn, bank.size), settings.objective.solver, ends, settings.grid, bank.batch)
+    solver = settings.objective.solver
+    return polish_on(learner_of(student, drawn, bank.size, solver), solver, ends, settings.grid, bank.batch)
 
 
 def _fill(bank: RunBank | RunPairs, state: State, settings: Settings, saved: Mapping[str, Any] | None) -> None:

@@ -355,6 +355,28 @@ class TrajectoryBank:
             rows = self._by_rank.of_batch(batch)
             sample = self._by_rank.draw(batch, drawn_by, here)[rows]
             interval, part = interval[rows], (rows.start, rows.stop, batch)
+        return self._batch(places, interval, sample, here, part)
+
+    def each(self, start: int, stop: int, schedule: Any = None) -> BankBatch:
+        """Every interval of the trajectories from start to stop, one trajectory after the other, as a batch: for the
+        losses of those that `sample(held_out=)` does not draw."""
+        expect_int(start, "start", f"the first of {self.size} trajectories", 0, self.size - 1)
+        expect_int(stop, "stop", f"the end of trajectories from {start} on, of {self.size}", start + 1, self.size)
+        places = self._knots.choose(schedule)
+        self._expect_filled()
+        here = self.device if self._store.kind == "device" else torch.device("cpu")
+        J = len(places) - 1
+        sample = torch.arange(start, stop, device=here).repeat_interleave(J)
+        return self._batch(places, torch.arange(J, device=here).repeat(stop - start), sample, here)
+
+    def _batch(
+        self,
+        places: tuple[int, ...],
+        interval: Tensor,
+        sample: Tensor,
+        here: torch.device,
+        part: tuple[int, int, int] | None = None,
+    ) -> BankBatch:
         times = tuple(self.times[list(places)].tolist())
         more = dict(conditioning=self._conditioning(sample), guidance=self.guidance, times=times)
         more |= dict(part=part, first=self._own.drawn.start)

@@ -11,6 +11,7 @@ from flowkernels._checks import (
     FLOATS,
     expect,
     expect_finite,
+    expect_int,
     expect_list,
     expect_mapping,
     expect_noise,
@@ -99,14 +100,18 @@ class Pairs:
         w = self.weight.double() / self.weight.max().double()
         return (w.sum().square() / w.square().sum()).item()
 
-    def batch(self, size: int | None = None, generator: torch.Generator | None = None) -> BankBatch:
+    def batch(
+        self, size: int | None = None, generator: torch.Generator | None = None, *, held_out: int = 0
+    ) -> BankBatch:
         """A batch for `fk.StraightenLoss`: every pair once, or `size` of them drawn uniformly, with their weights.
 
         Args:
             size: how many; None takes every pair, in order.
             generator: what draws, on the CPU; None is torch's own.
+            held_out: so many of the last pairs are left out.
         """
-        device, n = self.states.device, len(self)
+        held_out = expect_int(held_out, "held_out", f"fewer than the {len(self)} pairs", 0, len(self) - 1)
+        device, n = self.states.device, len(self) - held_out
         generator = expect_generator(generator)
         if size is None:
             sample = torch.arange(n, dtype=torch.int64, device=device)

@@ -12,12 +12,10 @@ from flowkernels.training.bank.batch import BankBatch
 from flowkernels.training.bank.starts import Noise, source_identity, source_of
 from flowkernels.training.bank.trajectory_bank import TrajectoryBank
 from flowkernels.training.objective import StraightenLoss
+from flowkernels.training.run.apart import expect_held_out, own_held_out
 from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.protocol import Velocity
 from flowkernels.velocity.provenance import Identity
-
-HELD_OUT = range(8, 257)  # trajectories that a solver's student is compared on before and after
-HELD_OUT_PART = 8  # of the bank, one in so many
 
 
 class RunBank:
@@ -28,16 +26,23 @@ class RunBank:
     batch: examples of a batch. fraction: of a bank that is refreshed.
     rng, noise_hash: with these a checkpoint's noise is drawn again: the generator's state before it was, and, of what a
         function draws, the hash. drawn: in their place, of a caller's bank, how much has been drawn.
-    held_out: trajectories, the last ones, that a run whose solver goes with its student does not train on.
+    held_out: trajectories, the last ones, that are not trained on; None is 0, or of a run whose solver goes with its
+        student one in 8, at most 256.
     """
 
     def __init__(
-        self, bank: TrajectoryBank, objective: StraightenLoss, batch: int, noise: Noise | None, fraction: float
+        self,
+        bank: TrajectoryBank,
+        objective: StraightenLoss,
+        batch: int,
+        noise: Noise | None,
+        fraction: float,
+        held_out: int | None,
     ):
         self.bank, self.batch, self.fraction = bank, batch, fraction
         self._objective, self._noise = objective, noise
-        held_out = min(HELD_OUT[-1], bank.size // HELD_OUT_PART)
-        self.held_out = held_out if objective.refits and held_out in HELD_OUT else 0
+        self.held_out = own_held_out(objective, bank.size) if held_out is None else held_out
+        expect_held_out(self.held_out, bank.size)
         self._source = None if noise is None else source_of(noise, "noise")
         self._begun: Tensor | None = None  # noise that has been drawn for `roll_out`
         self.rng: Tensor | None = None
@@ -55,6 +60,7 @@ class RunBank:
         grid: Tensor,
         batch: int,
         fraction: float,
+        held_out: int | None,
         seed: int,
         device: torch.device,
         progress: bool,
@@ -67,7 +73,7 @@ class RunBank:
                 expected = f"one without conditioning for target={objective.target!r}, whose student makes samples of"
                 expect(False, "bank", f"{expected} its own (a VelocityField may have it, a row for each)", given)
             expect(given.device == device, "bank", f"one on the student's device {device}", f"one on {given.device}")
-            return cls(given, objective, batch, None, fraction)
+            return cls(given, objective, batch, None, fraction, held_out)
         if isinstance(noise, Tensor):
             expect(noise.device == device, "noise", f"a tensor on the student's device {device}", noise)
         source_of(noise, "noise")
@@ -83,11 +89,16 @@ class RunBank:
             progress=progress,
         )
         bank = TrajectoryBank(teacher, objective, **settings)
-        return cls(bank, objective, batch, noise if fraction == 1 else None, fraction)
+        return cls(bank, objective, batch, noise if fraction == 1 else None, fraction, held_out)
 
     @property
     def size(self) -> int:
         return self.bank.size
+
+    @property
+    def held_of(self) -> int:
+        """How many there are of which the last ones are held out."""
+        return self.size
 
     @property
     def drawn(self) -> int | None:
@@ -149,6 +160,20 @@ class RunBank:
     def ends(self) -> BankBatch:
         """Of the trajectories that are held out."""
         return self.bank.ends(self.held_out, self._objective)
+
+    def first(self, count: int) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """What the first trajectories begin with, and their conditioning."""
+        return self.bank.first(count)
+
+    def each(self, start: int, stop: int) -> BankBatch:
+        """Every interval of the trajectories from start to stop, one after the other; of whole states theirs alone, and
+        the samples counted from there."""
+        batch = self.bank.each(start, stop, self._objective)
+        if self._objective.needs_roll_out:
+            batch = BankBatch(self.states, *batch[1:3])
+        if batch.ends:
+            return batch._replace(sample=batch.sample - start, size=stop - start)
+        return batch._replace(states=batch.states[:, start:stop], sample=batch.sample - start)
 
 
 def _expect_memory(noise: Any, size: int, batch: int, objective: StraightenLoss) -> None:

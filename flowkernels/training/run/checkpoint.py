@@ -14,6 +14,8 @@ from flowkernels._checks import describe, expect
 from flowkernels._files import SUM, VALUES, damaged, expect_unchanged, warn_of_no_sum, whole_file
 from flowkernels._weights import read_torch
 from flowkernels.runtime.torch_private import tree_leaves, tree_map
+from flowkernels.training.run.evaluations import EVALUATIONS, expect_evaluations
+from flowkernels.training.run.numbered import keep_numbered, numbered
 from flowkernels.training.run.optimizers import PLACES
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.students.modules import expect_weights
@@ -29,6 +31,7 @@ ROLLED_OUT = "rolled_out"  # weights, of a run on its student's own samples alon
 BANK_DRAWN = "bank_drawn"  # how much had been drawn, of a bank with seeds of its own alone
 LR_SCHEDULER = "lr_scheduler"  # its state, of a run that has one alone
 BEGAN_AT = "began_at"  # the error that the student had before it was trained, where a solver goes with it
+DROPPED = ("iterations",)  # settings of before that runs need not share
 RENAMED = {"u": "t_sampling", "weight": "weighting"}  # settings, since
 SINCE_2 = {"teacher_field", "student_field", "optimizer", "student"}  # settings that version 1 does not have
 
@@ -91,12 +94,13 @@ def read_checkpoint(path: Path, stacklevel: int = 3) -> dict:
         if version == 1:
             saved.setdefault("bank_noise", None)
         _expect(
-            saved.keys() - {"format", "version", ROLLED_OUT, BANK_DRAWN, BEGAN_AT, LR_SCHEDULER} == KEYS,
+            saved.keys() - {"format", "version", ROLLED_OUT, BANK_DRAWN, BEGAN_AT, LR_SCHEDULER, EVALUATIONS} == KEYS,
             f"{sorted(KEYS)}",
             sorted(saved, key=str),
         )
         _expect(isinstance(saved["setting"], dict), "settings", saved["setting"])
-        saved["setting"] = {RENAMED.get(name, name): value for name, value in saved["setting"].items()}
+        known = {name: value for name, value in saved["setting"].items() if name not in DROPPED}
+        saved["setting"] = {RENAMED.get(name, name): value for name, value in known.items()}
         _expect(type(saved["bank_noise"]) in (str, type(None)), "a hash of the bank's noise", saved["bank_noise"])
     if version == 1:
         warn_of_no_sum(path, stacklevel)
@@ -122,10 +126,13 @@ def checkpoint_to_resume(
     ValueError, naming the file, where it is of another run or none that a run writes; the optimiser's state and the
     average are looked at by `State.load`.
     """
-    path = settings.checkpoint
-    if path is None or not settings.resume or not path.exists():
+    path = newest_checkpoint(settings)
+    if path is None:
         return None
-    saved = read_checkpoint(path, stacklevel + 1)
+    try:
+        saved = read_checkpoint(path, stacklevel + 1)
+    except ValueError as e:
+        raise ValueError(f"{e}{_before(settings.checkpoint, path)}") from e
     shared = {name: value for name, value in setting.items() if name != "attributes"}
     if saved["version"] == 1 and saved["setting"].get("teacher") == teacher.of_state:
         shared["teacher"] = teacher.of_state
@@ -142,9 +149,38 @@ def checkpoint_to_resume(
         of_scheduler = settings.lr_scheduler is not None
         _expect((LR_SCHEDULER in saved) == of_scheduler, f"{LR_SCHEDULER} where there is one", [*saved])
         _expect_progress(saved, settings)
+        expect_evaluations(saved, settings, student)
         _expect_random_states(saved)
     warn_of_doubts("checkpoint", path, saved["setting"].get("attributes"), teacher, stacklevel + 1)
+    done, keep = saved["iteration"], settings.keep_checkpoints
+    if keep != 1 and path == settings.checkpoint and done not in numbered(path):
+        with contextlib.suppress(OSError):  # of a run that ended between the two
+            keep_numbered(path, done, keep)
     return saved
+
+
+def newest_checkpoint(settings: Settings) -> Path | None:
+    """What a run goes on from, where there is something; ValueError for numbered ones that starting anew would mix with
+    its own."""
+    path = settings.checkpoint
+    if path is None:
+        return None
+    beside = {} if settings.keep_checkpoints == 1 else numbered(path)
+    if not settings.resume:
+        expected = "a name without numbered checkpoints of another run beside it, with resume=False"
+        expect(not beside, "checkpoint", expected, f"{next(iter(beside.values()), None)}")
+        return None
+    return path if path.exists() else next(reversed(beside.values()), None)
+
+
+def _before(path: Path, bad: Path) -> str:
+    """What is there beside a checkpoint that is damaged, as the end of an error."""
+    for file in reversed(numbered(path).values()):
+        if not file.samefile(bad):
+            with contextlib.suppress(ValueError, OSError):
+                done = read_checkpoint(file)["iteration"]
+                return f"; the one before it, {file}, is whole: of iteration {done}, to be put in its place"
+    return ""
 
 
 def _expect_setting(saved: dict, setting: dict) -> None:
@@ -163,8 +199,12 @@ def _expect_progress(saved: dict, settings: Settings) -> None:
     """Raise unless the number of iterations, the history and the sums of losses are those of such a run."""
     done, history = saved["iteration"], saved["history"]
     iterations, N = settings.iterations, settings.objective.knots.steps
-    _expect(type(done) is int and 1 <= done <= iterations, f"an iteration of 1 to {iterations}", done)
-    rows = [it for it in range(done) if settings.is_logged(it)]
+    _expect(type(done) is int and done >= 1, "a number of iterations", done)
+    way_out = "of a run that has done no more (resume=False starts anew)"
+    expect(done <= iterations, "checkpoint", f"at most iterations = {iterations}, {way_out}", f"one after {done}")
+    rows = [it for it in range(done) if settings.is_regular(it)]
+    if done - 1 not in rows and repr(history.get("iteration") if isinstance(history, dict) else None) != repr(rows):
+        rows.append(done - 1)  # at the end of a run
     _expect(isinstance(history, dict) and set(history) == set(HISTORY), f"a history of {list(HISTORY)}", history)
     for column in history.values():
         fits = isinstance(column, list) and len(column) == len(rows)

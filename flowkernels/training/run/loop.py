@@ -16,17 +16,20 @@ from tqdm import tqdm
 
 from flowkernels.training.bank.batch import BankBatch
 from flowkernels.training.run.descent import Descent
+from flowkernels.training.run.held_out import HeldOut
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.run.state import State
+from flowkernels.training.run.watch import Watch
 from flowkernels.training.students.modules import unsynchronised
 from flowkernels.training.students.recomputed import recomputed
 from flowkernels.training.students.student import trained_parameters
 
 
-def train(state: State, settings: Settings) -> None:
-    """The iterations from where the state is to `settings.iterations`, on its bank, which is rolled out.
+def train(state: State, settings: Settings, held_out: HeldOut) -> None:
+    """The iterations from where the state is to `settings.iterations`, or until it is to stop, on its bank, which is
+    rolled out.
 
-    Nothing waits for a GPU but what the history and checkpoints are read from.
+    Nothing waits for a GPU but what the history, evaluations and checkpoints are read from.
     """
     state.student.train()
     bank, objective = state.bank, settings.objective
@@ -35,6 +38,11 @@ def train(state: State, settings: Settings) -> None:
     quiet = not settings.progress
     bar = tqdm(left, desc="straighten", disable=quiet, leave=False, initial=left.start, total=left.stop)
     with bar, recomputed(state.student, settings.gradient_checkpointing):
+        watch = Watch(state, settings, held_out, bar)
+        watch.begin()
+        if watch.is_over() or not left:
+            return
+        state.go_on(settings)
         for it in bar:
             if settings.is_refreshed(it):
                 bank.refresh(state.generator)
@@ -49,13 +57,12 @@ def train(state: State, settings: Settings) -> None:
             state.iteration = it + 1
             if settings.is_logged(it):
                 loss, norm = descent.read()
-                state.log(iteration=it, loss=loss, lr=rate, grad_norm=norm)
-                bar.set_postfix(loss=f"{loss:.4g}")
+                state.log(regular=settings.is_regular(it), iteration=it, loss=loss, lr=rate, grad_norm=norm)
             if state.scheduler is not None:
-                state.scheduler.step(loss)
-            if settings.is_saved(it):
-                descent.read()
-                state.save(settings.checkpoint, stacklevel=5)
+                state.scheduler.step(loss if settings.is_regular(it) else None)
+            if watch.after(it, descent):
+                break
+        watch.end()
     torch.clear_autocast_cache()
 
 

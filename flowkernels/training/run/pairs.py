@@ -10,6 +10,7 @@ from flowkernels._checks import describe, expect, expect_takes
 from flowkernels.training.bank.batch import BankBatch
 from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.pairs.pairs import Pairs
+from flowkernels.training.run.apart import expect_held_out, seed_apart
 from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.provenance import Identity
 
@@ -33,22 +34,37 @@ class RunPairs:
 
     given: Pairs, of which batches are drawn uniformly; or a function (n, generator) -> Pairs, the generator on the CPU,
     which makes each batch.
+    held_out: pairs, the last ones, that are not trained on; of a function so many beside, drawn once.
 
     Raises ValueError, naming `bank`, for a target of other states than those of noise and data.
     """
 
     drawn: int | None = None
     noise_hash: str | None = None
-    held_out: int = 0
 
-    def __init__(self, given: PairsSource, objective: StraightenLoss, batch: int, device: torch.device):
+    def __init__(
+        self,
+        given: PairsSource,
+        objective: StraightenLoss,
+        batch: int,
+        device: torch.device,
+        held_out: int | None,
+        seed: int,
+    ):
         self.given, self.batch, self._device = given, batch, device
         ends = len(objective.times) == 2 and not objective.needs_roll_out
         got = f"target={objective.target!r}, of states at {len(objective.times)} times"
         expect(ends, "bank", "a target of one whole interval, such as 'reflow', for pairs", got)
         self.rng: Tensor | None = None
+        self.held_out, self._aside = held_out or 0, None
         if isinstance(given, Pairs):
             self._expect_here(given).expect_finite()
+            expect_held_out(self.held_out, len(given))
+            self._aside = given
+        elif self.held_out:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                self._aside = self._made(torch.Generator("cpu").manual_seed(seed_apart(seed)), self.held_out)
+            self._aside.expect_finite()
 
     @property
     def size(self) -> int:
@@ -86,8 +102,35 @@ class RunPairs:
     def sample(self, generator: torch.Generator, n: int | None = None) -> BankBatch:
         """n: examples, in place of `batch`."""
         if isinstance(self.given, Pairs):
-            return self.given.batch(n or self.batch, generator)
+            return self.given.batch(n or self.batch, generator, held_out=self.held_out)
         return self._made(generator, n).batch()
+
+    def ends(self) -> BankBatch:
+        """Of the pairs that are held out, `[2, held_out, *shape]`."""
+        first = self.held_of - self.held_out
+        batch = self.each(first, self.held_of)
+        return batch._replace(ends=True, sample=batch.sample + first, size=self.held_of)
+
+    @property
+    def held_of(self) -> int:
+        """How many there are of which the last ones are held out."""
+        return self.size if self._aside is None else len(self._aside)
+
+    def each(self, start: int, stop: int) -> BankBatch:
+        """The pairs from start to stop of those, as a bank has them."""
+        rows = slice(start, stop)
+        sample = torch.arange(stop - start, device=self._device)
+        conditioning = self._aside.conditioning
+        given = None if conditioning is None else {key: column[rows] for key, column in conditioning.items()}
+        return BankBatch(self._aside.states[:, rows], torch.zeros_like(sample), sample, conditioning=given)
+
+    def first(self, count: int) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Noise of the first pairs, and their conditioning; of a function always the same ones."""
+        pairs = self.given
+        if not isinstance(pairs, Pairs):
+            pairs = self._made(torch.Generator("cpu").manual_seed(seed_apart(0)), count)
+        given = pairs.conditioning
+        return pairs.noise[:count], None if given is None else {key: rows[:count] for key, rows in given.items()}
 
     def _made(self, generator: torch.Generator, n: int | None = None) -> Pairs:
         n = n or self.batch

@@ -29,6 +29,7 @@ from flowkernels.training.bank.trajectory_bank import TrajectoryBank
 from flowkernels.training.objective import Loss, StraightenLoss, TSampling
 from flowkernels.training.pairs.pairs import Pairs
 from flowkernels.training.refined import on_grid
+from flowkernels.training.run.events import TrainingEvent, expect_callbacks
 from flowkernels.training.run.optimizers import OPTIMIZER
 from flowkernels.training.run.pairs import PairsSource, are_pairs, expect_pairs
 from flowkernels.training.run.schedulers import DECAY, WARMUP, expect_scheduler
@@ -94,11 +95,15 @@ CHECKS: dict[str, Check] = {
     "checkpoint_every": expect_positive_int,
     "resume": expect_bool,
     "progress": expect_bool,
+    "held_out": _or_none(lambda value, name: expect_int(value, name, "a number of trajectories", 0)),
+    "evaluate_every": _or_none(expect_positive_int),
+    "patience": _or_none(expect_positive_int),
+    "callbacks": expect_callbacks,
+    "keep_checkpoints": _or_none(expect_positive_int),
 }
 
 
 SHARED = (
-    "iterations",
     "batch",
     "bank",
     "refresh",
@@ -107,7 +112,7 @@ SHARED = (
     "lr",
     "warmup",
 )  # by a run that is resumed
-SHARED += ("decay", "clip", "ema", "seed", "log_every", "accumulate")
+SHARED += ("decay", "clip", "ema", "seed", "log_every", "accumulate", "held_out", "evaluate_every")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,6 +161,11 @@ class Settings:
     accumulate: int = 1
     gradient_checkpointing: bool = False
     lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    held_out: int | None = None
+    evaluate_every: int | None = None
+    patience: int | None = None
+    callbacks: tuple[Callable[[TrainingEvent], Any], ...] = ()
+    keep_checkpoints: int | None = 1
     objective: StraightenLoss = field(init=False)
 
     def __post_init__(self):
@@ -192,6 +202,10 @@ class Settings:
             fixed = isinstance(self.noise, Tensor)
             expect(not fixed, "noise", "a shape or a function, with refresh", self.noise)
             expect(not given or self.bank.is_drawn, "bank", "one that draws noise or data, with refresh", self.bank)
+        if self.patience is not None:
+            expect(self.evaluate_every is not None, "evaluate_every", "a number, with patience", "None")
+        if self.keep_checkpoints != 1:
+            expect(checked["checkpoint"] is not None, "checkpoint", "a file, with keep_checkpoints", "None")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -212,8 +226,12 @@ class Settings:
         return self.lr * (0.5 * (1 + math.cos(angle)))
 
     def is_logged(self, iteration: int) -> bool:
-        """Whether the history has a row of it."""
-        return iteration % self.log_every == 0 or iteration == self.iterations - 1
+        """Whether the history has a row of it; the last may have one that a longer run would not."""
+        return self.is_regular(iteration) or iteration == self.iterations - 1
+
+    def is_regular(self, iteration: int) -> bool:
+        """Whether the history has a row of it however many iterations there are."""
+        return iteration % self.log_every == 0
 
     def is_saved(self, iteration: int) -> bool:
         """Whether a checkpoint is written after it."""
@@ -239,4 +257,6 @@ class Settings:
         if self.autocast is not None:
             found["autocast"] = str(self.autocast)
         defaults = {f.name: f.default for f in fields(self)}
+        if self.patience is not None:  # with which the best weights are kept; for how long may change
+            found["patience"] = True
         return found | {name: value for name in SHARED if (value := getattr(self, name)) != defaults[name]}

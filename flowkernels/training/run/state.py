@@ -23,8 +23,11 @@ from flowkernels.training.run.checkpoint import (
     expect_optimizer_state,
     write_checkpoint,
 )
+from flowkernels.training.run.evaluations import EVALUATIONS, Evaluations
+from flowkernels.training.run.numbered import keep_numbered
 from flowkernels.training.run.pairs import RunPairs
 from flowkernels.training.run.schedulers import Scheduler
+from flowkernels.training.run.settings import Settings
 from flowkernels.training.students.modules import copied, expect_weights, load_weights, plain_state
 from flowkernels.training.students.student import trained_parameters
 
@@ -41,6 +44,7 @@ class State:
     steps: N. setting: what a resumed run must share, in plain values.
     rolled_out: the weights with which the student's own samples were taken last; None where none are, or not kept.
     began_at: how far the student's samples were from the teacher's before it was trained; None where nobody asks.
+    evaluations: what was measured meanwhile; None where nothing is.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class State:
         ema: float | None,
         seed: int,
         scheduler: Scheduler | None = None,
+        evaluations: Evaluations | None = None,
     ):
         self.student, self.optimizer, self.bank, self.setting = student, optimizer, bank, setting
         self.scheduler = scheduler
@@ -62,6 +67,7 @@ class State:
         self.iteration, self.history = 0, {name: [] for name in HISTORY}
         self.rolled_out: dict[str, Any] | None = None
         self.began_at: float | None = None
+        self.evaluations = evaluations
         device = trained_parameters(student)[0].device
         self.totals, self.counts = torch.zeros(2, steps, dtype=torch.float32, device=device)
         self._intervals = torch.arange(steps, device=device)[:, None]
@@ -82,11 +88,21 @@ class State:
         self.totals += torch.where(of, losses.float(), 0).sum(1)
         self.counts += of.sum(1)
 
-    def log(self, **row: float) -> None:
-        """A row of the history, with the losses of the intervals since the last."""
+    def log(self, *, regular: bool = True, **row: float) -> None:
+        """A row of the history, with the losses of the intervals since the last. One that is not regular, at the end,
+        goes where the run goes on: their sums stay."""
         for name, entry in (row | {"interval_loss": (self.totals / self.counts).cpu().tolist()}).items():
             self.history[name].append(entry)
-        self.totals.zero_(), self.counts.zero_()
+        if regular:
+            self.totals.zero_(), self.counts.zero_()
+
+    def go_on(self, settings: Settings) -> None:
+        """From the end of a run that was to be shorter: without what such a one says at its end alone."""
+        if self.history["iteration"] and not settings.is_regular(self.history["iteration"][-1]):
+            for column in self.history.values():
+                column.pop()
+        if self.evaluations is not None:
+            self.evaluations.go_on()
 
     def result(self) -> nn.Module:
         """The student in eval mode, a copy with the averaged weights where there are some."""
@@ -100,6 +116,7 @@ class State:
         """What a checkpoint holds."""
         more = {ROLLED_OUT: self.rolled_out, BANK_DRAWN: self.bank.drawn, BEGAN_AT: self.began_at}
         more[LR_SCHEDULER] = None if self.scheduler is None else self.scheduler.contents()
+        more[EVALUATIONS] = None if self.evaluations is None else self.evaluations.contents()
         return {
             "setting": self.setting,
             "iteration": self.iteration,
@@ -115,14 +132,19 @@ class State:
             "counts": self.counts.cpu(),
         } | {key: value for key, value in more.items() if value is not None}
 
-    def save(self, path: Path, stacklevel: int) -> None:
-        """Write a checkpoint; where that fails, as on a full disk, what is in memory is worth more than an error."""
+    def save(self, path: Path, keep: int | None, stacklevel: int) -> bool:
+        """Write a checkpoint, whether it could be; where that fails, as on a full disk, what is in memory is worth more
+        than an error. keep: how many numbered ones stay beside it, None all, 1 none."""
         try:
             write_checkpoint(path, self.contents())
+            if keep != 1:
+                keep_numbered(path, self.iteration, keep)
         except Exception as e:
             told = f"checkpoint: iteration {self.iteration} could not be written ({type(e).__name__}: {e}); {path}"
             kept = "is kept" if path.exists() else "was not made"
             warnings.warn(f"{told} {kept}; the training goes on", UserWarning, stacklevel=stacklevel)
+            return False
+        return True
 
     def load(self, saved: Mapping[str, Any], path: Path) -> None:
         """Go on from a checkpoint of this run, its generator where the bank's noise is drawn from again; ValueError,
@@ -140,6 +162,8 @@ class State:
             if self.scheduler is not None:
                 self.scheduler.load(saved[LR_SCHEDULER])
             self.rolled_out, self.began_at = saved.get(ROLLED_OUT), saved.get(BEGAN_AT)
+            if self.evaluations is not None:
+                self.evaluations.load(saved[EVALUATIONS])
         self.iteration, self.history = saved["iteration"], saved["history"]
         self.totals.copy_(saved["totals"]), self.counts.copy_(saved["counts"])
         self.generator.set_state(saved["bank_rng"])

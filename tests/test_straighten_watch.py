@@ -1,0 +1,308 @@
+"""Watching a training: what is held out and measured, the best weights, callbacks, numbered checkpoints, and runs that
+go on after their end."""
+
+import json
+import math
+
+import pytest
+import torch
+from _flows import even_grid, normal
+from test_straighten import STUDENT_OF, VARIANTS, Stopped, same_result, schedule_on, small_net, stop_after, trained
+
+import flowkernels as fk
+from flowkernels.training.run.numbered import numbered
+
+F64 = torch.float64
+QUIET = dict(progress=False)
+PLAN = schedule_on(even_grid(6), 0, 2, 6)
+PAIRS = fk.Pairs(normal(2, 24, 4, seed=5))
+OF_PAIRS = dict(noise=None, target="reflow")
+
+
+def pairs_of(n, generator):
+    return fk.Pairs(torch.randn(2, n, 4, generator=generator))
+
+
+WATCHED = {name: VARIANTS[name] for name in VARIANTS} | {
+    "pairs": OF_PAIRS | dict(bank=PAIRS),
+    "a function's pairs": OF_PAIRS | dict(bank=pairs_of),
+    "average_velocity": dict(target="average_velocity"),
+}
+
+
+def student_of(variant, seed=1, dropout=0.0):
+    made = STUDENT_OF | {"average_velocity": fk.AverageVelocity.of_network}
+    return made.get(variant, lambda net: net)(small_net(seed, dropout))
+
+
+def same(a, b):
+    return same_result(a, b) and json.dumps([a.evaluations, a.best]) == json.dumps([b.evaluations, b.best])
+
+
+# ---- what is measured ----
+
+
+@pytest.mark.parametrize("variant", WATCHED)
+def test_watching_changes_nothing(variant, tmp_path):
+    """With dropout, and a callback that draws, and puts the student into eval mode."""
+    dropout = 0.0 if variant in ("acceleration", "average_velocity", "blockwise") else 0.3
+    settings = WATCHED[variant] | dict(init="keep", held_out=5)
+    plain = trained(student_of(variant, dropout=dropout), **settings)
+    kinds = []
+
+    def look(event):
+        kinds.append(event.kind)
+        torch.randn(3)
+        event.student.eval()
+        assert event.samples(4).shape == (4, 4)
+
+    more = dict(evaluate_every=5, callbacks=[look], checkpoint=tmp_path / "run.pt", keep_checkpoints=2)
+    watched = trained(student_of(variant, dropout=dropout), **settings, **more)
+    assert same_result(plain, watched)
+    assert watched.evaluations["iteration"] == [0, 5, 10, 15, 20, 24]
+    assert kinds.count("evaluate") == 5
+    assert plain.errors == watched.errors
+    assert all(math.isfinite(e) and e > 0 for e in watched.evaluations["endpoint_error"])
+
+
+def test_the_numbers_are_those_of_what_is_returned():
+    """Once more by a loop in float64, on the weights that are returned: the errors, the losses of each interval, and
+    their standard errors."""
+    teacher, noise = small_net(0).double().eval(), normal(24, 4, seed=6).double()
+    result = fk.straighten(
+        small_net(2).double(),
+        teacher,
+        PLAN,
+        noise=noise,
+        iterations=8,
+        batch=8,
+        held_out=7,
+        evaluate_every=3,
+        progress=False,
+    )
+    states = fk.rollout(teacher, noise[-7:], even_grid(6)).x[[0, 2, 6]]
+    times, net = PLAN.times, result.student
+    x, losses = states[0], []
+    with torch.no_grad():
+        for k, h in enumerate(times.diff()):
+            t = times[k].expand(7)
+            x = x + h * net(x, t)
+            losses.append((net(states[k], t) - (states[k + 1] - states[k]) / h).square().mean(1))
+    each = torch.stack([(x - states[-1]).square().sum(1), *losses])
+    mean, stderr = each.mean(1), each.std(1) / 7**0.5
+    found = {name: column[-1] for name, column in result.evaluations.items()}
+    assert found["iteration"] == 8
+    for names, expected in (
+        (("endpoint_error", "interval_loss"), mean),
+        (("endpoint_stderr", "interval_stderr"), stderr),
+    ):
+        got = torch.tensor([found[names[0]], *found[names[1]]], dtype=F64)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    assert result.errors == (result.evaluations["endpoint_error"][0], found["endpoint_error"])
+
+
+def test_pairs_held_out_are_not_trained_on():
+    """Those of a function are beside its batches; the last ones are never drawn."""
+    aside = fk.Pairs(normal(2, 24, 4, seed=5), weight=torch.arange(1.0, 25.0))
+    seen = {int(i) for s in range(60) for i in aside.batch(8, torch.Generator().manual_seed(s), held_out=5).sample}
+    assert seen == set(range(19))
+    assert aside.batch(held_out=5).sample.tolist() == list(range(19))
+    result = trained(**OF_PAIRS, bank=aside, held_out=5, evaluate_every=24, ema=None)
+    ends = fk.sample(result.student, aside.noise[-5:], PLAN)
+    error = (ends - aside.data[-5:]).double().square().sum(1).mean().item()
+    assert math.isclose(result.evaluations["endpoint_error"][-1], error, rel_tol=1e-6)
+
+
+def test_each_interval_of_some_trajectories():
+    bank = fk.TrajectoryBank(
+        small_net(0).eval(), [PLAN, schedule_on(even_grid(6), 0, 3, 6)], noise=(4,), size=24, **QUIET
+    )
+    for store in (bank.fill(), fk.TrajectoryBank(small_net(0).eval(), PLAN, noise=(4,), size=24, **QUIET).fill()):
+        batch = store.each(5, 8, PLAN)
+        assert batch.interval.tolist() == [0, 1] * 3
+        assert batch.sample.tolist() == [5, 5, 6, 6, 7, 7]
+        states = store.states(PLAN)
+        first = batch.states[0] if batch.ends else batch.states[batch.interval, batch.sample]
+        assert torch.equal(first, states[batch.interval, batch.sample])
+
+
+# ---- the best weights ----
+
+
+STOPPING = dict(held_out=6, evaluate_every=3, iterations=60, lr=0.05, warmup=0, decay="none", init="keep")
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_patience_returns_the_best_weights(tmp_path, ema):
+    path = tmp_path / "run.pt"
+    settings = STOPPING | dict(checkpoint=path, ema=ema)
+    stopped = trained(**settings, patience=2)
+    errors, done = (stopped.evaluations[name] for name in ("endpoint_error", "iteration"))
+    best = errors.index(min(errors))
+    assert 0 < best == len(errors) - 3
+    assert done[-1] < 60
+    assert stopped.best == done[best]
+    short = trained(**STOPPING | dict(iterations=stopped.best), ema=ema)
+    assert same_weights(short.student, stopped.student)
+    assert stopped.errors[1] == errors[best]
+    assert same(trained(**settings, patience=2), stopped)  # a run that has stopped is only loaded
+    longer = trained(**settings, patience=4)
+    path.unlink()
+    assert same(trained(**settings, patience=4), longer)
+    assert len(longer.history["loss"]) > len(stopped.history["loss"])
+    with pytest.raises(ValueError, match=r"^checkpoint: expected one of this run .*got patience = True"):
+        trained(**settings)
+
+
+def same_weights(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("variant", ["plain", "refresh", "solver, refreshed", "pairs"])
+def test_resuming_is_bit_for_bit(tmp_path, variant):
+    path = tmp_path / "run.pt"
+    more = dict(held_out=6, evaluate_every=4, patience=3, lr=0.03, checkpoint_every=3, keep_checkpoints=2, init="keep")
+    settings = WATCHED[variant] | more
+    whole = trained(small_net(1, 0.3), **settings, checkpoint=tmp_path / "whole.pt")
+    for calls in (9, 7):
+        net = small_net(5 if path.exists() else 1, 0.3)
+        net.register_forward_pre_hook(stop_after(calls))
+        with pytest.raises(Stopped):
+            trained(net, **settings, checkpoint=path)
+    assert same(trained(small_net(6, 0.3), torch_seed=99, **settings, checkpoint=path), whole)
+    assert [*numbered(path)] == [*numbered(tmp_path / "whole.pt")]
+
+
+# ---- a run that goes on after its end ----
+
+
+@pytest.mark.parametrize("variant", ["plain", "refresh", "on_policy", "endpoint", "pairs"])
+def test_a_finished_run_is_extended(tmp_path, variant):
+    """With a constant learning rate it is the longer one, bit for bit, rows and all; after a callback's stop too."""
+    settings = WATCHED[variant] | dict(decay="none", held_out=6, evaluate_every=7, log_every=4)
+    whole = trained(**settings, iterations=31)
+    path = tmp_path / "run.pt"
+    settings |= dict(checkpoint=path)
+    first = trained(**settings, iterations=11)
+    assert first.history["iteration"] == [0, 4, 8, 10]
+    assert first.evaluations["iteration"] == [0, 7, 11]
+    assert same(trained(**settings, iterations=11), first)
+    second = trained(**settings, iterations=31, callbacks=[lambda event: event.iteration > 20])
+    assert second.evaluations["iteration"] == [0, 7, 14, 21]
+    assert same(trained(**settings, iterations=31), whole)
+    with pytest.raises(ValueError, match=r"^checkpoint: expected at most iterations = 30, .*got one after 31"):
+        trained(**settings, iterations=30)
+
+
+def test_the_learning_rate_of_an_extended_run(tmp_path):
+    """From there on it is that of the whole length."""
+    settings = dict(checkpoint=tmp_path / "run.pt", log_every=1, warmup=4)
+    trained(**settings, iterations=10)
+    rates = [trained(**settings, iterations=n).history["lr"] for n in (10, 20)]
+    cosine = [1e-2 * 0.5 * (1 + math.cos(math.pi * (it - 4) / 16)) for it in range(10, 20)]
+    assert rates[1] == pytest.approx([*rates[0], *cosine], rel=1e-12)
+    assert rates[0][-1] < rates[1][10]
+
+
+# ---- callbacks ----
+
+
+def test_what_callbacks_are_told(tmp_path):
+    events, path = [], tmp_path / "run.pt"
+    settings = dict(
+        held_out=6, evaluate_every=6, checkpoint=path, checkpoint_every=8, log_every=4, ema=None, iterations=12
+    )
+    result = trained(**settings, callbacks=[events.append])
+    told = [(event.kind, event.iteration) for event in events]
+    expected = [("log", 1), ("log", 5), ("evaluate", 6), ("checkpoint", 8), ("log", 9)]
+    assert told == [*expected, ("log", 12), ("evaluate", 12), ("checkpoint", 12), ("end", 12)]
+    last = events[-1]
+    assert (last.loss, last.lr, last.grad_norm) == tuple(result.history[n][-1] for n in ("loss", "lr", "grad_norm"))
+    assert last.endpoint_error == result.evaluations["endpoint_error"][-1]
+    assert events[0].endpoint_error == result.evaluations["endpoint_error"][0]
+    assert events[0].checkpoint is None
+    assert last.checkpoint == path
+    assert last.student is result.student
+    assert set(events[0].scalars) == {"loss", "lr", "grad_norm", "interval_loss/0", "interval_loss/1"}
+    assert set(events[2].scalars) == {"endpoint_error", "endpoint_stderr", "held_out_loss/0", "held_out_loss/1"}
+    assert last.scalars == {}
+    torch.testing.assert_close(last.samples(3), last.samples(9)[:3])
+
+
+def test_a_callback_stops_the_training(tmp_path):
+    path = tmp_path / "run.pt"
+    result = trained(callbacks=[lambda event: event.iteration == 10], checkpoint=path, held_out=6, evaluate_every=50)
+    assert torch.load(path, weights_only=True)["iteration"] == 10
+    assert result.evaluations["iteration"] == [0, 10]
+    assert same_weights(result.student, trained(checkpoint=path, iterations=10, held_out=6, evaluate_every=50).student)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_callback_that_fails_loses_nothing(tmp_path, error):
+    path = tmp_path / "run.pt"
+
+    def failing(event):
+        if event.iteration == 10:
+            raise error("of a logger")
+
+    settings = dict(held_out=6, evaluate_every=10, checkpoint=path)
+    with pytest.raises(error, match="of a logger"):
+        trained(callbacks=[failing], **settings)
+    assert torch.load(path, weights_only=True)["iteration"] == 10
+    assert same(trained(**settings), trained(held_out=6, evaluate_every=10))
+
+
+# ---- numbered checkpoints ----
+
+
+def test_numbered_checkpoints(tmp_path):
+    path = tmp_path / "run.pt"
+    others = [tmp_path / name for name in ("run-1.pt", "run-000003.pt.txt", "other-000003.pt")]
+    for other in others:
+        other.write_text("another's")
+    settings = dict(checkpoint=path, checkpoint_every=5)
+    expected = trained(**settings, keep_checkpoints=3)
+    assert [*numbered(path)] == [15, 20, 24]
+    assert all(other.read_text() == "another's" for other in others)
+    whole = path.read_bytes()
+    assert numbered(path)[24].read_bytes() == whole
+    assert torch.load(numbered(path)[15], weights_only=True)["iteration"] == 15
+    with pytest.raises(ValueError, match=r"^checkpoint: expected a name without numbered .*run-000015.pt"):
+        trained(**settings, keep_checkpoints=3, resume=False)
+    path.unlink()
+    assert same(trained(**settings, keep_checkpoints=None), expected)  # from the last of them
+    path.write_bytes(whole[:1000])
+    with pytest.raises(
+        ValueError,
+        match=r"^checkpoint: .*run.pt is not one, or damaged.*; the one before it, .*run-000024.pt, is whole: of it",
+    ):
+        trained(**settings, keep_checkpoints=3)
+    path.unlink()
+    numbered(path)[24].write_bytes(whole[:1000])
+    with pytest.raises(
+        ValueError, match=r"run-000024.pt is not one, or damaged.*; the one before it, .*run-000020.pt, is"
+    ):
+        trained(**settings, keep_checkpoints=3)
+    numbered(path)[24].unlink()
+    assert same(trained(**settings, keep_checkpoints=None), expected)
+    assert [*numbered(path)] == [15, 20, 24]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(held_out=24), r"^held_out: expected fewer than the 24 trajectories"),
+        (
+            dict(held_out=1, evaluate_every=3),
+            r"^held_out: expected at least 2 trajectories or pairs, with evaluate_every",
+        ),
+        (dict(evaluate_every=3), r"^held_out: expected at least 2 .*got 0"),
+        (dict(patience=3), r"^evaluate_every: expected a number, with patience"),
+        (dict(keep_checkpoints=3), r"^checkpoint: expected a file, with keep_checkpoints"),
+        (dict(callbacks=print), r"^callbacks: expected a list of functions of one TrainingEvent"),
+        (dict(callbacks=[lambda: None]), r"^callbacks: expected functions of one TrainingEvent"),
+    ],
+)
+def test_settings_that_do_not_go_together(change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        trained(**change)
