@@ -52,7 +52,8 @@ POLISHED = 512  # samples of a bank on which a solver is polished again, at most
 class Straightened:
     """What `straighten` returns.
 
-    student: the trained network in eval mode, with its averaged weights when `ema` is on.
+    student: the trained network in eval mode, with its averaged weights when `ema` is on: then a copy without wrappers,
+    or the student itself where it cannot be copied.
     history: lists of equal length: iteration, loss, lr, grad_norm; and `interval_loss`, one list of N a row, the mean
     loss of each interval since the last row (NaN for one that was not drawn).
     solver: of targets "solver" and "endpoint", the one to sample the student with: that which it was trained for, or
@@ -136,7 +137,7 @@ def straighten(
     Args:
         student: the network to train, in place; None trains a copy of the teacher (its conditional field, if guided).
             It may be compiled, or in DataParallel or DistributedDataParallel: files and copies are of what they wrap,
-            as is what `ema` returns.
+            as is what `ema` returns. It may be sharded by `fully_shard`, the network inside a `VelocityField`.
         velocity: the teacher; `VelocityField`, any callable `velocity(x, t)`, or a `FusedSampler`. It may be None
             where the bank is of pairs.
         schedule: from `calibrate`; its grid is the teacher's. It may begin later than a `grid` that is given. For
@@ -187,8 +188,9 @@ def straighten(
             `lr_scheduler`. On a GPU the weights are kept a second time, unless it is torch's Adam, AdamW, SGD or
             Adagrad with fused=True.
         clip: largest norm of the gradient, or None.
-        ema: decay of the averaged weights that are returned, or None to return the last ones. The average of weights of
-            bfloat16 or float16 is kept in float32.
+        ema: decay of the averaged weights that are returned, or None to return the last ones. Of the trained parameters
+            a second set is kept, of bfloat16 or float16 in float32; sharded ones stay so. They are returned in a copy
+            of the student, or, where copy.deepcopy does not make one (as of what is sharded), in the student itself.
         grid: the teacher's fine grid, for a schedule that has none.
         seed: of noise, samples, intervals and u. All but the noise are drawn where the bank is: on a GPU by a generator
             of its own, from seeds that the CPU's draws, so that they are others than on the CPU, the same in every run.

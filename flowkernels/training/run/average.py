@@ -1,51 +1,107 @@
 """The average of a student's weights over its training."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from flowkernels._checks import LOW
+from flowkernels._checks import LOW, expect
+from flowkernels.runtime.sharded import alike, local, reshard, whole
 from flowkernels.runtime.torch_private import lerp_each_
-from flowkernels.training.students.modules import copied
+from flowkernels.training.students.modules import expect_fits, plain_state, trained_by_name
+
+COUNT, PREFIX = "n_averaged", "module."  # in a state dict
 
 
-class Average(nn.Module):
+class Average:
     """Exponential moving average whose decay grows to `decay` as (1+n)/(10+n), so that short runs are not held back.
-    Buffers are the student's last.
 
-    module: a copy of the student with the averaged weights, those of bfloat16 and float16 in float32: a step of the
-    average is mostly smaller than their rounding, and would be lost. n_averaged: how many there were, on the CPU, of
-    which nothing has to be waited for. The state dict is that of torch's AveragedModel.
+    Of the trained parameters alone, of tied ones once; whatever else a student has is its last. Nothing of the student
+    is copied but these, and of sharded ones each process averages its shard.
+
+    weights: by names without wrappers, where the student's are; those of bfloat16 and float16 in float32: a step of the
+    average is mostly smaller than their rounding, and would be lost. n_averaged: how many there were.
     """
 
     def __init__(self, student: nn.Module, decay: float):
-        super().__init__()
-        self.module, self.decay = copied(student), decay
-        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device="cpu"))
-        groups: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
-        for own, p in zip(self.module.parameters(), student.parameters(), strict=True):
-            if own.dtype in LOW:
-                own.data = own.data.float()
-            alike = groups.setdefault((p.device, p.dtype), ([], []))
-            alike[0].append(own), alike[1].append(p)
+        self.decay, self.n_averaged, self._student = decay, 0, student
+        self._trained = trained_by_name(student)
+        self.weights = {name: _wide(p.detach().clone()) for name, p in self._trained.items()}
+        groups: dict[tuple, list[str]] = {}
+        for name, p in self._trained.items():
+            groups.setdefault((p.device, p.dtype), []).append(name)
         self._groups = list(groups.values())
-        self._held = list(zip(_holders(self.module), _holders(student), strict=True))
 
     @torch.no_grad()
     def update(self) -> None:
         """Add the student's weights as they are now."""
-        n = int(self.n_averaged)
+        n = self.n_averaged
         rate = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        for own, new in self._groups:
+        for names in self._groups:
+            own = [local(self.weights[name]) for name in names]
+            new = [local(self._trained[name]) for name in names]
             if n and own[0].is_floating_point():
                 lerp_each_(own, [p.to(own[0].dtype) for p in new] if new[0].dtype in LOW else new, 1 - rate)
             else:
                 for a, p in zip(own, new, strict=True):
                     a.copy_(p)
-        for (own, name), (part, _) in self._held:
-            getattr(own, name).copy_(getattr(part, name))
         self.n_averaged += 1
 
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The student with the averaged weights, in the block; then with its own again, bit for bit. Of memory a tensor
+        more at a time, and all of bfloat16 and float16."""
+        kept = {name: local(p.detach()).clone() for name, p in self._trained.items() if p.dtype in LOW}
+        try:
+            self._exchange(kept)
+            yield
+        finally:
+            self._exchange(kept, back=True)
 
-def _holders(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The module that has it and its name there, of each buffer: a forward may put another in its place."""
-    return [(part, name) for part in module.modules() for name, _ in part.named_buffers(recurse=False)]
+    @torch.no_grad()
+    def _exchange(self, kept: Mapping[str, Tensor], back: bool = False) -> None:
+        torch.clear_autocast_cache(), reshard(self._student)
+        for name, p in self._trained.items():
+            own, p = local(self.weights[name]), local(p)
+            if name in kept:
+                p.copy_(kept[name] if back else own)
+            else:
+                before = p.clone()
+                p.copy_(own), own.copy_(before)
+
+    @torch.no_grad()
+    def put(self, student: nn.Module) -> None:
+        """Write the averaged weights into the student or a copy of it."""
+        torch.clear_autocast_cache()
+        for name, p in trained_by_name(student).items():
+            p.copy_(alike(self.weights[name], p))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole, under the names of torch's AveragedModel."""
+        count = torch.tensor(self.n_averaged, dtype=torch.int64, device="cpu")
+        return {COUNT: count} | {PREFIX + name: whole(t) for name, t in self.weights.items()}
+
+    def expect(self, saved: Any, student: nn.Module, done: int) -> None:
+        """Raise unless a checkpoint's is such an average, of as many iterations. Those of before are of all of the
+        student's tensors, those of bfloat16 in it."""
+        own = {COUNT: torch.zeros((), dtype=torch.int64, device="cpu")}
+        own |= {PREFIX + name: t for name, t in self.weights.items()}
+        if isinstance(saved, Mapping) and not saved.keys() <= own.keys():
+            whole_student = {PREFIX + name: value for name, value in plain_state(student).items()}
+            own = whole_student | own
+        expect_fits(own, saved, "checkpoint")
+        n = int(saved[COUNT])
+        expect(n == done, "checkpoint", f"an average of {done} iterations", f"{n}")
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take what `expect` has found to fit."""
+        for name, own in self.weights.items():
+            local(own).copy_(local(alike(saved[PREFIX + name], own)))
+        self.n_averaged = int(saved[COUNT])
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in LOW else t

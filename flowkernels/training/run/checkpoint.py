@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flowkernels._checks import describe, expect
 from flowkernels._files import SUM, VALUES, damaged, expect_unchanged, warn_of_no_sum, whole_file
 from flowkernels._weights import read_torch
+from flowkernels.runtime.sharded import alike
 from flowkernels.runtime.torch_private import tree_leaves, tree_map
 from flowkernels.training.run.evaluations import EVALUATIONS, expect_evaluations
 from flowkernels.training.run.numbered import keep_numbered, numbered
@@ -267,6 +268,16 @@ def expect_optimizer_state(saved, opt, parameters: list[nn.Parameter], varies: C
             _expect_alike(have[key], value, f"{key!r} of parameter {i}")
             counts = key == "step" and not 0 <= float(have[key]) < math.inf
             _expect(not counts, "a number of steps", have[key])
+
+
+def load_optimizer_state(opt: torch.optim.Optimizer, saved: dict) -> None:
+    """Take the state that `expect_optimizer_state` has found to fit, sharded as the optimiser's own."""
+    own = opt.state_dict()
+    state = {
+        i: {key: alike(value, own["state"][i][key]) for key, value in have.items()}
+        for i, have in saved["state"].items()
+    }
+    opt.load_state_dict(own | {"state": state})
 
 
 def _expect_alike(have, want, what: str) -> None:

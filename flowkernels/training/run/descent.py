@@ -7,11 +7,13 @@ then, such as where the history has a row.
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import expect
+from flowkernels.runtime.sharded import is_sharded, local
 from flowkernels.runtime.torch_private import norms_of_each, scale_each_
 
 SKIPPING = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)  # with fused=True
@@ -108,7 +110,7 @@ class Descent:
             del self.optimizer.grad_scale, self.optimizer.found_inf
 
     def _stepped(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [local(p) for group in self.optimizer.param_groups for p in group["params"]]
 
     def _expect_finite(self, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -128,9 +130,22 @@ def skips(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def norm_of(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Of all of them as one vector, `[]`; on a device, where there are none."""
+    """Of all of them as one vector, `[]`, of sharded ones with all shards; on a device, where there are none."""
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device=device)
+    sharded = [t for t in tensors if is_sharded(t)]
+    if not sharded:
+        return _norm_of_plain(tensors)
+    meshes: dict[Any, list[Tensor]] = {}
+    for t in sharded:
+        meshes.setdefault(t.device_mesh, []).append(t)
+    norms = [torch.linalg.vector_norm(torch.stack(norms_of_each(there))).full_tensor() for there in meshes.values()]
+    if len(sharded) < len(tensors):
+        norms.append(_norm_of_plain([t for t in tensors if not is_sharded(t)]))
+    return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+
+
+def _norm_of_plain(tensors: list[Tensor]) -> Tensor:
     norms = norms_of_each(tensors)
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
@@ -140,6 +155,6 @@ def scale(gradients: list[Tensor], most: float, norm: Tensor) -> None:
     factor = (most / (norm + 1e-6)).clamp(max=1.0)
     by_device: dict[torch.device, list[Tensor]] = {}
     for g in gradients:
-        by_device.setdefault(g.device, []).append(g)
+        by_device.setdefault(g.device, []).append(local(g))
     for device, there in by_device.items():
         scale_each_(there, factor.to(device))

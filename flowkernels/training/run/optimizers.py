@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from flowkernels._checks import describe, expect
+from flowkernels.runtime.sharded import is_sharded
 from flowkernels.velocity.hashes import tensors_hash
 
 OPTIMIZER = "a function of parameters that returns an optimiser, or None"
@@ -16,7 +17,10 @@ PLACES = ("lr", "initial_lr", "params")  # of a group of parameters: what is no 
 def own_optimizer(make: Callable | None, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """The caller's optimiser of the parameters, or Adam."""
     if make is None:  # one kernel a step: 4 ms less a step for the digits network on 2 cores
-        return torch.optim.Adam(parameters, lr=lr, fused=parameters[0].device.type in ("cpu", "cuda"))
+        sharded = [p for p in parameters if is_sharded(p)]
+        plain = [p for p in parameters if not is_sharded(p)]
+        groups = [{"params": part} for part in (plain, sharded) if part]  # one kernel does not take both
+        return torch.optim.Adam(groups, lr=lr, fused=parameters[0].device.type in ("cpu", "cuda"))
     opt = make(parameters)
     if not (isinstance(opt, torch.optim.Optimizer) and hasattr(opt, "param_groups")):
         expect(False, "optimizer", OPTIMIZER, f"one that returns {describe(opt)}", TypeError)

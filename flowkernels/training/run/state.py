@@ -1,5 +1,6 @@
 """The state of a run: all that a checkpoint keeps, so that a resumed run is the uninterrupted one, bit for bit."""
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowkernels._checks import expect
+from flowkernels.runtime.sharded import whole_tree
 from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.run.average import Average
 from flowkernels.training.run.bank import RunBank
@@ -21,6 +22,7 @@ from flowkernels.training.run.checkpoint import (
     ROLLED_OUT,
     checks_of,
     expect_optimizer_state,
+    load_optimizer_state,
     write_checkpoint,
 )
 from flowkernels.training.run.evaluations import EVALUATIONS, Evaluations
@@ -28,7 +30,7 @@ from flowkernels.training.run.numbered import keep_numbered
 from flowkernels.training.run.pairs import RunPairs
 from flowkernels.training.run.schedulers import Scheduler
 from flowkernels.training.run.settings import Settings
-from flowkernels.training.students.modules import copied, expect_weights, load_weights, plain_state
+from flowkernels.training.students.modules import copied, load_weights, plain_state, whole_state
 from flowkernels.training.students.student import trained_parameters
 
 
@@ -41,6 +43,7 @@ class State:
     iteration: iterations done. history: columns of `Straightened.history`. totals, counts: float32 `[N]` where the
         student is, the losses of each interval since the last row, and their number.
     scheduler: of the learning rate; None where the settings have it.
+    in_place: the averaged weights come back in the student itself, as of one that shares weights with its teacher.
     steps: N. setting: what a resumed run must share, in plain values.
     rolled_out: the weights with which the student's own samples were taken last; None where none are, or not kept.
     began_at: how far the student's samples were from the teacher's before it was trained; None where nobody asks.
@@ -59,10 +62,11 @@ class State:
         seed: int,
         scheduler: Scheduler | None = None,
         evaluations: Evaluations | None = None,
+        in_place: bool = False,
     ):
         self.student, self.optimizer, self.bank, self.setting = student, optimizer, bank, setting
         self.scheduler = scheduler
-        self.average = None if ema is None else Average(student, ema)
+        self.average, self.in_place = None if ema is None else Average(student, ema), in_place
         self.generator = torch.Generator().manual_seed(seed)
         self.iteration, self.history = 0, {name: [] for name in HISTORY}
         self.rolled_out: dict[str, Any] | None = None
@@ -75,7 +79,7 @@ class State:
     def roll_out(self, objective: StraightenLoss, keep: bool) -> None:
         """Take the student's own samples of the bank. keep: its weights, for a checkpoint."""
         objective.roll_out(self.student, self.bank.states, self.bank.batch)
-        self.rolled_out = copy.deepcopy(plain_state(self.student)) if keep else None
+        self.rolled_out = copy.deepcopy(whole_state(self.student)) if keep else None
 
     def update_average(self) -> None:
         if self.average is not None:
@@ -104,12 +108,20 @@ class State:
         if self.evaluations is not None:
             self.evaluations.go_on()
 
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """The student with its averaged weights, where there are some, in a block; then with its own again."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
     def result(self) -> nn.Module:
-        """The student in eval mode, a copy with the averaged weights where there are some."""
+        """The student in eval mode, where there are averaged weights a copy with these: the student itself, with them,
+        where it is not to be copied or cannot be."""
         if self.average is None:
             return self.student.eval()
-        result = copied(self.student)
-        load_weights(result, self.average.module.state_dict())
+        result = self.student
+        if not self.in_place:
+            with contextlib.suppress(ValueError):
+                result = copied(self.student)
+        self.average.put(result)
         return result.eval()
 
     def contents(self) -> dict[str, Any]:
@@ -122,8 +134,8 @@ class State:
             "iteration": self.iteration,
             "history": self.history,
             "bank_noise": self.bank.noise_hash,
-            "student": plain_state(self.student),
-            "optimizer": self.optimizer.state_dict(),
+            "student": whole_state(self.student),
+            "optimizer": whole_tree(self.optimizer.state_dict()),
             "average": None if self.average is None else self.average.state_dict(),
             "bank_rng": self.bank.rng,
             "rng": self.generator.get_state(),
@@ -153,12 +165,10 @@ class State:
             varies = () if self.scheduler is None else self.scheduler.varies
             expect_optimizer_state(saved["optimizer"], self.optimizer, trained_parameters(self.student), varies)
             if self.average is not None:
-                expect_weights(self.average, saved["average"], "checkpoint")  # those of before were of bfloat16
-                done, n = saved["iteration"], int(saved["average"]["n_averaged"])
-                expect(n == done, "checkpoint", f"an average of {done} iterations", f"{n}")
+                self.average.expect(saved["average"], self.student, saved["iteration"])
                 self.average.load_state_dict(saved["average"])
             load_weights(self.student, saved["student"])
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
+            load_optimizer_state(self.optimizer, saved["optimizer"])
             if self.scheduler is not None:
                 self.scheduler.load(saved[LR_SCHEDULER])
             self.rolled_out, self.began_at = saved.get(ROLLED_OUT), saved.get(BEGAN_AT)

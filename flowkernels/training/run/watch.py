@@ -15,7 +15,7 @@ from flowkernels.training.run.events import TrainingEvent
 from flowkernels.training.run.held_out import HeldOut, sampled, undisturbed
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.run.state import State
-from flowkernels.training.students.modules import load_weights, plain_state
+from flowkernels.training.students.modules import load_weights, whole_state
 
 
 class Watch:
@@ -126,23 +126,17 @@ class Watch:
 @contextlib.contextmanager
 def as_returned(state: State) -> Iterator[nn.Module]:
     """The student in eval mode with the weights that would be returned now; afterwards it is as it was."""
-    student, kept = state.student, None
-    with undisturbed(student):
-        if state.average is not None:
-            kept = copy.deepcopy(plain_state(student))
-            load_weights(student, state.average.module.state_dict())
-        try:
-            yield student.eval()
-        finally:
-            if kept is not None:
-                load_weights(student, kept)
+    student = state.student
+    with undisturbed(student), state.averaged():
+        yield student.eval()
 
 
 def weights_to_return(state: State) -> dict[str, Any]:
     """Those, as a state dict of their own, on the CPU."""
-    weights = plain_state(state.student) if state.average is None else state.average.module.state_dict()
-    return {key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-            for key, value in weights.items()}  # fmt: skip
+    with state.averaged():
+        weights = whole_state(state.student)
+        return {key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+                for key, value in weights.items()}  # fmt: skip
 
 
 def result(state: State) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowkernels._checks import describe, expect
+from flowkernels.runtime.sharded import alike, class_of, reshard, whole
 from flowkernels.velocity import hashes
 
 unwrapped = functools.partial(hashes.unwrapped, of=hashes.IN_PLACE)  # what torch.compile or DDP wraps
@@ -52,6 +53,18 @@ def plain_state(module: nn.Module) -> dict[str, Any]:
     return {_plain(module, key): value for key, value in module.state_dict().items()}
 
 
+def whole_state(module: nn.Module) -> dict[str, Any]:
+    """`plain_state` with sharded tensors gathered, on the CPU: on every rank, which all wait for one another."""
+    return {key: whole(value) if isinstance(value, Tensor) else value for key, value in plain_state(module).items()}
+
+
+def trained_by_name(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained of it, tied weights once, under names without those of wrappers; as optimisers have it, sharded
+    where it is."""
+    reshard(module)
+    return {_plain(module, name): p for name, p in module.named_parameters() if p.requires_grad}
+
+
 def _plain(module: nn.Module | None, key: str) -> str:
     parts = []
     for part in key.split("."):
@@ -65,14 +78,19 @@ def _plain(module: nn.Module | None, key: str) -> str:
 def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Load what `expect_weights` has found to fit."""
     state = _without_prefix(module, state)
-    module.load_state_dict({key: state[_plain(module, key)] for key in module.state_dict()})
+    module.load_state_dict({key: alike(state[_plain(module, key)], own) for key, own in module.state_dict().items()})
 
 
 def expect_weights(module: nn.Module, state: Mapping[str, Any], name: str, exact: bool = False) -> None:
     """Raise unless the state dict has the module's names and shapes, and its dtypes, if not `exact` but for the width
     of floating-point ones."""
     expect(isinstance(state, Mapping), name, "a state dict", state)
-    own, state = plain_state(module), _without_prefix(module, state)
+    expect_fits(plain_state(module), _without_prefix(module, state), name, exact)
+
+
+def expect_fits(own: Mapping[str, Any], state: Any, name: str, exact: bool = False) -> None:
+    """The same of a state dict in place of the module's."""
+    expect(isinstance(state, Mapping), name, "a state dict", state)
     way_out = "; init='keep' starts from the student's own weights" if name == "student" else ""
     expected = f"weights that fit the student{way_out}"
     for key in sorted(own.keys() | state.keys(), key=str):
@@ -85,8 +103,8 @@ def expect_weights(module: nn.Module, state: Mapping[str, Any], name: str, exact
             got, wanted = ("none" if t is None else str(list(t.shape)) if isinstance(t, Tensor) else describe(t)
                            for t in (have, want))  # fmt: skip
             expect(False, name, expected, f"{key!r} of shape {got} for {wanted}")
-        alike = have.dtype == want.dtype or (not exact and have.is_floating_point() and want.is_floating_point())
-        expect(alike, name, expected, f"{key!r} of {have.dtype} for {want.dtype}")
+        fits = have.dtype == want.dtype or (not exact and have.is_floating_point() and want.is_floating_point())
+        expect(fits, name, expected, f"{key!r} of {have.dtype} for {want.dtype}")
 
 
 def _without_prefix(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -104,7 +122,7 @@ def architecture(module: nn.Module) -> str:
     parts = []
     for name, part in module.named_modules():
         if unwrapped(part) is part:
-            kind = hashes.class_name(type(part))
+            kind = hashes.class_name(class_of(part))
             known = kind.startswith(("torch.nn.", "flowkernels.training."))
             parts.append(f"{_plain(module, name)} {kind} {part.extra_repr() if known else ''}")
     weights = {k: [str(v.dtype), *v.shape] for k, v in plain_state(module).items() if isinstance(v, Tensor)}

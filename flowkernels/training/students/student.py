@@ -11,13 +11,22 @@ from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_takes
 from flowkernels._guidance import guided
 from flowkernels.ops.library import is_transformed
+from flowkernels.runtime.sharded import is_fully_sharded
 from flowkernels.runtime.torch_private import keeps_parametrized
 from flowkernels.training.students.average_velocity import AverageVelocity
 from flowkernels.training.students.blockwise import Blockwise
 from flowkernels.training.students.composite import Composite
-from flowkernels.training.students.modules import copied, expect_weights, load_weights, plain_state, unwrapped
+from flowkernels.training.students.modules import (
+    copied,
+    expect_weights,
+    load_weights,
+    plain_state,
+    trained_by_name,
+    unwrapped,
+)
 from flowkernels.training.students.precision import autocast
 from flowkernels.training.students.second_time import TwoTimes
+from flowkernels.training.students.unchanged import unchanged
 from flowkernels.velocity.evaluate import evaluate
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
@@ -55,7 +64,7 @@ def own_student(
 def expect_no_wrapped_field(velocity: Velocity, name: str) -> None:
     """A wrapper of a field hides its conditioning."""
     inner = unwrapped(velocity)
-    wrapped = inner is not velocity and isinstance(inner, VelocityBase)
+    wrapped = (inner is not velocity or is_fully_sharded(inner)) and isinstance(inner, VelocityBase)
     expected = "VelocityField(torch.compile(net), ...), the wrapper inside"
     expect(not wrapped, name, expected, type(velocity).__name__)
 
@@ -101,7 +110,7 @@ def initialise(student: nn.Module, velocity: Velocity, init) -> None:
 
 def trained_parameters(student: nn.Module) -> list[nn.Parameter]:
     """What an optimiser is given."""
-    parameters = [p for p in student.parameters() if p.requires_grad]
+    parameters = list(trained_by_name(student).values())
     expect(len(parameters) > 0, "student", "a module with trainable parameters", type(student).__name__)
     return parameters
 
@@ -211,20 +220,18 @@ def try_student(
     losses: Callable[..., Tensor],
     conditioning: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """A forward and backward pass of a copy, before the work of a bank; the caller's generators stay as they are.
+    """A forward and backward pass, before the work of a bank, after which the student and the caller's generators are
+    as they were.
 
     starts: states `[m, *shape]` of the first of n trajectories, and their conditioning.
     losses: (student, states, sample, n, conditioning) -> their mean, of the samples `[B]`.
     """
-    try:
-        net = copied(student).train()
-    except ValueError:  # not needed without an average
-        return
-    devices = [starts.device] if starts.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    devices = {t.device for t in itertools.chain([starts], student.parameters()) if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices), unchanged(student):
+        student.train()
         sample = torch.arange(batch, dtype=torch.int64, device=starts.device) % len(starts)
         given = None if conditioning is None else {key: rows[sample] for key, rows in conditioning.items()}
-        loss = losses(net, starts, sample, n, given)
+        loss = losses(student, starts, sample, n, given)
         try:
             loss.backward()
         except RuntimeError as e:

@@ -1,0 +1,273 @@
+"""Students of all kinds of weights: they train, are averaged, kept, resumed and come back as the bare network does."""
+
+import contextlib
+import math
+import threading
+
+import pytest
+import torch
+from test_straighten import Stopped, compiled_in_place, old, stop_after
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import flowkernels as fk
+from flowkernels.runtime.sharded import local
+from flowkernels.training.run.average import Average
+from flowkernels.training.run.descent import norm_of
+from flowkernels.training.students.unchanged import unchanged
+
+RUN = dict(noise=(4,), iterations=9, bank=16, batch=8, grid=6, warmup=0, lr=0.01, log_every=1, progress=False)
+SCHEDULE = fk.Schedule([0, 1 / 3, 1])
+
+
+class Net(nn.Module):
+    def __init__(self, seed, norm=lambda layer: layer):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.middle, self.last = norm(nn.Linear(5, 16)), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x, t):
+        h = self.first(torch.cat([x, t[:, None].to(x.dtype)], 1))
+        return self.last(self.middle(torch.tanh(h)).tanh())
+
+
+class Tied(Net):
+    """One weight under two names."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.again = nn.Linear(16, 16)
+        self.again.weight = self.middle.weight
+
+    def forward(self, x, t):
+        h = self.first(torch.cat([x, t[:, None]], 1))
+        return self.last(self.again(self.middle(torch.tanh(h)).tanh()).tanh())
+
+
+class Normed(Net):
+    """With numbers that training changes and that are no weights."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.norm, self.calls, self.seen = nn.BatchNorm1d(16), 0, []
+
+    def forward(self, x, t):
+        self.calls += 1
+        self.seen.append(len(x))
+        h = self.norm(self.first(torch.cat([x, t[:, None]], 1)))
+        return self.last(self.middle(torch.tanh(h)).tanh())
+
+
+class Functional(Net):
+    """Whose last layer's weights are handed to a function."""
+
+    def forward(self, x, t):
+        h = self.middle(torch.tanh(self.first(torch.cat([x, t[:, None]], 1)))).tanh()
+        return torch.func.functional_call(self.last, dict(self.last.named_parameters()), (h,))
+
+
+class Extra(Net):
+    """With state that is no tensor, which training changes."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.state = {"calls": 0, "kept": torch.arange(3)}
+
+    def forward(self, x, t):
+        self.state = self.state | {"calls": self.state["calls"] + self.training}
+        return super().forward(x, t)
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+class Locked(Net):
+    """That cannot be copied."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.lock = threading.Lock()
+
+
+def frozen(net):
+    net.first.requires_grad_(False)
+    return net
+
+
+def sharded(net, *parts):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (*(getattr(net, name) for name in parts), net):
+        fully_shard(part, mesh=mesh)
+    return net
+
+
+def with_middle(net, wrap):
+    net.middle = wrap(net.middle)
+    return net
+
+
+def compiled(net):
+    return torch.compile(net, backend="eager")
+
+
+def field(seed):
+    return fk.VelocityField(Net(seed))
+
+
+def low(net):
+    return fk.VelocityField(net.bfloat16(), dtype=torch.bfloat16)
+
+
+KINDS = {  # each with the bare one
+    "compiled": (lambda seed: compiled(Net(seed)), Net),
+    "compiled in place": (lambda seed: compiled_in_place(Net(seed)), Net),
+    "DDP": (lambda seed: DistributedDataParallel(Net(seed)), Net),
+    "DDP of compiled": (lambda seed: DistributedDataParallel(compiled(Net(seed))), Net),
+    "DDP, its middle": (lambda seed: with_middle(Net(seed), DistributedDataParallel), Net),
+    "DDP in a field": (lambda seed: fk.VelocityField(DistributedDataParallel(Net(seed))), field),
+    "DDP of BatchNorm": (lambda seed: DistributedDataParallel(Normed(seed)), Normed),
+    "FSDP2": (lambda seed: sharded(Net(seed), "first", "middle"), Net),
+    "FSDP2, its middle": (lambda seed: with_middle(Net(seed), sharded), Net),
+    "FSDP2 in a field": (lambda seed: fk.VelocityField(sharded(Net(seed), "first")), field),
+    "FSDP2, compiled": (lambda seed: compiled(sharded(Net(seed))), Net),
+    "FSDP2, tied": (lambda seed: sharded(Tied(seed)), Tied),
+    "FSDP2, frozen": (lambda seed: sharded(frozen(Net(seed)), "first", "middle"), lambda seed: frozen(Net(seed))),
+    "FSDP2, bfloat16": (lambda seed: low(sharded(Net(seed))), lambda seed: low(Net(seed))),
+    "tied": (Tied, Tied),
+    "BatchNorm": (Normed, Normed),
+    "functional": (Functional, Net),
+    "extra state": (Extra, Net),
+    "a lock": (Locked, Net),
+    "weight_norm": (lambda seed: Net(seed, nn.utils.parametrizations.weight_norm),) * 2,
+    "weight_norm, old": (lambda seed: Net(seed, old(nn.utils.weight_norm)),) * 2,
+}
+ALONE = ("functional", "extra state", "a lock", "FSDP2, its middle")  # whose checkpoints are no others'
+IN_PLACE = ("FSDP2", "a lock")  # what comes back is the student itself
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def run(student, **settings):
+    settings = RUN | dict(init="keep") | settings
+    return fk.straighten(student, Net(0).eval(), SCHEDULE, **settings)
+
+
+def answers(result):
+    with torch.no_grad():
+        x, t = torch.linspace(-2, 2, 24).view(6, 4), torch.linspace(0, 1, 6)
+        return result.student(x, t).float()
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_students(kind, ema, tmp_path):
+    make, bare = KINDS[kind]
+    path, expected = tmp_path / "run.pt", run(bare(1), ema=ema)
+    student = make(1)
+    whole = run(student, ema=ema)
+    exact = not kind.startswith("FSDP2")  # of which the norm of the gradient is rounded otherwise
+    close = dict(rtol=0, atol=0) if exact else dict(rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(answers(whole), answers(expected), **close)
+    assert whole.history["loss"] == pytest.approx(expected.history["loss"], rel=0 if exact else 1e-5)
+
+    in_place = ema is None or kind.startswith(IN_PLACE)
+    assert (whole.student is student) == in_place
+    assert in_place or "torch" not in f"{type(whole.student)} {type(getattr(whole.student, 'net', None))}"
+    assert not whole.student.training
+
+    # one that is interrupted and goes on, in the same kind and in the bare one
+    settings = dict(ema=ema, checkpoint=path, checkpoint_every=3)
+    stopped = make(1)
+    stopped.register_forward_pre_hook(stop_after(6))
+    with pytest.raises(Stopped):
+        run(stopped, **settings)
+    saved = path.read_bytes()
+    resumed = run(make(5), **settings)
+    assert resumed.history == whole.history
+    assert torch.equal(answers(resumed), answers(whole))
+    names = torch.load(path, weights_only=True)["student"].keys()
+    assert names - {"_extra_state"} == bare(1).state_dict().keys()
+    if kind not in ALONE:
+        path.write_bytes(saved)
+        torch.testing.assert_close(answers(run(bare(5), **settings)), answers(expected), **close)
+
+
+AVERAGED = {
+    "plain": Net,
+    "tied": Tied,
+    "bfloat16": lambda seed: low(Net(seed)),
+    "FSDP2": lambda seed: sharded(Net(seed), "first"),
+    "FSDP2, bfloat16": lambda seed: low(sharded(Net(seed))),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGED)
+def test_an_average_in_a_block(kind):
+    """The student has it there, and after it its own weights, bit for bit, whatever happened."""
+    student = AVERAGED[kind](1)
+    average, parameters = Average(student, 0.9), list(student.parameters())  # without a pass, sharded
+    first = [local(p).detach().clone() for p in parameters]
+
+    def answer():
+        with torch.no_grad():
+            return student(torch.ones(3, 4), torch.zeros(3))
+
+    average.update()
+    with torch.no_grad():
+        for p in parameters:
+            local(p).add_(0.5)
+    average.update()
+    last, own = answer(), [local(p).detach().clone() for p in parameters]
+    kept = average.state_dict()
+    with contextlib.suppress(ZeroDivisionError), average.applied():
+        for p, a, b in zip(parameters, first, own, strict=True):
+            expected = torch.lerp(a.float(), b.float(), 1 - 2 / 11).to(p.dtype)
+            assert torch.equal(local(p), expected)
+        assert not torch.equal(answer(), last)
+        raise ZeroDivisionError
+    assert torch.equal(answer(), last)
+    assert all(torch.equal(local(p), before) for p, before in zip(parameters, own, strict=True))
+    assert all(torch.equal(value, kept[name]) for name, value in average.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["plain", "FSDP2"])
+def test_a_pass_that_leaves_a_student_as_it_was(kind):
+    """Gradients, buffers, modes, and what a module counts and keeps."""
+    student = Normed(1) if kind == "plain" else sharded(Normed(1), "first")
+    x, t = torch.ones(3, 4), torch.zeros(3)
+    student(x, t).sum().backward()
+    student.norm.eval()
+    gradients = [p.grad for p in student.parameters()]
+    buffers = {name: b.clone() for name, b in student.named_buffers()}
+    with contextlib.suppress(ZeroDivisionError), unchanged(student):
+        assert all(p.grad is None for p in student.parameters())
+        student.train()
+        student(2 * x, t).square().sum().backward()
+        student.number = 3
+        raise ZeroDivisionError
+    assert all(p.grad is g for p, g in zip(student.parameters(), gradients, strict=True))
+    assert all(torch.equal(b, buffers[name]) for name, b in student.named_buffers())
+    assert (student.calls, student.seen, student.norm.training, student.training) == (1, [3], False, True)
+    assert not hasattr(student, "number")
+
+
+def test_the_norm_of_gradients_that_are_sharded_and_not():
+    net = with_middle(Net(1), sharded)
+    net(torch.ones(3, 4), torch.zeros(3)).sum().backward()
+    gradients = [p.grad for p in net.parameters()]
+    assert {isinstance(g, DTensor) for g in gradients} == {True, False}
+    expected = math.sqrt(sum(local(g).double().square().sum() for g in gradients))
+    assert norm_of(gradients, torch.device("cpu")).item() == pytest.approx(expected, rel=1e-6)
+    assert norm_of([g for g in gradients if isinstance(g, DTensor)], torch.device("cpu")).item() < expected
