@@ -430,7 +430,7 @@ def test_a_student_of_bfloat16_in_autocast(tmp_path):
     settings = dict(autocast=torch.bfloat16, init="keep", checkpoint_every=5)
     whole = trained(small_net(1).bfloat16(), **settings)
     assert whole.history["loss"][-1] < whole.history["loss"][0]
-    assert all(p.dtype == torch.float32 for p in Average(small_net(1).bfloat16(), 0.9).parameters())
+    assert all(p.dtype == torch.float32 for p in Average(small_net(1).bfloat16(), 0.9).weights.values())
     path = tmp_path / "run.pt"
     net = small_net(1).bfloat16()
     net.register_forward_pre_hook(stop_after(15))
