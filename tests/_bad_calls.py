@@ -961,6 +961,19 @@ def _stages(cal) -> None:
         schedule=(2, lambda v: v in (2, 3) or isinstance(v, fk.Schedule)),
     )
     place("TrajectoryBank.ends", lambda count: filled.ends(count, 2), count=(2, is_int(1, N)))
+    place(
+        "TrajectoryBank.trajectories",
+        lambda sample: filled.trajectories(sample, 2),
+        sample=(
+            torch.tensor([0, N - 1]),
+            lambda v: (
+                isinstance(v, torch.Tensor)
+                and v.dtype == torch.int64
+                and v.dim() == 1
+                and bool(((v >= 0) & (v < N)).all())
+            ),
+        ),
+    )
     place("TrajectoryBank.refresh", filled.refresh, fraction=(0.5, within(0, 1, ends="(]")))
     place("StraightenLoss.roll_out", learned.roll_out, student=student, states=known, chunk=(None, or_none(is_int(1))))
     place(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _fastgen
 import pytest
 import torch
 
@@ -111,6 +112,17 @@ def test_fsdp2_trainer(tmp_path, monkeypatch):
     killed, alone = (torch.load(tmp_path / f"{name}.pt") for name in ("killed", "alone"))
     for key, weight in alone.items():
         torch.testing.assert_close(killed[key], weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["straighten", "kd"])
+def test_fastgen_trainer(method, tmp_path, monkeypatch):
+    """With a stand-in for FastGen."""
+    _fastgen.install(monkeypatch)
+    options = ["--grid", "16", "--size", "64", "--iterations", "150", "--method", method, "--out", str(tmp_path)]
+    found = script("fastgen_trainer")(options)
+    monkeypatch.delattr("flowkernels.integrations.fastgen.StraightenModel")
+    assert found["difference"] < 1e-5
+    assert method == "kd" or found["trained"] < 0.9 * found["untrained"]
 
 
 @pytest.mark.parametrize(("name", "option"), [("policy", "--calls"), ("own_trainer", "--iterations")])

@@ -23,6 +23,7 @@ from flowkernels._checks import (
     expect_real,
     expect_room,
     expect_text,
+    expect_values,
 )
 from flowkernels._files import damaged, plain
 from flowkernels.runtime.ranks import Group, Ranks
@@ -408,6 +409,28 @@ class TrajectoryBank:
         """Of the states at these knots of samples, gathered."""
         ends = self._there(self._store.ends(first, last, self._own.places(sample))).to(self._state_dtype)
         return BankBatch(ends, self._there(interval), self._there(sample), True, size=self.size, **more)
+
+    def trajectories(self, sample: Tensor, schedule: Any = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Some of them, for a trainer that makes its own batches: their states at the knots of one schedule
+        `[N+1, B, *shape]`, float32 or float64, and their conditioning, on the device.
+
+        sample: int64 `[B]`, of `size`; with a group of `own` alone.
+        """
+        places = self._knots.choose(schedule)
+        expect_values(sample, "sample", (torch.int64,))
+        kept = self._own.trajectories("cpu")
+        inside = sample.dim() == 1 and bool(torch.isin(sample.cpu(), kept).all())
+        expect(inside, "sample", f"an index [B] of {self.size} trajectories, those that are here", sample)
+        self._expect_filled()
+        here = self.device if self._store.kind == "device" else torch.device("cpu")
+        sample = sample.to(here)
+        knots, found = self._on(places, here), []
+        for k in range(0, len(places), 2):  # two at a time
+            last = min(k + 1, len(places) - 1)
+            first, second = (knots[i].expand(len(sample)) for i in (k, last))
+            found.append(self._store.ends(first, second, self._own.places(sample))[: last - k + 1])
+        states = self._there(torch.cat(found)).to(self._state_dtype)
+        return states, self._conditioning(sample)
 
     def states(self, schedule: Any = None, count: int | None = None) -> Tensor:
         """All states at the knots of one schedule, `[N+1, n, *shape]`, float32 or float64, on the device: those that
