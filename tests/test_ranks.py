@@ -35,6 +35,7 @@ def shares(rank: int) -> list[str]:
                     assert y.dtype == dtype
         assert ranks.total(torch.tensor(1.5)) == 1.5 * world
         assert ranks.total(torch.zeros(0, 3)).shape == (0, 3)
+        assert ranks.total(torch.ones(1).expand(4)[:1].as_strided((1,), (0,))) == world
         parts = torch.randn(world, 9, generator=draw)
         assert torch.equal(ranks.total(parts[rank]), sum(parts[1:], parts[0]))
         assert ranks.of_each(rank) == list(range(world))

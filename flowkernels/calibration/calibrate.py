@@ -1,10 +1,10 @@
 """Calibrate: roll out, step costs and schedules in one streamed call."""
 
 import contextlib
+import itertools
 import numbers
 import platform
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowkernels._casts import no_grad
 from flowkernels._checks import (
     expect,
     expect_bool,
@@ -29,6 +28,7 @@ from flowkernels._files import expect_target, plain
 from flowkernels._guidance import told
 from flowkernels._version import __version__
 from flowkernels._warnings import held_warnings, warn
+from flowkernels.calibration.agreed import expect_agreed
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import BELLMAN, FITTED, UNIFORM, Calibration
 from flowkernels.calibration.effort import BEST, EFFORTS, SCHEDULE, Budget, try_plans
@@ -41,6 +41,7 @@ from flowkernels.calibration.tried import FAILURES
 from flowkernels.evaluation.bootstrap import mean_interval
 from flowkernels.evaluation.endpoint import endpoint_error, endpoint_errors
 from flowkernels.ops.library import fresh
+from flowkernels.runtime.ranks import Group, Ranks, by_ranks, ranks_of
 from flowkernels.sampling.loop import initial_state
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.sampling.sample import sample
@@ -56,7 +57,7 @@ CHUNK_BYTES = 256 << 20  # velocities of one chunk of samples
 KEEP_BYTES = 512 << 20  # states and velocities that stay
 
 
-@no_grad
+@by_ranks
 def calibrate(
     velocity: Velocity,
     noise: Tensor,
@@ -77,6 +78,7 @@ def calibrate(
     resume: bool = True,
     progress: bool = True,
     seed: int | None = None,
+    group: Group | None = None,
 ) -> Calibration:
     """The schedule of least cost for each number of steps: roll out, step costs and Bellman, streamed in chunks.
 
@@ -136,12 +138,19 @@ def calibrate(
             False starts anew.
         progress: show a progress bar.
         seed: the seed that `noise` was made with, for the provenance.
+        group: a `torch.distributed.ProcessGroup`, such as `torch.distributed.group.WORLD`, whose processes all make
+            this call with the same arguments and a whole velocity each: every one evaluates its part of the samples,
+            and returns the same, bit for bit. What differs between them is an error before any work, as far as there
+            are hashes. The first one writes `checkpoint`, warns and shows progress; another number of processes may go
+            on from that file. The budget is of all together.
 
     Returns:
         Calibration. No schedule costs more than the uniform one on the same grid; `best(N)` is what to use.
 
     Raises:
         TypeError, ValueError: naming the argument; for NaN or Inf, the sample and the step.
+        TimeoutError, ConnectionError: where a process of the group has not come within its timeout, or has ended or
+            raised an error: which one. Files are as they were, or the last checkpoint.
 
     Examples:
         >>> noise = torch.randn(64, 2)
@@ -149,7 +158,7 @@ def calibrate(
         >>> cal[2].steps, bool(cal[2].cost < cal[2].uniform_cost)
         (2, True)
     """
-    given = resolve(velocity)
+    given, ranks = resolve(velocity), ranks_of(group)
     times = expect_times(grid, "grid")
     expect_noise(noise)
     K, n = len(times) - 1, len(noise)
@@ -172,12 +181,13 @@ def calibrate(
     if asked := teacher_error is not None:
         teacher_error = expect_int(teacher_error, "teacher_error", "a number of samples, or 0", 0)
     progress, resume = (expect_bool(b, k) for b, k in ((progress, "progress"), (resume, "resume")))
+    progress = progress and ranks.is_first
     expect_choice(effort, "effort", EFFORTS)
     for name, value in (("evaluations", evaluations), ("minutes", minutes)):
         expect(value is None or effort == BEST, name, f"None, except with effort={BEST!r}", value)
     if minutes is not None:
         minutes = expect_real(minutes, "minutes", "a positive number of minutes", lambda m: m > 0)
-    path = None if checkpoint is None else expect_target(checkpoint, "checkpoint")
+    path = None if checkpoint is None or not ranks.is_first else expect_target(checkpoint, "checkpoint")
     seed = None if seed is None else expect_seed(seed)
     if verify_noise is not None:
         _expect_other_noise(verify_noise, noise, given)
@@ -185,8 +195,16 @@ def calibrate(
     velocity = teacher.velocity
     warn_if_training(velocity)
 
+    expect_agreed(
+        *(ranks, velocity),
+        **dict(noise=noise, verify_noise=verify_noise, grid=times, steps=wanted, forced_knots=forced_knots),
+        **dict(teacher_solver=solver, max_regret=max_regret, teacher_error=teacher_error, effort=effort, chunk=chunk),
+        **dict(evaluations=evaluations, minutes=minutes, keep_bytes=keep_bytes, resume=resume, seed=seed),
+        checkpoint=checkpoint is not None,
+        sampler_weights=None if teacher.fused is None else str(teacher.fused.weights),
+    )
     provenance = _provenance(velocity, noise, K, seed) | entry_of(solver, teacher_solver)
-    rolled_out = _Trajectories(teacher, noise, keep_bytes)
+    rolled_out = _Trajectories(teacher, noise, keep_bytes, ranks)
     too_few, wanted_kept = "keep_bytes" if n > 1 else "noise", f"two samples whose trajectories are kept, for {effort}"
     expect(rolled_out.most > 1 or effort == SCHEDULE, too_few, wanted_kept, f"{rolled_out.most}")
     own, kept = price_of(solver, teacher_solver == HEUN, forced), rolled_out.most
@@ -197,7 +215,7 @@ def calibrate(
     if teacher_error is None:
         few = OWN_SAMPLES if evaluations is None else min(OWN_SAMPLES, (evaluations - least) // (20 * own))
         teacher_error = min(few, kept) if effort == BEST else 0
-    budget = Budget.of(evaluations, minutes)
+    budget = Budget.of(evaluations, minutes, ranks)
     size, euler = group_size(n) if max_regret is None else 1, solver.is_euler
     samples = SampleCosts(times, size, device=noise.device, secants=not euler)
     looks = [] if max_regret is None else _looks(n)
@@ -210,8 +228,8 @@ def calibrate(
     attributes = provenance["attributes_sha256"]
     if attributes is not None and path is not None:  # and the names of hooks and of what else has no hash
         attributes = " ".join([attributes, *velocity.identify(weights=False).unread])
-    done = Progress(path, setting, attributes, {"forced_knots": forced_knots.tolist()})
-    if resume and path is not None and path.exists():
+    done = Progress(path, setting, attributes, {"forced_knots": forced_knots.tolist()}, ranks)
+    if ranks.from_first(resume and path is not None and path.exists()):
         rolled_out.restore(done.load(samples, rolled_out.x))
     parts = list(_parts(n, chunk, [rolled_out.most, *looks]))
     expect(any(done.samples == stop for _, stop in [(0, 0), *parts]), "checkpoint", "whole chunks", done.samples)
@@ -225,16 +243,16 @@ def calibrate(
         for start, stop in parts:
             if stop > done.samples:
                 begun = time.perf_counter()
-                x, v = rolled_out.trajectories(start, stop, bar)
+                grams, pieces, dtype = rolled_out.grams(samples, start, stop, bar)
                 took = (time.perf_counter() - begun) / (stop - start) / rolled_out.evaluations
                 with done.changes():
-                    samples.update(v, None if euler else x)
-                    done.add_samples(samples, rolled_out.kept_so_far(), v.dtype)
+                    samples.add(grams, pieces)
+                    done.add_samples(samples, rolled_out.kept_so_far(), dtype)
             else:
                 bar.update(rolled_out.evaluations)
             if stop in looks and stop >= done.samples:
                 schedules = least_cost_schedules(samples.cost(), times, wanted, forced_knots=forced_knots)
-                if stable := max(samples.regrets(schedules, forced).values()) <= max_regret:
+                if stable := ranks.from_first(max(samples.regrets(schedules, forced).values()) <= max_regret):
                     break
     cost = samples.cost()
     provenance |= {"velocity_dtype": done.velocity_dtype}
@@ -245,12 +263,14 @@ def calibrate(
     if max_regret is not None:
         reason = "schedules stable" if stable else "all samples used"
         provenance |= {"n": stop, "n_given": n, "max_regret": max_regret, "stopped": reason}
+    found = samples.with_intervals(least_cost_schedules(cost, times, wanted, forced_knots=forced_knots))
+    cost, found, gram = ranks.from_first((cost.cpu(), found, samples.gram.cpu()))
     cal = Calibration(
         times,
-        cost.cpu(),
-        samples.with_intervals(least_cost_schedules(cost, times, wanted, forced_knots=forced_knots)),
+        cost,
+        found,
         provenance,
-        samples.gram.cpu(),
+        gram,
         kept=rolled_out.kept(stop),
         sample_costs=samples,
         forced_knots=forced_knots,
@@ -262,7 +282,7 @@ def calibrate(
             ends, first = None if cal.kept is None else cal.kept.x[-1, :teacher_error], noise[:teacher_error]
             first = first if ends is None else first[: len(ends)]
             try:
-                cal.teacher_error = measured_teacher_error(cal, velocity, first, n, chunk, ends)
+                cal.teacher_error = measured_teacher_error(cal, velocity, first, n, chunk, ends, ranks)
             except FAILURES:  # at times between those of the grid
                 if asked:
                     raise
@@ -271,7 +291,7 @@ def calibrate(
             spent += own * len(first) if teacher_error else 0
             try_plans(given, cal, wanted, effort, chunk, done, progress, budget, spent, took)
         if verify_noise is not None:
-            _verify(cal, given, verify_noise, wanted, chunk, n, done)
+            _verify(cal, given, verify_noise, wanted, chunk, n, done, ranks)
     return cal
 
 
@@ -297,24 +317,36 @@ def _expect_other_noise(verify_noise: Tensor, noise: Tensor, velocity: VelocityB
 
 
 def _verify(
-    cal: Calibration, velocity: VelocityBase, noise: Tensor, steps: list[int], chunk: int, n: int, done: Progress
+    cal: Calibration,
+    velocity: VelocityBase,
+    noise: Tensor,
+    steps: list[int],
+    chunk: int,
+    n: int,
+    done: Progress,
+    ranks: Ranks,
 ) -> None:
     """Endpoint errors on other noise than the calibration's, and a warning where one is worse than uniform steps'."""
     plans = {N: cal.choices(N) for N in steps}
     begun = done.verify(plans, noise)
     for start in range(begun, len(noise), chunk):
-        rows = slice(start, min(start + chunk, len(noise)))
-        part = velocity.rows(rows, n)
-        x1 = sample(part, noise[rows], cal.teacher_solver)
-        errors = {
-            N: {name: endpoint_errors(sample(part, noise[rows], plan), x1) for name, plan in of.items()}
-            for N, of in plans.items()
-        }
+
+        def errors_of(part: slice, start=start) -> Tensor:
+            rows = slice(start + part.start, start + part.stop)
+            field = velocity.rows(rows, n)
+            x1, of_each = (
+                sample(field, noise[rows], cal.teacher_solver),
+                [p for of in plans.values() for p in of.values()],
+            )
+            return torch.stack([endpoint_errors(sample(field, noise[rows], plan), x1) for plan in of_each]).cpu()
+
+        each = iter(ranks.shared(min(chunk, len(noise) - start), errors_of, 1))
         with done.changes():
-            done.add_errors(errors)
+            done.add_errors({N: {name: next(each) for name in of} for N, of in plans.items()})
     errors = done.errors()
     total = {N: {name: each.mean().item() for name, each in of.items()} for N, of in errors.items()}
-    cal.add_verified(total, {N: {name: mean_interval(each) for name, each in of.items()} for N, of in errors.items()})
+    between = {N: {name: mean_interval(each) for name, each in of.items()} for N, of in errors.items()}
+    cal.add_verified(*ranks.from_first((total, between)))
     rounding, said = 1e-12 * endpoint_error(noise, torch.zeros_like(noise)), []
     for name, what in ((BELLMAN, "Bellman schedule"), (FITTED, "fitted solver")):
         worse = [str(N) for N in steps if total[N].get(name, 0) > total[N][UNIFORM] + rounding]
@@ -333,7 +365,7 @@ def _warnings_once() -> Iterator[None]:
         yield
     for text in held:
         if not text.startswith(TRAINING):
-            warnings.warn(text, UserWarning, stacklevel=5)
+            warn(text, stacklevel=5)
 
 
 def _parts(n: int, chunk: int, cuts: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -351,14 +383,42 @@ class _Trajectories:
     evaluations: of a sample.
     """
 
-    def __init__(self, teacher: Teacher, noise: Tensor, keep_bytes: int):
-        self.teacher, self.noise, self.times = teacher, noise, teacher.solver.times
+    def __init__(self, teacher: Teacher, noise: Tensor, keep_bytes: int, ranks: Ranks):
+        self.ranks, self.teacher, self.noise, self.times = ranks, teacher, noise, teacher.solver.times
         self.knots = None if teacher.solver.is_euler else KnotStates.of(teacher.solver)
         self.evaluations = (self.knots or teacher.solver).evaluations
         state = initial_state(noise[:1])
         self.most = min(len(noise), keep_bytes // (state.nbytes * (2 * len(self.times) - 1)))
         self.x = self._new(len(self.times), self.most, state) if self.most else None
         self.v = self.scratch = self.states = None
+
+    def grams(self, costs: SampleCosts, start: int, stop: int, bar) -> tuple[Iterable[Tensor], list[int], torch.dtype]:
+        """Of the samples from start to stop, which are the next ones of `costs`, what its `add` takes, and the dtype of
+        velocities. Of several ranks each rolls out some of them; all keep what is kept."""
+        n, ranks, pieces = stop - start, self.ranks, costs.pieces(stop - start)
+        if ranks.is_alone:
+            x, v = self.trajectories(start, stop, bar)
+            return costs.grams_of(v, pieces, x if costs.secants else None), pieces, v.dtype
+        pieces, cuts = _divided(pieces, ranks.size)
+        begin, end = cuts[ranks.rank : ranks.rank + 2]
+        own = [p for p, last in zip(pieces, itertools.accumulate(pieces), strict=True) if begin < last <= end]
+
+        def rolled_out() -> tuple[Tensor, Tensor] | None:
+            if not own:
+                return None
+            x, v = self.trajectories(start + begin, start + end, bar)
+            return v, torch.stack(list(costs.grams_of(v, own, x if costs.secants else None)))
+
+        v, grams = ranks.tried(rolled_out) or (None, None)
+        grams = ranks.gathered(grams, len(pieces))
+        if stop <= self.most:
+            mine, rows = slice(start + begin, start + end), slice(start, stop)
+            x = ranks.gathered(self.x[:, mine] if own else None, n, 1)
+            v = ranks.gathered(v, n, 1)
+            self.x[:, rows] = x
+            self._kept(rows, v[0]).copy_(v)
+        dtype = v.dtype if v is not None else None
+        return grams, pieces, next(d for d in ranks.of_each(dtype) if d is not None)
 
     def trajectories(self, start: int, stop: int, bar) -> tuple[Tensor | None, Tensor]:
         """States and velocities of the samples from start to stop, all kept or none: `[K+1, stop - start, *shape]`,
@@ -420,6 +480,17 @@ class _Trajectories:
         if self.states is None or self.states.shape[1] < len(like):
             self.states = self._new(len(self.times), len(like), like)
         return self.states[:, : len(like)]
+
+
+def _divided(pieces: list[int], ranks: int) -> tuple[list[int], list[int]]:
+    """(the pieces, some of them as two, where ranks begin and end) of equal parts, or nearly, where whole pieces make
+    these."""
+    n, borders = sum(pieces), [0, *itertools.accumulate(pieces)]
+    cuts = [n * r // ranks for r in range(ranks + 1)]
+    near = [min(borders, key=lambda b: abs(b - cut)) for cut in cuts]
+    cuts = [b if abs(b - cut) <= n / (8 * ranks) else cut for b, cut in zip(near, cuts, strict=True)]
+    borders = sorted({*borders, *cuts})
+    return [b - a for a, b in itertools.pairwise(borders)], cuts
 
 
 def _provenance(velocity: VelocityBase, noise: Tensor, K: int, seed: int | None) -> dict:

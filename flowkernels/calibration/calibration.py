@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkernels._casts import no_grad
 from flowkernels._checks import (
     describe,
     expect,
@@ -34,6 +33,7 @@ from flowkernels._files import (
     warn_of_no_sum,
     whole_file,
 )
+from flowkernels.calibration.agreed import expect_agreed_fit
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.card import (
     BELLMAN,
@@ -52,6 +52,7 @@ from flowkernels.calibration.sample_costs import SampleCosts
 from flowkernels.calibration.teacher_error import SAMPLES, TeacherError, teacher_error
 from flowkernels.calibration.tried import PIPELINE, Tried, plan_hash, table
 from flowkernels.ops.cost_from_gram import cost_from_gram
+from flowkernels.runtime.ranks import Group, Ranks, by_ranks, ranks_of
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.sampling.teacher_solver import ENTRY, entry_of
 from flowkernels.schedule import Schedule, expect_steps
@@ -212,13 +213,14 @@ class Calibration(Measured, Mapping):
             plan.notes.setdefault(ENTRY, own)
         return plan
 
-    @no_grad
+    @by_ranks
     def find(
         self,
         steps: int | Iterable[int],
         *,
         objective: str = "squared",
         velocity: Velocity | None = None,
+        group: Group | None = None,
         **options: Any,
     ) -> dict[int, Schedule] | dict[int, Solver]:
         """Schedules or solvers for numbers of steps, by an objective of choice; all of one call from one table. They
@@ -230,6 +232,8 @@ class Calibration(Measured, Mapping):
                 "squared" (BOSS), "norm", "gits", "endpoint", "pairs", "student", "oss", "free" or "uniform". Their
                 docstrings say what each is, which options it has and what it costs.
             velocity: the teacher, for objectives that evaluate it (a `FusedSampler`'s own velocity is used).
+            group: a `torch.distributed.ProcessGroup` whose processes all make this call, each evaluating its part of
+                the samples: `calibrate`.
             options: those of the objective. Of those that evaluate, `samples` (the first ones; 64) and `chunk`, how
                 many rows are evaluated at once (all samples; of "student", "oss" and "free" those of several times, up
                 to 2.5 MiB of states).
@@ -251,16 +255,32 @@ class Calibration(Measured, Mapping):
         expect(not unknown, "options", f"{expected} for {objective!r}", f"{unknown}", TypeError)
         if "velocity" in allowed:
             options["velocity"] = velocity
-        plans = make(self, wanted, **options)
+        ranks = ranks_of(group)
+        if velocity is not None and not isinstance(group, Ranks):
+            expect_agreed_fit(
+                ranks, velocity, self, None, None, steps=wanted, objective=objective, options=str(options)
+            )
+        self.ranks = ranks
+        try:
+            plans = make(self, wanted, **options)
+        finally:
+            self.ranks = Ranks()
+        plans = ranks.from_first(plans)
         for plan in plans.values():
             self.expect_forced(plan.times, "objective")
         if objective == "squared":
             self.schedules.update(plans)
         return {n: self.marked(plan) for n, plan in plans.items()}
 
-    @no_grad
+    @by_ranks
     def measure_teacher(
-        self, velocity: Velocity, *, samples: int = SAMPLES, noise: Tensor | None = None, chunk: int | None = None
+        self,
+        velocity: Velocity,
+        *,
+        samples: int = SAMPLES,
+        noise: Tensor | None = None,
+        chunk: int | None = None,
+        group: Group | None = None,
     ) -> TeacherError:
         """The teacher's own error at t = 1, which is a floor under every error measured against it; `teacher_error`
         from then on, and in the file.
@@ -271,6 +291,8 @@ class Calibration(Measured, Mapping):
                 digits it was 0.046 (root mean square), of 128 it was 0.225.
             noise: `[n, *shape]`, for a calibration that keeps no trajectories: the teacher is rolled out on it anew.
             chunk: samples evaluated at once; None evaluates all.
+            group: a `torch.distributed.ProcessGroup` whose processes all make this call, each evaluating its part of
+                the samples: `calibrate`.
 
         Returns:
             TeacherError. By Euler's steps the distance to Heun's method on the same grid, 2K evaluations a sample;
@@ -301,7 +323,9 @@ class Calibration(Measured, Mapping):
             expect(list(noise.shape[1:]) == shape, "noise", f"samples of the calibration's shape {shape}", noise)
             start, ends, total = noise[:samples], None, len(noise)
         warn_if_another(velocity, known, stacklevel=5)
-        self.teacher_error = teacher_error(self, velocity, start, total, chunk, ends)
+        ranks = ranks_of(group)
+        expect_agreed_fit(ranks, velocity, self, noise, chunk, samples=samples)
+        self.teacher_error = teacher_error(self, velocity, start, total, chunk, ends, ranks)
         return self.teacher_error
 
     def choices(self, steps: int) -> dict[str, Schedule | Solver]:

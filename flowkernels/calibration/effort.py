@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from flowkernels.calibration.samples import Samples
 from flowkernels.calibration.selection import Candidate
 from flowkernels.calibration.stock import stock_solvers
 from flowkernels.calibration.tried import FAILURES, Tried, better, plan_hash, ranked
-from flowkernels.evaluation.endpoint import endpoint_errors
+from flowkernels.runtime.ranks import Ranks
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, adams_bashforth
 from flowkernels.velocity.protocol import VelocityBase
@@ -58,19 +58,23 @@ class Budget:
 
     evaluations: float | None
     deadline: float
+    ranks: Ranks = field(default_factory=Ranks)  # of which the first one's clock decides
 
     @classmethod
-    def of(cls, evaluations: int | None, minutes: float | None) -> "Budget":
+    def of(cls, evaluations: int | None, minutes: float | None, ranks: Ranks | None = None) -> "Budget":
         """From now on."""
+        ranks = ranks or Ranks()
         if minutes is None:
-            return cls(evaluations, math.inf)
-        return cls(math.inf if evaluations is None else evaluations, time.monotonic() + 60 * minutes)
+            return cls(evaluations, math.inf, ranks)
+        return cls(math.inf if evaluations is None else evaluations, time.monotonic() + 60 * minutes, ranks)
 
     def allows(self, spent: float, more: float, seconds_each: float) -> bool:
         return spent + more <= self.evaluations and self.in_time(more, seconds_each)
 
     def in_time(self, evaluations: float, seconds_each: float) -> bool:
-        return time.monotonic() + evaluations * seconds_each <= self.deadline
+        if self.deadline == math.inf:
+            return True
+        return self.ranks.from_first(time.monotonic() + evaluations * seconds_each <= self.deadline)
 
 
 def try_plans(
@@ -135,7 +139,7 @@ class Search:
         seconds_each: float,
     ):
         self.velocity, self.cal, self.chunk, self.done, self.budget = velocity, cal, chunk, done, budget
-        self.data = Samples.of(velocity, cal, None, chunk, proven=True)
+        self.data = Samples.of(velocity, cal, None, chunk, proven=True, ranks=budget.ranks)
         self.found: dict[int, list[Candidate]] = {}
         self.counted: set[str] = set()  # keys of tasks
         self.skipped: dict[str, str] = {}
@@ -206,7 +210,7 @@ class Search:
             options = {"velocity": self.velocity, "chunk": self.chunk, "samples": SAMPLES} if KNOTS[name] else {}
             try:
                 with held_warnings():  # of the very velocity; and what comes of them is measured
-                    plans = self.cal.find(steps, objective=name, **options)
+                    plans = self.cal.find(steps, objective=name, group=self.budget.ranks, **options)
             except FAILURES as e:
                 self.skipped[key] = f"{type(e).__name__}: {e}"
                 return
@@ -249,8 +253,7 @@ class Search:
             before, begun, solver = part.teacher.evaluations, time.perf_counter(), Solver.of(plan)
             past = (first,) if abs(solver.model_times[0].item() - part.start[1]) <= 1e-12 else ()
             try:
-                _, x = part.teacher.run(solver, start, past)
-                found = endpoint_errors(x, end).to("cpu", torch.float64)
+                found = part.errors_of(solver, start, end, past)
                 if not torch.isfinite(found).all():
                     raise ValueError("NaN or Inf in the samples")
             except FAILURES as e:
@@ -369,7 +372,7 @@ class Search:
         key, there = f"{N} {key}", self.found.setdefault(N, [])
         if key not in self.done.tried:
             kind, begun = key.split()[1], time.monotonic()
-            made = list(make())
+            made = self.budget.ranks.from_first(list(make()))  # with its seconds
             before, evaluations = self.took.get(kind, (0.0, 0.0)), sum(c.evaluations for c in made)
             self.took[kind] = before[0] + evaluations, before[1] + time.monotonic() - begun
             with self.done.changes():

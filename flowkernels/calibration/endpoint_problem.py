@@ -102,12 +102,50 @@ class EndpointProblem:
     """The endpoints of n samples: where a solver takes them, and derivatives of that.
 
     fit: how many of them, the first, are fitted; the others are held out.
+
+    Of several ranks each has its own of the fitted samples, a part of every window (`divide`): velocities, ends,
+    derivatives and `rows` are of these; errors are those of all, and Gram matrices the sums over all.
     """
 
     def __init__(self, data: Samples, fit: int, inverse: bool):
-        place = data.start[0]
-        self.data, self.fit = data, fit
-        self.begin, self.end = (data.state(i) for i in ((-1, place) if inverse else (place, -1)))
+        self.data, self.fit, self.ranks, self.places = data, fit, data.teacher.ranks, (data.start[0], -1)
+        if inverse:
+            self.places = -1, data.start[0]
+        self.begin, self.end = (data.state(i) for i in self.places)  # of all samples
+        self.divide(1)
+
+    def divide(self, windows: int) -> None:
+        """Into windows of about equal size, of which `rows` are some."""
+        bounds = [self.fit * w // windows for w in range(windows + 1)]
+        self.windows, self.own, self.own_fit = [slice(a, b) for a, b in itertools.pairwise(bounds)], self.data, self.fit
+        self.own_begin, self.own_end, self.mine, self._back, self._counted = self.begin, self.end, slice(None), None, 0
+        if self.ranks.is_alone:
+            return
+        of_each = [[self.ranks.part(b - a, r) for a, b in itertools.pairwise(bounds)] for r in range(self.ranks.size)]
+        each = [
+            torch.cat(
+                [torch.arange(a + p.start, a + p.stop, device="cpu") for a, p in zip(bounds, parts, strict=False)]
+            )
+            for parts in of_each
+        ]
+        self.mine, self._back = each[self.ranks.rank], torch.cat(each).argsort()
+        ends = list(itertools.accumulate((p.stop - p.start for p in of_each[self.ranks.rank]), initial=0))
+        self.windows, self.own_fit = [slice(a, b) for a, b in itertools.pairwise(ends)], len(self.mine)
+        self.own = self.data.own(self.mine)
+        self.own_begin, self.own_end = (t.index_select(0, self.mine.to(t.device)) for t in (self.begin, self.end))
+
+    def rows(self, turn: int, windows: int) -> slice:
+        """Of this rank's: a window, or for one of them all."""
+        return slice(0, self.own_fit) if windows == 1 else self.windows[turn % windows]
+
+    def _summed(self, t: Tensor) -> Tensor:
+        """Float64 on the CPU, over the ranks; what they have evaluated since the last time is counted."""
+        if self.ranks.is_alone:
+            return t
+        made, self._counted = self.own.teacher.evaluations - self._counted, self.own.teacher.evaluations
+        *_, made = found = self.ranks.total(torch.cat([t.flatten(), torch.tensor([made]).to(t)]))
+        self.data.teacher.evaluations += int(made)
+        return found[:-1].view(t.shape)
 
     @property
     def evaluations(self) -> int:
@@ -115,58 +153,75 @@ class EndpointProblem:
 
     def ends(self, solver: Solver) -> tuple[list[Tensor], Tensor]:
         """(velocities, ends) of the samples that are fitted."""
-        return self.data.teacher.run(solver, self.begin[: self.fit])
+        found = self.ranks.tried(lambda: self.own.teacher.run(solver, self.own_begin[: self.own_fit]))
+        if not self.ranks.is_alone:
+            self._counted += solver.evaluations * self.own_fit
+            self.data.teacher.evaluations += solver.evaluations * self.fit
+        return found
 
     def errors(self, x: Tensor) -> Tensor:
         """Squared distances of such ends, float64 `[fit]`, on the CPU."""
-        return endpoint_errors(x, self.end[: self.fit]).cpu()
+        errors = self.ranks.gathered(endpoint_errors(x, self.own_end[: self.own_fit]).cpu(), self.fit)
+        return errors if self._back is None else errors[self._back]
 
     def held_out(self, solver: Solver) -> Tensor:
         """The errors of the samples that are not fitted."""
         rows = slice(self.fit, self.data.n)
-        return endpoint_errors(self.data.teacher.run(solver, self.begin[rows], (), self.fit)[1], self.end[rows]).cpu()
+        return self.data.errors_of(solver, self.begin[rows], self.end[rows], (), self.fit)
 
     def can_keep(self, unknowns: Unknowns) -> bool:
         """Whether the derivatives of all fitted samples are few enough."""
-        return len(unknowns.places) * self.fit * self.begin[0].numel() <= KEPT
+        return len(unknowns.places) * self.fit * self.data.x[0, 0].numel() <= KEPT
 
     def gram(self, solver: Solver, unknowns: Unknowns, v: list[Tensor], rows: slice, weights: Tensor) -> Tensor:
         """The Gram matrix of the endpoint's derivatives and, last, of what is missing to the teacher's, float64
         `[P+1, P+1]`: over the samples `rows`, whose velocities v are, with weights `[.]`."""
-        total = 0
-        for part, whole in self._parts(rows):
-            some = [t[part] for t in v]
-            x = linear_update(self.begin[whole], some, solver.coefficients[-1].tolist(), scale=_last_scale(solver))
-            derivatives = self._of_part(solver, unknowns, some, x, whole)
-            total = total + self.gram_of(derivatives, x, whole, weights[part])
-        return total
+
+        def own() -> Tensor:
+            size = len(unknowns.places) + 1
+            total = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+            for part, whole in self._parts(rows):
+                some, last = [t[part] for t in v], solver.coefficients[-1].tolist()
+                x = linear_update(self.own_begin[whole], some, last, scale=_last_scale(solver))
+                derivatives = self._of_part(solver, unknowns, some, x, whole)
+                total = total + self._own_gram(derivatives, x, whole, weights[part])
+            return total
+
+        return self._summed(self.ranks.tried(own))
 
     def gram_of(self, derivatives: Tensor, x: Tensor, rows: slice, weights: Tensor) -> Tensor:
         """The same of derivatives `[P, ., *shape]` at the ends x."""
+        return self._summed(self.ranks.tried(lambda: self._own_gram(derivatives, x, rows, weights)))
+
+    def _own_gram(self, derivatives: Tensor, x: Tensor, rows: slice, weights: Tensor) -> Tensor:
         each = weights.sqrt().to(x).view(-1, *[1] * (x.dim() - 1))
         sums = x.new_zeros(len(derivatives) + 2, *x.shape)  # whose increments `velocity_gram` multiplies
         torch.mul(derivatives, each, out=sums[1:-1])
-        torch.sub(self.end[rows], x, out=sums[-1]).mul_(each)
+        torch.sub(self.own_end[rows], x, out=sums[-1]).mul_(each)
         return velocity_gram(sums.cumsum_(0)).cpu()
 
     def derivatives(self, solver: Solver, unknowns: Unknowns, v: list[Tensor], rows: slice) -> Tensor:
         """Of the ends of the samples `rows` by each unknown, `[P, ., *shape]`."""
-        found = []
-        for part, whole in self._parts(rows):
-            some = [t[part] for t in v]
-            x = linear_update(self.begin[whole], some, solver.coefficients[-1].tolist(), scale=_last_scale(solver))
-            found.append(self._of_part(solver, unknowns, some, x, whole))
-        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+        def own() -> Tensor:
+            found = [self.own_begin.new_zeros(len(unknowns.places), 0, *self.own_begin.shape[1:])]
+            for part, whole in self._parts(rows):
+                some, last = [t[part] for t in v], solver.coefficients[-1].tolist()
+                x = linear_update(self.own_begin[whole], some, last, scale=_last_scale(solver))
+                found.append(self._of_part(solver, unknowns, some, x, whole))
+            return found[1] if len(found) == 2 else torch.cat(found, 1)
+
+        return self.ranks.tried(own)
 
     def _parts(self, rows: slice) -> Iterator[tuple[slice, slice]]:
         """(places in `rows`, places in all) of the parts that are evaluated at once."""
-        for part in self.data.teacher.chunks(rows.stop - rows.start):
+        for part in self.own.teacher.chunks(rows.stop - rows.start):
             yield part, slice(rows.start + part.start, rows.start + part.stop)
 
     def _of_part(self, solver, unknowns, v, x, rows: slice) -> Tensor:
         found = x.new_zeros(len(unknowns.places), *x.shape)
         for i in range(solver.evaluations):
-            for row, derivative in self._derivatives(solver, unknowns, i, self.begin[rows], v, x, rows):
+            for row, derivative in self._derivatives(solver, unknowns, i, self.own_begin[rows], v, x, rows):
                 found[row] = derivative
         return found
 
@@ -182,7 +237,7 @@ class EndpointProblem:
                 if step == 0:
                     continue
                 state = linear_update(start, v[:i], b[i - 1][:i], scale=a[i - 1]) if i else start
-                change = self.data.teacher.at(state, solver.model_times[i].item() + step, rows.start).sub_(v[i])
+                change = self.own.teacher.at(state, solver.model_times[i].item() + step, rows.start).sub_(v[i])
                 if i == M - 1:
                     stacked.append((row, step, b[i][i] * change, None))
                 else:
@@ -199,12 +254,12 @@ class EndpointProblem:
                 yield row, derivative
 
     def _most_at_once(self, n: int, size: int) -> int:
-        chunk = self.data.teacher.chunk
+        chunk = self.own.teacher.chunk
         return chunk if chunk is not None else max(n, STACKED // max(size, 1))
 
     def _carried(self, solver, i: int, start, v, x, after, changes: list, rows: slice) -> list:
         """The changes of the state after evaluation i, carried on to the endpoint, evaluated in one batch."""
-        known, u, n = self.data.teacher, len(changes), len(start)
+        known, u, n = self.own.teacher, len(changes), len(start)
         teacher = self._repeated(u, rows)
         a, b = solver.start_coefficients.tolist(), solver.coefficients.tolist()
         states, made = torch.cat([after + change for _, _, change, _ in changes]), []
@@ -221,7 +276,7 @@ class EndpointProblem:
 
     def _repeated(self, u: int, rows: slice) -> Teacher:
         """The teacher of u copies of the samples `rows`."""
-        known = self.data.teacher
+        known = self.own.teacher
         order = torch.arange(rows.start, rows.stop, device="cpu") if known.order is None else known.order[rows]
         return Teacher(known.velocity, known.total, order=order.repeat(u), chunk=known.chunk)
 
@@ -231,13 +286,18 @@ class EndpointProblem:
         M, whole = solver.evaluations, unknowns.by / DIFFERENCES[0]
         if M == 1:
             return unknowns.by
-        start, a, b = self.begin[rows], solver.start_coefficients.tolist(), solver.coefficients.tolist()
-        x = linear_update(start, v[: M - 1], b[M - 2][: M - 1], scale=a[M - 2])
+        start, a, b = self.own_begin[rows], solver.start_coefficients.tolist(), solver.coefficients.tolist()
         now = solver.model_times[-1].item()
-        found = [
-            (self.data.teacher.at(x + h * whole * v[M - 2], now, rows.start) - v[-1]).div_(h * whole)
-            for h in DIFFERENCES
-        ]
-        off = [(one - other).double().square().sum().item() for one, other in itertools.pairwise(found)]
+
+        def own() -> Tensor:
+            x = linear_update(start, v[: M - 1], b[M - 2][: M - 1], scale=a[M - 2])
+            found = [
+                (self.own.teacher.at(x + h * whole * v[M - 2], now, rows.start) - v[-1]).div_(h * whole)
+                for h in DIFFERENCES
+            ]
+            off = [(one - other).double().square().sum().cpu() for one, other in itertools.pairwise(found)]
+            return torch.stack(off)
+
+        off = self._summed(self.ranks.tried(own)).tolist()
         least = min(range(len(off)), key=lambda k: off[k] if off[k] == off[k] else torch.inf)
         return DIFFERENCES[least] * whole

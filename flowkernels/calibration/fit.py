@@ -8,16 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_int, expect_positive_int, expect_real
 from flowkernels._warnings import warn
+from flowkernels.calibration.agreed import expect_agreed_fit
 from flowkernels.calibration.bellman import least_cost_schedules
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.calibration.samples import FOLDS, Samples
 from flowkernels.calibration.selection import Candidate, choose
 from flowkernels.calibration.stepwise import fit_steps
 from flowkernels.evaluation.bootstrap import mean_interval
-from flowkernels.evaluation.endpoint import endpoint_errors
+from flowkernels.runtime.ranks import Group, by_ranks, ranks_of
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, adams_bashforth
 from flowkernels.velocity.protocol import Velocity
@@ -26,7 +26,7 @@ RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from what the sums o
 EULER, ADAMS, FITTED = "euler", "adams-bashforth 2", "fitted"
 
 
-@no_grad
+@by_ranks
 def fit_solver(
     velocity: Velocity,
     calibration: Calibration,
@@ -41,6 +41,7 @@ def fit_solver(
     inverse: bool = False,
     teacher: Velocity | None = None,
     chunk: int | None = None,
+    group: Group | None = None,
 ) -> Solver:
     """The multistep solver whose states are, by least squares, the teacher's at the knots. No training.
 
@@ -70,6 +71,8 @@ def fit_solver(
         inverse: a solver from data to noise, fitted to the teacher's states in turn.
         teacher: what the calibration was made with, where `velocity` is another.
         chunk: samples evaluated at once; None evaluates all.
+        group: a `torch.distributed.ProcessGroup` whose processes all make this call, each evaluating its part of the
+            samples: `calibrate`.
 
     Returns:
         Solver, the best of the three methods. Its notes: "held_out", the endpoint error of each (mean squared L2
@@ -108,8 +111,11 @@ def fit_solver(
     free_start = None if free_start is None else expect_bool(free_start, "free_start")
     inverse = expect_bool(inverse, "inverse")
     place = place_on_grid(calibration, starts[0], "schedule", plans[0])
-    data = Samples.of(velocity, calibration, noise, chunk, folds=folds, start=place, teacher=teacher)
-    return calibration.marked(_best_fit(data, plans, order, ridge, free_start, inverse))
+    ranks = ranks_of(group)
+    settings = dict(steps=steps, schedule=plans, folds=folds, order=order, ridge=ridge, free_start=free_start)
+    expect_agreed_fit(ranks, velocity, calibration, noise, chunk, teacher, inverse=inverse, **settings)
+    data = Samples.of(velocity, calibration, noise, chunk, folds=folds, start=place, teacher=teacher, ranks=ranks)
+    return calibration.marked(ranks.from_first(_best_fit(data, plans, order, ridge, free_start, inverse)))
 
 
 WAYS = {"": (False,), ", free start": (False, True)}  # of fits: whether x_0's coefficient is free, to choose from
@@ -164,8 +170,7 @@ def _best_fit(
     start, end = (some.state_at(t) for t in fit.plan.times[[0, -1]].tolist())
     tried = [replace(fit, name=FITTED, errors=fit.errors[places])]
     for name, solver in methods.items():
-        _, x = some.teacher.run(solver, start, [some.velocity_at_start(inverse)])
-        tried.append(Candidate(name, solver, endpoint_errors(x, end).cpu()))
+        tried.append(Candidate(name, solver, some.errors_of(solver, start, end, [some.velocity_at_start(inverse)])))
     data.teacher.evaluations = some.teacher.evaluations
     rounding = 1e-12 * end.double().square().flatten(1).sum(1).mean().item()  # below it a fit is as good as any
     found = tried[choose([replace(c, errors=c.errors.clamp_min(rounding)) for c in tried]).best]

@@ -47,6 +47,7 @@ def minimised(
     Of the squared distance, the iterate with the least; else the last.
     """
     windows, turn = max(1, round(problem.fit / window)), 0
+    problem.divide(windows)
     v, x = problem.ends(solver)
     errors = problem.errors(x)
     if not torch.isfinite(errors).all():
@@ -62,7 +63,7 @@ def minimised(
         c = scale_at(min(1.0, skipped + spent / budget))
         scale = None if c is None else c * errors.median().item() or None
         weights, now = loss(errors, scale)
-        rows = slice(problem.fit * (turn % windows) // windows, problem.fit * (turn % windows + 1) // windows)
+        rows, own_weights = problem.rows(turn, windows), weights[problem.mine]
         if first:
             unknowns = replace(unknowns, by=problem.difference(solver, unknowns, [t[rows] for t in v], rows))
             first = False
@@ -71,9 +72,9 @@ def minimised(
             if windows == 1 and problem.can_keep(unknowns):
                 derivatives = problem.derivatives(solver, unknowns, v, rows)
         if derivatives is not None:
-            gram = problem.gram_of(derivatives, x, rows, weights)
+            gram = problem.gram_of(derivatives, x, rows, own_weights)
         else:
-            gram = problem.gram(solver, unknowns, [t[rows] for t in v], rows, weights[rows])
+            gram = problem.gram(solver, unknowns, [t[rows] for t in v], rows, own_weights[rows])
         progress()
         found = None
         for _ in range((2 if corrected or windows > 1 else ATTEMPTS) if torch.isfinite(gram).all() else 0):

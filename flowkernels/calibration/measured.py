@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flowkernels._checks import expect, expect_mapping, expect_times, expect_values
 from flowkernels.calibration.sample_costs import SINGLES, SampleCosts
+from flowkernels.runtime.ranks import Ranks
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.sampling.teacher_solver import teacher_solver_of
 from flowkernels.schedule import forced_places
@@ -55,6 +56,7 @@ class Measured:
             expect(gram.shape == (rows, rows), "gram", f"shape {[rows, rows]}", gram)
         self.cost, self.provenance, self.gram, self.kept, self.sample_costs = cost, provenance, gram, kept, sample_costs
         self._norm_cost = norm_cost
+        self.ranks = Ranks()  # that evaluate for an objective, while it is sought
         self._of_kept: tuple | None = None  # the velocities and their version, and what was made of them
 
     @property

@@ -151,7 +151,7 @@ def _samples(
     n = min(expect_positive_int(samples, "samples"), cal.kept.x.shape[1])
     chunk = None if chunk is None else expect_positive_int(chunk, "chunk")
     total = cal.provenance.get("n_given", cal.provenance["n"])
-    return cal.kept.x[:, :n], cal.kept.v[:, :n], Teacher(velocity, total, chunk=chunk)
+    return cal.kept.x[:, :n], cal.kept.v[:, :n], Teacher(velocity, total, chunk=chunk, ranks=cal.ranks)
 
 
 def _of_each(teacher: Teacher, x: Tensor) -> int:
@@ -160,10 +160,11 @@ def _of_each(teacher: Teacher, x: Tensor) -> int:
 
 
 @torch.inference_mode(False)  # which enables gradients too
-def _pulled(teacher: Teacher, x: Tensor, t: float, y: Tensor, h: float) -> Tensor:
-    """`(1 + h dv/dx)^T y` at x for each of the cotangents y `[probes, n, *shape]`."""
+def _pulled(teacher: Teacher, x: Tensor, t: float, y: Tensor, h: float, first: int) -> Tensor:
+    """`(1 + h dv/dx)^T y` at x, the states of the samples from `first` on, for each of the cotangents y
+    `[probes, n, *shape]`."""
     found = y.clone()
-    for rows, field in teacher.parts(len(x)):
+    for rows, field in teacher.parts(len(x), first):
         here = x[rows].detach().clone().requires_grad_()
         try:
             v = velocity_at(field, here, t)
@@ -198,9 +199,21 @@ def endpoint(
     """
     expect_positive_int(probes, "probes")
     x, v, teacher = _samples(cal, velocity, "endpoint", samples, chunk)
-    K, n, h, t = len(cal.times) - 1, x.shape[1], cal.times.diff().tolist(), cal.times[:-1].tolist()
+    K, n = len(cal.times) - 1, x.shape[1]
     draw = torch.Generator("cpu").manual_seed(0)
     y = torch.randint(2, (probes, *x[0].shape), generator=draw, device="cpu").to(x) * 2 - 1
+    mine = cal.ranks.part(n)  # of several ranks each goes through its own samples
+    sums = cal.ranks.total(
+        cal.ranks.tried(lambda: _pulled_errors(cal, teacher, x[:, mine], v[:, mine], y[:, mine], mine.start))
+    )
+    plans = least_cost_schedules((sums / (probes * n)).cpu(), cal.times, steps, forced_knots=cal.forced_knots)
+    return _noted(plans, "endpoint", (1 + 2 * probes) * (K - 1), samples=n, probes=probes)
+
+
+def _pulled_errors(cal: Measured, teacher: Teacher, x: Tensor, v: Tensor, y: Tensor, first: int) -> Tensor:
+    """Sums over samples and probes y `[probes, n, *shape]` of the squared error of a step, pulled back to its end."""
+    K, h, t = len(cal.times) - 1, cal.times.diff().tolist(), cal.times[:-1].tolist()
+    probes, n = y.shape[:2]
     times = cal.times.to(x.device)
     u, off = v.to(x.dtype), None
     if cal.secants:  # the increments are theirs, and e_j = u_j - v_j is in every step from j
@@ -211,7 +224,7 @@ def endpoint(
     beside = None if off is None else torch.zeros_like(inner)  # e_j . y_k at [j, k]
     for k in range(K, 0, -1):
         if k < K:
-            y = _pulled(teacher, x[k], t[k], y, h[k])
+            y = _pulled(teacher, x[k], t[k], y, h[k], first)
         for p in range(probes):
             inner[1:k, k, p] = (a[: k - 1] * y[p]).flatten(2).sum(-1, dtype=torch.float64)
             if off is not None:
@@ -223,9 +236,8 @@ def endpoint(
         errors = torch.cat([errors[1:], torch.zeros_like(errors[:1])])
         if off is not None:
             errors += span * beside[:k, k]
-        cost[:k, k] = errors.square().mean((1, 2))
-    plans = least_cost_schedules(cost.cpu(), cal.times, steps, forced_knots=cal.forced_knots)
-    return _noted(plans, "endpoint", (1 + 2 * probes) * (K - 1), samples=n, probes=probes)
+        cost[:k, k] = errors.square().sum((1, 2))
+    return cost
 
 
 @objective

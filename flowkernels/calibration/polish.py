@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_positive_int
+from flowkernels.calibration.agreed import expect_agreed_fit
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.calibration.fit import place_on_grid, schedule_on_grid
 from flowkernels.calibration.knots import descended
 from flowkernels.calibration.refine import ITERATIONS, ROBUST_FIRST, SQUARED, Refinement, halves, own_errors, refine
 from flowkernels.calibration.samples import Samples, folds_of
 from flowkernels.calibration.selection import Candidate, choose
+from flowkernels.runtime.ranks import Group, by_ranks, ranks_of
 from flowkernels.sampling.teacher import Teacher
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
@@ -25,7 +27,7 @@ from flowkernels.velocity.protocol import Velocity, resolve
 Plan = TypeVar("Plan", Solver, Schedule)  # what is given is what comes back
 
 
-@no_grad
+@by_ranks
 def polish(
     velocity: Velocity,
     calibration: Calibration,
@@ -39,6 +41,7 @@ def polish(
     teacher: Velocity | None = None,
     chunk: int | None = None,
     progress: bool = False,
+    group: Group | None = None,
 ) -> Plan:
     """Lower the endpoint error itself, from a solver or schedule that is good already. No gradients are taken.
 
@@ -63,6 +66,8 @@ def polish(
         teacher: what the calibration was made with, where `velocity` is another.
         chunk: samples evaluated at once; None evaluates all.
         progress: show a progress bar.
+        group: a `torch.distributed.ProcessGroup` whose processes all make this call, each evaluating its part of the
+            samples: `calibrate`.
 
     Returns:
         What was given, with other numbers; as it was where nothing is better on held-out samples. A Solver's notes tell
@@ -92,20 +97,28 @@ def polish(
     expect_positive_int(iterations, "iterations")
     expect_bool(robust, "robust"), expect_bool(start_coefficients, "start_coefficients")
     expect_bool(progress, "progress")
+    ranks = ranks_of(group)
+    settings = dict(samples=samples, iterations=iterations, robust=robust, start_coefficients=start_coefficients)
+    expect_agreed_fit(ranks, velocity, calibration, noise, chunk, teacher, start=start, **settings)
     if isinstance(start, Schedule):
         place = schedule_on_grid(calibration, start.steps, start, name="start").indices[0]
     else:
         place = place_on_grid(calibration, start.times.min().item(), "start", start)
         calibration.expect_forced(start.times, "start")
-    data = Samples.of(velocity, calibration, noise, chunk, most=samples, start=place, teacher=teacher)
+    data = Samples.of(velocity, calibration, noise, chunk, most=samples, start=place, teacher=teacher, ranks=ranks)
     weights = (SQUARED, ROBUST_FIRST) if robust else (SQUARED,)
     ways = [Refinement(w, free, iterations) for free in range(1 + start_coefficients) for w in weights]
     with tqdm(
-        total=3 * iterations if isinstance(start, Schedule) else None, desc="polish", disable=not progress, leave=False
+        total=3 * iterations if isinstance(start, Schedule) else None,
+        desc="polish",
+        disable=not progress or not ranks.is_first,
+        leave=False,
     ) as bar:
         if isinstance(start, Schedule):
-            return _knots_moved(data, calibration, start, iterations, bar.update)
-        return _polished(data, calibration.times, calibration.forced, start, ways, bar.update)[0]
+            found = _knots_moved(data, calibration, start, iterations, bar.update)
+        else:
+            found = _polished(data, calibration.times, calibration.forced, start, ways, bar.update)[0]
+    return start if found is start else ranks.from_first(found)
 
 
 def _polished(

@@ -18,6 +18,7 @@ from flowkernels._files import damaged, plain
 from flowkernels._warnings import warn
 from flowkernels.calibration.sample_costs import SampleCosts
 from flowkernels.calibration.tried import Tried, from_dict, to_dict, tried_of
+from flowkernels.runtime.ranks import Ranks
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.velocity.hashes import tensors_hash
@@ -34,14 +35,20 @@ class Progress:
     """A calibration's progress: samples rolled out, what was tried, and endpoint errors.
 
     It is written after the first part of the work, then as often as takes 5 % of the time, and when the work ends or is
-    interrupted. Without a path nothing is written.
+    interrupted. Without a path nothing is written. Of several ranks the first has a path, and reads for all.
 
     samples: how many are in the costs. tried: {key: [Candidate]}. fitted: what these depend on beside the setting.
     """
 
     def __init__(
-        self, path: Path | None, setting: Mapping[str, Any], attributes: str | None, fitted: Mapping[str, Any]
+        self,
+        path: Path | None,
+        setting: Mapping[str, Any],
+        attributes: str | None,
+        fitted: Mapping[str, Any],
+        ranks: Ranks | None = None,
     ):
+        self.ranks = ranks or Ranks()
         self.path, self.setting, self.attributes = path, json.loads(json.dumps(plain(dict(setting)))), attributes
         self.samples, self.velocity_dtype, self.tried, self.fitted = 0, "", {}, fitted
         self._costs: dict[str, Tensor] = {}
@@ -118,7 +125,11 @@ class Progress:
         states: `[K+1, most, *shape]`, such as are to be kept; None if none are. ValueError, naming the file, where it
         is of another calibration or none that was written.
         """
-        tensors, about = _weights.read(self.path, "checkpoint", WANTED, stacklevel=5)
+        if self.ranks.is_alone:
+            tensors, about = _weights.read(self.path, "checkpoint", WANTED, stacklevel=5)
+        else:
+            self.path = self.ranks.from_first(self.path)
+            tensors, about = self.ranks.first(lambda: _weights.read(self.path, "checkpoint", WANTED, stacklevel=7))
         kind, version = about.get("format"), about.get("version")
         expect(kind == FORMAT, "checkpoint", f"a file of format {FORMAT!r}", f"{self.path} of format {describe(kind)}")
         expect(version in ("1", VERSION), "checkpoint", f"version 1 or {VERSION}", f"{self.path} of version {version}")
@@ -153,6 +164,8 @@ class Progress:
             why = f"one with no hash of {', '.join(unknown)}" if unknown else "other attributes of its modules"
             why = why if self.attributes else "one that has no hash"
             warn(f"checkpoint: expected the velocity that {self.path} was made with, got {why}", stacklevel=4)
+        if not self.ranks.is_first:
+            self.path = None
         return self._kept
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -115,8 +115,35 @@ class SampleCosts:
     def update(self, v: Tensor, x: Tensor | None = None) -> "SampleCosts":
         """Add samples by their velocities `[K, n, *shape]`, which are finite; x: for secants, their states
         `[K+1, n, *shape]`."""
+        pieces = self.pieces(v.shape[1])
+        return self.add(self.grams_of(v, pieces, x), pieces)
+
+    def pieces(self, n: int) -> list[int]:
+        """How many of the next n samples, in turn, come to one group each."""
+        found, left, size, groups = [], n, self.size, self.groups
+        room = size - self._sizes[-1] if self._sizes else 0
+        while left:
+            if room <= 0:
+                if groups == self.most:
+                    groups, size = groups - groups // 2, 2 * size
+                groups, room = groups + 1, size
+            found.append(min(room, left))
+            left, room = left - found[-1], room - found[-1]
+        return found
+
+    def grams_of(self, v: Tensor, pieces: Sequence[int], x: Tensor | None = None) -> Iterator[Tensor]:
+        """Of the samples of each piece the Gram matrix, of velocities, and for secants states, as `update` takes."""
         first = 0
-        while first < v.shape[1]:
+        for piece in pieces:
+            rows = slice(first, first + piece)
+            # secants carry the rounding of the states, which only float64 sums cancel again
+            more = {} if x is None else {"x": x[:, rows], "times": self.times}
+            yield velocity_gram(v[:, rows] if x is None else v[:, rows].double(), **more)
+            first += piece
+
+    def add(self, grams: Iterable[Tensor], pieces: Sequence[int]) -> "SampleCosts":
+        """The next samples by their Gram matrices, of `pieces` or of parts of these."""
+        for gram, piece in zip(grams, pieces, strict=True):
             there = self._sizes[-1] if self._sizes and self._sizes[-1] < self.size else 0
             if not there:
                 if self.groups == self.most:
@@ -124,15 +151,10 @@ class SampleCosts:
                     self._grams[: len(pairs)] = pairs
                     self.size *= 2
                 self._sizes.append(0)
-            stop = min(first + self.size - there, v.shape[1])
-            part, group = v[:, first:stop], self.groups - 1
-            # secants carry the rounding of the states, which only float64 sums cancel again
-            more = {} if x is None else {"x": x[:, first:stop], "times": self.times}
-            gram = velocity_gram(part if x is None else part.double(), **more)
+            group = self.groups - 1
             self._grams[group] = self._grams[group] + gram if there else gram
             self._total += gram
-            self._sizes[-1] += stop - first
-            first = stop
+            self._sizes[-1] += piece
         return self
 
     def along(self, schedules: list[Schedule], norm: bool = False) -> Tensor:

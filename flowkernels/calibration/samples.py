@@ -8,12 +8,16 @@ from torch import Tensor
 
 from flowkernels._checks import expect, expect_noise, expect_positive_int
 from flowkernels.calibration.calibration import Calibration
-from flowkernels.sampling.rollout import rollout
+from flowkernels.calibration.tried import FAILURES
+from flowkernels.evaluation.endpoint import endpoint_errors
+from flowkernels.runtime.ranks import Ranks
+from flowkernels.sampling.rollout import Trajectory, rollout
 from flowkernels.sampling.teacher import Teacher
 from flowkernels.sampling.teacher_solver import KnotStates
+from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import warn_if_training
 from flowkernels.velocity.identity import warn_if_another
-from flowkernels.velocity.protocol import Velocity, resolve
+from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
 
 FOLDS = 4  # of a cross-validation
 
@@ -54,11 +58,13 @@ class Samples:
         start: int = 0,
         proven: bool = False,
         teacher: Velocity | None = None,
+        ranks: Ranks | None = None,
     ) -> "Samples":
         """Of those that a calibration keeps the first `most`, or of `noise`, rolled out anew; 2 or more.
 
         start: the place in the grid that they start from. proven: whether the velocity is for certain the one that the
         calibration was made with, whose first velocities are then the kept ones; teacher: that one, where it is not.
+        ranks: which evaluate together, and roll out together; every one has the states of all samples.
         Warns of a network that trains, and of another velocity, as the caller of the caller's caller.
         """
         expect(isinstance(calibration, Calibration), "calibration", "a Calibration", calibration, TypeError)
@@ -81,9 +87,9 @@ class Samples:
         proven = proven or warn_if_another(known_as, known, stacklevel=5)
         proven = noise is not None or (proven and known.get("sampler_weights") in (None, "torch.float32"))
         proven = proven and teacher is None  # a student has first velocities of its own
-        evaluated = Teacher(velocity, total, chunk=chunk)
+        evaluated = Teacher(velocity, total, chunk=chunk, ranks=ranks)
         if noise is not None:
-            kept = rollout(known_as.rows(slice(n), total), noise[:n], calibration.teacher_solver)
+            kept = _rolled_out(known_as, noise[:n], total, calibration.teacher_solver, evaluated.ranks)
             evaluated.evaluations = n * KnotStates.of(calibration.teacher_solver).evaluations
         times = calibration.times
         found = cls(evaluated, kept.x[:, :n], (start, times[start].item()), folds_of(n, folds), times)
@@ -95,11 +101,36 @@ class Samples:
         """The same samples, or some of them, in another order of their places."""
         places = torch.as_tensor(order, dtype=torch.int64, device="cpu")
         rows = places if self.teacher.order is None else self.teacher.order[places]
-        teacher = Teacher(self.teacher.velocity, self.teacher.total, order=rows, chunk=self.teacher.chunk)
-        teacher.evaluations = self.teacher.evaluations
+        known = self.teacher
+        teacher = Teacher(known.velocity, known.total, order=rows, chunk=known.chunk, ranks=known.ranks)
+        teacher.evaluations = known.evaluations
         known = {"first": self.first, "last": self.last}
         known = {name: v if v is None else v[places.to(v.device)] for name, v in known.items()}
         return replace(self, teacher=teacher, folds=self.folds[places], **known)
+
+    def own(self, order: Sequence[int] | Tensor) -> "Samples":
+        """The same, evaluated and counted by this process alone."""
+        found = self.in_order(order)
+        return replace(found, teacher=found.teacher.alone())
+
+    def errors_of(
+        self, solver: Solver, start: Tensor, end: Tensor, past: Sequence[Tensor] = (), first: int = 0
+    ) -> Tensor:
+        """Squared distances, float64 `[.]` on the CPU, of where a solver takes the samples from `first` on to the
+        states `end`, from the states `start`; past: as `Teacher.run` has it."""
+        alone = self.teacher.alone()
+
+        def made(rows: slice) -> Tensor:
+            _, x = alone.run(solver, start[rows], [v[rows] for v in past], first + rows.start)
+            return endpoint_errors(x, end[rows]).to("cpu", torch.float64)
+
+        try:
+            errors = self.teacher.ranks.shared(len(start), made)
+        except FAILURES:
+            self.teacher.evaluations += int(self.teacher.ranks.total(torch.tensor(alone.evaluations, device="cpu")))
+            raise
+        self.teacher.evaluations += (solver.evaluations - len(past)) * len(start)
+        return errors
 
     @property
     def n(self) -> int:
@@ -136,3 +167,14 @@ class Samples:
         j = int(torch.searchsorted(self.times, t))
         low, high = self.times[j - 1 : j + 1].tolist()
         return torch.lerp(self.state(j - 1), self.state(j), (t - low) / (high - low))
+
+
+def _rolled_out(velocity: VelocityBase, noise: Tensor, total: int, solver: Solver, ranks: Ranks) -> Trajectory:
+    """The first samples, of this many in all, each rank its part of them."""
+    if ranks.is_alone:
+        return rollout(velocity.rows(slice(len(noise)), total), noise, solver)
+    rows, of = ranks.part(len(noise)), None
+    if rows.stop > rows.start:
+        of = ranks.tried(lambda: rollout(velocity.rows(rows, total), noise[rows], solver))
+    x, v = (ranks.gathered(t, len(noise), 1) for t in ((None, None) if of is None else (of.x, of.v)))
+    return Trajectory(solver.times, x, v)

@@ -8,6 +8,7 @@ from torch import Tensor
 from flowkernels._checks import FLOATS, expect, expect_bool, expect_device, expect_room, expect_times, expect_values
 from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.ops.velocity_gram import velocity_gram
+from flowkernels.runtime.ranks import Group, Ranks
 
 
 class StepCost:
@@ -101,7 +102,9 @@ class StepCost:
         return cost_from_gram(self.gram / count, self.times, states=self.states)
 
 
-def step_costs(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | None = None) -> Tensor:
+def step_costs(
+    v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | None = None, *, group: Group | None = None
+) -> Tensor:
     """Cost of every possible step, the mean squared error of one jump `t_j -> t_k`.
 
     `c(j, k) = mean over samples |x_k - x_j - (t_k - t_j) v_j|^2`, the norm over all features.
@@ -110,6 +113,8 @@ def step_costs(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | Non
         v: velocities `[K, n, *shape]`, float32, float64, bfloat16 or float16.
         times: the K+1 knots (or K for a uniform grid).
         x: states `[K+1, n, *shape]`, where they are not the Euler steps of `v` on `times`.
+        group: a `torch.distributed.ProcessGroup` whose processes all make this call, each with samples of its own: the
+            costs are those of all samples, equal on all.
 
     Returns:
         float64 `[K+1, K+1]` on v's device, Inf where k <= j.
@@ -122,4 +127,9 @@ def step_costs(v: Tensor, times: int | Sequence[float] | Tensor, x: Tensor | Non
         0.0
     """
     expect_values(v, "v", FLOATS)
-    return StepCost(times, states=x is not None, device=v.device).update(v, x).cost()
+    ranks = Ranks(group)
+    with ranks.together("step_costs"):
+        costs = StepCost(times, states=x is not None, device=v.device).update(v, x)
+        ranks.expect_same({"times": costs.times.tolist(), "x": x is not None})
+        costs.state = ranks.total(costs.state)
+        return costs.cost()

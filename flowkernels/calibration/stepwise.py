@@ -43,25 +43,34 @@ def fit_steps(
     last one, and the end by another one's is the combination of the same velocities that it makes: an error of
     cross-validation takes no evaluation. Orders and ridges of a set are chosen without its fold too.
     """
-    goals = [data.state_at(t) for t in knots.tolist()]
+    ranks, mine = data.teacher.ranks, data.teacher.ranks.part(data.n)
+    own = data if ranks.is_alone else data.own(range(mine.start, mine.stop))  # samples, of which sums are of all
+    goals = [own.state_at(t) for t in knots.tolist()]
     x, N, h, any_free = goals[0], len(knots) - 1, knots.diff().tolist(), any(free_start)
-    folds = [(data.folds == f).nonzero().flatten().to(x.device) for f in range(int(data.folds.max()) + 1)]
-    F = len(folds)
+    F = int(data.folds.max()) + 1
+    folds = [(own.folds == f).nonzero().flatten().to(x.device) for f in range(F)]
     # increments of these rows: the first velocity, what velocities change by, what Euler leaves to be explained, x_0
     rows = x.new_zeros(N + 2 + any_free, *x.shape)
     b = torch.zeros(N, F + 1, N, dtype=torch.float64, device="cpu")
     a = torch.ones(N, F + 1, dtype=torch.float64, device="cpu")
     damping, chosen = torch.tensor(ridges, dtype=torch.float64, device="cpu"), []
-    for k in range(N):
-        rows[k + 1] = data.teacher.at(x, knots[k].item()) if k else data.velocity_at_start(bool(knots[0] > knots[1]))
-        expect_finite_flow(rows[k + 1], [rows[k + 1]], knots[k:])
+    at_start = data.velocity_at_start(bool(knots[0] > knots[1]))[mine]
+
+    def grams_of(k: int) -> Tensor:
+        rows[k + 1] = own.teacher.at(x, knots[k].item()) if k else at_start
+        expect_finite_flow(rows[k + 1], [rows[k + 1]], knots[k:], mine.start)
         torch.sub(goals[k + 1], x, out=rows[k + 2]).div_(h[k])
         if any_free:
             torch.add(rows[k + 2], goals[0], out=rows[k + 3])
+        return torch.stack([velocity_gram(rows[: k + 3 + any_free].index_select(1, f)).cpu() for f in folds])
+
+    for k in range(N):
+        grams = ranks.total(ranks.tried(lambda k=k: grams_of(k)))
+        if k and own is not data:
+            data.teacher.evaluations += data.n
         if k:
             b[k], a[k] = b[k - 1], a[k - 1]
         gaps = (b[k, F:, :k] - b[k, :, :k]) / h[k], (a[k, F:] - a[k]) / h[k]
-        grams = torch.stack([velocity_gram(rows[: k + 3 + any_free].index_select(1, f)).cpu() for f in folds])
         ways = [(p, free) for p in range(1, min(order, k + 1) + 1) for free in free_start]
         tried = [_step(grams, gaps, knots[: k + 2], p, damping, free) for p, free in ways]
         best = torch.stack([errors for errors, *_ in tried], 1).flatten(1).argmin(1)  # the first of equal ones
@@ -71,7 +80,7 @@ def fit_steps(
             a[k, j] += h[k] * more[j, r]
         chosen.append((p, None if ridges[r] == math.inf else ridges[r]))  # by all samples, the last
         x = linear_update(goals[0], list(rows[1 : k + 2]), b[k, F, : k + 1].tolist(), scale=a[k, F].item())
-    errors = torch.empty(data.n, dtype=torch.float64, device=x.device)
+    errors = torch.empty(own.n, dtype=torch.float64, device=x.device)
     for f, places in enumerate(folds):
         start, end, *v = (t.index_select(0, places) for t in (goals[0], goals[-1], *rows[1 : N + 1]))
         errors[places] = endpoint_errors(linear_update(start, v, b[-1, f].tolist(), scale=a[-1, f].item()), end)
@@ -79,7 +88,7 @@ def fit_steps(
     notes = {"orders": list(orders), "ridges": list(damped)}
     of_all, start = (t[:, F].clone(memory_format=torch.contiguous_format) for t in (b, a))  # which hashes can read
     solver = Solver(knots, knots[:-1], of_all, name, notes, start)
-    return Fitted(solver, errors.cpu())
+    return Fitted(solver, ranks.gathered(errors.cpu(), data.n))
 
 
 def _step(

@@ -12,6 +12,7 @@ from flowkernels._checks import expect, expect_numbers, expect_positive_int, exp
 from flowkernels.calibration.measured import Measured
 from flowkernels.evaluation.bootstrap import mean_interval
 from flowkernels.evaluation.endpoint import endpoint_errors
+from flowkernels.runtime.ranks import Ranks
 from flowkernels.sampling.sample import sample
 from flowkernels.sampling.teacher_solver import ENTRY, HEUN, heun
 from flowkernels.solver import Solver
@@ -96,7 +97,13 @@ def price_of(solver: Solver, named: bool, forced: Sequence[int]) -> int:
 
 
 def teacher_error(
-    cal: Measured, velocity: VelocityBase, start: Tensor, total: int, chunk: int | None, ends: Tensor | None = None
+    cal: Measured,
+    velocity: VelocityBase,
+    start: Tensor,
+    total: int,
+    chunk: int | None,
+    ends: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> TeacherError:
     """Of the first samples, from their states `start` at the grid's first time; `ends`: the teacher's own, if known.
 
@@ -105,11 +112,15 @@ def teacher_error(
     fast all of them converge, and the distance is extrapolated by that.
     """
     n, times, forced, solver = len(start), cal.times, cal.forced, cal.teacher_solver
-    order, factor = None, 1.0
+    order, factor, ranks = None, 1.0, ranks or Ranks()
+
+    def of_part(plan: Solver, rows: slice) -> Tensor:
+        begins = range(rows.start, rows.stop, chunk or n)
+        parts = (slice(i, min(i + (chunk or n), rows.stop)) for i in begins)
+        return torch.cat([sample(velocity.rows(part, total), start[part], plan) for part in parts])
 
     def at_end(plan: Solver) -> Tensor:
-        parts = (slice(i, min(i + (chunk or n), n)) for i in range(0, n, chunk or n))
-        return torch.cat([sample(velocity.rows(part, total), start[part], plan) for part in parts])
+        return ranks.shared(n, lambda rows: of_part(plan, rows))
 
     evaluations = 0
     if ends is None:
@@ -129,4 +140,5 @@ def teacher_error(
             factor = 1 / (1 - 2.0**-order) ** 2
     errors = factor * errors
     told = f"{reference.name} on {reference.steps} steps"
-    return TeacherError(errors.mean().item(), mean_interval(errors), n, evaluations, told, factor, order)
+    found = TeacherError(errors.mean().item(), mean_interval(errors), n, evaluations, told, factor, order)
+    return ranks.from_first(found)

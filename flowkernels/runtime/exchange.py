@@ -49,7 +49,7 @@ class Exchange:
         this rank's tensor, or where it has none on one of the kind that others have."""
         shape, is_far = () if t is None else tuple(t.shape), t is not None and t.device.type != "cpu"
         assert len(shape) <= DIMS
-        bytes_of = None if t is None else t.detach().contiguous().view(-1).view(torch.uint8)
+        bytes_of = None if t is None else _bytes_of(t.detach())
         nbytes = 0 if bytes_of is None else len(bytes_of)
         head = [status, turn, kind, nbytes, -1 if t is None else DTYPES.index(t.dtype), is_far, len(shape), *shape]
         head = torch.tensor(head + [0] * (HEAD - len(head)), dtype=torch.int64, device="cpu").view(torch.uint8)
@@ -83,3 +83,10 @@ class Exchange:
         if device is None and is_far:
             device = self._device(self.accelerator or "cuda")
         return Message(status, turn, kind, t.to(device or "cpu"), tuple(rest[:dims]), DTYPES[dtype], bool(is_far))
+
+
+def _bytes_of(t: Tensor) -> Tensor:
+    flat = t.contiguous().view(-1)
+    if len(flat) == 1:  # whose stride may be any number
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)

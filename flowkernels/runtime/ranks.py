@@ -51,6 +51,7 @@ class Ranks:
 
     def __init__(self, group: Group | None = None, name: str = "group"):
         self.seconds, self._turn, self._lost = 0.0, 0, None
+        self._raised: Exception | None = None
         self._interrupted, self._interrupted_at, self._sending = False, -ONE, False
         if group is None:
             self.group, self.size, self.rank = None, 1, 0
@@ -83,7 +84,7 @@ class Ranks:
         if self.is_alone:
             return make(slice(0, n))
         rows = self.part(n)
-        return self.gathered(self._tried(lambda: make(rows) if rows.stop > rows.start else None), n, dim)
+        return self.gathered(self.tried(lambda: make(rows) if rows.stop > rows.start else None), n, dim)
 
     def gathered(self, rows: Tensor | None, n: int, dim: int = 0) -> Tensor:
         """All n samples, of which `rows` are those of this rank, along a dimension, in the order of ranks; None for a
@@ -115,7 +116,7 @@ class Ranks:
         """What `make` makes on the first rank, plain values and tensors on the CPU; what it raises, every one does."""
         if self.is_alone:
             return make()
-        return self.from_first(self._tried(make) if self.is_first else None)
+        return self.from_first(self.tried(make) if self.is_first else None)
 
     def of_each(self, value: T) -> list[T]:
         """What each rank has, plain values."""
@@ -158,8 +159,10 @@ class Ranks:
                     self._leave(e)
                 raise
 
-    def _tried(self, make: Callable[[], T]) -> T:
-        """What is raised here, if anything, every rank raises."""
+    def tried(self, make: Callable[[], T]) -> T:
+        """What `make` makes, each rank for itself before an exchange: what one raises, every one does, there."""
+        if self.is_alone:
+            return make()
         try:
             return make()
         except KeyboardInterrupt:
@@ -167,6 +170,7 @@ class Ranks:
             self._all("done")
             raise
         except Exception as e:
+            self._raised = e
             self._all("done", _as_bytes(_picklable(e)), FAILED)
             raise
 
@@ -202,7 +206,7 @@ class Ranks:
             self._interrupted, self._interrupted_at = False, time.monotonic()
             raise _told(KeyboardInterrupt(f"on rank {rank}"))
         for rank, m in by_status[FAILED]:
-            e = _value(m)
+            e = self._raised if rank == self.rank else _value(m)
             e.__notes__ = [f"on rank {rank} of {self.size}"]  # which tracebacks show, since Python 3.11
             raise _told(e)
         if len({(m.turn, m.kind) for m in found}) != 1:

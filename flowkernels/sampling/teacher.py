@@ -1,5 +1,6 @@
 """`Teacher`: a velocity on the samples that it is asked about, at single times and along a solver."""
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from flowkernels._checks import expect_finite_flow
 from flowkernels._guidance import guided
 from flowkernels.ops.linear_update import linear_update
+from flowkernels.runtime.ranks import Ranks
 from flowkernels.sampling import loop
 from flowkernels.solver import Solver
 from flowkernels.velocity.evaluate import evaluate
@@ -47,6 +49,8 @@ class Teacher:
         solver: whose steps `flow` and `fused_flow` make.
         order: int64 `[n]`, on the CPU: the samples' places among these; None takes all as they come.
         chunk: samples evaluated at once; None evaluates all.
+        ranks: processes that evaluate together: each is asked for all samples, evaluates its part of them, and is given
+            those of all. But for `parts`, `flow` and `fused_flow`, which are of this one alone.
 
     fused: what makes all of the solver's steps in one call, of a velocity that has such; or None.
     evaluations: of single samples, so far; guidance makes no two of one.
@@ -61,17 +65,25 @@ class Teacher:
         solver: Solver | None = None,
         order: Tensor | None = None,
         chunk: int | None = None,
+        ranks: Ranks | None = None,
     ):
         given = resolve(velocity)
+        self.ranks = Ranks() if ranks is None else ranks
         self.fused, self.velocity = None if solver is None else given.fused_run(solver), given.unfused()
         self.total, self.solver, self.order, self.chunk, self.evaluations = total, solver, order, chunk, 0
         self._fields: dict[tuple[int, int], VelocityBase] = {}  # of samples from .. to
         self.takes_rows: bool | None = None
         self._knows_rows = False  # by more rows than samples
 
+    def alone(self) -> "Teacher":
+        """The same of this process alone, counted by itself."""
+        found = copy.copy(self)
+        found.ranks, found.evaluations = Ranks(), 0
+        return found
+
     def chunks(self, n: int) -> Iterator[slice]:
         """Parts of n samples that are evaluated at once."""
-        step = self.chunk or n
+        step = self.chunk or max(1, n)
         return (slice(begin, min(begin + step, n)) for begin in range(0, n, step))
 
     def parts(self, n: int, first: int = 0) -> Iterator[tuple[slice, VelocityBase]]:
@@ -93,10 +105,14 @@ class Teacher:
     def at(self, x: Tensor, t: float, first: int = 0) -> Tensor:
         """The velocities at one time t of the samples from `first` on, whose states are x `[n, *shape]`: guidance
         applied, in the state's dtype, in memory of their own."""
+        out = self.ranks.shared(len(x), lambda rows: self._at(x[rows], t, first + rows.start))
+        self.evaluations += len(x)
+        return out
+
+    def _at(self, x: Tensor, t: float, first: int) -> Tensor:
         out = torch.empty_like(x)
         for part, field in self.parts(len(x), first):
             out[part] = velocity_at(field, x[part], t)
-        self.evaluations += len(x)
         return out
 
     def at_times(self, x: Tensor, times: Sequence[float], first: int = 0) -> Tensor:
@@ -121,19 +137,16 @@ class Teacher:
     def _by_rows(self, x: Tensor, times: Sequence[float], first: int, most: int) -> Tensor | None:
         """None where the first such call shows that the velocity is another one there."""
         m, n = x.shape[:2]
-        states, out = x.flatten(0, 1), torch.empty_like(x)
-        rows, at = out.flatten(0, 1), torch.tensor(times, dtype=torch.float64, device="cpu").repeat_interleave(n)
-        samples = torch.arange(n, device="cpu").repeat(m) + first
-        for begin in range(0, m * n, most):
-            part = slice(begin, begin + most)
-            try:
-                rows[part] = velocity_at(self._field_of(samples[part]), states[part], at[part])
-            except Exception:
-                if self._knows_rows:
-                    raise
-                self.takes_rows = False
-                return None
-            self.evaluations += len(rows[part])
+        alone = self.alone()
+        try:
+            out = self.ranks.shared(n, lambda part: alone._all_rows(x[:, part], times, first + part.start, most), 1)
+        except Exception as e:
+            if self._knows_rows or isinstance(e, (ConnectionError, TimeoutError)):  # of ranks that are lost
+                raise
+            self.takes_rows = False
+            self.evaluations += int(self.ranks.total(torch.tensor(alone.evaluations, device="cpu")))
+            return None
+        self.evaluations += m * n
         if not self._knows_rows:
             self._knows_rows = self.takes_rows = _agree(self.at(x[-1], times[-1], first), out[-1])
         return out if self.takes_rows else None
@@ -157,6 +170,17 @@ class Teacher:
                 self.takes_rows = _agree(alone, together)
         return self.takes_rows
 
+    def _all_rows(self, x: Tensor, times: Sequence[float], first: int, most: int) -> Tensor:
+        m, n = x.shape[:2]
+        states, out = x.flatten(0, 1), torch.empty_like(x)
+        rows, at = out.flatten(0, 1), torch.tensor(times, dtype=torch.float64, device="cpu").repeat_interleave(n)
+        samples = torch.arange(n, device="cpu").repeat(m) + first
+        for begin in range(0, m * n, most):
+            part = slice(begin, begin + most)
+            rows[part] = velocity_at(self._field_of(samples[part]), states[part], at[part])
+            self.evaluations += len(rows[part])
+        return out
+
     def run(
         self, solver: Solver, start: Tensor, past: Sequence[Tensor] = (), first: int = 0
     ) -> tuple[list[Tensor], Tensor]:
@@ -164,11 +188,26 @@ class Teacher:
 
         past: the velocities of the first evaluations, where they are known: those are not made.
         """
+        if not self.ranks.is_alone:
+            return self._run_by_ranks(solver, start, past, first)
         v, b, a = list(past), solver.coefficients.tolist(), solver.start_coefficients.tolist()
         for i in range(len(v), solver.evaluations):
             x = linear_update(start, v, b[i - 1][:i], scale=a[i - 1]) if i else start
             v.append(self.at(x, solver.model_times[i].item(), first))
         return v, linear_update(start, v, b[-1], scale=a[-1])
+
+    def _run_by_ranks(
+        self, solver: Solver, start: Tensor, past: Sequence[Tensor], first: int
+    ) -> tuple[list[Tensor], Tensor]:
+        known, alone = len(past), self.alone()
+
+        def made(rows: slice) -> Tensor:
+            v, x = alone.run(solver, start[rows], [t[rows] for t in past], first + rows.start)
+            return torch.stack([*v[known:], x])
+
+        *v, x = self.ranks.shared(len(start), made, 1)
+        self.evaluations += (solver.evaluations - known) * len(start)
+        return [*past, *v], x
 
     def flow(
         self, x: Tensor, first: int = 0, *, out: Tensor | None = None, keep: bool = False
