@@ -27,6 +27,7 @@ from flowkernels.ops.recorded_calls import record_calls
 from flowkernels.runtime.backends import BackendError, backend, explain, not_built
 from flowkernels.runtime.observers import profile_ranges
 from flowkernels.sampling.invert import Inversion, invert
+from flowkernels.sampling.noise import noise
 from flowkernels.sampling.rollout import Trajectory, rollout
 from flowkernels.sampling.sample import sample
 from flowkernels.schedule import Schedule
@@ -94,6 +95,7 @@ __all__ = [
     "invert",
     "least_cost_schedules",
     "load_weights",
+    "noise",
     "plot",
     "polish",
     "profile_ranges",

@@ -616,7 +616,14 @@ def _schedules() -> None:
     v, x = (lambda: rand(3, N, D), is_noise), (lambda: rand(4, N, D), is_noise)
     place("StepCost.update", lambda v, x: fk.StepCost(3, states=True).update(v, x), v=v, x=x)
     place("StepCost.merge", lambda other: fk.StepCost(2).merge(other), other=(lambda: fk.StepCost(2), anything))
-    place("step_costs", fk.step_costs, v=v, times=(3, is_times), x=(x[0], or_none(is_noise)))
+    place(
+        "step_costs",
+        fk.step_costs,
+        v=v,
+        times=(3, is_times),
+        x=(x[0], or_none(is_noise)),
+        group=(None, or_none(nothing_else)),
+    )
     cost = (lambda: torch.ones(K + 1, K + 1, dtype=F64), is_dense(*FLOATS))
     place(
         "least_cost_schedules",
@@ -740,6 +747,17 @@ def _stages(cal) -> None:
         ),
         **dict(chunk=(None, or_none(is_int(1))), progress=bar, seed=(3, or_none(is_int(-(2**63), 2**64 - 1)))),
         **dict(checkpoint=(None, or_none(is_path)), resume=(False, is_flag)),
+        group=(None, or_none(nothing_else)),
+    )
+    place(
+        "noise",
+        fk.noise,
+        n=(N, is_int(1)),
+        shape=((2, 3), lambda v: isinstance(v, (list, tuple, torch.Size)) and all(is_int(1)(d) for d in v)),
+        seed=(3, is_int(-(2**63), 2**64 - 1)),
+        rows=(None, lambda v: v is None or (isinstance(v, slice) and v.step in (None, 1))),
+        dtype=(F32, is_one_of(F32, F64)),
+        device=("cpu", or_none(lambda v: isinstance(v, (str, torch.device)) and str(v) in ("cpu", "meta"))),
     )
     place(
         "cal.measure_teacher",
@@ -748,6 +766,7 @@ def _stages(cal) -> None:
         samples=(2, is_int(1)),
         noise=(None, or_none(is_noise)),
         chunk=(None, or_none(is_int(1))),
+        group=(None, or_none(nothing_else)),
     )
     place("Calibration.merge", fk.Calibration.merge, calibrations=(lambda: [cal], lambda v: v is cal or v == [cal]))
     place(
@@ -771,7 +790,13 @@ def _stages(cal) -> None:
     for objective, make in OBJECTIVES.items():
         args = {name: options[name] for name in list(inspect.signature(make).parameters)[2:]}
         called = (objective, is_one_of(*OBJECTIVES), "velocity", "options")
-        place(f"cal.find {objective}", cal.find, **dict(steps=((1, 2), is_steps), objective=called), **args)
+        place(
+            f"cal.find {objective}",
+            cal.find,
+            **dict(steps=((1, 2), is_steps), objective=called),
+            **args,
+            group=(None, or_none(nothing_else)),
+        )
     place("cal.save", cal.save, (OSError,), path=("c.json", is_path))
     cal.save("calibration.json")
     place(
@@ -809,6 +834,7 @@ def _stages(cal) -> None:
         free_start=(None, or_none(is_flag)),
         **dict(ridge=(None, or_none(within(0, ends="[)"))), inverse=(False, is_flag), chunk=(None, or_none(is_int(1)))),
         teacher=(None, or_none(is_function)),
+        group=(None, or_none(nothing_else)),
     )
     place(
         "polish",
@@ -819,6 +845,7 @@ def _stages(cal) -> None:
         **dict(noise=(None, or_none(is_noise)), chunk=(None, or_none(is_int(1)))),
         teacher=(None, or_none(is_function)),
         progress=bar,
+        group=(None, or_none(nothing_else)),
     )
 
     def of_loss(schedule):

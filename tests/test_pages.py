@@ -1,6 +1,7 @@
 """README.md, CONTRIBUTING.md and docs/: their Python runs as it stands there, on small networks and with small numbers;
 what they name exists; figures that are quoted are those of the page that they are from."""
 
+import functools
 import re
 import shlex
 import textwrap
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from _flows import normal
+from torch import distributed as dist
 from torch import nn
 
 import flowkernels as fk
@@ -108,6 +110,25 @@ def test_code_runs(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_the_code_of_many_devices_runs_in_a_group_of_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone = dict(backend="gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    monkeypatch.setattr(dist, "init_process_group", functools.partial(dist.init_process_group, **alone))
+    (code,) = blocks("docs/many-devices.md")
+    for large, small in {"(3, 32, 32)": "(4,)", "512": "16", "100": "24", '"best"': '"fit"'}.items():
+        assert large in code
+        code = code.replace(large, small)
+    names = dict(fk=fk, velocity=Policy().eval())
+    try:
+        exec(compile(code, "docs/many-devices.md", "exec"), names)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert names["x1"].shape == (16, 4)
+    assert Path("model.boss.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_the_code_of_straightening_runs():
     torch.manual_seed(0)
     nearest, with_labels = blocks("docs/straightening.md")[:2]
@@ -179,7 +200,12 @@ def test_the_code_of_watching_a_training_runs(tmp_path, monkeypatch):
 
 def test_every_page_with_code_is_run():
     """Diffusers' by test_solver_scheduler.py and pipelines/test_pipeline_velocity.py, with pipelines."""
-    assert {page for page in PAGES if blocks(page)} == {*CODE, "docs/straightening.md", "docs/diffusers.md"}
+    assert {page for page in PAGES if blocks(page)} == {
+        *CODE,
+        "docs/many-devices.md",
+        "docs/straightening.md",
+        "docs/diffusers.md",
+    }
 
 
 # ---- what is named ----

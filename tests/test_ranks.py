@@ -10,6 +10,7 @@ import torch
 from _ranks import in_ranks
 from torch import distributed as dist
 
+import flowkernels as fk
 from flowkernels.runtime.ranks import Ranks
 
 
@@ -159,3 +160,17 @@ def test_a_process_alone_sends_nothing():
     assert ranks.part(7) == slice(0, 7)
     with pytest.raises(TypeError, match=r"group: expected a torch\.distributed\.ProcessGroup"):
         Ranks(3)
+
+
+def test_noise_depends_on_the_seed_and_the_index_alone():
+    whole = fk.noise(1000, (2, 3), 7, dtype=torch.float64)
+    assert torch.equal(fk.noise(1000, (2, 3), 7), whole.float())
+    for rows in (slice(0, 1), slice(15, 17), slice(100, 140), slice(990, None), slice(5, 5), slice(-3, None)):
+        with torch.device("meta"):
+            assert torch.equal(fk.noise(1000, (2, 3), 7, rows=rows), whole[rows].float())
+    assert torch.equal(fk.noise(37, (2, 3), 7), whole[:37].float())
+    assert len(set(whole.flatten().tolist())) == whole.numel()
+    assert not set(whole.flatten().tolist()) & set(fk.noise(1000, (2, 3), 8, dtype=torch.float64).flatten().tolist())
+    many = fk.noise(20000, (3,), 0, dtype=torch.float64).flatten()
+    assert abs(many.mean()) < 5 / len(many) ** 0.5  # five standard errors
+    assert abs(many.var() - 1) < 5 * (2 / len(many)) ** 0.5

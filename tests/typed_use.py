@@ -102,6 +102,9 @@ def pieces(velocity: fk.Velocity, noise: Tensor) -> fk.Schedule:
     costs.update(trajectory.v)
     assert_type(costs.cost(), Tensor)
     assert_type(fk.step_costs(trajectory.v, trajectory.times), Tensor)
+    everywhere, drawn = torch.distributed.group.WORLD, fk.noise(64, (3, 32, 32), seed=0, rows=slice(0, 8))
+    of_all = fk.calibrate(velocity, drawn, 50, [4], group=everywhere)
+    assert_type(fk.fit_solver(velocity, of_all, 4, group=everywhere), fk.Solver)
     return fk.least_cost_schedules(costs.cost(), trajectory.times, [4])[4]
 
 
