@@ -1,5 +1,5 @@
-"""Random damage to files of every format, and processes killed while they write: a share of what tests/_damage.py and
-tests/_kills.py do by hand, with FLOWKERNELS_DAMAGED files and FLOWKERNELS_KILLED processes."""
+"""Random damage to files of every format, and processes killed while they write: a share of what tests/_damage.py,
+tests/_kills.py and tests/_killed_runs.py do by hand, with FLOWKERNELS_DAMAGED files and FLOWKERNELS_KILLED processes."""
 
 import json
 import os
@@ -29,6 +29,14 @@ def test_damaged_files_are_refused_by_name_in_little_memory():
     assert told["wrong"] == []
     assert sum(told["outcomes"].values()) == count
     assert sum(n for name, n in told["outcomes"].items() if name.endswith("refused")) > count // 2
+
+
+def test_a_killed_training_ends_as_one_that_was_not():
+    count = int(os.environ.get("FLOWKERNELS_KILLED", "10"))
+    told = run("_killed_runs.py", "--count", count, "--seed", 7)
+    assert told["wrong"] == []
+    assert told["kills"] >= count
+    assert told["ended"] >= 5
 
 
 def test_a_killed_process_leaves_a_whole_file():
