@@ -170,7 +170,8 @@ def straightened(w, student=None, velocity=None, **settings):
 
 @stage
 def straighten(w, tmp_path):
-    fields = dict(velocity=w["guided"], noise=w["noise"], refresh=None)
+    watched = dict(held_out=3, evaluate_every=2)
+    fields = dict(velocity=w["guided"], noise=w["noise"], refresh=None, **watched)
     uniform = dict(
         t_sampling="uniform", weighting=[1, 2], loss="huber", ema=None, optimizer=lambda p: torch.optim.SGD(p, 0.1)
     )
@@ -181,8 +182,8 @@ def straighten(w, tmp_path):
         lambda n, g: fk.couple(None, w["other"][:n], generator=g),
     ]
     whole = dict(target="reflow", schedule=fk.Schedule([0, 1]), noise=None, refresh=None)
-    pairs = [whole | dict(bank=bank) for bank in coupled]
-    endpoint = solver | dict(target="endpoint")
+    pairs = [whole | dict(bank=bank, **watched) for bank in coupled]
+    endpoint = solver | dict(target="endpoint", **watched)
     return [straightened(w, **more) for more in ({}, fields, uniform, solver, endpoint, *followed, *pairs)]
 
 

@@ -1,5 +1,5 @@
 """Random damage to files of every format, and processes killed while they write: a share of what tests/_damage.py,
-tests/_kills.py and tests/_killed_runs.py do by hand, with FLOWKERNELS_DAMAGED files and FLOWKERNELS_KILLED processes."""
+tests/_kills.py and tests/_killed_runs.py do by hand, with FLOWKERNELS_DAMAGED files and FLOWKERNELS_KILLED kills."""
 
 import json
 import os

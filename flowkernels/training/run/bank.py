@@ -37,7 +37,7 @@ class RunBank:
         batch: int,
         noise: Noise | None,
         fraction: float,
-        held_out: int | None,
+        held_out: int | None = None,
     ):
         self.bank, self.batch, self.fraction = bank, batch, fraction
         self._objective, self._noise = objective, noise
@@ -60,7 +60,7 @@ class RunBank:
         grid: Tensor,
         batch: int,
         fraction: float,
-        held_out: int | None,
+        held_out: int | None = None,
         seed: int,
         device: torch.device,
         progress: bool,
@@ -166,14 +166,14 @@ class RunBank:
         return self.bank.first(count)
 
     def each(self, start: int, stop: int) -> BankBatch:
-        """Every interval of the trajectories from start to stop, one after the other; of whole states theirs alone, and
-        the samples counted from there."""
+        """Every interval of the trajectories from start to stop, one after the other; of whole states theirs alone."""
         batch = self.bank.each(start, stop, self._objective)
         if self._objective.needs_roll_out:
-            batch = BankBatch(self.states, *batch[1:3])
+            batch = BankBatch(self.states, *batch[1:3], first=batch.first)
         if batch.ends:
-            return batch._replace(sample=batch.sample - start, size=stop - start)
-        return batch._replace(states=batch.states[:, start:stop], sample=batch.sample - start)
+            return batch
+        rows = slice(start - batch.first, stop - batch.first)
+        return batch._replace(states=batch.states[:, rows], first=start, size=self.size)
 
 
 def _expect_memory(noise: Any, size: int, batch: int, objective: StraightenLoss) -> None:

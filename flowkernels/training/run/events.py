@@ -16,8 +16,8 @@ CALLBACK = "functions of one TrainingEvent"
 class TrainingEvent:
     """What `fk.straighten` tells each of its `callbacks`, once an iteration is done with all that belongs to it.
 
-    kind: "log", a row of the history; "evaluate", one of the evaluations; "checkpoint", one has been written; "end",
-        of the training, whatever ended it.
+    kind: "log", a row of the history; "evaluate", one of the evaluations but the first; "checkpoint", one has been
+        written; "end", of the training, whatever ended it.
     iteration: iterations done; iterations: how many there are to be.
     loss, lr, grad_norm, interval_loss: of the last row of the history, floats and N of them; None before the first.
     endpoint_error, endpoint_stderr, held_out_loss, held_out_stderr: of the last evaluation, floats and N of them; None

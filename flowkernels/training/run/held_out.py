@@ -85,32 +85,26 @@ class HeldOut:
         generator = torch.Generator("cpu").manual_seed(seed_apart(self.seed))
         before, kept, whole, found = generator.get_state(), objective.rolled_out, None, []
         if objective.needs_roll_out:  # of all at once: a batch is of the states that were rolled out
-            whole, view = (
-                self.bank.each(first + start, first + stop),
-                rows_of(student, first + start, first + stop, size),
-            )
+            whole = self.bank.each(first + start, first + stop)
+            index = torch.arange(first + start, first + stop, device="cpu")
+            view = as_given(resolve(student).rows(index, size))  # whose conditioning may have a row for each
             objective.roll_out(view, whole.states, self.bank.batch)
         try:
             step = max(1, self.bank.batch // J)
             for a in range(start, stop, step):
                 b = min(a + step, stop)
                 if whole is None:
-                    part, view = self.bank.each(first + a, first + b), rows_of(student, first + a, first + b, size)
+                    part = self.bank.each(first + a, first + b)
                 else:
                     part = whole.split((a - start) * J, (b - start) * J)
                 generator.set_state(before)
-                losses = objective(view, part._replace(part=(a * J, b * J, self.count * J)), generator, 1.0)
+                losses = objective(student, part._replace(part=(a * J, b * J, self.count * J)), generator, 1.0)
                 found.append(losses.per_sample.double().cpu())
         finally:
             objective.rolled_out = kept
         each = torch.cat(found).view(stop - start, J).T
         within = objective.interval_of(torch.arange(J, device="cpu"))
         return torch.stack([each[within == k].mean(0) for k in range(objective.knots.steps)])
-
-
-def rows_of(student: nn.Module, start: int, stop: int, size: int) -> nn.Module:
-    """The student on some of so many trajectories, of which its conditioning may have a row each."""
-    return as_given(resolve(student).rows(torch.arange(start, stop, device="cpu"), size))
 
 
 def sampled(student: nn.Module, batch: BankBatch, size: int, solver: Solver) -> Tensor:

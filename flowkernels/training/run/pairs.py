@@ -107,9 +107,8 @@ class RunPairs:
 
     def ends(self) -> BankBatch:
         """Of the pairs that are held out, `[2, held_out, *shape]`."""
-        first = self.held_of - self.held_out
-        batch = self.each(first, self.held_of)
-        return batch._replace(ends=True, sample=batch.sample + first, size=self.held_of)
+        batch = self.each(self.held_of - self.held_out, self.held_of)
+        return batch._replace(ends=True, first=0)
 
     @property
     def held_of(self) -> int:
@@ -118,11 +117,11 @@ class RunPairs:
 
     def each(self, start: int, stop: int) -> BankBatch:
         """The pairs from start to stop of those, as a bank has them."""
-        rows = slice(start, stop)
-        sample = torch.arange(stop - start, device=self._device)
+        rows, sample = slice(start, stop), torch.arange(start, stop, device=self._device)
         conditioning = self._aside.conditioning
         given = None if conditioning is None else {key: column[rows] for key, column in conditioning.items()}
-        return BankBatch(self._aside.states[:, rows], torch.zeros_like(sample), sample, conditioning=given)
+        states, of = self._aside.states[:, rows], dict(size=self.held_of, first=start)
+        return BankBatch(states, torch.zeros_like(sample), sample, conditioning=given, **of)
 
     def first(self, count: int) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Noise of the first pairs, and their conditioning; of a function always the same ones."""
