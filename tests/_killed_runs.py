@@ -114,8 +114,8 @@ def main() -> int:
     told = mmap.mmap(-1, 1)
     with tempfile.TemporaryDirectory() as root:
         expected, seconds, names = {}, {}, list(RUNS)
-        while sum(where.values()) < args.count or ended < len(names):
-            name = names[ended % len(names)]
+        while sum(where.values()) < args.count:
+            name = names[(args.seed + ended) % len(names)]
             if name not in expected:
                 (whole := Path(root) / "whole").mkdir()
                 begin = time.monotonic()
@@ -123,7 +123,7 @@ def main() -> int:
                 seconds[name] = time.monotonic() - begin
                 shutil.rmtree(whole)
             (folder := Path(root) / "run").mkdir()
-            out, most = Path(root) / "result", args.count // len(names) + 1
+            out, most = Path(root) / "result", args.count // len(names) + 1 + r.randrange(3)
             for again in range(10**6):
                 enough = again >= most or sum(where.values()) >= args.count
                 phase = killed(name, folder, out, 1e6 if enough else r.uniform(0, 0.7) * seconds[name], told)

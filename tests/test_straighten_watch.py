@@ -3,13 +3,26 @@ go on after their end."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from _flows import even_grid, normal
-from test_straighten import STUDENT_OF, VARIANTS, Stopped, same_result, schedule_on, small_net, stop_after, trained
+from test_straighten import (
+    SOLVER,
+    STUDENT_OF,
+    VARIANTS,
+    Stopped,
+    same_result,
+    schedule_on,
+    small_net,
+    stop_after,
+    trained,
+)
 
 import flowkernels as fk
+from flowkernels.training.run.bank import RunBank
+from flowkernels.training.run.held_out import HeldOut
 from flowkernels.training.run.numbered import numbered
 
 F64 = torch.float64
@@ -99,6 +112,41 @@ def test_the_numbers_are_those_of_what_is_returned():
         got = torch.tensor([found[names[0]], *found[names[1]]], dtype=F64)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     assert result.errors == (result.evaluations["endpoint_error"][0], found["endpoint_error"])
+
+
+SLICED = {
+    "boss": dict(t_sampling="uniform"),
+    "annealed_reflow": {},
+    "velocity_matching": dict(substeps=2),
+    "on_policy": {},
+    "solver": dict(schedule=SOLVER["schedule"]),
+}
+
+
+@pytest.mark.parametrize("target", SLICED)
+def test_slices_of_what_is_held_out_are_the_whole(target):
+    """What the losses draw goes with the trajectory, whatever part of them is measured; and the states that a target
+    keeps for the training stay."""
+    settings = SLICED[target]
+    schedule, more = settings.get("schedule", PLAN), {k: v for k, v in settings.items() if k != "schedule"}
+    teacher, student = small_net(0).eval(), small_net(1).eval()
+    objective = fk.StraightenLoss(schedule, target=target, teacher=teacher, **more)
+    how = dict(noise=(4,), grid=even_grid(6), batch=5, fraction=1.0, held_out=9, seed=3, progress=False)
+    bank = RunBank.of(24, teacher, objective, device=torch.device("cpu"), **how)
+    bank.draw(torch.Generator().manual_seed(3))
+    bank.roll_out()
+    if objective.needs_roll_out:
+        objective.roll_out(student, bank.states)
+    before = objective.rolled_out
+    held_out = HeldOut(bank, SimpleNamespace(objective=objective, seed=3, schedule=schedule))
+    whole = held_out.interval_losses(student)
+    assert whole.shape == (objective.knots.steps, 9)
+    assert objective.rolled_out is before
+    parts = [slice(0, 1), slice(1, 7), slice(7, 9)]
+    losses = torch.cat([held_out.interval_losses(student, rows) for rows in parts], 1)
+    torch.testing.assert_close(losses, whole, rtol=1e-4, atol=1e-7)
+    errors = torch.cat([held_out.endpoint_errors(student, rows=rows) for rows in parts])
+    torch.testing.assert_close(errors, held_out.endpoint_errors(student), rtol=1e-4, atol=1e-7)
 
 
 def test_pairs_held_out_are_not_trained_on():
