@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from test_straighten import SOLVER, small_net, trained
 from test_straighten_watch import PLAN, pairs_of
+from tqdm import tqdm
 
 from flowkernels.training.bank.trajectory_bank import TrajectoryBank
 from flowkernels.training.objective import StraightenLoss
@@ -109,6 +111,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # a forked process has no other
+    tqdm.set_lock(threading.RLock())  # its own is shared by forked processes: one that is killed may have it
     warnings.simplefilter("ignore")
     r, wrong, where, ended = random.Random(args.seed), [], collections.Counter(), 0
     told = mmap.mmap(-1, 1)
