@@ -115,8 +115,8 @@ def calibrate(
             evaluations of each sample more.
             "best": a budget is spent on what pays: stock samplers, fits on the knots of several objectives, with x_0's
             coefficient free and not, and joint refinements of times and coefficients from the best of them and from
-            those of the next smaller and larger N. What was tried is in `tried` and `report()`, `best(N)` is the best.
-            Ctrl-C ends it with what there is.
+            those of the next smaller and larger N; of a short one fits take two fifths at first. What was tried is in
+            `tried` and `report()`, `best(N)` is the best. Ctrl-C ends it with what there is.
         evaluations: the budget of "best": as many of single samples in all, the rollout's with them; None is what all
             fits and three refinements of each N take (six of N <= 4), for N = 8 about 3,000 of each sample. Those of
             "fit" are made in any case. Nothing is begun that would take more. The budget is said before it is spent.

@@ -32,9 +32,11 @@ EFFORTS = SCHEDULE, FIT, BEST = "schedule", "fit", "best"
 REFINEMENTS, FEW = 3, 4  # "best" has a budget for as many of each N where nothing is said, twice where N is few
 JUDGES = 4  # one in so many samples judges what is hardly ever the best
 SHIFTS = (1.0, 3.0)  # of stock samplers
-SAMPLES = 64  # that objectives evaluate
+SAMPLES = range(32, 65)  # that objectives evaluate, about one in 8
 # objectives whose knots are fitted, and how many times K evaluations of each of so many samples they take about
-KNOTS = {"squared": 0, "norm": 0, "uniform": 0, "gits": 0, "pairs": 0, "student": 1, "oss": 1, "free": 5, "endpoint": 5}
+KNOTS = {"student": 1, "norm": 0, "uniform": 0, "free": 5, "oss": 1, "pairs": 0, "gits": 0, "squared": 0, "endpoint": 5}
+FITS = 0.4  # of what a budget leaves, for fits before refinements
+NO_BUDGET = "no budget"
 STEPWISE = ("student", "oss")  # as many for each step of the largest N
 CHOSEN = {"": (False, True)}  # a fit with x_0's coefficient free or not, as its own cross-validation chooses
 # a neighbour's best, or what the best that was refined began as: a refinement of what has seen all samples would not be
@@ -67,6 +69,11 @@ class Budget:
         if minutes is None:
             return cls(evaluations, math.inf, ranks)
         return cls(math.inf if evaluations is None else evaluations, time.monotonic() + 60 * minutes, ranks)
+
+    def part(self, share: float, spent: float) -> "Budget":
+        """A share of what is left, from now on."""
+        now = time.monotonic()
+        return Budget(spent + share * (self.evaluations - spent), now + share * (self.deadline - now))
 
     def allows(self, spent: float, more: float, seconds_each: float) -> bool:
         return spent + more <= self.evaluations and self.in_time(more, seconds_each)
@@ -125,7 +132,8 @@ class Search:
     """Tries plans on the samples that a calibration keeps.
 
     found: {N: [Candidate]}, no two with equal plans; the errors of those that some samples alone judged are NaN for the
-    others. spent: evaluations of single samples, the rollout's with them. skipped: what was not tried, and why.
+    others. few: samples that objectives evaluate. spent: evaluations of single samples, the rollout's with them.
+    skipped: what was not tried, and why.
     """
 
     def __init__(
@@ -148,13 +156,14 @@ class Search:
         self.took: dict[str, tuple[float, float]] = {}  # by the kind of task: evaluations made now, and seconds
         self.bar = None
         n = self.data.n
+        self.few = min(n, max(SAMPLES[0], min(SAMPLES[-1], n // 8)))
         some = torch.randperm(n, generator=torch.Generator("cpu").manual_seed(0), device="cpu")[: max(2, n // JUDGES)]
         self.some = some.sort().values  # rows of samples come in an order, of labels perhaps
 
     def default(self, steps: Sequence[int]) -> int:
         """The evaluations that a budget is where nothing is said."""
         n, K = self.data.n, len(self.cal.times) - 1
-        knots = sum(KNOTS[k] * (steps[-1] if k in STEPWISE else 1) for k in KNOTS) * K * min(SAMPLES, n)
+        knots = sum(KNOTS[k] * (steps[-1] if k in STEPWISE else 1) for k in KNOTS) * K * self.few
         once = sum(N * (3 * len(KNOTS) + 2) for N in steps)
         once += sum(REFINEMENTS * (1 + (N <= FEW)) * price(self.data, Solver.euler(N), PLAIN) for N in steps)
         stock = sum(16 * N * len(self.some) for N in steps)
@@ -178,16 +187,24 @@ class Search:
         self.task(N, "basics", lambda: itertools.chain(self.judged(plans), self.fits({BELLMAN: plan}, CHOSEN)))
 
     def widen(self, steps: Sequence[int]) -> None:
-        """All else: what costs little for every N first, then refinements, of every N as many."""
+        """All else: what costs little for every N first, then refinements, of every N as many, and with what they leave
+        the fits that there was no room for before them."""
+        whole = self.budget
+        self.budget = whole.part(FITS, self.spent)
         for N in steps:
             self.stock(N)
         for name in KNOTS:
             self.knots(name, steps)
+        self.budget = whole
         for N in steps:
             self.complete(N)
         for turn in TURNS:
             for N in steps:
                 self.refine(N, *turn, steps)
+        for name in [name for name in KNOTS if self.skipped.get(f"knots of {name}") == NO_BUDGET]:
+            self.knots(name, steps)
+        for N in steps:
+            self.complete(N)
 
     def stock(self, N: int) -> None:
         """Samplers that pipelines come with, on their own knots, or on uniform ones where not every knot is free."""
@@ -202,12 +219,12 @@ class Search:
     def knots(self, name: str, steps: Sequence[int]) -> None:
         """Fits on the knots that an objective finds, with x_0's coefficient free and not."""
         key, K = f"knots of {name}", len(self.cal.times) - 1
-        own = KNOTS[name] * K * (steps[-1] if name in STEPWISE else 1) * min(SAMPLES, self.data.n)
-        if not self.affords(own + 3 * sum(steps) * self.data.n, key):
+        own = KNOTS[name] * K * (steps[-1] if name in STEPWISE else 1) * self.few
+        if not self.affords(own + 2 * sum(steps) * self.data.n, key):
             return
         plans = {}
         if any(f"{N} {key}" not in self.done.tried for N in steps):
-            options = {"velocity": self.velocity, "chunk": self.chunk, "samples": SAMPLES} if KNOTS[name] else {}
+            options = {"velocity": self.velocity, "chunk": self.chunk, "samples": self.few} if KNOTS[name] else {}
             try:
                 with held_warnings():  # of the very velocity; and what comes of them is measured
                     plans = self.cal.find(steps, objective=name, group=self.budget.ranks, **options)
@@ -271,14 +288,17 @@ class Search:
 
     def complete(self, N: int) -> None:
         """Let all samples judge what is the best by some, or may be."""
-        for i in range(4):
+        for _ in range(4):
             known = [c for c in self.found[N] if getattr(c, "failed", None) is None]
             chosen = known[better(known)] if known else None
             rest = None if chosen is None else torch.isnan(chosen.errors).nonzero().flatten()
             if rest is None or not len(rest) or not self.affords(len(rest) * N, f"all samples, N = {N}"):
                 return
             (more,) = self.task(
-                N, f"complete {i}", lambda c=chosen, r=rest: self.judged({c.name: c.plan}, r), add=False
+                N,
+                f"complete {plan_hash(chosen.plan)}",
+                lambda c=chosen, r=rest: self.judged({c.name: c.plan}, r),
+                add=False,
             )
             if getattr(more, "failed", None) is not None:
                 whole = more
@@ -363,8 +383,10 @@ class Search:
         made, seconds = self.took.get(kind, (0.0, 0.0))
         each = max(self.seconds_each, seconds / made if made else 0.0)
         ok = self.budget.allows(self.spent, evaluations, each)
-        if not ok:
-            self.skipped[what] = "no budget"
+        if ok:
+            self.skipped.pop(what, None)
+        else:
+            self.skipped[what] = NO_BUDGET
         return ok
 
     def task(self, N: int, key: str, make: Callable[[], Iterable[Candidate]], add: bool = True) -> list[Candidate]:
