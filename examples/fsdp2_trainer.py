@@ -4,9 +4,9 @@ ranks can go on from.
     torchrun --nproc-per-node 2 examples/fsdp2_trainer.py
     torchrun --nproc-per-node 8 examples/fsdp2_trainer.py --batch 256 --checkpoint folder        # after a kill, again
 
-Every rank draws the same numbers, by the index of a sample or an example, and computes its slice: the teacher's
-trajectories of its part of the noise, and its examples of each batch, which are drawn on trajectories that it has. So
-the losses and the student are those of one rank, on any number of them, but for the order in which sums are added.
+Every rank makes the same calls and draws the same numbers, and computes its slice: of the bank the trajectories of its
+part of the noise, and of each batch its examples, which are on trajectories that it has. So the losses and the student
+are those of one rank, on any number of them, but for the order in which sums are added.
 """
 
 import argparse
@@ -111,25 +111,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        return train(args, parser, device)
+        return train(args, device)
     finally:
         dist.destroy_process_group()
 
 
-def train(args, parser: argparse.ArgumentParser, device: torch.device) -> dict[str, float]:
+def train(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     rank, world = dist.get_rank(), dist.get_world_size()
-    for name in ("batch", "size"):
-        if getattr(args, name) % world:
-            parser.error(f"--{name}: expected a multiple of {world} ranks, got {getattr(args, name)}")
-    share, rows = args.batch // world, args.size // world
-
     teacher = network().to(device)
-    shape = (1, 8, 8)
-    noise = torch.randn(args.size, *shape, generator=torch.Generator().manual_seed(1)).to(device)
-    cal = fk.calibrate(teacher, noise[:128], grid=args.grid, steps=[args.steps], progress=False)
+    shape, everyone = (1, 8, 8), dist.group.WORLD
+    noise = torch.randn(128, *shape, generator=torch.Generator().manual_seed(1)).to(device)
+    cal = fk.calibrate(teacher, noise, grid=args.grid, steps=[args.steps], group=everyone, progress=False)
     plan = cal[args.steps]
-    mine = slice(rank * rows, (rank + 1) * rows)
-    bank = fk.TrajectoryBank(teacher, plan, noise=noise[mine], grid=args.grid, progress=False).fill()
+    bank = fk.TrajectoryBank(
+        teacher, plan, noise=shape, size=args.size, grid=args.grid, device=device, group=everyone, progress=False
+    ).fill()
     objective = fk.StraightenLoss(plan)
 
     mesh = init_device_mesh(device.type, (world,))
@@ -143,13 +139,7 @@ def train(args, parser: argparse.ArgumentParser, device: torch.device) -> dict[s
     losses = []
     for step in range(run.step, args.iterations):
         drawn = torch.Generator().manual_seed(1_000_003 + step)  # the same on every rank, and after a resume
-        interval = torch.randint(plan.steps, (args.batch,), generator=drawn)
-        # one trajectory of each of `batch` equal parts of them: those of a rank's examples are the rank's own
-        places = torch.arange(args.batch) + torch.rand(args.batch, generator=drawn, dtype=torch.float64)
-        sample = (places * args.size / args.batch).long().clamp(max=args.size - 1)
-        part = (rank * share, (rank + 1) * share, args.batch)
-        its = slice(*part[:2])
-        batch = fk.BankBatch(bank.states(), interval[its].to(device), (sample[its] - mine.start).to(device), part=part)
+        batch = bank.sample(args.batch, drawn)  # this rank's part of it
         # not FSDP's MixedPrecisionPolicy(bfloat16), which would round the times that the network is called with too
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
             loss = objective(student, batch, drawn).loss

@@ -125,6 +125,20 @@ def test_fastgen_trainer(method, tmp_path, monkeypatch):
     assert method == "kd" or found["trained"] < 0.9 * found["untrained"]
 
 
+def test_lpips_loss():
+    """With a small random network in the place of LPIPS, and squared error, whose schedule is the least squares one."""
+    torch.manual_seed(3)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(16, 16, 3))
+    net.requires_grad_(False)
+    options = ["--samples", "16", "--grid", "8", "--size", "256", "--batch", "32", "--iterations"]
+    found = script("lpips_loss")([*options, "80"], distance=lambda a, b: (net(a) - net(b)).square().flatten(1).mean(1))
+    assert found["1 step, trained by distance"][1] < 0.8 * found["1 step"][1]
+    found = script("lpips_loss")([*options, "3"], distance=lambda a, b: (a - b).square().flatten(1).mean(1))
+    for what in ("1 step, trained by {}", "4 steps, knots by {}"):
+        squared, by_distance = found[what.format("squared error")], found[what.format("distance")]
+        assert by_distance == pytest.approx(squared, rel=1e-3)
+
+
 @pytest.mark.parametrize(("name", "option"), [("policy", "--calls"), ("own_trainer", "--iterations")])
 def test_no_work_is_refused(name, option, capsys):
     with pytest.raises(SystemExit):

@@ -75,7 +75,7 @@ class StraightenLoss(nn.Module):
       rectified flow.
     - "reflow": one interval, from the schedule's first knot to its last: rectified flow (arXiv 2209.03003), of pairs of
       noise and the teacher's data, or of `fk.Pairs`. With `t_sampling="u_shaped"` and `loss="huber"`, of D features
-      with `huber_c = 0.00054 sqrt(D)`, improved rectified flow (arXiv 2405.20320; its LPIPS is a `loss` of your own);
+      with `huber_c = 0.00054 sqrt(D)`, improved rectified flow (arXiv 2405.20320; its LPIPS, of images, is left out);
       with `t_sampling="ten"` and `weighting="per_sample_normalised"` Simple ReFlow (arXiv 2410.07815).
     - "distill": the same interval, at u = 0: one step from noise to data, InstaFlow's second stage (arXiv 2309.06380).
     - "annealed_reflow": "reflow" into a smaller student, which does not start from the teacher: the pairs' noise x_0 is
