@@ -37,6 +37,7 @@ from flowkernels.training.bank.trajectory_bank import TrajectoryBank
 from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.pairs.couplings import couple
 from flowkernels.training.pairs.pairs import Pairs, forward_pairs
+from flowkernels.training.run.cost import TrainingCost
 from flowkernels.training.run.events import TrainingEvent
 from flowkernels.training.straighten import Straightened, straighten
 from flowkernels.training.students.acceleration import Acceleration
@@ -46,6 +47,7 @@ from flowkernels.training.students.blockwise import Blockwise
 from flowkernels.training.students.lora import add_lora
 from flowkernels.training.students.lora_files import save_lora
 from flowkernels.training.students.noise_prediction import NoisePrediction
+from flowkernels.training.training_cost import training_cost
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
@@ -75,6 +77,7 @@ __all__ = [
     "StraightenLoss",
     "Straightened",
     "TeacherError",
+    "TrainingCost",
     "TrainingEvent",
     "Trajectory",
     "TrajectoryBank",
@@ -107,6 +110,7 @@ __all__ = [
     "step_costs",
     "stock_solvers",
     "straighten",
+    "training_cost",
     "without_adapters",
 ]
 __all__.extend(OPS)

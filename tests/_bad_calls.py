@@ -1044,6 +1044,18 @@ def _stages(cal) -> None:
         **dict(patience=(2, or_none(is_int(1)), "evaluate_every"), callbacks=((), are_callbacks)),
         keep_checkpoints=(1, or_none(is_int(1)), "checkpoint"),
     )
+    place(
+        "training_cost",
+        fk.training_cost,
+        **dict(student=(None, or_none(lambda v: isinstance(v, nn.Module)))),
+        **dict(
+            velocity=(lambda: Net(), is_function, "student"),
+            schedule=(lambda: cal[2], is_plan, "grid"),
+            measure=(False, is_flag),
+        ),
+        **dict(noise=((D,), lambda v: is_noise(v) or is_function(v) or isinstance(v, (list, tuple)))),
+        **dict(iterations=(1, is_int(1)), batch=(2, is_int(1)), bank=(4, is_int(1), "noise")),
+    )
 
 
 def _others(cal) -> None:

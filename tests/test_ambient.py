@@ -169,6 +169,13 @@ def straightened(w, student=None, velocity=None, **settings):
 
 
 @stage
+def training_cost(w, tmp_path):
+    cost = fk.training_cost(None, w["net"], fk.Schedule.uniform(2), noise=w["noise"], grid=4, iterations=3, batch=4)
+    counts = cost.counts
+    return [torch.tensor([*counts.with_graph, *counts.bank, cost.memory["optimizer"]], device="cpu")]
+
+
+@stage
 def straighten(w, tmp_path):
     watched = dict(held_out=3, evaluate_every=2)
     fields = dict(velocity=w["guided"], noise=w["noise"], refresh=None, **watched)

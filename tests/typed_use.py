@@ -42,6 +42,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     fk.straighten(None, velocity, schedule, noise=(3,), iterations=9, held_out=256, evaluate_every=100, patience=3)
     assert_type(told[0].samples(4), Tensor)
     assert_type(told[0].scalars, dict[str, float])
+    assert_type(fk.training_cost(None, velocity, schedule, noise=(3,), iterations=10), fk.TrainingCost)
     assert_type(trained.student, nn.Module)
     assert_type(trained.solver, fk.Solver | None)
     two = fk.AverageVelocity.from_velocity(velocity, time_embedding="time_text_embed")

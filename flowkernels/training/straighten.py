@@ -1,5 +1,6 @@
 """Straighten: fine-tune a student so that each interval of a schedule is one exact Euler step."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from flowkernels.training.objective import Loss, TSampling
 from flowkernels.training.pairs.pairs import Pairs
 from flowkernels.training.run.bank import RunBank
 from flowkernels.training.run.checkpoint import BANK_DRAWN, checkpoint_to_resume, expect_storable
+from flowkernels.training.run.cost import cost_of
 from flowkernels.training.run.evaluations import Evaluations
 from flowkernels.training.run.events import TrainingEvent
 from flowkernels.training.run.held_out import HeldOut, learner_of, undisturbed
@@ -45,6 +47,7 @@ from flowkernels.velocity.identity import identity
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 from flowkernels.velocity.provenance import Identity
 
+log = logging.getLogger("flowkernels")
 POLISHED = 512  # samples of a bank on which a solver is polished again, at most
 
 
@@ -428,5 +431,6 @@ def _fill(bank: RunBank | RunPairs, state: State, settings: Settings, saved: Map
     objective = settings.objective
     part = -(-bank.batch // settings.accumulate)
     with recomputed(state.student, settings.gradient_checkpointing):
-        try_student(state.student, starts, bank.size, part, objective.tried, conditioning)
+        trial = try_student(state.student, starts, bank.size, part, objective.tried, conditioning)
+    log.info("straighten: %s", cost_of(settings, state.student, bank, trial, state.iteration).line)
     bank.roll_out(None if saved is None else saved.get(BANK_DRAWN))

@@ -55,6 +55,11 @@ class TeacherStates:
         """Of a chunk."""
         return self.solver.evaluations
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether kernels make all steps at once."""
+        return self._teacher is not None and self._teacher.fused is not None
+
     def flow(self, x: Tensor, rows: slice, conditioning: Mapping[str, Tensor]) -> Iterator[tuple[int | None, Tensor]]:
         """(place among the knots, or None where there is no knot, state) behind each evaluation and before the first,
         of the trajectories `rows` from their states x; a state is good until the next one."""

@@ -252,6 +252,11 @@ class TrajectoryBank:
         return self._own.count * trajectory + sum(t.nbytes for t in self._tables.values())
 
     @property
+    def state_nbytes(self) -> int:
+        """Of a state in a batch."""
+        return math.prod(self._known_layout().shape) * self._state_dtype.itemsize
+
+    @property
     def chunks(self) -> int:
         """In how many parts it is made."""
         return -(-self.size // self.chunk)
@@ -259,6 +264,24 @@ class TrajectoryBank:
     @property
     def is_filled(self) -> bool:
         return None not in self._store.tickets
+
+    @property
+    def to_make(self) -> list[int]:
+        """The draws that `fill` would make."""
+        return self._missing()
+
+    def evaluations_of(self, chunks: Sequence[int]) -> tuple[int, int]:
+        """(calls, evaluations of single trajectories) of the teacher that these chunks take; one call of it evaluates a
+        chunk, and kernels that make all steps at once are none."""
+        if not chunks:
+            return 0, 0
+        self._expect_teacher("count")
+        n = [self._rows(k).stop - self._rows(k).start for k in chunks]
+        calls, evaluations = len(n) * self._teacher.evaluations, sum(n) * self._teacher.evaluations
+        if self._starts.is_data and self.inversion_error is None:
+            again = Solver.heun(self.grid).evaluations
+            calls, evaluations = calls + again, evaluations + again * n[0]
+        return (0 if self._teacher.is_fused else calls), evaluations
 
     @property
     def drawn(self) -> int:

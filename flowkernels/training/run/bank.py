@@ -105,6 +105,16 @@ class RunBank:
         return self.bank.drawn if self._source is None else None
 
     @property
+    def nbytes(self) -> int:
+        """Of what is kept."""
+        return self.bank.nbytes
+
+    @property
+    def state_nbytes(self) -> int:
+        """Of a state in a batch."""
+        return self.bank.state_nbytes
+
+    @property
     def identity(self) -> str:
         """What a resumed run must share of where the trajectories begin, in a text."""
         if self._noise is not None:
@@ -145,6 +155,15 @@ class RunBank:
         else:
             self.draw(generator)
             self.roll_out()
+
+    def to_roll_out(self, refreshes: int) -> tuple[int, int]:
+        """(calls, evaluations of single trajectories) of the teacher, to make what is not there and then refresh it so
+        often. Kernels that make all steps at once are no calls."""
+        bank, C = self.bank, self.bank.chunks
+        made = [*(range(C) if self._source is not None else bank.to_make)]
+        drawn, part = bank.drawn, max(1, math.ceil(self.fraction * C - 1e-9))
+        made += range(drawn, drawn + refreshes * part)
+        return bank.evaluations_of([ticket % C for ticket in made])
 
     @property
     def states(self) -> Tensor:

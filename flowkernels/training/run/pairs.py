@@ -71,6 +71,22 @@ class RunPairs:
         return len(self.given) if isinstance(self.given, Pairs) else self.batch
 
     @property
+    def nbytes(self) -> int:
+        """Of what is kept; of what a function draws nothing is."""
+        if (kept := self._aside) is None:  # all of pairs that are given
+            return 0
+        more = (kept.weight, *(kept.conditioning or {}).values())
+        return kept.states.nbytes + sum(t.nbytes for t in more if t is not None)
+
+    def to_roll_out(self, refreshes: int) -> tuple[int, int]:
+        return 0, 0
+
+    @property
+    def state_nbytes(self) -> int:
+        """Of a state in a batch."""
+        return self.given.states[0, 0].nbytes if isinstance(self.given, Pairs) else 0
+
+    @property
     def identity(self) -> str:
         """What a resumed run must share of the pairs, in a text."""
         if not isinstance(self.given, Pairs):

@@ -1,5 +1,6 @@
 """Students: made, given the weights that they start from, evaluated and tried."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from flowkernels.training.students.modules import (
 )
 from flowkernels.training.students.precision import autocast
 from flowkernels.training.students.second_time import TwoTimes
+from flowkernels.training.students.trial import Trial
 from flowkernels.training.students.unchanged import unchanged
 from flowkernels.velocity.evaluate import evaluate
 from flowkernels.velocity.field import VelocityField
@@ -219,20 +221,30 @@ def try_student(
     batch: int,
     losses: Callable[..., Tensor],
     conditioning: Mapping[str, Tensor] | None = None,
-) -> None:
+    passes: int = 1,
+) -> Trial:
     """A forward and backward pass, before the work of a bank, after which the student and the caller's generators are
-    as they were.
+    as they were; and what it takes.
 
     starts: states `[m, *shape]` of the first of n trajectories, and their conditioning.
-    losses: (student, states, sample, n, conditioning) -> their mean, of the samples `[B]`.
+    losses: (student, states, sample, n, conditioning) -> their mean, of the samples `[B]`. passes: of which the last
+    is timed, and in a second one looked at what is kept: which keeps torch from seeing what is written to meanwhile.
     """
+    trial = Trial(batch)
     devices = {t.device for t in itertools.chain([starts], student.parameters()) if t.device.type == "cuda"}
     with torch.random.fork_rng(devices), unchanged(student):
         student.train()
         sample = torch.arange(batch, dtype=torch.int64, device=starts.device) % len(starts)
         given = None if conditioning is None else {key: rows[sample] for key, rows in conditioning.items()}
-        loss = losses(student, starts, sample, n, given)
-        try:
-            loss.backward()
-        except RuntimeError as e:
-            raise ValueError(f"student: expected a velocity that can be differentiated, got RuntimeError: {e}") from e
+        for again in range(passes):
+            student.zero_grad(set_to_none=True)
+            with trial.timed(starts.device):
+                with trial.looked_at(student) if again else contextlib.nullcontext():
+                    loss = losses(student, starts, sample, n, given)
+                try:
+                    loss.backward()
+                except RuntimeError as e:
+                    expected = "a velocity that can be differentiated"
+                    raise ValueError(f"student: expected {expected}, got RuntimeError: {e}") from e
+        trial.idle = frozenset(id(p) for p in student.parameters() if p.requires_grad and p.grad is None)
+    return trial
