@@ -17,7 +17,10 @@ from flowkernels.calibration.polish import polish
 from flowkernels.calibration.step_cost import StepCost, step_costs
 from flowkernels.calibration.stock import stock_solvers
 from flowkernels.calibration.teacher_error import TeacherError
+from flowkernels.evaluation.evaluate import evaluate_sampler
+from flowkernels.evaluation.evaluation import Evaluation
 from flowkernels.evaluation.images import save_images
+from flowkernels.evaluation.likelihood import Likelihood, log_likelihood
 from flowkernels.fusion.head import FusedHead, fuse_head
 from flowkernels.fusion.sampler import FusedSampler, NotFusable, fuse
 from flowkernels.models.checkpoints import LoadedWeights, load_weights
@@ -63,10 +66,12 @@ __all__ = [
     "BankBatch",
     "Blockwise",
     "Calibration",
+    "Evaluation",
     "FusedHead",
     "FusedSampler",
     "HasTimeEmbedding",
     "Inversion",
+    "Likelihood",
     "LoadedWeights",
     "NoisePrediction",
     "NotFusable",
@@ -89,6 +94,7 @@ __all__ = [
     "backend",
     "calibrate",
     "couple",
+    "evaluate_sampler",
     "explain",
     "export",
     "fit_solver",
@@ -98,6 +104,7 @@ __all__ = [
     "invert",
     "least_cost_schedules",
     "load_weights",
+    "log_likelihood",
     "noise",
     "plot",
     "polish",

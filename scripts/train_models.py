@@ -20,7 +20,7 @@ from flowkernels.bench import suite
 from flowkernels.models.bundled import BUNDLED, load_network, network_notes, save_network
 from flowkernels.models.networks import ResidualMLP, UNet
 
-datasets, Classifier = suite.module("quality.datasets"), suite.module("quality.metrics").Classifier
+datasets, Classifier = suite.module("quality.datasets"), suite.module("quality.classifier").Classifier
 
 
 def on_the_clock(minutes: float, optimizer, lr: float, warmup: int = 200):

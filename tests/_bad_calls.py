@@ -669,6 +669,36 @@ def _stages(cal) -> None:
     ends = ((-1, 1), lambda v: are_numbers(v) and len(v) == 2 and v[0] < v[1])
     png = dict(grid=(True, lambda v: is_flag(v) and v), path=("samples.png", is_path), columns=(2, or_none(is_int(1))))
     place("save_images", fk.save_images, (OSError,), samples=pixels, value_range=ends, **png)
+    is_evaluated = lambda v: isinstance(v, (fk.Schedule, fk.Solver)) or is_int(1, 10**6)(v)  # noqa: E731
+    place(
+        "evaluate_sampler",
+        fk.evaluate_sampler,
+        **dict(
+            velocity=field,
+            plans=(2, lambda v: is_evaluated(v) or all(map(is_evaluated, v.values() if is_dict(v) else v))),
+            noise=noise,
+        ),
+        columns=(("endpoint", "straightness", "energy"), lambda v: len(v) == 0 or hasattr(v, "__next__")),
+        teacher=(None, or_none(lambda v: is_function(v) or is_noise(v)), "teacher_solver", "velocity"),
+        teacher_solver=(2, or_none(is_plan), "plans"),
+        data=(lambda: rand(N + 1, D), or_none(lambda v: is_noise(v) and v.shape[1:] == (D,)), "velocity"),
+        features=(lambda: lambda x: x, or_none(is_function)),
+        value_range=ends,
+        distances=(None, lambda v: v is None or v == {}),
+        points=(1, is_int(1, 10_000)),
+        tolerances=((0.1,), lambda v: hasattr(v, "__next__") or (are_numbers(v) and all(a > 0 for a in v))),
+        **dict(chunk=(None, or_none(is_int(1))), seed=(0, is_int(-(2**63), 2**64 - 1))),
+        **dict(keep_samples=(False, is_flag), progress=bar),
+    )
+    place(
+        "log_likelihood",
+        fk.log_likelihood,
+        **dict(velocity=field, data=noise, solver=(1, is_plan), probes=(1, or_none(is_int(0, 10**6)))),
+        **dict(
+            distribution=("gaussian", is_one_of("rademacher", "gaussian")), levels=(None, lambda v: v is None, "data")
+        ),
+        **dict(value_range=ends, chunk=(None, or_none(is_int(1))), seed=(0, is_int(-(2**63), 2**64 - 1)), progress=bar),
+    )
     names = or_none(lambda v: isinstance(v, str) and v != "")
     given = (lambda: {"c": rand(N, D)}, or_none(is_dict), "unconditional")
 

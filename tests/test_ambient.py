@@ -130,6 +130,22 @@ def forward_pairs(w, tmp_path):
 
 
 @stage
+def evaluate_sampler(w, tmp_path):
+    options = dict(data=w["other"], columns=("endpoint", "straightness", "energy", "frechet", "rk45"), tolerances=[0.1])
+    found = fk.evaluate_sampler(w["net"], [w["cal"], 3], w["noise"], chunk=4, keep_samples=True, **options)
+    figures = [(row.rms, row.straightness, row.energy, row.frechet) for row in found.rows[:3]]
+    numbers = torch.tensor(figures, dtype=torch.float32, device="cpu")
+    return [found.teacher_samples, *(row.samples for row in found.rows), numbers]
+
+
+@stage
+def log_likelihood(w, tmp_path):
+    found = [fk.log_likelihood(v, w["other"], 2, chunk=4) for v in (w["net"], w["guided"])]
+    found.append(fk.log_likelihood(w["net"], w["other"], 2, probes=2, distribution="gaussian"))
+    return [t for of in found for t in (of.nats, of.noise)]
+
+
+@stage
 def calibrate(w, tmp_path):
     cal = fk.calibrate(w["net"], w["noise"], GRID, [N], verify_noise=w["other"], effort="fit", max_regret=0.5, **QUIET)
     return [cal, fk.calibrate(w["guided"], w["noise"], GRID, [N], chunk=4, **QUIET)]

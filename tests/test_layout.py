@@ -60,7 +60,7 @@ def test_imports_point_down():
 def test_there_is_no_circle():
     assert not structure.circles(ARROWS)
     assert not structure.circles(structure.rooms(ARROWS))
-    assert max(structure.floors(structure.rooms(ARROWS)).values()) <= 11
+    assert max(structure.floors(structure.rooms(ARROWS)).values()) <= 12
 
 
 def test_a_circle_and_an_arrow_up_are_found(tmp_path):

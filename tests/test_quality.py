@@ -11,9 +11,10 @@ from _flows import normal
 import flowkernels as fk
 from flowkernels.bench import suite
 from flowkernels.cli import main
+from flowkernels.evaluation.distances import Energy
 
-metrics, data_sets, fits, quality_rows, quality = (
-    suite.module(f"quality.{name}") for name in ("metrics", "data", "gradient_fits", "rows", "command")
+data_sets, fits, quality_rows, quality = (
+    suite.module(f"quality.{name}") for name in ("data", "gradient_fits", "rows", "command")
 )
 KNOWN = "uniform,shifted,cosine,boss,ab2,ab3,boss_ab2,boss_ab3,heun"
 STOCK = [f"{name}{shift}" for shift in ("", "_shift3") for name in ("dpmpp_2m", "unipc_3", "deis_2", "flow_heun")]
@@ -23,45 +24,6 @@ OURS = (
     + ",".join([*STOCK, *quality_report.ONE_CALL])
     + ",gits,oss,norm,endpoint,free,pairs,fitted,fitted3,polished,straightened"
 )
-
-
-# ---- distances ----
-
-
-def test_energy_distance():
-    energy = metrics.Energy()
-    x, y = normal(700, 3, dtype=torch.float64), normal(600, 3, seed=1, dtype=torch.float64) + 1
-
-    def mean(a, b):
-        return (a[:, None] - b[None]).square().sum(2).sqrt().mean()
-
-    found = energy.between(energy.describe(x), energy.describe(y))
-    assert found == pytest.approx((2 * mean(x, y) - mean(x, x) - mean(y, y)).item(), rel=1e-9)
-    assert abs(energy.between(energy.describe(x), energy.describe(x))) < 1e-9
-
-
-def test_energy_distance_of_two_normal_distributions():
-    """In one dimension E|X - Y| of N(0, 1) and N(m, 1) is known: X - Y is N(-m, 2)."""
-    energy, m = metrics.Energy(), 1.5
-    x, y = normal(5000, 1), normal(5000, 1, seed=1) + m
-    across = 2 * math.exp(-(m**2) / 4) / math.sqrt(math.pi) + m * math.erf(m / 2)
-    expected = 2 * across - 4 / math.sqrt(math.pi)
-    assert energy.between(energy.describe(x), energy.describe(y)) == pytest.approx(expected, rel=0.05)
-
-
-def test_frechet_distance_of_two_normal_distributions():
-    frechet = metrics.Frechet(lambda x: x)
-    A = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
-    B = torch.tensor([[0.5, -0.2], [-0.2, 1.5]], dtype=torch.float64)
-    m = torch.tensor([1.0, -2.0], dtype=torch.float64)
-    # tr (A B)^(1/2) of 2 x 2 matrices, from trace and determinant
-    root = ((A @ B).trace() + 2 * torch.linalg.det(A @ B).sqrt()).sqrt()
-    expected = m.square().sum() + A.trace() + B.trace() - 2 * root
-    found = frechet.between((torch.zeros_like(m), A), (m, B))
-    assert found == pytest.approx(expected.item(), rel=1e-12)
-    assert abs(frechet.between((m, A), (m, A))) < 1e-12
-    x, y = normal(20_000, 2), 3 * normal(20_000, 2, seed=1) + 1  # |1, 1|^2 + 2 (1 - 3)^2
-    assert frechet.between(frechet.describe(x), frechet.describe(y)) == pytest.approx(10, rel=0.05)
 
 
 # ---- the data ----
@@ -292,7 +254,7 @@ def test_figures_are_those_of_the_samples(measured):
     x = fk.sample(data.velocity, noise, fk.Solver.adams_bashforth(4, 2))
     row = rows_of(measured)["mixture2", "1", "ab2", "4"]
     assert float(row["endpoint_error"]) == pytest.approx((x - teacher).square().sum(1).mean().item(), rel=1e-4)
-    energy = metrics.Energy()
+    energy = Energy()
     to_teacher = energy.between(energy.describe(x), energy.describe(teacher))
     assert float(row["distance_to_teacher"]) == pytest.approx(to_teacher, rel=1e-4)
     to_data = energy.between(energy.describe(x), energy.describe(data.real))

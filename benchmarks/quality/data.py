@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
+from flowkernels.evaluation.distances import Energy, Frechet
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import ResidualMLP
 
+from .classifier import Classifier
 from .closed_forms import Policy, generator, mixture2, mixture64, scales
 from .datasets import digits, fashion
 from .gradient_fits import Descent
-from .metrics import Classifier, Energy, Frechet
 
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10)
 

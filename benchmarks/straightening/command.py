@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 import flowkernels as fk
+from flowkernels.evaluation.distances import Energy, Frechet
 from flowkernels.evaluation.endpoint import endpoint_error
 
 from ..quality.command import Results, is_green, names_of, source_of
 from ..quality.data import Data, load
-from ..quality.metrics import Energy, Frechet
 from ..quality.rows import Counted
 from .clock import Clock, Memory
 from .reached import print_reached, reached

@@ -23,7 +23,7 @@ def entries() -> tuple[str, ...]:
 
 
 def module(name: str) -> ModuleType:
-    """The module `name` of the suite, such as "bellman" or "quality.metrics"."""
+    """The module `name` of the suite, such as "bellman" or "quality.data"."""
     if PACKAGE not in sys.modules and BENCHMARKS.name == "benchmarks":  # a checkout, which is looked at first
         spec = importlib.util.spec_from_file_location(
             PACKAGE, BENCHMARKS / "__init__.py", submodule_search_locations=[str(BENCHMARKS)]

@@ -41,6 +41,20 @@ def own_line(e: BaseException) -> str:
     return f" at {own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
 
 
+@contextlib.contextmanager
+def in_its_words(words: dict[str, str]) -> Iterator[None]:
+    """Errors of the library with the command line's words for its own."""
+    try:
+        yield
+    except ValueError as e:
+        text = str(e)
+        for word, of_command in words.items():
+            text = text.replace(word, of_command)
+        if text == str(e):
+            raise
+        raise InputError(text) from e
+
+
 # What is checked before any work starts
 
 
@@ -53,7 +67,7 @@ def check_paths(args, *suffixes: str) -> None:
     """The input files exist, and the output files can be written and are none of them: args.targets, whatever folder
     the user's model goes to."""
     args.targets = {}
-    inputs = [(f"--{option}", getattr(args, option, None)) for option in ("checkpoint", "schedule")]
+    inputs = [(f"--{option}", getattr(args, option, None)) for option in ("checkpoint", "schedule", "student", "data")]
     inputs.append(("FILE", getattr(args, "file", None)))
     inputs += [("FILE", path) for path in getattr(args, "parts", ())]
     for option, path in inputs:
@@ -67,7 +81,7 @@ def check_paths(args, *suffixes: str) -> None:
             except (OSError, ValueError) as e:
                 raise InputError(str(e)) from e
             inputs.append((f"--{option}", path))
-    known = not suffixes or args.out.suffix in suffixes
+    known = not suffixes or args.out is None or args.out.suffix in suffixes
     require(known, f"--out: expected a file name ending in {' or '.join(suffixes)}, got {args.out}")
 
 

@@ -1,14 +1,14 @@
-"""The `flowkernels` command: demo, calibrate, straighten, sample, export, plot, bench, tune, record, replay, info."""
+"""The `flowkernels` command: demo, calibrate, straighten, sample, evaluate, export, plot, bench, tune, record, replay
+and info."""
 
 import argparse
-import contextlib
 import importlib
 import json
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,11 +20,12 @@ from flowkernels._files import write_or_keep
 from flowkernels.bench import command as bench
 from flowkernels.bench import record, replay, tune
 from flowkernels.calibration.effort import EFFORTS
-from flowkernels.cli import demo
+from flowkernels.cli import demo, evaluate
 from flowkernels.cli.inputs import (
     InputError,
     check_paths,
     draw_noise,
+    in_its_words,
     load_calibration,
     load_model,
     load_scheduler,
@@ -214,6 +215,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=_file, required=True, help=f"file to write: {', '.join(SAMPLE_FORMATS)}, of a grid of all")
     add("--png", type=_options.path, metavar="FOLDER", help="folder for each sample as an image of its own")
 
+    add = command("evaluate", evaluate.run, "A table of samplers for each number of steps, on the same noise.")
+    takes_model(add)
+    evaluate.add_arguments(add, _steps, _file)
+
     add = command("export", _export, "A schedule or a solver of a calibration in the form that another sampler takes.")
     add("file", type=_options.path, metavar="FILE", help="calibration file (.boss.json)")
     add("--to", choices=list(RECEIVERS), required=True, help="the sampler that is to take it")
@@ -279,20 +284,6 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"expected a device of this torch build, got {got}") from e
 
 
-@contextlib.contextmanager
-def _in_its_words(words: dict[str, str]) -> Iterator[None]:
-    """Errors of the library with the command line's words for its own."""
-    try:
-        yield
-    except ValueError as e:
-        text = str(e)
-        for word, of_command in words.items():
-            text = text.replace(word, of_command)
-        if text == str(e):
-            raise
-        raise InputError(text) from e
-
-
 # The commands
 
 
@@ -307,13 +298,13 @@ def _check_state(args) -> None:
 
 
 def _of_state():
-    return _in_its_words({"checkpoint: ": "--state: ", "resume=False starts anew": ANEW})
+    return in_its_words({"checkpoint: ": "--state: ", "resume=False starts anew": ANEW})
 
 
 def _calibrate(args) -> None:
     check_paths(args)
     _check_state(args)
-    with _in_its_words({"grid: ": "--grid: ", "forced_knots: ": "--knot: "}):
+    with in_its_words({"grid: ": "--grid: ", "forced_knots: ": "--knot: "}):
         times = expect_times(args.grid, "grid")
         forced = forced_places(args.knot or (), times)
     K = len(times) - 1
@@ -324,7 +315,7 @@ def _calibrate(args) -> None:
     noise = draw_noise(args.n, shape, args.seed).to(args.device)
     held_out = draw_noise(args.verify_noise, shape, args.seed + VERIFY).to(args.device) if args.verify_noise else None
     budgets = {"evaluations: ": "--evaluations: ", "minutes: ": "--minutes: "}
-    with _of_state(), _in_its_words(budgets):
+    with _of_state(), in_its_words(budgets):
         calibration = fk.calibrate(
             velocity,
             noise,
@@ -352,7 +343,7 @@ def _calibrate(args) -> None:
 
 def _merge(args) -> None:
     check_paths(args)
-    with _in_its_words({"calibrations: ": "FILE: "}):
+    with in_its_words({"calibrations: ": "FILE: "}):
         merged = fk.Calibration.merge([read_calibration(path, "FILE") for path in args.parts])
     write_or_keep(args.targets["out"], "--out", merged.save)
     print(merged)
@@ -463,7 +454,7 @@ def _export(args) -> None:
         "like: exp": "--like: exp",
         "knots_only=True (--knots-only)": "--knots-only",
     }
-    with _in_its_words(words):
+    with in_its_words(words):
         like = None if args.like is None else load_scheduler(args.like)
         made = Export(calibration, args.to, args.steps, args.knots_only, like)
     if args.out is None:
@@ -479,7 +470,7 @@ def _plot(args) -> None:
     check_paths(args, ".png", ".svg", ".pdf")
     require(args.file.is_file(), f"FILE: expected a file, got {args.file}, which is not one")
     calibration = read_calibration(args.file, "FILE")
-    with _in_its_words({"steps: exp": "--steps: exp", "calibration: exp": "FILE: exp"}):
+    with in_its_words({"steps: exp": "--steps: exp", "calibration: exp": "FILE: exp"}):
         figure = fk.plot(calibration, steps=args.steps)
     from flowkernels.calibration.figure import write  # brings matplotlib along, which nothing else needs
 

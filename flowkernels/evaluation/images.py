@@ -63,7 +63,7 @@ def save_images(
         '00005.png'
     """
     expect_images(samples)
-    low, high = _expect_range(value_range)
+    low, high = expect_range(value_range)
     columns = None if columns is None else expect_positive_int(columns, "columns")
     if expect_bool(grid, "grid"):
         expect_target(path)
@@ -74,7 +74,7 @@ def save_images(
     expect(columns is None, "columns", "None without grid", columns)
     folder = expect_image_folder(path)
     with whole_folder(folder) as partial:
-        for i, image in enumerate(_levels(samples, low, high)):
+        for i, image in enumerate(levels(samples, low, high)):
             _picture(image).save(partial / f"{i:05d}.png", "png")
 
 
@@ -86,9 +86,9 @@ def expect_images(samples, name: str = "samples") -> None:
     expect_noise(samples, name)
 
 
-def expect_image_folder(path: str | Path, name: str = "path") -> Path:
-    """`path` as an absolute path, if a folder of images can go there: nothing, an empty folder, or one of images that
-    were written by number."""
+def expect_image_folder(path: str | Path, name: str = "path", own: re.Pattern[str] = OWN) -> Path:
+    """`path` as an absolute path, if a folder of images can go there: nothing, an empty folder, or one of images alone
+    that were written there before, as their names say."""
     folder = Path(os.path.realpath(expect_path(path, name)))
     there = folder.parent.is_dir()
     expect(there, name, "a place in a folder that exists and can be written to", f"{path}", FileNotFoundError)
@@ -96,14 +96,16 @@ def expect_image_folder(path: str | Path, name: str = "path") -> Path:
     expect(writable, name, "a place in a folder that can be written to", f"{path}", PermissionError)
     if folder.exists():
         expect(folder.is_dir(), name, "a folder", f"the file {path}", NotADirectoryError)
-        foreign = sorted(p.name for p in folder.iterdir() if not OWN.fullmatch(p.name))
-        expect(not foreign, name, "a new folder, or one of numbered images alone", f"{path} with {foreign[:1]} in it")
+        foreign = sorted(p.name for p in folder.iterdir() if not own.fullmatch(p.name))
+        expect(
+            not foreign, name, "a new folder, or one of images written there before", f"{path} with {foreign[:1]} in it"
+        )
     return folder
 
 
 def grid_of(samples: Tensor, value_range: Sequence[float] = RANGE, columns: int | None = None) -> "Image":
     """A picture of images `[n, 1 or 3, H, W]` in rows; see `save_images`."""
-    images = _levels(samples, *value_range)
+    images = levels(samples, *value_range)
     scale = max(1, ENLARGED // max(images.shape[2:]))
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     images = nn.functional.pad(images, (0, GAP, 0, GAP), value=255)
@@ -115,8 +117,8 @@ def grid_of(samples: Tensor, value_range: Sequence[float] = RANGE, columns: int 
     return _picture(rows[:, :-GAP, :-GAP])
 
 
-def _levels(samples: Tensor, low: float, high: float) -> Tensor:
-    """uint8 `[n, c, H, W]` on the CPU."""
+def levels(samples: Tensor, low: float, high: float) -> Tensor:
+    """The nearest of 256 levels of values from low to high: uint8 `[n, *shape]`, on the CPU."""
     values = samples.detach().double().cpu().clamp(low, high)
     return ((values - low) * (255 / (high - low))).round().byte()
 
@@ -128,7 +130,7 @@ def _picture(image: Tensor) -> "Image":
     return Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).contiguous().numpy())
 
 
-def _expect_range(value) -> tuple[float, float]:
+def expect_range(value) -> tuple[float, float]:
     expected = "two finite numbers (low, high), the first less than the second"
     ends = expect_list(value, "value_range", expected)
     expect_shown(len(ends) == 2, "value_range", expected, value)
