@@ -107,12 +107,16 @@ class RunBank:
     @property
     def nbytes(self) -> int:
         """Of what is kept."""
-        return self.bank.nbytes
+        if self._begun is None:
+            return self.bank.nbytes
+        return self.bank.size * len(self.bank.times) * self.state_nbytes  # a function is not asked to draw once more
 
     @property
     def state_nbytes(self) -> int:
         """Of a state in a batch."""
-        return self.bank.state_nbytes
+        if self._begun is None:
+            return self.bank.state_nbytes
+        return initial_state(self._begun[:1]).nbytes
 
     @property
     def identity(self) -> str:
