@@ -1,6 +1,7 @@
 """Students of all kinds of weights: they train, are averaged, kept, resumed and come back as the bare network does."""
 
 import contextlib
+import copy
 import math
 import threading
 
@@ -18,6 +19,7 @@ import flowkernels as fk
 from flowkernels.runtime.sharded import local
 from flowkernels.training.run.average import Average
 from flowkernels.training.run.descent import norm_of
+from flowkernels.training.students.student import initialise
 from flowkernels.training.students.unchanged import unchanged
 
 RUN = dict(noise=(4,), iterations=9, bank=16, batch=8, grid=6, warmup=0, lr=0.01, log_every=1, progress=False)
@@ -202,6 +204,74 @@ def test_kinds_of_students(kind, ema, tmp_path):
     if kind not in ALONE:
         path.write_bytes(saved)
         torch.testing.assert_close(answers(run(bare(5), **settings)), answers(expected), **close)
+
+
+NORMED = nn.utils.parametrizations.weight_norm
+STARTS = {  # a student, and a teacher whose weights have other names
+    "weight_norm of plain": (lambda seed: Net(seed, NORMED), Net),
+    "plain of weight_norm": (Net, lambda seed: Net(seed, NORMED)),
+    "old weight_norm of plain": (lambda seed: Net(seed, old(nn.utils.weight_norm)), Net),
+    "plain of old weight_norm": (Net, lambda seed: Net(seed, old(nn.utils.weight_norm))),
+    "weight_norm of an old one": (lambda seed: Net(seed, NORMED), lambda seed: Net(seed, old(nn.utils.weight_norm))),
+    "weight_norm, compiled in DDP": (lambda seed: DistributedDataParallel(compiled(Net(seed, NORMED))), Net),
+    "extra state": (Extra, Net),
+    "of extra state": (Net, Extra),
+    "FSDP2": (lambda seed: sharded(Net(seed), "first"), Net),
+    "of FSDP2": (Net, lambda seed: sharded(Net(seed), "first")),
+    "FSDP2 of FSDP2": (lambda seed: sharded(Net(seed)), lambda seed: sharded(Net(seed), "first")),
+}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_what_starts_from_its_teacher_answers_as_it(kind):
+    """Also under other names; the teacher stays as it is."""
+    make, of = STARTS[kind]
+    student, teacher = make(1), of(2)
+    before = {key: copy.deepcopy(value) for key, value in teacher.state_dict().items()}
+    initialise(student, teacher, None)
+    x, t = torch.linspace(-2, 2, 24).view(6, 4), torch.linspace(0, 1, 6)
+    torch.testing.assert_close(student(x, t), of(2)(x, t), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(make(1)(x, t), student(x, t), atol=1e-2)
+    assert all(repr(value) == repr(before[key]) for key, value in teacher.state_dict().items())
+
+
+def test_weights_of_other_layers_do_not_start_a_student():
+    teacher = Net(0, NORMED)
+    teacher.middle = nn.Linear(5, 7)
+    with pytest.raises(
+        ValueError, match=r"^student: expected weights that fit .*'middle.bias' of shape \[7\] for \[16\]"
+    ):
+        initialise(Net(1), teacher, None)
+    with pytest.raises(ValueError, match=r"^init: expected weights that fit .*original0"):
+        initialise(Net(1, NORMED), Net(0), {"first.bias": torch.zeros(16)})
+
+
+def test_wrapped_fields_and_teachers_that_cannot_be_copied_are_told():
+    with pytest.raises(ValueError, match=r"^student: expected VelocityField\(.*the wrapper inside, got FSDPVelocity"):
+        run(sharded(fk.VelocityField(Net(1))))
+    with pytest.raises(ValueError, match=r"^student: expected a network of its own, .* FSDP does not support deepcopy"):
+        fk.straighten(None, sharded(Net(1)), SCHEDULE, **RUN)
+
+
+@pytest.mark.parametrize("kind", ["compiled", "DDP", "FSDP2", "FSDP2, its middle", "tied", "weight_norm"])
+def test_kinds_of_students_and_teachers_in_a_loop_of_ones_own(kind):
+    """The parts: a bank of a teacher of the kind, and losses and steps of a student of it."""
+    make, bare = KINDS[kind]
+    found = []
+    for one in (make, bare):
+        bank = fk.TrajectoryBank(one(3).eval(), SCHEDULE, noise=(4,), size=16, grid=6, progress=False).fill()
+        student, objective = one(1), fk.StraightenLoss(SCHEDULE)
+        optimizer, generator = torch.optim.SGD(student.parameters(), lr=0.1), torch.Generator().manual_seed(0)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = objective(student, bank.sample(8, generator), generator).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert len(set(found[0])) == 3
 
 
 AVERAGED = {

@@ -183,13 +183,16 @@ def straighten(
         initial_speed: of target="acceleration", the initial velocity over the mean one.
         compared: of target="noise", what the loss compares, "data" or "noise".
         init: what the student starts from: "teacher" its weights, "keep" the student's own, or a state dict, such as
-            EMA weights. None: the teacher's where it has any, else the student's own.
+            EMA weights. None: the teacher's where it has any, else the student's own. A student whose layers hold
+            adapters of peft's, or weights by weight_norm and the like, takes those of a network without.
         lr: peak learning rate.
         warmup: iterations of linear warm-up.
         decay: of the learning rate after it, "cosine" to zero or "none".
         optimizer: parameters -> optimiser; None is Adam. Its learning rate is set to the schedule above, if there is no
-            `lr_scheduler`. On a GPU the weights are kept a second time, unless it is torch's Adam, AdamW, SGD or
-            Adagrad with fused=True.
+            `lr_scheduler`: that of the group whose own is the largest, and the others' in proportion. One with
+            `train()` and `eval()`, as those of schedulefree, is switched where it has to be, and its own average takes
+            the place of `ema`'s; decay="none" goes with it. On a GPU the weights are kept a second time, unless it is
+            torch's Adam, AdamW, SGD or Adagrad with fused=True.
         clip: largest norm of the gradient, or None.
         ema: decay of the averaged weights that are returned, or None to return the last ones. Of the trained parameters
             a second set is kept, of bfloat16 or float16 in float32; sharded ones stay so. They are returned in a copy

@@ -1,7 +1,7 @@
 """The average of a student's weights over its training."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flowkernels._checks import LOW, expect
 from flowkernels.runtime.sharded import alike, local, reshard, whole
 from flowkernels.runtime.torch_private import lerp_each_
+from flowkernels.training.run.optimizers import has_modes
 from flowkernels.training.students.modules import expect_fits, plain_state, trained_by_name
 
 COUNT, PREFIX = "n_averaged", "module."  # in a state dict
@@ -101,6 +102,57 @@ class Average:
         for name, own in self.weights.items():
             local(own).copy_(local(alike(saved[PREFIX + name], own)))
         self.n_averaged = int(saved[COUNT])
+
+
+class OptimizersAverage(Average):
+    """That of an optimiser which keeps one itself, as schedule-free ones do: the weights that `eval()` puts into the
+    parameters, in place of those that it trains."""
+
+    def __init__(self, student: nn.Module, optimizer: torch.optim.Optimizer):
+        self.n_averaged, self.optimizer, self._student = 0, optimizer, student
+        self.weights = self._trained = trained_by_name(student)  # of the shapes
+
+    def update(self) -> None:
+        self.n_averaged += 1
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """As of any average; of memory as much as the weights take."""
+        kept = {name: local(p.detach()).clone() for name, p in self._trained.items()}
+        try:
+            self._switch(self.optimizer.eval)
+            yield
+        finally:
+            self._switch(self.optimizer.train)
+            with torch.no_grad():
+                for name, p in self._trained.items():
+                    local(p).copy_(kept[name])
+
+    def _switch(self, switch: Callable[[], Any]) -> None:
+        torch.clear_autocast_cache(), reshard(self._student)
+        switch()
+
+    def put(self, student: nn.Module) -> None:
+        if student is self._student:
+            self._switch(self.optimizer.eval)
+            return
+        with self.applied(), torch.no_grad():
+            for name, p in trained_by_name(student).items():
+                p.copy_(self._trained[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        with self.applied():
+            return {name: value.detach().clone() for name, value in super().state_dict().items()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.n_averaged = int(saved[COUNT])
+
+
+def average_of(student: nn.Module, optimizer: torch.optim.Optimizer, ema: float | None) -> Average | None:
+    """Of a run, None where there is none."""
+    if has_modes(optimizer):
+        return OptimizersAverage(student, optimizer)
+    return None if ema is None else Average(student, ema)
 
 
 def _wide(t: Tensor) -> Tensor:

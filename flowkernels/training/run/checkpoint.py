@@ -17,7 +17,7 @@ from flowkernels.runtime.sharded import alike
 from flowkernels.runtime.torch_private import tree_leaves, tree_map
 from flowkernels.training.run.evaluations import EVALUATIONS, expect_evaluations
 from flowkernels.training.run.numbered import keep_numbered, numbered
-from flowkernels.training.run.optimizers import PLACES
+from flowkernels.training.run.optimizers import PLACES, counted_in_groups
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.students.modules import expect_weights
 from flowkernels.velocity.hashes import tensors_hash
@@ -249,16 +249,20 @@ def expect_optimizer_state(saved, opt, parameters: list[nn.Parameter], varies: C
     opt.step()
     for group, rate in zip(opt.param_groups, rates, strict=True):
         group["lr"] = rate
-    opt.zero_grad(set_to_none=True)
+    for p in parameters:
+        p.grad = None
     own = opt.state_dict()
     _expect(isinstance(saved, dict) and {"state", "param_groups"} <= saved.keys(), "an optimiser's state", saved)
-    groups = saved["param_groups"]
+    groups, counted = saved["param_groups"], counted_in_groups(opt)
     fits = isinstance(groups, list) and len(groups) == len(own["param_groups"])
     _expect(fits and all(isinstance(g, dict) for g in groups), f"{len(own['param_groups'])} groups", groups)
     for have, want in zip(groups, own["param_groups"], strict=True):
         _expect(repr(have.get("params")) == repr(want["params"]), "the optimiser's parameters", have.get("params"))
-        for key in (have.keys() & want.keys()) - {*PLACES, *varies}:
+        for key in (have.keys() & want.keys()) - {*PLACES, *varies, *counted}:
             _expect(repr(have[key]) == repr(want[key]), f"an optimiser with {key} = {want[key]!r}", have[key])
+        for key in counted & want.keys():
+            _expect(key in have, f"an optimiser's {key}", [*have])
+            _expect_alike(have[key], want[key], key)
     _expect(isinstance(saved["state"], dict), "the state of parameters", saved["state"])
     for i, have in saved["state"].items():
         want = own["state"].get(i)
@@ -277,7 +281,11 @@ def load_optimizer_state(opt: torch.optim.Optimizer, saved: dict) -> None:
         i: {key: alike(value, own["state"][i][key]) for key, value in have.items()}
         for i, have in saved["state"].items()
     }
-    opt.load_state_dict(own | {"state": state})
+    groups = [
+        mine | {key: alike(group[key], mine[key]) for key in counted_in_groups(opt) & mine.keys()}
+        for group, mine in zip(saved["param_groups"], own["param_groups"], strict=True)
+    ]
+    opt.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _expect_alike(have, want, what: str) -> None:

@@ -27,14 +27,18 @@ class Descent:
     back as `read` finds that a step was bad; what their state and averages have become is of no use then.
 
     Args:
-        optimizer: of the parameters. clip: largest norm of the gradient, or None.
+        optimizer: of the parameters, or some of them: the gradients of the others do not count.
+        clip: largest norm of the gradient, or None.
         iteration: that of the first step.
     """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float | None, iteration: int = 0
     ):
-        self.optimizer, self.parameters, self.clip = optimizer, parameters, clip
+        self.optimizer, self.clip = optimizer, clip
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.parameters = [p for p in parameters if id(p) in stepped]
+        self.others = [p for p in parameters if id(p) not in stepped]
         self.done, device = iteration, parameters[0].device  # done: steps that were read
         self.waits = has_queue(device)
         if self.waits:
@@ -50,6 +54,8 @@ class Descent:
         """One step down the sum of losses `[]`, each of which goes back before the next is computed; on the CPU
         ValueError, as `read`, before the weights change."""
         self.optimizer.zero_grad(set_to_none=True)
+        for p in self.others:
+            p.grad = None
         loss = torch.zeros((), dtype=torch.float32, device=self.parameters[0].device)
         for part in losses:
             part.backward()

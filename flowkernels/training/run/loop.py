@@ -8,7 +8,7 @@ A loop of a caller's own takes the same parts:
         ...
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def train(state: State, settings: Settings, held_out: HeldOut) -> None:
                 state.roll_out(objective, settings.checkpoint is not None)
             rate, loss = settings.rate(it) if state.scheduler is None else state.scheduler.rate(), None
             if state.scheduler is None:
-                set_rate(state.optimizer, rate)
+                set_rate(state.optimizer, rate, state.shares)
             drawn = bank.sample(state.generator)
             descent.step(losses(state, settings, drawn))
             state.update_average()
@@ -80,10 +80,11 @@ def losses(state: State, settings: Settings, drawn: BankBatch) -> Iterator[Tenso
         state.count(objective.interval_of(part.interval), found.per_sample)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of its groups, in the tensor where it is one: a compiled or captured step has its address."""
-    for group in optimizer.param_groups:
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, shares: Sequence[float]) -> None:
+    """The learning rate of its groups, each its share, in the tensor where it is one: a compiled or captured step has
+    its address."""
+    for group, share in zip(optimizer.param_groups, shares, strict=True):
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(rate * share)
         else:
-            group["lr"] = rate
+            group["lr"] = rate * share

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowkernels.runtime.sharded import whole_tree
 from flowkernels.training.objective import StraightenLoss
-from flowkernels.training.run.average import Average
+from flowkernels.training.run.average import average_of
 from flowkernels.training.run.bank import RunBank
 from flowkernels.training.run.checkpoint import (
     BANK_DRAWN,
@@ -27,6 +27,7 @@ from flowkernels.training.run.checkpoint import (
 )
 from flowkernels.training.run.evaluations import EVALUATIONS, Evaluations
 from flowkernels.training.run.numbered import keep_numbered
+from flowkernels.training.run.optimizers import shares_of_rate
 from flowkernels.training.run.pairs import RunPairs
 from flowkernels.training.run.schedulers import Scheduler
 from flowkernels.training.run.settings import Settings
@@ -43,6 +44,7 @@ class State:
     iteration: iterations done. history: columns of `Straightened.history`. totals, counts: float32 `[N]` where the
         student is, the losses of each interval since the last row, and their number.
     scheduler: of the learning rate; None where the settings have it.
+    shares: of the learning rate, for each of the optimiser's groups.
     in_place: the averaged weights come back in the student itself, as of one that shares weights with its teacher.
     steps: N. setting: what a resumed run must share, in plain values.
     rolled_out: the weights with which the student's own samples were taken last; None where none are, or not kept.
@@ -66,7 +68,8 @@ class State:
     ):
         self.student, self.optimizer, self.bank, self.setting = student, optimizer, bank, setting
         self.scheduler = scheduler
-        self.average, self.in_place = None if ema is None else Average(student, ema), in_place
+        self.shares = shares_of_rate(optimizer)
+        self.average, self.in_place = average_of(student, optimizer, ema), in_place or ema is None
         self.generator = torch.Generator().manual_seed(seed)
         self.iteration, self.history = 0, {name: [] for name in HISTORY}
         self.rolled_out: dict[str, Any] | None = None

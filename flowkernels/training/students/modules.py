@@ -50,7 +50,7 @@ def unsynchronised(module: nn.Module, wanted: bool = True) -> Iterator[None]:
 
 def plain_state(module: nn.Module) -> dict[str, Any]:
     """The state dict, under names without those of wrappers."""
-    return {_plain(module, key): value for key, value in module.state_dict().items()}
+    return {plain_name(module, key): value for key, value in module.state_dict().items()}
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:
@@ -62,10 +62,10 @@ def trained_by_name(module: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained of it, tied weights once, under names without those of wrappers; as optimisers have it, sharded
     where it is."""
     reshard(module)
-    return {_plain(module, name): p for name, p in module.named_parameters() if p.requires_grad}
+    return {plain_name(module, name): p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def _plain(module: nn.Module | None, key: str) -> str:
+def plain_name(module: nn.Module | None, key: str) -> str:
     parts = []
     for part in key.split("."):
         child = None if module is None else module._modules.get(part)
@@ -77,15 +77,17 @@ def _plain(module: nn.Module | None, key: str) -> str:
 
 def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Load what `expect_weights` has found to fit."""
-    state = _without_prefix(module, state)
-    module.load_state_dict({key: alike(state[_plain(module, key)], own) for key, own in module.state_dict().items()})
+    state = without_prefix(module, state)
+    module.load_state_dict(
+        {key: alike(state[plain_name(module, key)], own) for key, own in module.state_dict().items()}
+    )
 
 
 def expect_weights(module: nn.Module, state: Mapping[str, Any], name: str, exact: bool = False) -> None:
     """Raise unless the state dict has the module's names and shapes, and its dtypes, if not `exact` but for the width
     of floating-point ones."""
     expect(isinstance(state, Mapping), name, "a state dict", state)
-    expect_fits(plain_state(module), _without_prefix(module, state), name, exact)
+    expect_fits(plain_state(module), without_prefix(module, state), name, exact)
 
 
 def expect_fits(own: Mapping[str, Any], state: Any, name: str, exact: bool = False) -> None:
@@ -107,7 +109,7 @@ def expect_fits(own: Mapping[str, Any], state: Any, name: str, exact: bool = Fal
         expect(fits, name, expected, f"{key!r} of {have.dtype} for {want.dtype}")
 
 
-def _without_prefix(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_prefix(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
     """The state dict of a wrapped module as that of the module."""
     own = plain_state(module)
     for prefix in ("_orig_mod.", "module."):
@@ -124,6 +126,6 @@ def architecture(module: nn.Module) -> str:
         if unwrapped(part) is part:
             kind = hashes.class_name(class_of(part))
             known = kind.startswith(("torch.nn.", "flowkernels.training."))
-            parts.append(f"{_plain(module, name)} {kind} {part.extra_repr() if known else ''}")
+            parts.append(f"{plain_name(module, name)} {kind} {part.extra_repr() if known else ''}")
     weights = {k: [str(v.dtype), *v.shape] for k, v in plain_state(module).items() if isinstance(v, Tensor)}
     return hashes.tensors_hash({"modules": parts, "weights": weights})[:16]

@@ -19,14 +19,13 @@ from flowkernels.training.students.blockwise import Blockwise
 from flowkernels.training.students.composite import Composite
 from flowkernels.training.students.modules import (
     copied,
-    expect_weights,
-    load_weights,
     plain_state,
     trained_by_name,
     unwrapped,
 )
 from flowkernels.training.students.precision import autocast
 from flowkernels.training.students.second_time import TwoTimes
+from flowkernels.training.students.starting import start_from
 from flowkernels.training.students.trial import Trial
 from flowkernels.training.students.unchanged import unchanged
 from flowkernels.velocity.evaluate import evaluate
@@ -49,7 +48,10 @@ def own_student(
     teacher_is_module = isinstance(velocity, nn.Module)
     if student is None:
         expect(teacher_is_module, "student", "a module, where the teacher is not one to copy", "None")
-        student = copied(as_given(resolve(velocity).without_guidance()))
+        try:
+            student = copied(as_given(resolve(velocity).without_guidance()))
+        except ValueError as e:
+            raise ValueError(f"student: expected a network of its own, for a teacher that is not copied ({e})") from e
         for p in student.parameters():
             p.requires_grad_(p.is_floating_point())
         return _trainable(made(student))
@@ -101,13 +103,11 @@ def initialise(student: nn.Module, velocity: Velocity, init) -> None:
         blocks = None if isinstance(unwrapped(teacher), Blockwise) else Blockwise.of(student)
         if blocks is not None:  # each starts from the teacher
             for network in blocks.networks:
-                expect_weights(VelocityField.of(network).net, state, name)
-                load_weights(VelocityField.of(network).net, state)
+                start_from(VelocityField.of(network).net, state, name, teacher)
             return
     if isinstance(inner, TwoTimes) and not inner.is_of(state):  # of the network of one time that it was made of
         net = inner.net
-    expect_weights(net, state, name)
-    load_weights(net, state)
+    start_from(net, state, name, None if state is init else teacher)
 
 
 def trained_parameters(student: nn.Module) -> list[nn.Parameter]:
