@@ -1,5 +1,6 @@
 """The examples in the public docstrings run, and every public function has one; so do the scripts of examples/."""
 
+import ast
 import doctest
 import inspect
 import os
@@ -137,6 +138,22 @@ def test_lpips_loss():
     for what in ("1 step, trained by {}", "4 steps, knots by {}"):
         squared, by_distance = found[what.format("squared error")], found[what.format("distance")]
         assert by_distance == pytest.approx(squared, rel=1e-3)
+
+
+OURS = "fk flowkernels bank objective cal pipeline_velocity solver_scheduler PathLoader StraightenModel t_list"
+
+
+def test_trainers_lines_are_counted():
+    """Those of the scripts in the table of docs/trainers.md."""
+    page = (EXAMPLES.parent / "docs/trainers.md").read_text()
+    rows = re.findall(r"\| examples/(\w+).py \| (\d+) \| (\d+) \|", page)
+    ours = re.compile(rf"\b({'|'.join(OURS.split())})\b")
+    assert len(rows) == 5
+    for name, *told in rows:
+        text = (EXAMPLES / f"{name}.py").read_text()
+        body = text.splitlines()[ast.parse(text).body[0].end_lineno :]
+        code = [line for line in body if line.strip() and not line.strip().startswith("#")]
+        assert [name, *map(int, told)] == [name, len(code), sum(bool(ours.search(line)) for line in code)]
 
 
 @pytest.mark.parametrize(("name", "option"), [("policy", "--calls"), ("own_trainer", "--iterations")])

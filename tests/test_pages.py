@@ -82,6 +82,7 @@ CODE = {
     "docs/triton.md": (1, 4, "x1"),
     "docs/bank.md": (1, 4, "x1"),
     "docs/evaluating.md": (5, 4, "x1"),
+    "docs/trainers.md": (1, 4, "x1"),
 }
 
 
