@@ -44,7 +44,7 @@ from flowkernels.training.run.cost import TrainingCost
 from flowkernels.training.run.events import TrainingEvent
 from flowkernels.training.straighten import Straightened, straighten
 from flowkernels.training.students.acceleration import Acceleration
-from flowkernels.training.students.adapters import without_adapters
+from flowkernels.training.students.adapters import merge_lora, without_adapters
 from flowkernels.training.students.average_velocity import AverageVelocity
 from flowkernels.training.students.blockwise import Blockwise
 from flowkernels.training.students.lora import add_lora
@@ -106,6 +106,7 @@ __all__ = [
     "load_weights",
     "log_likelihood",
     "noise",
+    "merge_lora",
     "plot",
     "polish",
     "profile_ranges",

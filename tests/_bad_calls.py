@@ -922,6 +922,7 @@ def _stages(cal) -> None:
     unadapted = (OSError, ValueError)  # of any network here: without peft there is none with adapters
     place("save_lora", fk.save_lora, unadapted, student=module, **of_file)
     place("without_adapters", fk.without_adapters, unadapted, student=module)
+    place("merge_lora", fk.merge_lora, unadapted, student=module)
     place(
         "Acceleration",
         fk.Acceleration,

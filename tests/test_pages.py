@@ -201,13 +201,10 @@ def test_the_code_of_watching_a_training_runs(tmp_path, monkeypatch):
 
 
 def test_every_page_with_code_is_run():
-    """Diffusers' by test_solver_scheduler.py and pipelines/test_pipeline_velocity.py, with pipelines."""
-    assert {page for page in PAGES if blocks(page)} == {
-        *CODE,
-        "docs/many-devices.md",
-        "docs/straightening.md",
-        "docs/diffusers.md",
-    }
+    """Diffusers' by test_solver_scheduler.py and pipelines/test_pipeline_velocity.py, with pipelines; LoRA's by
+    pipelines/test_lora.py, with peft."""
+    elsewhere = {f"docs/{name}.md" for name in ("many-devices", "straightening", "diffusers", "lora")}
+    assert {page for page in PAGES if blocks(page)} == {*CODE, *elsewhere}
 
 
 # ---- what is named ----

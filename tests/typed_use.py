@@ -59,6 +59,8 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     assert_type(fk.sample(two.on(8), two(noise, noise, noise), 8), Tensor)
     student = fk.add_lora(velocity, {"r": 8, "use_dora": True}, name="straight")
     assert_type(fk.without_adapters(student), fk.VelocityField)
+    assert_type(fk.merge_lora(student), nn.Module)
+    fk.straighten(None, velocity, cal[4], noise=(3, 32, 32), iterations=10, lora=8, init="folder")
     assert_type(fk.save_lora(student, "folder", layout="peft"), Path)
     objective = fk.StraightenLoss(solver, target="solver", loss=lambda v, target: (v - target).abs().flatten(1).mean(1))
     objective.roll_out(trained.student, noise)

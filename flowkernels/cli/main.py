@@ -45,6 +45,7 @@ from flowkernels.runtime.environment import environment
 from flowkernels.sampling.teacher_solver import EULER, NAMES
 from flowkernels.schedule import forced_places
 from flowkernels.training.losses import LOSSES
+from flowkernels.training.students.lora import expect_peft
 from flowkernels.training.t_sampling import T_SAMPLINGS
 from flowkernels.training.targets.table import TARGETS
 from flowkernels.velocity.identity import parameter_hash
@@ -200,6 +201,9 @@ def _parser() -> argparse.ArgumentParser:
         default=1.0,
         help="largest gradient norm; 0 turns it off",
     )
+    rank = "train adapters of this rank in place of the weights (peft); --lr of about ten times as much"
+    add("--lora", type=_options.positive, metavar="RANK", help=rank)
+    add("--adapter", type=_options.path, metavar="FOLDER", help="with --lora, where to write the adapter alone")
     add("--state", type=_file, help="training checkpoint, written as the training goes on")
     add("--resume", action="store_true", help="go on from --state")
     add("--out", type=_file, required=True, help="weights of the student to write (.safetensors)")
@@ -357,8 +361,14 @@ def _straighten(args) -> None:
     velocity, shape, _ = load_model(args, calibration)
     require(network_of(velocity) is not None, f"--model: expected a torch.nn.Module to train, got {args.model}")
     _weights.expect_storable(network_of(velocity).state_dict(), "--model")
+    require(args.adapter is None or args.lora is not None, "--adapter: expected --lora RANK with it, got none")
+    if args.lora is not None:
+        try:
+            expect_peft()
+        except ImportError as e:
+            raise InputError(f"--{e}") from e
     fk.Calibration.load(args.schedule, velocity)  # warns if it was made for another model
-    with _of_state():
+    with _of_state(), _in_its_words({"lora: ": "--lora: "}):
         result = fk.straighten(
             None,
             velocity,
@@ -379,12 +389,15 @@ def _straighten(args) -> None:
             ema=args.ema or None,
             checkpoint=args.targets.get("state"),
             seed=args.seed,
+            lora=args.lora,
         )
+    if args.adapter is not None:
+        write_or_keep(args.adapter, "--adapter", lambda path: fk.save_lora(result.student, path))
     notes = {"straightened_from": parameter_hash(velocity)}
     if args.target != "reflow":  # whose students are for any
         times = calibration[args.steps].times.tolist()
         notes["times"] = [times[0], times[-1]] if TARGETS[args.target].whole else times
-    student = network_of(result.student).cpu()
+    student = network_of(result.student if args.lora is None else fk.merge_lora(result.student)).cpu()
 
     def save(path: Path) -> None:
         if args.model in BUNDLED:  # with its architecture, so that `load_network` rebuilds it from the file alone

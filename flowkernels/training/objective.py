@@ -267,6 +267,11 @@ class StraightenLoss(nn.Module):
         expect(isinstance(student, nn.Module), "student", "an nn.Module", student, TypeError)
         self._row.expect_student(student)
 
+    @property
+    def makes_student(self) -> bool:
+        """Whether `student_from` makes another network of the teacher's."""
+        return self._row.made is not None
+
     def student_from(self, copied: nn.Module) -> nn.Module:
         """The student that a copy of the teacher becomes."""
         return copied if self._row.made is None else self._row.made(copied, self.knots)

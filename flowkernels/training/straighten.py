@@ -24,13 +24,16 @@ from flowkernels.training.run.evaluations import Evaluations
 from flowkernels.training.run.events import TrainingEvent
 from flowkernels.training.run.held_out import HeldOut, learner_of, undisturbed
 from flowkernels.training.run.loop import train
+from flowkernels.training.run.lora import lora_student, tell
 from flowkernels.training.run.optimizers import optimizer_identity, own_optimizer
 from flowkernels.training.run.pairs import RunPairs, are_pairs
 from flowkernels.training.run.schedulers import Scheduler
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.run.state import State
 from flowkernels.training.run.watch import result
-from flowkernels.training.students.modules import architecture
+from flowkernels.training.students.adapters import network_of
+from flowkernels.training.students.lora_files import base_hash
+from flowkernels.training.students.modules import architecture, shares_weights
 from flowkernels.training.students.precision import expect_castable
 from flowkernels.training.students.recomputed import recomputed
 from flowkernels.training.students.student import (
@@ -43,6 +46,7 @@ from flowkernels.training.students.student import (
     try_student,
 )
 from flowkernels.velocity.evaluate import warn_if_training
+from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.identity import identity
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 from flowkernels.velocity.provenance import Identity
@@ -239,6 +243,12 @@ def straighten(
         lr_scheduler: optimiser -> one of `torch.optim.lr_scheduler`, in the place of `warmup` and `decay`: a step of it
             behind each iteration; `ReduceLROnPlateau` makes one at each row of the history, of its loss. `lr` is then
             Adam's, and an `optimizer` has rates of its own.
+        lora: train low-rank adapters in place of the weights, as `fk.add_lora` has them: a rank, a `peft.LoraConfig`, a
+            dict of its settings, or a saved adapter to train on. Teacher and student are then one copy of the weights,
+            of which neither gradients nor the optimiser's state are held, and checkpoints have the adapters alone. The
+            network and a `student` that is given stay as they are; what comes back is made of it. `init` is None or
+            "keep", or an adapter to start from, its state dict or path. `fk.save_lora` writes the result. Learning
+            rates are about ten times those of all weights.
 
     Before the teacher is rolled out, the student is tried on a batch, and its state on the format of checkpoints. A
     caller's `no_grad` and `inference_mode` do not count; in `torch.autocast` both networks compute in its dtype.
@@ -303,6 +313,7 @@ def straighten(
         patience=patience,
         callbacks=callbacks,
         keep_checkpoints=keep_checkpoints,
+        lora=lora,
     )
     objective = settings.objective
     teacher = None if velocity is None else resolve(velocity)
@@ -310,7 +321,10 @@ def straighten(
         velocity = as_given(teacher.unfused())
         expect_no_wrapped_field(velocity, "velocity")
     expect_trainable_here()
-    student = own_student(student, velocity, objective.student_from)
+    if settings.lora is None:
+        student = own_student(student, velocity, objective.student_from)
+    else:
+        student = lora_student(student, velocity, objective, settings.lora, init, settings.seed)
     objective.expect_student(student)
     for name, net in (("velocity", velocity), ("student", student)):
         plain = isinstance(net, nn.Module) and not isinstance(net, VelocityBase)
@@ -356,8 +370,13 @@ def straighten(
     scheduler = None if lr_scheduler is None else Scheduler(settings.lr_scheduler, opt, settings.iterations)
     if scheduler is not None:
         setting["lr_scheduler"] = scheduler.identity()
+    if settings.checkpoint is not None and shares_weights(student):
+        setting["base"] = base_hash(network_of(VelocityField.of(student)))
     saved = checkpoint_to_resume(settings, setting, student, known, stacklevel=4)
-    initialise(student, velocity, init)
+    if settings.lora is None:
+        initialise(student, velocity, init)
+    else:
+        tell(student, settings.progress)
     if velocity is not None:
         warn_if_training(velocity, stacklevel=4)
     evaluated = settings.evaluate_every

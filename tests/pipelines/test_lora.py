@@ -1,6 +1,10 @@
 """LoRA: adapters on the teacher's own weights, and in files that diffusers' pipelines and peft load."""
 
 import copy
+import re
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import peft
@@ -224,3 +228,233 @@ def test_files_of_others(tmp_path):
         fk.add_lora(teacher, path)
     with pytest.raises(ValueError, match="lora: expected a folder with"):
         fk.add_lora(teacher, tmp_path)
+
+
+# ---- fk.straighten(lora=...) ----
+
+PLAN = fk.Schedule([0, 0.25, 0.5, 1])
+RUN = dict(noise=(2,), iterations=8, bank=64, batch=16, grid=8, lr=1e-2, warmup=2, log_every=1, progress=False)
+
+
+class Given(nn.Module):
+    """Of a label."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net, self.label = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)), nn.Linear(4, 3)
+
+    def forward(self, x, t, y):
+        return self.net(torch.cat([x, t[:, None]], 1) + self.label(y))
+
+
+def guided() -> fk.VelocityField:
+    labels = torch.eye(4).repeat(16, 1)
+    given = dict(conditioning={"y": labels}, unconditional={"y": torch.zeros(1, 4)}, guidance=2.0)
+    return fk.VelocityField(Given(), **given).eval()
+
+
+@pytest.mark.parametrize(
+    ("target", "lora", "more"),
+    [
+        ("boss", 2, {}),
+        ("boss", {"r": 2, "use_dora": True, "lora_dropout": 0.2}, {"ema": None}),
+        ("velocity_matching", LoraConfig(r=2, target_modules=["0", "2"]), {"accumulate": 2}),
+        ("on_policy", 2, {"rollout_every": 3}),
+        ("endpoint", 2, {"schedule": fk.Solver.heun(2)}),
+        ("guided", 2, {}),
+        ("autocast", 2, {}),
+    ],
+)
+def test_the_teacher_has_no_adapters(target, lora, more):
+    """A run whose teacher shares no weights with the student is the same, bit for bit; and it begins as one of all
+    weights does."""
+    make = guided if target == "guided" else mlp
+    settings = RUN | dict(target=target if target not in ("guided", "autocast") else "boss") | more
+    if target == "guided":
+        settings["noise"] = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    plan = settings.pop("schedule", PLAN)
+    teacher, other = make(), make()
+    known, stepped = identity(teacher), []
+
+    def optimizer(parameters):
+        stepped.extend(parameters)
+        return torch.optim.Adam(parameters, lr=1e-2)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=target == "autocast"):
+        ours = fk.straighten(None, teacher, plan, lora=lora, optimizer=optimizer, **settings)
+        apart = fk.straighten(make().without_guidance(), other, plan, lora=lora, optimizer=optimizer, **settings)
+        full = fk.straighten(None, make(), plan, **settings)
+    assert repr(ours.history) == repr(apart.history)
+    assert ours.history["loss"][0] == full.history["loss"][0] or "lora_dropout" in str(lora)
+    assert ours.history["loss"][-1] != full.history["loss"][-1]
+    for p, q in zip(ours.student.parameters(), apart.student.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert identity(teacher) == known
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+    shared = {p.data_ptr() for p in teacher.parameters()}
+    assert shared <= {p.data_ptr() for p in ours.student.parameters()}
+    assert shared.isdisjoint(p.data_ptr() for p in stepped)
+    assert not any(part.training for part in ours.student.modules())
+    x, t = states(64)
+    assert torch.equal(fk.without_adapters(ours.student)(x, t), teacher.without_guidance()(x, t))
+    assert not torch.equal(ours.student(x, t), teacher.without_guidance()(x, t))
+
+
+class Stops(torch.optim.Adam):
+    """Adam that is interrupted before a step."""
+
+    before: int | None = None
+
+    def step(self, closure=None):
+        if Stops.before is not None:
+            Stops.before -= 1
+            if Stops.before < 0:
+                raise KeyboardInterrupt
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("target", ["boss", "on_policy"])
+def test_checkpoints_hold_the_adapters_alone(target, tmp_path, monkeypatch):
+    path, teacher = tmp_path / "state.pt", mlp(64)
+    settings = RUN | dict(target=target, optimizer=Stops, lora=2, checkpoint_every=3, rollout_every=4, checkpoint=path)
+    whole = fk.straighten(None, teacher, PLAN, **settings | dict(checkpoint=None))
+    monkeypatch.setattr(Stops, "before", 5)
+    with pytest.raises(KeyboardInterrupt):
+        fk.straighten(None, teacher, PLAN, **settings)
+    saved = torch.load(path, weights_only=True)
+    assert saved["iteration"] == 3
+    trained = {name for name, p in fk.add_lora(teacher, 2).named_parameters() if p.requires_grad}
+    assert set(saved["student"]) == trained
+    assert {key.removeprefix("module.") for key in saved["average"]} >= trained | {"n_averaged"}
+    assert len(saved["optimizer"]["state"]) == len(trained)
+    monkeypatch.setattr(Stops, "before", None)
+    resumed = fk.straighten(None, teacher, PLAN, **settings)
+    assert repr(resumed.history) == repr(whole.history)
+    for p, q in zip(resumed.student.parameters(), whole.student.parameters(), strict=True):
+        assert torch.equal(p, q)
+    other = mlp(64)
+    other.net[2].weight.data *= 1.5
+    for velocity, lora, told in ((other, 2, "teacher = "), (teacher, 3, ""), (teacher, None, "")):
+        with pytest.raises(ValueError, match=f"checkpoint: expected .*{told}"):
+            fk.straighten(None, velocity, PLAN, **settings | dict(lora=lora))
+        assert torch.load(path, weights_only=True)["iteration"] == 8
+
+
+def test_starts(tmp_path):
+    teacher, (x, t) = mlp(), states()
+    first = fk.straighten(None, teacher, PLAN, lora=2, **RUN)
+    path = fk.save_lora(first.student, tmp_path)
+    state = peft.get_peft_model_state_dict(first.student.net)
+    none = RUN | dict(iterations=1, lr=1e-30, ema=None, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    for more in (dict(lora=2, init=path), dict(lora=2, init=str(tmp_path)), dict(lora=2, init=state), dict(lora=path)):
+        again = fk.straighten(None, teacher, PLAN, **none | more)
+        assert torch.equal(again.student(x, t), first.student(x, t))
+    before = first.student(x, t)
+    on = fk.straighten(first.student, teacher, PLAN, init="keep", **RUN)  # the adapter that is there, trained on
+    assert not torch.equal(on.student(x, t), before)
+    assert identity(teacher) == identity(mlp())
+    top = fk.straighten(first.student, teacher, PLAN, lora=1, init="keep", **none)  # another one on top of it
+    assert list(top.student.net.peft_config) == ["default", "default_1"]
+    assert torch.equal(top.student(x, t), first.student(x, t))
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.Linear(16, 2))
+
+    def forward(self, x, t):
+        return self.net(torch.cat([x, t[:, None]], 1))
+
+
+@pytest.mark.parametrize(
+    ("student", "velocity", "more", "message"),
+    [
+        (None, mlp, dict(init="teacher"), "init: expected None, 'keep', an adapter's state dict"),
+        (None, mlp, dict(init={"a.lora_A.weight": torch.zeros(2, 2)}), "init: expected the adapter of this network"),
+        (None, mlp, dict(init={"a": 1}), "init: expected None, 'keep', an adapter's state dict"),
+        (None, mlp, dict(init="nothing/there"), "init: expected a file"),
+        (None, mlp, dict(lora=0), "lora: expected at least 1, got 0"),
+        (None, mlp, dict(lora={"target_modules": ["nope"]}), r"lora\.target_modules: expected names of layers"),
+        (None, mlp, dict(target="average_velocity"), "lora: expected a target whose student is the teacher's network"),
+        (None, lambda: lambda x, t: -x, {}, "student: expected a module, where the teacher is not one to put"),
+        (
+            None,
+            lambda: Normed().eval(),
+            {},
+            "velocity: expected a network whose adapters are all .* BatchNorm1d 'net.1'",
+        ),
+        (
+            lambda: fk.Acceleration(mlp(), mlp()),
+            mlp,
+            dict(target="acceleration"),
+            "student: expected a network, or a V",
+        ),
+    ],
+)
+def test_runs_refused(student, velocity, more, message):
+    evaluated = []
+    teacher = velocity()
+    if isinstance(teacher, nn.Module):
+        teacher.register_forward_hook(lambda *_: evaluated.append(1))
+    with pytest.raises((TypeError, ValueError, OSError), match=message):
+        fk.straighten(student and student(), teacher, PLAN, **RUN | dict(lora=2) | more)
+    assert not evaluated
+
+
+def test_a_loop_of_ones_own_under_accelerate():
+    """Adapters put into the network in place, and that prepared: the teacher is in the student."""
+    from accelerate import Accelerator
+
+    def run(in_place: bool) -> list[float]:
+        base = mlp()
+        if in_place:
+            peft.inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "2"]), base.net)
+            student = base
+        else:
+            student = fk.add_lora(base, LoraConfig(r=2, target_modules=["0", "2"]))
+        generator = torch.Generator().manual_seed(2)
+        for p in student.parameters():
+            if p.requires_grad:
+                p.data.normal_(std=0.1, generator=generator)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        accelerator = Accelerator(cpu=True)
+        student, opt = accelerator.prepare(student.train(), torch.optim.Adam(trained, lr=1e-2))
+        teacher = fk.without_adapters(student) if in_place else base
+        objective = fk.StraightenLoss(PLAN, target="velocity_matching", teacher=teacher, substeps=2)
+        bank = fk.TrajectoryBank(teacher, objective, noise=(2,), size=32, grid=8, progress=False).fill()
+        draws, losses = torch.Generator().manual_seed(0), []
+        for _ in range(4):
+            loss = objective(student, bank.sample(16, draws), draws).loss
+            accelerator.backward(loss)
+            opt.step(), opt.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    assert run(True) == run(False)
+
+
+def test_merged():
+    teacher, (x, t) = mlp(), states()
+    student = filled(fk.add_lora(teacher, {"r": 2, "use_dora": True})).double()
+    merged = fk.merge_lora(student)
+    assert {type(part) for part in merged.net} == {nn.Linear, nn.SiLU}
+    torch.testing.assert_close(merged(x.double(), t.double()), student(x.double(), t.double()), rtol=1e-12, atol=1e-12)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs/lora.md").read_text()
+    code = [textwrap.dedent(block) for block in re.findall(r"(?:^    .+\n)+", text, re.MULTILINE)]
+    loaded = []
+    pipe = SimpleNamespace(load_lora_weights=lambda folder: loaded.extend(Path(folder).iterdir()))
+    teacher = mlp(64)
+    names = dict(fk=fk, torch=torch, velocity=teacher, noise=torch.randn(16, 2), pipe=pipe)
+    names["cal"] = fk.calibrate(teacher, names["noise"], 100, [4], progress=False)
+    assert len(code) == 3
+    for block in code:
+        exec(compile(block.replace("iterations=1500", "iterations=2, bank=16"), "docs/lora.md", "exec"), names)
+    assert names["x1"].isfinite().all()
+    assert {path.name for path in loaded} == {"adapter_config.json", "adapter_model.safetensors"}

@@ -33,6 +33,7 @@ from flowkernels.training.run.events import TrainingEvent, expect_callbacks
 from flowkernels.training.run.optimizers import OPTIMIZER
 from flowkernels.training.run.pairs import PairsSource, are_pairs, expect_pairs
 from flowkernels.training.run.schedulers import DECAY, WARMUP, expect_scheduler
+from flowkernels.training.students.lora import Lora, expect_lora, lora_identity
 from flowkernels.training.students.precision import expect_autocast
 from flowkernels.training.targets.table import has_states_between
 from flowkernels.velocity.protocol import Velocity, resolve
@@ -91,6 +92,7 @@ CHECKS: dict[str, Check] = {
     "accumulate": expect_positive_int,
     "gradient_checkpointing": expect_bool,
     "lr_scheduler": _or_none(expect_scheduler),
+    "lora": _or_none(lambda value, name: expect_lora(value)),
     "checkpoint": _or_none(_expect_checkpoint),
     "checkpoint_every": expect_positive_int,
     "resume": expect_bool,
@@ -166,6 +168,7 @@ class Settings:
     patience: int | None = None
     callbacks: tuple[Callable[[TrainingEvent], Any], ...] = ()
     keep_checkpoints: int | None = 1
+    lora: Lora | None = None
     objective: StraightenLoss = field(init=False)
 
     def __post_init__(self):
@@ -256,6 +259,8 @@ class Settings:
             found["teacher_solver"] = teacher
         if self.autocast is not None:
             found["autocast"] = str(self.autocast)
+        if self.lora is not None:
+            found["lora"] = lora_identity(self.lora)
         defaults = {f.name: f.default for f in fields(self)}
         if self.patience is not None:  # with which the best weights are kept; for how long may change
             found["patience"] = True

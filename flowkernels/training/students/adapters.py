@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from flowkernels._checks import expect, expect_shown
-from flowkernels.training.students.modules import copied, unwrapped
+from flowkernels.training.students.modules import SHARES, copied, unwrapped
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.hashes import unwrapped as bare_of
 from flowkernels.velocity.protocol import VelocityBase
@@ -67,18 +67,67 @@ def adapter_parameters(net: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 def without_adapters_copied(net: nn.Module) -> nn.Module:
     """The network as it was before adapters were put in, of the same weights, not of copies; to be looked at."""
-    memo: dict[int, Any] = {}
-    for part in net.modules():
-        for held in (*part._parameters.values(), *part._buffers.values()):
-            if held is not None:
-                memo[id(held)] = held
+    memo: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
     for layer in reversed(list(adapter_layers(net).values())):
         memo[id(layer)] = copy.deepcopy(layer.get_base_layer(), memo)
+    return _plain(net, memo)
+
+
+def _plain(net: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy whose layers with adapters are in `memo`, and which knows of none."""
     memo[id(getattr(net, CONFIGS, None))] = None
     found = copied(net, memo)
-    for name in (CONFIGS, LOADED):
+    for name in (CONFIGS, LOADED, SHARES):
         found.__dict__.pop(name, None)
     return found
+
+
+def merge_lora(student: nn.Module) -> nn.Module:
+    """The student as a network without adapters: those that are on are added to the weights, for stages that look at a
+    network's layers, such as `fk.fuse`, and for steps that cost what the teacher's cost.
+
+    Of the weights only those that adapters change are new; the student stays as it is. Sums are rounded to the dtype of
+    the weights, so that samples differ by that.
+
+    Args:
+        student: a network or `VelocityField` with adapters of peft's.
+
+    Returns:
+        One of the same class, in the modes that the student is in.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Examples:
+        >>> fk.merge_lora(torch.nn.Linear(2, 2))
+        Traceback (most recent call last):
+        ValueError: student: expected a network with adapters of peft's, got Linear
+    """
+    field = _adapted(student)
+    inner = unwrapped(student)
+    net = network_of(field)
+    memo: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
+    for layer in reversed(list(adapter_layers(net).values())):
+        alone = copy.deepcopy(layer)
+        if not alone.disable_adapters:
+            alone.merge()
+        memo[id(layer)] = alone.get_base_layer().requires_grad_(False)
+    found = _plain(net, memo)
+    return copied(inner, {id(part): found for part in inner.modules() if bare_of(part) is net})
+
+
+def _adapted(student: nn.Module) -> VelocityField:
+    """The field of a student with adapters, inside of wrappers."""
+    expect(isinstance(student, nn.Module), "student", "an nn.Module", student, TypeError)
+    inner = unwrapped(student)
+    several = isinstance(inner, VelocityBase) and not isinstance(inner, VelocityField)
+    expect(not several, "student", "a network, or a VelocityField of one", type(inner).__name__)
+    field = VelocityField.of(inner)
+    layers = adapter_layers(network_of(field))
+    expect(len(layers) > 0, "student", "a network with adapters of peft's", type(network_of(field)).__name__)
+    merged = next((name for name, layer in layers.items() if layer.merged), None)
+    expect(merged is None, "student", "adapters that are not merged (unmerge_adapter)", f"{merged!r}, which is")
+    return field
 
 
 @contextlib.contextmanager
@@ -154,16 +203,7 @@ def without_adapters(student: nn.Module) -> VelocityField:
         Traceback (most recent call last):
         ValueError: student: expected a network with adapters of peft's, got Sequential
     """
-    expect(isinstance(student, nn.Module), "student", "an nn.Module", student, TypeError)
-    inner = unwrapped(student)
-    several = isinstance(inner, VelocityBase) and not isinstance(inner, VelocityField)
-    expect(not several, "student", "a network, or a VelocityField of one", type(inner).__name__)
-    field = VelocityField.of(inner)
-    net = network_of(field)
-    layers = adapter_layers(net)
-    expect(len(layers) > 0, "student", "a network with adapters of peft's", type(net).__name__)
-    merged = next((name for name, layer in layers.items() if layer.merged), None)
-    expect(merged is None, "student", "adapters that are not merged (unmerge_adapter)", f"{merged!r}, which is")
+    field = _adapted(student)
     plain = type(field) is VelocityField
     expect(plain, "student", "a network, or a VelocityField of one", type(field).__name__)
     return _Teacher(_Off(field.net), **field.settings())

@@ -20,8 +20,9 @@ from flowkernels.training.students.adapters import (
     network_of,
 )
 from flowkernels.training.students.lora_files import LoraFile, expect_adapter, load_adapter, read_lora
-from flowkernels.training.students.modules import copied
+from flowkernels.training.students.modules import SHARES, copied
 from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def with_lora(velocity: nn.Module, lora: Lora, argument: str, name: str | None =
     if isinstance(lora, LoraFile):
         expect_adapter(net, name, lora, "lora")
         load_adapter(net, name, lora)
+    setattr(student, SHARES, True)
     return student
 
 
@@ -142,8 +144,10 @@ def expect_peft() -> Any:
 
 def lora_identity(lora: Lora) -> str:
     """What determines the adapters beside their shapes, in a text."""
-    if isinstance(lora, (int, LoraFile)):
+    if isinstance(lora, int):
         return str(lora)
+    if isinstance(lora, LoraFile):
+        return f"{lora_identity(lora.config)} {tensors_hash(lora.state)[:16]}"
     settings = lora if isinstance(lora, Mapping) else lora.to_dict()
     kept = {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in settings.items()}
     return repr(sorted((k, v) for k, v in kept.items() if k not in ("peft_version", "runtime_config")))

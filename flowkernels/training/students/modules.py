@@ -13,6 +13,7 @@ from flowkernels._checks import describe, expect
 from flowkernels.runtime.sharded import alike, class_of, reshard, whole
 from flowkernels.velocity import hashes
 
+SHARES = "_shares_weights"  # an attribute of students that do
 unwrapped = functools.partial(hashes.unwrapped, of=hashes.IN_PLACE)  # what torch.compile or DDP wraps
 
 
@@ -48,9 +49,18 @@ def unsynchronised(module: nn.Module, wanted: bool = True) -> Iterator[None]:
         yield
 
 
+def shares_weights(module: nn.Module) -> bool:
+    """Whether what is frozen in it is another module's, so that its state is what is trained alone."""
+    return getattr(module, SHARES, False) is True
+
+
 def plain_state(module: nn.Module) -> dict[str, Any]:
     """The state dict, under names without those of wrappers."""
-    return {plain_name(module, key): value for key, value in module.state_dict().items()}
+    state = module.state_dict()
+    if shares_weights(module):
+        trained = {key for key, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+        state = {key: value for key, value in state.items() if key in trained}
+    return {plain_name(module, key): value for key, value in state.items()}
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:
@@ -77,10 +87,10 @@ def plain_name(module: nn.Module | None, key: str) -> str:
 
 def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Load what `expect_weights` has found to fit."""
-    state = without_prefix(module, state)
-    module.load_state_dict(
-        {key: alike(state[plain_name(module, key)], own) for key, own in module.state_dict().items()}
-    )
+    state, own = without_prefix(module, state), plain_state(module)
+    there = {key: (plain_name(module, key), value) for key, value in module.state_dict().items()}
+    taken = {key: alike(state[name], value) for key, (name, value) in there.items() if name in own}
+    module.load_state_dict(taken, strict=not shares_weights(module))
 
 
 def expect_weights(module: nn.Module, state: Mapping[str, Any], name: str, exact: bool = False) -> None:
