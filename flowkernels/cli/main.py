@@ -368,7 +368,7 @@ def _straighten(args) -> None:
         except ImportError as e:
             raise InputError(f"--{e}") from e
     fk.Calibration.load(args.schedule, velocity)  # warns if it was made for another model
-    with _of_state(), _in_its_words({"lora: ": "--lora: "}):
+    with _of_state(), in_its_words({"lora: ": "--lora: "}):
         result = fk.straighten(
             None,
             velocity,

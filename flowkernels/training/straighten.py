@@ -24,7 +24,7 @@ from flowkernels.training.run.evaluations import Evaluations
 from flowkernels.training.run.events import TrainingEvent
 from flowkernels.training.run.held_out import HeldOut, learner_of, undisturbed
 from flowkernels.training.run.loop import train
-from flowkernels.training.run.lora import lora_student, tell
+from flowkernels.training.run.lora import lora_student
 from flowkernels.training.run.optimizers import optimizer_identity, own_optimizer
 from flowkernels.training.run.pairs import RunPairs, are_pairs
 from flowkernels.training.run.schedulers import Scheduler
@@ -375,8 +375,6 @@ def straighten(
     saved = checkpoint_to_resume(settings, setting, student, known, stacklevel=4)
     if settings.lora is None:
         initialise(student, velocity, init)
-    else:
-        tell(student, settings.progress)
     if velocity is not None:
         warn_if_training(velocity, stacklevel=4)
     evaluated = settings.evaluate_every
@@ -388,6 +386,7 @@ def straighten(
         steps=objective.knots.steps,
         ema=settings.ema,
         seed=settings.seed,
+        in_place=shares_weights(student),
         scheduler=scheduler,
         evaluations=None if evaluated is None else Evaluations(evaluated, settings.patience is not None),
     )

@@ -1,7 +1,7 @@
 """The student of a run with `lora`: adapters on the weights of the teacher, or of the student that is given."""
 
+import logging
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +17,7 @@ from flowkernels.training.students.student import expect_no_wrapped_field
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, as_given, resolve
 
+log = logging.getLogger("flowkernels")
 STARTS = "None, 'keep', an adapter's state dict, or the path of a saved one, with lora"
 
 
@@ -47,13 +48,8 @@ def lora_student(
         adapter = adapter_name(net, None)
         expect_adapter(net, adapter, start, "init")
         load_adapter(net, adapter, start)
+    log.info("straighten: %s", told(made))
     return made
-
-
-def tell(student: nn.Module, progress: bool) -> None:
-    """What was chosen, where progress is shown."""
-    if progress:
-        print(told(student), file=sys.stderr, flush=True)
 
 
 def _start(init: Any) -> LoraFile | None:
