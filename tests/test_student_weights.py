@@ -16,8 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import flowkernels as fk
+from flowkernels._files import SUM
 from flowkernels.runtime.sharded import local
 from flowkernels.training.run.average import Average
+from flowkernels.training.run.checkpoint import read_checkpoint, write_checkpoint
 from flowkernels.training.run.descent import norm_of
 from flowkernels.training.students.student import initialise
 from flowkernels.training.students.unchanged import unchanged
@@ -272,6 +274,29 @@ def test_kinds_of_students_and_teachers_in_a_loop_of_ones_own(kind):
         found.append(losses)
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert len(set(found[0])) == 3
+
+
+@pytest.mark.parametrize("kind", ["tied", "BatchNorm", "frozen"])
+def test_an_average_of_before_of_all_tensors_goes_on(kind, tmp_path):
+    """As AveragedModel's, with tied weights twice, frozen ones and buffers."""
+    path, make = tmp_path / "run.pt", {"frozen": lambda seed: frozen(Net(seed))}.get(kind) or KINDS[kind][0]
+    whole = run(make(1), ema=0.9)
+    stopped = make(1)
+    stopped.register_forward_pre_hook(stop_after(5))
+    with pytest.raises(Stopped):
+        run(stopped, ema=0.9, checkpoint=path, checkpoint_every=3)
+    saved = read_checkpoint(path)
+    others = {f"module.{key}": value.clone() for key, value in saved["student"].items()}
+    assert others.keys() > saved["average"].keys() - {"n_averaged"}
+    average = others | saved["average"]
+    write_checkpoint(path, {key: value for key, value in saved.items() if key != SUM} | {"average": average})
+    resumed = run(make(5), ema=0.9, checkpoint=path, checkpoint_every=3)
+    assert resumed.history == whole.history
+    assert torch.equal(answers(resumed), answers(whole))
+    average = {key: value for key, value in average.items() if "last.bias" not in key}
+    write_checkpoint(path, {key: value for key, value in saved.items() if key != SUM} | {"average": average})
+    with pytest.raises(ValueError, match=r"^checkpoint: expected weights that fit .*'module.last.bias' of shape none"):
+        run(make(5), ema=0.9, checkpoint=path, checkpoint_every=3)
 
 
 AVERAGED = {
