@@ -82,24 +82,24 @@ def main(argv: list[str] | None = None, distance: Distance | None = None) -> dic
     noise, held_out = torch.randn(2, args.samples, *BUNDLED["digits"].shape)
     along = fk.rollout(teacher, noise, args.grid)
     squared, cost = fk.step_costs(along.v, along.times), step_costs(along, distance)
-    data = fk.sample(teacher, held_out, args.grid)
 
-    def measured(x: torch.Tensor) -> tuple[float, float]:
-        with torch.no_grad():
-            return (x - data).square().mean().sqrt().item(), distance(x, data).mean().item()
-
-    found = {}
+    plans = {}
     for name, table in (("squared error", squared), ("distance", cost)):
-        plans = fk.least_cost_schedules(table, along.times, [1, args.steps])
-        found[f"{args.steps} steps, knots by {name}"] = measured(fk.sample(teacher, held_out, plans[args.steps]))
-    found["1 step"] = measured(fk.sample(teacher, held_out, plans[1]))
+        chosen = fk.least_cost_schedules(table, along.times, [1, args.steps])
+        plans[f"{args.steps} steps, knots by {name}"] = chosen[args.steps]
+    plans["1 step"] = chosen[1]
     for name, loss in (("squared error", "l2"), ("distance", distance)):
-        student = trained(teacher, plans[1], loss, args)
-        found[f"1 step, trained by {name}"] = measured(fk.sample(student, held_out, plans[1]))
-    print(f"{'to the teacher samples':36} {'rms':>8} {'distance':>10}")
-    for name, (rms, apart) in found.items():
-        print(f"{name:36} {rms:8.4f} {apart:10.4g}")
-    return found
+        plans[f"1 step, trained by {name}"] = trained(teacher, chosen[1], loss, args), chosen[1]
+    found = fk.evaluate_sampler(
+        teacher,
+        plans,
+        held_out,
+        columns=["endpoint"],
+        distances={"distance": distance},
+        teacher_solver=args.grid,
+    )
+    print(found.report())
+    return {row.name: (row.rms, row.paired["distance"][0]) for row in found.rows}
 
 
 if __name__ == "__main__":
