@@ -50,6 +50,7 @@ from flowkernels.training.students.blockwise import Blockwise
 from flowkernels.training.students.lora import add_lora
 from flowkernels.training.students.lora_files import save_lora
 from flowkernels.training.students.noise_prediction import NoisePrediction
+from flowkernels.training.sweep import evaluate_checkpoints
 from flowkernels.training.training_cost import training_cost
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase
@@ -94,6 +95,7 @@ __all__ = [
     "backend",
     "calibrate",
     "couple",
+    "evaluate_checkpoints",
     "evaluate_sampler",
     "explain",
     "export",

@@ -1087,6 +1087,17 @@ def _stages(cal) -> None:
         **dict(noise=((D,), lambda v: is_noise(v) or is_function(v) or isinstance(v, (list, tuple)))),
         **dict(iterations=(1, is_int(1)), batch=(2, is_int(1)), bank=(4, is_int(1), "noise")),
     )
+    files = dict(checkpoint="trained.pt", noise=(D,), bank=4, progress=False)
+    trained = fk.straighten(None, Net(), cal[2], iterations=1, batch=2, **files).student
+    place(
+        "evaluate_checkpoints",
+        fk.evaluate_checkpoints,
+        (OSError,),
+        checkpoint=("trained.pt", nothing_else),
+        **dict(student=(lambda: trained, nothing_else, "checkpoint")),
+        plans=(2, lambda v: is_evaluated(v) or all(map(is_evaluated, v.values() if is_dict(v) else v))),
+        **dict(noise=(lambda: rand(N, D), is_noise), velocity=(lambda: Net(), is_function), progress=bar),
+    )
 
 
 def _others(cal) -> None:
@@ -1481,7 +1492,7 @@ def attempt(place: Place, bad: dict[str, Any]) -> Outcome:
 
 LARGE = {repr(10**6), repr(2**31)}
 COUNTS = {"iterations", "grid", "schedule", "forward", "size"}  # of which as many are made as are asked for
-KEPT = {"calibration.json", "net.safetensors", "counted_models.py", "calls.st"}
+KEPT = {"trained.pt", "calibration.json", "net.safetensors", "counted_models.py", "calls.st"}
 
 
 def plan(calls: int, seed: int) -> list[tuple[int, dict[str, str]]]:

@@ -180,7 +180,7 @@ def test_the_code_of_watching_a_training_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     (tmp_path / "run").mkdir()
-    run, of_tensorboard, of_wandb = Writer(), *blocks("docs/straightening.md")[2:]
+    run, of_tensorboard, of_wandb, of_checkpoints = Writer(), *blocks("docs/straightening.md")[2:]
     names = dict(fk=fk, torch=torch, velocity=Pixels().eval(), noise=normal(16, 1, 6, 6), SummaryWriter=Writer)
     names |= dict(wandb=SimpleNamespace(init=lambda project: run, Image=str))
     names["cal"] = fk.calibrate(names["velocity"], names["noise"], 8, [4], progress=False)
@@ -193,6 +193,8 @@ def test_the_code_of_watching_a_training_runs(tmp_path, monkeypatch):
     told = names["writer"].told
     assert [told["endpoint_error", it] for it in (3, 6)] == names["result"].evaluations["endpoint_error"][1:]
     assert [told["loss", it + 1] for it in (0, 5)] == names["result"].history["loss"]
+    exec(compile(of_checkpoints, "docs/straightening.md", "exec"), names)
+    assert [row.name for row in names["found"].rows] == ["iteration 6"]
     exec(compile(of_wandb, "docs/straightening.md", "exec"), names)
     training = of_tensorboard.partition("result =")[2].replace("run/run.pt", "run/other.pt")
     exec(compile(f"result ={textwrap.dedent(training)}", "docs/straightening.md", "exec"), names)

@@ -227,7 +227,7 @@ def test_resuming_is_bit_for_bit(tmp_path, variant):
 @pytest.mark.parametrize("variant", ["plain", "refresh", "on_policy", "endpoint", "pairs"])
 def test_a_finished_run_is_extended(tmp_path, variant):
     """With a constant learning rate it is the longer one, bit for bit, rows and all; after a callback's stop too."""
-    settings = WATCHED[variant] | dict(decay="none", held_out=6, evaluate_every=7, log_every=4)
+    settings = WATCHED[variant] | dict(decay="none", held_out=6, evaluate_every=7, patience=9, log_every=4)
     whole = trained(**settings, iterations=31)
     path = tmp_path / "run.pt"
     settings |= dict(checkpoint=path)
@@ -240,6 +240,21 @@ def test_a_finished_run_is_extended(tmp_path, variant):
     assert same(trained(**settings, iterations=31), whole)
     with pytest.raises(ValueError, match=r"^checkpoint: expected at most iterations = 30, .*got one after 31"):
         trained(**settings, iterations=30)
+
+
+def test_the_best_of_an_extended_run(tmp_path):
+    """The end of the shorter run may be the best there is; the longer one never looks there."""
+    settings = STOPPING | dict(iterations=38, patience=99, ema=None)
+    errors = trained(**settings | dict(evaluate_every=1)).evaluations["endpoint_error"]
+    best = errors.index(min(errors))
+    assert 0 < best < 38
+    every = next(k for k in (2, 3, 5, 7) if best % k)
+    settings |= dict(evaluate_every=every)
+    whole = trained(**settings)
+    assert whole.best % every == 0
+    short = trained(**settings | dict(iterations=best), checkpoint=tmp_path / "run.pt")
+    assert short.best == best
+    assert same(trained(**settings, checkpoint=tmp_path / "run.pt"), whole)
 
 
 def test_the_learning_rate_of_an_extended_run(tmp_path):
@@ -354,3 +369,31 @@ def test_numbered_checkpoints(tmp_path):
 def test_settings_that_do_not_go_together(change, message):
     with pytest.raises((TypeError, ValueError), match=message):
         trained(**change)
+
+
+def test_checkpoints_are_evaluated_as_the_students_were(tmp_path):
+    path, noise, teacher = tmp_path / "run.pt", normal(12, 4, seed=9), small_net(0).eval()
+    settings = dict(decay="none", held_out=6)
+    result = trained(**settings, checkpoint=path, checkpoint_every=10, keep_checkpoints=None)
+    student = small_net(8)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    how = dict(teacher_solver=6, columns=["endpoint", "straightness"])
+    found = fk.evaluate_checkpoints(path, student, teacher, {2: PLAN}, noise, **how)
+    assert [row.name for row in found.rows] == ["iteration 10", "iteration 20", "iteration 24"]
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    for row, iterations in zip(found.rows, (10, 20, 24), strict=True):
+        then = trained(**settings, iterations=iterations).student
+        (same_row,) = fk.evaluate_sampler(teacher, {row.name: (then, PLAN)}, noise, **how).rows
+        assert row == same_row
+        ends = fk.sample(teacher, noise, 6)
+        rms = (fk.sample(then, noise, PLAN) - ends).double().square().sum(1).mean().sqrt().item()
+        assert math.isclose(row.rms, rms, rel_tol=1e-5)
+    assert same_weights(then, result.student)
+    (last,) = fk.evaluate_checkpoints([path], student, teacher, PLAN, noise, keep_samples=True, **how).rows
+    assert last.samples.shape == noise.shape
+    damaged = path.read_bytes()[:1000]
+    path.unlink()
+    path.write_bytes(damaged)
+    for bad, message in ((path, "run.pt is not one, or damaged"), (tmp_path / "other.pt", "other.pt, none of which")):
+        with pytest.raises(ValueError, match=rf"^checkpoint: expected .*{message}"):
+            fk.evaluate_checkpoints(bad, student, teacher, PLAN, noise, **how)

@@ -48,6 +48,8 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     told: list[fk.TrainingEvent] = []
     fk.straighten(None, velocity, schedule, noise=(3,), iterations=9, callbacks=[told.append], checkpoint="run.pt")
     fk.straighten(None, velocity, schedule, noise=(3,), iterations=9, held_out=256, evaluate_every=100, patience=3)
+    swept = fk.evaluate_checkpoints("run.pt", trained.student, velocity, schedule, torch.zeros(9, 3))
+    assert_type(swept, fk.Evaluation)
     assert_type(told[0].samples(4), Tensor)
     assert_type(told[0].scalars, dict[str, float])
     assert_type(fk.training_cost(None, velocity, schedule, noise=(3,), iterations=10), fk.TrainingCost)

@@ -781,6 +781,38 @@ PYTHON = {
             "pass",
             "tests/test_straighten.py -k resum",
         ),
+        Bug(
+            "sums at the end of a run",
+            "a run that goes on after its end has lost the losses since its last regular row",
+            "if regular:",
+            "if True:",
+            "tests/test_straighten_watch.py -k extended",
+        ),
+    ],
+    "flowkernels/training/run/evaluations.py": [
+        Bug(
+            "best of the end",
+            "a run that goes on after its end keeps the weights of a row that a longer run would not have",
+            "self.keeps_best and self._is_regular(found.iteration)",
+            "self.keeps_best",
+            "tests/test_straighten_watch.py -k extended",
+        ),
+    ],
+    "flowkernels/training/run/held_out.py": [
+        Bug(
+            "draws of a slice",
+            "what the loss of a held-out trajectory draws depends on the batch that it is in",
+            "generator.set_state(before)",
+            "pass",
+            "tests/test_straighten_watch.py -k slices",
+        ),
+        Bug(
+            "states of the training",
+            "after an evaluation a target is trained on the states of what is held out",
+            "objective.rolled_out = kept",
+            "pass",
+            "tests/test_straighten_watch.py -k slices",
+        ),
     ],
     "flowkernels/training/run/checkpoint.py": [
         Bug(
