@@ -52,6 +52,7 @@ from flowkernels.training.students.lora_files import save_lora
 from flowkernels.training.students.noise_prediction import NoisePrediction
 from flowkernels.training.sweep import evaluate_checkpoints
 from flowkernels.training.training_cost import training_cost
+from flowkernels.training.training_plan import TrainingPlan, training_plan
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
@@ -85,6 +86,7 @@ __all__ = [
     "TeacherError",
     "TrainingCost",
     "TrainingEvent",
+    "TrainingPlan",
     "Trajectory",
     "TrajectoryBank",
     "Velocity",
@@ -121,6 +123,7 @@ __all__ = [
     "stock_solvers",
     "straighten",
     "training_cost",
+    "training_plan",
     "without_adapters",
 ]
 __all__.extend(OPS)

@@ -1098,6 +1098,22 @@ def _stages(cal) -> None:
         plans=(2, lambda v: is_evaluated(v) or all(map(is_evaluated, v.values() if is_dict(v) else v))),
         **dict(noise=(lambda: rand(N, D), is_noise), velocity=(lambda: Net(), is_function), progress=bar),
     )
+    numbers = ("tokens", "width", "layers", "iterations", "bank", "accumulate", "gpus")
+    place(
+        "training_plan",
+        fk.training_plan,
+        **dict(
+            parameters=(1e6, within(1, ends="[)"), "trained"), shape=((2, 3), lambda v: isinstance(v, (list, tuple)))
+        ),
+        **{name: (2, is_int(1), "batch") for name in numbers},
+        **dict(batch=(4, is_int(1)), steps=(2, is_int(1), "grid"), grid=(4, is_int(1))),
+        **dict(target=("boss", lambda v: isinstance(v, str)), conditioning=(3, is_int(0))),
+        **{name: (True, is_flag) for name in ("guided", "ema", "gradient_checkpointing", "sharded")},
+        **dict(trained=(None, or_none(within(1, 1e6, ends="[]"))), lora_rank=(None, or_none(is_int(1)), "trained")),
+        **dict(bank_dtype=(F32, lambda v: v in (F32, torch.bfloat16)), dtype=(F32, lambda v: v in (F32, *LOW))),
+        **dict(memory=(80e9, within(1, ends="[)")), tflops=(9.0, within(0)), utilisation=(0.4, within(0, 1, "(]"))),
+        **dict(kept=(57.0, within(0, ends="[)"))),
+    )
 
 
 def _others(cal) -> None:

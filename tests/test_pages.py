@@ -147,6 +147,35 @@ def test_the_code_of_straightening_runs():
         assert names["x1"].isfinite().all()
 
 
+def test_the_code_of_what_a_training_takes_runs():
+    """And the figures beside it are what it prints."""
+    torch.manual_seed(0)
+    cost, scheduled, on_paper = blocks("docs/straightening.md")[5:]
+    names = dict(fk=fk, torch=torch, velocity=Policy().eval(), noise=normal(16, 4))
+    names["cal"] = fk.calibrate(names["velocity"], names["noise"], 8, [4], progress=False)
+    for code in (cost, scheduled):
+        for large, small in {"iterations=1500": "iterations=12", "8192": "40"}.items():
+            assert large in code
+            code = code.replace(large, small)
+        exec(compile(code, "docs/straightening.md", "exec"), names)
+    assert names["result"].history["lr"][0] == pytest.approx(2e-4 * 0.01)
+    exec(compile(on_paper, "docs/straightening.md", "exec"), names)
+    plan, page = names["plan"], " ".join(text_of("docs/straightening.md").split())
+    whole = fk.training_plan(
+        12e9, shape=(16, 128, 128), tokens=4608, width=3072, layers=57, iterations=2000, batch=64, bank=10_000,
+        accumulate=8,
+    )  # fmt: skip
+    counts, hours, gb = plan.counts, sum(plan.hours.values()), 1e9
+    for told in (
+        f"{counts.bank.evaluations:,} evaluations of the teacher and {counts.with_graph.evaluations:,} of the student",
+        f"a bank of {plan.bank_nbytes / gb:.3g} GB",
+        f"{plan.nbytes / gb:.3g} GB a GPU of which {plan.memory['activations'] / gb:.3g} are activations of 8 examples",
+        f"{hours:.1f} hours, {plan.hours['bank']:.1f} of them the bank's",
+        f"{whole.nbytes / gb:.3g} GB and {sum(whole.hours.values()):.1f} hours",
+    ):
+        assert told in page
+
+
 class Writer:
     """In the place of tensorboard's SummaryWriter and of wandb's run, which the tests do without."""
 
@@ -180,7 +209,7 @@ def test_the_code_of_watching_a_training_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     (tmp_path / "run").mkdir()
-    run, of_tensorboard, of_wandb, of_checkpoints = Writer(), *blocks("docs/straightening.md")[2:]
+    run, of_tensorboard, of_wandb, of_checkpoints = Writer(), *blocks("docs/straightening.md")[2:5]
     names = dict(fk=fk, torch=torch, velocity=Pixels().eval(), noise=normal(16, 1, 6, 6), SummaryWriter=Writer)
     names |= dict(wandb=SimpleNamespace(init=lambda project: run, Image=str))
     names["cal"] = fk.calibrate(names["velocity"], names["noise"], 8, [4], progress=False)

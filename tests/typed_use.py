@@ -53,6 +53,8 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     assert_type(told[0].samples(4), Tensor)
     assert_type(told[0].scalars, dict[str, float])
     assert_type(fk.training_cost(None, velocity, schedule, noise=(3,), iterations=10), fk.TrainingCost)
+    sizes = dict(tokens=4608, width=3072, layers=57, iterations=9, batch=64, bank=512)
+    assert_type(fk.training_plan(12e9, shape=(16, 128, 128), **sizes), fk.TrainingPlan)
     assert_type(trained.student, nn.Module)
     assert_type(trained.solver, fk.Solver | None)
     two = fk.AverageVelocity.from_velocity(velocity, time_embedding="time_text_embed")

@@ -453,5 +453,5 @@ def _fill(bank: RunBank | RunPairs, state: State, settings: Settings, saved: Map
     part = -(-bank.batch // settings.accumulate)
     with recomputed(state.student, settings.gradient_checkpointing):
         trial = try_student(state.student, starts, bank.size, part, objective.tried, conditioning)
-    log.info("straighten: %s", cost_of(settings, state.student, bank, trial, state.iteration).line)
+    log.info("straighten: %s", cost_of(settings, state.student, bank, trial, state.iteration, asks=False).line)
     bank.roll_out(None if saved is None else saved.get(BANK_DRAWN))

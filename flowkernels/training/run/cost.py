@@ -166,6 +166,10 @@ def memory_of(
     return found
 
 
+def _unknown(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    raise NotImplementedError
+
+
 def _keeps(make: Callable | None, parameters: list[nn.Parameter]) -> bool | None:
     """Whether weights are kept beside, on a GPU."""
     try:
@@ -185,8 +189,10 @@ def cost_of(
     trajectories: RunBank | RunPairs,
     trial: Trial | None,
     begun: int = 0,
+    asks: bool = True,
 ) -> TrainingCost:
-    """Of a run of these settings from an iteration on, which has made nothing of what it needs."""
+    """Of a run of these settings from an iteration on, which has made nothing of what it needs. asks: the settings'
+    optimiser may be made, of weights without values."""
     objective, device, batch = settings.objective, next(student.parameters()).device, settings.batch
     left = range(begun, settings.iterations)
     guided = guided_of(settings.velocity, trajectories)
@@ -210,7 +216,7 @@ def cost_of(
         student,
         settings.velocity,
         objective,
-        optimizer=settings.optimizer,
+        optimizer=settings.optimizer if asks or settings.optimizer is None else _unknown,
         ema=settings.ema,
         bank_nbytes=trajectories.nbytes,
         state_nbytes=trajectories.state_nbytes,
