@@ -123,6 +123,18 @@ def test_the_teacher_is_the_calibration_s_and_samples_are_those_of_sample():
         assert (a.rms, a.straightness) == pytest.approx((b.rms, b.straightness), rel=1e-3)
 
 
+def test_plans_that_begin_late():
+    """From the states at their first time, the teacher's and dopri5's too."""
+    options = dict(columns=("endpoint", "rk45"), tolerances=[1e-6])
+    found = fk.evaluate_sampler(bent, fk.Schedule([0.4, 0.7, 1]), NOISE, keep_samples=True, **options)
+    x = NOISE
+    for t, h in ((0.4, 0.3), (0.7, 0.3)):
+        x = x + h * bent(x, at(t, x))
+    torch.testing.assert_close(found.rows[0].samples, x)
+    torch.testing.assert_close(found.teacher_samples, found.rows[1].samples, rtol=0, atol=1e-3)
+    assert found.rows[0].rms > 0.05
+
+
 def figures(found):
     skipped = ("name", "samples")
     return [{k: v for k, v in row.to_dict().items() if k not in skipped} for row in found.rows]

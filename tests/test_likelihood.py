@@ -69,7 +69,8 @@ def test_probes(distribution):
         diagonal = fk.log_likelihood(lambda x, t: -x * x, DATA / 9, 4, probes=3)
         torch.testing.assert_close(diagonal.nats, fk.log_likelihood(lambda x, t: -x * x, DATA / 9, 4).nats)
         assert diagonal.probe_error.max() < 1e-12
-    assert "80 probes" in str(found)
+    assert "80 probes, their standard error" in str(found)
+    assert str(fk.log_likelihood(MIXTURE, DATA, 1, probes=1)).endswith("1 probe)")
 
 
 def test_levels():

@@ -84,7 +84,7 @@ class Likelihood:
 
     def __str__(self) -> str:
         nats, bits = ("" if e is None else f" +- {e:.2g}" for e in (self.standard_error, self.bits_error))
-        trace = "exact trace" if self.probes == 0 else f"{self.probes} probes"
+        trace = "exact trace" if self.probes == 0 else f"{self.probes} probe{'s' * (self.probes > 1)}"
         if self.probe_error is not None:
             trace += f", their standard error {self.probe_error.square().mean().sqrt():.2g} nats a sample"
         offset = f", {self.offset:.4g} of it for the levels" if self.offset else ""

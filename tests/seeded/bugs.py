@@ -871,6 +871,49 @@ PYTHON = {
             "tests/test_cli.py -k guid",
         ),
     ],
+    "flowkernels/evaluation/distances.py": [
+        Bug(
+            "energy distance",
+            "distances across the sets count once",
+            "2 * rows.mean()",
+            "rows.mean()",
+            "tests/test_distances.py",
+        ),
+    ],
+    "flowkernels/evaluation/straightness.py": [
+        Bug(
+            "points of an interval",
+            "straightness is looked at at the beginning of each part of an interval",
+            "(i + 0.5) / points",
+            "i / points",
+            "tests/test_evaluation.py -k 'figures or straight'",
+        ),
+    ],
+    "flowkernels/evaluation/likelihood.py": [
+        Bug(
+            "levels",
+            "the width of levels counts twice the wrong way",
+            "nats = each.mean(1) - offset",
+            "nats = each.mean(1) + offset",
+            "tests/test_likelihood.py -k levels",
+        ),
+        Bug(
+            "restarted updates",
+            "the divergence does not begin anew where a solver's state does",
+            "(start, none) if update.from_start",
+            "(start, change) if update.from_start",
+            "tests/test_likelihood.py",
+        ),
+    ],
+    "flowkernels/evaluation/measure.py": [
+        Bug(
+            "evaluations of a network",
+            "guidance counts as one evaluation",
+            "(2 if callable(guidance)",
+            "(1 if callable(guidance)",
+            "tests/test_evaluation.py -k guidance",
+        ),
+    ],
     "flowkernels/evaluation/images.py": [
         Bug(
             "gray values",
