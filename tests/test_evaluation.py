@@ -1,6 +1,7 @@
 """`evaluate_sampler`: every figure by a computation of its own, what may not change them, and what is refused."""
 
 import csv
+import functools
 import itertools
 import json
 import sys
@@ -52,6 +53,11 @@ PLANS = {
 }
 
 
+@functools.cache
+def fine():
+    return fk.sample(bent, NOISE, fk.Solver.heun(400))
+
+
 def at(t, x):
     return torch.full((len(x),), t, dtype=torch.float64)
 
@@ -78,8 +84,7 @@ def states_of(plan, x):
 def test_figures_of_a_plan(name):
     row, *_ = fk.evaluate_sampler(bent, PLANS[name], NOISE, data=DATA, columns=ALL[:4], points=5).rows
     states, times = states_of(PLANS[name], NOISE)
-    fine = fk.sample(bent, NOISE, fk.Solver.heun(2000))
-    assert row.rms == pytest.approx((states[-1] - fine).square().sum(1).mean().sqrt().item(), abs=2e-3)
+    assert row.rms == pytest.approx((states[-1] - fine()).square().sum(1).mean().sqrt().item(), abs=2e-3)
     assert row.rms_interval[0] < row.rms < row.rms_interval[1]
     each = []
     for (a, x), (b, y) in itertools.pairwise(zip(times, states, strict=True)):
@@ -175,7 +180,7 @@ def test_of_an_adaptive_method():
 
     steps = [1e-2, 1e-3, 1e-5]
     found = fk.evaluate_sampler(bent, [2, 6, 200], NOISE, columns=("endpoint", "rk45"), tolerances=steps)
-    fine, rows = fk.sample(bent, NOISE, fk.Solver.heun(2000)), found.rows[3:]
+    rows = found.rows[3:]
     counts = []
     for tolerance, row in zip(steps, rows, strict=True):
         calls = []
@@ -186,7 +191,7 @@ def test_of_an_adaptive_method():
 
         x = odeint(counted, NOISE, torch.tensor([0.0, 1.0], dtype=torch.float64), rtol=tolerance, atol=tolerance)[-1]
         assert (row.name, row.steps, row.evaluations) == (f"dopri5 {tolerance:g}", None, len(calls))
-        assert row.rms == pytest.approx((x - fine).square().sum(1).mean().sqrt().item(), abs=2e-3)
+        assert row.rms == pytest.approx((x - fine()).square().sum(1).mean().sqrt().item(), abs=2e-3)
         counts.append(len(calls))
     assert [row.rms for row in rows] == sorted((row.rms for row in rows), reverse=True)
     for row in found.rows[:3]:
@@ -385,8 +390,9 @@ def test_what_is_refused_before_any_work(changes, error, said):
 def test_the_likelihood_of_another_s_conditioning_is_refused():
     field = fk.VelocityField(bent_given, conditioning={"y": torch.ones(40, 1)})
     fk.evaluate_sampler(field, 2, NOISE)
-    with pytest.raises(ValueError, match=r"velocity: expected a velocity without conditioning for each .*conditioning"):
-        fk.evaluate_sampler(field, 2, NOISE, data=DATA, columns=["likelihood"])
+    for velocity, plans in ((field, 2), (bent, {"student": (field, 2)})):
+        with pytest.raises(ValueError, match=r"velocity: expected a velocity without conditioning for each .*'y'"):
+            fk.evaluate_sampler(velocity, plans, NOISE, data=DATA, columns=["likelihood"])
 
 
 # ---- the command line ----

@@ -28,16 +28,16 @@ def log_density(x):
 
 
 def test_a_mixture_s_density():
-    errors = [(fk.log_likelihood(MIXTURE, DATA, N).nats - log_density(DATA)).abs().max().item() for N in (25, 50, 100)]
-    assert errors[2] < 1e-6
+    errors = [(fk.log_likelihood(MIXTURE, DATA, N).nats - log_density(DATA)).abs().max().item() for N in (20, 40, 80)]
+    assert errors[2] < 3e-6
     assert all(a / b > 10 for a, b in itertools.pairwise(errors))  # of order 4
-    found = fk.log_likelihood(MIXTURE, DATA, 100)
-    assert (found.probes, found.probe_error, found.evaluations) == (0, None, 400)
+    found = fk.log_likelihood(MIXTURE, DATA, 80)
+    assert (found.probes, found.probe_error, found.evaluations) == (0, None, 320)
     assert found.bits_per_dim == pytest.approx(-log_density(DATA).mean().item() / (4 * math.log(2)), rel=1e-6)
     assert found.standard_error == pytest.approx(log_density(DATA).std().item() / 12**0.5, rel=1e-5)
-    back = fk.sample(MIXTURE, found.noise, runge_kutta(torch.linspace(0, 1, 101, dtype=F64)))
-    torch.testing.assert_close(back, DATA, rtol=1e-6, atol=1e-6)
-    single = fk.log_likelihood(GaussianMixtureVelocity(MEANS.float(), STDS.float(), WEIGHTS.float()), DATA.float(), 100)
+    back = fk.sample(MIXTURE, found.noise, runge_kutta(torch.linspace(0, 1, 81, dtype=F64)))
+    torch.testing.assert_close(back, DATA, rtol=3e-6, atol=3e-6)
+    single = fk.log_likelihood(GaussianMixtureVelocity(MEANS.float(), STDS.float(), WEIGHTS.float()), DATA.float(), 40)
     assert single.noise.dtype == torch.float32
     torch.testing.assert_close(single.nats, log_density(DATA), rtol=1e-4, atol=1e-4)
 

@@ -121,9 +121,9 @@ def evaluate_sampler(
         TypeError, ValueError: naming the argument, before any work; for NaN or Inf of the teacher, sample and step.
         ImportError: naming the package that a column or the features need.
 
-    Source: endpoint error: docs/evaluating.md; straightness: Liu, Gong and Liu, Flow Straight and Fast (2023), equation
-    of S(Z), of each interval; Szekely and Rizzo, Energy statistics (2013); Heusel et al. (2017) for the Frechet
-    distance; Dormand and Prince, A family of embedded Runge-Kutta formulae (1980).
+    Source: Liu, Gong and Liu, Flow Straight and Fast (2023), S(Z), here of each interval by itself; Szekely and Rizzo,
+    Energy statistics (2013); Heusel et al., GANs trained by a two time-scale update rule (2017), of the Frechet
+    distance; Dormand and Prince, A family of embedded Runge-Kutta formulae (1980). docs/evaluating.md.
 
     Examples:
         >>> velocity, noise = (lambda x, t: x * t[:, None] ** 4), torch.randn(64, 2)
@@ -140,7 +140,8 @@ def evaluate_sampler(
     given = _expect_samples(teacher, noise) if isinstance(teacher, Tensor) else None
     of_teacher = known if teacher is None or given is not None else resolve(teacher, "teacher")
     solver = _teacher_solver(teacher_solver, plans, rows, given is not None)
-    _expect_data(data, noise, wanted, known)
+    velocities = _by_name(known, rows)
+    _expect_data(data, noise, wanted, velocities)
     if features is not None:
         expect_features(features, noise, "noise")
     points = expect_int(points, "points", f"an integer from 1 to {MOST_POINTS:,}", 1, MOST_POINTS)
@@ -154,7 +155,6 @@ def evaluate_sampler(
     tolerances = tolerances if RK45 in wanted else []
     if tolerances:
         torchdiffeq()
-    velocities = _by_name(known, rows)
     for one in [of_teacher, *velocities.values()]:
         warn_if_training(one, stacklevel=4)
     for row in rows:
@@ -209,13 +209,13 @@ def _expect_samples(given: Tensor, noise: Tensor) -> Tensor:
     return expect_noise(given, "teacher")
 
 
-def _expect_data(data, noise: Tensor, wanted: set[str], velocity: VelocityBase) -> None:
+def _expect_data(data, noise: Tensor, wanted: set[str], velocities: Mapping[str, VelocityBase]) -> None:
     if data is not None:
         expect_noise(data, "data")
         expect(data.shape[1:] == noise.shape[1:], "data", f"samples of the noise's shape {list(noise.shape[1:])}", data)
     if LIKELIHOOD in wanted:
         expect(data is not None, "data", "samples of the data, for 'likelihood'", "None")
-        own = rows_of_samples(velocity, len(noise))
+        own = [name for one in velocities.values() for name in rows_of_samples(one, len(noise))]
         way_out = "a velocity without conditioning for each sample, for 'likelihood' (fk.log_likelihood has the data's)"
         expect(not own, "velocity", way_out, f"one with {own}")
     for name, samples in (("noise", noise), ("data", data)):
