@@ -70,6 +70,7 @@ def bad_at(sample: int) -> Net:
 
 
 COMMON = dict(grid=K, steps=[2, 3], progress=False)
+KEPT = COMMON | dict(chunk=10, effort="fit", verify_noise=normal(33, D, seed=9))
 FIT = dict(effort="fit", teacher_error=9)
 # name: (velocity, noises, options)
 CASES = {
@@ -103,7 +104,10 @@ def told(value) -> object:
         found |= {"groups": [costs.grams, costs.sizes], "effort": value.provenance.get("effort")}
         return found | {"n": value.provenance["n"], "dtype": value.provenance["velocity_dtype"]}
     if dataclasses.is_dataclass(value):
-        return {f.name: told(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "seconds"}
+        found = {f.name: told(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "seconds"}
+        if isinstance(found.get("plan"), dict):  # of which files keep no intervals of costs
+            found["plan"] = {k: v for k, v in found["plan"].items() if k not in ("cost_interval", "samples_needed")}
+        return found
     if isinstance(value, dict):
         return {key: told(v) for key, v in value.items()}
     return [told(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -190,23 +194,35 @@ def calibrates(rank: int, folder) -> dict:
     }
     found["NaN"] = raised(lambda: fk.calibrate(bad_at(30), normal(n, D), **COMMON, group=group))
 
-    def fault(call: int) -> None:
-        if rank == 1 and call == 30:
+    world, last = dist.get_world_size(), []
+    net = plain()
+    net.fault = last.append
+    uninterrupted = told(fk.calibrate(net, normal(n, D), **KEPT, group=group))
+    path = folder / f"checkpoint-{world}"
+
+    def fault(call: int) -> None:  # while samples are rolled out, and while solvers are verified
+        if rank == 1 and call in (30, last[-1] - 1):
             raise OSError("the disk of rank 1")
 
-    net, path = plain(), folder / f"checkpoint-{dist.get_world_size()}"
-    net.fault = fault
-    found["fault"] = raised(
-        lambda: fk.calibrate(net, normal(n, D), **COMMON, chunk=10, effort="fit", checkpoint=path, group=group)
-    )
-    found["written"] = path.exists()
-    dist.barrier()
-    if rank == 0:
-        (folder / f"half-{dist.get_world_size()}").write_bytes(path.read_bytes())
-    dist.barrier()
-    found["resumed"] = told(
-        fk.calibrate(plain(), normal(n, D), **COMMON, chunk=10, effort="fit", checkpoint=path, group=group)
-    )
+    for turn in ("first", "last"):
+        net = plain()
+        net.fault = fault
+        net.calls = 0 if turn == "first" else 31
+        found[f"{turn} fault"] = raised(
+            lambda net=net: fk.calibrate(net, normal(n, D), **KEPT, resume=False, checkpoint=path, group=group)
+        )
+        found[f"{turn} written"] = path.exists()
+        if rank == 0:
+            (folder / f"{turn}-{world}").write_bytes(path.read_bytes())
+        dist.barrier()
+    net = plain()
+    found["resumed"] = told(fk.calibrate(net, normal(n, D), **KEPT, checkpoint=path, group=group))
+    found["calls to resume"] = net.calls < last[-1] / 3
+    found["uninterrupted"] = uninterrupted
+
+    averaged, early = plain(), dist.new_group(timeout=datetime.timedelta(seconds=30))
+    wrapped = nn.parallel.DistributedDataParallel(averaged, process_group=early)
+    found["synchronised"] = raised(lambda: fk.calibrate(wrapped, normal(8, D), **COMMON, group=group))
 
     def interrupt(call: int) -> None:
         if rank == 1 and call == 400:
@@ -240,11 +256,12 @@ class Training(nn.Module):
         return self.net(x, t)
 
 
+@pytest.mark.filterwarnings("ignore:(verify_noise|checkpoint):UserWarning")
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_calibrate_as_one_process(tmp_path, world):
     first, *others = in_ranks(tmp_path, world, calibrates, tmp_path)
     for other in others:
-        for name in (*CASES, "stages", "minutes", "resumed", "interrupted", "step costs"):
+        for name in (*CASES, "stages", "minutes", "interrupted", "step costs"):
             expect_close(first[name], other[name], 0.0, name)
     for name in CASES:
         expect_close(first[name], told(made(name)), 1e-3 if name == "fused" else 1e-12, name)
@@ -269,16 +286,19 @@ def test_ranks_calibrate_as_one_process(tmp_path, world):
                 assert text.endswith("on rank 1"), text
         assert found["NaN"] == raised(lambda: fk.calibrate(bad_at(30), normal(n, D), **COMMON))
         assert "sample 30" in found["NaN"]
-        assert found["fault"] == "OSError: the disk of rank 1"
-        assert found["written"]
+        for turn in ("first", "last"):
+            assert found[f"{turn} fault"] == "OSError: the disk of rank 1"
+            assert found[f"{turn} written"]
+        assert found["calls to resume"]
+        expect_close(found["resumed"], found["uninterrupted"], 0.0, "resumed")
+        assert found["synchronised"].startswith("ValueError: velocity: expected a network that every rank has whole")
         assert found["interrupted"]["effort"]["skipped"]["the rest"] == "interrupted"
         assert found["ended"].startswith("KeyboardInterrupt")
     assert first["missing"].startswith("TimeoutError: group: expected")
     assert f"rank {', '.join(map(str, range(1, world)))} did not come within 1 s" in first["missing"]
 
-    whole = told(fk.calibrate(plain(), normal(n, D), **COMMON, chunk=10, effort="fit"))
-    half = tmp_path / f"half-{world}"
+    whole = told(fk.calibrate(plain(), normal(n, D), **KEPT))
     expect_close(first["resumed"], whole, 1e-12, "resumed")
-    expect_close(
-        told(fk.calibrate(plain(), normal(n, D), **COMMON, chunk=10, effort="fit", checkpoint=half)), whole, 1e-12
-    )
+    for turn in ("first", "last"):  # by one process
+        again = fk.calibrate(plain(), normal(n, D), **KEPT, checkpoint=tmp_path / f"{turn}-{world}")
+        expect_close(told(again), whole, 1e-12, turn)

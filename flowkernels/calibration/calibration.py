@@ -264,7 +264,7 @@ class Calibration(Measured, Mapping):
         try:
             plans = make(self, wanted, **options)
         finally:
-            self.ranks = Ranks()
+            del self.ranks
         plans = ranks.from_first(plans)
         for plan in plans.values():
             self.expect_forced(plan.times, "objective")

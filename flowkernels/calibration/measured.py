@@ -30,6 +30,8 @@ class Measured:
     Tensors are on the CPU, those of `kept` and `sample_costs` aside.
     """
 
+    ranks = Ranks()  # that evaluate for an objective, while it is sought
+
     def __init__(
         self,
         times: Tensor,
@@ -56,7 +58,6 @@ class Measured:
             expect(gram.shape == (rows, rows), "gram", f"shape {[rows, rows]}", gram)
         self.cost, self.provenance, self.gram, self.kept, self.sample_costs = cost, provenance, gram, kept, sample_costs
         self._norm_cost = norm_cost
-        self.ranks = Ranks()  # that evaluate for an objective, while it is sought
         self._of_kept: tuple | None = None  # the velocities and their version, and what was made of them
 
     @property

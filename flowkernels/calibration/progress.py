@@ -49,6 +49,7 @@ class Progress:
         ranks: Ranks | None = None,
     ):
         self.ranks = ranks or Ranks()
+        self.is_kept = self.ranks.from_first(path is not None)
         self.path, self.setting, self.attributes = path, json.loads(json.dumps(plain(dict(setting)))), attributes
         self.samples, self.velocity_dtype, self.tried, self.fitted = 0, "", {}, fitted
         self._costs: dict[str, Tensor] = {}
@@ -77,12 +78,12 @@ class Progress:
     def add_samples(self, costs: SampleCosts, kept: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
         """kept: states and velocities, of which those of the first samples are there."""
         self.samples, self._kept, self.velocity_dtype = costs.count, kept, str(dtype)
-        self._costs = {} if self.path is None else costs.state()
+        self._costs = costs.state() if self.is_kept else {}
 
     def verify(self, plans: Plans, noise: Tensor) -> int:
         """Begin with endpoint errors of these on this noise, or go on: the number of samples that there are already."""
         as_text = {str(N): {name: Solver.of(plan).to_dict() for name, plan in of.items()} for N, of in plans.items()}
-        verified_as = "" if self.path is None else tensors_hash({"plans": plain(as_text), "noise": noise})
+        verified_as = "" if not self.is_kept else tensors_hash({"plans": plain(as_text), "noise": noise})
         there = {(N, name) for N, of in self._errors.items() for name in of}
         if self._verified_as != verified_as or there != {(N, name) for N, of in plans.items() for name in of}:
             self._verified_as, self._errors = verified_as, {N: {name: [] for name in of} for N, of in plans.items()}
