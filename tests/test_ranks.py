@@ -11,6 +11,7 @@ from _ranks import in_ranks
 from torch import distributed as dist
 
 import flowkernels as fk
+from flowkernels.bench import suite
 from flowkernels.runtime.ranks import Ranks
 
 
@@ -174,3 +175,17 @@ def test_noise_depends_on_the_seed_and_the_index_alone():
     many = fk.noise(20000, (3,), 0, dtype=torch.float64).flatten()
     assert abs(many.mean()) < 5 / len(many) ** 0.5  # five standard errors
     assert abs(many.var() - 1) < 5 * (2 / len(many)) ** 0.5
+
+
+def test_the_benchmark_of_exchanges_runs(tmp_path, capsys):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    threads = torch.get_num_threads()
+    try:
+        command = suite.module("many_devices.calibrate")
+        assert command.main(["--network", "dit", "--samples", "2", "--grid", "8", "--rounds", "1"]) == 0
+    finally:
+        dist.destroy_process_group()
+        torch.set_num_threads(threads)
+    told = capsys.readouterr().out
+    assert "one process" in told
+    assert "0 exchanges: 0.00% of the processor's time, 0.00% of all" in told

@@ -46,7 +46,7 @@ from flowkernels.calibration.card import (
     expect_version,
     written,
 )
-from flowkernels.calibration.measured import Measured
+from flowkernels.calibration.measured import Measured, evaluating
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.calibration.sample_costs import SampleCosts
 from flowkernels.calibration.teacher_error import SAMPLES, TeacherError, teacher_error
@@ -260,11 +260,11 @@ class Calibration(Measured, Mapping):
             expect_agreed_fit(
                 ranks, velocity, self, None, None, steps=wanted, objective=objective, options=str(options)
             )
-        self.ranks = ranks
+        token = evaluating.set(ranks)
         try:
             plans = make(self, wanted, **options)
         finally:
-            del self.ranks
+            evaluating.reset(token)
         plans = ranks.from_first(plans)
         for plan in plans.values():
             self.expect_forced(plan.times, "objective")

@@ -1,6 +1,7 @@
 """What a teacher's rollout has told of it: what objectives, fits and schedules are made from."""
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from flowkernels.runtime.ranks import Ranks
 from flowkernels.sampling.rollout import Trajectory
 from flowkernels.sampling.teacher_solver import teacher_solver_of
 from flowkernels.schedule import forced_places
+
+evaluating: ContextVar[Ranks | None] = ContextVar("flowkernels_ranks", default=None)
 
 
 class Measured:
@@ -29,8 +32,6 @@ class Measured:
 
     Tensors are on the CPU, those of `kept` and `sample_costs` aside.
     """
-
-    ranks = Ranks()  # that evaluate for an objective, while it is sought
 
     def __init__(
         self,
@@ -59,6 +60,11 @@ class Measured:
         self.cost, self.provenance, self.gram, self.kept, self.sample_costs = cost, provenance, gram, kept, sample_costs
         self._norm_cost = norm_cost
         self._of_kept: tuple | None = None  # the velocities and their version, and what was made of them
+
+    @property
+    def ranks(self) -> Ranks:
+        """That evaluate for an objective, while it is sought in this thread."""
+        return evaluating.get() or Ranks()
 
     @property
     def forced_knots(self) -> tuple[float, ...]:

@@ -38,8 +38,9 @@ class Ranks:
             ends = ranks.shared(len(noise), lambda rows: run(noise[rows]))  # of each rank its slice, and then all
 
     group: a `torch.distributed.ProcessGroup`, such as `torch.distributed.group.WORLD`; None is this process alone, of
-    which nothing is sent. size, rank: the number of processes, and which of them this is. seconds: spent on exchanges,
-    with what was waited for slower ranks.
+    which nothing is sent. size, rank: the number of processes, and which of them this is. exchanges, seconds: how
+    many there were, and the time they took, with what was waited for slower ranks; processor_seconds: of the processor,
+    with none of that.
     What comes back is the same on every rank, bit for bit, on this rank's device, or, for numbers and other plain
     values, on the CPU.
 
@@ -50,7 +51,7 @@ class Ranks:
     """
 
     def __init__(self, group: Group | None = None, name: str = "group"):
-        self.seconds, self._turn, self._lost = 0.0, 0, None
+        self.seconds, self.processor_seconds, self.exchanges, self._lost = 0.0, 0.0, 0, None
         self._raised: Exception | None = None
         self._interrupted, self._interrupted_at, self._sending = False, -ONE, False
         if group is None:
@@ -182,11 +183,12 @@ class Ranks:
         """A message of each rank; raises on every one if one comes with an error, or to another exchange."""
         if self._lost is not None:  # a group that has lost a rank is of no use
             raise self._lost
-        began, self._turn, self._sending = time.perf_counter(), self._turn + 1, True
+        began, worked = time.perf_counter(), time.process_time()
+        self.exchanges, self._sending = self.exchanges + 1, True
         if status == WELL and self._interrupted:
             status = INTERRUPTED
         try:
-            found = self._exchange.of_all(status, self._turn, KINDS.index(kind), t)
+            found = self._exchange.of_all(status, self.exchanges, KINDS.index(kind), t)
         except Exception as e:
             missing = roll_call.silent(self.group, self.rank, self.size)
             who = f"rank {', '.join(map(str, missing))} does not answer" if missing else "a rank has ended or hangs"
@@ -197,6 +199,7 @@ class Ranks:
         finally:
             self._sending = False
             self.seconds += time.perf_counter() - began
+            self.processor_seconds += time.process_time() - worked
         if status == LEFT:
             return found
         by_status = {s: [(rank, m) for rank, m in enumerate(found) if m.status == s] for s in range(4)}
