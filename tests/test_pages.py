@@ -67,6 +67,7 @@ SMALLER = {
     "size=50_000": "size=40",
     "held_out=256": "held_out=8",
     "ends(256": "ends(8",
+    "each(49_744, 50_000": "each(32, 40",
     "grid=100": "grid=24",
     "100)": "12)",
     'effort="best")': 'effort="best", grid=24, evaluations=20_000)',

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from _flows import even_grid, normal
+from test_optimizers import ScheduleFree
 from test_straighten import (
     SOLVER,
     STUDENT_OF,
@@ -40,6 +41,7 @@ WATCHED = {name: VARIANTS[name] for name in VARIANTS} | {
     "pairs": OF_PAIRS | dict(bank=PAIRS),
     "a function's pairs": OF_PAIRS | dict(bank=pairs_of),
     "average_velocity": dict(target="average_velocity"),
+    "schedule-free": dict(optimizer=ScheduleFree),
 }
 
 

@@ -478,3 +478,20 @@ def test_the_command(tmp_path, monkeypatch, caplog):
     merged.load_state_dict(load_file("merged.safetensors"))
     torch.testing.assert_close(merged(x, t), student(x, t), rtol=1e-4, atol=1e-5)
     assert (merged(x, t) - teacher(x, t)).abs().max() > 1e-3
+
+
+def test_watched(tmp_path):
+    """The averages are put into the adapters and out of them again; of the best only these are kept, and come back."""
+    settings = RUN | dict(lora=2, held_out=8, lr=0.05, decay="none", iterations=12)
+    plain = fk.straighten(None, mlp(64), PLAN, **settings)
+    settings |= dict(evaluate_every=2, checkpoint=tmp_path / "run.pt", patience=99)
+    watched = fk.straighten(None, mlp(64), PLAN, **settings, callbacks=[lambda event: event.samples(2) is None])
+    assert watched.history == plain.history
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert saved["evaluations"]["best"]["weights"].keys() == saved["student"].keys()
+    errors = watched.evaluations["endpoint_error"]
+    assert watched.best == 2 * errors.index(min(errors))
+    assert watched.errors == (errors[0], min(errors))
+    again = fk.straighten(None, mlp(64), PLAN, **settings)
+    for p, q in zip(again.student.parameters(), watched.student.parameters(), strict=True):
+        assert torch.equal(p, q)
