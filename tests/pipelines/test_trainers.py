@@ -91,3 +91,15 @@ def test_sd3_lora_in_two_processes(launched, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert farthest(tmp_path / "one", tmp_path / "two") < 1e-5
+
+
+def test_lightning_module(tmp_path):
+    """A run that was stopped and went on ends as one that was not, bit for bit."""
+    options = ["--grid", "10", "--size", "256", "--batch", "32", "--iterations", "40", "--accumulate", "2"]
+    found = script("lightning_module")([*options, "--out", str(tmp_path / "whole")])
+    assert found["student"] < 0.95 * found["teacher"]
+    for stop in (["--stop", "18"], []):
+        script("lightning_module")([*options, *stop, "--out", str(tmp_path / "again")])
+    whole, again = (torch.load(tmp_path / name / "last.ckpt", weights_only=False) for name in ("whole", "again"))
+    assert whole["global_step"] == again["global_step"] == 20
+    assert all(torch.equal(whole["state_dict"][key], again["state_dict"][key]) for key in whole["state_dict"])
