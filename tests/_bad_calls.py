@@ -1071,6 +1071,7 @@ def _stages(cal) -> None:
             gradient_checkpointing=(False, is_flag),
             lr_scheduler=(None, or_none(is_function), "warmup", "decay"),
         ),
+        group=(None, or_none(nothing_else)),
         **dict(held_out=(2, is_int(0, 3), "bank"), evaluate_every=(1, or_none(is_int(1)), "held_out")),
         **dict(patience=(2, or_none(is_int(1)), "evaluate_every"), callbacks=((), are_callbacks)),
         keep_checkpoints=(1, or_none(is_int(1)), "checkpoint"),

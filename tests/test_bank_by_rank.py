@@ -19,7 +19,7 @@ def of_rank(monkeypatch):
     def ranks(group):
         return SimpleNamespace(rank=group[0], size=group[1], wait=lambda: None, expect_same=lambda settings: None)
 
-    monkeypatch.setattr(trajectory_bank, "Ranks", ranks)
+    monkeypatch.setattr(trajectory_bank, "ranks_of", ranks)
 
     def made(rank, size, fill=True, **settings):
         bank = fk.TrajectoryBank(

@@ -27,9 +27,11 @@ from flowkernels.training.run.loop import train
 from flowkernels.training.run.lora import lora_student
 from flowkernels.training.run.optimizers import optimizer_identity, own_optimizer
 from flowkernels.training.run.pairs import RunPairs, are_pairs
+from flowkernels.training.run.random_states import seed_of_rank
 from flowkernels.training.run.schedulers import Scheduler
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.run.state import State
+from flowkernels.training.run.team import Team, in_a_team
 from flowkernels.training.run.watch import result
 from flowkernels.training.students.adapters import network_of
 from flowkernels.training.students.lora_files import base_hash
@@ -85,7 +87,7 @@ class Straightened:
     best: int | None = None
 
 
-@torch.inference_mode(False)  # which enables gradients too: a caller's no_grad and inference_mode do not count
+@in_a_team
 def straighten(
     student: nn.Module | None,
     velocity: Velocity | None,
@@ -228,6 +230,14 @@ def straighten(
         callbacks: functions of a `fk.TrainingEvent`, each called after a row of the history, an evaluation and a
             checkpoint, and at the end; one that returns True ends the training. Where one raises, a checkpoint is
             written first.
+        group: a `torch.distributed.ProcessGroup`, such as `torch.distributed.group.WORLD` under torchrun, whose W ranks
+            train one student: all make the same call, each has 1/W of every batch (`batch` is a multiple of W) and of
+            the bank, and all have the history, solver and errors of the whole, bit for bit. The student is bare, which
+            DistributedDataParallel then wraps in the run (with the first rank's weights), or is in it already, or has
+            weights sharded by `torch.distributed.fsdp.fully_shard` (FSDP2): then, where there is `ema`, it gets the
+            averaged weights itself. None: a wrapped or sharded student's own. What ranks learn does not depend on W but
+            for rounding; dropout, which is drawn from `seed` and the rank, and batch norms aside. `checkpoint` is then
+            a folder, in which `torch.distributed.checkpoint` writes; a run goes on from it with any W.
         keep_checkpoints: how many checkpoints stay: 1, `checkpoint` alone; k, beside it the last k with their
             iterations, such as run-000500.pt of run.pt; None, all. Where run.pt is missing a run goes on from the last
             of these; where it is damaged, the error names the one before.
@@ -314,6 +324,7 @@ def straighten(
         callbacks=callbacks,
         keep_checkpoints=keep_checkpoints,
         lora=lora,
+        group=group,
     )
     objective = settings.objective
     teacher = None if velocity is None else resolve(velocity)
@@ -330,6 +341,7 @@ def straighten(
         plain = isinstance(net, nn.Module) and not isinstance(net, VelocityBase)
         if plain and not settings.carries_conditioning:
             expect_takes(net, name, "a network net(x, t)", None, None)
+    team = Team(settings.group, student, objective, settings.batch)
     parameters = trained_parameters(student)
     device = parameters[0].device
     expect_castable(parameters, settings.autocast)
@@ -348,6 +360,7 @@ def straighten(
             seed=settings.seed,
             device=device,
             progress=settings.progress,
+            ranks=settings.group,
         )
     if objective.refits and not are_pairs(settings.bank):
         expect(trajectories.size >= 2, "bank", "at least 2 samples, to polish the solver on", trajectories.size)
@@ -372,9 +385,11 @@ def straighten(
         setting["lr_scheduler"] = scheduler.identity()
     if settings.checkpoint is not None and shares_weights(student):
         setting["base"] = base_hash(network_of(VelocityField.of(student)))
+    team.expect_same(setting)
     saved = checkpoint_to_resume(settings, setting, student, known, stacklevel=4)
     if settings.lora is None:
         initialise(student, velocity, init)
+    team.share_weights()
     if velocity is not None:
         warn_if_training(velocity, stacklevel=4)
     evaluated = settings.evaluate_every
@@ -389,7 +404,10 @@ def straighten(
         in_place=shares_weights(student),
         scheduler=scheduler,
         evaluations=None if evaluated is None else Evaluations(evaluated, settings.patience is not None),
+        team=team,
     )
+    if settings.group is not None:
+        seed_of_rank(settings.seed, settings.group.rank)
     if saved is not None:
         state.load(saved, settings.checkpoint)
     held_out = HeldOut(trajectories, settings)
@@ -404,7 +422,7 @@ def straighten(
     train(state, settings, held_out)
     trained, solver, errors = result(state), None, None
     if objective.refits:
-        solver = _polished_again(trained, trajectories, settings)
+        solver = _polished_again(trained, trajectories, settings, team)
     if state.began_at is not None:
         errors = state.began_at, _error(trained, held_out, solver or held_out.solver)
         if objective.refits:
@@ -431,14 +449,19 @@ def _warn_if_worse(before: float, after: float, n: int, target: str) -> None:
         warn(f"{told} from the teacher's {rms}; {hint}", stacklevel=4)
 
 
-def _polished_again(student: nn.Module, bank: RunBank | RunPairs, settings: Settings) -> Solver:
+def _polished_again(student: nn.Module, bank: RunBank | RunPairs, settings: Settings, team: Team) -> Solver:
     """The solver of the run, for what the student has become; of weighted pairs as it was: a polish has no weights."""
-    drawn = bank.sample(torch.Generator().manual_seed(settings.seed), max(2, min(POLISHED, bank.size)))
+    count = max(2, min(POLISHED, bank.size))
+    if team.is_given:  # what any number of ranks divides that divides a batch
+        count = max(bank.batch, count // bank.batch * bank.batch)
+    drawn = bank.sample(torch.Generator().manual_seed(settings.seed), count)
     if drawn.weight is not None:
         return settings.objective.solver
-    ends = drawn.states if drawn.ends else drawn.states[[0, -1]][:, drawn.sample]
+    ends = drawn.states if drawn.ends else drawn.states[[0, -1]][:, drawn.columns]
+    drawn, ends = team.every_example(drawn, ends)
     solver = settings.objective.solver
-    return polish_on(learner_of(student, drawn, bank.size, solver), solver, ends, settings.grid, bank.batch)
+    found = polish_on(learner_of(student, drawn, bank.size, solver), solver, ends, settings.grid, bank.batch)
+    return found if team.ranks.is_alone else Solver.from_dict(team.ranks.from_first(found.to_dict()))
 
 
 def _fill(bank: RunBank | RunPairs, state: State, settings: Settings, saved: Mapping[str, Any] | None) -> None:
@@ -450,8 +473,10 @@ def _fill(bank: RunBank | RunPairs, state: State, settings: Settings, saved: Map
     if settings.checkpoint is not None:
         expect_storable(state.contents())
     objective = settings.objective
-    part = -(-bank.batch // settings.accumulate)
+    team = state.team
+    part = -(-bank.batch // team.ranks.size // settings.accumulate)
     with recomputed(state.student, settings.gradient_checkpointing):
         trial = try_student(state.student, starts, bank.size, part, objective.tried, conditioning)
+    team.asks_all = not trial.idle
     log.info("straighten: %s", cost_of(settings, state.student, bank, trial, state.iteration, asks=False).line)
     bank.roll_out(None if saved is None else saved.get(BANK_DRAWN))

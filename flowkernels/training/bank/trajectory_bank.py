@@ -26,7 +26,7 @@ from flowkernels._checks import (
     expect_values,
 )
 from flowkernels._files import damaged, plain
-from flowkernels.runtime.ranks import Group, Ranks
+from flowkernels.runtime.ranks import Group, Ranks, ranks_of
 from flowkernels.sampling.loop import initial_state
 from flowkernels.sampling.teacher_solver import entry_of
 from flowkernels.schedule import Schedule
@@ -95,7 +95,8 @@ class TrajectoryBank:
     for bit; what is there of another bank is refused. A bank that is pickled, for other processes, leaves the teacher
     behind.
 
-    size, chunk, dtype, device, storage: as above. times: of the kept states, float64 `[M]`, rising. schedules: a list.
+    size, chunk, dtype, device, storage: as above. by_rank: which trajectories this rank has; None
+        without a group. times: of the kept states, float64 `[M]`, rising. schedules: a list.
     inversion_error: of data, the root mean square distance of the first chunk's from what Heun's method makes of their
         noise again; None before `fill`.
 
@@ -135,7 +136,7 @@ class TrajectoryBank:
         group: Group | None = None,
         held_out: int = 0,
     ):
-        self._ranks = None if group is None else Ranks(group)
+        self._ranks = None if group is None else ranks_of(group)
         self._velocity = resolve(velocity)
         self._knots = Knots.of(schedules, grid)
         expect(teacher_solver is None or data is None, "teacher_solver", "None with data", teacher_solver)
@@ -144,8 +145,8 @@ class TrajectoryBank:
         self._starts = Starts(noise, data, size, conditioning, seed)
         self.size, self._progress = self._starts.size, expect_bool(progress, "progress")
         self.chunk = min(expect_positive_int(chunk, "chunk"), self.size)
-        self._by_rank = self._shared_by(self._ranks, self.size, held_out)
-        self._is_spread = self._by_rank is not None  # the order of its chunks
+        self.by_rank = self._shared_by(self._ranks, self.size, held_out)
+        self._is_spread = self.by_rank is not None  # the order of its chunks
         expect_room(64 * self.chunks, "size", "trajectories", f"{self.size}")
         self._dtype = None if dtype is None else expect_dtype(dtype, "dtype", tuple(DTYPES.values()))
         self.device = expect_device(device) or _device_of(self._velocity, self._starts.given)
@@ -159,7 +160,7 @@ class TrajectoryBank:
         self._tables = {key: table.to(here) for key, table in self._starts.columns.tables.items()}
         self._places: dict[tuple[int, ...], Tensor] = {}
         self._layout: Layout | None = None
-        self._own = self._by_rank if memory and self._by_rank is not None else ByRank(self.size)  # what the store has
+        self._own = self.by_rank if memory and self.by_rank is not None else ByRank(self.size)  # what the store has
         self._store = Memory(storage, self.device, self._own.count, self.chunks) if memory else self._folder(storage)
         if not self._starts.is_function:
             self._expect_space(self._missing())
@@ -188,11 +189,11 @@ class TrajectoryBank:
         folder = expect_path(storage, "storage").absolute()
         manifest, tables = read_manifest(folder)
         bank = cls.__new__(cls)
-        bank._ranks = None if group is None else Ranks(group)
+        bank._ranks = None if group is None else ranks_of(group)
         bank._velocity = bank._starts = bank._teacher = bank.inversion_error = None
         bank._progress, bank._places, bank._tables = False, {}, tables
         bank.size, bank.chunk, bank.guidance = manifest["size"], manifest["chunk"], manifest["guidance"]
-        bank._by_rank = cls._shared_by(bank._ranks, bank.size, held_out)
+        bank.by_rank = cls._shared_by(bank._ranks, bank.size, held_out)
         bank._is_spread = "order" in manifest
         bank.device = expect_device(device) or torch.device("cpu")
         with damaged("storage", "the manifest of a bank", folder / MANIFEST):
@@ -373,11 +374,11 @@ class TrajectoryBank:
         here = self.device if self._store.kind == "device" else torch.device("cpu")
         drawn_by = generator_on(here, torch.default_generator if generator is None else generator)
         interval, part = torch.randint(len(places) - 1, (batch,), generator=drawn_by, device=here), None
-        if self._by_rank is None:
+        if self.by_rank is None:
             sample = torch.randint(self.size - held_out, (batch,), generator=drawn_by, device=here)
         else:
-            rows = self._by_rank.of_batch(batch)
-            sample = self._by_rank.draw(batch, drawn_by, here)[rows]
+            rows = self.by_rank.of_batch(batch)
+            sample = self.by_rank.draw(batch, drawn_by, here)[rows]
             interval, part = interval[rows], (rows.start, rows.stop, batch)
         return self._batch(places, interval, sample, here, part)
 
@@ -405,7 +406,7 @@ class TrajectoryBank:
         more = dict(conditioning=self._conditioning(sample), guidance=self.guidance, times=times)
         more |= dict(part=part, first=self._own.drawn.start)
         if self._is_whole(places):
-            size = None if self._by_rank is None else self.size
+            size = None if self.by_rank is None else self.size
             return BankBatch(self._store.states, interval, sample, size=size, **more)
         knots = self._on(places, here)
         return self._batch_of_ends(knots[interval], knots[interval + 1], interval, sample, more)
@@ -418,9 +419,9 @@ class TrajectoryBank:
         places = self._knots.choose(schedule)
         self._expect_filled()
         here = self.device if self._store.kind == "device" else torch.device("cpu")
-        if self._by_rank is not None:
+        if self.by_rank is not None:
             self._expect_held_out(count, "count")
-        rows = slice(self.size - count, self.size) if self._by_rank is None else self._by_rank.aside
+        rows = slice(self.size - count, self.size) if self.by_rank is None else self.by_rank.aside
         sample, count = torch.arange(rows.start, rows.stop, device=here), rows.stop - rows.start
         knots = self._on(places, here)
         times = tuple(self.times[[places[0], places[-1]]].tolist())
@@ -471,6 +472,17 @@ class TrajectoryBank:
     def expect_for(self, objective: Any) -> None:
         """That it keeps the knots of a StraightenLoss, or of what else has some; ValueError, naming `bank`."""
         self._knots.choose(objective, "bank")
+
+    def expect_shared_by(self, ranks: Ranks | None, held_out: int | None = None) -> None:
+        """That it is this process's alone, of ranks each of which has one, or shared by them; ValueError, naming
+        `bank`. held_out: how many are to be, where that is said."""
+        if self.by_rank is None:
+            return
+        mine, others = (self.by_rank.rank, self.by_rank.size), None if ranks is None else (ranks.rank, ranks.size)
+        expected = "one of this group" if ranks is not None else "one without a group, or group="
+        expect(mine == others, "bank", expected, f"one that is shared: rank {mine[0]} of {mine[1]}")
+        if held_out is not None:
+            self._expect_held_out(held_out)
 
     def first(self, count: int) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The states that the first trajectories have at the first knot, or begin with, and their conditioning."""
@@ -542,9 +554,9 @@ class TrajectoryBank:
 
     def _here(self, k: int) -> list[slice]:
         """Of a chunk's trajectories those that this rank rolls out."""
-        if self._by_rank is None or self._store.kind != "folder":
+        if self.by_rank is None or self._store.kind != "folder":
             return self._own.of(self._rows(k))
-        mine = self._by_rank.part(self.chunks)  # a file is one rank's
+        mine = self.by_rank.part(self.chunks)  # a file is one rank's
         return [self._rows(k)] if mine.start <= k < mine.stop else []
 
     @staticmethod
@@ -557,11 +569,11 @@ class TrajectoryBank:
 
     @property
     def _held_out(self) -> int:
-        return 0 if self._by_rank is None else self._by_rank.held_out
+        return 0 if self.by_rank is None else self.by_rank.held_out
 
     def _expect_held_out(self, count: int, name: str = "held_out") -> int:
         count = expect_int(count, name, f"fewer than the {self.size} trajectories", 0, self.size - 1)
-        same = self._by_rank is None or count == self._held_out
+        same = self.by_rank is None or count == self._held_out
         expect(same, name, f"{self._held_out}, as the bank says that ranks share", f"{count}")
         return count
 
@@ -579,7 +591,7 @@ class TrajectoryBank:
                 k = self._place(ticket)
                 self._roll_out(k, *self._starts.draw(self._rows(k), ticket), ticket, bar)
         self._store.settle()
-        if self._by_rank is not None and self._store.kind == "folder":
+        if self.by_rank is not None and self._store.kind == "folder":
             self._ranks.wait()
             self._store.scan(check=False)
             missing = [self._store.path(self._place(c)).name for c in self._missing(max(tickets) + 1)]

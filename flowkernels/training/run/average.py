@@ -79,10 +79,10 @@ class Average:
         for name, p in trained_by_name(student).items():
             p.copy_(alike(self.weights[name], p))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Whole, under the names of torch's AveragedModel."""
+    def state_dict(self, sharded: bool = False) -> dict[str, Tensor]:
+        """Under the names of torch's AveragedModel; whole, or as they are."""
         count = torch.tensor(self.n_averaged, dtype=torch.int64, device="cpu")
-        return {COUNT: count} | {PREFIX + name: whole(t) for name, t in self.weights.items()}
+        return {COUNT: count} | {PREFIX + name: t if sharded else whole(t) for name, t in self.weights.items()}
 
     def expect(self, saved: Any, student: nn.Module, done: int) -> None:
         """Raise unless a checkpoint's is such an average, of as many iterations. Those of before are of all of the
@@ -140,7 +140,7 @@ class OptimizersAverage(Average):
             for name, p in trained_by_name(student).items():
                 p.copy_(self._trained[name])
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, sharded: bool = False) -> dict[str, Tensor]:
         with self.applied():
             return {name: value.detach().clone() for name, value in super().state_dict().items()}
 

@@ -4,9 +4,10 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowkernels._checks import describe, expect, expect_room
+from flowkernels.runtime.ranks import Ranks
 from flowkernels.sampling.loop import initial_state
 from flowkernels.training.bank.batch import BankBatch
 from flowkernels.training.bank.starts import Noise, source_identity, source_of
@@ -14,7 +15,7 @@ from flowkernels.training.bank.trajectory_bank import TrajectoryBank
 from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.run.apart import expect_held_out, own_held_out
 from flowkernels.velocity.hashes import tensors_hash
-from flowkernels.velocity.protocol import Velocity
+from flowkernels.velocity.protocol import Velocity, as_given, resolve
 from flowkernels.velocity.provenance import Identity
 
 
@@ -41,7 +42,9 @@ class RunBank:
     ):
         self.bank, self.batch, self.fraction = bank, batch, fraction
         self._objective, self._noise = objective, noise
-        self.held_out = own_held_out(objective, bank.size) if held_out is None else held_out
+        if held_out is None:
+            held_out = own_held_out(objective, bank.size) if bank.by_rank is None else bank.by_rank.held_out
+        self.held_out = held_out
         expect_held_out(self.held_out, bank.size)
         self._source = None if noise is None else source_of(noise, "noise")
         self._begun: Tensor | None = None  # noise that has been drawn for `roll_out`
@@ -64,6 +67,7 @@ class RunBank:
         seed: int,
         device: torch.device,
         progress: bool,
+        ranks: Ranks | None = None,
     ) -> "RunBank":
         """Of the arguments of `straighten`; TypeError, ValueError naming them, for a size that does not fit into memory
         before anything is drawn."""
@@ -73,6 +77,7 @@ class RunBank:
                 expected = f"one without conditioning for target={objective.target!r}, whose student makes samples of"
                 expect(False, "bank", f"{expected} its own (a VelocityField may have it, a row for each)", given)
             expect(given.device == device, "bank", f"one on the student's device {device}", f"one on {given.device}")
+            given.expect_shared_by(ranks, held_out)
             return cls(given, objective, batch, None, fraction, held_out)
         if isinstance(noise, Tensor):
             expect(noise.device == device, "noise", f"a tensor on the student's device {device}", noise)
@@ -88,8 +93,14 @@ class RunBank:
             device=device,
             progress=progress,
         )
+        if ranks is not None:  # of which each draws its part
+            size = len(noise) if fixed else given
+            held_out = own_held_out(objective, size) if held_out is None else held_out
+            expect_held_out(held_out, size)
+            settings |= dict(group=ranks, held_out=held_out)
         bank = TrajectoryBank(teacher, objective, **settings)
-        return cls(bank, objective, batch, noise if fraction == 1 else None, fraction, held_out)
+        whole = noise if fraction == 1 and ranks is None else None
+        return cls(bank, objective, batch, whole, fraction, held_out)
 
     @property
     def size(self) -> int:
@@ -178,11 +189,23 @@ class RunBank:
     def sample(self, generator: torch.Generator, n: int | None = None) -> BankBatch:
         """n: examples, in place of `batch`."""
         batch = self.bank.sample(n or self.batch, generator, self._objective, held_out=self.held_out)
-        return BankBatch(self.states, *batch[1:3]) if self._objective.needs_roll_out else batch
+        return batch._replace(states=self.states, ends=False) if self._objective.needs_roll_out else batch
+
+    def learner(self, student: nn.Module) -> nn.Module:
+        """The student on the trajectories of `states`."""
+        if self.bank.by_rank is None:
+            return student
+        rows = self.bank.by_rank.trajectories(self.bank.device)
+        return as_given(resolve(student).rows(rows, self.size))
 
     def ends(self) -> BankBatch:
-        """Of the trajectories that are held out."""
+        """Of the trajectories that are held out, of a bank with a group those of this rank: from `ends_begin` on."""
         return self.bank.ends(self.held_out, self._objective)
+
+    @property
+    def ends_begin(self) -> int:
+        by_rank = self.bank.by_rank
+        return 0 if by_rank is None else by_rank.aside.start - (self.size - self.held_out)
 
     def first(self, count: int) -> tuple[Tensor, dict[str, Tensor] | None]:
         """What the first trajectories begin with, and their conditioning."""
@@ -195,7 +218,7 @@ class RunBank:
             batch = BankBatch(self.states, *batch[1:3], first=batch.first)
         if batch.ends:
             return batch
-        rows = slice(start - batch.first, stop - batch.first)
+        rows = slice(start, stop) if self.bank.by_rank is None else self.bank.by_rank.place(slice(start, stop))
         return batch._replace(states=batch.states[:, rows], first=start, size=self.size)
 
 

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from flowkernels._checks import describe, expect
 from flowkernels._files import SUM, VALUES, damaged, expect_unchanged, warn_of_no_sum, whole_file
 from flowkernels._weights import read_torch
-from flowkernels.runtime.sharded import alike
+from flowkernels.runtime.sharded import alike, is_sharded, local
 from flowkernels.runtime.torch_private import tree_leaves, tree_map
+from flowkernels.training.run import team_checkpoint
 from flowkernels.training.run.evaluations import EVALUATIONS, expect_evaluations
 from flowkernels.training.run.numbered import keep_numbered, numbered
 from flowkernels.training.run.optimizers import PLACES, counted_in_groups
+from flowkernels.training.run.random_states import global_rng, seed_of_rank
 from flowkernels.training.run.settings import Settings
-from flowkernels.training.students.modules import expect_weights
+from flowkernels.training.students.modules import expect_weights, plain_state
+from flowkernels.training.students.student import trained_parameters
 from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.identity import warn_of_doubts
 from flowkernels.velocity.provenance import Identity
@@ -56,6 +59,7 @@ def expect_storable(state: dict) -> None:
     """Raise if a checkpoint of this state could not be read again; tensors, which can, are left out."""
 
     def small(leaf):
+        leaf = local(leaf) if is_sharded(leaf) else leaf
         return leaf.new_empty(0) if type(leaf) in (Tensor, nn.Parameter) else leaf
 
     try:
@@ -94,18 +98,19 @@ def read_checkpoint(path: Path, stacklevel: int = 3) -> dict:
         )
         if version == 1:
             saved.setdefault("bank_noise", None)
-        _expect(
-            saved.keys() - {"format", "version", ROLLED_OUT, BANK_DRAWN, BEGAN_AT, LR_SCHEDULER, EVALUATIONS} == KEYS,
-            f"{sorted(KEYS)}",
-            sorted(saved, key=str),
-        )
-        _expect(isinstance(saved["setting"], dict), "settings", saved["setting"])
+        _expect_keys(saved)
         known = {name: value for name, value in saved["setting"].items() if name not in DROPPED}
         saved["setting"] = {RENAMED.get(name, name): value for name, value in known.items()}
-        _expect(type(saved["bank_noise"]) in (str, type(None)), "a hash of the bank's noise", saved["bank_noise"])
     if version == 1:
         warn_of_no_sum(path, stacklevel)
     return saved
+
+
+def _expect_keys(saved: dict) -> None:
+    there = saved.keys() - {"format", "version", ROLLED_OUT, BANK_DRAWN, BEGAN_AT, LR_SCHEDULER, EVALUATIONS}
+    _expect(there == KEYS, f"{sorted(KEYS)}", sorted(saved, key=str))
+    _expect(isinstance(saved["setting"], dict), "settings", saved["setting"])
+    _expect(type(saved["bank_noise"]) in (str, type(None)), "a hash of the bank's noise", saved["bank_noise"])
 
 
 def _expect_plain_tensors(saved, size: int) -> None:
@@ -130,10 +135,13 @@ def checkpoint_to_resume(
     path = newest_checkpoint(settings)
     if path is None:
         return None
-    try:
-        saved = read_checkpoint(path, stacklevel + 1)
-    except ValueError as e:
-        raise ValueError(f"{e}{_before(settings.checkpoint, path)}") from e
+    if settings.group is not None:
+        saved = _read_of_ranks(path, settings, student)
+    else:
+        try:
+            saved = read_checkpoint(path, stacklevel + 1)
+        except ValueError as e:
+            raise ValueError(f"{e}{_before(settings.checkpoint, path)}") from e
     shared = {name: value for name, value in setting.items() if name != "attributes"}
     if saved["version"] == 1 and saved["setting"].get("teacher") == teacher.of_state:
         shared["teacher"] = teacher.of_state
@@ -160,6 +168,18 @@ def checkpoint_to_resume(
     return saved
 
 
+def _read_of_ranks(path: Path, settings: Settings, student: nn.Module) -> dict[str, Any]:
+    ranks = settings.group
+    saved = team_checkpoint.read(path, plain_state(student), trained_parameters(student), ranks)
+    saved["version"] = VERSION
+    if saved["global_rng"] is None:
+        seed_of_rank(settings.seed, ranks.rank, saved["iteration"])
+        saved["global_rng"] = global_rng()
+    with checks_of(path):
+        _expect_keys(saved)
+    return saved
+
+
 def newest_checkpoint(settings: Settings) -> Path | None:
     """What a run goes on from, where there is something; ValueError for numbered ones that starting anew would mix with
     its own."""
@@ -167,6 +187,11 @@ def newest_checkpoint(settings: Settings) -> Path | None:
     if path is None:
         return None
     beside = {} if settings.keep_checkpoints == 1 else numbered(path)
+    if settings.group is not None:
+        there = settings.group.first(lambda: team_checkpoint.checkpoints_in(path))
+        if settings.resume:
+            return there[-1] if there else None
+        beside = {} if settings.keep_checkpoints == 1 else dict(enumerate(there))
     if not settings.resume:
         expected = "a name without numbered checkpoints of another run beside it, with resume=False"
         expect(not beside, "checkpoint", expected, f"{next(iter(beside.values()), None)}")

@@ -2,13 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from flowkernels.evaluation.endpoint import endpoint_errors
+from flowkernels.runtime.ranks import Ranks
 from flowkernels.sampling.loop import steps
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
@@ -49,6 +50,7 @@ class HeldOut:
         self.count, self.size, self.first = bank.held_out, bank.held_of, bank.held_of - bank.held_out
         given = isinstance(settings.schedule, Solver) or self.objective.is_one_step
         self.solver = self.objective.solver if given else Solver.euler(settings.schedule)
+        self.ranks = Ranks() if settings.group is None else settings.group
 
     def measured(self, student: nn.Module, iteration: int) -> Evaluation:
         """Of a student in eval mode."""
@@ -60,10 +62,12 @@ class HeldOut:
     @torch.no_grad()
     def endpoint_errors(self, student: nn.Module, solver: Solver | None = None, rows: slice | None = None) -> Tensor:
         """Squared L2 distances of samples to the teacher's, float64 `[m]` on the CPU."""
+        if rows is None and not self.ranks.is_alone:
+            return self._by_ranks(lambda rows: self.endpoint_errors(student, solver, rows))
         start, stop, _ = (rows or slice(None)).indices(self.count)
-        ends, found = self.bank.ends(), []
+        ends, first, found = self.bank.ends(), self.bank.ends_begin, []
         for a in range(start, stop, self.bank.batch):
-            part = ends.split(a, min(a + self.bank.batch, stop))
+            part = ends.split(a - first, min(a + self.bank.batch, stop) - first)
             x = sampled(student, part, self.size, solver or self.solver)
             found.append(endpoint_errors(x, part.states[1]).cpu())
         return torch.cat(found)
@@ -71,7 +75,8 @@ class HeldOut:
     def some(self, count: int) -> BankBatch:
         """Trajectories to make samples of: those held out, or else the first ones."""
         if self.count:
-            return self.bank.ends().split(0, min(count, self.count))
+            ends = self.bank.ends()
+            return ends.split(0, min(count, len(ends.sample)))
         x, conditioning = self.bank.first(count)
         sample = torch.arange(len(x), device=x.device)
         return BankBatch(x[None], torch.zeros_like(sample), sample, size=self.size, conditioning=conditioning)
@@ -80,6 +85,8 @@ class HeldOut:
     def interval_losses(self, student: nn.Module, rows: slice | None = None) -> Tensor:
         """The losses of each trajectory on each interval, unweighted, float64 `[N, m]` on the CPU. What a loss draws is
         the same in every call; of a target that changes with the training it is the last."""
+        if rows is None and not self.ranks.is_alone:
+            return self._by_ranks(lambda rows: self.interval_losses(student, rows))
         start, stop, _ = (rows or slice(None)).indices(self.count)
         objective, size, first, J = self.objective, self.size, self.first, len(self.objective.times) - 1
         generator = torch.Generator("cpu").manual_seed(seed_apart(self.seed))
@@ -105,6 +112,14 @@ class HeldOut:
         each = torch.cat(found).view(stop - start, J).T
         within = objective.interval_of(torch.arange(J, device="cpu"))
         return torch.stack([each[within == k].mean(0) for k in range(objective.knots.steps)])
+
+    def _by_ranks(self, measure: Callable[[slice], Tensor]) -> Tensor:
+        """Of all that are held out, of each rank's part `measure` here: as many on every rank, of which it may be that
+        the first is of another's part."""
+        mine, count = self.ranks.part(self.count), -(-self.count // self.ranks.size)
+        first = min(mine.start, self.count - count)
+        found = measure(slice(first, first + count))
+        return self.ranks.gathered(found[..., mine.start - first : mine.stop - first], self.count, found.dim() - 1)
 
 
 def sampled(student: nn.Module, batch: BankBatch, size: int, solver: Solver) -> Tensor:

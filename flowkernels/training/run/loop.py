@@ -32,7 +32,8 @@ def train(state: State, settings: Settings, held_out: HeldOut) -> None:
     Nothing waits for a GPU but what the history, evaluations and checkpoints are read from.
     """
     state.student.train()
-    bank, objective = state.bank, settings.objective
+    bank, objective, team = state.bank, settings.objective, state.team
+    team.begin()
     descent = Descent(state.optimizer, trained_parameters(state.student), settings.clip, state.iteration)
     left = range(state.iteration, settings.iterations)
     quiet = not settings.progress
@@ -51,13 +52,13 @@ def train(state: State, settings: Settings, held_out: HeldOut) -> None:
             rate, loss = settings.rate(it) if state.scheduler is None else state.scheduler.rate(), None
             if state.scheduler is None:
                 set_rate(state.optimizer, rate, state.shares)
-            drawn = bank.sample(state.generator)
+            drawn = team.part(bank.sample(state.generator))
             descent.step(losses(state, settings, drawn))
             state.update_average()
             state.iteration = it + 1
             if settings.is_logged(it):
                 loss, norm = descent.read()
-                state.log(regular=settings.is_regular(it), iteration=it, loss=loss, lr=rate, grad_norm=norm)
+                loss = state.log(regular=settings.is_regular(it), iteration=it, loss=loss, lr=rate, grad_norm=norm)
             if state.scheduler is not None:
                 state.scheduler.step(loss if settings.is_regular(it) else None)
             if watch.after(it, descent):
@@ -74,8 +75,8 @@ def losses(state: State, settings: Settings, drawn: BankBatch) -> Iterator[Tenso
         start, stop = n * i // parts, n * (i + 1) // parts
         part = drawn if parts == 1 else drawn.split(start, stop)
         state.generator.set_state(before)  # each draws what the whole batch draws
-        with unsynchronised(state.student, i + 1 < parts):
-            found = objective(state.student, part, state.generator, done)
+        with unsynchronised(state.team.computes, i + 1 < parts):
+            found = state.team.losses(part, state.generator, done)
             yield found.loss if parts == 1 else found.loss * ((stop - start) / n)
         state.count(objective.interval_of(part.interval), found.per_sample)
 

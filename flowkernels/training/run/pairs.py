@@ -41,6 +41,7 @@ class RunPairs:
 
     drawn: int | None = None
     noise_hash: str | None = None
+    ends_begin: int = 0
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from flowkernels._checks import (
     expect_takes,
 )
 from flowkernels._files import expect_target
+from flowkernels.runtime.ranks import Ranks
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.bank.knots import knots_on_grid, noted_teacher
@@ -33,6 +34,7 @@ from flowkernels.training.run.events import TrainingEvent, expect_callbacks
 from flowkernels.training.run.optimizers import OPTIMIZER
 from flowkernels.training.run.pairs import PairsSource, are_pairs, expect_pairs
 from flowkernels.training.run.schedulers import DECAY, WARMUP, expect_scheduler
+from flowkernels.training.run.team_checkpoint import expect_folder
 from flowkernels.training.students.lora import Lora, expect_lora, lora_identity
 from flowkernels.training.students.precision import expect_autocast
 from flowkernels.training.targets.table import has_states_between
@@ -63,7 +65,6 @@ def _expect_optimizer(value, name: str):
 def _expect_checkpoint(value, name: str) -> Path:
     path = expect_path(value, name)
     expect(path.parent.is_dir(), name, "a path in a folder that exists", str(path))
-    expect_target(path, name)
     return path
 
 
@@ -123,7 +124,7 @@ class Settings:
     names the argument.
 
     objective: the loss that schedule, target, t_sampling, loss, huber_c, weighting and substeps make.
-    grid: kept as the teacher's fine grid, float64 `[K+1]`.
+    grid: kept as the teacher's fine grid, float64 `[K+1]`. group: the ranks that the run is shared by.
     noise: of it only what goes with the others is looked at here; the bank checks it.
     """
 
@@ -169,6 +170,7 @@ class Settings:
     callbacks: tuple[Callable[[TrainingEvent], Any], ...] = ()
     keep_checkpoints: int | None = 1
     lora: Lora | None = None
+    group: Ranks | None = None
     objective: StraightenLoss = field(init=False)
 
     def __post_init__(self):
@@ -209,6 +211,11 @@ class Settings:
             expect(self.evaluate_every is not None, "evaluate_every", "a number, with patience", "None")
         if self.keep_checkpoints != 1:
             expect(checked["checkpoint"] is not None, "checkpoint", "a file, with keep_checkpoints", "None")
+        if checked["checkpoint"] is not None and self.group is None:
+            expect_target(checked["checkpoint"], "checkpoint")
+        elif checked["checkpoint"] is not None:
+            expect_folder(checked["checkpoint"], "checkpoint")
+        checked["progress"] &= self.group is None or self.group.is_first
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowkernels.runtime.sharded import whole_tree
 from flowkernels.training.objective import StraightenLoss
+from flowkernels.training.run import team_checkpoint
 from flowkernels.training.run.average import average_of
 from flowkernels.training.run.bank import RunBank
 from flowkernels.training.run.checkpoint import (
@@ -29,8 +30,10 @@ from flowkernels.training.run.evaluations import EVALUATIONS, Evaluations
 from flowkernels.training.run.numbered import keep_numbered
 from flowkernels.training.run.optimizers import shares_of_rate
 from flowkernels.training.run.pairs import RunPairs
+from flowkernels.training.run.random_states import global_rng, restore_global_rng
 from flowkernels.training.run.schedulers import Scheduler
 from flowkernels.training.run.settings import Settings
+from flowkernels.training.run.team import Team
 from flowkernels.training.students.modules import copied, load_weights, plain_state, whole_state
 from flowkernels.training.students.student import trained_parameters
 
@@ -62,12 +65,13 @@ class State:
         steps: int,
         ema: float | None,
         seed: int,
+        team: Team,
         scheduler: Scheduler | None = None,
         evaluations: Evaluations | None = None,
         in_place: bool = False,
     ):
         self.student, self.optimizer, self.bank, self.setting = student, optimizer, bank, setting
-        self.scheduler = scheduler
+        self.team, self.scheduler = team, scheduler
         self.shares = shares_of_rate(optimizer)
         self.average, self.in_place = average_of(student, optimizer, ema), in_place or ema is None
         self.generator = torch.Generator().manual_seed(seed)
@@ -81,8 +85,14 @@ class State:
 
     def roll_out(self, objective: StraightenLoss, keep: bool) -> None:
         """Take the student's own samples of the bank. keep: its weights, for a checkpoint."""
-        objective.roll_out(self.student, self.bank.states, self.bank.batch)
-        self.rolled_out = copy.deepcopy(whole_state(self.student)) if keep else None
+        self._roll_out(objective)
+        self.rolled_out = copy.deepcopy(self._weights()) if keep else None
+
+    def _weights(self) -> dict[str, Any]:
+        return plain_state(self.student) if self.team.is_given else whole_state(self.student)
+
+    def _roll_out(self, objective: StraightenLoss) -> None:
+        objective.roll_out(self.bank.learner(self.student), self.bank.states, self.bank.batch)
 
     def update_average(self) -> None:
         if self.average is not None:
@@ -95,13 +105,19 @@ class State:
         self.totals += torch.where(of, losses.float(), 0).sum(1)
         self.counts += of.sum(1)
 
-    def log(self, *, regular: bool = True, **row: float) -> None:
-        """A row of the history, with the losses of the intervals since the last. One that is not regular, at the end,
-        goes where the run goes on: their sums stay."""
-        for name, entry in (row | {"interval_loss": (self.totals / self.counts).cpu().tolist()}).items():
+    def log(self, *, loss: float, regular: bool = True, **row: float) -> float:
+        """A row of the history, with the losses of the intervals since the last; its loss, that of all ranks. A row
+        that is not regular, at the end, goes where the run goes on: their sums stay."""
+        totals, counts = self.totals, self.counts
+        if not self.team.ranks.is_alone:
+            total, totals, counts = self.team.summed(torch.tensor(loss, dtype=torch.float64), totals, counts)
+            loss = total.item() / self.team.ranks.size
+        row |= {"loss": loss, "interval_loss": (totals / counts).float().cpu().tolist()}
+        for name, entry in row.items():
             self.history[name].append(entry)
         if regular:
             self.totals.zero_(), self.counts.zero_()
+        return loss
 
     def go_on(self, settings: Settings) -> None:
         """From the end of a run that was to be shorter: without what such a one says at its end alone."""
@@ -128,7 +144,8 @@ class State:
         return result.eval()
 
     def contents(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """What a checkpoint holds; with a group, of sharded tensors this rank's part."""
+        sharded = self.team.is_given
         more = {ROLLED_OUT: self.rolled_out, BANK_DRAWN: self.bank.drawn, BEGAN_AT: self.began_at}
         more[LR_SCHEDULER] = None if self.scheduler is None else self.scheduler.contents()
         more[EVALUATIONS] = None if self.evaluations is None else self.evaluations.contents()
@@ -137,12 +154,12 @@ class State:
             "iteration": self.iteration,
             "history": self.history,
             "bank_noise": self.bank.noise_hash,
-            "student": whole_state(self.student),
-            "optimizer": whole_tree(self.optimizer.state_dict()),
-            "average": None if self.average is None else self.average.state_dict(),
+            "student": self._weights(),
+            "optimizer": self.optimizer.state_dict() if sharded else whole_tree(self.optimizer.state_dict()),
+            "average": None if self.average is None else self.average.state_dict(sharded),
             "bank_rng": self.bank.rng,
             "rng": self.generator.get_state(),
-            "global_rng": _global_rng(),
+            "global_rng": global_rng(),
             "totals": self.totals.cpu(),
             "counts": self.counts.cpu(),
         } | {key: value for key, value in more.items() if value is not None}
@@ -151,9 +168,12 @@ class State:
         """Write a checkpoint, whether it could be; where that fails, as on a full disk, what is in memory is worth more
         than an error. keep: how many numbered ones stay beside it, None all, 1 none."""
         try:
-            write_checkpoint(path, self.contents())
-            if keep != 1:
-                keep_numbered(path, self.iteration, keep)
+            if self.team.is_given:
+                team_checkpoint.write(path, self.iteration, self.contents(), self.team.ranks, keep)
+            else:
+                write_checkpoint(path, self.contents())
+                if keep != 1:
+                    keep_numbered(path, self.iteration, keep)
         except Exception as e:
             told = f"checkpoint: iteration {self.iteration} could not be written ({type(e).__name__}: {e}); {path}"
             kept = "is kept" if path.exists() else "was not made"
@@ -185,21 +205,10 @@ class State:
         """What the checkpoint's run last took, of the bank that is there again."""
         now = copy.deepcopy(plain_state(self.student))
         load_weights(self.student, self.rolled_out)
-        objective.roll_out(self.student, self.bank.states, self.bank.batch)
+        self._roll_out(objective)
         load_weights(self.student, now)
 
     def load_random_states(self, saved: Mapping[str, Any]) -> None:
         """Those of the checkpoint's last iteration, once the bank is there again."""
         self.generator.set_state(saved["rng"])
-        _restore_global_rng(saved["global_rng"])
-
-
-def _global_rng() -> dict[str, Any]:
-    """Random states outside the generator: dropout draws from them."""
-    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-
-
-def _restore_global_rng(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        restore_global_rng(saved["global_rng"])

@@ -99,7 +99,7 @@ class Watch:
             for callback in self.settings.callbacks:
                 with undisturbed(self.state.student):
                     stop = (callback(TrainingEvent(kind, **known)) is True) or stop
-        return stop
+        return any(self.state.team.ranks.of_each(stop)) if self.settings.callbacks else stop
 
     def _known(self) -> dict[str, Any]:
         state, settings = self.state, self.settings
