@@ -1104,7 +1104,7 @@ def _stages(cal) -> None:
         "training_plan",
         fk.training_plan,
         **dict(
-            parameters=(1e6, within(1, ends="[)"), "trained"), shape=((2, 3), lambda v: isinstance(v, (list, tuple)))
+            parameters=(1e6, within(1, 1e18, "[]"), "trained"), shape=((2, 3), lambda v: isinstance(v, (list, tuple)))
         ),
         **{name: (2, is_int(1), "batch") for name in numbers},
         **dict(batch=(4, is_int(1)), steps=(2, is_int(1), "grid"), grid=(4, is_int(1))),
@@ -1112,8 +1112,8 @@ def _stages(cal) -> None:
         **{name: (True, is_flag) for name in ("guided", "ema", "gradient_checkpointing", "sharded")},
         **dict(trained=(None, or_none(within(1, 1e6, ends="[]"))), lora_rank=(None, or_none(is_int(1)), "trained")),
         **dict(bank_dtype=(F32, lambda v: v in (F32, torch.bfloat16)), dtype=(F32, lambda v: v in (F32, *LOW))),
-        **dict(memory=(80e9, within(1, ends="[)")), tflops=(9.0, within(0)), utilisation=(0.4, within(0, 1, "(]"))),
-        **dict(kept=(57.0, within(0, ends="[)"))),
+        **dict(memory=(80e9, within(1, 1e18, "[]")), tflops=(9.0, within(1e-6, 1e9, "[]"))),
+        **dict(utilisation=(0.4, within(1e-6, 1, "[]")), kept=(57.0, within(0, 1e6, "[]"))),
     )
 
 
@@ -1409,6 +1409,12 @@ def _commands() -> None:
         **dict(
             n=positive, steps=is_text(int, 1, 10**6), chunk=positive, method=none, schedule=none, out=none, **shared
         ),
+    )
+    command(
+        "plan",
+        "--parameters 1e6 --shape 2,3 --tokens 4 --width 8 --layers 2 --batch 8",
+        **{name: positive for name in ("tokens", "width", "layers", "iterations", "bank")},
+        **dict(lora_rank=none, trained=none, target=none, dtype=none, memory=number, tflops=number, gpus=none),
     )
     command("plot", "calibration.json --out none/x.png", ("out",), steps=none, out=none)
     command(

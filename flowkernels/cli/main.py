@@ -1,5 +1,5 @@
-"""The `flowkernels` command: demo, calibrate, straighten, sample, evaluate, export, plot, bench, tune, record, replay
-and info."""
+"""The `flowkernels` command: demo, calibrate, straighten, plan, sample, evaluate, export, plot, bench, tune, record,
+replay and info."""
 
 import argparse
 import importlib
@@ -20,7 +20,7 @@ from flowkernels._files import write_or_keep
 from flowkernels.bench import command as bench
 from flowkernels.bench import record, replay, tune
 from flowkernels.calibration.effort import EFFORTS
-from flowkernels.cli import demo, evaluate
+from flowkernels.cli import demo, evaluate, plan
 from flowkernels.cli.inputs import (
     InputError,
     check_paths,
@@ -222,6 +222,8 @@ def _parser() -> argparse.ArgumentParser:
     add = command("evaluate", evaluate.run, "A table of samplers for each number of steps, on the same noise.")
     takes_model(add)
     evaluate.add_arguments(add, _steps, _file)
+
+    plan.add_arguments(command("plan", plan.run, "What a training takes on paper: a model, not a measurement."), _shape)
 
     add = command("export", _export, "A schedule or a solver of a calibration in the form that another sampler takes.")
     add("file", type=_options.path, metavar="FILE", help="calibration file (.boss.json)")

@@ -149,8 +149,8 @@ def training_plan(
         >>> plan.bank_nbytes, plan.fits  # 10,000 trajectories, 5 knots, 262,144 features of 4 bytes
         (52428800000, True)
     """
-    count = "a number of parameters, at least 1"
-    P = round(expect_real(parameters, "parameters", count, lambda n: n >= 1))
+    count = "a number of parameters, from 1 to 1e18"
+    P = round(expect_real(parameters, "parameters", count, lambda n: 1 <= n <= 1e18))
     shape = expect_shape(shape, "shape", "sizes of a state, such as (16, 128, 128)")
     named = dict(tokens=tokens, width=width, layers=layers, iterations=iterations, batch=batch, bank=bank, steps=steps)
     named |= dict(grid=grid, accumulate=accumulate, gpus=gpus)
@@ -162,10 +162,10 @@ def training_plan(
         expect_bool(value, name)
     expect_int(conditioning, "conditioning", "a number of bytes", 0)
     expect_dtype(bank_dtype, "bank_dtype", (torch.float32, torch.bfloat16)), expect_dtype(dtype, "dtype", DTYPES)
-    limit = round(expect_real(memory, "memory", "a number of bytes, at least 1", lambda n: n >= 1))
-    expect_real(tflops, "tflops", "a positive number", lambda n: n > 0)
-    expect_real(kept, "kept", "a number of bytes, at least 0", lambda n: n >= 0)
-    expect_real(utilisation, "utilisation", "a number in (0, 1]", lambda n: 0 < n <= 1)
+    limit = round(expect_real(memory, "memory", "a number of bytes, from 1 to 1e18", lambda n: 1 <= n <= 1e18))
+    tflops = expect_real(tflops, "tflops", "a number from 1e-6 to 1e9", lambda n: 1e-6 <= n <= 1e9)
+    kept = expect_real(kept, "kept", "a number of bytes, from 0 to 1e6", lambda n: 0 <= n <= 1e6)
+    utilisation = expect_real(utilisation, "utilisation", "a number in [1e-6, 1]", lambda n: 1e-6 <= n <= 1)
     expect(grid >= steps, "grid", f"at least {steps} steps, those of the student", grid)
     parts = gpus * accumulate
     expect(batch % parts == 0, "batch", f"a multiple of {parts}, gpus times accumulate", batch)
