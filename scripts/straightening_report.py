@@ -81,6 +81,9 @@ def targets(r: Results) -> Iterator[tuple[str, str, str, bool | None]]:
     for data, N, most in (("fashion", 4, 0.6), ("digits", 4, 0.7)):
         name, rms = best_solver(r, data, N, "rms")
         yield at_most(f"{data}, N = {N}: rms, of `boss`'s with Euler", most, rms / r.mean(data, "boss", N, "rms"), name)
+    for what, key, most in (("rms", "rms", 1.15), ("memory", "memory_mb", 0.6)):
+        share = r.mean("fashion", "lora", 4, key) / r.mean("fashion", "boss", 4, key)
+        yield at_most(f"fashion, N = 4: {what} of LoRA, of all weights'", most, share, "boss")
     name, distance = best_solver(r, "fashion", 4, "distance_to_data")
     teacher = [float(x["teacher_distance_to_data"]) for x in r.rows if x["data"] == "fashion" and x["row"] == name]
     share = distance / teacher[0] if teacher else float("nan")

@@ -12,6 +12,7 @@ it is measured; one that the CSV file has with equal settings is not measured ag
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import math
 import re
 import time
@@ -115,6 +116,8 @@ class Bench:
             run.bank, rolled_out = self._bank()
             run.clock.add(rolled_out)
             velocity.count += run.bank.size * self.sizes.grid
+        if row.needs:
+            importlib.import_module(row.needs)  # whose own memory is not the row's
         memory = Memory()
         made = row.make(run)
         costs = dict(evaluations=velocity.count, seconds=run.clock.wall, processor_seconds=run.clock.processor)
@@ -192,6 +195,9 @@ def wanted(data: Data, sizes: Sizes, args: argparse.Namespace) -> Iterator[tuple
     for name in names_of(args.rows, ROWS, "--rows") if args.rows else ROWS:
         row = ROWS[name]
         if data.name in row.not_of or (row.float32 and data.velocity is data.network):
+            continue
+        if row.needs and importlib.util.find_spec(row.needs) is None:
+            print(f"  {name} is left out: there is no {row.needs}", flush=True)
             continue
         steps = tuple(N for N in chosen if row.only is None or N in row.only)
         asked = numbers(args.iterations, "--iterations")

@@ -165,7 +165,8 @@ class Row:
     """make: run -> Made, with the run's clock. trained: whether weights change. any_steps: whether one student is for
     every N. only: the N it is for. calibrated: whether it uses the calibration; shared: and the bank of all. fewer:
     whether it is also run with fewer iterations. float32: of the network in float32, where the data's is not.
-    not_of: data whose model has no derivative in forward mode."""
+    not_of: data whose model has no derivative in forward mode. needs: a package that is asked for; without it the row
+    is left out."""
 
     title: str
     make: Callable[[Run], Made]
@@ -177,6 +178,7 @@ class Row:
     fewer: bool = False
     float32: bool = False
     not_of: tuple[str, ...] = ()
+    needs: str = ""
 
 
 ROWS: dict[str, Row] = {}
@@ -295,8 +297,18 @@ def two_times(run: Run, plan: Plan) -> fk.AverageVelocity:
     return fk.AverageVelocity.from_velocity(student, time_embedding=name)
 
 
+def adapted(run: Run, plan: Plan) -> nn.Module:
+    """Adapters on the teacher's own weights, with at most 5 % as many parameters."""
+    torch.manual_seed(run.seed)
+    student = fk.add_lora(getattr(run.data.velocity, "eager", run.data.velocity), LORA[run.data.name])
+    student.register_forward_hook(lambda module, inputs, v: run.velocity.seen(v))
+    return student
+
+
+LORA = {"digits": 4, "fashion": 8}  # ranks
 WHOLE = dict(any_steps=True)
 trained("boss", "`boss`", knots, {}, fewer=True)
+trained("lora", "`boss`, LoRA, 10 times the learning rate", knots, {}, student=adapted, rate=10.0, needs="peft")
 trained("boss_uniform", '`boss`, t_sampling="uniform" (piecewise reflow)', knots, dict(t_sampling="uniform"))
 trained("reflow", "`reflow`", uniform, dict(target="reflow"), **WHOLE)
 trained("improved_reflow", "`reflow`, u_shaped, pseudo-Huber (improved rectified flow)", uniform, improved, **WHOLE)

@@ -1,6 +1,7 @@
 """LoRA: adapters on the teacher's own weights, and in files that diffusers' pipelines and peft load."""
 
 import copy
+import operator
 import re
 import textwrap
 from pathlib import Path
@@ -51,6 +52,7 @@ class UNet:
         return dict(prompt=tiny.PROMPTS, height=16, width=16)
 
 
+REQUIRES = operator.attrgetter("requires_grad")
 FAMILIES = {name: tiny.FAMILIES[name] for name in ("sd3", "flux", "wan21", "sana")} | {"unet": UNet()}
 
 
@@ -215,6 +217,20 @@ def test_layers_that_are_not_called():
     for target in ("linear1", "out_proj", "self_attn"):
         with pytest.raises(ValueError, match=r"lora\.target_modules: expected"):
             fk.add_lora(net, {"target_modules": [target]})
+
+
+def test_default_targets():
+    """Linear layers, and of a network without them the convolutions; by an expression where names match others."""
+    unet = BUNDLED["fashion"].load()
+    student = fk.add_lora(unet, 8)
+    kinds = {type(part.base_layer) for part in student.modules() if hasattr(part, "base_layer")}
+    assert kinds == {nn.Linear}
+    trained, whole = (sum(p.numel() for p in ps) for ps in (filter(REQUIRES, student.parameters()), unet.parameters()))
+    assert trained < 0.02 * whole
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Sequential(nn.Conv2d(8, 8, 3)))
+    assert set(fk.add_lora(net, 2).peft_config["default"].target_modules) == {"0", "2.0"}
+    net = nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.LayerNorm(16)))
+    assert fk.add_lora(net, 2).peft_config["default"].target_modules == "(0)"
 
 
 def test_files_of_others(tmp_path):

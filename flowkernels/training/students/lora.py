@@ -52,8 +52,8 @@ def add_lora(velocity: Velocity, lora: Lora, *, name: str | None = None) -> nn.M
             that it has already, and that are on, stay on, and are not trained.
         lora: a rank; a `peft.LoraConfig`, with DoRA and rsLoRA by it; a dict of its settings; or the path of an adapter
             that `fk.save_lora` wrote, which is loaded. A rank, and a dict without these: `lora_alpha` is the rank, and
-            the targets are all linear and convolution layers whose adapter is smaller than their weight. Adapters of
-            bfloat16 and float16 networks are float32.
+            the targets are all linear layers whose adapter is smaller than their weight, or where there are none the
+            convolutions. Adapters of bfloat16 and float16 networks are float32.
         name: of the adapter; None is "default", or a new one where that is taken.
 
     Returns:
@@ -232,18 +232,19 @@ def _expect_matched(targets: Any, net: nn.Module) -> None:
 
 
 def default_targets(net: nn.Module, rank: int) -> list[str] | str:
-    """All linear and convolution layers whose adapter is smaller than their weight: names, or, where those would match
-    others beside, an expression that matches them alone."""
+    """All linear layers whose adapter is smaller than their weight, or where there are none the convolutions: names,
+    or, where those would match others beside, an expression that matches them alone."""
     layers, inside = adapter_layers(net), set()
     for part in net.modules():
         if isinstance(part, READ) or part in layers.values():
             inside |= set(part.modules()) - {part}
     every = dict(net.named_modules())
-    found = []
+    fit: dict[str, nn.Module] = {}
     for name, part in every.items():
         base = part.get_base_layer() if name in layers else part
         if name and part not in inside and _is_target(base, rank):
-            found.append(name)
+            fit[name] = base
+    found = [name for name, base in fit.items() if isinstance(base, nn.Linear)] or list(fit)
     expect(len(found) > 0, "lora", f"a network with linear or convolution layers larger than adapters of rank {rank}",
            type(net).__name__)  # fmt: skip
     others = [name for name in every if name not in found and any(name.endswith(f".{key}") for key in found)]
