@@ -456,11 +456,17 @@ def test_another_state_is_told_in_the_words_of_the_command_line(run, fails, cali
         "straighten --model digits --schedule a.boss.json --steps 2 --batch 2 --bank 2 --state t.pt --out s.safetensors"
     )
     run(f"{line} --iterations 1")
-    error = fails(f"{line} --iterations 2 --resume")
-    assert "--state: expected one of this run (iterations = 2)" in error
-    assert "another --state, without --resume, starts anew" in error
-    assert "resume=False" not in error
-    assert "checkpoint" not in error
+    run(f"{line} --iterations 2 --resume")
+    others = {
+        "--iterations 1": "at most iterations = 1, of a run that has done no more",
+        "--iterations 2 --lr 0.1": "one of this run (lr = 0.1)",
+    }
+    for other, told in others.items():
+        error = fails(f"{line} {other} --resume")
+        assert f"--state: expected {told}" in error
+        assert "another --state, without --resume, starts anew" in error
+        assert "resume=False" not in error
+        assert "checkpoint" not in error
 
 
 def of_process(command: list[str], folder, **env) -> subprocess.CompletedProcess:
