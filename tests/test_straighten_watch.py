@@ -140,7 +140,7 @@ def test_slices_of_what_is_held_out_are_the_whole(target):
     if objective.needs_roll_out:
         objective.roll_out(student, bank.states)
     before = objective.rolled_out
-    held_out = HeldOut(bank, SimpleNamespace(objective=objective, seed=3, schedule=schedule))
+    held_out = HeldOut(bank, SimpleNamespace(objective=objective, seed=3, schedule=schedule, group=None))
     whole = held_out.interval_losses(student)
     assert whole.shape == (objective.knots.steps, 9)
     assert objective.rolled_out is before
