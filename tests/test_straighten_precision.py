@@ -22,6 +22,7 @@ from flowkernels.training import objective as objective_module
 from flowkernels.training.bank import batch as batch_module
 from flowkernels.training.run.average import Average
 from flowkernels.training.run.loop import losses
+from flowkernels.training.run.team import Team
 from flowkernels.training.students.recomputed import SWITCHES, networks, recomputed, repeated_blocks
 from flowkernels.training.targets import base
 from flowkernels.training.targets.table import TARGETS
@@ -102,9 +103,8 @@ def problem(case, student, kind="whole", conditioned=False, dtype=torch.float64,
 def gradients(student, objective, batch, parts=1, seed=5):
     """And the generator's state behind it, and the number of times that examples were counted."""
     counted, generator = [], torch.Generator().manual_seed(seed)
-    state = SimpleNamespace(
-        student=student, iteration=1, generator=generator, count=lambda i, each: counted.append(len(i))
-    )
+    state = SimpleNamespace(iteration=1, generator=generator, count=lambda i, each: counted.append(len(i)))
+    state.team = Team(None, student, objective, len(batch.interval))
     student.zero_grad()
     total = 0
     for loss in losses(state, SimpleNamespace(objective=objective, iterations=10, accumulate=parts), batch):

@@ -190,9 +190,10 @@ def cost_of(
     trial: Trial | None,
     begun: int = 0,
     asks: bool = True,
+    ranks: int = 1,
 ) -> TrainingCost:
     """Of a run of these settings from an iteration on, which has made nothing of what it needs. asks: the settings'
-    optimiser may be made, of weights without values."""
+    optimiser may be made, of weights without values. ranks: that share the time; evaluations are of all together."""
     objective, device, batch = settings.objective, next(student.parameters()).device, settings.batch
     left = range(begun, settings.iterations)
     guided = guided_of(settings.velocity, trajectories)
@@ -223,7 +224,7 @@ def cost_of(
         size=trajectories.size,
         trial=trial,
     )
-    seconds = None if trial is None else seconds_of(counts, each, trial, batch)
+    seconds = None if trial is None else seconds_of(counts, each, trial, batch) / ranks
     return TrainingCost(counts, memory, seconds, len(left), assumed(settings, objective, guided, trial))
 
 
