@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import flowkernels as fk
+from flowkernels.calibration.refine import ROBUST_FIRST, Refinement, refine
+from flowkernels.calibration.samples import Samples
 from flowkernels.ops.samples import generator
+from flowkernels.runtime.ranks import Ranks
 
 F64, D, K, n = torch.float64, 5, 12, 37
 
@@ -148,6 +151,12 @@ def stages(group) -> dict:
     found["fit"] = fk.fit_solver(velocity, cal, 3, group=group)
     found["inverse"] = fk.fit_solver(velocity, cal, 3, inverse=True, noise=noise, chunk=4, group=group)
     found["polish"] = fk.polish(velocity, cal, fk.Solver.heun(2), samples=31, group=group).notes["polish"]
+    # so many that steps are made of a part of them at first, with weights
+    many = fk.calibrate(velocity, normal(150, D), K, [2], progress=False)
+    with torch.no_grad():
+        data = Samples.of(velocity, many, proven=True, ranks=Ranks(group))
+        ways = [Refinement(ROBUST_FIRST, iterations=2)]
+        found["windows"] = refine(data, [fk.Solver.heun(2)], many.times, refinements=ways)[0].errors
     found["knots"] = fk.polish(velocity, cal, cal.uniform(3), noise=noise, group=group)
     found["teacher"] = cal.measure_teacher(velocity, samples=7, group=group)
     return told(found)
