@@ -107,8 +107,10 @@ def _has_switch(part: nn.Module) -> bool:
 def _switch(part: nn.Module, stack: contextlib.ExitStack) -> bool:
     """Turn a model's own switch on, to be turned back with the stack; whether it has one that works."""
     on, off, is_on = next(names for names in SWITCHES if callable(getattr(part, names[0], None)))
-    if getattr(part, is_on, False) is True:
-        return True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a newer name
+        if getattr(part, is_on, False) is True:
+            return True
     before = [(m, {k: vars(m)[k] for k in SWITCHED if k in vars(m)}) for m in part.modules()]
     more = dict(gradient_checkpointing_kwargs=dict(use_reentrant=False)) if on == SWITCHES[1][0] else {}
     try:
