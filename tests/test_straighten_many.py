@@ -13,6 +13,8 @@ import torch
 from _ranks import in_ranks
 from torch import distributed as dist
 
+from flowkernels.bench import suite
+
 CURVE, WEIGHTS = 1e-6, 1e-10  # of the losses, which are added up in float32, and of float64 weights
 
 
@@ -110,6 +112,16 @@ def test_errors_are_named_on_every_rank(many):
         assert three[rank]["missing"].startswith(("TimeoutError: ", "ConnectionError: ")), three[rank]["missing"]
         assert "rank 2" in three[rank]["missing"]
     assert (folder / "bare-bare" / "boss-bare" / "00000008" / "run.pt").exists()
+
+
+def test_the_benchmark_of_collectives_runs(group_of_one, capsys):
+    threads = torch.get_num_threads()
+    try:
+        arguments = ["--batch", "4", "--iterations", "3", "--rounds", "1"]
+        assert suite.module("many_devices.straighten").main(arguments) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "losses apart by 0.0e+00" in capsys.readouterr().out
 
 
 def test_a_killed_rank_ends_as_the_uninterrupted_run(many, tmp_path):
