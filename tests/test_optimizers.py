@@ -104,6 +104,26 @@ def test_groups_have_their_shares_of_the_rate():
     assert shares_of_rate(torch.optim.SGD(parameters, lr=0.0)) == [1.0]
 
 
+def test_parameters_that_an_optimiser_leaves_out_do_not_count():
+    """In the norm, in clipping, and in what moves."""
+    seen = []
+
+    class Seen(torch.optim.SGD):
+        def step(self, closure=None):
+            (group,) = self.param_groups
+            if not group["params"][0].is_meta:
+                seen.append(sum(p.grad.double().square().sum() for p in group["params"]).sqrt().item())
+            return super().step(closure)
+
+    student = small_net(1)
+    result = trained(
+        student, optimizer=functools.partial(matrices, Seen), iterations=5, log_every=1, clip=1e9, ema=None, init="keep"
+    )
+    assert result.history["grad_norm"] == pytest.approx(seen, rel=1e-5)
+    for (name, p), before in zip(student.named_parameters(), small_net(1).parameters(), strict=True):
+        assert torch.equal(p, before) == (p.ndim == 1), name
+
+
 def test_a_run_with_other_shares_is_refused(tmp_path):
     def make(rate):
         return lambda p: torch.optim.SGD([{"params": p[:1], "lr": rate}, {"params": p[1:]}], lr=1.0)
@@ -130,18 +150,21 @@ def test_the_average_of_a_schedule_free_optimiser_is_its_own(tmp_path):
         made.extend([optimizer] * (not parameters[0].is_meta))
         return optimizer
 
-    settings = dict(optimizer=make, iterations=12, checkpoint_every=4, lr=0.05, warmup=3, decay="none")
+    settings = dict(optimizer=make, iterations=30, checkpoint_every=1, lr=0.1, warmup=3, decay="none")
     student = small_net(1)
     kept = trained(student, ema=0.9, checkpoint=path, **settings)
     for p, q, x in zip(kept.student.parameters(), student.parameters(), made[0].x, strict=True):
         torch.testing.assert_close(p.double(), x, rtol=1e-4, atol=1e-6)
         assert not torch.equal(q, p)  # the student's own are those that were trained
+    without = small_net(1)
+    assert trained(without, ema=0.9, **settings).history == kept.history
+    assert all(torch.equal(p, q) for p, q in zip(without.parameters(), student.parameters(), strict=True))
     averaged = {k.removeprefix("module."): v for k, v in torch.load(path, weights_only=True)["average"].items()}
     assert all(torch.equal(averaged[name], p) for name, p in kept.student.named_parameters())
 
     student = small_net(1)
     last = trained(student, ema=None, held_out=4, evaluate_every=5, **settings)
     assert last.student is student
-    for p, x in zip(student.parameters(), made[1].x, strict=True):
+    for p, x in zip(student.parameters(), made[-1].x, strict=True):
         torch.testing.assert_close(p.double(), x, rtol=1e-4, atol=1e-6)
     assert last.evaluations["endpoint_error"][-1] == pytest.approx(last.errors[1], rel=1e-6)

@@ -814,6 +814,49 @@ PYTHON = {
             "tests/test_straighten_watch.py -k slices",
         ),
     ],
+    "flowkernels/training/run/average.py": [
+        Bug(
+            "gathered before",
+            "samples with averaged weights that are those which a sharded student has gathered before",
+            "torch.clear_autocast_cache(), reshard(self._student)\n        for name",
+            "torch.clear_autocast_cache()\n        for name",
+            "tests/test_student_weights.py -k average_in_a_block",
+        ),
+        Bug(
+            "trained after",
+            "weights of a schedule-free optimiser that a checkpoint rounds",
+            "local(p).copy_(kept[name])",
+            "local(p)",
+            "tests/test_optimizers.py -k schedule_free",
+        ),
+    ],
+    "flowkernels/training/students/unchanged.py": [
+        Bug(
+            "buffers tried",
+            "a trial of a student that is counted in its BatchNorm",
+            "if not torch.equal(local(buffer), local(before)):",
+            "if buffer is before:",
+            "tests/test_student_weights.py -k leaves_a_student",
+        ),
+    ],
+    "flowkernels/training/run/optimizers.py": [
+        Bug(
+            "counted",
+            "what an optimiser counts in its groups is not taken from a checkpoint",
+            "return {key for group in opt.param_groups for key in group} - taken",
+            "return set()",
+            "tests/test_optimizers.py -k schedule",
+        ),
+    ],
+    "flowkernels/training/run/descent.py": [
+        Bug(
+            "gradients of others",
+            "gradients of parameters that no optimiser has add up, and count in the norm",
+            "self.parameters = [p for p in parameters if id(p) in stepped]",
+            "self.parameters = parameters",
+            "tests/test_optimizers.py -k leaves_out",
+        ),
+    ],
     "flowkernels/training/run/checkpoint.py": [
         Bug(
             "sum",
