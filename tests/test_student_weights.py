@@ -276,9 +276,10 @@ def test_kinds_of_students_and_teachers_in_a_loop_of_ones_own(kind):
     assert len(set(found[0])) == 3
 
 
-@pytest.mark.parametrize("kind", ["tied", "BatchNorm", "frozen"])
-def test_an_average_of_before_of_all_tensors_goes_on(kind, tmp_path):
-    """As AveragedModel's, with tied weights twice, frozen ones and buffers."""
+@pytest.mark.parametrize("kind", ["tied", "BatchNorm", "frozen", "FSDP2, tied"])
+def test_the_average_in_a_checkpoint(kind, tmp_path):
+    """Has all that the student has, tied weights twice, and takes no room but for what is trained; one of what is
+    trained alone goes on as well, and one that lacks something does not."""
     path, make = tmp_path / "run.pt", {"frozen": lambda seed: frozen(Net(seed))}.get(kind) or KINDS[kind][0]
     whole = run(make(1), ema=0.9)
     stopped = make(1)
@@ -286,17 +287,28 @@ def test_an_average_of_before_of_all_tensors_goes_on(kind, tmp_path):
     with pytest.raises(Stopped):
         run(stopped, ema=0.9, checkpoint=path, checkpoint_every=3)
     saved = read_checkpoint(path)
-    others = {f"module.{key}": value.clone() for key, value in saved["student"].items()}
-    assert others.keys() > saved["average"].keys() - {"n_averaged"}
-    average = others | saved["average"]
-    write_checkpoint(path, {key: value for key, value in saved.items() if key != SUM} | {"average": average})
-    resumed = run(make(5), ema=0.9, checkpoint=path, checkpoint_every=3)
-    assert resumed.history == whole.history
-    assert torch.equal(answers(resumed), answers(whole))
+    average, trained = saved["average"], {f"module.{name}" for name in names_of(make(1))} | {"n_averaged"}
+    assert average.keys() - {"n_averaged"} == {f"module.{key}" for key in saved["student"]}
+    if not kind.startswith("FSDP2"):
+        others = [key for key in average if key not in trained]
+        assert all(average[k].data_ptr() == saved["student"][k.removeprefix("module.")].data_ptr() for k in others)
+        fresh = Net(7) if kind == "frozen" else make(7)  # which may train what the run did not
+        fk.load_weights(fresh, path)
+        done = {key.removeprefix("module."): value for key, value in average.items()}
+        assert all(torch.equal(value, done[key]) for key, value in fresh.state_dict().items())
+    for kept in (average, {key: value for key, value in average.items() if key in trained}):
+        write_checkpoint(path, {key: value for key, value in saved.items() if key != SUM} | {"average": kept})
+        resumed = run(make(5), ema=0.9, checkpoint=path, checkpoint_every=3)
+        assert resumed.history == whole.history
+        assert torch.equal(answers(resumed), answers(whole))
     average = {key: value for key, value in average.items() if "last.bias" not in key}
     write_checkpoint(path, {key: value for key, value in saved.items() if key != SUM} | {"average": average})
     with pytest.raises(ValueError, match=r"^checkpoint: expected weights that fit .*'module.last.bias' of shape none"):
         run(make(5), ema=0.9, checkpoint=path, checkpoint_every=3)
+
+
+def names_of(net):
+    return [name for name, p in net.named_parameters(remove_duplicate=False) if p.requires_grad]
 
 
 AVERAGED = {

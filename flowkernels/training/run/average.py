@@ -11,7 +11,7 @@ from flowkernels._checks import LOW, expect
 from flowkernels.runtime.sharded import alike, local, reshard, whole
 from flowkernels.runtime.torch_private import lerp_each_
 from flowkernels.training.run.optimizers import has_modes
-from flowkernels.training.students.modules import expect_fits, plain_state, trained_by_name
+from flowkernels.training.students.modules import expect_fits, names_of_trained, plain_state, trained_by_name
 
 COUNT, PREFIX = "n_averaged", "module."  # in a state dict
 
@@ -80,15 +80,16 @@ class Average:
             p.copy_(alike(self.weights[name], p))
 
     def state_dict(self, sharded: bool = False) -> dict[str, Tensor]:
-        """Under the names of torch's AveragedModel; whole, or as they are."""
+        """Under the names of torch's AveragedModel, tied weights under each of theirs; whole, or as they are."""
         count = torch.tensor(self.n_averaged, dtype=torch.int64, device="cpu")
-        return {COUNT: count} | {PREFIX + name: t if sharded else whole(t) for name, t in self.weights.items()}
+        averages = {name: t if sharded else whole(t) for name, t in self.weights.items()}
+        return {COUNT: count} | {PREFIX + name: averages[first] for name, first in names_of_trained(self._student)}
 
     def expect(self, saved: Any, student: nn.Module, done: int) -> None:
-        """Raise unless a checkpoint's is such an average, of as many iterations. Those of before are of all of the
-        student's tensors, those of bfloat16 in it."""
+        """Raise unless a checkpoint's is such an average, of as many iterations: of what is trained alone, or of all of
+        the student's tensors. Those of before are of bfloat16 where it is."""
         own = {COUNT: torch.zeros((), dtype=torch.int64, device="cpu")}
-        own |= {PREFIX + name: t for name, t in self.weights.items()}
+        own |= {PREFIX + name: self.weights[first] for name, first in names_of_trained(student)}
         if isinstance(saved, Mapping) and not saved.keys() <= own.keys():
             whole_student = {PREFIX + name: value for name, value in plain_state(student).items()}
             own = whole_student | own
@@ -142,10 +143,16 @@ class OptimizersAverage(Average):
 
     def state_dict(self, sharded: bool = False) -> dict[str, Tensor]:
         with self.applied():
-            return {name: value.detach().clone() for name, value in super().state_dict().items()}
+            return {name: value.detach().clone() for name, value in super().state_dict(sharded).items()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.n_averaged = int(saved[COUNT])
+
+
+def completed(average: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
+    """An average's state dict with what else the student has, which takes no room in the same file: weights that can
+    be loaded."""
+    return {PREFIX + name: value for name, value in student.items()} | dict(average)
 
 
 def average_of(student: nn.Module, optimizer: torch.optim.Optimizer, ema: float | None) -> Average | None:

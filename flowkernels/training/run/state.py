@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowkernels.runtime.sharded import whole_tree
 from flowkernels.training.objective import StraightenLoss
 from flowkernels.training.run import team_checkpoint
-from flowkernels.training.run.average import average_of
+from flowkernels.training.run.average import average_of, completed
 from flowkernels.training.run.bank import RunBank
 from flowkernels.training.run.checkpoint import (
     BANK_DRAWN,
@@ -149,14 +149,15 @@ class State:
         more = {ROLLED_OUT: self.rolled_out, BANK_DRAWN: self.bank.drawn, BEGAN_AT: self.began_at}
         more[LR_SCHEDULER] = None if self.scheduler is None else self.scheduler.contents()
         more[EVALUATIONS] = None if self.evaluations is None else self.evaluations.contents()
+        student, average = self._weights(), None if self.average is None else self.average.state_dict(sharded)
         return {
             "setting": self.setting,
             "iteration": self.iteration,
             "history": self.history,
             "bank_noise": self.bank.noise_hash,
-            "student": self._weights(),
+            "student": student,
             "optimizer": self.optimizer.state_dict() if sharded else whole_tree(self.optimizer.state_dict()),
-            "average": None if self.average is None else self.average.state_dict(sharded),
+            "average": average if sharded or average is None else completed(average, student),
             "bank_rng": self.bank.rng,
             "rng": self.generator.get_state(),
             "global_rng": global_rng(),

@@ -75,6 +75,13 @@ def trained_by_name(module: nn.Module) -> dict[str, nn.Parameter]:
     return {plain_name(module, name): p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def names_of_trained(module: nn.Module) -> list[tuple[str, str]]:
+    """Names of what is trained, of tied weights all, each with the one by which `trained_by_name` has it."""
+    first = {id(p): name for name, p in trained_by_name(module).items()}
+    every = module.named_parameters(remove_duplicate=False)
+    return [(plain_name(module, name), first[id(p)]) for name, p in every if id(p) in first]
+
+
 def plain_name(module: nn.Module | None, key: str) -> str:
     parts = []
     for part in key.split("."):
