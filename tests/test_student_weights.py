@@ -178,7 +178,8 @@ def answers(result):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_students(kind, ema, tmp_path):
     make, bare = KINDS[kind]
-    path, expected = tmp_path / "run.pt", run(bare(1), ema=ema)
+    team = dict(group=dist.group.WORLD) if kind.startswith(("DDP", "FSDP2")) else {}  # which it brings
+    path, expected = tmp_path / "run.pt", run(bare(1), ema=ema, **team)
     student = make(1)
     whole = run(student, ema=ema)
     exact = not kind.startswith("FSDP2")  # of which the norm of the gradient is rounded otherwise
@@ -197,10 +198,12 @@ def test_kinds_of_students(kind, ema, tmp_path):
     stopped.register_forward_pre_hook(stop_after(6))
     with pytest.raises(Stopped):
         run(stopped, **settings)
-    saved = path.read_bytes()
+    saved = None if team else path.read_bytes()
     resumed = run(make(5), **settings)
     assert resumed.history == whole.history
     assert torch.equal(answers(resumed), answers(whole))
+    if team:
+        return  # tests/test_straighten_many.py
     names = torch.load(path, weights_only=True)["student"].keys()
     assert names - {"_extra_state"} == bare(1).state_dict().keys()
     if kind not in ALONE:
@@ -276,7 +279,7 @@ def test_kinds_of_students_and_teachers_in_a_loop_of_ones_own(kind):
     assert len(set(found[0])) == 3
 
 
-@pytest.mark.parametrize("kind", ["tied", "BatchNorm", "frozen", "FSDP2, tied"])
+@pytest.mark.parametrize("kind", ["tied", "BatchNorm", "frozen"])
 def test_the_average_in_a_checkpoint(kind, tmp_path):
     """Has all that the student has, tied weights twice, and takes no room but for what is trained; one of what is
     trained alone goes on as well, and one that lacks something does not."""

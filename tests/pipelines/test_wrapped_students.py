@@ -110,7 +110,8 @@ def test_kinds_of_students(kind, ema, tmp_path):
     if bare is not None:
         exact = "FSDP2" not in kind
         close = dict(rtol=0, atol=0) if exact else dict(rtol=1e-4, atol=1e-5)
-        expected = run(bare(1), ema=ema)
+        team = dict(group=dist.group.WORLD) if "DDP" in kind or "FSDP2" in kind else {}  # which such a student has
+        expected = run(bare(1), ema=ema, **team)
         torch.testing.assert_close(answers(whole), answers(expected), **close)
         assert whole.history["loss"] == pytest.approx(expected.history["loss"], rel=0 if exact else 1e-4)
     assert (whole.student is student) == (ema is None or "FSDP2" in kind)
@@ -123,7 +124,7 @@ def test_kinds_of_students(kind, ema, tmp_path):
     settings = dict(ema=ema, checkpoint=path, checkpoint_every=2)
     with pytest.raises(Stopped):
         run(make(1), optimizer=stopping_at(6), **settings)  # after 4, of which one is of size zero where it goes on
-    assert torch.load(path, weights_only=True)["iteration"] == 4
+    assert path.is_dir() or torch.load(path, weights_only=True)["iteration"] == 4
     resumed = run(make(5) if bare is Net else make(1), **settings)
     assert resumed.history == whole.history
     assert torch.equal(answers(resumed), answers(whole))
