@@ -3,7 +3,7 @@ of it may be of a type that is not known. tests/test_types.py sees that every pu
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import assert_type
+from typing import Any, assert_type
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -53,7 +53,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     assert_type(told[0].samples(4), Tensor)
     assert_type(told[0].scalars, dict[str, float])
     assert_type(fk.training_cost(None, velocity, schedule, noise=(3,), iterations=10), fk.TrainingCost)
-    sizes = dict(tokens=4608, width=3072, layers=57, iterations=9, batch=64, bank=512)
+    sizes: dict[str, Any] = dict(tokens=4608, width=3072, layers=57, iterations=9, batch=64, bank=512)
     assert_type(fk.training_plan(12e9, shape=(16, 128, 128), **sizes), fk.TrainingPlan)
     assert_type(trained.student, nn.Module)
     assert_type(trained.solver, fk.Solver | None)
