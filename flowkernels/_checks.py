@@ -32,6 +32,10 @@ class _Repr(reprlib.Repr):
 _repr = _Repr().repr
 
 
+class FlowError(ValueError):
+    """Of a flow that cannot be followed to its end: NaN or Inf, or steps that underflow."""
+
+
 def describe(value) -> str:
     """A value as an error message shows it: one short line, whatever the value's own `repr` does."""
     try:
@@ -398,4 +402,4 @@ def expect_finite_flow(x: Tensor, v: Iterable[Tensor], times: Tensor, first: int
     bad = (step for step, part in enumerate(v) if not torch.isfinite(part[sample]).all())
     step = next(bad, None)
     where = f" at {what} {step} (t = {times[step]:.6g})" if step is not None else ": the state overflows"
-    expect(False, "velocity", "finite velocities", f"NaN or Inf in sample {first + sample}{where}")
+    expect(False, "velocity", "finite velocities", f"NaN or Inf in sample {first + sample}{where}", FlowError)

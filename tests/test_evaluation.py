@@ -240,6 +240,43 @@ def test_samples_that_are_not_finite_are_named():
     assert "NaN or Inf in sample 0 at t = 0.25, on the chord of step 0" in row.failed
 
 
+@pytest.mark.parametrize("error", [ValueError, AssertionError, ArithmeticError, KeyboardInterrupt])
+@pytest.mark.parametrize("columns", [["endpoint"], ["rk45"]])
+def test_errors_of_a_velocity_s_own_are_no_rows(error, columns):
+    def failing(x, t):
+        if t[0] > 0.4:
+            raise error("labels are missing")
+        return bent(x, t)
+
+    velocity, student = (failing, bent) if "rk45" in columns else (bent, failing)
+    with pytest.raises(error, match=r"^labels are missing$"):
+        fk.evaluate_sampler(velocity, {"student": (student, 4)}, NOISE, teacher=NOISE, columns=columns)
+
+
+@pytest.mark.parametrize("velocity", [lambda x, t: x.where(t[:, None] < 0.999, torch.inf), lambda x, t: x * torch.inf])
+def test_flows_that_an_adaptive_method_cannot_follow(velocity):
+    settings = dict(teacher=NOISE, columns=["rk45"], tolerances=[0.1])
+    *_, row = fk.evaluate_sampler(velocity, {"a": (bent, 2)}, NOISE, **settings).rows
+    assert row.failed.startswith("velocity: expected finite velocities that dopri5 can follow, got ")
+
+
+def test_each_velocity_has_its_likelihood_whatever_its_name():
+    student = lambda x, t: 2 * x  # noqa: E731
+    plans = {"velocity": (student, 2), "uniform": 2}
+    found = fk.evaluate_sampler(lambda x, t: x, plans, NOISE, data=DATA, columns=["likelihood"]).likelihoods
+    assert found["velocity"].mean == fk.log_likelihood(student, DATA).mean
+    assert found["velocity of all"].mean == fk.log_likelihood(lambda x, t: x, DATA).mean
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("far", [1e3, 1e8])
+def test_an_energy_distance_is_the_same_everywhere(far):
+    a, b = (normal(n, 4, seed=n).double() for n in (60, 50))
+    energy, moved = Energy(), [far + x for x in (a, b)]
+    there = energy.between(*map(energy.describe, moved))
+    assert there == pytest.approx(energy.between(*map(energy.describe, (a, b))), rel=1e-7)
+
+
 def test_files_and_the_table(tmp_path):
     found = fk.evaluate_sampler(bent, [1, 2], NOISE, data=DATA, columns=ALL, tolerances=[0.1])
     found.save(tmp_path / "a.json"), found.save(tmp_path / "a.csv")
@@ -361,6 +398,11 @@ def test_a_package_that_is_not_there_is_named(name, module, monkeypatch):
         (dict(columns=["rms"]), ValueError, "columns: expected some of"),
         (dict(columns=["likelihood"]), ValueError, "data: expected samples of the data"),
         (dict(columns=["frechet"], data=DATA[:1]), ValueError, "data: expected at least 2 samples for 'frechet'"),
+        (
+            dict(columns=["likelihood"], data=DATA.float()),
+            ValueError,
+            "data: expected the noise's dtype, torch.float64",
+        ),
         (dict(data=DATA[:, :2]), ValueError, "data: expected samples of the noise's shape"),
         (dict(data=DATA * torch.nan), ValueError, "data: expected finite values, got NaN or Inf in sample 0"),
         (dict(teacher=NOISE[:3]), ValueError, "teacher: expected a velocity, or samples of the noise's shape"),
@@ -405,7 +447,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     cal.save("c.json")
     line = "straighten --model digits --schedule c.json --steps 3 --iterations 2 --batch 4 --bank 8 --out s.safetensors"
     assert main(line.split()) == 0
-    np.save("d.npy", normal(20, 1, 8, 8, seed=2).numpy())
+    data = normal(20, 1, 8, 8, seed=2)
+    np.save("d.npy", data.numpy().astype(">f4"))  # of a machine with the other byte order
     line = (
         "evaluate --model digits --schedule c.json --student s.safetensors --data d.npy -n 12 --out e.csv --png grids"
     )
@@ -417,7 +460,6 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     names = [(row["name"], row["steps"]) for row in rows]
     assert names == [*((n, str(k)) for n in ("uniform", "schedule", "best") for k in (2, 3)), ("student", "3")]
     drawn = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(2))
-    data = torch.from_numpy(np.load("d.npy"))
     expected = fk.evaluate_sampler(net, cal, drawn, data=data)
     for row, of in zip(rows[4:6], expected.rows, strict=True):
         assert (float(row["rms"]), float(row["energy"])) == pytest.approx((of.rms, of.energy), rel=1e-3)

@@ -5,6 +5,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from _flows import even_grid, normal
@@ -20,6 +21,7 @@ from test_straighten import (
     stop_after,
     trained,
 )
+from torch import nn
 
 import flowkernels as fk
 from flowkernels.training.run.bank import RunBank
@@ -78,6 +80,27 @@ def test_watching_changes_nothing(variant, tmp_path):
     assert kinds.count("evaluate") == 5
     assert plain.errors == watched.errors
     assert all(math.isfinite(e) and e > 0 for e in watched.evaluations["endpoint_error"])
+
+
+class Counting(nn.Module):
+    """Whose output follows how often it was called, in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net(0)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, t):
+        self.calls += 1
+        return self.net(x, t) + 1e-3 * self.calls
+
+
+def test_buffers_that_change_in_eval_mode_are_put_back():
+    tell = dict(callbacks=[lambda event: event.student(normal(2, 4), torch.zeros(2)).sum().item()])
+    settings = dict(init="keep", held_out=6, ema=None)
+    alone, watched = (trained(Counting(), **settings, **how) for how in ({}, dict(evaluate_every=5) | tell))
+    assert same_weights(alone.student, watched.student)
+    assert alone.student.calls == watched.student.calls
 
 
 def test_the_numbers_are_those_of_what_is_returned():
@@ -294,12 +317,25 @@ def test_what_callbacks_are_told(tmp_path):
     torch.testing.assert_close(last.samples(3), last.samples(9)[:3])
 
 
-def test_a_callback_stops_the_training(tmp_path):
+@pytest.mark.parametrize("kind", [bool, np.bool_, torch.tensor])
+def test_a_callback_stops_the_training(tmp_path, kind):
     path = tmp_path / "run.pt"
-    result = trained(callbacks=[lambda event: event.iteration == 10], checkpoint=path, held_out=6, evaluate_every=50)
+    stop = lambda event: kind(event.iteration == 10)  # noqa: E731
+    result = trained(callbacks=[stop], checkpoint=path, held_out=6, evaluate_every=50)
     assert torch.load(path, weights_only=True)["iteration"] == 10
     assert result.evaluations["iteration"] == [0, 10]
     assert same_weights(result.student, trained(checkpoint=path, iterations=10, held_out=6, evaluate_every=50).student)
+
+
+def test_a_callback_that_changes_modes_changes_nothing():
+    def careless(event):
+        torch.set_grad_enabled(False)
+        event.student.eval()
+        torch.manual_seed(event.iteration)
+        return [True]  # not True
+
+    assert same(trained(callbacks=[careless]), trained())
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -393,6 +429,12 @@ def test_checkpoints_are_evaluated_as_the_students_were(tmp_path):
     assert same_weights(then, result.student)
     (last,) = fk.evaluate_checkpoints([path], student, teacher, PLAN, noise, keep_samples=True, **how).rows
     assert last.samples.shape == noise.shape
+    other = tmp_path / "other run.pt"
+    trained(**settings, seed=1, checkpoint=other)
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: expected files of one training, got two of iteration 24 .*other"
+    ):
+        fk.evaluate_checkpoints([path, other], student, teacher, PLAN, noise, **how)
     damaged = path.read_bytes()[:1000]
     path.unlink()
     path.write_bytes(damaged)

@@ -145,7 +145,8 @@ def read_samples(path: Path, shape: tuple[int, ...]) -> Tensor:
     def read() -> Tensor:
         if path.suffix == ".npy":
             with damaged("--data", wanted, expect_file(path, "--data")):
-                return torch.from_numpy(np.load(path, allow_pickle=False))
+                array = np.load(path, allow_pickle=False)
+                return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
         if path.suffix == ".pt":
             found = _weights.read_torch(path, "--data", wanted)
         else:

@@ -63,6 +63,8 @@ class Energy(_Distance):
 
 def _mean_distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Of each of x `[n, d]` from all of y `[m, d]`, and of each of y from all of x."""
+    center = y.mean(0)  # far from the origin cdist, which multiplies matrices, would lose digits
+    x, y = x - center, y - center
     rows, columns = [], y.new_zeros(len(y))
     for part in x.split(ROWS):
         distances = torch.cdist(part, y)

@@ -215,6 +215,8 @@ def _expect_data(data, noise: Tensor, wanted: set[str], velocities: Mapping[str,
         expect(data.shape[1:] == noise.shape[1:], "data", f"samples of the noise's shape {list(noise.shape[1:])}", data)
     if LIKELIHOOD in wanted:
         expect(data is not None, "data", "samples of the data, for 'likelihood'", "None")
+        alike = (data.dtype == torch.float64) == (noise.dtype == torch.float64)
+        expect(alike, "data", f"the noise's dtype, {noise.dtype}, for 'likelihood'", data)
         own = [name for one in velocities.values() for name in rows_of_samples(one, len(noise))]
         way_out = "a velocity without conditioning for each sample, for 'likelihood' (fk.log_likelihood has the data's)"
         expect(not own, "velocity", way_out, f"one with {own}")
@@ -251,11 +253,13 @@ def _teacher_solver(given, plans: Plans | NamedPlans, rows: list[Planned], known
 
 def _by_name(known: VelocityBase, rows: list[Planned]) -> dict[str, VelocityBase]:
     """Each velocity once."""
-    found = {}
+    found, name = {}, "velocity"
+    while any(row.name == name and row.velocity is not None for row in rows):
+        name = f"{name} of all"
     for row in rows:
         one = row.velocity or known
         if all(one is not other for other in found.values()):
-            found[row.name if row.velocity is not None else "velocity"] = one
+            found[name if row.velocity is None else row.name] = one
     return found
 
 

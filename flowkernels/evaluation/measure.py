@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect, expect_tensor
+from flowkernels._checks import FlowError, expect, expect_tensor
 from flowkernels.evaluation.adaptive import METHOD, adaptive
 from flowkernels.evaluation.bootstrap import mean_interval
 from flowkernels.evaluation.distances import BATCH, Energy, Features, Frechet
@@ -22,8 +22,6 @@ ENDPOINT, STRAIGHTNESS, ENERGY, FRECHET, RK45, LIKELIHOOD = COLUMNS = (
     *("endpoint", "straightness", "energy"),
     *("frechet", "rk45", "likelihood"),
 )
-# of samples that are not finite, and of steps of an adaptive method that underflow
-FAILURES = (ValueError, ArithmeticError, AssertionError)
 PairDistance = Callable[[Tensor, Tensor], Tensor]  # (samples, teacher's samples) -> [n]
 
 
@@ -62,7 +60,7 @@ class Measure:
         points = self.points if STRAIGHTNESS in self.columns else 0
         try:
             samples, off = sampled(velocity, solver, self.noise, chunk=self.chunk, points=points)
-        except FAILURES as e:
+        except FlowError as e:
             return EvaluationRow(**made, failed=f"{e}")
         if off is not None:
             h = solver.times.diff()
@@ -79,7 +77,7 @@ class Measure:
         name = f"{METHOD} {tolerance:g}"
         try:
             samples, calls = adaptive(self.velocity, self.noise, tolerance, start, self.chunk)
-        except FAILURES as e:
+        except FlowError as e:
             return EvaluationRow(name, None, 0, 0, failed=f"{e}")
         return EvaluationRow(name, None, **evaluations_of(self.velocity, calls), **self._figures(samples))
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flowkernels._checks import expect
+from flowkernels._checks import FlowError, expect
 from flowkernels.sampling.loop import initial_state
 from flowkernels.sampling.teacher import Teacher
 from flowkernels.sampling.teacher_solver import KnotStates
@@ -78,4 +78,4 @@ def _unstraightness(teacher: Teacher, states: list[Tensor], times: Tensor, point
 def _expect_finite(values: Tensor, first: int, where: str = "") -> None:
     bad = (~values.isfinite().flatten(1).all(1)).nonzero()
     got = f"NaN or Inf in sample {first + bad[0].item()}{where}" if len(bad) else ""
-    expect(len(bad) == 0, "velocity", "finite velocities", got)
+    expect(len(bad) == 0, "velocity", "finite velocities", got, FlowError)

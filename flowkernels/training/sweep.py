@@ -16,6 +16,7 @@ from flowkernels.evaluation.plans import Plans
 from flowkernels.training.run.checkpoint import checks_of, read_checkpoint
 from flowkernels.training.run.numbered import numbered
 from flowkernels.training.students.modules import copied, expect_weights, load_weights
+from flowkernels.velocity.hashes import tensors_hash
 from flowkernels.velocity.protocol import Velocity, resolve
 
 NO_PLANS = "plans of the student: a Schedule, a Solver, a number of steps, or several"
@@ -36,7 +37,8 @@ def evaluate_checkpoints(
 
     Args:
         checkpoint: that of `straighten(checkpoint=, keep_checkpoints=)`, which stands for the numbered ones beside it
-            and itself; or a list of files. Files that are two names of one are evaluated once.
+            and itself; or a list of files. Files that are two names of one are evaluated once; two of one iteration
+            with other weights are refused.
         student: a network of the trained one's layout, in whose copy the weights are put, one checkpoint after the
             other: the averaged ones where there are such. It stays as it is.
         velocity: the teacher, whose samples are made once.
@@ -66,13 +68,17 @@ def evaluate_checkpoints(
     expect_shown(not named, "plans", NO_PLANS, plans, TypeError)
     expect_noise(noise), expect_bool(progress, "progress"), resolve(velocity)
     keep, net, found = settings.pop("keep_samples", False), copied(student).eval(), {}
+    hashes: dict[int, str] = {}
     for path in tqdm(_files(checkpoint), "checkpoints", disable=not progress, leave=False):
         saved = read_checkpoint(path)
-        if saved["iteration"] in found:
-            continue
         with checks_of(path):
             state = averaged_weights(saved)
             expect_weights(net, state, "checkpoint")
+            known = hashes.setdefault(saved["iteration"], tensors_hash(state))
+            got = f"two of iteration {saved['iteration']}"
+            expect(known == tensors_hash(state), "checkpoint", "files of one training", got)
+        if saved["iteration"] in found:
+            continue
         load_weights(net, state)
         given = {f"iteration {saved['iteration']}": (net, plans)}
         one = evaluate_sampler(velocity, given, noise, keep_samples=True, **settings)

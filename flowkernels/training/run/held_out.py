@@ -144,13 +144,22 @@ def learner_of(student: nn.Module, batch: BankBatch, size: int, solver: Solver) 
 
 @contextlib.contextmanager
 def undisturbed(student: nn.Module) -> Iterator[None]:
-    """Modes of the student's modules and torch's own generators are afterwards as they were before."""
+    """Modes and buffers of the student's modules and torch's own generators are afterwards as they were before."""
     device = next(student.parameters()).device
     modes = [(module, module.training) for module in student.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())  # some count, or observe, in eval mode too
+        for module in student.modules()
+        for name, buffer in module._buffers.items()
+        if isinstance(buffer, Tensor) and not buffer.is_inference()
+    ]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         for module, training in modes:
             module.training = training
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer.copy_(before)
         torch.clear_autocast_cache()

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -97,8 +98,8 @@ class Watch:
         stop, known = False, self._known()
         for kind in kinds if self.settings.callbacks else ():
             for callback in self.settings.callbacks:
-                with undisturbed(self.state.student):
-                    stop = (callback(TrainingEvent(kind, **known)) is True) or stop
+                with torch.enable_grad(), undisturbed(self.state.student):  # whatever it leaves on or off
+                    stop = _is_true(callback(TrainingEvent(kind, **known))) or stop
         return any(self.state.team.ranks.of_each(stop)) if self.settings.callbacks else stop
 
     def _known(self) -> dict[str, Any]:
@@ -121,6 +122,13 @@ class Watch:
     def _show(self, **values: str) -> None:
         self._shown |= values
         self.bar.set_postfix(self._shown)
+
+
+def _is_true(answer: Any) -> bool:
+    """True itself, or numpy's or torch's, which comparisons of their numbers make."""
+    if isinstance(answer, Tensor):
+        return answer.dtype == torch.bool and answer.numel() == 1 and bool(answer)
+    return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
 
 @contextlib.contextmanager
