@@ -103,6 +103,30 @@ def test_buffers_that_change_in_eval_mode_are_put_back():
     assert alone.student.calls == watched.student.calls
 
 
+class Overflowing(nn.Module):
+    """Whose samples are not finite, before iteration 10."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net(0)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, t):
+        self.calls += self.training
+        return self.net(x, t) * (1 if self.training or self.calls > 11 else torch.nan)
+
+
+def test_a_student_whose_first_samples_are_not_finite(tmp_path):
+    settings = dict(init="keep", held_out=6, evaluate_every=4, patience=6, ema=None, decay="none")
+    whole = trained(Overflowing(), **settings)
+    for iterations in (8, 24):
+        resumed = trained(Overflowing(), **settings, iterations=iterations, checkpoint=tmp_path / "run.pt")
+    assert json.dumps([resumed.errors, resumed.evaluations]) == json.dumps([whole.errors, whole.evaluations])
+    assert [math.isnan(e) for e in whole.evaluations["endpoint_error"][:4]] == [True, True, True, False]
+    assert math.isnan(whole.errors[0])
+    assert whole.best >= 12
+
+
 def test_the_numbers_are_those_of_what_is_returned():
     """Once more by a loop in float64, on the weights that are returned: the errors, the losses of each interval, and
     their standard errors."""

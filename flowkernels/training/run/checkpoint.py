@@ -151,7 +151,8 @@ def checkpoint_to_resume(
         drawn = saved.get(BANK_DRAWN, 1)
         _expect(type(drawn) is int and drawn > 0, f"a number of chunks as {BANK_DRAWN}", drawn)
         began = saved.get(BEGAN_AT, 0.0)
-        _expect(type(began) is float and began >= 0, f"a mean squared distance as {BEGAN_AT}", began)
+        # NaN or Inf of a student whose samples were not finite
+        _expect(type(began) is float and not began < 0, f"a mean squared distance as {BEGAN_AT}", began)
         _expect((ROLLED_OUT in saved) == settings.objective.needs_roll_out, f"{ROLLED_OUT} where it is used", [*saved])
         if ROLLED_OUT in saved:
             expect_weights(student, saved[ROLLED_OUT], "checkpoint", exact=True)
