@@ -483,7 +483,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         ("--out a.txt", "--out: expected a file name ending in .json or .csv"),
         ("--out d.npy --data d.npy", "--out: expected another file than --data"),
         ("--png mine", "--png: expected a new folder"),
-        ("--student c.json", "--checkpoint: expected"),
+        ("--student c.json", "--student: expected"),
         ("-n 1 --columns frechet", "-n: expected at least 2 samples"),
     ],
 )

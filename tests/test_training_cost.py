@@ -222,6 +222,12 @@ BAD = {
     "iterations": (dict(iterations=None), (TypeError, ValueError), r"^iterations: expected"),
     "lora": (dict(lora=3), ValueError, r"^lora: expected None, for a training_cost"),
     "measure": (dict(measure=1), TypeError, r"^measure: expected True or False"),
+    "scheduler": (dict(lr_scheduler=lambda optimizer: 3), TypeError, r"^lr_scheduler: expected a function of an optim"),
+    "held_out": (
+        dict(held_out=1, evaluate_every=3),
+        ValueError,
+        r"^held_out: expected at least 2 trajectories or pairs",
+    ),
     "setting": (dict(batch=0), ValueError, r"^batch: expected at least 1, got 0"),
 }
 

@@ -125,7 +125,8 @@ def _plans(args, calibration: fk.Calibration | None, steps: list[int], velocity)
         plans = {name: of for name, of in plans.items() if of}
     if args.student is None:
         return plans
-    trained, _, notes = load_model(argparse.Namespace(**{**vars(args), "checkpoint": args.student}), calibration)
+    with in_its_words({"--checkpoint: ": "--student: "}):
+        trained, _, notes = load_model(argparse.Namespace(**{**vars(args), "checkpoint": args.student}), calibration)
     same = network_of(trained) is network_of(velocity)
     require(not same, f"--student: expected {args.model} to build a new network at each call, got the same one again")
     knots = notes.get("times")

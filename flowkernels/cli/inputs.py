@@ -43,10 +43,10 @@ def own_line(e: BaseException) -> str:
 
 @contextlib.contextmanager
 def in_its_words(words: dict[str, str]) -> Iterator[None]:
-    """Errors of the library with the command line's words for its own."""
+    """Errors of the library, or of another option, with the command line's words for its own."""
     try:
         yield
-    except ValueError as e:
+    except (ValueError, InputError) as e:
         text = str(e)
         for word, of_command in words.items():
             text = text.replace(word, of_command)

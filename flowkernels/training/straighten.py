@@ -22,7 +22,7 @@ from flowkernels.training.run.checkpoint import BANK_DRAWN, checkpoint_to_resume
 from flowkernels.training.run.cost import cost_of
 from flowkernels.training.run.evaluations import Evaluations
 from flowkernels.training.run.events import TrainingEvent
-from flowkernels.training.run.held_out import HeldOut, learner_of, undisturbed
+from flowkernels.training.run.held_out import HeldOut, expect_enough, learner_of, undisturbed
 from flowkernels.training.run.loop import train
 from flowkernels.training.run.lora import lora_student
 from flowkernels.training.run.optimizers import optimizer_identity, own_optimizer
@@ -362,11 +362,7 @@ def straighten(
             progress=settings.progress,
             ranks=settings.group,
         )
-    if objective.refits and not are_pairs(settings.bank):
-        expect(trajectories.size >= 2, "bank", "at least 2 samples, to polish the solver on", trajectories.size)
-    if settings.evaluate_every is not None:
-        expected = "at least 2 trajectories or pairs, with evaluate_every"
-        expect(trajectories.held_out >= 2, "held_out", expected, f"{trajectories.held_out}")
+    expect_enough(trajectories, settings)
     opt = own_optimizer(optimizer, parameters, settings.lr)
     known = Identity() if velocity is None else identity(velocity)
     trajectories.expect_teacher(known)

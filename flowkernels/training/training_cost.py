@@ -12,7 +12,10 @@ from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.run.bank import RunBank
 from flowkernels.training.run.cost import TrainingCost, cost_of
+from flowkernels.training.run.held_out import expect_enough
+from flowkernels.training.run.optimizers import own_optimizer
 from flowkernels.training.run.pairs import RunPairs, are_pairs
+from flowkernels.training.run.schedulers import Scheduler
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.straighten import straighten
 from flowkernels.training.students.precision import expect_castable
@@ -96,6 +99,10 @@ def training_cost(
             device=device,
             progress=False,
         )
+    expect_enough(trajectories, asked)
+    optimizer = own_optimizer(asked.optimizer, parameters, asked.lr)
+    if asked.lr_scheduler is not None:
+        Scheduler(asked.lr_scheduler, optimizer, asked.iterations)
     trial = None
     if measure:
         starts, conditioning = trajectories.first(asked.batch)
