@@ -240,6 +240,21 @@ def test_samples_that_are_not_finite_are_named():
     assert "NaN or Inf in sample 0 at t = 0.25, on the chord of step 0" in row.failed
 
 
+@pytest.mark.parametrize("data", [None, DATA])
+def test_features_and_distances_may_write_into_samples(data):
+    def figures(features, distance):
+        settings = dict(columns=ALL[:4], features=features, distances={"off": distance}, keep_samples=True)
+        teacher, given = fk.sample(bent, NOISE, 50), None if data is None else data.clone()
+        found = fk.evaluate_sampler(bent, [2, 3], NOISE, teacher=teacher, data=given, **settings)
+        return found.to_dict(), [row.samples for row in found.rows], found.teacher_samples, given
+
+    plain = figures(lambda x: 2 * x, lambda x, y: (3 * x - 3 * y).square().sum(1))
+    in_place = figures(lambda x: x.mul_(2), lambda x, y: x.mul_(3).sub_(y.mul_(3)).square_().sum(1))
+    assert plain[0]["rows"] == in_place[0]["rows"]
+    for a, b in zip([*plain[1], *plain[2:]], [*in_place[1], *in_place[2:]], strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
 @pytest.mark.parametrize("error", [ValueError, AssertionError, ArithmeticError, KeyboardInterrupt])
 @pytest.mark.parametrize("columns", [["endpoint"], ["rk45"]])
 def test_errors_of_a_velocity_s_own_are_no_rows(error, columns):

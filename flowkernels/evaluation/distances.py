@@ -21,7 +21,7 @@ class _Distance:
     @torch.no_grad()
     def _flat(self, samples: Tensor) -> Tensor:
         if self.features is not None:
-            samples = torch.cat([self.features(part) for part in samples.split(BATCH)])
+            samples = torch.cat([self.features(part.clone()) for part in samples.split(BATCH)])
         return samples.detach().double().flatten(1)
 
 

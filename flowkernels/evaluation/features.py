@@ -44,11 +44,12 @@ def _expected() -> str:
 
 
 def made(features: Features, samples: Tensor) -> Tensor:
-    """Features of samples, float64 `[n, d]`, made of some at a time; ValueError for what is none, or not finite."""
+    """Features of samples, float64 `[n, d]`, made of copies of some at a time (they may be written into); ValueError of
+    what is none, or not finite."""
     parts = []
     with torch.no_grad():
         for part in samples.split(BATCH):
-            found = expect_tensor(features(part), "features", FLOATS)
+            found = expect_tensor(features(part.detach().clone()), "features", FLOATS)
             rows = found.dim() >= 2 and len(found) == len(part) and found[:1].numel() > 0
             expect(rows, "features", f"features of shape [{len(part)}, d] of {describe(part)}", found)
             parts.append(found.detach().double().flatten(1))

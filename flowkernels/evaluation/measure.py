@@ -103,10 +103,10 @@ class Measure:
         return samples if self.features is None else made(self.features, samples)
 
     def _pairwise(self, name: str, samples: Tensor) -> Tensor:
-        """float64 `[n]`, on the CPU."""
+        """float64 `[n]`, on the CPU. The function may write into what it is given."""
         found = []
         for x, y in zip(samples.split(BATCH), self.teacher.split(BATCH), strict=True):
-            part = expect_tensor(self.pairs[name](x, y), f"distances[{name!r}]")
+            part = expect_tensor(self.pairs[name](x.clone(), y.clone()), f"distances[{name!r}]")
             fits = part.dim() > 0 and len(part) == part.numel() == len(x)
             expect(fits, f"distances[{name!r}]", f"a distance of each sample, [{len(x)}]", part)
             found.append(part.detach().double().flatten().cpu())

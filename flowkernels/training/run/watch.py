@@ -111,6 +111,7 @@ class Watch:
             known |= dict(endpoint_error=found.endpoint_error, endpoint_stderr=found.endpoint_stderr)
             known |= dict(held_out_loss=found.interval_loss, held_out_stderr=found.interval_stderr)
         there = settings.checkpoint is not None and settings.checkpoint.exists()
+        known = {name: [*value] if isinstance(value, list) else value for name, value in known.items()}
         return known | dict(checkpoint=settings.checkpoint if there else None, make_samples=self._samples)
 
     @torch.no_grad()
