@@ -215,6 +215,8 @@ def one_call(r: Results) -> Iterator[str]:
         yield "\nStock samplers and schedules that need no calibration and are better than it:\n"
         yield from [
             f"- {data}, N = {N}: {ROWS[other].title}, by {ratio:.3g} ({low:.3g} to {high:.3g})"
+            if ratio == ratio
+            else f"- {data}, N = {N}: {ROWS[other].title} (of commits of before, whose rows have no parts)"
             for data, N, other, ratio, low, high in stock_wins(r, name)
         ] or ["None."]
 
