@@ -665,6 +665,20 @@ def test_the_teacher_is_never_touched(ema):
     assert not result.student.training
 
 
+def test_a_student_on_the_memory_of_the_teachers_weights_is_refused():
+    """As `assign=True` makes it: a step of one would be one of the other. Frozen weights may be shared so."""
+    teacher, student, schedule = small_net(), small_net(1), schedule_on(even_grid(8), 0, 2, 8)
+    student.load_state_dict(teacher.state_dict(), assign=True)
+    settings = dict(noise=(4,), iterations=1, bank=16, batch=8, init="keep", **QUIET)
+    with pytest.raises(
+        ValueError, match=r"^student: expected weights of its own .*got \d+ parameters of the teacher's"
+    ):
+        fk.straighten(student, teacher, schedule, **settings)
+    student.requires_grad_(False)
+    student.output.weight = nn.Parameter(teacher.output.weight.detach().clone())
+    fk.straighten(student, teacher, schedule, **settings)
+
+
 class Labelled(nn.Module):
     def __init__(self):
         super().__init__()
@@ -1181,7 +1195,7 @@ FIRST = {
     ),
     "other parameters": (
         dict(optimizer=lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)),
-        r"^optimizer: expected .*got one of 1 other parameters",
+        r"^optimizer: expected a function that returns a torch.optim.Optimizer .*got one of 1 other parameters",
     ),
     "not initialised": (dict(student=nn.LazyLinear(4)), r"^student: expected weights .*not initialised"),
     "losses of nothing": (dict(loss=lambda v, w: v.mean()), r"^loss: expected a function .* one loss for each sample"),

@@ -174,6 +174,16 @@ def answers(result):
         return result.student(x, t).float()
 
 
+def test_a_wrapper_that_waits_for_gradients_that_do_not_come_is_refused():
+    student = Net(1)
+    student.unused = nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match=r"student: expected one whose parameters all .*none for unused\.weight, unused\."
+    ):
+        run(DistributedDataParallel(student), ema=None)
+    run(DistributedDataParallel(student, find_unused_parameters=True), ema=None)
+
+
 @pytest.mark.parametrize("ema", [None, 0.9])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_students(kind, ema, tmp_path):

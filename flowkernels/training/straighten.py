@@ -474,6 +474,7 @@ def _fill(bank: RunBank | RunPairs, state: State, settings: Settings, saved: Map
     with recomputed(state.student, settings.gradient_checkpointing):
         trial = try_student(state.student, starts, bank.size, part, objective.tried, conditioning)
     team.asks_all = not trial.idle
+    team.expect_asked(trial.idle)
     cost = cost_of(settings, state.student, bank, trial, state.iteration, asks=False, ranks=team.ranks.size)
     log.info("straighten: %s", cost.line)
     bank.roll_out(None if saved is None else saved.get(BANK_DRAWN))

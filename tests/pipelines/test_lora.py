@@ -54,6 +54,7 @@ class UNet:
 
 REQUIRES = operator.attrgetter("requires_grad")
 FAMILIES = {name: tiny.FAMILIES[name] for name in ("sd3", "flux", "wan21", "sana")} | {"unet": UNet()}
+COMPUTED = (nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm)
 
 
 def filled(student: nn.Module, seed: int = 0) -> nn.Module:
@@ -157,6 +158,37 @@ def test_in_place_adapters_of_a_trainer():
     model.merge_adapter()
     with pytest.raises(ValueError, match="student: expected adapters that are not merged"):
         fk.without_adapters(student)
+
+
+def test_what_is_trained_beside_adapters():
+    """Copies of whole modules are switched off and merged with the adapters; where the network's own weights are
+    trained, the teacher is nowhere."""
+    known, (x, t) = identity(mlp()), states()
+    before = mlp()(x, t)
+    settings = dict(r=2, target_modules=["2"], init_lora_weights=False)
+    student = fk.VelocityField(
+        peft.get_peft_model(mlp().net, LoraConfig(**settings, modules_to_save=["4"])), time_column=True
+    )
+    filled(student)
+    trained = [name for name, p in student.named_parameters() if p.requires_grad]
+    teacher, merged = fk.without_adapters(student), fk.merge_lora(student)
+    assert torch.equal(teacher(x, t), before)
+    assert identity(teacher) == known
+    assert not torch.equal(student(x, t), before)
+    assert [name for name, p in student.named_parameters() if p.requires_grad] == trained
+    torch.testing.assert_close(merged(x, t), student(x, t), rtol=1e-5, atol=1e-6)
+    assert {type(part) for part in merged.net} == {nn.Linear, nn.SiLU}
+    assert not {id(p) for p in merged.net[4].parameters()} & {id(p) for p in student.parameters()}
+
+    biased = peft.get_peft_model(mlp().net, LoraConfig(**settings, bias="all"))
+    with pytest.raises(ValueError, match="student: expected a network whose own weights stay"):
+        fk.without_adapters(fk.VelocityField(biased, time_column=True))
+    more = peft.get_peft_model(mlp().net, LoraConfig(**settings))
+    more.base_model.model[0].bias.requires_grad_(True)
+    with pytest.raises(
+        ValueError, match=r"student: expected a network of which adapters alone are trained, got .*0\.bias"
+    ):
+        fk.without_adapters(fk.VelocityField(more, time_column=True))
 
 
 def test_adapters_on_adapters():
@@ -461,6 +493,30 @@ def test_merged():
     assert {type(part) for part in merged.net} == {nn.Linear, nn.SiLU}
     torch.testing.assert_close(merged(x.double(), t.double()), student(x.double(), t.double()), rtol=1e-12, atol=1e-12)
     assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+def test_weights_that_are_computed_are_merged():
+    """A sum with what weight_norm and spectral_norm make at each call would be lost at the next."""
+    x, t = states()
+    for computed in (*COMPUTED, nn.utils.spectral_norm):
+        teacher = mlp()
+        computed(teacher.net[2])
+        teacher.eval()
+        before = teacher(x, t)
+        student = filled(fk.add_lora(teacher, {"r": 2, "target_modules": ["2"]}))
+        want = student(x, t)
+        assert not torch.allclose(want, before, atol=1e-3)
+        torch.testing.assert_close(fk.merge_lora(student)(x, t), want, rtol=1e-5, atol=1e-6)
+        assert torch.equal(student(x, t), want)
+        assert torch.equal(teacher(x, t), before)
+
+
+def test_buffers_that_training_changes_are_refused():
+    """Files of adapters have none, so that what was trained could not be made again."""
+    teacher = mlp()
+    COMPUTED[-1](teacher.net[2])
+    with pytest.raises(ValueError, match=r"student: expected a network whose adapters .* its buffers too: .*\._u"):
+        fk.straighten(None, teacher.eval(), PLAN, **RUN, lora=2)
 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch):

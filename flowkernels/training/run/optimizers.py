@@ -26,9 +26,9 @@ def own_optimizer(make: Callable | None, parameters: list[nn.Parameter], lr: flo
         expect(False, "optimizer", OPTIMIZER, f"one that returns {describe(opt)}", TypeError)
     closure = inspect.signature(opt.step).parameters.get("closure")
     expect(closure is None or closure.default is None, "optimizer", "one whose step takes no closure", opt, TypeError)
+    sparse = isinstance(opt, torch.optim.SparseAdam)
+    expect(not sparse, "optimizer", "one for gradients that are not sparse", opt, TypeError)
     expected = "a function that returns a torch.optim.Optimizer of the parameters that it is given"
-    expected = "one for gradients that are not sparse"
-    expect(not isinstance(opt, torch.optim.SparseAdam), "optimizer", expected, opt, TypeError)
     found = {id(p) for group in opt.param_groups for p in group["params"]}
     others = found - {id(p) for p in parameters}
     expect(len(found) > 0, "optimizer", expected, "one of no parameters")

@@ -3,7 +3,7 @@ or FSDP2, and what is decided is the same everywhere."""
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -70,6 +70,17 @@ class Team:
             settings = dict(process_group=self.ranks.group, gradient_as_bucket_view=True)
             settings["find_unused_parameters"] = not self.asks_all or self.objective.target == "blockwise"
             self.computes = nn.parallel.DistributedDataParallel(self.computes, **settings)
+
+    def expect_asked(self, idle: Collection[int]) -> None:
+        """That a caller's DistributedDataParallel waits for no gradient that does not come. idle: by `id`, parameters
+        that a pass has not asked."""
+        for ddp in _data_parallel(self.student):
+            waits = not (ddp.find_unused_parameters or ddp.static_graph)
+            names = [name for name, p in ddp.module.named_parameters() if waits and id(p) in idle]
+            expected = (
+                "one whose parameters all have gradients, or DistributedDataParallel(find_unused_parameters=True)"
+            )
+            expect(not names, "student", expected, f"none for {', '.join(names):.200}")
 
     def share_weights(self) -> None:
         """The first rank's weights and buffers on all ranks, but those that are sharded."""

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from flowkernels._checks import expect, expect_shown
 from flowkernels.training.students.modules import SHARES, copied, unwrapped
@@ -65,11 +68,28 @@ def adapter_parameters(net: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return found
 
 
+def _switched(net: nn.Module) -> list[Any]:
+    """What adapters are switched off by: their layers, and what peft trains whole beside them (`modules_to_save`), the
+    inner ones first."""
+    if sys.modules.get("peft") is None:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = BaseTunerLayer, AuxiliaryTrainingWrapper
+    return [part for part in reversed(list(net.modules())) if isinstance(part, kinds)]
+
+
+def _is_layer(part: Any) -> bool:
+    """Whether it holds adapters; else it is what peft trains whole."""
+    return callable(getattr(type(part), "get_base_layer", None))
+
+
 def without_adapters_copied(net: nn.Module) -> nn.Module:
     """The network as it was before adapters were put in, of the same weights, not of copies; to be looked at."""
     memo: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
-    for layer in reversed(list(adapter_layers(net).values())):
-        memo[id(layer)] = copy.deepcopy(layer.get_base_layer(), memo)
+    for part in _switched(net):
+        memo[id(part)] = copy.deepcopy(part.get_base_layer() if _is_layer(part) else part.original_module, memo)
     return _plain(net, memo)
 
 
@@ -107,13 +127,49 @@ def merge_lora(student: nn.Module) -> nn.Module:
     inner = unwrapped(student)
     net = network_of(field)
     memo: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
-    for layer in reversed(list(adapter_layers(net).values())):
-        alone = copy.deepcopy(layer)
-        if not alone.disable_adapters:
-            alone.merge()
-        memo[id(layer)] = alone.get_base_layer().requires_grad_(False)
+    for part in _switched(net):
+        memo[id(part)] = (_merged if _is_layer(part) else _chosen)(part, memo)
     found = _plain(net, memo)
     return copied(inner, {id(part): found for part in inner.modules() if bare_of(part) is net})
+
+
+def _merged(layer: Any, memo: dict[int, Any]) -> nn.Module:
+    """A copy of what a layer computes, without adapters."""
+    alone = copy.deepcopy(layer)
+    base = alone.get_base_layer()
+    if not alone.disable_adapters:
+        _as_parameters(base)
+        alone.merge()
+    return base.requires_grad_(False)
+
+
+def _chosen(wrapper: Any, memo: dict[int, Any]) -> nn.Module:
+    """A copy of the module that peft's wrapper calls."""
+    if hasattr(wrapper, "token_adapter"):
+        return memo[id(wrapper.token_adapter)]
+    active = [] if wrapper.disable_adapters else wrapper.active_adapters
+    module = wrapper.modules_to_save[active[0]] if active else wrapper.original_module
+    own = {id(t) for t in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, {k: v for k, v in memo.items() if k not in own}).requires_grad_(False)
+
+
+def _as_parameters(layer: nn.Module) -> None:
+    """Weights that a layer computes at each call, as weight_norm and spectral_norm do, become what they are now: a sum
+    with the computed ones would be lost at the next call."""
+    if parametrize.is_parametrized(layer):  # its class, which others of its kind share, has their properties
+        now = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer.parametrizations
+        for name, value in now.items():
+            layer.register_parameter(name, nn.Parameter(value))
+    for hook in list(layer._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm):
+            nn.utils.remove_weight_norm(layer, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            nn.utils.remove_spectral_norm(layer, hook.name)
+    computed = [name for name in ("weight", "bias") if name not in layer._parameters and hasattr(layer, name)]
+    expected = "adapters on layers whose weights are parameters, weight_norm and spectral_norm aside"
+    expect(not computed, "student", expected, f"a {type(layer).__name__} that computes its {', '.join(computed)}")
 
 
 def _adapted(student: nn.Module) -> VelocityField:
@@ -134,7 +190,7 @@ def _adapted(student: nn.Module) -> VelocityField:
 def adapters_off(net: nn.Module) -> Iterator[None]:
     """In the block the network computes what it did before adapters were put in, in eval mode. Its modes, and which of
     the weights have gradients, are then what they were."""
-    layers = [layer for layer in adapter_layers(net).values() if not layer.disable_adapters]
+    layers = [part for part in _switched(net) if not part.disable_adapters]
     training = [part for part in net.modules() if part.training]
     needed = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     for part in training:
@@ -195,7 +251,9 @@ def without_adapters(student: nn.Module) -> VelocityField:
         checkpoints) as the network had before.
 
     Raises:
-        TypeError, ValueError: naming the argument: a network without adapters, or with ones that are merged.
+        TypeError, ValueError: naming the argument: a network without adapters, with ones that are merged, or of which
+            more is trained than adapters and the copies of peft's `modules_to_save`, such as biases (`bias`): there
+            what the network was before is nowhere.
 
     Examples:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.SiLU(), torch.nn.Linear(8, 2))
@@ -206,4 +264,14 @@ def without_adapters(student: nn.Module) -> VelocityField:
     field = _adapted(student)
     plain = type(field) is VelocityField
     expect(plain, "student", "a network, or a VelocityField of one", type(field).__name__)
+    net = network_of(field)
+    biased = next((name for name, c in getattr(net, CONFIGS, {}).items() if getattr(c, "bias", "none") != "none"), None)
+    expected = "a network whose own weights stay as they are (bias='none')"
+    expect(biased is None, "student", expected, f"one whose biases the adapter {biased!r} trains")
+    beside: set[int] = set()
+    for part in _switched(net):
+        base = part.get_base_layer() if _is_layer(part) else part.original_module
+        beside |= set(map(id, part.parameters())) - set(map(id, base.parameters()))
+    trained = next((name for name, p in net.named_parameters() if p.requires_grad and id(p) not in beside), None)
+    expect(trained is None, "student", "a network of which adapters alone are trained", f"one that trains {trained!r}")
     return _Teacher(_Off(field.net), **field.settings())

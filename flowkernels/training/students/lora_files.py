@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowkernels import _weights
 from flowkernels._checks import describe, expect, expect_choice, expect_path, expect_text
 from flowkernels._files import expect_target, whole_file
+from flowkernels.runtime.sharded import whole
 from flowkernels.training.students.adapters import (
     CONFIGS,
     adapter_name,
@@ -46,6 +47,7 @@ def save_lora(student: nn.Module, folder: str | Path, *, name: str | None = None
     `peft.PeftModel.from_pretrained(network, folder)` reads. Either is read by `fk.add_lora(velocity, folder)`. Beside
     the weights is a hash of the network they were trained on. Each file is whole or not there.
 
+    Adapters that are sharded (`fully_shard`) are gathered: every process makes the call, into one folder or several.
     Pipelines round adapters to the dtype of their network: loaded into one of float32, the student's samples come out
     again exactly.
 
@@ -75,7 +77,7 @@ def save_lora(student: nn.Module, folder: str | Path, *, name: str | None = None
         expect_choice(layout, "layout", ("diffusers", "peft"))
     net = network_of(VelocityField.of(student))
     name, layout = adapter_name(net, name), layout or ("diffusers" if _is_diffusers(net) else "peft")
-    state = {key: t.detach().cpu() for key, t in _state(net, name).items()}
+    state = {key: whole(t.detach()).cpu() for key, t in _state(net, name).items()}
     config = _plain(getattr(net, CONFIGS)[name])
     about = {"format": "pt"} | ({} if (base := base_hash(net)) is None else {BASE: base})
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_takes
 from flowkernels._guidance import guided
 from flowkernels.ops.library import is_transformed
-from flowkernels.runtime.sharded import is_fully_sharded
+from flowkernels.runtime.sharded import is_fully_sharded, local
 from flowkernels.runtime.torch_private import keeps_parametrized
 from flowkernels.training.students.average_velocity import AverageVelocity
 from flowkernels.training.students.blockwise import Blockwise
@@ -20,6 +20,7 @@ from flowkernels.training.students.composite import Composite
 from flowkernels.training.students.modules import (
     copied,
     plain_state,
+    shares_weights,
     trained_by_name,
     unwrapped,
 )
@@ -60,9 +61,19 @@ def own_student(
     _trainable(student)
     if teacher_is_module:
         shared = set(map(id, student.parameters())) & set(map(id, velocity.parameters()))
+        shared = shared or set(_places(student, trained=True)) & set(_places(velocity))
         got = f"{len(shared)} parameters of the teacher's"
         expect(not shared, "student", "weights of its own (None trains a copy of the teacher)", got)
     return student
+
+
+def _places(module: nn.Module, trained: bool = False) -> Iterator[tuple[torch.device, int]]:
+    """Where its parameters lie in memory: those of `load_state_dict(..., assign=True)` lie where they were."""
+    for p in module.parameters():
+        if (p.requires_grad or not trained) and not nn.parameter.is_lazy(p):
+            t = local(p.detach())
+            if type(t) is Tensor and (place := t.data_ptr()):  # of other classes, and of meta, there is none
+                yield p.device, place
 
 
 def expect_no_wrapped_field(velocity: Velocity, name: str) -> None:
@@ -232,7 +243,7 @@ def try_student(
     """
     trial = Trial(batch)
     devices = {t.device for t in itertools.chain([starts], student.parameters()) if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices), unchanged(student):
+    with torch.random.fork_rng(devices), unchanged(student) as changed:
         student.train()
         sample = torch.arange(batch, dtype=torch.int64, device=starts.device) % len(starts)
         given = None if conditioning is None else {key: rows[sample] for key, rows in conditioning.items()}
@@ -247,4 +258,7 @@ def try_student(
                     expected = "a velocity that can be differentiated"
                     raise ValueError(f"student: expected {expected}, got RuntimeError: {e}") from e
         trial.idle = frozenset(id(p) for p in student.parameters() if p.requires_grad and p.grad is None)
+    if shares_weights(student):  # files of adapters have no others
+        expected = "a network whose adapters are all that training changes, for lora"
+        expect(not changed, "student", expected, f"one that changes its buffers too: {', '.join(changed):.200}")
     return trial

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ CONTAINERS = (list, dict, set)
 
 
 @contextlib.contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
+def unchanged(module: nn.Module) -> Iterator[list[str]]:
     """A block of forward and backward passes, after which gradients, buffers, modes and what modules hold, in tensors,
-    numbers and containers of their own, are as they were. Gradients begin at none. Parameters are not looked at."""
+    numbers and containers of their own, are as they were. Gradients begin at none. Parameters are not looked at. What
+    it is given is then the names of the buffers of state dicts that the passes changed."""
+    changed: list[str] = []
     modes = [(part, part.training) for part in module.modules()]
     gradients = [(p, p.grad) for p in module.parameters()]
     values = {id(b): (b, b.detach().clone()) for b in module.buffers()}
@@ -29,9 +31,10 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     for p, _ in gradients:
         p.grad = None
     try:
-        yield
+        yield changed
     finally:
         reshard(module)
+        changed += _changed(module, buffers, values)
         for p, gradient in gradients:
             p.grad = gradient
         for part, plain, contents in held:
@@ -44,6 +47,25 @@ def unchanged(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
         for part, mode in modes:
             part.training = mode
+
+
+def _changed(
+    module: nn.Module,
+    buffers: Sequence[tuple[nn.Module, dict[str, Tensor | None]]],
+    values: Mapping[int, tuple[Tensor, Tensor]],
+) -> Iterator[str]:
+    """Of the buffers as they were, those that are not so."""
+    names = {id(part): f"{name}." if name else "" for name, part in module.named_modules()}
+    for part, before in buffers:
+        for name, buffer in before.items():
+            now, kept = part._buffers.get(name), name not in part._non_persistent_buffers_set
+            same = buffer is None or (now is not None and _equal(now, values[id(buffer)][1]))
+            if kept and not same:
+                yield names.get(id(part), "") + name
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device and torch.equal(local(a), local(b))
 
 
 def _attributes(part: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
