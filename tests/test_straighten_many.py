@@ -13,6 +13,7 @@ import torch
 from _ranks import in_ranks
 from torch import distributed as dist
 
+import flowkernels as fk
 from flowkernels.bench import suite
 
 CURVE, WEIGHTS = 1e-6, 1e-10  # of the losses, which are added up in float32, and of float64 weights
@@ -89,6 +90,22 @@ def test_a_run_goes_on_with_any_number_of_ranks(many, group_of_one):
     for rank in range(2):
         assert apart(two[rank]["dropout"], two[rank]["dropout resumed"]) == (0, 0)
     assert apart(two[0]["dropout"], two[0]["boss"])[1] > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["bare", "sharded"])
+def test_checkpoints_of_many_are_evaluated_by_one(many, kind, recwarn):
+    _, three, folder = many
+    path, noise = folder / f"{kind}-{kind}" / f"on_policy-{kind}", runs.drawn(9, torch.Generator().manual_seed(9))
+    found = fk.evaluate_checkpoints(path, runs.teacher(), runs.teacher(), runs.BOSS, noise)
+    assert [row.name for row in found.rows] == [f"iteration {int(p.name)}" for p in sorted(path.iterdir())]
+    student = runs.teacher()
+    student.load_state_dict(three[0][f"on_policy {kind} {kind}"][1])
+    (last,) = fk.evaluate_sampler(runs.teacher(), {"iteration 8": (student, runs.BOSS)}, noise).rows
+    assert found.rows[-1] == last
+    assert not [w for w in recwarn if "distributed" in f"{w.message}"]
+    (path / "00000008" / "__0_0.distcp").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"^checkpoint: expected a checkpoint of a training with a group, .*00000008"):
+        fk.evaluate_checkpoints([path / "00000008"], runs.teacher(), runs.teacher(), runs.BOSS, noise)
 
 
 def test_errors_are_named_on_every_rank(many):

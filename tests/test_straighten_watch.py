@@ -24,6 +24,7 @@ from test_straighten import (
 from torch import nn
 
 import flowkernels as fk
+from flowkernels.training.run import state
 from flowkernels.training.run.bank import RunBank
 from flowkernels.training.run.held_out import HeldOut
 from flowkernels.training.run.numbered import numbered
@@ -414,6 +415,20 @@ def test_numbered_checkpoints(tmp_path):
     numbered(path)[24].unlink()
     assert same(trained(**settings, keep_checkpoints=None), expected)
     assert [*numbered(path)] == [15, 20, 24]
+
+
+def test_a_checkpoint_that_gets_no_number_is_there(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(state, "keep_numbered", full)
+    path = tmp_path / "run.pt"
+    told = r"^checkpoint: iteration \d+ could not be numbered beside the others \(OSError: disk full\); .*run.pt has it"
+    kinds = []
+    with pytest.warns(UserWarning, match=told):
+        trained(checkpoint=path, keep_checkpoints=2, callbacks=[lambda event: kinds.append(event.kind)])
+    assert torch.load(path, weights_only=True)["iteration"] == 24
+    assert "checkpoint" in kinds
 
 
 @pytest.mark.parametrize(

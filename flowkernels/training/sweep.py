@@ -13,6 +13,8 @@ from flowkernels._checks import expect, expect_bool, expect_list, expect_noise, 
 from flowkernels.evaluation.evaluate import evaluate_sampler
 from flowkernels.evaluation.evaluation import Evaluation
 from flowkernels.evaluation.plans import Plans
+from flowkernels.runtime.ranks import Ranks
+from flowkernels.training.run import team_checkpoint
 from flowkernels.training.run.checkpoint import checks_of, read_checkpoint
 from flowkernels.training.run.numbered import numbered
 from flowkernels.training.students.modules import copied, expect_weights, load_weights
@@ -37,8 +39,8 @@ def evaluate_checkpoints(
 
     Args:
         checkpoint: that of `straighten(checkpoint=, keep_checkpoints=)`, which stands for the numbered ones beside it
-            and itself; or a list of files. Files that are two names of one are evaluated once; two of one iteration
-            with other weights are refused.
+            and itself, or with a group a folder of them; or a list of files, or of that folder's folders. Files that
+            are two names of one are evaluated once; two of one iteration with other weights are refused.
         student: a network of the trained one's layout, in whose copy the weights are put, one checkpoint after the
             other: the averaged ones where there are such. It stays as it is.
         velocity: the teacher, whose samples are made once.
@@ -70,7 +72,7 @@ def evaluate_checkpoints(
     keep, net, found = settings.pop("keep_samples", False), copied(student).eval(), {}
     hashes: dict[int, str] = {}
     for path in tqdm(_files(checkpoint), "checkpoints", disable=not progress, leave=False):
-        saved = read_checkpoint(path)
+        saved = _read(path)
         with checks_of(path):
             state = averaged_weights(saved)
             expect_weights(net, state, "checkpoint")
@@ -101,6 +103,11 @@ def averaged_weights(saved: Mapping[str, Any]) -> dict[str, Any]:
     return saved["student"] | {k.removeprefix(prefix): v for k, v in average.items() if k.startswith(prefix)}
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """That of one process, or that of a group's ranks, by this process alone."""
+    return team_checkpoint.read(path, {}, [], Ranks(None)) if path.is_dir() else read_checkpoint(path)
+
+
 def _without_samples(found: Evaluation) -> Evaluation:
     return replace(found, rows=tuple(replace(row, samples=None) for row in found.rows), teacher_samples=None)
 
@@ -111,6 +118,7 @@ def _files(given: Any) -> list[Path]:
         expect(len(files) > 0, "checkpoint", "at least one file", "none")
         return files
     path = expect_path(given, "checkpoint")
-    files = [*numbered(path).values(), *([path] if path.exists() else [])]
+    files = team_checkpoint.checkpoints_in(path)
+    files = files or [*numbered(path).values(), *([path] if path.exists() else [])]
     expect(len(files) > 0, "checkpoint", "a training checkpoint, or numbered ones beside it", f"{path}, none of which")
     return files

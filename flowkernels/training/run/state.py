@@ -168,18 +168,21 @@ class State:
     def save(self, path: Path, keep: int | None, stacklevel: int) -> bool:
         """Write a checkpoint, whether it could be; where that fails, as on a full disk, what is in memory is worth more
         than an error. keep: how many numbered ones stay beside it, None all, 1 none."""
+        written = False
         try:
             if self.team.is_given:
                 team_checkpoint.write(path, self.iteration, self.contents(), self.team.ranks, keep)
             else:
                 write_checkpoint(path, self.contents())
+                written = True
                 if keep != 1:
                     keep_numbered(path, self.iteration, keep)
         except Exception as e:
-            told = f"checkpoint: iteration {self.iteration} could not be written ({type(e).__name__}: {e}); {path}"
-            kept = "is kept" if path.exists() else "was not made"
+            failed = "numbered beside the others" if written else "written"
+            told = f"checkpoint: iteration {self.iteration} could not be {failed} ({type(e).__name__}: {e}); {path}"
+            kept = "has it" if written else "is kept" if path.exists() else "was not made"
             warnings.warn(f"{told} {kept}; the training goes on", UserWarning, stacklevel=stacklevel)
-            return False
+            return written
         return True
 
     def load(self, saved: Mapping[str, Any], path: Path) -> None:

@@ -9,6 +9,7 @@ its shard, so that a run goes on with another number of ranks.
 import contextlib
 import hashlib
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,7 +100,9 @@ def read(path: Path, student: Mapping[str, Any], trained: list[nn.Parameter], ra
             raise ValueError(f"tensors {sorted(wanted ^ set(there))[:3]} in one of its files alone")
         like = {name: _like(name, student, trained) for name in wanted}
         tensors = {name: _made(there[name], like[name]) for name in wanted}
-        dcp.load(tensors, storage_reader=reader, process_group=ranks.group)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.group is None)
     for key in SHARED:
         if saved.get(key) is not None:
             saved[key] = _put(saved[key], tensors)
