@@ -409,6 +409,8 @@ def test_a_package_that_is_not_there_is_named(name, module, monkeypatch):
         (dict(plans=0), ValueError, "plans: expected numbers of steps from 1 to"),
         (dict(plans=fk.Solver.heun(2, inverse=True)), ValueError, "plans: expected solvers from noise to data"),
         (dict(plans=[2, fk.Schedule([0.5, 1])]), ValueError, "plans: expected plans from one first time, 0, got one"),
+        (dict(teacher=nn.Linear(3, 3)), TypeError, "teacher: expected a callable velocity"),
+        (dict(plans={"a": 2, "b": (nn.Linear(3, 3), 2)}), TypeError, r"plans\['b'\]: expected a callable velocity"),
         (dict(columns="endpoint"), TypeError, "columns: expected some of"),
         (dict(columns=["rms"]), ValueError, "columns: expected some of"),
         (dict(columns=["likelihood"]), ValueError, "data: expected samples of the data"),

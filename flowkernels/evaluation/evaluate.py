@@ -23,6 +23,7 @@ from flowkernels._checks import (
     expect_real,
     expect_seed,
     expect_shown,
+    expect_takes,
     expect_values,
 )
 from flowkernels.evaluation.adaptive import TOLERANCES, torchdiffeq
@@ -49,7 +50,7 @@ from flowkernels.sampling.teacher_solver import heun
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver
 from flowkernels.velocity.evaluate import warn_if_training
-from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve, rows_of_samples
+from flowkernels.velocity.protocol import Called, Velocity, VelocityBase, resolve, rows_of_samples
 from flowkernels.velocity.provenance import warn_of_another_pipeline
 
 DEFAULT = (ENDPOINT, STRAIGHTNESS, ENERGY)
@@ -139,6 +140,10 @@ def evaluate_sampler(
     expect_noise(noise)
     given = _expect_samples(teacher, noise) if isinstance(teacher, Tensor) else None
     of_teacher = known if teacher is None or given is not None else resolve(teacher, "teacher")
+    called = {"velocity": known, "teacher": of_teacher} | {f"plans[{row.name!r}]": row.velocity for row in rows}
+    for name, one in called.items():
+        if isinstance(one, Called):
+            expect_takes(one.function, name, "a callable velocity(x, t)", noise, None)
     solver = _teacher_solver(teacher_solver, plans, rows, given is not None)
     velocities = _by_name(known, rows)
     _expect_data(data, noise, wanted, velocities)
