@@ -171,5 +171,7 @@ def undisturbed(student: nn.Module) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer.copy_(before)
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before):  # one that is expanded cannot be written into
+                    buffer.copy_(before)
         torch.clear_autocast_cache()
