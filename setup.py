@@ -88,7 +88,7 @@ setup(
     packages=[
         *find_packages(include=["flowkernels", "flowkernels.*"]),
         *("flowkernels._benchmarks", "flowkernels._benchmarks.quality", "flowkernels._benchmarks.straightening"),
-        "flowkernels._benchmarks.straighten_loop",
+        *("flowkernels._benchmarks.straighten_loop", "flowkernels._benchmarks.many_devices"),
     ],
     ext_modules=[Extension("flowkernels._C", [])],
     cmdclass={"build_ext": CMakeBuild},

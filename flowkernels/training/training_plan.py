@@ -38,6 +38,12 @@ class TrainingPlan:
     bank_nbytes: of the whole bank, on hosts or disks. memory: bytes of a GPU by part; limit: what it has.
     hours: of the bank and of the iterations, on all GPUs. trained: parameters that are trained.
     assumptions: all that it follows from, in sentences.
+
+    Examples:
+        >>> sizes = dict(shape=(16, 128, 128), tokens=4608, width=3072, layers=57)
+        >>> plan = fk.training_plan(12e9, **sizes, iterations=2000, batch=64, bank=10_000)
+        >>> plan.gpus, plan.trained
+        (8, 12000000000)
     """
 
     counts: Counts

@@ -41,6 +41,13 @@ class TrainingCost:
     memory: bytes by part; None for one that is not known.
     seconds: of all that is counted; None where nothing was tried.
     iterations: as many as are counted. assumptions: what it holds under, in sentences.
+
+    Examples:
+        >>> teacher = fk.VelocityField(torch.nn.Linear(3, 2), time_column=True)
+        >>> settings = dict(noise=(2,), iterations=100, bank=256, batch=32, grid=20)
+        >>> cost = fk.training_cost(None, teacher, fk.Schedule.uniform(4), **settings, measure=False)
+        >>> cost.memory["student"], cost.memory["gradients"]  # of 8 parameters, 4 bytes each
+        (32, 32)
     """
 
     counts: Counts
