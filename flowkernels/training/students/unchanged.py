@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels.runtime.sharded import local, reshard
+from flowkernels.runtime.torch_private import NOT_IN_STATE
 from flowkernels.training.students.modules import unwrapped
 from flowkernels.velocity.hashes import MACHINERY
 
@@ -58,7 +59,7 @@ def _changed(
     names = {id(part): f"{name}." if name else "" for name, part in module.named_modules()}
     for part, before in buffers:
         for name, buffer in before.items():
-            now, kept = part._buffers.get(name), name not in part._non_persistent_buffers_set
+            now, kept = part._buffers.get(name), name not in getattr(part, NOT_IN_STATE)
             same = buffer is None or (now is not None and _equal(now, values[id(buffer)][1]))
             if kept and not same:
                 yield names.get(id(part), "") + name
