@@ -22,16 +22,17 @@ from flowkernels.training.run.checkpoint import BANK_DRAWN, checkpoint_to_resume
 from flowkernels.training.run.cost import cost_of
 from flowkernels.training.run.evaluations import Evaluations
 from flowkernels.training.run.events import TrainingEvent
-from flowkernels.training.run.held_out import HeldOut, expect_enough, learner_of, undisturbed
+from flowkernels.training.run.held_out import HeldOut, learner_of, undisturbed
 from flowkernels.training.run.loop import train
 from flowkernels.training.run.lora import lora_student
 from flowkernels.training.run.optimizers import optimizer_identity, own_optimizer
-from flowkernels.training.run.pairs import RunPairs, are_pairs
+from flowkernels.training.run.pairs import RunPairs
 from flowkernels.training.run.random_states import seed_of_rank
 from flowkernels.training.run.schedulers import Scheduler
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.run.state import State
 from flowkernels.training.run.team import Team, in_a_team
+from flowkernels.training.run.trajectories import trajectories_of
 from flowkernels.training.run.watch import result
 from flowkernels.training.students.adapters import network_of
 from flowkernels.training.students.lora_files import base_hash
@@ -345,24 +346,7 @@ def straighten(
     parameters = trained_parameters(student)
     device = parameters[0].device
     expect_castable(parameters, settings.autocast)
-    if are_pairs(settings.bank):
-        trajectories = RunPairs(settings.bank, objective, settings.batch, device, settings.held_out, settings.seed)
-    else:
-        trajectories = RunBank.of(
-            settings.bank,
-            teacher,
-            objective,
-            noise=noise,
-            grid=settings.grid,
-            batch=settings.batch,
-            fraction=settings.refresh_fraction,
-            held_out=settings.held_out,
-            seed=settings.seed,
-            device=device,
-            progress=settings.progress,
-            ranks=settings.group,
-        )
-    expect_enough(trajectories, settings)
+    trajectories = trajectories_of(settings, device, settings.progress)
     opt = own_optimizer(optimizer, parameters, settings.lr)
     known = Identity() if velocity is None else identity(velocity)
     trajectories.expect_teacher(known)

@@ -10,13 +10,11 @@ from torch import nn
 from flowkernels._checks import expect, expect_bool
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
-from flowkernels.training.run.bank import RunBank
 from flowkernels.training.run.cost import TrainingCost, cost_of
-from flowkernels.training.run.held_out import expect_enough
 from flowkernels.training.run.optimizers import own_optimizer
-from flowkernels.training.run.pairs import RunPairs, are_pairs
 from flowkernels.training.run.schedulers import Scheduler
 from flowkernels.training.run.settings import Settings
+from flowkernels.training.run.trajectories import trajectories_of
 from flowkernels.training.straighten import straighten
 from flowkernels.training.students.precision import expect_castable
 from flowkernels.training.students.recomputed import recomputed
@@ -83,23 +81,7 @@ def training_cost(
     parameters = trained_parameters(student)
     expect_castable(parameters, asked.autocast)
     device = parameters[0].device
-    if are_pairs(asked.bank):
-        trajectories = RunPairs(asked.bank, objective, asked.batch, device, asked.held_out, asked.seed)
-    else:
-        trajectories = RunBank.of(
-            asked.bank,
-            asked.velocity,
-            objective,
-            noise=asked.noise,
-            grid=asked.grid,
-            batch=asked.batch,
-            fraction=asked.refresh_fraction,
-            held_out=asked.held_out,
-            seed=asked.seed,
-            device=device,
-            progress=False,
-        )
-    expect_enough(trajectories, asked)
+    trajectories = trajectories_of(asked, device, False)
     optimizer = own_optimizer(asked.optimizer, parameters, asked.lr)
     if asked.lr_scheduler is not None:
         Scheduler(asked.lr_scheduler, optimizer, asked.iterations)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowkernels._checks import expect
 from flowkernels.evaluation.endpoint import endpoint_errors
 from flowkernels.runtime.ranks import Ranks
 from flowkernels.sampling.loop import steps
@@ -17,21 +16,12 @@ from flowkernels.solver import Solver
 from flowkernels.training.bank.batch import BankBatch
 from flowkernels.training.run.apart import seed_apart
 from flowkernels.training.run.bank import RunBank
-from flowkernels.training.run.pairs import RunPairs, are_pairs
+from flowkernels.training.run.pairs import RunPairs
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.students.average_velocity import AverageVelocity
 from flowkernels.training.students.composite import Composite
 from flowkernels.training.students.student import conditioned
 from flowkernels.velocity.protocol import VelocityBase, as_given, resolve
-
-
-def expect_enough(bank: RunBank | RunPairs, settings: Settings) -> None:
-    """Raise unless there are as many trajectories, or pairs, as are measured and polished on."""
-    if settings.objective.refits and not are_pairs(settings.bank):
-        expect(bank.size >= 2, "bank", "at least 2 samples, to polish the solver on", bank.size)
-    if settings.evaluate_every is not None:
-        expected = "at least 2 trajectories or pairs, with evaluate_every"
-        expect(bank.held_out >= 2, "held_out", expected, f"{bank.held_out}")
 
 
 @dataclass(frozen=True)
