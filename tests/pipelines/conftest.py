@@ -1,4 +1,5 @@
-"""`--write-matrix` writes what the tests of test_matrix.py found below the mark in docs/pipelines.md."""
+"""`--write-matrix` writes what the tests found below the marks of two pages: those of test_matrix.py in docs/pipelines.md,
+those of the other codebases (test_host_*.py) in docs/integrations/index.md."""
 
 import platform
 from importlib.metadata import version
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs/pipelines.md"
+PAGE, HOSTS = ROOT / "docs/pipelines.md", ROOT / "docs/integrations/index.md"
+EXAMPLES = ROOT / "examples/integrations"
 COLUMNS = ("times", "sigmas", "fitted", "stock", "image", "saved", "bfloat16", "compiled")
 
 
@@ -20,6 +22,34 @@ def found(request, record_property):
     """`found(column, value)`: what a test says of its family in the matrix, the largest difference or "yes"."""
     name = request.node.callspec.params["name"]
     return lambda column, value: record_property("matrix", (name, column, value))
+
+
+@pytest.fixture
+def host_row(record_property):
+    """`host_row(package, ran, example, difference)`: a test says of another codebase what of it ran, with how many lines
+    of the example, and the largest difference to its own way, relative to the largest value."""
+
+    def told(package: str, ran: str, example: Path | str, difference: float) -> None:
+        path = EXAMPLES / f"{example}.py" if isinstance(example, str) else example
+        record_property("host", (package, version(package), ran, path.stem, len(user_lines(path)), difference))
+
+    return told
+
+
+def user_lines(path: Path) -> list[str]:
+    """The lines of an example that are not its host's own: those between "# with flowkernels" and "# ----"."""
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    begin = lines.index("# with flowkernels") + 1
+    return [line for line in lines[begin : lines.index("# ----", begin)] if line]
+
+
+def host_rows(cells: list[tuple[str, str, str, str, int, float]]):
+    yield f"torch {version('torch')}, Python {platform.python_version()}, CPU."
+    yield ""
+    yield "| package | version | what ran | example | lines | largest difference |"
+    yield "|---|---|---|---|---|---|"
+    for package, number, ran, example, lines, difference in sorted(cells):
+        yield f"| {package} | {number} | {ran} | `{example}.py` | {lines} | {difference:.0e} |"
 
 
 def rows(cells: list[tuple[str, str, float | str]]):
@@ -48,8 +78,10 @@ def pytest_terminal_summary(terminalreporter, config):
 
     done = terminalreporter.stats
     if done.get("failed") or done.get("error"):
-        terminalreporter.write_line("docs/pipelines.md stays as it was: not everything passed")
+        terminalreporter.write_line("the pages stay as they were: not everything passed")
         return
-    cells = [value for report in done["passed"] for key, value in report.user_properties if key == "matrix"]
-    pages.write(PAGE, "test_pipelines --write-matrix", rows(cells))
-    terminalreporter.write_line(f"written: {PAGE.relative_to(ROOT)}")
+    for page, name, made in ((PAGE, "matrix", rows), (HOSTS, "host", host_rows)):
+        cells = [value for report in done["passed"] for key, value in report.user_properties if key == name]
+        if cells:
+            pages.write(page, "test_pipelines --write-matrix", made(cells))
+            terminalreporter.write_line(f"written: {page.relative_to(ROOT)}")
