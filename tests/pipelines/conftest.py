@@ -1,5 +1,5 @@
-"""`--write-matrix` writes what the tests found below the marks of two pages: those of test_matrix.py in docs/pipelines.md,
-those of the other codebases (test_host_*.py) in docs/integrations/index.md."""
+"""`--write-matrix` writes what the tests found below the marks of two pages: of test_matrix.py in docs/pipelines.md, of
+the other codebases (test_host_*.py) in docs/integrations/index.md."""
 
 import platform
 from importlib.metadata import version
@@ -26,8 +26,8 @@ def found(request, record_property):
 
 @pytest.fixture
 def host_row(record_property):
-    """`host_row(package, ran, example, difference)`: a test says of another codebase what of it ran, with how many lines
-    of the example, and the largest difference to its own way, relative to the largest value."""
+    """`host_row(package, ran, example, difference)`: a test says of another codebase what of it ran, by which example,
+    and the largest difference to its own way, relative to the largest value."""
 
     def told(package: str, ran: str, example: Path | str, difference: float) -> None:
         path = EXAMPLES / f"{example}.py" if isinstance(example, str) else example
