@@ -33,6 +33,7 @@ from flowkernels.sampling.invert import Inversion, invert
 from flowkernels.sampling.noise import noise
 from flowkernels.sampling.rollout import Trajectory, rollout
 from flowkernels.sampling.sample import sample
+from flowkernels.sampling.sample_schedules import SampleSchedules
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
 from flowkernels.training.bank.batch import BankBatch
@@ -78,6 +79,7 @@ __all__ = [
     "NoisePrediction",
     "NotFusable",
     "Pairs",
+    "SampleSchedules",
     "Schedule",
     "Solver",
     "StepCost",

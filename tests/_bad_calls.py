@@ -593,6 +593,25 @@ def _schedules() -> None:
         coefficients=(lambda: [[0.5, 0.0], [0.5, 0.5]], nothing_else),
         **dict(name=("mine", lambda v: isinstance(v, str)), notes=(lambda: {"a": 1}, is_dict)),
     )
+    rows = (lambda: [[0.0, 0.5, 1.0], [0.0, 0.8, 1.0]], lambda v: isinstance(v, list) and all(map(is_times, v)))
+    both = lambda v: isinstance(v, (list, Tensor)) and len(v) == 2 and are_numbers(v)  # noqa: E731
+    named = (lambda: ["a", "b"], nothing_else)
+    place(
+        "SampleSchedules",
+        lambda **kwargs: repr(fk.SampleSchedules(**kwargs)),
+        **dict(times=rows, names=(named[0], lambda v: v is None), cost=(lambda: [1.0, 2.0], or_none(both))),
+        notes=(lambda: {"a": 1}, is_dict),
+    )
+    plans = fk.SampleSchedules([[0.0, 0.5, 1.0], [0.0, 0.8, 1.0]], names=["a", "b"])
+    place("SampleSchedules.of", plans.of, names=named)
+    place("SampleSchedules[]", lambda name: plans[name], name=("a", lambda v: v in ("a", "b")))
+    each = plans.to_dict()
+    place(
+        "SampleSchedules.from_dict",
+        lambda **changes: fk.SampleSchedules.from_dict(each | changes),
+        **dict(times=(each["times"], nothing_else), names=(each["names"], lambda v: v is None)),
+        notes=(lambda: {}, is_dict),
+    )
     saved = fk.Solver.heun(2).to_dict()
 
     def restored(**changes):
@@ -818,13 +837,14 @@ def _stages(cal) -> None:
     options = dict(velocity=(lambda: Net(), is_function), **some, gamma=(1.15, within(0)), probes=(2, is_int(1)))
     options |= dict(candidates=(lambda: [0.0, 0.1], are_numbers), metric=("dev", is_one_of("dev", "l1", "l2")))
     for objective, make in OBJECTIVES.items():
-        args = {name: options[name] for name in list(inspect.signature(make).parameters)[2:]}
+        args = {name: options[name] for name in list(inspect.signature(make).parameters)[2:] if name != "groups"}
         called = (objective, is_one_of(*OBJECTIVES), "velocity", "options")
         place(
             f"cal.find {objective}",
             cal.find,
             **dict(steps=((1, 2), is_steps), objective=called),
             **args,
+            each=(False, is_flag, "objective"),
             group=(None, or_none(nothing_else)),
         )
     place("cal.save", cal.save, (OSError,), path=("c.json", is_path))
@@ -1414,7 +1434,15 @@ def _commands() -> None:
         "plan",
         "--parameters 1e6 --shape 2,3 --tokens 4 --width 8 --layers 2 --batch 8",
         **{name: positive for name in ("tokens", "width", "layers", "iterations", "bank")},
-        **dict(lora_rank=none, trained=none, target=none, dtype=none, memory=number, tflops=number, gpus=none),
+        **dict(
+            lora_rank=none,
+            trained=is_text(float, 1, 1e6),
+            target=none,
+            dtype=none,
+            memory=number,
+            tflops=number,
+            gpus=none,
+        ),
     )
     command("plot", "calibration.json --out none/x.png", ("out",), steps=none, out=none)
     command(

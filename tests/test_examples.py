@@ -73,6 +73,12 @@ def test_tabular():
     assert all(fitted < uniform for uniform, fitted in errors.values())
 
 
+def test_prompt_schedules():
+    errors = script("prompt_schedules")(["--grid", "30", "--samples", "8"])
+    assert {objective for objective, _ in errors} == {"squared", "student", "oss"}
+    assert all(0.5 * shared < own < 1.5 * shared for (_, N), (shared, own) in errors.items() if N == 2)
+
+
 @pytest.mark.parametrize(
     "options",
     [

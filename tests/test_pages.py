@@ -21,7 +21,7 @@ from flowkernels.cli.main import _parser
 from flowkernels.ops.public import OPS
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 EACH = pytest.mark.parametrize("page", PAGES)
 
 
@@ -76,7 +76,7 @@ SMALLER = {
 # page: how many blocks it has, the features of a sample, what the last block leaves
 CODE = {
     "README.md": (1, 4, "x1"),
-    "docs/choosing.md": (1, 4, "x1"),
+    "docs/choosing.md": (2, 4, "x1"),
     "docs/get-started.md": (9, 4, "x1"),
     "docs/couplings.md": (4, 4, "x1"),
     "docs/fused-samplers.md": (1, 64, "actions"),
@@ -100,6 +100,7 @@ def test_code_runs(page, tmp_path, monkeypatch):
     names |= dict(dataset=images, data=images[:16], loader=images.split(64), student=student, teacher=Policy(features))
     names |= dict(optimizer=torch.optim.SGD(student.parameters(), lr=0.01))
     names |= dict(classes=lambda x, t, y: x * y[:, None] / 10)
+    names |= dict(labels=[0, 1] * 8, batch_labels=[1, 0, 0, 1] * 4)
     names |= dict(cal={4: fk.Schedule([0, 0.2, 0.4, 0.7, 1])}, velocity=names["net"])
     torch.save({"model": names["net"].state_dict()}, "last.ckpt")
     found = blocks(page)

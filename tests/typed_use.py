@@ -27,6 +27,8 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     assert_type(cal.report(), str)
     schedule = cal[4]
     assert_type(schedule, fk.Schedule)
+    each = fk.SampleSchedules([[0.0, 0.5, 1.0], [0.0, 0.8, 1.0]], ("a", "b"))
+    assert_type(fk.sample(velocity, noise, each.of(["b", "a", "b"])), Tensor)
     cal.save("model.boss.json")
     assert_type(fk.Calibration.load("model.boss.json", velocity), fk.Calibration)
     solver = fk.polish(velocity, cal, fk.fit_solver(velocity, cal, 4))

@@ -46,6 +46,7 @@ from flowkernels.calibration.card import (
     expect_version,
     written,
 )
+from flowkernels.calibration.each import groups_of
 from flowkernels.calibration.measured import Measured, evaluating
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.calibration.sample_costs import SampleCosts
@@ -54,6 +55,7 @@ from flowkernels.calibration.tried import PIPELINE, Tried, plan_hash, table
 from flowkernels.ops.cost_from_gram import cost_from_gram
 from flowkernels.runtime.ranks import Group, Ranks, by_ranks, ranks_of
 from flowkernels.sampling.rollout import Trajectory
+from flowkernels.sampling.sample_schedules import SampleSchedules
 from flowkernels.sampling.teacher_solver import ENTRY, entry_of
 from flowkernels.schedule import Schedule, expect_steps
 from flowkernels.solver import Solver
@@ -61,6 +63,7 @@ from flowkernels.velocity.identity import warn_if_another
 from flowkernels.velocity.protocol import Velocity, resolve
 from flowkernels.velocity.provenance import INDIFFERENT
 
+EACH = "groups"  # the keyword of objectives that have a schedule for each
 OTHERS = 4  # of what was tried, beside uniform steps, the Bellman schedule and the solver, that may be verified
 
 
@@ -203,7 +206,7 @@ class Calibration(Measured, Mapping):
     def __len__(self) -> int:
         return len(self.schedules)
 
-    def marked(self, plan: Schedule | Solver) -> Schedule | Solver:
+    def marked(self, plan: Schedule | Solver | SampleSchedules) -> Schedule | Solver | SampleSchedules:
         """With the settings of the pipeline that it is for, if there is one, in its notes, where `sample` looks, and
         the teacher's solver, if it is not Euler's, where a bank of the teacher's trajectories does."""
         if PIPELINE in self.provenance:
@@ -220,9 +223,10 @@ class Calibration(Measured, Mapping):
         *,
         objective: str = "squared",
         velocity: Velocity | None = None,
+        each: bool | Sequence[str | int] | Tensor = False,
         group: Group | None = None,
         **options: Any,
-    ) -> dict[int, Schedule] | dict[int, Solver]:
+    ) -> dict[int, Schedule] | dict[int, Solver] | dict[int, SampleSchedules]:
         """Schedules or solvers for numbers of steps, by an objective of choice; all of one call from one table. They
         begin where the grid does, and have its forced knots.
 
@@ -232,6 +236,11 @@ class Calibration(Measured, Mapping):
                 "squared" (BOSS), "norm", "gits", "endpoint", "pairs", "student", "oss", "free" or "uniform". Their
                 docstrings say what each is, which options it has and what it costs.
             velocity: the teacher, for objectives that evaluate it (a `FusedSampler`'s own velocity is used).
+            each: a schedule for every kept sample in place of one for all: True, each by its own costs, as OSS has it
+                (arXiv 2503.21774); or the conditions of the kept samples, such as their prompts or labels, texts or
+                integers: one for each condition, of the mean over its samples. By "squared", "norm", "student" and
+                "oss", without a group. What is found of a sample's own noise holds for that noise; that of a condition
+                for others too, by as much as docs/choosing.md measures.
             group: a `torch.distributed.ProcessGroup` whose processes all make this call, each evaluating its part of
                 the samples: `calibrate`.
             options: those of the objective. Of those that evaluate, `samples` (the first ones; 64) and `chunk`, how
@@ -239,9 +248,10 @@ class Calibration(Measured, Mapping):
                 to 2.5 MiB of states).
 
         Returns:
-            {N: Schedule} or, of "pairs", "oss" and "free", {N: Solver}. Those of other objectives than "squared" say in
-            their `notes` the objective, its evaluations of each sample, and of solvers the cost; a Schedule's cost is
-            in terms of its objective. The schedules of "squared" are added to this calibration's.
+            {N: Schedule} or, of "pairs", "oss" and "free", {N: Solver}; with `each` {N: SampleSchedules}. Those of
+            other objectives than "squared" say in their `notes` the objective, its evaluations of each sample, and of
+            solvers the cost; a Schedule's cost is in terms of its objective. The schedules of "squared" for all samples
+            are added to this calibration's.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -251,10 +261,19 @@ class Calibration(Measured, Mapping):
         expect(known, "objective", f"one of {list(OBJECTIVES)}", objective)
         make = OBJECTIVES[objective]
         allowed = list(inspect.signature(make).parameters)[2:]
+        has_each = EACH in allowed
+        allowed = [option for option in allowed if option != EACH]
         unknown, expected = sorted(set(options) - set(allowed)), f"of {allowed}" if allowed else "none"
         expect(not unknown, "options", f"{expected} for {objective!r}", f"{unknown}", TypeError)
         if "velocity" in allowed:
             options["velocity"] = velocity
+        if each is not False:
+            able = [name for name, of in OBJECTIVES.items() if EACH in inspect.signature(of).parameters]
+            expect(has_each, "objective", f"one of {able} for a schedule for each sample", objective)
+            expect(group is None, "group", "None for a schedule for each sample", group)
+            options[EACH] = groups = groups_of(each, self)
+            if "samples" in allowed:
+                options.setdefault("samples", len(groups.of))
         ranks = ranks_of(group)
         if velocity is not None and not isinstance(group, Ranks):
             expect_agreed_fit(
@@ -267,8 +286,9 @@ class Calibration(Measured, Mapping):
             evaluating.reset(token)
         plans = ranks.from_first(plans)
         for plan in plans.values():
-            self.expect_forced(plan.times, "objective")
-        if objective == "squared":
+            for times in plan.times if isinstance(plan, SampleSchedules) else [plan.times]:
+                self.expect_forced(times, "objective")
+        if objective == "squared" and each is False:
             self.schedules.update(plans)
         return {n: self.marked(plan) for n, plan in plans.items()}
 

@@ -14,7 +14,8 @@ To add one, write a function here:
    evaluations that the recursion does not make (`student`). `find` refuses what lacks a forced knot.
 4. The result {N: Schedule}, with `notes` that say the objective, its evaluations and its options (`_noted`); or
    {N: Solver}, whose notes say these, and `indices`, `cost` and `uniform_cost` too, which a Schedule has as its own.
-5. Its name in `find`'s docstring, its formula in docs/mathematics.md, and a test in tests/test_objectives.py against
+5. Where it can be least for single samples too: a keyword `groups`, of `find(each=)`, and SampleSchedules for it.
+6. Its name in `find`'s docstring, its formula in docs/mathematics.md, and a test in tests/test_objectives.py against
    all paths of a small grid.
 
 In the docstrings e is the error of a step from a teacher's knot, `e_jk = x_k - x_j - (t_k - t_j) v_j`. Evaluations are
@@ -32,11 +33,13 @@ from torch import Tensor
 from flowkernels._checks import expect, expect_float64, expect_positive_int, expect_shown
 from flowkernels._warnings import warn
 from flowkernels.calibration.bellman import least_cost_schedules, path_of, without_spans
+from flowkernels.calibration.each import Groups, all_of, costs_of_each, least_cost_of_each
 from flowkernels.calibration.gits_costs import absolute_costs, deviation_costs
 from flowkernels.calibration.measured import Measured
 from flowkernels.calibration.pair_costs import pair_costs
 from flowkernels.calibration.step_cost import StepCost
 from flowkernels.ops.bellman_pairs import bellman_pairs
+from flowkernels.sampling.sample_schedules import SampleSchedules
 from flowkernels.sampling.teacher import Teacher, velocity_at
 from flowkernels.schedule import Schedule, uniform_indices
 from flowkernels.solver import Solver, adams_bashforth
@@ -61,21 +64,30 @@ def objective(make: Callable) -> Callable:
 
 
 @objective
-def squared(cal: Measured, steps: list[int]) -> dict[int, Schedule]:
+def squared(
+    cal: Measured, steps: list[int], *, groups: Groups | None = None
+) -> dict[int, Schedule] | dict[int, SampleSchedules]:
     """Least sum of E|e|^2. No evaluations.
 
     Source: BOSS (arXiv 2312.16414). Against its authors' code (github.com/nguyenngocbaocmt02/BOSS, commit 0c170f9):
     the same costs and paths, by an Euler teacher on a uniform grid there. Of paths of equal cost it takes others.
     """
     plans = least_cost_schedules(cal.cost, cal.times, steps, forced_knots=cal.forced_knots)
+    if groups is not None:
+        return least_cost_of_each(cal, steps, groups, costs_of_each(cal, groups), plans, "squared")
     return plans if cal.sample_costs is None else cal.sample_costs.with_intervals(plans)
 
 
 @objective
-def norm(cal: Measured, steps: list[int]) -> dict[int, Schedule]:
+def norm(
+    cal: Measured, steps: list[int], *, groups: Groups | None = None
+) -> dict[int, Schedule] | dict[int, SampleSchedules]:
     """Least sum of E|e|. No evaluations. BOSS's with the root of every sample's square, as "gits" of metric "l2" has it
     with a gamma of 1."""
-    return _noted(_of_norms(cal, steps, "norm", 1.0), "norm", 0)
+    plans = _of_norms(cal, steps, "norm", 1.0)
+    if groups is not None:
+        return least_cost_of_each(cal, steps, groups, costs_of_each(cal, groups, norm=True), plans, "norm")
+    return _noted(plans, "norm", 0)
 
 
 @objective
@@ -154,7 +166,7 @@ def _samples(
     return cal.kept.x[:, :n], cal.kept.v[:, :n], Teacher(velocity, total, chunk=chunk, ranks=cal.ranks)
 
 
-def _of_each(teacher: Teacher, x: Tensor) -> int:
+def _evaluations_of_each(teacher: Teacher, x: Tensor) -> int:
     """A teacher's evaluations for each sample, those with it that `at_times` looks with."""
     return -(-teacher.evaluations // x.shape[1])
 
@@ -284,8 +296,14 @@ def pairs(cal: Measured, steps: list[int]) -> dict[int, Solver]:
 
 @objective
 def student(
-    cal: Measured, steps: list[int], *, velocity: Velocity | None, samples: int = 64, chunk: int | None = None
-) -> dict[int, Schedule]:
+    cal: Measured,
+    steps: list[int],
+    *,
+    velocity: Velocity | None,
+    samples: int = 64,
+    chunk: int | None = None,
+    groups: Groups | None = None,
+) -> dict[int, Schedule] | dict[int, SampleSchedules]:
     """Least mean squared distance of the student's own state to the teacher's, knot by knot.
 
     The best predecessor of each knot is decided from the start on, a greedy choice and no optimum. About N K
@@ -295,18 +313,26 @@ def student(
     first time, as a schedule has it: "oss" is free there, as the authors' code is.
     """
     x, _, teacher = _samples(cal, velocity, "student", samples, chunk)
-    parent, errors, evaluations = _own_states(cal, steps, x, teacher)
+    parent, errors, evaluations = _own_states(cal, steps, x, teacher, groups)
+    if groups is not None:
+        return _of_each(cal, groups.first(x.shape[1]), parent, errors, "student", evaluations)
     plans = {}
     for n in steps:
-        path = path_of(parent, n, (len(cal.times) - 1,))
-        plans[n] = Schedule(cal.times[list(path)], cal.times, path, errors[n])
+        path = path_of(parent[..., 0], n, (len(cal.times) - 1,))
+        plans[n] = Schedule(cal.times[list(path)], cal.times, path, errors[n].item())
     return _noted(plans, "student", evaluations, samples=x.shape[1])
 
 
 @objective
 def oss(
-    cal: Measured, steps: list[int], *, velocity: Velocity | None, samples: int = 64, chunk: int | None = None
-) -> dict[int, Solver]:
+    cal: Measured,
+    steps: list[int],
+    *,
+    velocity: Velocity | None,
+    samples: int = 64,
+    chunk: int | None = None,
+    groups: Groups | None = None,
+) -> dict[int, Solver] | dict[int, SampleSchedules]:
     """Least mean squared distance of the student's own state to the teacher's, knot by knot, the first evaluation
     being of the noise as it is at whichever knot is best.
 
@@ -319,10 +345,12 @@ def oss(
     that is nearer, and the path that is read back is longer than the one whose error it was.
     """
     x, _, teacher = _samples(cal, velocity, "oss", samples, chunk)
-    parent, errors, evaluations = _own_states(cal, steps, x, teacher, free=True)
+    parent, errors, evaluations = _own_states(cal, steps, x, teacher, groups, free=True)
+    if groups is not None:
+        return _of_each(cal, groups.first(x.shape[1]), parent, errors, "oss", evaluations)
     found, K = {}, len(cal.times) - 1
     for n in steps:
-        path = path_of(parent, n, (K,))
+        path = path_of(parent[..., 0], n, (K,))
         indices, times = (0, *path[1:]), cal.times[list(path)]
         notes = {
             "objective": "oss",
@@ -330,7 +358,7 @@ def oss(
             "samples": x.shape[1],
             "indices": list(indices),
             "evaluated": list(path[:-1]),
-            "cost": errors[n],
+            "cost": errors[n].item(),
             "uniform_cost": None,
         }
         b = times.diff().expand(n, -1).tril()
@@ -338,20 +366,38 @@ def oss(
     return found
 
 
-def _own_states(
-    cal: Measured, steps: list[int], x: Tensor, teacher: Teacher, free: bool = False
-) -> tuple[Tensor, dict[int, float], int]:
-    """(places of the knot before, for `path_of`; mean squared distances of the ends by N; evaluations) of the student's
-    own states, each s steps from the noise, with which the next ones are made.
+def _of_each(
+    cal: Measured, groups: Groups, parent: Tensor, errors: dict[int, Tensor], name: str, evaluations: int
+) -> dict[int, SampleSchedules]:
+    """Of each group the path of its own choices. Of "oss" it begins at the knot of the first evaluation, with the noise
+    as the state there."""
+    K, notes = len(cal.times) - 1, dict(objective=name, evaluations=evaluations, samples=len(groups.of))
+    found = {}
+    for n, of in errors.items():
+        paths = [path_of(parent[..., group], n, (K,)) for group in range(groups.count)]
+        times = torch.stack([cal.times[list(path)] for path in paths])
+        found[n] = SampleSchedules(times, groups.names, of, notes=dict(notes))
+    return found
 
-    free: the first step may be from any knot, with the noise as the state there.
+
+def _own_states(
+    cal: Measured, steps: list[int], x: Tensor, teacher: Teacher, groups: Groups | None = None, free: bool = False
+) -> tuple[Tensor, dict[int, Tensor], int]:
+    """(places of the knot before, for each group for `path_of`, `[N+1, K+1, groups]`; mean squared distances of the
+    groups' ends by N; evaluations) of the student's own states, each s steps from the noise, with which the next ones
+    are made.
+
+    groups: of samples that decide by themselves; None is one of all. free: the first step may be from any knot, with
+    the noise as the state there.
     """
     K, t = len(cal.times) - 1, cal.times[:-1].tolist()
     most, forced = max(steps), cal.forced
+    groups = all_of(x.shape[1]) if groups is None else groups.first(x.shape[1])
+    of, samples = groups.of.to(x.device), torch.arange(x.shape[1], device=x.device)
     furthest = [0, *forced, *[K] * most]  # that so many steps reach, none of which spans a forced knot
-    z, error = torch.empty_like(x), torch.zeros(most + 1, K + 1, dtype=torch.float64, device="cpu")
+    z, error = torch.empty_like(x), torch.zeros(most + 1, K + 1, groups.count, dtype=torch.float64, device="cpu")
     z[:] = x[0]  # more than the first of which `free` asks
-    parent = torch.zeros(most + 1, K + 1, dtype=torch.int64, device="cpu")
+    parent = torch.zeros(most + 1, K + 1, groups.count, dtype=torch.int64, device="cpu")
     ahead = torch.empty_like(x)
     for s in range(1, most + 1):
         starts = range(furthest[1]) if s == 1 and free else range(s - 1, min(furthest[s - 1] + 1, K))
@@ -360,11 +406,11 @@ def _own_states(
             first, last = max([starts[0], *(f for f in forced if f < k)]), min(k, starts[-1] + 1)
             h = (cal.times[k] - cal.times[first:last]).to(x).view(-1, *[1] * (x.dim() - 1))
             reached = z[first:last] + h * v[first - starts[0] : last - starts[0]]
-            errors = (reached - x[k]).square_().flatten(2).sum(-1, dtype=torch.float64).mean(1)
-            best = int(errors.argmin())
-            error[s, k], parent[s, k], ahead[k] = errors[best], best + first, reached[best]
+            errors = groups.means((reached - x[k]).square_().flatten(2).sum(-1, dtype=torch.float64))
+            error[s, k], best = (found.cpu() for found in errors.min(0))
+            parent[s, k], ahead[k] = best + first, reached[best.to(x.device)[of], samples]
         z, ahead = ahead, z
-    return parent, {n: error[n, K].item() for n in steps}, _of_each(teacher, x)
+    return parent, {n: error[n, K] for n in steps}, _evaluations_of_each(teacher, x)
 
 
 @objective
@@ -406,7 +452,7 @@ def free(
         at = schedule.times[:-1] + part * (1 - schedule.times[:-1])
         notes = {
             "objective": "free",
-            "evaluations": _of_each(teacher, x),
+            "evaluations": _evaluations_of_each(teacher, x),
             "samples": x.shape[1],
             "indices": list(schedule.indices),
             "cost": schedule.cost,

@@ -16,7 +16,7 @@ OF_PLAN += ("conditioning", "trained", "lora_rank", "accumulate", "gpus", "tflop
 
 def add_arguments(add: Callable, shape: Callable) -> None:
     """shape: a type of option."""
-    many = _options.number("a number of at least 1", lambda a: a >= 1)
+    many = _options.number("a whole number of at least 1", lambda a: a >= 1 and a % 1 == 0)
     add("--parameters", type=many, required=True, help="of the network, such as 12e9")
     add("--shape", type=shape, required=True, help="of a sample, such as 16,128,128")
     add("--tokens", type=_options.positive, required=True, help="of a sample, those of its prompt too")

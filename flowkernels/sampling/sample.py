@@ -18,6 +18,7 @@ from flowkernels._checks import (
 )
 from flowkernels.sampling import capture as capture_module
 from flowkernels.sampling.loop import OPS, initial_state, last_state, steps, traced_euler, velocities_along
+from flowkernels.sampling.sample_schedules import SampleSchedules, run_each
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver
 from flowkernels.velocity.evaluate import warn_if_training
@@ -29,7 +30,7 @@ from flowkernels.velocity.provenance import warn_of_another_pipeline
 def sample(
     velocity: Velocity,
     noise: Tensor,
-    schedule: Schedule | Solver | int | Sequence[float] | Tensor,
+    schedule: Schedule | Solver | SampleSchedules | int | Sequence[float] | Tensor,
     *,
     capture: str | None = None,
     check: bool = True,
@@ -42,7 +43,9 @@ def sample(
             `FusedSampler` makes all steps in one call.
         noise: `[n, *shape]`, the state at the schedule's first time.
         schedule: a Schedule, N for N uniform steps, or N+1 increasing times, from 0 or later to 1; or a Solver from
-            noise to data, whose updates are `linear_update` of as few velocities as it needs.
+            noise to data, whose updates are `linear_update` of as few velocities as it needs; or `SampleSchedules` with
+            a row for each sample: N calls of the network for the whole batch where it takes a time for each sample,
+            which is found out at the cost of a few rows, else a call for each time.
         capture: how the N steps run.
             None: a Python loop.
             "graph": one CUDA graph of the whole loop, on a GPU. It is recorded at the first call and replayed after;
@@ -85,6 +88,12 @@ def sample(
     """
     if torch.compiler.is_compiling():
         return _traced(velocity, noise, schedule, capture)
+    if isinstance(schedule, SampleSchedules):
+        expect(capture in (None, "auto"), "capture", "None or 'auto' for a schedule for each sample", capture)
+        expect_bool(progress, "progress")
+        warn_if_training(velocity, stacklevel=4)
+        warn_of_another_pipeline(schedule, resolve(velocity).provenance, stacklevel=4)
+        return run_each(resolve(velocity), noise, schedule, expect_bool(check, "check"))
     backward = isinstance(schedule, Solver) and schedule.is_inverse
     expect(not backward, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
     warn_of_another_pipeline(schedule, resolve(velocity).provenance, stacklevel=4)
@@ -132,6 +141,8 @@ def _traced(velocity: Velocity, noise: Tensor, schedule, capture: str | None) ->
     expected = "a network inside torch.compile, which fuses on its own"
     expect(not resolve(velocity).is_fused, "velocity", expected, type(velocity).__name__)
     expect(capture in (None, "auto"), "capture", "None or 'auto' inside torch.compile", capture)
+    each = isinstance(schedule, SampleSchedules)
+    expect(not each, "schedule", "one for all samples inside torch.compile", "SampleSchedules")
     warn_if_training(velocity)
     x = initial_state(expect_noise(noise)).contiguous()
     if isinstance(schedule, Solver):

@@ -18,6 +18,7 @@ from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
 
 ROWS_BYTES = 5 << 19  # of the states of several times that are evaluated at once: calibrate's chunks at K = 100
 AGREE = 1e-2  # of a velocity's size, beyond what batches of other sizes round to in bfloat16
+OWN = 0.25  # of how far the velocities of two times are apart: nearer to one than that, it is of that time
 
 
 def velocity_at(velocity: VelocityBase, x: Tensor, t: float | Tensor) -> Tensor:
@@ -55,6 +56,7 @@ class Teacher:
     fused: what makes all of the solver's steps in one call, of a velocity that has such; or None.
     evaluations: of single samples, so far; guidance makes no two of one.
     takes_rows: whether the velocity takes a time for each row, and more rows than samples (`at_times`); None: unknown.
+    takes_each: whether it takes a time for each sample (`at_each`); None: unknown.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Teacher:
         self.total, self.solver, self.order, self.chunk, self.evaluations = total, solver, order, chunk, 0
         self._fields: dict[tuple[int, int], VelocityBase] = {}  # of samples from .. to
         self.takes_rows: bool | None = None
+        self.takes_each: bool | None = None
         self._knows_rows = False  # by more rows than samples
 
     def alone(self) -> "Teacher":
@@ -114,6 +117,51 @@ class Teacher:
         for part, field in self.parts(len(x), first):
             out[part] = velocity_at(field, x[part], t)
         return out
+
+    def at_each(self, x: Tensor, times: Tensor) -> Tensor:
+        """The velocities of all samples, whose states are x `[n, *shape]`, each at its own time, float64 `[n]`.
+
+        One call of the network where it takes these; whether it does is found out once, where the times make a
+        difference, at the cost of four rows: the samples of the first and the last time, alone, at both. Else a call
+        for the samples of each time.
+        """
+        t, field = times.to("cpu", torch.float64), self._field(0, len(x))
+        first, last = int(t.argmin()), int(t.argmax())
+        if t[first] == t[last]:
+            return self.at(x, t[first].item())
+        found = None
+        if self.takes_each is not False:
+            try:
+                found = velocity_at(field, x, t)
+            except Exception:  # whatever a callable makes of several times
+                if self.takes_each:
+                    raise
+            self.evaluations += len(x)
+        if self.takes_each is None:
+            self.takes_each = False if found is None else self._is_of_each(x, t, found, [first, last])
+        if self.takes_each:
+            return found.to(x.dtype)
+        out = torch.empty_like(x)
+        for now in t.unique().tolist():
+            rows = (t == now).nonzero().flatten()
+            out[rows] = velocity_at(self._field_of(rows), x[rows], now).to(x.dtype)
+            self.evaluations += len(rows)
+        return out
+
+    def _is_of_each(self, x: Tensor, t: Tensor, found: Tensor, rows: list[int]) -> bool | None:
+        """Whether velocities of a whole batch are those of each sample alone at its own time, in two rows of different
+        times: nearer to these than to those of the other time. None where the two times' are equal but for rounding."""
+        decided = True
+        for row, other in (rows, rows[::-1]):
+            field, state = self._field_of(torch.tensor([row], device="cpu")), x[[row]]
+            own, another = (velocity_at(field, state, t[[at]]).double() for at in (row, other))
+            self.evaluations += 2
+            off, apart = (own - found[[row]].double()).norm(), (own - another).norm()
+            rounding = 64 * torch.finfo(found.dtype).eps * own.norm()
+            if not off <= torch.maximum(rounding, OWN * apart):
+                return False
+            decided = decided and bool(apart > 4 * rounding)
+        return True if decided else None
 
     def at_times(self, x: Tensor, times: Sequence[float], first: int = 0) -> Tensor:
         """The velocities `[m, n, *shape]` at m times, of each of which x `[m, n, *shape]` has the states of all samples
