@@ -43,6 +43,7 @@ from torch import Tensor, nn
 import flowkernels as fk
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.cli.main import main as command_line
+from flowkernels.integrations import host_loops
 from flowkernels.integrations.export import RECEIVERS
 from flowkernels.models import bundled, closed_form, networks
 from flowkernels.ops.mlp_sample import Layer, Source
@@ -1225,6 +1226,7 @@ def _others(cal) -> None:
     prefer = ("ema", lambda v: isinstance(v, str) and v != "")
     place("load_weights", fk.load_weights, (OSError,), net=of_net, path=of_path, prefer=prefer)
     place("network_notes", bundled.network_notes, (OSError,), path=of_path)
+    _host_loops()
     with contextlib.suppress(ImportError):
         diffusers = importlib.import_module("diffusers")
         from flowkernels.integrations.diffusers import sigmas_for, solver_scheduler
@@ -1238,6 +1240,41 @@ def _others(cal) -> None:
         importlib.import_module("transformers")
         _pipeline(diffusers)
     del net
+
+
+class Host:
+    def velocity(self, x_t, time):
+        return velocity(x_t, torch.as_tensor(time))
+
+    def sample(self):
+        x = rand(N, D)
+        for i in range(3):
+            x = x + self.velocity(x, i / 3) / 3
+        return x
+
+
+def _host_loops() -> None:
+    host = Host()
+    is_pair = lambda v: isinstance(v, (list, tuple, np.ndarray)) and len(v) == 2 and v[0] != v[1]  # noqa: E731
+    ends = (None, or_none(lambda v: is_pair(v) and all(map(within(-math.inf), v))))
+    where = dict(
+        owner=(lambda: host, nothing_else, "name"),
+        name=("velocity", nothing_else),
+        state=(None, is_one_of(None, "x_t")),
+        time=(None, is_one_of(None, "time")),
+        ends=ends,
+        sign=(1, lambda v: type(v) is int and v in (1, -1)),
+        check=(True, is_flag),
+    )
+    from_noise = lambda v: is_plan(v) and fk.Solver.of(v).times[0] == 0  # noqa: E731
+    place("host_loop", host_loops.host_loop, **where, solver=(3, from_noise), times=(None, or_none(nothing_else)))
+    velocity_of = host_loops.host_velocity
+    # called once beside the call that is recorded, whose arguments say the rest
+    place("host_velocity", velocity_of, **where, call=(lambda: host.sample, nothing_else))
+    known = velocity_of(host, "velocity", host.sample)
+    x = (lambda: rand(N, D), lambda v: is_dense(*FLOATS)(v) and v.shape[1:] == (D,))
+    place("HostVelocity", known, x=x, t=(0.5, are_within_one))
+    place("HostVelocity.loop", known.loop, solver=(3, from_noise), check=(True, is_flag))
 
 
 def are_within_one(t) -> bool:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import flowkernels as fk
-from flowkernels.integrations import diffusers
+from flowkernels.integrations import diffusers, host_loops
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # what a caller neither makes nor calls
@@ -26,6 +26,8 @@ PUBLIC = {name: getattr(fk, name) for name in fk.__all__ if name not in WITHOUT}
 # pipeline_velocity's is run by tests/pipelines: diffusers has few pipelines without transformers
 PUBLIC |= {name: getattr(diffusers, name) for name in diffusers.__all__ if name != "pipeline_velocity"}
 
+PUBLIC |= {name: getattr(host_loops, name) for name in host_loops.__all__}
+
 
 @pytest.mark.parametrize("name", PUBLIC)
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -33,7 +35,7 @@ def test_the_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     text, module = inspect.getdoc(PUBLIC[name]), inspect.getmodule(PUBLIC[name])
-    names = dict(fk=fk, torch=torch) | {name: getattr(diffusers, name) for name in diffusers.__all__}
+    names = dict(fk=fk, torch=torch) | {k: getattr(m, k) for m in (diffusers, host_loops) for k in m.__all__}
     example = doctest.DocTestParser().get_doctest(text, names, name, module.__file__, None)
     assert example.examples, f"{name} has no example"
     out = []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import flowkernels as fk
 from flowkernels.integrations.diffusers import pipeline_velocity, sigmas_for, solver_scheduler
+from flowkernels.integrations.host_loops import host_loop, host_velocity
 
 
 def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
@@ -123,6 +124,18 @@ def pieces(velocity: fk.Velocity, noise: Tensor) -> fk.Schedule:
     of_all = fk.calibrate(velocity, drawn, 50, [4], group=everywhere)
     assert_type(fk.fit_solver(velocity, of_all, 4, group=everywhere), fk.Solver)
     return fk.least_cost_schedules(costs.cost(), trajectory.times, [4])[4]
+
+
+def host(policy: nn.Module, act: Callable[[], Tensor], cal: fk.Calibration) -> Tensor:
+    velocity = host_velocity(policy, "denoise_step", act, ends=(1, 0), check=False)
+    assert_type(velocity.noise, Tensor)
+    fk.calibrate(velocity, velocity.noise, grid=50, steps=[4])
+    with host_loop(policy, "denoise_step", cal[4], state="x_t", time="timestep", ends=(1, 0), sign=1) as loop:
+        act()
+    with velocity.loop(cal.best(4)):
+        act()
+    assert_type(loop.state, Tensor | None)
+    return act()
 
 
 class Mine(fk.VelocityBase):
