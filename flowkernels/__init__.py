@@ -54,6 +54,7 @@ from flowkernels.training.students.noise_prediction import NoisePrediction
 from flowkernels.training.sweep import evaluate_checkpoints
 from flowkernels.training.training_cost import training_cost
 from flowkernels.training.training_plan import TrainingPlan, training_plan
+from flowkernels.velocity.denoiser import Denoiser, from_denoiser
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase
 from flowkernels.velocity.time_embedding import HasTimeEmbedding
@@ -69,6 +70,7 @@ __all__ = [
     "BankBatch",
     "Blockwise",
     "Calibration",
+    "Denoiser",
     "Evaluation",
     "FusedHead",
     "FusedSampler",
@@ -105,6 +107,7 @@ __all__ = [
     "export",
     "fit_solver",
     "forward_pairs",
+    "from_denoiser",
     "fuse",
     "fuse_head",
     "invert",

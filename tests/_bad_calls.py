@@ -349,6 +349,13 @@ def are_within_1(v) -> bool:
     return t.numel() > 0 and bool(((t >= 0) & (t <= 1)).all())
 
 
+def are_finite(v) -> bool:
+    try:
+        return bool(torch.as_tensor(v).double().isfinite().all())
+    except Exception:
+        return False
+
+
 def are_callbacks(v) -> bool:
     return isinstance(v, (list, tuple)) and all(is_function(each) for each in v)
 
@@ -957,6 +964,32 @@ def _stages(cal) -> None:
         net=module,
         path=("straight", is_one_of("straight", "variance_preserving")),
     )
+
+    denoising = Net()
+
+    def denoised(path):
+        made = fk.from_denoiser(denoising, "data", path, time_range=(0.01, 2.0))
+        fk.sample(made, made.initial(rand(N, D)), made.grid(2))
+
+    is_table = lambda v: is_dense(F32, F64, torch.bfloat16, torch.float16)(v) and v.dim() == 1  # noqa: E731
+    place(
+        "from_denoiser",
+        fk.from_denoiser,
+        model=(lambda: Net(), is_function),
+        **dict(predicts=("data", is_one_of("data", "noise", "v")), path=("variance_exploding", nothing_else)),
+        **dict(time_range=((0.01, 2.0), lambda v: isinstance(v, (list, tuple, np.ndarray, Tensor)) and len(v) == 2)),
+        **dict(time=("sigma", lambda v: v is None or is_function(v)), rounded=(False, is_flag)),
+    )
+    place("from_denoiser path", denoised, path=("variance_exploding", lambda v: is_table(v) or is_function(v)))
+    made = fk.from_denoiser(Net(), time_range=(0.01, 2.0))
+    are_times = lambda v: not isinstance(v, (str, bytes)) and not is_number(v)  # noqa: E731
+    place("Denoiser.times", made.times, own=([0.01, 1.0], lambda v: are_times(v) and are_finite(v)))
+    place("Denoiser.own_times", made.own_times, t=([0.5, 1.0], lambda v: are_times(v) and are_finite(v)))
+    place("Denoiser.grid", made.grid, steps=(3, is_int(1, 10**6)))
+    place("Denoiser.initial", made.initial, noise=(lambda: rand(N, D), is_noise))
+    at = (0.5, or_none(lambda v: isinstance(v, fractions.Fraction) or within(0.1, 1, "[]")(v)))
+    place("Denoiser.state", made.state, z=(lambda: rand(N, D), is_noise), t=at)
+    place("Denoiser.own_state", made.own_state, x=(lambda: rand(N, D), is_noise), t=at)
     place(
         "Blockwise",
         fk.Blockwise,

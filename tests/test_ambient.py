@@ -297,6 +297,21 @@ def objects(w, tmp_path):
 
 
 @stage
+def from_denoiser(w, tmp_path):
+    net, noise, found = w["net"], w["noise"], []
+    paths = [
+        ("data", "variance_exploding", (0.01, 20.0)),
+        ("noise", torch.linspace(0.999, 0.01, 50, dtype=torch.float64, device="cpu"), None),
+    ]
+    paths += [("v", "cosine", None), ("data", lambda s: (1 - s * s, s), (0.01, 0.9))]
+    for predicts, path, ends in paths:
+        v = fk.from_denoiser(net, predicts, path, time_range=ends)
+        found += [v.grid(3), fk.sample(v, v.initial(noise), v.grid(3)), v.own_times(v.grid(3))]
+    v = fk.from_denoiser(w["guided"], "noise", [0.99, 0.5, 0.1])
+    return [*found, fk.rollout(v, v.state(noise), v.grid(3))]
+
+
+@stage
 def stored_calls(w, tmp_path):
     path = tmp_path / f"{threading.get_ident()}.safetensors"
     with fk.record_calls("euler_step", path, calls=1):

@@ -19,8 +19,8 @@ from flowkernels.training.run.bank import RunBank
 from flowkernels.training.run.pairs import RunPairs
 from flowkernels.training.run.settings import Settings
 from flowkernels.training.students.average_velocity import AverageVelocity
-from flowkernels.training.students.composite import Composite
 from flowkernels.training.students.student import conditioned
+from flowkernels.velocity.composite import Composite
 from flowkernels.velocity.protocol import VelocityBase, as_given, resolve
 
 

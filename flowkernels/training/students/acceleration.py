@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flowkernels._checks import FLOATS, expect, expect_tensor, expect_text
 from flowkernels.ops.euler_step import euler_step
 from flowkernels.solver import Solver
-from flowkernels.training.students.composite import Composite, answer_of, expect_state
+from flowkernels.velocity.composite import Composite, answer_of, expect_state
 from flowkernels.velocity.field import float64_device
 from flowkernels.velocity.protocol import VelocityBase
 from flowkernels.velocity.time_embedding import Embedding

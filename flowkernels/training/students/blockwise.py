@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from flowkernels._checks import expect, expect_list
 from flowkernels.schedule import Schedule
-from flowkernels.training.students.composite import Composite, answer_of, expect_state
 from flowkernels.training.students.modules import copied, unwrapped
+from flowkernels.velocity.composite import Composite, answer_of, expect_state
 from flowkernels.velocity.field import VelocityField, float64_device
 from flowkernels.velocity.protocol import VelocityBase, is_per_sample, on_tensors
 

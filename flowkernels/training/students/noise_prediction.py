@@ -10,7 +10,7 @@ from flowkernels._checks import expect, expect_bool, expect_choice
 from flowkernels.ops.library import is_transformed
 from flowkernels.ops.linear_update import linear_update
 from flowkernels.solver import Solver
-from flowkernels.training.students.composite import Composite, answer_of, expect_state
+from flowkernels.velocity.composite import Composite, answer_of, expect_state
 from flowkernels.velocity.field import float64_device
 from flowkernels.velocity.time_embedding import Embedding
 

@@ -18,7 +18,7 @@ from flowkernels.runtime.torch_private import (
     tree_flatten,
     tree_unflatten,
 )
-from flowkernels.training.students.composite import Composite
+from flowkernels.velocity.composite import Composite
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.hashes import IN_PLACE, unwrapped
 

@@ -16,7 +16,6 @@ from flowkernels.runtime.sharded import is_fully_sharded, local
 from flowkernels.runtime.torch_private import keeps_parametrized
 from flowkernels.training.students.average_velocity import AverageVelocity
 from flowkernels.training.students.blockwise import Blockwise
-from flowkernels.training.students.composite import Composite
 from flowkernels.training.students.modules import (
     copied,
     plain_state,
@@ -29,6 +28,7 @@ from flowkernels.training.students.second_time import TwoTimes
 from flowkernels.training.students.starting import start_from
 from flowkernels.training.students.trial import Trial
 from flowkernels.training.students.unchanged import unchanged
+from flowkernels.velocity.composite import Composite
 from flowkernels.velocity.evaluate import evaluate
 from flowkernels.velocity.field import VelocityField
 from flowkernels.velocity.protocol import Velocity, VelocityBase, as_given, resolve

@@ -64,11 +64,12 @@ def expect_state(x: Any, t: Any) -> None:
     expect(t.shape == x.shape[:1], "t", f"[{len(x)}], a time for each sample", t)
 
 
-def answer_of(network: nn.Module, name: str, like: Tensor, x: Tensor, t: Tensor, **given: Any) -> Tensor:
-    """A network's answer, of the shape of a state `like`. name: of the argument that it is. given: by name."""
+def answer_of(network: Callable, name: str, like: Tensor, x: Tensor, t: Tensor, **given: Any) -> Tensor:
+    """A network's answer, of the shape of a state `like`. name: of the argument that it is. given: by name. Times that
+    are integers are passed on as they are."""
     if given and isinstance(network, VelocityField):
         network, given = network.with_conditioning(given), {}
-    v = network(x, resolve(network).time_for(t, x), **given)
+    v = network(x, resolve(network).time_for(t, x) if t.is_floating_point() else t, **given)
     if not isinstance(v, Tensor) or v.shape != like.shape:
         expect(False, name, f"an answer of x's shape {list(like.shape)}", describe(v))
     return v
