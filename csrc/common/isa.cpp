@@ -35,12 +35,15 @@ unsigned saved() {
   return low;
 }
 
+[[maybe_unused]] bool has_bf16() {  // AVX512-BF16
+  return has(Cpuid(7, 1).a, {5});
+}
+
 // The processor has the matrix unit for bfloat16, and the system lets this process use its registers.
 [[maybe_unused]] bool has_amx(unsigned registers) {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // Linux: ARCH_REQ_XCOMP_PERM
   return has(registers, {17, 18}) && has(Cpuid(7, 0).d, {22, 24}) &&  // AMX-BF16, -TILE
-         has(Cpuid(7, 1).a, {5}) &&                                   // AVX512-BF16
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+         has_bf16() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 
@@ -53,6 +56,9 @@ Isa best() {
 #if defined(FK_AMX)
   if (has_amx(registers)) return Isa::amx;
 #endif
+#if defined(FK_BF16)
+  if (has_bf16()) return Isa::avx512_bf16;
+#endif
   return Isa::avx512;
 #endif
   return Isa::baseline;
@@ -62,14 +68,18 @@ Isa choose() {
   const Isa top = best();
   const char* name = std::getenv("FLOWKERNELS_ISA");
   if (!name || !*name) return top;
-  for (Isa i : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx}) {
+#if defined(FK_EMULATED_BF16)
+  if (!std::strcmp(name, isa_name(Isa::emulated_bf16))) return Isa::emulated_bf16;
+#endif
+  for (Isa i : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
     if (std::strcmp(name, isa_name(i))) continue;
     if (i > top)
       throw std::runtime_error(std::string("FLOWKERNELS_ISA=") + name + ": this processor or build has at most " +
                                isa_name(top));
     return i;
   }
-  throw std::runtime_error(std::string("FLOWKERNELS_ISA: expected baseline, avx2, avx512 or amx, got '") + name + "'");
+  throw std::runtime_error(std::string("FLOWKERNELS_ISA: expected baseline, avx2, avx512, avx512_bf16 or amx, got '") +
+                           name + "'");
 }
 
 }  // namespace
@@ -80,8 +90,8 @@ Isa isa() {
 }
 
 const char* isa_name(Isa i) {
-  constexpr const char* names[] = {"baseline", "avx2", "avx512", "amx"};
-  return names[int(i)];
+  constexpr const char* names[] = {"emulated_bf16", "baseline", "avx2", "avx512", "avx512_bf16", "amx"};
+  return names[int(i) + 1];
 }
 
 }  // namespace fk

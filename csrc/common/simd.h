@@ -14,7 +14,7 @@
 namespace fk {
 namespace FK_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(FK_EMULATED_BF16)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
@@ -61,8 +61,11 @@ FK_INLINE vf splat(float a) {
   return a - vf{};  // a + 0 would be another operation: it takes the sign from -0
 }
 // Keeps a loaded vector in a register. The compiler would rather load it again for each of its uses.
-FK_INLINE void hold(vf& v) {
-#if defined(__x86_64__)
+template <class V>
+FK_INLINE void hold(V& v) {
+#if defined(FK_EMULATED_BF16)  // longer than a register
+  (void)v;
+#elif defined(__x86_64__)
   asm("" : "+v"(v));
 #endif
 }
@@ -70,7 +73,9 @@ FK_INLINE void hold(vf& v) {
 // A product that is rounded before it is added to: the compiler would else be free to contract it with the sum.
 template <class V>
 FK_INLINE V rounded(V v) {
-#if defined(__x86_64__)
+#if defined(FK_EMULATED_BF16)
+  asm("" : "+m"(v));
+#elif defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
@@ -161,7 +166,7 @@ FK_INLINE void stream(float* p, vf v) {
   _mm512_stream_ps(p, (__m512)v);
 #elif defined(__AVX2__)
   _mm256_stream_ps(p, (__m256)v);
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(FK_EMULATED_BF16)
   _mm_stream_ps(p, (__m128)v);
 #else
   store(p, v);

@@ -78,7 +78,7 @@ inline double eps(Dtype t) {
   return t == f64 ? kEps64 : t == f32 ? 0x1p-23 : t == bf16 ? 0x1p-7 : 0x1p-10;
 }
 inline int lanes(Dtype t) {
-  return (16 << std::min(int(fk::isa()), 2)) / size_of(t);
+  return (16 << std::clamp(int(fk::isa()), 0, 2)) / size_of(t);
 }
 inline double half_ulp(double v, Dtype t) {
   return std::max(std::fabs(v) * eps(t) / 2, t == f16 ? 0x1p-25 : t == bf16 ? 0x1p-134 : 0x1p-150);

@@ -5,13 +5,13 @@
 template <class Module>
 void bind_mlp_sample(Module& m) {
   m.def("mlp_pack", [](Address weight, int64_t out, int64_t in, int type, Address packed) {
-    return FK_SELECT_AMX(mlp_pack)({at<float>(weight), out, in, fk::Dtype(type), at(packed)});
+    return FK_SELECT_BF16_AMX(mlp_pack)({at<float>(weight), out, in, fk::Dtype(type), at(packed)});
   });
   m.def(
       "mlp_sample",
       [](Address prepared, Address x, Address out, int64_t n, Address states, Address velocities, int threads) {
-        return FK_SELECT_AMX(mlp_sample)({*at<fk::MlpPrepared>(prepared), at<float>(x), at<float>(out), n,
-                                          at<float>(states), at<float>(velocities), threads});
+        return FK_SELECT_BF16_AMX(mlp_sample)({*at<fk::MlpPrepared>(prepared), at<float>(x), at<float>(out), n,
+                                               at<float>(states), at<float>(velocities), threads});
       },
       py::call_guard<py::gil_scoped_release>());
 }

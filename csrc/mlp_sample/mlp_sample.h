@@ -80,6 +80,8 @@ struct MlpSampleArgs : MlpPrepared {
 
 // The first sample whose result is not finite, or -1.
 typedef int64_t MlpSample(const MlpSampleArgs&);
+FK_DECLARE(MlpSample, mlp_sample)
+FK_DECLARE_BF16(MlpSample, mlp_sample)
 FK_DECLARE_AMX(MlpSample, mlp_sample)
 
 // Weights as the kernel reads them. The size does not depend on the values.
@@ -90,6 +92,8 @@ struct MlpPackArgs {
   void* packed;  // on a cache line, or null to ask for the size alone
 };
 typedef int64_t MlpPack(const MlpPackArgs&);  // bytes
+FK_DECLARE(MlpPack, mlp_pack)
+FK_DECLARE_BF16(MlpPack, mlp_pack)
 FK_DECLARE_AMX(MlpPack, mlp_pack)
 
 // On a GPU MlpPrepared, its layers, tables, step sizes and updates lie in host memory, what they point at in device

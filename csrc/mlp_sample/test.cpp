@@ -61,10 +61,11 @@ struct Network {
         w.push_back(low ? decode(encode(float(weight[i]), bf16), bf16) : weight[i]);
       }
       const fk::MlpPackArgs args = {weight.as<float>(), width, in_width, low ? bf16 : f32, nullptr};
-      const int64_t bytes = FK_SELECT_AMX(mlp_pack)(args);
+      const int64_t bytes = FK_SELECT_BF16_AMX(mlp_pack)(args);
       memory.push_back(std::make_unique<Tensor>(bf16, bytes / 2));
       packed = memory.back()->as();
-      const int64_t again = FK_SELECT_AMX(mlp_pack)({weight.as<float>(), width, in_width, low ? bf16 : f32, packed});
+      const int64_t again =
+          FK_SELECT_BF16_AMX(mlp_pack)({weight.as<float>(), width, in_width, low ? bf16 : f32, packed});
       if (again != bytes) fail("bytes", 0, double(again), double(bytes));
     }
     const int64_t scale = table(width, rows[0], 1), shift = table(width, rows[1], 0), each = table(width, rows[2], 0);
@@ -164,8 +165,9 @@ struct Network {
                                         multistep ? terms.data() : nullptr,
                                         multistep ? steps - 1 : 0,
                                         scales.empty() ? nullptr : scales.data()};
-      const int64_t bad = FK_SELECT_AMX(mlp_sample)({prepared, in_place ? out.as<float>() : x.as<float>(),
-                                                     out.as<float>(), n, states.as<float>(), v.as<float>(), threads});
+      const int64_t bad =
+          FK_SELECT_BF16_AMX(mlp_sample)({prepared, in_place ? out.as<float>() : x.as<float>(), out.as<float>(), n,
+                                          states.as<float>(), v.as<float>(), threads});
       if (bad != -1) fail("returned", 0, double(bad), -1);
     };
     run_all({&out, &states, &v}, kernel, [&] {
@@ -319,7 +321,8 @@ TEST(mlp_sample) {
     const fk::MlpPrepared prepared = {
         5, 2, h.as<double>(), net.layers.data(), 1, net.row, v, net.tables[0].data(), nullptr,
         1, 0, nullptr,        nullptr,           0, nullptr};
-    const int64_t got = FK_SELECT_AMX(mlp_sample)({prepared, x.as<float>(), out.as<float>(), 97, nullptr, nullptr, 3});
+    const int64_t got =
+        FK_SELECT_BF16_AMX(mlp_sample)({prepared, x.as<float>(), out.as<float>(), 97, nullptr, nullptr, 3});
     if (got != bad) fail("returned", 0, double(got), double(bad));
   }
 }

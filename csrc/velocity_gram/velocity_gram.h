@@ -23,6 +23,7 @@ struct VelocityGramArgs {
 };
 
 using velocity_gram_fn = void(const VelocityGramArgs&);
+FK_DECLARE(velocity_gram_fn, velocity_gram)
 FK_DECLARE_AMX(velocity_gram_fn, velocity_gram)
 
 namespace cuda {

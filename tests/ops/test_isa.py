@@ -18,7 +18,7 @@ from flowkernels.ops.euler_step import euler_step
 from flowkernels.ops.public import OPS
 from flowkernels.runtime import backends
 
-NAMES = ("baseline", "avx2", "avx512", "amx")
+NAMES = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
@@ -75,7 +75,7 @@ def test_unknown_instruction_set(done):
     """It is an error that says what was expected and what came, never a quiet fall to another set or backend."""
     out, errors, status = done["sse9"]
     assert status == 0, errors
-    message = "FLOWKERNELS_ISA: expected baseline, avx2, avx512 or amx, got 'sse9'"
+    message = "FLOWKERNELS_ISA: expected baseline, avx2, avx512, avx512_bf16 or amx, got 'sse9'"
     assert [(line.split()[0], message in line) for line in out.splitlines()] == [("cpu", True), ("auto", True)], out
 
 

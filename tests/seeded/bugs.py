@@ -167,12 +167,12 @@ CPU = {
             of_op("linear_euler"),
         ),
     ],
-    "csrc/mlp_sample/cpu.cpp": [
+    "csrc/mlp_sample/panels.h": [
         Bug(
-            "a panel of three",
-            "outputs of a layer whose last panel has three vectors",
-            "case 3: return product_of<W, 3>(rows);",
-            "case 3: return product_of<W, 2>(rows);",
+            "a group of five",
+            "samples that are multiplied five at a time",
+            "case 5: return product<D, 5, V, 1>;",
+            "case 5: return product<D, 4, V, 1>;",
             of_op("mlp_sample"),
         ),
     ],
