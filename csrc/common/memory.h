@@ -14,6 +14,7 @@ void release(void*);
 void advise_large_pages(void* p, size_t bytes);
 
 int64_t level2_bytes();  // of one core's second-level cache; 1 MiB where the system does not say
+int64_t level3_bytes();  // of the cache that cores share; 8 MiB where the system does not say
 
 // Whether a thread that writes this many bytes does better past the caches (simd.h: stream).
 bool past_caches(int64_t bytes);

@@ -1,9 +1,10 @@
-// One pass over the velocities. A chunk of columns is differenced into a tile that stays in L2, and the tile's rows are
-// multiplied with each other, upper triangle only, 4 x NJ dot products at a time in registers.
+// One pass over the velocities. A chunk of columns is differenced into a tile that stays near the core, and the tile's
+// rows are multiplied with each other, upper triangle only, 4 x NJ dot products at a time in registers. Meanwhile the
+// next chunk is fetched.
 //
-//   v [K, M]  --chunk of columns-->  tile [R, chunk]  -->  G[j, i] += <tile_j, tile_i>, i <= j
+//   v [K, M]  --chunk of columns-->  tile [R, chunk]  -->  G[j, i] += <tile_j, tile_i>, i >= j
 //
-// float32 accumulates along a chunk of at most 1,024 columns (64 products a lane), then moves to float64.
+// float32 accumulates along a chunk of at most 1,024 columns (64 products a lane of AVX-512), then moves to float64.
 #include "common/memory.h"
 #include "common/simd.h"
 #include "common/threads.h"
@@ -15,10 +16,13 @@ namespace {
 
 constexpr int kRows = 4;
 #if defined(__AVX512F__)
-constexpr int kCols = 6;  // 24 accumulators + 4 + 1 of 32 registers
+constexpr int kCols = 6;  // 24 accumulators + 6 + 1 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kCols = 3;  // 12 accumulators + 3 + 1 of 16 registers
 #else
-constexpr int kCols = 2;  // 8 accumulators + 4 + 1 of 16 registers
+constexpr int kCols = 2;  // 8 accumulators + 2 + 1 + a product of 16 registers
 #endif
+constexpr int64_t kLeastColumns = 512, kMostColumns = 1024;  // of a chunk: a tile's end costs what 64 columns do
 
 int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
@@ -44,14 +48,19 @@ FK_INLINE void dot_tile(const T* A,  // kRows rows, ld apart
 #pragma GCC unroll 8
     for (int b = 0; b < NJ; b++) acc[a][b] = V{};
   for (int64_t c = 0; c < n; c += Vector<T>::n) {
-    V av[kRows];
-#pragma GCC unroll 8
-    for (int a = 0; a < kRows; a++) av[a] = load(A + a * ld + c);
+    V bv[NJ];
 #pragma GCC unroll 8
     for (int b = 0; b < NJ; b++) {
-      const V bv = load(B + b * ld + c);
+      V v = load(B + b * ld + c);
+      hold(v);
+      bv[b] = v;
+    }
 #pragma GCC unroll 8
-      for (int a = 0; a < kRows; a++) acc[a][b] += av[a] * bv;
+    for (int a = 0; a < kRows; a++) {
+      V av = load(A + a * ld + c);
+      hold(av);
+#pragma GCC unroll 8
+      for (int b = 0; b < NJ; b++) acc[a][b] += av * bv[b];
     }
   }
 #pragma GCC unroll 8
@@ -59,26 +68,48 @@ FK_INLINE void dot_tile(const T* A,  // kRows rows, ld apart
 }
 
 template <class T>
-void dot_tile_edge(int nj, const T* A, const T* B, int64_t ld, int64_t n, double* G, int64_t ldg) {
+void dot_tile(int64_t nj, const T* A, const T* B, int64_t ld, int64_t n, double* G, int64_t ldg) {
   switch (nj) {
     case 1: return dot_tile<T, 1>(A, B, ld, n, G, ldg);
-#if defined(__AVX512F__)
     case 2: return dot_tile<T, 2>(A, B, ld, n, G, ldg);
+#if defined(__AVX2__)
     case 3: return dot_tile<T, 3>(A, B, ld, n, G, ldg);
+#endif
+#if defined(__AVX512F__)
     case 4: return dot_tile<T, 4>(A, B, ld, n, G, ldg);
     case 5: return dot_tile<T, 5>(A, B, ld, n, G, ldg);
+    case 6: return dot_tile<T, 6>(A, B, ld, n, G, ldg);
 #endif
   }
 }
 
+// Lines of memory that are wanted soon, fetched a few at a time
+struct Soon {
+  const char* row;
+  int64_t stride, bytes, rows;  // `bytes` of each row
+  int64_t at = 0;
+};
+FK_INLINE void fetch(Soon& s, int64_t lines) {
+  for (; lines > 0 && s.rows > 0; lines--) {
+    __builtin_prefetch(s.row + s.at, 0, 2);
+    s.at += 64;
+    if (s.at >= s.bytes) s.at = 0, s.row += s.stride, s.rows--;
+  }
+}
+
+// From `rows` on, kRows - 1 rows of the tile are zero
 template <class T>
-void gram_of_tile(const T* tile, int64_t rows, int64_t ld, int64_t n, double* G, int64_t ldg) {
-  for (int64_t j = 0; j < rows; j += kCols)  // these rows stay in L1 while those before them stream past
-    for (int64_t i = 0; i < smaller(j + kCols, rows); i += kRows)  // up to the next multiple of kRows they are zero
-      if (rows - j >= kCols)
-        dot_tile<T, kCols>(tile + i * ld, tile + j * ld, ld, n, G + j * ldg + i, ldg);
-      else
-        dot_tile_edge<T>(int(rows - j), tile + i * ld, tile + j * ld, ld, n, G + j * ldg + i, ldg);
+void gram_of_tile(const T* tile, int64_t rows, int64_t ld, int64_t n, double* G, int64_t ldg, Soon soon) {
+  const int64_t tiles = (rows + kRows) * (rows + kCols) / (2 * kRows * kCols);
+  const int64_t lines = soon.rows * ((soon.bytes + 63) / 64) / larger(tiles, 1) + 1;
+  for (int64_t j = 0, nj = 0; j < rows; j += nj) {  // these rows stay in L1 while those after them stream past
+    const int64_t left = rows - j;
+    nj = left <= kCols ? left : left < 2 * kCols ? (left + 1) / 2 : kCols;  // one row alone is slow
+    for (int64_t i = j; i < rows; i += kRows) {
+      fetch(soon, lines);
+      dot_tile(nj, tile + i * ld, tile + j * ld, ld, n, G + j * ldg + i, ldg);
+    }
+  }
 }
 
 // ---- increments into the tile: n columns, zero up to a whole vector ----
@@ -140,22 +171,23 @@ void pack_secant(const VelocityGramArgs& g, int64_t m, int64_t n, T* tile, int64
     for (int64_t c = n; c % Vector<T>::n; c++) tile[r * ld + c] = 0;
 }
 
+// Equal chunks, of a tile that stays in L2 unless that took more tiles' ends than it saves
 int64_t chunk_columns(int64_t rows, int64_t M, int threads, int element) {
-  const int64_t budget = level2_bytes() * 5 / 8;
-  const int64_t fits = budget / (larger(rows, 1) * element) / 64 * 64;
-  const int64_t share = round_up(larger((M + threads - 1) / threads, 1), 64);
-  return smaller(smaller(larger(fits, 128), 1024), share);
+  const int64_t fits = level2_bytes() * 5 / 8 / (larger(rows, 1) * element);
+  const int64_t most = smaller(larger(fits, kLeastColumns), kMostColumns) / 64 * 64;
+  const int64_t each = threads * ((M + threads * most - 1) / (threads * most));
+  return round_up(larger((M + each - 1) / larger(each, 1), 1), 64);
 }
 
 template <class T, class V>
 void run(const VelocityGramArgs& g) {
-  const int64_t R = g.x ? 2 * g.K - 1 : g.K - 1, rows = round_up(R, kRows);
-  const int64_t chunk = chunk_columns(rows, g.M, g.threads, sizeof(T)), chunks = (g.M + chunk - 1) / chunk;
+  const int64_t R = g.x ? 2 * g.K - 1 : g.K - 1, rows = R + kRows - 1;
+  const int64_t chunk = chunk_columns(R, g.M, g.threads, sizeof(T)), chunks = (g.M + chunk - 1) / chunk;
   const int parts = int(larger(1, smaller(g.threads, chunks)));
   // an odd number of cache lines a row, so that rows do not compete for the same sets
-  const int64_t ld = round_up(chunk, 64 / int64_t(sizeof(T))) + 64 / int64_t(sizeof(T));
-  const size_t tile_bytes = size_t(round_up(rows * ld * int64_t(sizeof(T)), 64));
-  const size_t gram_bytes = size_t(round_up(rows * rows * 8, 64));
+  const int64_t ld = chunk + 64 / int64_t(sizeof(T));
+  const size_t tile_bytes = size_t(rows * ld) * sizeof(T), gram_bytes = size_t(round_up(R * rows * 8, 64));
+  const bool far = !g.x && g.K * g.M * int64_t(sizeof(V)) > level3_bytes() / 2;  // and worth fetching ahead
   char* scratch = static_cast<char*>(allocate((tile_bytes + gram_bytes) * size_t(parts)));
   auto part_gram = [&](int p) {
     return reinterpret_cast<double*>(scratch + (tile_bytes + gram_bytes) * p + tile_bytes);
@@ -164,7 +196,7 @@ void run(const VelocityGramArgs& g) {
   parallel(parts, [&](int p) {
     T* tile = reinterpret_cast<T*>(scratch + (tile_bytes + gram_bytes) * p);
     double* G = part_gram(p);
-    memset(static_cast<void*>(tile), 0, tile_bytes);
+    memset(static_cast<void*>(tile + R * ld), 0, size_t((rows - R) * ld) * sizeof(T));
     memset(G, 0, gram_bytes);
     const int64_t end = chunks * (p + 1) / parts;
     for (int64_t b = chunks * p / parts; b < end; b++) {
@@ -173,12 +205,16 @@ void run(const VelocityGramArgs& g) {
         pack_secant<T, V>(g, m, n, tile, ld);
       else
         pack_euler<T, V>(g, m, n, tile, ld);
-      gram_of_tile(tile, R, ld, padded, G, rows);
+      const V* next = static_cast<const V*>(g.v) + m + chunk;
+      const int64_t bytes = smaller(chunk, g.M - m - chunk) * int64_t(sizeof(V));
+      const Soon soon{reinterpret_cast<const char*>(next), g.v_stride * int64_t(sizeof(V)), bytes,
+                      far && b + 1 < end ? g.K : 0};
+      gram_of_tile(tile, R, ld, padded, G, rows, soon);
     }
   });
 
   for (int64_t j = 0; j < R; j++)
-    for (int64_t i = 0; i <= j; i++) {
+    for (int64_t i = j; i < R; i++) {
       double s = 0;
       for (int p = 0; p < parts; p++) s += part_gram(p)[j * rows + i];
       g.gram[j * R + i] = g.gram[i * R + j] = s;
