@@ -1,11 +1,14 @@
-"""Writes docs/performance.md and its plots from benchmarks/results/*.csv.
+"""Writes docs/performance.md and its plots from benchmarks/results/*.csv, a part for each kind of processor in them.
 
     flowkernels bench --out benchmarks/results && python scripts/performance_report.py
 
-What stands above the mark in docs/performance.md is written by hand and stays.
+What stands above the mark in docs/performance.md is written by hand and stays, and a run on one kind of processor leaves
+the rows of the others in the files.
 """
 
+import argparse
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import pages  # noqa: E402
 
 from flowkernels.bench.suite import cases, entries  # noqa: E402
+from flowkernels.bench.tables import TEXT  # noqa: E402
 from flowkernels.ops.public import OPS  # noqa: E402
 
 OURS, EAGER, COMPILED = "flowkernels cpu", "torch eager", "torch compile"
@@ -27,15 +31,15 @@ HEAD = "1,024 tokens of 1,152 -> 4 channels of 2x2, guided, float32"
 GRAM, GUIDED = "K=100, n=100, D=3072", "Ki elements, guided, bfloat16 velocities and copy, given"
 
 
-def read() -> list[dict]:
+def read(folder: Path) -> list[dict]:
     rows = []
     for entry in entries():
-        path = ROOT / f"benchmarks/results/{entry}.csv"
+        path = folder / f"{entry}.csv"
         if path.exists():
             with open(path, newline="") as f:
                 rows += list(csv.DictReader(f))
     for row in rows:
-        for key in row:
+        for key in row.keys() - TEXT:
             try:
                 row[key] = float(row[key])
             except ValueError:
@@ -140,10 +144,30 @@ def cell(value, digits=3) -> str:
     return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def tables(rows: list[dict]):
+def side_by_side(found: dict[str, Results]):
+    """The targets, with a column for each processor."""
+    columns = [list(targets(r)) for r in found.values()]
+    yield f"| | target | {' | '.join(found)} |"
+    yield "|---" * (len(found) + 2) + "|"
+    for of in zip(*columns, strict=True):
+        what, target, *_ = of[0]
+        figures = ("" if "nan" in figure else figure if met else f"**{figure}**" for *_, figure, met in of)
+        yield f"| {what} | {target} | {' | '.join(figures)} |"
+
+
+def faster(rows: list[dict]) -> list[str]:
+    """The cases in which a peer is faster."""
+    return [
+        f"- {r['entry']}, {r['case']}: {r['best_torch']} takes {r['ratio']:.2f} of our time"
+        for r in rows
+        if r["provider"] == OURS and r["ratio"] != "" and r["ratio"] < 1
+    ] or ["Nowhere."]
+
+
+def tables(rows: list[dict], plots: str):
     """A table for each entry, every provider's row in it."""
     for entry in dict.fromkeys(r["entry"] for r in rows):
-        yield f"\n### {entry}\n\n![{entry}](performance/{entry}.png)\n"
+        yield f"\n#### {entry}\n\n![{entry}]({plots}/{entry}.png)\n"
         titles = ("case", "threads", "provider", "p50 us", "p20", "p80", "x best torch")
         titles += ("GB/s", "% stream", "GFLOP/s", "% FMA", "extra MB")
         yield f"| {' | '.join(titles)} |"
@@ -221,24 +245,43 @@ def limits(rows: list[dict], providers: list[str], panel) -> None:
     panel.legend(fontsize=7)
 
 
-def main() -> None:
-    rows = read()
-    page = ROOT / "docs/performance.md"
-    (ROOT / "docs/performance").mkdir(exist_ok=True)
-    lines = [*pages.targets(targets(Results(rows))), "", "## Where a peer is faster", ""]
-    lines += [
-        f"- {r['entry']}, {r['case']}: {r['best_torch']} takes {r['ratio']:.2f} of our time"
-        for r in rows
-        if r["provider"] == OURS and r["ratio"] != "" and r["ratio"] < 1
-    ] or ["Nowhere in this run."]
-    lines += ["", "## What a call costs, by layer", "", *layers(Results(rows))]
-    keys = ("device", "isa", "torch", "python", "flowkernels", "commit", "date")
-    sources = dict.fromkeys(", ".join(f"{k} {r[k]}" for k in keys) for r in rows)
-    lines += ["", "## Every case", "", *(f"{s}." for s in sources), *tables(rows)]
+def folder_of(processor: str) -> str:
+    """The folder of a processor's plots, beside the page."""
+    return "performance/" + re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
+
+
+def write(results: Path, page: Path, plots: bool = True) -> None:
+    rows = read(results)
+    of = {p: [r for r in rows if r["processor"] == p] for p in dict.fromkeys(r["processor"] for r in rows)}
+    found = {processor: Results(mine) for processor, mine in of.items()}
+    lines = ["## Targets", "", "What is missed is bold; what was not measured, empty.", "", *side_by_side(found)]
+    lines += ["", "## Where a peer is faster"]
+    for processor, mine in of.items():
+        lines += ["", f"### {processor}: where a peer is faster", "", *faster(mine)]
+    lines += ["", "## What a call costs, by layer"]
+    for processor, r in found.items():
+        lines += ["", f"### {processor}: a call by layer", "", *layers(r)]
+    lines += ["", "## Every case"]
+    for processor, mine in of.items():
+        keys = ("device", "isa", "torch", "python", "flowkernels", "commit", "date")
+        sources = dict.fromkeys(", ".join(f"{k} {r[k]}" for k in keys) for r in mine)
+        lines += ["", f"### {processor}: every case", "", *(f"{s}." for s in sources)]
+        lines += tables(mine, folder_of(processor))
     pages.write(page, "performance_report.py", lines)
-    for entry in dict.fromkeys(r["entry"] for r in rows):
-        plot(entry, rows, ROOT / f"docs/performance/{entry}.png")
-    print(f"{page}: {len(rows)} rows")
+    for processor, mine in of.items() if plots else ():
+        folder = page.parent / folder_of(processor)
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in dict.fromkeys(r["entry"] for r in mine):
+            plot(entry, mine, folder / f"{entry}.png")
+    print(f"{page}: {', '.join(f'{len(mine)} rows of {p}' for p, mine in of.items())}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder of CSV files")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md")
+    args = parser.parse_args()
+    write(args.results, args.page)
 
 
 if __name__ == "__main__":

@@ -420,6 +420,56 @@ def test_a_run_is_resumed(bench_on_the_stand_in, monkeypatch, tmp_path, capsys):
         command.main(["bellman", "--resume"])
 
 
+def test_rows_of_other_processors_stay(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(environment, "processor", lambda isa: "this one")
+    arguments = ["bench", "bellman", "--quick", "--seconds", "0.001", "--threads", "1", "--out", str(tmp_path)]
+    assert main.main(arguments) == 0
+    path = tmp_path / "bellman.csv"
+    first = tables.read_csv(path)
+    assert {row["processor"] for row in first} == {"this one"}
+    others = [row | {"processor": name} for name in ("another", "") for row in first]  # "": of an older version
+    tables.write_csv(path, others + first)
+    before = tables.read_csv(path)
+    for more in ([], ["--resume"]):
+        assert main.main([*arguments, *more]) == 0
+        after = tables.read_csv(path)
+        assert after[: len(others)] == before[: len(others)]
+        assert [(row["case"], row["processor"]) for row in after[len(others) :]] == [
+            (row["case"], "this one") for row in first
+        ]
+        assert f"{len(first)} rows, beside {len(others)} of other processors" in capsys.readouterr().out
+    with open(path, "w") as f:
+        f.write("entry,colour\nbellman,red\n")
+    assert main.main(arguments) == 2
+    assert f"--out: expected {path} with columns of this version, got colour" in capsys.readouterr().err
+    assert path.read_text() == "entry,colour\nbellman,red\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "isa", "kind"),
+    [
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "model": "1"}, "avx2", "AMD Zen 3 (avx2)"),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "model": "33"}, "avx2", "AMD Zen 3 (avx2)"),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "model": "17"}, "avx512", "AMD Zen 4 (avx512)"),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "model": "160"}, "avx512", "AMD Zen 4 (avx512)"),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "model": "2"}, "avx2", "AMD Zen 5 (avx2)"),
+        (
+            {"vendor_id": "AuthenticAMD", "cpu family": "99", "model": "2"},
+            None,
+            "AMD family 99 model 2 (no compiled module)",
+        ),
+        ({"vendor_id": "GenuineIntel", "cpu family": "6", "model": "143"}, "amx", "Intel Sapphire Rapids (amx)"),
+        ({"vendor_id": "GenuineIntel", "cpu family": "6", "model": "144"}, "avx2", "Intel family 6 model 144 (avx2)"),
+        ({"CPU implementer": "0x41", "CPU part": "0xd40"}, "baseline", "arm implementer 0x41 part 0xd40 (baseline)"),
+        ({"model name": "A kind"}, "baseline", "A kind (baseline)"),
+    ],
+)
+def test_processors_have_names(cpuinfo, isa, kind, monkeypatch):
+    monkeypatch.setattr(environment, "_cpuinfo", lambda: cpuinfo)
+    monkeypatch.setattr(environment.platform, "machine", lambda: "arm")
+    assert environment.processor(isa) == kind
+
+
 def test_what_there_is_no_time_for_is_named(bench_on_the_stand_in, capsys):
     assert main.main(["bench", "bellman", "--minutes", "1e-9"]) == 0
     out = capsys.readouterr().out

@@ -14,7 +14,7 @@ from flowkernels._files import expect_target, write_or_keep
 from flowkernels.bench import suite
 from flowkernels.bench.case import Case, is_kernel
 from flowkernels.bench.harness import measure, pinned, rows
-from flowkernels.bench.tables import print_case, print_summary, read_csv, write_csv
+from flowkernels.bench.tables import FIELDS, print_case, print_summary, read_csv, write_csv
 from flowkernels.bench.timers import timer
 from flowkernels.runtime import backends, environment
 
@@ -36,7 +36,10 @@ def add_arguments(add: Callable) -> None:
         help="for the whole run, the main cases first; other cases are left out; none, on a GPU 9",
     )
     add("--match", default="", help="only cases whose name contains this")
-    add("--out", type=_options.path, help="folder for one CSV file an entry; none is written if not given")
+    of_others = "in which the rows of other processors stay"
+    add(
+        "--out", type=_options.path, help=f"folder for one CSV file an entry, {of_others}; none is written if not given"
+    )
     add("--resume", action="store_true", help="keep the cases that --out has of this commit and device already")
     add("--list", action="store_true", help="print the names of the cases and stop")
     alone = "of `bench quality` and `bench straightening`, the benchmarks of samples and of training"
@@ -104,15 +107,20 @@ def _in_order(chosen: dict[str, list[Case]], limited: bool) -> list[tuple[str, C
     return [(entry, case) for _, entry, case in found]
 
 
-def _there(args: argparse.Namespace, source: dict) -> dict[str, list[dict]]:
-    """Of each entry, the rows that an earlier run has written."""
-    found = {}
+def _there(args: argparse.Namespace, source: dict) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+    """Of each entry, the rows in --out of other processors, which stay; and with --resume those of this one, version
+    and commit, which need not be measured again."""
+    others, done = {}, {}
     for entry in args.entries or suite.entries():
         path = args.out / f"{entry}.csv"
-        if path.exists():
-            rows = read_csv(path)
-            found[entry] = [r for r in rows if all(r[k] == source[k] for k in ("device", "flowkernels", "commit"))]
-    return found
+        rows = read_csv(path) if path.exists() else []
+        for row in rows:
+            if unknown := [str(key) for key in row if key not in FIELDS]:
+                raise ValueError(f"--out: expected {path} with columns of this version, got {', '.join(unknown)}")
+        others[entry] = [r for r in rows if r.get("processor") != source["processor"]]
+        same = ("device", "processor", "flowkernels", "commit")
+        done[entry] = [r for r in rows if args.resume and all(r.get(k) == source[k] for k in same)]
+    return others, done
 
 
 def _measured(entry: str, case: Case, clock, threads: int, args: argparse.Namespace) -> list[dict]:
@@ -134,7 +142,8 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
     source, failed = environment.provenance(device), False
     print(" | ".join(f"{k} {v}" for k, v in source.items() if v))
     clock, left_out, end = timer(device), [], time.monotonic() + 60 * args.minutes
-    results = {entry: [] for entry in chosen} | (_there(args, source) if args.resume else {})
+    others, done = _there(args, source) if args.out is not None else ({}, {})
+    results = {entry: [] for entry in chosen} | done
     there = {(entry, row["case"]) for entry, rows in results.items() for row in rows}
     for entry, case in _in_order(chosen, args.minutes < math.inf):
         threads = case.threads or args.threads
@@ -152,13 +161,15 @@ def _run(args: argparse.Namespace, device: torch.device) -> int:
         print_case(of_case, clock.titles)
         results[entry] += of_case
         if args.out is not None:
-            write_or_keep(args.out / f"{entry}.csv", "--out", functools.partial(write_csv, results=results[entry]))
+            everyone = others[entry] + results[entry]
+            write_or_keep(args.out / f"{entry}.csv", "--out", functools.partial(write_csv, results=everyone))
     everything = [row for of_entry in results.values() for row in of_entry]
     failed |= any(row["gate"] != "ok" for row in everything if is_kernel(row["provider"]))
     if args.out is not None:
         for entry, of_entry in results.items():
             if of_entry:
-                print(f"{args.out / entry}.csv: {len(of_entry)} rows")
+                beside = f", beside {len(others[entry])} of other processors" if others[entry] else ""
+                print(f"{args.out / entry}.csv: {len(of_entry)} rows{beside}")
     if left_out:
         print(f"\nleft out, {args.minutes:g} minutes being over (--minutes): " + "; ".join(left_out))
     if environment.is_gpu(device):

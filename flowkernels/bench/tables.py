@@ -14,9 +14,19 @@ FIELDS = (
     *("ratio", "best_torch", "gb_s", "gflop_s", "stream_percent", "fma_percent", "extra_mb"),
     *("device", "threads", "isa", "cpu", "torch", "python", "flowkernels", "commit", "date"),
     *("looped_us", "driver", "cuda", "clocks", "host_us"),  # of a GPU
-    "began_s",
+    *("began_s", "processor"),
 )
-TEXT = {"case", "driver", "cuda", "torch", "python", "flowkernels", "commit", "date"}  # as they were written
+TEXT = {
+    "case",
+    "processor",
+    "driver",
+    "cuda",
+    "torch",
+    "python",
+    "flowkernels",
+    "commit",
+    "date",
+}  # as they were written
 
 
 def cell(value: Any) -> str:

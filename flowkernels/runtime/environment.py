@@ -45,6 +45,7 @@ def provenance(device: torch.device) -> dict:
     e = environment()
     return {
         "device": torch.cuda.get_device_name(device) if is_gpu(device) else f"{e['cpu']}, {e['cores']} cores",
+        "processor": torch.cuda.get_device_name(device) if is_gpu(device) else processor(e["instruction_set"]),
         "isa": e["instruction_set"],
         "cpu": e["cpu"],
         "torch": e["torch"],
@@ -84,9 +85,43 @@ def _commit() -> str:
     return head + ("+" if changed else "")
 
 
+# (vendor, family) -> first model of a range and its microarchitecture; "" where no name is certain
+_MICROARCHITECTURES = {
+    ("AMD", 23): ((0x00, "Zen"), (0x30, "Zen 2")),
+    ("AMD", 25): (
+        *((0x00, "Zen 3"), (0x10, "Zen 4"), (0x20, "Zen 3"), (0x60, "Zen 4"), (0x80, "")),
+        *((0xA0, "Zen 4"), (0xB0, "")),
+    ),
+    ("AMD", 26): ((0x00, "Zen 5"), (0x50, ""), (0x60, "Zen 5"), (0x80, "")),
+    ("Intel", 6): (
+        *((0x00, ""), (0x55, "Skylake-SP"), (0x56, ""), (0x6A, "Ice Lake-SP"), (0x6B, "")),
+        *((0x8F, "Sapphire Rapids"), (0x90, ""), (0xAD, "Granite Rapids"), (0xAF, "")),
+        *((0xCF, "Emerald Rapids"), (0xD0, "")),
+    ),
+}
+
+
+def processor(isa: str | None) -> str:
+    """The kind of this machine's CPU, such as "AMD Zen 3 (avx2)": maker, microarchitecture, instruction set."""
+    found = _cpuinfo()
+    vendor = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(found.get("vendor_id", ""), "")
+    kind = _cpu_name()
+    if vendor:
+        family, model = int(found["cpu family"]), int(found["model"])
+        names = [name for first, name in _MICROARCHITECTURES.get((vendor, family), ()) if first <= model]
+        kind = f"{vendor} {names[-1]}" if names and names[-1] else f"{vendor} family {family} model {model}"
+    elif "CPU part" in found:
+        kind = f"{platform.machine()} implementer {found['CPU implementer']} part {found['CPU part']}"
+    return f"{kind} ({isa or 'no compiled module'})"
+
+
 def _cpu_name() -> str:
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What the system says of the first processor; nothing where it says nothing."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        for line in f:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        lines = f.read().partition("\n\n")[0].splitlines()
+        return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {}
