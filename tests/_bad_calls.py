@@ -43,7 +43,7 @@ from torch import Tensor, nn
 import flowkernels as fk
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.cli.main import main as command_line
-from flowkernels.integrations import host_loops
+from flowkernels.integrations import comfy, host_loops
 from flowkernels.integrations.export import RECEIVERS
 from flowkernels.models import bundled, closed_form, networks
 from flowkernels.ops.mlp_sample import Layer, Source
@@ -1260,6 +1260,8 @@ def _others(cal) -> None:
     place("load_weights", fk.load_weights, (OSError,), net=of_net, path=of_path, prefer=prefer)
     place("network_notes", bundled.network_notes, (OSError,), path=of_path)
     _host_loops()
+    place("solver_sigmas", comfy.solver_sigmas, plan=(3, is_plan))
+    place("solver_sampler", comfy.solver_sampler, plan=(3, lambda v: is_plan(v) or is_one_of(*comfy.SOLVERS)(v)))
     with contextlib.suppress(ImportError):
         diffusers = importlib.import_module("diffusers")
         from flowkernels.integrations.diffusers import sigmas_for, solver_scheduler

@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor, nn
 
 import flowkernels as fk
+from flowkernels.integrations.comfy import SolverSampler, list_cards, solver_sampler, solver_sigmas
 from flowkernels.integrations.diffusers import pipeline_velocity, sigmas_for, solver_scheduler
 from flowkernels.integrations.host_loops import host_loop, host_velocity
 
@@ -103,6 +104,10 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     inversion = fk.invert(velocity, noise, fk.Solver.heun(8, inverse=True))
     assert_type(inversion, fk.Inversion)
     assert_type(fk.export(cal, "comfy", steps=4, path="sigmas.txt"), str)
+    assert_type(fk.export(cal, "comfy-nodes", path="ComfyUI/custom_nodes/flowkernels/model.boss.json"), str)
+    assert_type(solver_sampler(cal.best(4)), SolverSampler)
+    assert_type(solver_sampler("heun")(lambda x, sigma: x, noise, solver_sigmas(cal.best_schedule(4))), Tensor)
+    assert_type(list_cards(), list[str])
     print(fk.plot(cal, "plot.png", steps=4).axes[0].get_title())
     assert_type(fk.export(solver, "timegrid", knots_only=True), Tensor)
     assert_type(fk.export(solver, "numpy")["coefficients"].ndim, int)

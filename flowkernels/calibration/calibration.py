@@ -398,6 +398,14 @@ class Calibration(Measured, Mapping):
             raise KeyError(f"steps: expected one of {there}, got {got}{made if possible else ''}")
         return self.choices(steps)[self._best(steps)]
 
+    def best_schedule(self, steps: int) -> Schedule:
+        """Of the schedules among `choices` the one of least verified error, for samplers that make Euler's steps alone;
+        where none was verified, the last one: the Bellman schedule, or the best that was tried. KeyError as `choices`.
+        """
+        errors = self.errors(steps)
+        schedules = {name: of for name, of in self.choices(steps).items() if isinstance(of, Schedule)}
+        return schedules[min(reversed(schedules), key=lambda name: errors.get(name, math.inf))]
+
     def _best(self, steps: int) -> str:
         known, errors = self.choices(steps), self.errors(steps)
         tried = [c for c in self.tried.get(steps, ()) if c.failed is None]

@@ -231,9 +231,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_options.steps, help="number of steps N, whose best is taken; needed unless there is one")
     lost = "leave out coefficients that the sampler cannot run, and a start below sigma = 1 as it takes it"
     add("--knots-only", action="store_true", help=lost)
+    written = "file to write, of diffusers a folder, of comfy-nodes FOLDER/CARD.boss.json; the screen if not given"
     stock = "of diffusers: the folder of the scheduler that it replaces, or of its pipeline: how the network is called"
     add("--like", type=_options.path, help=stock)
-    add("--out", type=_options.path, help="file to write, of diffusers a folder; the screen if not given")
+    add("--out", type=_options.path, help=written)
 
     add = command("plot", _plot, "Sigmas beside stock schedules, step costs and errors of a calibration, as a picture.")
     add("file", type=_options.path, metavar="FILE", help="calibration file (.boss.json)")

@@ -1,7 +1,6 @@
 """Schedules and solvers in the forms that other samplers take: docs/card.md."""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ class Receiver:
     does: what it does with what it is given, in words, with the `{sampler}` that it is to run. suffixes: of the files
     that are written for it; none for a folder. whole: whether it takes coefficients, and so every solver. named: the
     solvers beside Euler's that it has by names of its own. scales: whether it begins at sigma[0] times the noise, and
-    so not at the noise itself where that is below 1.
+    so not at the noise itself where that is below 1. other: what takes a solver that it has not. all_steps: whether it
+    is given a calibration with all that it holds.
     """
 
     does: str
@@ -38,8 +38,11 @@ class Receiver:
     whole: bool = False
     named: tuple[str, ...] = ()
     scales: bool = False
+    other: str = ""
+    all_steps: bool = False
 
 
+CARD = ".boss.json"
 RECEIVERS = {
     "diffusers": Receiver(
         "the folder of a scheduler, which runs every solver at its own times, with no shift on top of them: "
@@ -52,6 +55,14 @@ RECEIVERS = {
         suffixes=(".txt", ".json"),
         named=("heun",),
         scales=True,
+        other="the node of 'comfy-nodes' runs it; ",
+    ),
+    "comfy-nodes": Receiver(
+        "ComfyUI's nodes and a card for them: in its custom_nodes, NAME/CARD.boss.json, beside which the nodes are "
+        "written; they run every solver, where flowkernels is installed for ComfyUI's Python",
+        suffixes=(CARD,),
+        whole=True,
+        all_steps=True,
     ),
     "sdcpp": Receiver(
         "arguments of stable-diffusion.cpp, which runs the sigmas as they are, whatever --flow-shift",
@@ -78,15 +89,21 @@ RECEIVERS = {
     ),
     "json": Receiver("the arrays of numpy as JSON, to the last digit", suffixes=(".json",), whole=True),
 }
-To = Literal["diffusers", "comfy", "sdcpp", "k-diffusion", "timegrid", "numpy", "json"]
+To = Literal["diffusers", "comfy", "comfy-nodes", "sdcpp", "k-diffusion", "timegrid", "numpy", "json"]
 Plan = Calibration | Schedule | Solver | int | Sequence[float] | Tensor
 ROUNDING = 1e-5  # of the noise: a start at sigma = 0.999999, as UniPC's, is one at 1
 FOLDER = {"scheduler_config.json", "sigmas.json"}
+NODES = '''"""flowkernels in ComfyUI: nodes for the cards (.boss.json) in this folder and in models/flowkernels."""
+
+from flowkernels.integrations.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, list_cards
+
+list_cards(__file__)
+'''
 
 
 @overload
 def export(
-    plan: Plan, to: Literal["comfy", "sdcpp"], *, steps: int | None = ..., path: str | Path | None = ...,
+    plan: Plan, to: Literal["comfy", "comfy-nodes", "sdcpp"], *, steps: int | None = ..., path: str | Path | None = ...,
     knots_only: bool = ...,
 ) -> str: ...  # fmt: skip
 @overload
@@ -124,6 +141,8 @@ def export(
             "diffusers": a scheduler for a pipeline, which needs diffusers; of a Calibration with all that it holds,
                 where `steps` is None.
             "comfy": falling sigmas with the last 0 as text, for ComfyUI's ManualSigmas.
+            "comfy-nodes": ComfyUI's nodes, the text of a module, which is written beside the card of a Calibration with
+                all that it holds: `path` is CARD.boss.json in a folder of custom_nodes.
             "sdcpp": the arguments `--sigmas ... --sampling-method ... --steps ...` of stable-diffusion.cpp.
             "k-diffusion": falling sigmas with the last 0, float32 `[N+1]`.
             "timegrid": rising times, float32 `[N+1]`, for flow_matching and torchdiffeq.
@@ -179,7 +198,12 @@ class Export:
         expect(like is None or to == "diffusers", "like", f"None for {to!r}", like)
         self.plan, self.like, self.solver, self.sampler, dropped = plan, like, None, "", ""
         held = _held(plan) if isinstance(plan, Calibration) else []
-        if to == "diffusers" and steps is None and len(held) > 1:
+        if self.receiver.all_steps:
+            known = isinstance(plan, Calibration)
+            expect(known, "plan", "a Calibration, whose card is written", plan, TypeError)
+            expect(steps is None, "steps", f"None for {to!r}, which has all of them", steps)
+            self.told = f"{', '.join(map(str, held))} steps"
+        elif to == "diffusers" and steps is None and len(held) > 1:
             self.told = f"{', '.join(map(str, held))} steps, the best of each"
         else:
             self.solver, self.sampler, dropped = self._chosen(plan, steps)
@@ -203,12 +227,10 @@ class Export:
         """The solver that is exported, the receiver's sampler, and what has been left out, in words."""
         if isinstance(plan, Calibration):
             N = _steps_of(plan, steps)
-            schedules, errors, found = plan.choices(N), plan.errors(N), Solver.of(plan.best(N))
-            fitted = schedules.get(FITTED)
-            schedules = {name: of for name, of in schedules.items() if isinstance(of, Schedule)}  # Euler's steps
-            knots = min(reversed(schedules), key=lambda name: errors.get(name, math.inf))
-            euler = Solver.of(schedules[knots])
-            both = (errors.get(FITTED), errors.get(knots)) if found is fitted else (None, None)
+            choices, errors, found = plan.choices(N), plan.errors(N), Solver.of(plan.best(N))
+            euler, fitted = Solver.of(plan.best_schedule(N)), choices.get(FITTED)
+            of_schedules = [errors[name] for name in errors if isinstance(choices.get(name), Schedule)]
+            both = (errors.get(FITTED), min(of_schedules, default=None)) if found is fitted else (None, None)
             how = "endpoint errors on the verification noise"
         else:
             expect(steps is None, "steps", "None for a plan that is no Calibration", steps)
@@ -224,7 +246,7 @@ class Export:
         worse = f"{both[0]:.3g} with it, {both[1]:.3g} without: {how}" if known else "how much worse is not known"
         named, knots = one_of(["euler", *self.receiver.named]), ", ".join(f"{t:.3g}" for t in euler.times)
         got = f"{found.name!r} of {found.steps} steps, of which more than the knots would be lost ({worse}); "
-        got += f"knots_only=True (--knots-only) exports Euler's steps on the knots [{knots}]"
+        got += f"{self.receiver.other}knots_only=True (--knots-only) exports Euler's steps on the knots [{knots}]"
         expect(self.knots_only, "plan", f"a solver that {self.to!r} has ({named})", got)
         return euler, "euler", f"; all but the knots of {found.name!r} is left out ({worse})"
 
@@ -243,6 +265,9 @@ class Export:
 
     def _comfy(self) -> tuple[str, str]:
         return (text := ", ".join(self._numbers())), text
+
+    def _comfy_nodes(self) -> tuple[str, str]:
+        return NODES, NODES
 
     def _sdcpp(self) -> tuple[str, str]:
         numbers = ",".join(self._numbers())
@@ -286,8 +311,9 @@ class Export:
         suffixes = self.receiver.suffixes
         if not suffixes:
             return _expect_folder(path, name)
-        target = expect_target(path, name, inputs)
-        fits = Path(path).suffix in suffixes
+        find = _expect_beside if self.to == "comfy-nodes" else expect_target
+        target = find(path, name, inputs)
+        fits = str(path).endswith(suffixes)
         expect(fits, name, f"a file name ending in {' or '.join(suffixes)}", str(path))
         return target
 
@@ -300,6 +326,12 @@ class Export:
                     note = "FlowMatchEulerDiscreteScheduler(shift=1.0).set_timesteps(sigmas=sigmas)"
                     data = {"sigmas": self._sigmas[:-1].tolist(), "for": note}
                     (folder / "sigmas.json").write_text(json.dumps(data, indent=1))
+            return
+        if self.to == "comfy-nodes":
+            path.parent.mkdir(exist_ok=True)
+            with whole_file(path.parent / "__init__.py") as partial:
+                partial.write_text(NODES)
+            self.plan.save(path)
             return
         with whole_file(path) as partial, open(partial, "wb") as file:
             if path.suffix == ".pt":
@@ -343,6 +375,22 @@ def _sampler(solver: Solver, receiver: Receiver) -> str | None:
         if same and torch.allclose(known.coefficients, solver.coefficients, rtol=0, atol=1e-12):
             return name
     return None
+
+
+def _expect_beside(path: str | Path, name: str, inputs: Iterable[tuple[str, str | Path | None]]) -> Path:
+    """A card in a folder with ComfyUI's nodes: in one that has them, an empty one, or one that is still to be made."""
+    target = Path(os.path.realpath(_checks.expect_path(path, name)))
+    folder, module = target.parent, target.parent / "__init__.py"
+    own = f"CARD{CARD} in a folder of its own in ComfyUI's custom_nodes"
+    expect(folder.name != "custom_nodes", name, own, str(path))
+    if not folder.exists():
+        there = folder.parent.is_dir() and os.access(folder.parent, os.W_OK | os.X_OK)
+        expect(there, name, "a folder, or one in a folder that can be written to", str(path), FileNotFoundError)
+        return target
+    expect_target(target, name, inputs), expect_target(module, name)
+    ours = not module.exists() or module.read_bytes() == NODES.encode()
+    expect(ours, name, own, f"{path}, beside which there is another {module.name}")
+    return target
 
 
 def _expect_folder(path: str | Path, name: str) -> Path:
