@@ -350,9 +350,9 @@ def expect_finite(noise: Tensor, name: str) -> None:
         expect(False, name, "finite values", f"NaN or Inf in sample {bad}")
 
 
-def expect_times(times, name: str) -> Tensor:
-    """Times as float64 on the CPU: strictly increasing from 0, or later, to 1. An integer K means K uniform
-    steps from 0."""
+def expect_times(times, name: str, whole: bool = True, falling: bool = False) -> Tensor:
+    """Times as float64 on the CPU: strictly increasing from 0, or later, to 1; unless `whole`, to any before as well.
+    An integer K means K uniform steps from 0 to 1. falling: they may be given from the last to the first."""
     compiling = torch.compiler.is_compiling()
     if isinstance(times, numbers.Integral) and not isinstance(times, bool):  # numpy's integers too
         expect(times >= 1, name, "at least 1 step", times)
@@ -371,12 +371,17 @@ def expect_times(times, name: str) -> Tensor:
     if compiling:  # values are not known yet
         return t
     values = t.tolist()  # plain numbers: quicker than tensor operations for a few hundred
+    if falling and all(map(operator.gt, values, values[1:])):
+        t, values = t.flip(0), values[::-1]
     if not all(map(operator.lt, values, values[1:])):  # nothing is less than NaN; Inf is none of the ends below
         expect(all(map(math.isfinite, values)), name, "finite times", times)
         i, (a, b) = next((i, pair) for i, pair in enumerate(itertools.pairwise(values)) if pair[0] >= pair[1])
-        expect(False, name, "strictly increasing times", f"times[{i}] = {a:.9g}, times[{i + 1}] = {b:.9g}")
-    if not (values[0] >= -1e-12 and math.isclose(values[-1], 1, abs_tol=1e-12)):
-        expected = "times from 0 (noise), or later, to 1 (data)"
+        falls = all(map(operator.gt, values, values[1:]))
+        expected = "strictly increasing times" + (" t = 1 - sigma (fk.invert goes back from data)" if falls else "")
+        expect(False, name, expected, f"times[{i}] = {a:.9g}, times[{i + 1}] = {b:.9g}")
+    to_data = math.isclose(values[-1], 1, abs_tol=1e-12)
+    if not (values[0] >= -1e-12 and (to_data or (values[-1] < 1 and not whole))):
+        expected = "times from 0 (noise), or later, to 1 (data)" + ("" if whole else ", or before")
         expect(False, name, expected, f"times from {values[0]:.9g} to {values[-1]:.9g}")
     return t
 

@@ -63,8 +63,9 @@ class Solver:
 
         x_{i+1} = a[i] x_0 + sum_{l <= i} b[i, l] v_l,    v_i = v(x_i, model_times[i])
 
-    times: the knots of its N steps, float64 `[N+1]`, from 0 (noise), or later, to 1 (data); of an inversion in
-        the other direction. One that begins later begins with the state there.
+    times: the knots of its N steps, float64 `[N+1]`, from 0 (noise), or later, to 1 (data), or before; of an inversion
+        in the other direction. One that begins later begins with the state there; one that ends before 1 is for
+        `sample`, `rollout` and `invert`, and the other stages refuse it.
     model_times: the time that the velocity is given at each evaluation, float64 `[M]`.
     coefficients: b, float64 `[M, M]`, zero above the diagonal, in units of time.
     name: what it is, in a word.
@@ -90,7 +91,7 @@ class Solver:
     def __post_init__(self):
         times = expect_float64(self.times, "times", "a sequence of times")
         falls = times.dim() == 1 and len(times) > 1 and bool(times[0] > times[-1])
-        known = expect_times(times.flip(0) if falls else times, "times")
+        known = expect_times(times.flip(0) if falls else times, "times", whole=False)
         t = expect_float64(self.model_times, "model_times", "a sequence of times, one for each evaluation")
         b = expect_float64(self.coefficients, "coefficients", "a table of numbers, a row for each evaluation")
         expect_text(self.name, "name"), expect_mapping(self.notes, "notes")
@@ -140,6 +141,11 @@ class Solver:
     def is_inverse(self) -> bool:
         """Whether it runs from data to noise."""
         return bool(self.times[0] > self.times[-1])
+
+    @property
+    def reaches_data(self) -> bool:
+        """Whether it ends at t = 1."""
+        return abs(self.times[-1].item() - 1) <= 1e-12
 
     @property
     def is_euler(self) -> bool:
@@ -239,9 +245,9 @@ class Solver:
         """Euler steps on a schedule's knots.
 
         Args:
-            schedule: a Schedule, N for N uniform steps, or N+1 increasing times, from 0 or later to 1.
+            schedule: a Schedule, N for N uniform steps, or N+1 increasing times in [0, 1].
             model_times: the time that the velocity is given at each step, where that is not the step's first knot.
-            inverse: from data to noise, on the same knots.
+            inverse: from data to noise, on the same knots, which may then be given from the last to the first.
         """
         times = _knots(schedule, inverse)
         given = times[:-1]
@@ -276,9 +282,9 @@ class Solver:
         schedules of least cost have them: there it is likely to be worse than on uniform knots, or than Euler's steps.
 
         Args:
-            schedule: a Schedule, N for N uniform steps, or N+1 increasing times, from 0 or later to 1.
+            schedule: a Schedule, N for N uniform steps, or N+1 increasing times in [0, 1].
             order: 1 (Euler) or more; beyond 3 or 4 it is unstable on most flows.
-            inverse: from data to noise, on the same knots.
+            inverse: from data to noise, on the same knots, which may then be given from the last to the first.
 
         Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, chapter III.5 (variable steps).
         """
@@ -300,8 +306,8 @@ class Solver:
         An evaluation of the last knot, where velocities of flow models are at their worst, is avoided.
 
         Args:
-            schedule: a Schedule, N for N uniform steps, or N+1 increasing times, from 0 or later to 1.
-            inverse: from data to noise, on the same knots.
+            schedule: a Schedule, N for N uniform steps, or N+1 increasing times in [0, 1].
+            inverse: from data to noise, on the same knots, which may then be given from the last to the first.
 
         Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, algorithm 1.
         """
@@ -320,6 +326,31 @@ class Solver:
                 done[first : first + 2] += h[k] / 2
                 b[first + 1] = done
         return cls(times, at, b, "heun")
+
+    @classmethod
+    def midpoint(cls, schedule: Schedule | int | Sequence[float] | Tensor, *, inverse: bool = False) -> "Solver":
+        """The explicit midpoint method: 2N evaluations in N steps, at each step's first knot and halfway to the next.
+
+        torchdiffeq's `midpoint` on the same times. No velocity at the last knot is evaluated.
+
+        Args:
+            schedule: a Schedule, N for N uniform steps, or N+1 increasing times in [0, 1].
+            inverse: from data to noise, on the same knots, which may then be given from the last to the first.
+
+        Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.1 (Runge, 1895).
+
+        Examples:
+            >>> fk.sample(lambda x, t: 2 * t[:, None] * x, torch.ones(1, 1), fk.Solver.midpoint(1))
+            tensor([[2.]])
+        """
+        times = _knots(schedule, inverse, table=True)
+        N, h = len(times) - 1, times.diff()
+        at, b = times[:-1].repeat_interleave(2), torch.zeros(2 * N, 2 * N, dtype=torch.float64, device="cpu")
+        at[1::2] += h / 2
+        for k in range(N):
+            b[2 * k, 2 * k] = h[k] / 2
+            b[2 * k + 1 :, 2 * k + 1] = h[k]
+        return cls(times, at, b, "midpoint")
 
     def __repr__(self) -> str:
         knots = ", ".join(f"{t:.3g}" for t in self.times)
@@ -344,7 +375,7 @@ def expect_solver(schedule: Schedule | Solver | int | Sequence[float] | Tensor, 
     """What the loops run: a Solver as it is, and Euler's steps on a Schedule, on N uniform steps or on times."""
     if isinstance(schedule, Solver):
         return schedule
-    times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, name)
+    times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, name, whole=False)
     return Solver._euler(times, times[:-1])
 
 
@@ -352,7 +383,7 @@ def _knots(schedule, inverse: bool, table: bool = False) -> Tensor:
     """float64 `[N+1]`, increasing, or decreasing for an inversion. table: of coefficients, to have room."""
     expect(not isinstance(schedule, Solver), "schedule", "a Schedule, a number of steps or times", schedule, TypeError)
     expect_bool(inverse, "inverse")
-    times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
+    times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule", False, inverse)
     if table:
         expect_room(8 * (2 * len(times)) ** 2, "schedule", "coefficients", f"{len(times) - 1} steps")
     return times.flip(0) if inverse else times

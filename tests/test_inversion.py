@@ -178,7 +178,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"^resample_with: expected strictly increasing times"):
         fk.invert(velocity, data, 3, resample_with=[0, 0.5, 0.5, 1])
     with pytest.raises(ValueError, match=r"^schedule: expected strictly increasing times"):
-        fk.invert(velocity, data, [1, 0.5, 0])
+        fk.invert(velocity, data, [1, 0.5, 0.5, 0])
     with pytest.raises(ValueError, match=r"^data: expected finite values, got NaN or Inf in sample 1"):
         fk.invert(velocity, torch.where(torch.arange(5)[:, None] == 1, torch.nan, data), 3)
     with pytest.raises(TypeError, match=r"^data: expected"):

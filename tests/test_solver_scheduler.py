@@ -640,7 +640,7 @@ def test_what_a_stock_scheduler_cannot_run():
         (4, dict(shift_terminal=0.1), r"scheduler: expected one that may end at sigma 0.25, .*=0.1"),
         (4, dict(use_dynamic_shifting=True), r'mu: expected .*cal.provenance\["pipeline"\]\["mu"\], got None'),
         ([0, 1e-9, 1], {}, "schedule: expected sigmas that are apart in float32"),
-        (Solver.heun(3), {}, "schedule: expected Euler steps; solver_scheduler takes others"),
+        (Solver.heun(3), {}, "schedule: expected Euler steps to t = 1; solver_scheduler takes others"),
     ]
     for schedule, config, told in bad:
         with pytest.raises(ValueError, match=f"^{told}"):

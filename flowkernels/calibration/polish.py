@@ -103,7 +103,9 @@ def polish(
     if isinstance(start, Schedule):
         place = schedule_on_grid(calibration, start.steps, start, name="start").indices[0]
     else:
-        place = place_on_grid(calibration, start.times.min().item(), "start", start)
+        begins, ends = start.times[[0, -1]].sort().values.tolist()
+        expect(abs(ends - 1) <= 1e-9, "start", "a solver from noise to data, or from data to noise", start)
+        place = place_on_grid(calibration, begins, "start", start)
         calibration.expect_forced(start.times, "start")
     data = Samples.of(velocity, calibration, noise, chunk, most=samples, start=place, teacher=teacher, ranks=ranks)
     weights = (SQUARED, ROBUST_FIRST) if robust else (SQUARED,)

@@ -241,7 +241,7 @@ def _teacher_solver(given, plans: Plans | NamedPlans, rows: list[Planned], known
     expect(given is None or not known, "teacher_solver", "None with the teacher's samples", given)
     if given is not None:
         solver = expect_solver(given, "teacher_solver")
-        expect(not solver.is_inverse, "teacher_solver", "a solver from noise to data", given)
+        expect(solver.reaches_data, "teacher_solver", "a solver from noise to data", given)
     elif known:
         solver = rows[0].solver  # for its first time alone
     else:

@@ -187,8 +187,9 @@ def log_likelihood(
 
 def _solver_of(given: Schedule | Solver | int | Sequence[float] | Tensor) -> Solver:
     if isinstance(given, Solver):
-        whole = given.is_inverse and given.times[-1].abs() <= 1e-12
-        expect(bool(whole), "solver", "a solver from data to noise, at t = 0 (inverse=True)", given)
+        begin, end = given.times[[0, -1]].tolist()
+        whole = abs(begin - 1) <= 1e-12 and abs(end) <= 1e-12
+        expect(whole, "solver", "a solver from data, at t = 1, to noise, at t = 0 (inverse=True)", given)
         expect(given.keeps_start, "solver", "start coefficients of 1, as Runge-Kutta and multistep methods have", given)
         return given
     times = given.times if isinstance(given, Schedule) else expect_times(given, "solver")

@@ -66,7 +66,7 @@ def _rows(given: Any, name: str | None, velocity: VelocityBase | None) -> Iterat
     elif isinstance(given, Schedule):
         yield Planned(name or "schedule", velocity, Solver.of(given), given)
     elif isinstance(given, Solver):
-        expect(not given.is_inverse, "plans", "solvers from noise to data", given)
+        expect(given.reaches_data, "plans", "solvers from noise to data", given)
         yield Planned(name or given.name, velocity, given, given)
     elif isinstance(given, numbers.Integral) and not isinstance(given, bool):
         schedule = Schedule.uniform(expect_int(given, "plans", STEPS, 1, MOST_STEPS))

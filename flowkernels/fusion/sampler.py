@@ -55,7 +55,7 @@ def fuse(
         velocity: a network `net(x, t)` or a `VelocityField` around one, with its conditioning and guidance. A module
             whose forward takes one input, such as `nn.Sequential` or torchcfm's `MLP(time_varying=True)`, gets x with t
             as its last column.
-        schedule: a Schedule, a Solver, N for N uniform steps, or N+1 increasing times, from 0 or later to 1.
+        schedule: a Schedule, a Solver, N for N uniform steps, or N+1 increasing times in [0, 1].
         shape: of one sample; None tries vectors as long as the outputs of the network's linear layers.
         weights: torch.float32 or torch.bfloat16; None takes bfloat16 for a bfloat16 network, else float32. With
             bfloat16 the inputs of linear layers are rounded to it as well; sums and the state stay in float32.

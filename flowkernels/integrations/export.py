@@ -214,7 +214,7 @@ class Export:
 
     def _expect_start(self, solver: Solver) -> str:
         """What becomes of the noise, in words, where that is another state than the plan's."""
-        expect(not solver.is_inverse, "plan", "a solver from noise to data", solver)
+        expect(solver.reaches_data, "plan", "a solver from noise to data", solver)
         begins = 1 - max(0.0, solver.times[0].item())
         if begins > 1 - ROUNDING or not self.receiver.scales:
             return ""

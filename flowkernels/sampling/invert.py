@@ -28,6 +28,15 @@ class Inversion:
     evaluations: int
 
 
+def expect_inverse(schedule: Schedule | Solver | int | Sequence[float] | Tensor) -> Solver:
+    """A solver from data to noise as it is, and Euler's steps back on a schedule."""
+    if not isinstance(schedule, Solver):
+        return Solver.euler(schedule, inverse=True)
+    expected = "a solver from data to noise (Solver.adams_bashforth(..., inverse=True), fit_solver(inverse=True))"
+    expect(schedule.is_inverse, "schedule", expected, schedule)
+    return schedule
+
+
 @no_grad
 def invert(
     velocity: Velocity,
@@ -40,23 +49,24 @@ def invert(
     check: bool = True,
     progress: bool = False,
 ) -> Inversion:
-    """The noise that a flow makes the data of: its steps from t = 1 to t = 0, or to the first time of a
-    schedule that begins later, with the state there for the noise.
+    """The noise that a flow makes the data of: its steps from t = 1 to t = 0, or from the last time of a schedule to
+    its first, with the states there for data and noise.
 
     Args:
         velocity: as for `sample`, with its guidance and conditioning; a `FusedSampler` or fused head as well.
-        data: `[n, *shape]`, the state at t = 1.
-        schedule: a Schedule, N for N uniform steps, or N+1 increasing times, from 0 or later to 1: Euler steps on the
-            same knots from the last to the first, each with the velocity at the knot that it leaves. Or a Solver that
-            is made for inversion (`inverse=True`).
+        data: `[n, *shape]`, the state at the schedule's last time.
+        schedule: a Schedule, N for N uniform steps, or N+1 times in [0, 1], increasing as for `sample` or falling as
+            they are run: Euler steps on these knots from the last to the first, each with the velocity at the knot that
+            it leaves. Or a Solver that is made for inversion (`inverse=True`).
         round_trip: sample from the noise again, and report the error.
-        resample_with: what samples on the way back, as `sample` takes it. None: the schedule itself. A solver of other
-            than Euler steps does not know its counterpart, so that it has to be given.
+        resample_with: what samples on the way back, as `sample` takes it, from where the inversion ends to where it
+            begins. None: the schedule itself. A solver of other than Euler steps does not know its counterpart, so that
+            it has to be given.
         capture: as for `sample`.
         check: as for `sample`.
         progress: as for `sample`.
 
-    The first evaluation is at t = 1. Velocities that are not defined there, such as
+    The first evaluation is at the last time. Velocities that are not defined at t = 1, such as
     `models.closed_form.EmpiricalVelocity`, need other times: `Solver.euler(schedule, model_times=..., inverse=True)`.
 
     Returns:
@@ -75,18 +85,20 @@ def invert(
         True
     """
     round_trip = expect_bool(round_trip, "round_trip")
-    if isinstance(schedule, Solver):
-        expected = "a solver from data to noise (Solver.adams_bashforth(..., inverse=True), fit_solver(inverse=True))"
-        expect(schedule.is_inverse, "schedule", expected, schedule)
+    solver = expect_inverse(schedule)
     backward = isinstance(resample_with, Solver) and resample_with.is_inverse
     expect(not backward, "resample_with", "a solver from noise to data", resample_with)
     expect(round_trip or resample_with is None, "resample_with", "None without round_trip", resample_with)
-    solver = schedule if isinstance(schedule, Solver) else Solver.euler(schedule, inverse=True)
     if resample_with is None and solver.is_euler:
         resample_with = solver.times.flip(0)
     expected = "a schedule or solver for the way back of this solver, or round_trip=False"
     expect(resample_with is not None or not round_trip, "resample_with", expected, "None")
     back = expect_solver(resample_with, "resample_with") if round_trip else None
+    if back is not None:
+        end, begin = solver.times[[-1, 0]].tolist()
+        meets = (back.times[[0, -1]] - solver.times[[-1, 0]]).abs().max().item() <= 1e-9
+        expected = f"times from {end:.6g} to {begin:.6g}, where the inversion ends and begins"
+        expect(meets, "resample_with", expected, back)
     if resolve(velocity).fused_run(solver) is not None:  # which would speak of noise
         expect_noise(data, "data", look=expect_bool(check, "check"))
     noise = run(velocity, data, solver, capture, check, progress, "data", "invert")

@@ -56,9 +56,10 @@ def rollout(
             how (`fk.HasTimeEmbedding`). A `FusedSampler` makes all steps in one call, on a GPU without
             looking for NaN and Inf.
         noise: `[n, *shape]`, the state at the grid's first time.
-        grid: K for K uniform steps, or K+1 increasing times, from 0 or later to 1, or a Schedule, which has them. Or a
+        grid: K for K uniform steps from 0 to 1, or K+1 increasing times in [0, 1], or a Schedule, which has them. Or a
             Solver from noise to data of K steps, of whose states those at its knots are kept, and the velocities there:
             where it makes no evaluation of one at the knot's time, as it may with model times of its own, one more.
+            Costs and fits take trajectories that end at 1.
         progress: show a progress bar.
 
     Returns:
@@ -75,6 +76,7 @@ def rollout(
     known = resolve(velocity)
     expect_bool(progress, "progress")
     solver = expect_solver(grid, "grid")
+    expect(not solver.is_inverse, "grid", "a solver from noise to data", solver)
     if not solver.is_euler:
         return _at_knots(known, noise, solver, progress)
     fused = known.fused_run(solver)
@@ -101,7 +103,6 @@ def rollout(
 
 
 def _at_knots(velocity: VelocityBase, noise: Tensor, solver: Solver, progress: bool) -> Trajectory:
-    expect(not solver.is_inverse, "grid", "a solver from noise to data", solver)
     knots = KnotStates.of(solver, "grid")
     teacher, x0, N = Teacher(velocity, len(expect_noise(noise)), solver=solver), initial_state(noise), solver.steps
     warn_if_training(velocity, stacklevel=5)

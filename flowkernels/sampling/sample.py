@@ -36,16 +36,17 @@ def sample(
     check: bool = True,
     progress: bool = False,
 ) -> Tensor:
-    """Samples at t = 1: one Euler step from each knot of the schedule to the next, or the steps of a solver.
+    """Samples at a schedule's last time, t = 1: one Euler step from each knot to the next, or the steps of a solver.
 
     Args:
         velocity: callable `velocity(x, t)`, as for `rollout`; guidance of a `VelocityField` is fused into the step. A
             `FusedSampler` makes all steps in one call.
         noise: `[n, *shape]`, the state at the schedule's first time.
-        schedule: a Schedule, N for N uniform steps, or N+1 increasing times, from 0 or later to 1; or a Solver from
-            noise to data, whose updates are `linear_update` of as few velocities as it needs; or `SampleSchedules` with
-            a row for each sample: N calls of the network for the whole batch where it takes a time for each sample,
-            which is found out at the cost of a few rows, else a call for each time.
+        schedule: a Schedule, N for N uniform steps from 0 to 1, or N+1 increasing times from any to any in [0, 1], such
+            as `[0.4, 0.7]`; or a Solver from noise to data, whose updates are `linear_update` of as few velocities as
+            it needs; or `SampleSchedules` with a row for each sample: N calls of the network for the whole batch where
+            it takes a time for each sample, which is found out at the cost of a few rows, else a call for each time.
+            From data to noise, falling times included, goes `invert`.
         capture: how the N steps run.
             None: a Python loop.
             "graph": one CUDA graph of the whole loop, on a GPU. It is recorded at the first call and replayed after;
@@ -68,7 +69,7 @@ def sample(
     schedule (a Schedule, an integer or a tensor; a list of numbers is compiled anew for each) and the guidance weight.
     A solver's loop is unrolled: compiled anew for each solver, but for those of the same form (as many evaluations, the
     same velocities in each update) with dynamic=True. Its direction is not looked at.
-    Values are not looked at there: NaN and Inf show in the result, and times are taken to increase to 1.
+    Values are not looked at there: NaN and Inf show in the result, and times are taken to increase.
     Neither a captured loop nor a `FusedSampler` or fused head, which are compiled already, goes in there.
 
     Returns:

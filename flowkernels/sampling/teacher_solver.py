@@ -27,7 +27,7 @@ def expect_teacher_solver(given: str | Solver, times: Tensor, forced: Sequence[i
     expect_shown(known, name, expected, given, ValueError if isinstance(given, str) else TypeError)
     if isinstance(given, str):
         return Solver.euler(times) if given == EULER else heun(times, forced)
-    expect(not given.is_inverse, name, "a solver from noise to data", given)
+    expect(given.reaches_data, name, "a solver from noise to data", given)
     got = f"one of {given.steps} steps from {given.times[0]:.6g}"
     expect(given.steps == K, name, f"a solver on the grid, of {K} steps (grid=solver.times)", got)
     away = (given.times - times).abs().max().item()

@@ -599,7 +599,7 @@ def _expect_knots(times: Sequence[float], wanted: Sequence[float]) -> None:
 def _expect_solver(solver, row: Target, target: str) -> Solver:
     expected = f"a Solver, such as fit_solver(teacher, cal, 4), for target={target!r}"
     expect(isinstance(solver, Solver), "schedule", expected, solver, TypeError)
-    expect(not solver.is_inverse, "schedule", "a solver from noise to data", solver)
+    expect(solver.reaches_data, "schedule", "a solver from noise to data", solver)
     if row.own:  # step by step
         other = "; target='endpoint' takes any"
         at_knots = torch.equal(solver.model_times, solver.times[:-1])

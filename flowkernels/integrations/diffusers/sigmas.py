@@ -57,7 +57,8 @@ def sigmas_for(
         tensor([1.0000, 0.9000, 0.7000, 0.4000, 0.0000])
     """
     solver = expect_solver(schedule, "schedule")
-    expect(solver.is_euler and not solver.is_inverse, "schedule", "Euler steps; solver_scheduler takes others", solver)
+    euler = solver.is_euler and solver.reaches_data
+    expect(euler, "schedule", "Euler steps to t = 1; solver_scheduler takes others", solver)
     _expect_euler(scheduler)
     config = scheduler.config
     dynamic = config.get("use_dynamic_shifting", False)

@@ -46,7 +46,7 @@ def noted_teacher(plan: Any) -> Any:
 def schedule_of(plan: Any, name: str = "schedules") -> Schedule:
     """The knots of a schedule, a solver, or of what a `StraightenLoss` is for."""
     plan = getattr(plan, "schedule", plan)
-    if isinstance(plan, Solver) and not plan.is_inverse:
+    if isinstance(plan, Solver) and plan.reaches_data:
         plan = Schedule(plan.times)
     expect(isinstance(plan, Schedule), name, SCHEDULES, plan, TypeError)
     return plan

@@ -19,7 +19,7 @@ from flowkernels._checks import (
     expect_room,
     expect_values,
 )
-from flowkernels.sampling.invert import invert
+from flowkernels.sampling.invert import expect_inverse, invert
 from flowkernels.sampling.loop import initial_state
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver
@@ -213,6 +213,8 @@ def forward_pairs(
     """
     n = len(expect_noise(data, "data"))
     step = n if chunk is None else expect_positive_int(chunk, "chunk")
+    begins = expect_inverse(schedule).times[0].item()
+    expect(abs(begins - 1) <= 1e-12, "schedule", "times that end at 1, where the data are", f"{begins:.6g}")
     field, found = resolve(velocity), []
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
