@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from flowkernels._checks import expect_bool
+
 F = TypeVar("F", bound=Callable)
 
 
@@ -23,10 +25,13 @@ def without_gradients() -> Iterator[None]:
 
 
 def no_grad(stage: F) -> F:
-    """`without_gradients` of a whole stage; `torch.no_grad()` alone in torch.compile, which casts on its own."""
+    """`without_gradients` of a whole stage; `torch.no_grad()` alone in torch.compile, which casts on its own. One
+    that is called with `differentiable=True` runs as its caller has it."""
 
     @functools.wraps(stage)
     def run(*args, **kwargs):
+        if "differentiable" in kwargs and expect_bool(kwargs["differentiable"], "differentiable"):
+            return stage(*args, **kwargs)
         with torch.no_grad() if torch.compiler.is_compiling() else without_gradients():
             return stage(*args, **kwargs)
 

@@ -631,6 +631,7 @@ def _schedules() -> None:
     place("Solver.of", fk.Solver.of, schedule=schedule)
     place("Solver.euler", fk.Solver.euler, schedule=schedule, model_times=(None, or_none(are_numbers)), inverse=flag)
     place("Solver.adams_bashforth", fk.Solver.adams_bashforth, schedule=schedule, order=(2, is_int(1)), inverse=flag)
+    place("Solver.midpoint", fk.Solver.midpoint, schedule=schedule, inverse=flag)
     place("Solver.heun", fk.Solver.heun, schedule=schedule, inverse=flag)
     place(
         "stock_solvers",
@@ -675,6 +676,7 @@ def _stages(cal) -> None:
         capture=(None, is_one_of(None, "auto")),
         check=(True, is_flag),
         progress=bar,
+        differentiable=(False, is_flag),
     )
     place(
         "invert",

@@ -87,9 +87,7 @@ def test_midpoint_goes_back_where_it_came_from():
     assert found.error.max() < 1e-9
 
 
-FALLING = (
-    r"^{}: expected strictly increasing times t = 1 - sigma \(fk.invert goes back from data\), got times"
-)
+FALLING = r"^{}: expected strictly increasing times t = 1 - sigma \(fk.invert goes back from data\), got times"
 REFUSALS = {
     "sample": (lambda v, x, c: fk.sample(v, x, [1, 0.5, 0]), FALLING.format("schedule")),
     "rollout": (lambda v, x, c: fk.rollout(v, x, [1, 0.5, 0]), FALLING.format("grid")),

@@ -102,6 +102,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     fk.straighten(None, velocity, cal[4], bank=fk.TrajectoryBank.open("bank"), iterations=10)
     fk.TrajectoryBank(velocity, cal[4], noise=(3,), group=torch.distributed.group.WORLD, held_out=32)
     inversion = fk.invert(velocity, noise, fk.Solver.heun(8, inverse=True))
+    assert_type(fk.sample(velocity, noise, fk.Solver.midpoint([0.4, 0.7]), differentiable=True), Tensor)
     assert_type(inversion, fk.Inversion)
     assert_type(fk.export(cal, "comfy", steps=4, path="sigmas.txt"), str)
     assert_type(fk.export(cal, "comfy-nodes", path="ComfyUI/custom_nodes/flowkernels/model.boss.json"), str)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from flowkernels._checks import expect
 from flowkernels._guidance import guided
 from flowkernels.ops.euler_step import euler_step, stepper
 from flowkernels.ops.euler_step import reference as euler_reference
@@ -16,6 +17,8 @@ from flowkernels.velocity.evaluate import evaluate
 from flowkernels.velocity.protocol import Velocity, resolve
 from flowkernels.velocity.time_embedding import rows_of_times, times_of
 
+DIFFERENTIABLE = "one that gradients go through (differentiable=True), as the network that it is made of"
+
 
 def initial_state(noise: Tensor) -> Tensor:
     """The state in float32, whatever the model computes in; float64 noise stays float64."""
@@ -23,19 +26,27 @@ def initial_state(noise: Tensor) -> Tensor:
 
 
 def steps(
-    velocity: Velocity, x: Tensor, solver: Solver, *, out: Tensor | None = None, keep: bool = False
+    velocity: Velocity,
+    x: Tensor,
+    solver: Solver,
+    *,
+    out: Tensor | None = None,
+    keep: bool = False,
+    differentiable: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The state after each evaluation of a solver, and that evaluation's velocity.
 
     x: the state that it begins with, `[n, *shape]`, float32 or float64. out: `[M+1, n, *shape]`, where all states go, x
     the first; else they share one buffer. keep: yield velocities, guidance applied, good until the next evaluation,
-    and not None.
+    and not None. differentiable: each state is a tensor of its own, in the graph of gradients.
     """
     velocity = resolve(velocity)
     fused = velocity.fused_steps(x, solver, out, keep)
     if fused is not None:
+        expect(not differentiable, "velocity", DIFFERENTIABLE, type(velocity).__name__)
         return fused
-    return evaluated_steps(velocity, x, solver, velocity.model_times(solver.model_times, x), out, keep)
+    t = velocity.model_times(solver.model_times, x)
+    return evaluated_steps(velocity, x, solver, t, out, keep, OPS if differentiable else None)
 
 
 class AsFunctions:
@@ -96,7 +107,8 @@ def evaluated_steps(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """`steps` by calls of the velocity. Nothing here looks at a value: it can be recorded, and compiled.
 
-    t: the times of all evaluations `[M]`, as the velocity takes them, on its device. functions: for a compiler.
+    t: the times of all evaluations `[M]`, as the velocity takes them, on its device. functions: for a compiler, or for
+    gradients.
     """
     velocity, updates = resolve(velocity), solver.updates()
     sizes = euler_sizes(updates)

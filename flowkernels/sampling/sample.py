@@ -17,7 +17,15 @@ from flowkernels._checks import (
     is_waited_for,
 )
 from flowkernels.sampling import capture as capture_module
-from flowkernels.sampling.loop import OPS, initial_state, last_state, steps, traced_euler, velocities_along
+from flowkernels.sampling.loop import (
+    DIFFERENTIABLE,
+    OPS,
+    initial_state,
+    last_state,
+    steps,
+    traced_euler,
+    velocities_along,
+)
 from flowkernels.sampling.sample_schedules import SampleSchedules, run_each
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver
@@ -35,6 +43,7 @@ def sample(
     capture: str | None = None,
     check: bool = True,
     progress: bool = False,
+    differentiable: bool = False,
 ) -> Tensor:
     """Samples at a schedule's last time, t = 1: one Euler step from each knot to the next, or the steps of a solver.
 
@@ -64,6 +73,12 @@ def sample(
             for once, behind the last step. False looks at nothing and waits for nothing: they show in the samples. A
             `FusedSampler` looks for them on a CPU, in passing, and not on a GPU.
         progress: show a progress bar; a captured loop, which is one call, has none.
+        differentiable: False: no gradients go through, whatever requires them. True: those of a loop written in torch,
+            of any order, to the noise, the network's parameters and its conditioning, where the caller has gradients
+            on. Memory is that loop's, of activations of all evaluations; a velocity
+            `lambda x, t: torch.utils.checkpoint.checkpoint(net, x, t, use_reentrant=False)` keeps those of one. Not
+            with capture, inside torch.compile, or through what makes its own steps (`FusedSampler`, `FusedHead`,
+            `Acceleration`).
 
     Inside `torch.compile(fullgraph=True, dynamic=True)` the loop is one graph whatever the number of steps, the
     schedule (a Schedule, an integer or a tensor; a list of numbers is compiled anew for each) and the guidance weight.
@@ -86,19 +101,27 @@ def sample(
         >>> fk.sample(lambda x, t: -x, torch.ones(1, 2), 2)  # two Euler steps of dx/dt = -x
         tensor([[0.2500, 0.2500]])
         >>> x1 = fk.sample(lambda x, t: -x, torch.ones(1, 2), fk.Solver.adams_bashforth(8, order=2))
+        >>> noise = torch.ones(1, 2, requires_grad=True)
+        >>> fk.sample(lambda x, t: -x, noise, 2, differentiable=True).sum().backward()
+        >>> noise.grad
+        tensor([[0.2500, 0.2500]])
     """
     if torch.compiler.is_compiling():
+        expected = "False inside torch.compile (compile the network, and not the loop)"
+        expect(not differentiable, "differentiable", expected, differentiable)
         return _traced(velocity, noise, schedule, capture)
     if isinstance(schedule, SampleSchedules):
         expect(capture in (None, "auto"), "capture", "None or 'auto' for a schedule for each sample", capture)
         expect_bool(progress, "progress")
+        expect(not differentiable, "differentiable", "False for a schedule for each sample", differentiable)
         warn_if_training(velocity, stacklevel=4)
         warn_of_another_pipeline(schedule, resolve(velocity).provenance, stacklevel=4)
         return run_each(resolve(velocity), noise, schedule, expect_bool(check, "check"))
     backward = isinstance(schedule, Solver) and schedule.is_inverse
     expect(not backward, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
     warn_of_another_pipeline(schedule, resolve(velocity).provenance, stacklevel=4)
-    return run(velocity, noise, expect_solver(schedule, "schedule"), capture, check, progress)
+    solver = expect_solver(schedule, "schedule")
+    return run(velocity, noise, solver, capture, check, progress, differentiable=differentiable)
 
 
 def run(
@@ -110,12 +133,17 @@ def run(
     progress: bool,
     name: str = "noise",
     bar: str = "sample",
+    differentiable: bool = False,
 ) -> Tensor:
     """The last state of a solver, in either direction. name: of the argument `noise`; bar: of the progress bar."""
     known = resolve(velocity)
     fused = known.fused_run(solver)
     check = expect_bool(check, "check")
     expect_bool(progress, "progress")
+    if differentiable:
+        expect(capture in (None, "auto"), "capture", "None with differentiable=True", capture)
+        expect(not known.is_fused, "velocity", DIFFERENTIABLE, type(known).__name__)
+        capture = None
     if fused is not None:
         return fused(noise)
     x0 = initial_state(expect_noise(noise, name, look=False))
@@ -127,13 +155,14 @@ def run(
     if mode is not None:
         x1 = capture_module.run(mode, velocity, x0, solver)
     else:
-        made = steps(known, x0, solver)
+        made = steps(known, x0, solver, differentiable=differentiable)
         for step in tqdm(made, bar, solver.evaluations, disable=not progress, leave=False):
             x1, _ = step
     if check and not torch.isfinite(x1).all():
         expect_finite(noise, name)
         what = "step" if solver.evaluations == solver.steps else "evaluation"
-        expect_finite_flow(x1, velocities_along(velocity, x0, solver), solver.model_times, what=what)
+        with torch.no_grad():
+            expect_finite_flow(x1, velocities_along(velocity, x0, solver), solver.model_times, what=what)
     return x1
 
 
