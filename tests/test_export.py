@@ -39,7 +39,7 @@ def k_samplers(model, x, sigmas, sampler):
     for i, (s, end) in enumerate(itertools.pairwise(sigmas)):
         d = (x - model(x, s)) / s
         past.append(d)
-        if sampler == "heun" and end > 0:
+        if sampler.startswith("heun") and end > 0:
             other = x + d * (end - s)
             d = (d + (other - model(other, end)) / end) / 2
         if sampler.startswith("lms"):
@@ -73,7 +73,9 @@ def sdcpp(made, v, noise):
     options = dict(zip(words[::2], words[1::2], strict=True))
     sigmas = torch.tensor([float(part) for part in options["--sigmas"].split(",")])
     assert int(options["--steps"]) == len(sigmas) - 1
-    return scaled(v, noise, sigmas, options["--sampling-method"])
+    extra = dict(part.split("=") for part in options.get("--extra-sample-args", "lms_max_order=1").split(","))
+    assert ("lms" in options["--sampling-method"]) == (extra.get("lms_shift") == "0")
+    return scaled(v, noise, sigmas, options["--sampling-method"] + extra["lms_max_order"])
 
 
 def k_diffusion(made, v, noise):
@@ -114,7 +116,8 @@ PLANS_ALONE = [to for to, of in RECEIVERS.items() if not of.all_steps]  # comfy-
 READERS = dict(zip(PLANS_ALONE, (diffusers, comfy, sdcpp, k_diffusion, timegrid, loop, loop), strict=True))
 RUN = {  # what each runs as it is
     **{to: list(PLANS) for to in ("diffusers", "numpy", "json")},
-    **{to: ["euler", "almost", "small", "table", "heun"] for to in ("comfy", "sdcpp")},
+    "comfy": ["euler", "almost", "small", "table", "heun"],
+    "sdcpp": ["euler", "almost", "small", "table", "heun", "lms 2", "lms 4"],
     "k-diffusion": ["euler", "late", "almost", "small", "table", "heun", "lms 2", "lms 4"],
     "timegrid": ["euler", "late", "almost", "small", "table"],
 }

@@ -67,7 +67,7 @@ RECEIVERS = {
     "sdcpp": Receiver(
         "arguments of stable-diffusion.cpp, which runs the sigmas as they are, whatever --flow-shift",
         suffixes=(".txt",),
-        named=("heun",),
+        named=("heun", "lms"),
         scales=True,
     ),
     "k-diffusion": Receiver(
@@ -271,7 +271,9 @@ class Export:
 
     def _sdcpp(self) -> tuple[str, str]:
         numbers = ",".join(self._numbers())
-        text = f"--sigmas {numbers} --sampling-method {self.sampler} --steps {self.solver.steps}"
+        text = f"--sigmas {numbers} --sampling-method {self.sampler.split('(')[0]} --steps {self.solver.steps}"
+        if self.sampler.startswith("lms"):  # whose default takes later velocities for the older ones
+            text += f" --extra-sample-args lms_max_order={self.sampler[-2]},lms_shift=0"
         return text, text
 
     def _k_diffusion(self) -> tuple[Tensor, str]:
