@@ -5,9 +5,8 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import numpy as np
 import torch
-
-from flowkernels._checks import expect_bool
 
 F = TypeVar("F", bound=Callable)
 
@@ -30,7 +29,8 @@ def no_grad(stage: F) -> F:
 
     @functools.wraps(stage)
     def run(*args, **kwargs):
-        if "differentiable" in kwargs and expect_bool(kwargs["differentiable"], "differentiable"):
+        wanted = kwargs.get("differentiable", False)  # which the stage checks
+        if isinstance(wanted, (bool, np.bool_)) and wanted:
             return stage(*args, **kwargs)
         with torch.no_grad() if torch.compiler.is_compiling() else without_gradients():
             return stage(*args, **kwargs)

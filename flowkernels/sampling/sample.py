@@ -110,6 +110,7 @@ def sample(
         expected = "False inside torch.compile (compile the network, and not the loop)"
         expect(not differentiable, "differentiable", expected, differentiable)
         return _traced(velocity, noise, schedule, capture)
+    expect_bool(differentiable, "differentiable")
     if isinstance(schedule, SampleSchedules):
         expect(capture in (None, "auto"), "capture", "None or 'auto' for a schedule for each sample", capture)
         expect_bool(progress, "progress")
