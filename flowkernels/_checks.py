@@ -275,7 +275,8 @@ def expect_float64(value, name: str, expected: str) -> Tensor:
     """
     try:
         given = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
-        bad = _is_no_real(given.dtype) or given.layout is not torch.strided or isinstance(value, (bytes, bytearray))
+        dense = given.layout is torch.strided and not given.is_nested
+        bad = _is_no_real(given.dtype) or not dense or isinstance(value, (bytes, bytearray))
         if not bad:  # from the value itself: Python's floats have been rounded in `given`
             return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().contiguous()
     except Exception:  # by what is wrong with it; lists of objects raise what these do

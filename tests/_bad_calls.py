@@ -19,6 +19,7 @@ import contextlib
 import fractions
 import importlib
 import inspect
+import itertools
 import json
 import math
 import numbers
@@ -43,7 +44,7 @@ from torch import Tensor, nn
 import flowkernels as fk
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.cli.main import main as command_line
-from flowkernels.integrations import comfy, host_loops
+from flowkernels.integrations import comfy, host_loops, k_diffusion
 from flowkernels.integrations.export import RECEIVERS
 from flowkernels.models import bundled, closed_form, networks
 from flowkernels.ops.mlp_sample import Layer, Source
@@ -1261,7 +1262,7 @@ def _others(cal) -> None:
     prefer = ("ema", lambda v: isinstance(v, str) and v != "")
     place("load_weights", fk.load_weights, (OSError,), net=of_net, path=of_path, prefer=prefer)
     place("network_notes", bundled.network_notes, (OSError,), path=of_path)
-    _host_loops()
+    _host_loops(), _k_diffusion()
     place("solver_sigmas", comfy.solver_sigmas, plan=(3, is_plan))
     place("solver_sampler", comfy.solver_sampler, plan=(3, lambda v: is_plan(v) or is_one_of(*comfy.SOLVERS)(v)))
     with contextlib.suppress(ImportError):
@@ -1312,6 +1313,42 @@ def _host_loops() -> None:
     x = (lambda: rand(N, D), lambda v: is_dense(*FLOATS)(v) and v.shape[1:] == (D,))
     place("HostVelocity", known, x=x, t=(0.5, are_within_one))
     place("HostVelocity.loop", known.loop, solver=(3, from_noise), check=(True, is_flag))
+
+
+def _k_diffusion() -> None:
+    sigmas = torch.tensor([9.0, 1.0, 0.0])
+    denoised = lambda x, sigma: velocity(x, sigma) / 3  # noqa: E731
+
+    def euler(model, x, sigmas, disable=None, order=1):
+        for sigma, then in itertools.pairwise(sigmas):
+            x = x + (x - model(x, sigma.expand(len(x)))) * (then / sigma - 1)
+        return x
+
+    def fall(v) -> bool:
+        try:
+            t = torch.as_tensor(v).double()
+            return t.dim() == 1 and len(t) > 1 and bool((t.diff() < 0).all()) and bool(t[-1] == 0 and t[0] < math.inf)
+        except Exception:
+            return False
+
+    late = lambda v: not isinstance(v, (int, np.integer)) and is_plan(v) and fk.Solver.of(v).times[0] > 0  # noqa: E731
+    makes = lambda v: is_function(v) and not isinstance(v, nn.Module)  # noqa: E731
+    place(
+        "k_diffusion.sampler",
+        k_diffusion.sampler,
+        plan=([0.1, 0.5, 1], lambda v: late(v) or makes(v)),
+        flow=(False, is_flag),
+    )
+    place(
+        "k_diffusion sample",
+        k_diffusion.sampler([0.1, 0.5, 1]),
+        **dict(model=(lambda: denoised, is_function), x=(lambda: rand(N, D), is_noise)),
+        **dict(
+            sigmas=(sigmas, lambda v: v is None), extra_args=(None, or_none(lambda v: is_dict(v) and not v), "model")
+        ),
+        **dict(callback=(None, or_none(makes)), disable=(True, or_none(is_flag))),
+    )
+    place("k_diffusion.solver", k_diffusion.solver, sample=(lambda: euler, is_function), sigmas=(sigmas, fall))
 
 
 def are_within_one(t) -> bool:
@@ -1616,7 +1653,7 @@ def attempt(place: Place, bad: dict[str, Any]) -> Outcome:
 
 
 LARGE = {repr(10**6), repr(2**31)}
-COUNTS = {"iterations", "grid", "schedule", "forward", "size"}  # of which as many are made as are asked for
+COUNTS = {"iterations", "grid", "plan", "schedule", "forward", "size"}  # of which as many are made as are asked for
 KEPT = {"trained.pt", "calibration.json", "net.safetensors", "counted_models.py", "calls.st"}
 
 

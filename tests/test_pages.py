@@ -84,6 +84,8 @@ CODE = {
     "docs/bank.md": (1, 4, "x1"),
     "docs/evaluating.md": (5, 4, "x1"),
     "docs/trainers.md": (1, 4, "x1"),
+    "docs/integrations/denoisers.md": (1, 4, "x1"),
+    "docs/integrations/k-diffusion.md": (1, 4, "x"),
 }
 
 

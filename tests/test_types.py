@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import flowkernels as fk
-from flowkernels.integrations import diffusers, host_loops
+from flowkernels.integrations import diffusers, host_loops, k_diffusion
 
 
 def public():
@@ -21,7 +21,9 @@ def public():
                     yield f"{name}.{member}", function
         elif inspect.isroutine(thing):
             yield name, thing
-    yield from ((name, getattr(module, name)) for module in (diffusers, host_loops) for name in module.__all__)
+    yield from (
+        (name, getattr(module, name)) for module in (diffusers, host_loops, k_diffusion) for name in module.__all__
+    )
 
 
 @pytest.mark.parametrize(("name", "function"), list(public()), ids=[name for name, _ in public()])

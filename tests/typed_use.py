@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor, nn
 
 import flowkernels as fk
+from flowkernels.integrations import k_diffusion
 from flowkernels.integrations.comfy import SolverSampler, list_cards, solver_sampler, solver_sigmas
 from flowkernels.integrations.diffusers import pipeline_velocity, sigmas_for, solver_scheduler
 from flowkernels.integrations.host_loops import host_loop, host_velocity
@@ -135,6 +136,15 @@ def pieces(velocity: fk.Velocity, noise: Tensor) -> fk.Schedule:
     of_all = fk.calibrate(velocity, drawn, 50, [4], group=everywhere)
     assert_type(fk.fit_solver(velocity, of_all, 4, group=everywhere), fk.Solver)
     return fk.least_cost_schedules(costs.cost(), trajectory.times, [4])[4]
+
+
+def k_samplers(its: Callable[..., Tensor], model: nn.Module, noise: Tensor, cal: fk.Calibration) -> Tensor:
+    found = k_diffusion.solver(its, [80.0, 1.0, 0.0], flow=False, order=2)
+    assert_type(found, fk.Solver)
+    sample = k_diffusion.sampler(cal, steps=4)
+    assert_type(sample.sigmas, Tensor | None)
+    assert_type(k_diffusion.sampler(fk.Solver.heun, flow=True)(model, noise, noise, {"cond": noise}), Tensor)
+    return sample(model, noise, sample.sigmas, callback=lambda told: print(told["i"]), disable=True)
 
 
 def host(policy: nn.Module, act: Callable[[], Tensor], cal: fk.Calibration) -> Tensor:
