@@ -2,8 +2,10 @@
 
 import doctest
 import importlib.util
+import json
 import re
 import sys
+from pathlib import Path
 
 import _comfy
 import pytest
@@ -16,6 +18,7 @@ from flowkernels.cli.main import main
 from flowkernels.integrations import comfy
 from flowkernels.integrations.comfy import SOLVERS, solver_sampler, solver_sigmas
 
+ROOT = Path(__file__).parents[1]
 KNOTS = [0, 0.1, 0.3, 0.62, 1]
 PLANS = {
     "schedule": fk.Schedule(KNOTS),
@@ -363,6 +366,18 @@ def test_a_card_in_its_nodes(guider, tmp_path, monkeypatch, capsys):
     cal.solvers.clear()
     cal.save(path / "a.boss.json")
     assert node.IS_CHANGED("a.boss.json", 4) != before  # ComfyUI runs the node again
+
+
+def test_the_workflow_of_the_examples(guider, tmp_path):
+    """Its links are to outputs of the types that our node gives and takes, in the format of ComfyUI's API."""
+    prompt = json.loads((ROOT / "examples/integrations/comfy_workflow.json").read_text())
+    ours = {name: comfy.NODE_CLASS_MAPPINGS.get(node["class_type"]) for name, node in prompt.items()}
+    (name,) = [name for name, node in ours.items() if node is not None]
+    assert prompt[name]["inputs"].keys() == ours[name].INPUT_TYPES()["required"].keys()
+    links = {k: link for node in prompt.values() for k, link in node["inputs"].items() if isinstance(link, list)}
+    assert all(link[0] in prompt for link in links.values())
+    given = [links["sampler"], links["sigmas"]]
+    assert [(to, ours[to].RETURN_TYPES[i]) for to, i in given] == [(name, "SAMPLER"), (name, "SIGMAS")]
 
 
 def test_where_nodes_are_not_written(tmp_path, monkeypatch, capsys):

@@ -108,7 +108,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     assert_type(fk.export(cal, "comfy", steps=4, path="sigmas.txt"), str)
     assert_type(fk.export(cal, "comfy-nodes", path="ComfyUI/custom_nodes/flowkernels/model.boss.json"), str)
     assert_type(solver_sampler(cal.best(4)), SolverSampler)
-    assert_type(solver_sampler("heun")(lambda x, sigma: x, noise, solver_sigmas(cal.best_schedule(4))), Tensor)
+    assert_type(solver_sampler("heun")(net, noise, solver_sigmas(cal.best_schedule(4))), Tensor)
     assert_type(list_cards(), list[str])
     print(fk.plot(cal, "plot.png", steps=4).axes[0].get_title())
     assert_type(fk.export(solver, "timegrid", knots_only=True), Tensor)

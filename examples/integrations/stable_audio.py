@@ -1,7 +1,7 @@
 """stable-audio-tools: its own sample_rf with a solver of ours, a tiny DiT of its own of random weights.
 
-sample_rf steps on a logistic schedule of its own, whatever is asked of it: `times` says where. A schedule of Euler's steps
-needs no more than `sample_discrete_euler(model, noise, sigmas=(1 - cal[4].times).float())`.
+sample_rf steps on a logistic schedule of its own, whatever is asked of it: `times` says where. A schedule of Euler's
+steps needs no more than `sample_discrete_euler(model, noise, sigmas=(1 - cal[4].times).float())`.
 """
 
 import torch

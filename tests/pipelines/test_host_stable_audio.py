@@ -1,5 +1,5 @@
-"""stable-audio-tools: its own sampling functions and DiT, of random weights. k-diffusion, which it imports for its models
-of diffusion alone and which brings a dozen packages along, is an empty module."""
+"""stable-audio-tools: its own sampling functions and DiT, of random weights. k-diffusion, which it imports for its
+models of diffusion alone and which brings a dozen packages along, is an empty module."""
 
 import importlib.util
 import sys
