@@ -95,6 +95,18 @@ FK_INLINE vf mish(vf x) {  // x tanh(log(1 + e)) = x w / (w + 2), w = e (e + 2)
   const vf bounded = at_least(x, -87.0f), e = exp(at_most(bounded, 40.0f)), w = e * (e + 2.0f);
   return bounded * (w * reciprocal(w + 2.0f));
 }
+// max(x, 0) + log(1 + e) with e = exp(-|x|), and log(1 + e) = 2 artanh(e / (e + 2)), whose argument is 1 / 3 at most
+FK_INLINE vf softplus(vf x) {
+  const vf e = exp(-at_most(magnitude(x), 87.0f)), s = e * reciprocal(e + 2.0f), z = s * s;
+  vf p = z * 0.133333333f + 0.153846154f;
+  p = p * z + 0.181818182f;
+  p = p * z + 0.222222222f;
+  p = p * z + 0.285714286f;
+  p = p * z + 0.4f;
+  p = p * z + 0.666666667f;
+  p = p * z + 2.0f;
+  return at_least(x, 0.0f) + s * p;
+}
 FK_INLINE vf elu(vf x, float alpha) {
   const Exp e = exp_parts(at_least(at_most(x, 0.0f), -87.0f));
   return x > 0.0f ? x : alpha * (e.rest * e.scale + (e.scale - 1.0f));

@@ -334,8 +334,27 @@ __device__ __forceinline__ float activate(float x, Activation a, float alpha) {
       const float e = expf(fminf(x, 40.0f)), w = e * (e + 2.0f);
       return x * __fdividef(w, w + 2.0f);
     }
+    case Activation::softplus: {  // log(1 + e) = 2 artanh(e / (e + 2)), whose argument is 1 / 3 at most
+      const float e = expf(-fabsf(x)), s = __fdividef(e, e + 2.0f), z = s * s;
+      float p = __fmaf_rn(z, 0.133333333f, 0.153846154f);
+      p = __fmaf_rn(p, z, 0.181818182f);
+      p = __fmaf_rn(p, z, 0.222222222f);
+      p = __fmaf_rn(p, z, 0.285714286f);
+      p = __fmaf_rn(p, z, 0.4f);
+      p = __fmaf_rn(p, z, 0.666666667f);
+      p = __fmaf_rn(p, z, 2.0f);
+      return __fmaf_rn(s, p, x < 0.0f ? 0.0f : x);
+    }
+    case Activation::at_least: return x < alpha ? alpha : x;
+    case Activation::at_most: return x > alpha ? alpha : x;
     default: return x;
   }
+}
+
+// The greater or the lesser one; NaN if either is NaN
+__device__ __forceinline__ float outer(float a, float b, MlpCombine which) {
+  const bool first = which == MlpCombine::maximum ? a > b : a < b;
+  return first || a != a ? a : b;
 }
 
 // A thread's elements of [samples][width]: number threadIdx.x and every kThreads-th from there.
@@ -379,7 +398,7 @@ struct Entries {
   }
 };
 
-// Mean and 1 / deviation of each row, by a warp.
+// Mean and 1 / deviation of each row, or 0 and 1 / root of the mean square, by a warp.
 __device__ __forceinline__ float sum_of_warp(float v) {
 #pragma unroll
   for (int d = kLanes / 2; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
@@ -390,7 +409,8 @@ __device__ __forceinline__ void moments(const Layer& l, const float* rows, int p
   for (int s = int(threadIdx.x) / kLanes; s < samples; s += kWarps) {
     const float* x = rows + s * pitch + l.in;
     float sum = 0, squares = 0;
-    for (int i = lane; i < l.in_width; i += kLanes) sum += x[i];
+    if (l.map == MlpMap::layer_norm)
+      for (int i = lane; i < l.in_width; i += kLanes) sum += x[i];
     const float mean = sum_of_warp(sum) / float(l.in_width);
     for (int i = lane; i < l.in_width; i += kLanes) squares = __fmaf_rn(x[i] - mean, x[i] - mean, squares);
     squares = sum_of_warp(squares);
@@ -463,7 +483,7 @@ __device__ __forceinline__ void run_layer(const Layer& l, const Run& a, Ring& ri
     }
     Linear::template multiply<wide>(l, ring, x, x_pitch, rows, a.pitch, samples);
     __syncthreads();
-  } else if (l.map == MlpMap::layer_norm) {
+  } else if (l.map >= MlpMap::layer_norm) {
     moments(l, rows, a.pitch, samples, moment);
     __syncthreads();
   }
@@ -475,7 +495,7 @@ __device__ __forceinline__ void run_layer(const Layer& l, const Run& a, Ring& ri
 #pragma unroll
     for (int e = 0; e < E; e++, at.next()) {
       v[e] = at.r < samples ? rows[at.r * a.pitch + in + at.c] : 0.0f;
-      if (k.map == MlpMap::layer_norm && at.r < samples) v[e] = (v[e] - moment[at.r].x) * moment[at.r].y;
+      if (k.map >= MlpMap::layer_norm && at.r < samples) v[e] = (v[e] - moment[at.r].x) * moment[at.r].y;
       v[e] = __fmaf_rn(v[e], entry.scale[e], entry.shift[e]);
     }
     if (at.r < samples) entry.load(k, step, sample, ahead, samples);
@@ -487,6 +507,7 @@ __device__ __forceinline__ void run_layer(const Layer& l, const Run& a, Ring& ri
       float* row = rows + to.r * a.pitch;
       if (k.combine == MlpCombine::add) v[e] += row[k.other + to.c];
       if (k.combine == MlpCombine::multiply) v[e] *= row[k.other + to.c];
+      if (k.combine >= MlpCombine::maximum) v[e] = outer(row[k.other + to.c], v[e], k.combine);
       row[k.out + to.c] = v[e];
     }
   }

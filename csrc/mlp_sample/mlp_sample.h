@@ -13,25 +13,39 @@
 
 namespace fk {
 
-enum class MlpMap : int64_t { identity, linear, layer_norm };
-enum class MlpCombine : int64_t { none, add, multiply };
-enum class Activation : int64_t { none, relu, leaky_relu, silu, gelu, gelu_tanh, elu, tanh, sigmoid, mish };
+enum class MlpMap : int64_t { identity, linear, layer_norm, rms_norm };  // norms last
+enum class MlpCombine : int64_t { none, add, multiply, maximum, minimum };
+enum class Activation : int64_t {
+  none,
+  relu,
+  leaky_relu,
+  silu,
+  gelu,
+  gelu_tanh,
+  elu,
+  tanh,
+  sigmoid,
+  mish,
+  softplus,
+  at_least,
+  at_most
+};
 
-// out = other (+ or *) gain * activation(scale * map(in) + shift + shift_each)
+// out = other (+, *, max or min) gain * activation(scale * map(in) + shift + shift_each); max and min keep NaN
 struct MlpLayer {
   MlpMap map;
   int64_t in, in_width;     // place in the row and length, in floats; whole vectors are read
   int64_t out, out_width;   // whole vectors are written, up to the next multiple of 16 floats
   const void* weight;       // of linear: as mlp_pack wrote it
-  double eps;               // of layer_norm
+  double eps;               // of layer_norm and rms_norm
   int64_t scale;            // a table, or -1
   int64_t shift;            // a table, or -1
   int64_t shift_each;       // another, or -1: a sum of one row a step and one row a sample needs no table of both
   Activation activation;
-  double alpha;             // slope of leaky_relu below zero, or what elu tends to there
+  double alpha;  // slope of leaky_relu below zero, what elu tends to there, or the bound of at_least and at_most
   double gain;
   MlpCombine combine;
-  int64_t other;            // place in the row
+  int64_t other;  // place in the row
 };
 
 // The row of step s and sample i is at data + s * step_stride + i * sample_stride.
@@ -44,7 +58,7 @@ struct MlpTable {
 struct MlpUpdate {
   int64_t from_start;  // 1: from x_0
   int64_t terms;
-  int64_t kept;        // where a later update finds this evaluation's velocity, or -1
+  int64_t kept;  // where a later update finds this evaluation's velocity, or -1
 };
 struct MlpTerm {
   int64_t place;  // of an earlier velocity, or -1: this evaluation's
@@ -54,26 +68,26 @@ struct MlpTerm {
 // What stays the same from call to call, so that a caller writes it once.
 struct MlpPrepared {
   int64_t D, steps;
-  const double* h;                // [steps], or null: there are updates
-  const MlpLayer* layers;         // [layer_count]
+  const double* h;  // [steps], or null: there are updates
+  const MlpLayer* layers;  // [layer_count]
   int64_t layer_count;
-  int64_t row;                    // floats of scratch a sample; the state is at 0
-  int64_t velocity;               // place in the row
-  const MlpTable* tables;         // as the layers count them
+  int64_t row;  // floats of scratch a sample; the state is at 0
+  int64_t velocity;  // place in the row
+  const MlpTable* tables;  // as the layers count them
   const MlpTable* tables_uncond;  // of the unconditional velocity, or null
-  double guidance;                // v = v_uncond + guidance (v - v_uncond)
-  int64_t low;                    // 1: weights are bf16, and the inputs of linear layers are rounded to it as well
-  const MlpUpdate* updates;       // [steps], or null: Euler steps
-  const MlpTerm* terms;           // of all updates
-  int64_t places;                 // for velocities that are kept
-  const double* scales;           // [steps], of updates, or null: all are 1
+  double guidance;  // v = v_uncond + guidance (v - v_uncond)
+  int64_t low;  // 1: weights are bf16, and the inputs of linear layers are rounded to it as well
+  const MlpUpdate* updates;  // [steps], or null: Euler steps
+  const MlpTerm* terms;  // of all updates
+  int64_t places;  // for velocities that are kept
+  const double* scales;  // [steps], of updates, or null: all are 1
 };
 
 struct MlpSampleArgs : MlpPrepared {
-  const float* x;     // [n, D]
-  float* out;         // [n, D], may be x
+  const float* x;  // [n, D]
+  float* out;  // [n, D], may be x
   int64_t n;
-  float* states;      // [steps + 1, n, D] or null
+  float* states;  // [steps + 1, n, D] or null
   float* velocities;  // [steps, n, D] or null
   int threads;
 };
@@ -88,7 +102,7 @@ FK_DECLARE_AMX(MlpSample, mlp_sample)
 struct MlpPackArgs {
   const float* weight;  // [out, in]
   int64_t out, in;
-  Dtype type;    // f32 or bf16, to nearest
+  Dtype type;  // f32 or bf16, to nearest
   void* packed;  // on a cache line, or null to ask for the size alone
 };
 typedef int64_t MlpPack(const MlpPackArgs&);  // bytes

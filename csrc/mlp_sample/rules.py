@@ -14,7 +14,7 @@ def tile(samples: int, element: int) -> dict[int, int]:
 CUDA = [
     # By samples of a tile; those of 32 have a multiprocessor to themselves. Products of float32 are spelled out:
     # no tensor cores. The wide ones have their rows in device memory.
-    Rule(r"mlp_sample_kernel<Fma<1, 1>, false>", 92, {**TWO_BLOCKS, 120: 0.166}, tile(1, 4), "FFMA LDGSTS HMMA<=0"),
+    Rule(r"mlp_sample_kernel<Fma<1, 1>, false>", 94, {**TWO_BLOCKS, 120: 0.166}, tile(1, 4), "FFMA LDGSTS HMMA<=0"),
     Rule(r"mlp_sample_kernel<Fma<4, 1>, false>", 128, {**TWO_BLOCKS, 120: 0.166}, tile(4, 4), "FFMA LDGSTS HMMA<=0"),
     Rule(r"mlp_sample_kernel<Fma<8, 1>, false>", 116, TWO_WITH_HOPPER, tile(8, 4), "FFMA LDGSTS HMMA<=0"),
     Rule(r"mlp_sample_kernel<Fma<8, 2>, false>", 116, TWO_WITH_HOPPER, tile(16, 4), "FFMA>=128 LDGSTS HMMA<=0"),

@@ -49,7 +49,15 @@ FK_INLINE vf activate(vf x, float alpha) {
   if constexpr (A == Activation::tanh) return tanh(x);
   if constexpr (A == Activation::sigmoid) return sigmoid(x);
   if constexpr (A == Activation::mish) return mish(x);
+  if constexpr (A == Activation::softplus) return softplus(x);
+  if constexpr (A == Activation::at_least) return at_least(x, alpha);
+  if constexpr (A == Activation::at_most) return at_most(x, alpha);
   return x;
+}
+
+// The greater one; NaN if either is NaN
+FK_INLINE vf greater_of(vf a, vf b) {
+  return a != a || a > b ? a : b;
 }
 
 // One row of what follows a layer's map; absent tables and an absent `other` are null.
@@ -72,6 +80,8 @@ void finish(const float* in, float* out, int64_t n, const Finish& f) {
       y *= f.gain;
       if (f.combine == MlpCombine::add) y += load(f.other + i);
       if (f.combine == MlpCombine::multiply) y *= load(f.other + i);
+      if (f.combine == MlpCombine::maximum) y = greater_of(load(f.other + i), y);
+      if (f.combine == MlpCombine::minimum) y = -greater_of(-load(f.other + i), -y);
     }
     store(out + i, y);
   }
@@ -91,6 +101,9 @@ FinishRow* finish_of(Activation a) {
     case Activation::tanh: return finish<Activation::tanh, biased>;
     case Activation::sigmoid: return finish<Activation::sigmoid, biased>;
     case Activation::mish: return finish<Activation::mish, biased>;
+    case Activation::softplus: return finish<Activation::softplus, biased>;
+    case Activation::at_least: return finish<Activation::at_least, biased>;
+    case Activation::at_most: return finish<Activation::at_most, biased>;
     default: return finish<Activation::none, biased>;
   }
 }
@@ -127,7 +140,7 @@ FK_INLINE void finish_columns(const MlpLayer& l, const MlpTable* tables, int64_t
   }
 }
 
-// ---- layer norm: two passes over a row that is in the first-level cache ----
+// ---- norms: two passes over a row that is in the first-level cache ----
 FK_INLINE vf load_part(const float* p, int64_t count) {
   float part[kFloats] = {};
   memcpy(part, p, count * sizeof(float));
@@ -138,12 +151,12 @@ FK_INLINE float sum_lanes(vf v) {
   for (int l = 0; l < kFloats; l++) s += v[l];
   return s;
 }
-inline void normalise(const float* in, float* out, int64_t n, float eps) {
+inline void normalise(const float* in, float* out, int64_t n, float eps, bool centred) {
   const int64_t whole = n / kFloats * kFloats, rest = n - whole;
   vf sum = {};
   for (int64_t i = 0; i < whole; i += kFloats) sum += load(in + i);
   if (rest) sum += load_part(in + whole, rest);
-  const float mean = sum_lanes(sum) / float(n);
+  const float mean = centred ? sum_lanes(sum) / float(n) : 0.0f;
   vf squares = {};
   for (int64_t i = 0; i < whole; i += kFloats) {
     const vf d = load(in + i) - mean;
@@ -172,11 +185,11 @@ void run_layer(const MlpLayer& l, const MlpTable* tables, int64_t step, const Ti
     return;
   }
   int64_t in = l.in;
-  if (l.map == MlpMap::layer_norm) {
+  if (l.map >= MlpMap::layer_norm) {
     in = l.out;
     for (int64_t i = 0; i < t.n; i++) {
       float* row = t.rows + i * t.pitch;
-      normalise(row + l.in, row + l.out, l.in_width, float(l.eps));
+      normalise(row + l.in, row + l.out, l.in_width, float(l.eps), l.map == MlpMap::layer_norm);
     }
   }
   finish_columns(l, tables, step, t, in, 0, l.out_width);

@@ -21,6 +21,9 @@ double activation(fk::Activation a, double x, double alpha) {
     case A::tanh: return std::tanh(x);
     case A::sigmoid: return 1 / (1 + std::exp(-x));
     case A::mish: return x * std::tanh(std::log1p(std::exp(x)));
+    case A::softplus: return std::fmax(x, 0) + std::log1p(std::exp(-std::fabs(x)));
+    case A::at_least: return std::fmax(x, alpha);
+    case A::at_most: return std::fmin(x, alpha);
     default: return x;
   }
 }
@@ -81,9 +84,10 @@ struct Network {
     const double u = eps(f32) / 2;
     std::vector<double> y(a.out_width), f(a.out_width);
     double mean = 0, square = 0, mean_off = 0, size = 0;
-    if (a.map == fk::MlpMap::layer_norm) {
+    if (a.map >= fk::MlpMap::layer_norm) {
       const double W = double(a.in_width);
-      for (int64_t k = 0; k < a.in_width; k++) {
+      const bool centred = a.map == fk::MlpMap::layer_norm;
+      for (int64_t k = 0; centred && k < a.in_width; k++) {
         mean += x[a.in + k] / W, size += std::fabs(x[a.in + k]) / W, mean_off += e[a.in + k] / W;
       }
       mean_off += W * u * size;
@@ -105,7 +109,7 @@ struct Network {
           v += w * in, o += std::fabs(w) * off, terms += std::fabs(w * in);
         }
         o += double(a.in_width + 2) * u * terms + 0x1p-120;
-      } else if (a.map == fk::MlpMap::layer_norm) {
+      } else if (a.map >= fk::MlpMap::layer_norm) {
         const double root = std::sqrt(square + a.eps), d = v - mean;
         // the root's own relative error: that of the sum of squares, twice what the differences may be off by
         const double relative = double(a.in_width + 8) * u + (off_norm + mean_off) / root;
@@ -125,6 +129,8 @@ struct Network {
       if (a.combine == fk::MlpCombine::add) y[c] = other + z, f[c] = other_off + o + u * std::fabs(y[c]);
       if (a.combine == fk::MlpCombine::multiply)
         y[c] = other * z, f[c] = other_off * std::fabs(z) + o * (std::fabs(other) + other_off) + u * std::fabs(y[c]);
+      if (a.combine == fk::MlpCombine::maximum) y[c] = std::fmax(other, z), f[c] = std::fmax(other_off, o);
+      if (a.combine == fk::MlpCombine::minimum) y[c] = std::fmin(other, z), f[c] = std::fmax(other_off, o);
     }
     for (int64_t c = 0; c < a.out_width; c++) x[a.out + c] = y[c], e[a.out + c] = f[c];
   }
@@ -262,16 +268,18 @@ TEST(mlp_sample) {
         CASE("mlp_sample n %ld D %ld width %ld steps %ld guided %d low %d", long(n), long(D), long(width), long(steps),
              guided, low);
         Network net(n, D, steps, guided, low);
-        const auto act = Activation(1 + variant % 9);
+        const auto act = Activation(1 + variant % 12);
         const int64_t first = net.value(width), cat = net.value(width + 7), normed = net.value(width + 7);
         const int64_t gate = net.value(width), sum = net.value(width), v = net.value(D);
         net.add(MlpMap::linear, 0, D, first, width, act, {0, 2, variant % 2 ? 3 : 0});
         net.add(MlpMap::linear, first, width, cat, width, Activation::silu, {variant % 5, 1, 0});
         net.add(MlpMap::linear, first + width / 2, width - width / 2, cat + width, 7, plain, {0, 0, 0});
-        net.add(MlpMap::layer_norm, cat, width + 7, normed, width + 7, plain, {2, variant % 5, 0});
+        const auto norm = variant % 4 < 2 ? MlpMap::layer_norm : MlpMap::rms_norm;
+        const MlpCombine combines[] = {MlpCombine::add, MlpCombine::maximum, MlpCombine::add, MlpCombine::minimum};
+        net.add(norm, cat, width + 7, normed, width + 7, plain, {2, variant % 5, 0});
         net.add(MlpMap::identity, normed + 5, width, gate, width, Activation::sigmoid, {0, 4, 0}, MlpCombine::multiply,
                 first);
-        net.add(MlpMap::linear, gate, width, sum, width, act, {0, 3, 1}, MlpCombine::add, cat + 1);
+        net.add(MlpMap::linear, gate, width, sum, width, act, {0, 3, 1}, combines[variant % 4], cat + 1);
         net.add(MlpMap::linear, sum, width, v, D, plain, {0, 2, 0});
         net.check(variant % 2, variant % 5 == 0, variant % 4 == 1);
       }

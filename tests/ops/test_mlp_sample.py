@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowkernels.ops.mlp_sample import (
+    COMBINES,
     PLACE,
     Layer,
     Plan,
@@ -55,11 +56,11 @@ def networks(draw, n=(1, 2, 3, 5, 6, 7, 13, 17, 33, 49)):
 
         value = draw(st.integers(0, readable - 1))
         source = part(draw(st.integers(1, net.widths[value])))
-        map_ = draw(st.sampled_from(["linear", "linear", "identity", "layer_norm"]))
+        map_ = draw(st.sampled_from(["linear", "linear", "identity", "layer_norm", "rms_norm"]))
         width = draw(WIDTHS) if map_ == "linear" else source[2]
         kwargs = dict(map=map_, source=source, shift=draw(ROWS), scale=draw(ROWS), shift_each=draw(ROWS))
         if draw(st.booleans()) and (other := part(width)):
-            kwargs |= dict(combine=draw(st.sampled_from(["add", "multiply"])), other=other)
+            kwargs |= dict(combine=draw(st.sampled_from(COMBINES[1:])), other=other)
         numbers = dict(alpha=draw(st.sampled_from([0.1, 1.0, 1.6])), gain=draw(st.sampled_from([1.0, 0.5, 1.05])))
         net.add(width, activation=draw(st.sampled_from(ACTIVATIONS)), append=append, **numbers, **kwargs)
     return net.head()
@@ -558,8 +559,8 @@ def test_activations_of_nan_and_infinity(activation, name):
     assert got[:, 0].isnan().all()
     known = expected.isfinite()
     torch.testing.assert_close(got[known], expected[known].float(), rtol=1e-6, atol=2e-36)
-    assert got[:, 1].eq(1.0 if activation in ("tanh", "sigmoid") else INF).logical_or(got[:, 1].isnan()).all()
-    zero_below = activation in ("relu", "silu", "gelu", "gelu_tanh", "sigmoid", "mish")
+    assert got[:, 1].eq({"tanh": 1.0, "sigmoid": 1.0, "at_most": alpha}.get(activation, INF)).logical_or(got[:, 1].isnan()).all()
+    zero_below = activation in ("relu", "silu", "gelu", "gelu_tanh", "sigmoid", "mish", "softplus")
     assert not zero_below or got[:, 2].abs().nan_to_num().le(2e-36).all()
 
 
@@ -709,11 +710,16 @@ def whole(x=X, h=(0.1, 0.2), layers=(A, B)):
         (TypeError, r"layers\[1\]: expected a Layer, got B", whole(layers=[A, "B"]), {}),
         (
             ValueError,
-            r"layers\[0\].map: expected one of identity, linear, layer_norm, got conv",
+            r"layers\[0\].map: expected one of identity, linear, layer_norm, rms_norm, got conv",
             first(map="conv"),
             {},
         ),
-        (ValueError, r"layers\[1\].combine: expected one of none, add, multiply, got x", second(combine="x"), {}),
+        (
+            ValueError,
+            r"layers\[1\].combine: expected one of none, add, multiply, maximum, minimum, got x",
+            second(combine="x"),
+            {},
+        ),
         (ValueError, r"layers\[0\].activation: expected one of none, relu.*, got x", first(activation="x"), {}),
         (ValueError, r"layers\[1\].other: expected a source with combine, .*, got None", second(combine="add"), {}),
         (ValueError, r"layers\[1\].other: expected a source .*None without", second(other=Source(0, 0, 4)), {}),

@@ -26,7 +26,8 @@ from flowkernels.ops.library import (
 from flowkernels.ops.mlp_sample import reference
 from flowkernels.solver import Update, euler_sizes, last_uses
 
-MAPS, COMBINES = ("identity", "linear", "layer_norm"), ("none", "add", "multiply")  # as csrc/mlp_sample/mlp_sample.h
+MAPS = ("identity", "linear", "layer_norm", "rms_norm")  # as csrc/mlp_sample/mlp_sample.h, norms last
+COMBINES = ("none", "add", "multiply", "maximum", "minimum")
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 PLACE = 16  # floats: where values begin in a row of scratch memory, and what the rows of tables are padded to
 
@@ -41,13 +42,15 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """`other (+ or *) gain * activation(scale * map(source) + shift + shift_each)`, one row a sample.
+    """`other (+, *, max or min) gain * activation(scale * map(source) + shift + shift_each)`, one row a sample.
 
-    map: "linear" (weight `[width, source.width]`), "layer_norm" (eps, no affine part) or "identity".
+    map: "linear" (weight `[width, source.width]`), "layer_norm" or "rms_norm" (eps, no affine part) or
+        "identity".
     scale, shift, shift_each: tables `[N or 1, n or 1, width]`, float32, one row for a step and a sample. They hold what
         depends on time or conditioning alone, biases too. Two shifts, since a sum of one row a step and one row a
         sample takes less room than a row for both.
-    activation: none, relu, leaky_relu (slope alpha), silu, gelu, gelu_tanh, elu (alpha), tanh, sigmoid or mish.
+    activation: none, relu, leaky_relu (slope alpha), silu, gelu, gelu_tanh, elu (alpha), tanh, sigmoid, mish, softplus,
+        at_least (alpha) or at_most (alpha).
     first: the output's first column in its value; above 0 it is appended to the value of the layer before.
     """
 

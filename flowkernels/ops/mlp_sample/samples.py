@@ -117,8 +117,9 @@ def scattered(steps: int, g: torch.Generator) -> list[Update]:
 def sample_inputs() -> Iterator[Sample]:
     """Every feature at least once; widths, batches and steps around the vectors, panels and tiles of the kernels."""
     bf16 = torch.bfloat16
-    alphas = dict(leaky_relu=0.1, elu=1.5)
+    alphas = dict(leaky_relu=0.1, elu=1.5, at_least=-0.3, at_most=0.4)
     shapes = [(1, 0, 1), (2, 1, 2), (3, 2, 3), (15, 5, 4), (16, 6, 1), (17, 7, 2), (33, 13, 3), (65, 49, 2), (64, 3, 4)]
+    shapes += [(31, 4, 2), (48, 8, 3), (2, 17, 1)]
     activations = [a for a in reference.ACTIVATIONS if a != "none"]
     for i, (activation, (dim, n, steps)) in enumerate(zip(activations, shapes, strict=True)):
         net = (
@@ -131,20 +132,32 @@ def sample_inputs() -> Iterator[Sample]:
     yield Network(65, 131, 3).add(130, activation="silu").add(130, activation="silu").head().sample("threads")
     yield Network(5, 4, 0).add(17, activation="relu").head().sample("no steps", trajectory=True)
 
-    def residual(dim, n, steps, width=65, **kwargs):
-        """LayerNorm, scale and shift, two layers, a gate of each step and sample, and the sum with what came in."""
+    def residual(dim, n, steps, width=65, norm="layer_norm", **kwargs):
+        """A norm, scale and shift, two layers, a gate of each step and sample, and the sum with what came in."""
         net = Network(dim, n, steps).add(width)
         for _ in range(2):
             stream = len(net.widths) - 1
-            net.add(map="layer_norm", scale="both", shift="both")
+            net.add(map=norm, scale="both", shift="both")
             net.add(width + 3, activation="silu").add(width, shift=None, activation="gelu_tanh")
             net.add(map="identity", shift=None, scale="step", combine="add", other=(stream, 0, width))
-        return net.add(map="layer_norm", shift=None).head()
+        return net.add(map=norm, shift=None).head()
 
     for n, layout in ((1, "contiguous"), (7, "sliced"), (49, "misaligned")):
         yield residual(17, n, 2).sample("residual", layout)
     yield residual(33, 13, 3, 130).sample("residual guided", guidance=2.5, trajectory=True)
     yield residual(1, 6, 4, 2).sample("residual narrow", trajectory=True)
+    for n in (1, 13, 49):
+        yield residual(17, n, 2, 66, "rms_norm").sample("rms norm", weights=(None, bf16)[n == 13])
+
+    def bounded(dim, n, steps, width):
+        """Between what a table and another value have."""
+        net = Network(dim, n, steps).add(width).add(width, source=(0, 0, dim))
+        net.add(map="identity", source=(1, 0, width), combine="maximum", other=(2, 0, width), scale="step")
+        net.add(map="identity", source=(1, 0, width), shift="both", combine="minimum", other=(3, 0, width), gain=1.3)
+        return net.head()
+
+    for n, dim, width in ((1, 3, 15), (7, 16, 33), (33, 17, 100)):
+        yield bounded(dim, n, 3, width).sample("bounded", trajectory=n == 7)
 
     def gates(n, steps, rows):
         """Parts of values multiplied, shifts of two kinds, and values put together from three layers."""
@@ -218,7 +231,7 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
 
     Allowed is what rounding alone does to the result. That is found by backward analysis: a sum of k products whose
     partial sums are rounded is exact for weights that are off by some sqrt(k) half-ulps, and activations and steps are
-    for tables, gains and states that are off by one or two ulp, LayerNorm for such inputs and means. The network is
+    for tables, gains and states that are off by one or two ulp, norms for such inputs and means. The network is
     evaluated in float64 with such random errors, so often that a result of few numbers is not moved too little by
     chance, and twice the largest difference is allowed. An update of k terms rounds k partial sums: it is exact for a
     state that it starts from, and for factors, which are rounded themselves, that are off by some sqrt(k) half-ulps
@@ -236,8 +249,8 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
         return 0.0, 0.0
     given = layers, k.get("unconditional"), k.get("guidance", 1.0)
 
-    def evaluate(x, h, layers, others, guidance, weights=None, *norm):
-        return reference.mlp_sample(x, h, layers, others, guidance, weights, *norm)[: 3 if trajectory else 1]
+    def evaluate(x, h, layers, others, guidance, weights=None, *norms):
+        return reference.mlp_sample(x, h, layers, others, guidance, weights, *norms)[: 3 if trajectory else 1]
 
     truth = evaluate(x.double(), h, *given)
 
@@ -281,8 +294,12 @@ def error_and_bound(sample: Sample, got: Tensor | tuple[Tensor, ...]) -> tuple[f
             scale = off(full(x.shape, u.scale), scaled + (len(u.which) + scaled) ** 0.5)
             return Update(u.from_start, u.which, tuple(factors), scale)
 
+        def rms(y, shape, eps, off=off):
+            return F.rms_norm(off(y, 4), shape, eps=eps)
+
+        norms = dict(layer_norm=norm, rms_norm=rms)
         other = x.double(), map(moved_update, updates), moved(layers), moved(given[1]), given[2]
-        floor = max(floor, error(evaluate(*other, None, norm)))
+        floor = max(floor, error(evaluate(*other, None, norms)))
     found = got if trajectory else (got,)
     rounded = error(evaluate(x, h, *given, k["weights"])) if k.get("weights") else 0.0
     return error(found), 2 * rounded + 2 * floor

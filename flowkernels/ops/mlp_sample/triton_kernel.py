@@ -59,8 +59,9 @@ SCALE, SHIFT, SHIFT_EACH, LINE = map(tl.constexpr, (12, 15, 18, 21))
 EPS, ALPHA, GAIN = map(tl.constexpr, range(3))
 FROM_START, TERMS, KEPT, UPDATE = map(tl.constexpr, range(4))  # as `Updates` lists them
 LINEAR, LAYER_NORM = (tl.constexpr(MAPS.index(name)) for name in ("linear", "layer_norm"))
-ADD, MULTIPLY = (tl.constexpr(COMBINES.index(name)) for name in ("add", "multiply"))
-RELU, LEAKY_RELU, SILU, GELU, GELU_TANH, ELU, TANH, SIGMOID, MISH = map(tl.constexpr, range(1, len(ACTIVATIONS)))
+ADD, MULTIPLY, MAXIMUM = map(tl.constexpr, range(1, len(COMBINES) - 1))
+RELU, LEAKY_RELU, SILU, GELU, GELU_TANH, ELU, TANH, SIGMOID, MISH, *MORE = map(tl.constexpr, range(1, len(ACTIVATIONS)))
+SOFTPLUS, AT_LEAST, AT_MOST = MORE
 
 
 # ---- what a layer does ----
@@ -106,13 +107,13 @@ def _product(
 
 
 @triton.jit
-def _moments(row, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The mean and 1 / deviation of each sample."""
+def _moments(row, width, eps, centred, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The mean and 1 / deviation of each sample; not centred: 0 and 1 / root of the mean square."""
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)[None, :]
         sums += tl.load(row + column, mask=column < width, other=0.0)
-    mean = tl.sum(sums, 1, keep_dims=True) / width
+    mean = tl.where(centred, tl.sum(sums, 1, keep_dims=True) / width, 0.0)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)[None, :]
@@ -158,6 +159,16 @@ def _activate(x, activation, alpha):
         e = tl.exp(tl.minimum(x, 40.0))
         w = e * (e + 2.0)
         x = x * (w / (w + 2.0))
+    elif activation == SOFTPLUS:  # log(1 + e) = 2 artanh(e / (e + 2)), whose argument is 1 / 3 at most
+        e = tl.exp(-tl.abs(x))
+        s = e / (e + 2.0)
+        z = s * s
+        series = 2 / 7 + z * (2 / 9 + z * (2 / 11 + z * (2 / 13 + z * (2 / 15))))
+        x = tl.where(x < 0.0, 0.0, x) + s * (2.0 + z * (2 / 3 + z * (2 / 5 + z * series)))
+    elif activation == AT_LEAST:
+        x = tl.where(x < alpha, alpha, x)
+    elif activation == AT_MOST:
+        x = tl.where(x > alpha, alpha, x)
     return x
 
 
@@ -176,7 +187,7 @@ def _layer(
     DEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = other (+ or *) gain * activation(scale * map(source) + shift + shift_each)"""
+    """out = other (+, *, max or min) gain * activation(scale * map(source) + shift + shift_each)"""
     map = tl.load(line + MAP)
     source, depth = tl.load(line + SOURCE), tl.load(line + SOURCE_WIDTH).to(tl.int32)
     at, outputs = tl.load(line + INPUTS) // 8 * 8, tl.load(line + OUTPUTS) // 16 * 16
@@ -185,8 +196,8 @@ def _layer(
     activation, combine = tl.load(line + ACTIVATION), tl.load(line + COMBINE)
     alpha, gain = tl.load(numbers + ALPHA), tl.load(numbers + GAIN)
     mean, factor = tl.zeros([ROWS, 1], tl.float32), tl.full([ROWS, 1], 1.0, tl.float32)
-    if map == LAYER_NORM:
-        mean, factor = _moments(row + source, depth, tl.load(numbers + EPS), ROWS, BLOCK)
+    if map >= LAYER_NORM:
+        mean, factor = _moments(row + source, depth, tl.load(numbers + EPS), map == LAYER_NORM, ROWS, BLOCK)
     if tl.load(line + COPIED) != 0:
         _copy_inputs(row, source, depth, inputs, at, BLOCK)
         tl.debug_barrier()
@@ -206,7 +217,13 @@ def _layer(
         y = gain * _activate(y, activation, alpha)
         if combine != 0:
             other = tl.load(row + tl.load(line + OTHER) + column, mask=mask)
-            y = tl.where(combine == ADD, other + y, other * y)
+            if combine == ADD:
+                y = other + y
+            elif combine == MULTIPLY:
+                y = other * y
+            else:
+                beyond = tl.where(combine == MAXIMUM, other > y, other < y)
+                y = tl.where(beyond | (other != other), other, y)  # y, if that is NaN
         tl.store(out + column, y, mask=mask)
 
 
