@@ -4,6 +4,7 @@
 #include "common/memory.h"
 #include "common/threads.h"
 #include "ops.h"
+#include "tensors.h"
 #include "watch/watch.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -19,6 +20,9 @@ PYBIND11_MODULE(_C, m) {
         [](const py::tuple& marks, const py::tuple& roots) { return fk::state_holds(marks.ptr(), roots.ptr()); });
   m.attr("state_form") = fk::kStateForm;
   m.def("advise_large_pages", [](Address p, size_t bytes) { fk::advise_large_pages(at(p), bytes); });
+  m.def("read_tensors_of", &read_tensors_of);
+  m.def("is_finite", &is_finite);
+  m.def("is_one", &is_one);
 #define BIND(op) bind_##op(m);
   FK_EACH_OP(BIND)
 }

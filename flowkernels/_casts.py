@@ -32,7 +32,13 @@ def no_grad(stage: F) -> F:
         wanted = kwargs.get("differentiable", False)  # which the stage checks
         if isinstance(wanted, (bool, np.bool_)) and wanted:
             return stage(*args, **kwargs)
-        with torch.no_grad() if torch.compiler.is_compiling() else without_gradients():
-            return stage(*args, **kwargs)
+        with torch.no_grad():
+            if torch.compiler.is_compiling():
+                return stage(*args, **kwargs)
+            torch.clear_autocast_cache()
+            try:
+                return stage(*args, **kwargs)
+            finally:
+                torch.clear_autocast_cache()
 
     return run

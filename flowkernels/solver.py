@@ -1,5 +1,6 @@
 """Solvers: what a sampler does at each of its evaluations, beyond Euler steps on a schedule's knots."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,8 +44,12 @@ class Update(NamedTuple):
 
 def euler_sizes(updates: Sequence[Update]) -> list[float] | None:
     """The step sizes, where each update adds nothing but its own velocity to its own state; else None."""
-    own = all(not u.from_start and u.which == (i,) and u.scale == 1 for i, u in enumerate(updates))
-    return [u.factors[0] for u in updates] if own else None
+    sizes = []
+    for i, (from_start, which, factors, scale) in enumerate(updates):
+        if from_start or which != (i,) or scale != 1:
+            return None
+        sizes.append(factors[0])
+    return sizes
 
 
 def last_uses(updates: Sequence[Update]) -> list[int]:
@@ -140,7 +145,7 @@ class Solver:
     @property
     def is_inverse(self) -> bool:
         """Whether it runs from data to noise."""
-        return bool(self.times[0] > self.times[-1])
+        return self.times[0].item() > self.times[-1].item()
 
     @property
     def reaches_data(self) -> bool:
@@ -371,12 +376,32 @@ def adams_bashforth(
     return Solver(times, times[:-1], steps.cumsum(0), f"adams-bashforth {order}")
 
 
-def expect_solver(schedule: Schedule | Solver | int | Sequence[float] | Tensor, name: str) -> Solver:
-    """What the loops run: a Solver as it is, and Euler's steps on a Schedule, on N uniform steps or on times."""
+def expect_solver(
+    schedule: Schedule | Solver | int | Sequence[float] | Tensor,
+    name: str,
+    *,
+    shared: bool = False,
+) -> Solver:
+    """What the loops run: a Solver as it is, and Euler's steps on a Schedule, on N uniform steps or on times.
+
+    shared: for a caller that neither writes to it nor hands it on, outside of torch's modes: of so many uniform steps
+        there is one for all.
+    """
     if isinstance(schedule, Solver):
         return schedule
+    if shared and type(schedule) is int and 1 <= schedule <= MOST_SHARED:
+        return _uniform(schedule)
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, name, whole=False)
     return Solver._euler(times, times[:-1])
+
+
+MOST_SHARED = 1024
+
+
+@functools.lru_cache(16)
+@torch.inference_mode(False)
+def _uniform(steps: int) -> Solver:
+    return expect_solver(steps, "steps")
 
 
 def _knots(schedule, inverse: bool, table: bool = False) -> Tensor:

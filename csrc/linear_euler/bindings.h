@@ -1,6 +1,7 @@
 #pragma once
 #include "bindings.h"
 #include "linear_euler/linear_euler.h"
+#include "tensors.h"
 
 using Operand = std::tuple<Address, int, int64_t>;  // of rows: address, type, stride
 inline fk::Rows rows(const Operand& t) {
@@ -55,8 +56,38 @@ inline fk::LinearEulerArgs linear_euler_args(Address x, const Operand& z, int64_
           0};
 }
 
+// Of a plain layer, whose outputs are a sample's elements in their order: no norm, no modulation, no guidance.
+inline bool linear_euler_plain(py::handle x, py::handle z, py::handle weight, py::handle bias, double h, py::handle out,
+                               bool gradients, int threads) {
+  const Plain state(x, gradients), tokens(z, gradients), matrix(weight, gradients), to(out, gradients);
+  if (!state || !tokens || !matrix || !to || !state.is_state() || !tokens.is_velocity_of(state)) return false;
+  if (matrix.dims() != 2 || (matrix.type() != tokens.type() && matrix.type() != state.type())) return false;
+  const int64_t n = state.size(0), outputs = matrix.size(0), d = matrix.size(1);
+  if (state.dims() < 1 || tokens.dims() < 2 || tokens.size(0) != n || tokens.size(tokens.dims() - 1) != d) return false;
+  const int64_t T = tokens.count() / n / d;
+  if (T * outputs != state.count() / n || !to.is_like(state) || to.type() != state.type()) return false;
+  fk::Rows shift{};
+  if (!bias.is_none()) {
+    const Plain t(bias, gradients);
+    if (!t || !t.is(1, outputs) || (t.type() != tokens.type() && t.type() != state.type())) return false;
+    shift = {t.data(), t.dtype(), 0};
+  }
+  fk::LinearEulerArgs args{};
+  args.x = state.data(), args.out = to.data(), args.x_type = state.dtype();
+  args.z = {tokens.data(), tokens.dtype(), T * d};
+  args.z_token = d;
+  args.weight = {matrix.data(), matrix.dtype(), outputs == 1 ? 0 : d};
+  args.bias = shift;
+  args.n = n, args.T = T, args.d = d, args.outputs = outputs;
+  args.h = h, args.guidance = args.x_scale = 1, args.threads = threads;
+  py::gil_scoped_release others_run;
+  FK_SELECT(linear_euler)(args);
+  return true;
+}
+
 template <class Module>
 void bind_linear_euler(Module& m) {
+  m.def("linear_euler_plain", &linear_euler_plain);
   m.def("linear_euler", ON_THREADS(linear_euler, LinearEulerArgs), py::call_guard<py::gil_scoped_release>());
 }
 

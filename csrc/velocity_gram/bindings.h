@@ -1,9 +1,21 @@
 #pragma once
 #include "bindings.h"
+#include "tensors.h"
 #include "velocity_gram/velocity_gram.h"
+
+inline bool velocity_gram_plain(py::handle v, py::handle gram, int threads) {
+  const Plain velocities(v), to(gram);
+  if (!velocities || !to || velocities.dims() < 2 || velocities.type() > Plain::f16) return false;
+  const int64_t K = velocities.size(0), M = velocities.count() / K;
+  py::gil_scoped_release others_run;
+  FK_SELECT_AMX(velocity_gram)
+  ({velocities.data(), velocities.dtype(), K, M, M, nullptr, 0, nullptr, to.data<double>(), threads});
+  return true;
+}
 
 template <class Module>
 void bind_velocity_gram(Module& m) {
+  m.def("velocity_gram_plain", &velocity_gram_plain);
   m.def(
       "velocity_gram",
       [](Address v, int v_type, int64_t K, int64_t M, int64_t v_stride, Address x, int64_t x_stride, Address times,

@@ -81,6 +81,11 @@ class StateOp:
             return fresh(torch.empty_like(x, memory_format=self.layout))
         return fresh(torch.empty_like(x, dtype=dtype, memory_format=self.layout))
 
+    def made(self, x: Tensor) -> Tensor:
+        """`empty(x)`, where no compiler looks: most often a call less."""
+        new = torch.empty_like(x, memory_format=self.layout)
+        return new if new.nbytes < LARGE else fresh(new)
+
     def on_triton(self, kernel: Callable) -> tuple[Callable, Callable]:
         """Both registered ops, the one that writes second, on `kernel(*arguments, out, low[, also])`."""
 
@@ -102,8 +107,7 @@ class StateOp:
         functional = out is None and not isinstance(low, Tensor) and (not also or also[0] is None)
         if functional and (way := direct(self.name, *tensors)) is not None:
             C, where = way
-            new = torch.empty_like(x, memory_format=self.layout)
-            new = new if new.nbytes < LARGE else fresh(new)  # a call less
+            new = self.made(x)
             copy = self.empty(x, low) if wants_low else None
             self.kernel(C, *args, new, copy, *also, *where)
             return (new, copy) if wants_low else new

@@ -45,6 +45,13 @@ def extension():
     return _load()[0]
 
 
+@functools.cache
+def reader():
+    """The compiled module, where it reads torch's tensors itself (csrc/tensors.h): from torch 2.10 on; or None."""
+    read = getattr(extension(), "read_tensors_of", None)
+    return extension() if read is not None and read(torch.Tensor) else None
+
+
 def extension_error() -> str | None:
     """Why the compiled module is missing, or None."""
     return _load()[1]

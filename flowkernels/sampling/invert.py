@@ -89,7 +89,7 @@ def invert(
     backward = isinstance(resample_with, Solver) and resample_with.is_inverse
     expect(not backward, "resample_with", "a solver from noise to data", resample_with)
     expect(round_trip or resample_with is None, "resample_with", "None without round_trip", resample_with)
-    if resample_with is None and solver.is_euler:
+    if round_trip and resample_with is None and solver.is_euler:
         resample_with = solver.times.flip(0)
     expected = "a schedule or solver for the way back of this solver, or round_trip=False"
     expect(resample_with is not None or not round_trip, "resample_with", expected, "None")
@@ -99,11 +99,12 @@ def invert(
         meets = (back.times[[0, -1]] - solver.times[[-1, 0]]).abs().max().item() <= 1e-9
         expected = f"times from {end:.6g} to {begin:.6g}, where the inversion ends and begins"
         expect(meets, "resample_with", expected, back)
-    if resolve(velocity).fused_run(solver) is not None:  # which would speak of noise
+    known = resolve(velocity)
+    if known.fused_run(solver) is not None:  # which would speak of noise
         expect_noise(data, "data", look=expect_bool(check, "check"))
-    noise = run(velocity, data, solver, capture, check, progress, "data", "invert")
+    noise = run(known, data, solver, capture, check, progress, "data", "invert")
     error = None
     if back is not None:
-        again = run(velocity, noise, back, capture, check, progress, "noise", "round trip")
+        again = run(known, noise, back, capture, check, progress, "noise", "round trip")
         error = (again.double() - data.double()).flatten(1).square().sum(1)
     return Inversion(noise, error, solver.evaluations)

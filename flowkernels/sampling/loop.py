@@ -9,20 +9,20 @@ from flowkernels._checks import expect
 from flowkernels._guidance import guided
 from flowkernels.ops.euler_step import euler_step, stepper
 from flowkernels.ops.euler_step import reference as euler_reference
-from flowkernels.ops.linear_update import linear_update
+from flowkernels.ops.linear_update import adder, linear_update
 from flowkernels.ops.linear_update import reference as linear_reference
 from flowkernels.runtime.torch_private import while_loop
 from flowkernels.solver import Solver, Update, euler_sizes, last_uses
-from flowkernels.velocity.evaluate import evaluate
+from flowkernels.velocity.evaluate import checked, evaluate
 from flowkernels.velocity.protocol import Velocity, resolve
-from flowkernels.velocity.time_embedding import rows_of_times, times_of
+from flowkernels.velocity.time_embedding import rows_of_times
 
 DIFFERENTIABLE = "one that gradients go through (differentiable=True), as the network that it is made of"
 
 
 def initial_state(noise: Tensor) -> Tensor:
     """The state in float32, whatever the model computes in; float64 noise stays float64."""
-    return noise if noise.dtype == torch.float64 else noise.float()
+    return noise if noise.dtype in (torch.float32, torch.float64) else noise.float()
 
 
 def steps(
@@ -75,8 +75,9 @@ REFERENCE = AsFunctions(euler_reference.euler_step, linear_reference.linear_upda
 class _InPlace:
     """Updates that write each state where it belongs: into the one buffer, or into its row of `out`."""
 
-    def __init__(self, x: Tensor, out: Tensor | None):
-        self.step, self.x, self.out = stepper(x), x, out
+    def __init__(self, x: Tensor, out: Tensor | None, is_euler: bool):
+        self.step, self.add = (stepper(x), None) if is_euler else (None, adder(x))
+        self.x, self.out = x, out
         self.begin, self.end = (x.data_ptr(), x.data_ptr() + x.nbytes) if out is None else (0, 0)
 
     def own(self, v: Tensor, kept: bool = False) -> Tensor:
@@ -93,7 +94,7 @@ class _InPlace:
         return self.step(x, v, h, v_uncond, w, self.x if self.out is None else self.out[i + 1])
 
     def linear_update(self, i: int, x: Tensor, v: list[Tensor], b: list[float], scale: float) -> Tensor:
-        return linear_update(x, v, b, scale=scale, out=self.x if self.out is None else self.out[i + 1])
+        return self.add(x, v, b, scale, self.x if self.out is None else self.out[i + 1])
 
 
 def evaluated_steps(
@@ -118,10 +119,10 @@ def evaluated_steps(
         embeddings = rows_of_times(velocity.embed_time(t.clone(), x), len(updates))
     start = x.contiguous()
     x = start.clone() if out is None else out[0].copy_(start)  # which the velocity may write to
-    made, past = functions or _InPlace(x, out), {}
+    made, past = functions or _InPlace(x, out, sizes is not None), {}
     own, euler = made.own, made.euler_step
-    for i, (update, now, embedding) in enumerate(zip(updates, times_of(t, len(x)), embeddings, strict=True)):
-        v, v_uncond, w = evaluate(velocity, x, now, embedding)
+    for i, (update, moment, embedding) in enumerate(zip(updates, velocity.moments(t, x), embeddings, strict=True)):
+        v, v_uncond, w = checked(x, t, i, *velocity.velocities_at(x, moment, embedding))
         # guidance is applied first to what is read again, and where the update has other terms of another dtype
         if v_uncond is not None and (last[i] > i or (len(update.which) > 1 and v.dtype != x.dtype)):
             v, v_uncond = made.joined(v, v_uncond, w, x.dtype), None

@@ -17,7 +17,7 @@ from flowkernels._checks import (
     expect_room,
     is_waited_for,
 )
-from flowkernels.ops.library import fresh
+from flowkernels.ops.library import fresh, is_finite, is_plain_state
 from flowkernels.sampling.loop import initial_state, steps
 from flowkernels.sampling.teacher import Teacher
 from flowkernels.sampling.teacher_solver import KnotStates
@@ -76,27 +76,31 @@ def rollout(
     known = resolve(velocity)
     expect_bool(progress, "progress")
     solver = expect_solver(grid, "grid")
-    expect(not solver.is_inverse, "grid", "a solver from noise to data", solver)
-    if not solver.is_euler:
-        return _at_knots(known, noise, solver, progress)
+    if isinstance(grid, Solver):
+        expect(not solver.is_inverse, "grid", "a solver from noise to data", solver)
+        if not solver.is_euler:
+            return _at_knots(known, noise, solver, progress)
     fused = known.fused_run(solver)
     if fused is not None:
         _, x, v = fused.run(noise, states=True, velocities=True)
         return Trajectory(solver.times, x, v)
-    x0 = initial_state(expect_noise(noise, look=False))
-    if not is_waited_for(x0):
-        expect_finite(noise, "noise")
+    if is_plain_state(noise):  # most: what follows, in less time
+        x0 = noise
+    else:
+        x0 = initial_state(expect_noise(noise, look=False))
+        if not is_waited_for(x0):
+            expect_finite(noise, "noise")
     warn_if_training(velocity)
     K = solver.steps
     expect_room(x0.nbytes * (2 * K + 1), "grid", "states and velocities", f"{K} steps")
     states = fresh(torch.empty(K + 1, *noise.shape, dtype=x0.dtype, device=x0.device))
     velocities = None
-    made = enumerate(steps(velocity, x0, solver, out=states, keep=True))
-    for i, (_, v) in tqdm(made, "rollout", K, disable=not progress, leave=False):
+    made = enumerate(steps(known, x0, solver, out=states, keep=True))
+    for i, (_, v) in tqdm(made, "rollout", K, leave=False) if progress else made:
         if velocities is None:
             velocities = fresh(torch.empty(K, *v.shape, dtype=v.dtype, device=v.device))
         velocities[i] = v
-    if not torch.isfinite(states[-1]).all():
+    if not is_finite(states[-1]):
         expect_finite(noise, "noise")
         expect_finite_flow(states[-1], velocities, solver.times)
     return Trajectory(solver.times, states, velocities)

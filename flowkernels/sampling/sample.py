@@ -16,6 +16,8 @@ from flowkernels._checks import (
     expect_times,
     is_waited_for,
 )
+from flowkernels.ops.library import is_finite, is_plain_state
+from flowkernels.runtime.torch_private import number_of_modes
 from flowkernels.sampling import capture as capture_module
 from flowkernels.sampling.loop import (
     DIFFERENTIABLE,
@@ -30,7 +32,8 @@ from flowkernels.sampling.sample_schedules import SampleSchedules, run_each
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver
 from flowkernels.velocity.evaluate import warn_if_training
-from flowkernels.velocity.protocol import Velocity, resolve
+from flowkernels.velocity.field import VelocityField
+from flowkernels.velocity.protocol import Called, Velocity, as_given, resolve
 from flowkernels.velocity.provenance import warn_of_another_pipeline
 
 
@@ -118,11 +121,13 @@ def sample(
         warn_if_training(velocity, stacklevel=4)
         warn_of_another_pipeline(schedule, resolve(velocity).provenance, stacklevel=4)
         return run_each(resolve(velocity), noise, schedule, expect_bool(check, "check"))
-    backward = isinstance(schedule, Solver) and schedule.is_inverse
-    expect(not backward, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
-    warn_of_another_pipeline(schedule, resolve(velocity).provenance, stacklevel=4)
-    solver = expect_solver(schedule, "schedule")
-    return run(velocity, noise, solver, capture, check, progress, differentiable=differentiable)
+    if isinstance(schedule, Solver) and schedule.is_inverse:
+        expect(False, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
+    known = resolve(velocity)
+    warn_of_another_pipeline(schedule, known.provenance, stacklevel=4)
+    shared = type(known) in (Called, VelocityField) and not number_of_modes()
+    solver = expect_solver(schedule, "schedule", shared=shared)
+    return run(known, noise, solver, capture, check, progress, differentiable=differentiable)
 
 
 def run(
@@ -137,7 +142,7 @@ def run(
     differentiable: bool = False,
 ) -> Tensor:
     """The last state of a solver, in either direction. name: of the argument `noise`; bar: of the progress bar."""
-    known = resolve(velocity)
+    known, velocity = resolve(velocity), as_given(velocity)
     fused = known.fused_run(solver)
     check = expect_bool(check, "check")
     expect_bool(progress, "progress")
@@ -147,9 +152,12 @@ def run(
         capture = None
     if fused is not None:
         return fused(noise)
-    x0 = initial_state(expect_noise(noise, name, look=False))
-    if check and not is_waited_for(x0):
-        expect_finite(noise, name)
+    if check and is_plain_state(noise):  # most: what follows, in less time
+        x0 = noise
+    else:
+        x0 = initial_state(expect_noise(noise, name, look=False))
+        if check and not is_waited_for(x0):
+            expect_finite(noise, name)
     mode = capture_module.choose(capture, x0.device)
     if mode != "graph":  # which knows what it has looked at before
         warn_if_training(velocity, stacklevel=5)
@@ -157,9 +165,9 @@ def run(
         x1 = capture_module.run(mode, velocity, x0, solver)
     else:
         made = steps(known, x0, solver, differentiable=differentiable)
-        for step in tqdm(made, bar, solver.evaluations, disable=not progress, leave=False):
+        for step in tqdm(made, bar, solver.evaluations, leave=False) if progress else made:
             x1, _ = step
-    if check and not torch.isfinite(x1).all():
+    if check and not is_finite(x1):
         expect_finite(noise, name)
         what = "step" if solver.evaluations == solver.steps else "evaluation"
         with torch.no_grad():

@@ -18,12 +18,22 @@ def evaluate(
     velocity: as `resolve` gives it. t: in float64, or as the velocity takes it. embedding: of that time, of one row;
     None leaves it to the network.
     """
-    v, v_uncond, weight = velocity.velocities(x, velocity.time_for(t, x), embedding)
+    return checked(x, t, 0, *velocity.velocities(x, velocity.time_for(t, x), embedding))
+
+
+def checked(
+    x: Tensor, t: Tensor, i: int, v: Tensor, v_uncond: Tensor | None, weight: float
+) -> tuple[Tensor, Tensor | None, float]:
+    """What an evaluation of x at the time `t[i]` gave, checked for shape; in x's dtype, where one of the two is
+    float64."""
+    alike = v_uncond is None and type(v) is Tensor and v.dtype is x.dtype is torch.float32
+    if alike and v.shape == x.shape and v.device == x.device:  # most
+        return v, None, weight
     if not isinstance(v, Tensor):
         expect(False, "velocity", f"a tensor of shape {list(x.shape)}", type(v).__name__, TypeError)
     for part in (v, v_uncond):
         if part is not None and (part.shape != x.shape or part.device != x.device):
-            expect(False, "velocity", f"x's shape {list(x.shape)} on {x.device}, at t = {t[0]:.6g}", part)
+            expect(False, "velocity", f"x's shape {list(x.shape)} on {x.device}, at t = {t[i]:.6g}", part)
         if part is not None and (part.dtype not in FLOATS or part.dtype != v.dtype):
             expected = " or ".join(str(d) for d in FLOATS) if part is v else f"the conditional one's {v.dtype}"
             expect(False, "velocity", expected, part, TypeError)

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import itertools
+import operator
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +27,20 @@ from flowkernels._checks import (
     expect_text,
 )
 from flowkernels._guidance import Guidance, guided, guided_by, told
+from flowkernels.runtime import backends
 from flowkernels.runtime.torch_private import BACKWARD_HOOKS, COMPILED_CALL, FORWARD_HOOKS, tree_flatten, tree_map
+from flowkernels.runtime.watch import CLASS, DICT
 from flowkernels.velocity.check import check
 from flowkernels.velocity.hashes import unwrapped, wraps
 from flowkernels.velocity.protocol import VelocityBase, expect_rows, fits_rows, is_per_sample, on_tensors, resolve
 from flowkernels.velocity.provenance import Identity, hash_of, network_identity
-from flowkernels.velocity.time_embedding import Embedding, expand_embedding, takes_embedding
+from flowkernels.velocity.time_embedding import (
+    Embedding,
+    expand_embedding,
+    exposes_time_embedding,
+    takes_embedding,
+    times_of,
+)
 
 
 class VelocityField(nn.Module, VelocityBase):
@@ -285,8 +295,9 @@ class VelocityField(nn.Module, VelocityBase):
 
     def network_time(self, t: Tensor) -> Tensor:
         """Times as the network takes them, of the library's t `[n]`; float64."""
-        t = exact_time(t).to(float64_device(t.device), torch.float64, copy=True)
-        t = self.time_scale * t  # before the difference: of k / 1000 and a scale of 1000, k
+        t = exact_time(t).to(float64_device(t.device), torch.float64)
+        # before the difference: of k / 1000 and a scale of 1000, k; never t itself, which is the caller's
+        t = t.clone() if self.time_scale == 1 else self.time_scale * t
         t = self.time_scale - t if self.reverse_time else t
         return t + self.time_offset if self.time_offset else t
 
@@ -301,8 +312,13 @@ class VelocityField(nn.Module, VelocityBase):
 
     def has_time_embedding(self) -> bool:
         """Whether the network says so; conditioning of the name, if any, is the network's own."""
-        known = "embedding" not in self.conditioning and resolve(self.net).has_time_embedding()
-        return known and all(takes_embedding(method) for method in overridden(self).values())
+        net = self.net
+        known = net.has_time_embedding() if isinstance(net, VelocityBase) else exposes_time_embedding(net)
+        return (
+            known
+            and "embedding" not in self.conditioning
+            and all(takes_embedding(method) for method in overridden(self).values())
+        )
 
     def time_for(self, t: Tensor, x: Tensor) -> Tensor:
         """Times as they are: the network's are formed of them. A subclass that overrides the evaluation gets them
@@ -313,7 +329,7 @@ class VelocityField(nn.Module, VelocityBase):
         return _rounded(t, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
 
     def model_times(self, times: Tensor, x: Tensor) -> Tensor:
-        return times.to(float64_device(x.device), non_blocking=True)
+        return times if x.is_cpu and times.is_cpu else times.to(float64_device(x.device), non_blocking=True)
 
     def identify(self, weights: bool = True) -> Identity:
         """With its convention and conditioning; a class that is not the library's counts with what it adds."""
@@ -331,25 +347,43 @@ class VelocityField(nn.Module, VelocityBase):
     ) -> Tensor:
         """The network's velocities of x `[n, *shape]` at times t `[n]` of the library's convention, kwargs being the
         conditioning; as the field gives them, but for guidance."""
-        n, net = len(x), self.net
-        time = self.network_time(t)
+        time, net = self.network_time(t), self.net
         # one that wraps nothing takes them as any callable does
-        plain = not (torch.compiler.is_compiling() or isinstance(net, VelocityBase) or wraps(type(net)))
+        plain = not torch.compiler.is_compiling() and _takes_rounded(net)
         t = VelocityBase.time_for(self, time, x) if plain else resolve(net).time_for(time, x)
-        x = x if self.dtype is None else x.to(self.dtype)
-        expanded = {k: v if k in self.shared else self._expanded(k, v, n) for k, v in kwargs.items()}
-        if embedding is not None:
-            expanded["embedding"] = expand_embedding(embedding, n)
-        if self.time_column:
-            x = torch.cat([x, time[:, None].to(x)], 1)
-        args = () if self.time_name or self.time_column else (t,)
-        if self.time_name:
-            expanded[self.time_name] = t
-        if self.x_name:
-            expanded[self.x_name] = x
+        column = time[:, None].to(x.device, self.dtype or x.dtype) if self.time_column else None
+        return self._called(net, x, t, column, kwargs, embedding)
+
+    def _called(
+        self,
+        net: Any,
+        x: Tensor,
+        t: Tensor | None,
+        column: Tensor | None,
+        kwargs: Mapping[str, Any],
+        embedding: Embedding | None,
+    ) -> Tensor:
+        """`call_network`, with the time as the network takes it. column: the same `[n, 1]`, with `time_column`."""
+        own = self.__dict__  # attributes of a module take longer
+        x = x if own["dtype"] is None else x.to(own["dtype"])
+        x = x if column is None else torch.cat([x, column], 1)
+        x_name, time_name, n = own["x_name"], own["time_name"], x.shape[0]
+        args = (x,) if column is not None else (x, t)
+        if kwargs or embedding is not None or x_name or time_name:
+            expanded = {k: v if k in self.shared else self._expanded(k, v, n) for k, v in kwargs.items()}
+            if embedding is not None:
+                expanded["embedding"] = expand_embedding(embedding, n)
+            if time_name:
+                expanded[time_name], args = t, args[:1]
+            if x_name:
+                expanded[x_name], args = x, args[1:]
+            v = net(*args, **expanded)
         else:
-            args = (x, *args)
-        v = net(*args, **expanded)
+            v = net(*args)
+        return self._of_result(v)
+
+    def _of_result(self, v: Any) -> Tensor:
+        """The velocity that a network has returned."""
         if not isinstance(v, Tensor):
             v = getattr(v, "sample", v)
             v = v[0] if isinstance(v, tuple) else v
@@ -418,6 +452,43 @@ class VelocityField(nn.Module, VelocityBase):
             return v, v_uncond, self.guidance
         return v if v_uncond is None else self._guided(v, v_uncond, t, x), None, 1.0
 
+    def moments(self, t: Tensor, x: Tensor) -> Iterator[Any]:
+        """With the times as the network takes them, of all steps at once, where an evaluation is its call alone."""
+        look = None if torch.compiler.is_compiling() else getattr(backends.extension(), "watch_changed", None)
+        if look is None or not self._is_call_of_network():
+            return super().moments(t, x)
+        own, column = self.__dict__, self.time_column
+        as_they_are = self.time_scale == 1 and not (self.reverse_time or self.time_offset)  # and are copied below
+        time = t if as_they_are and VelocityField.network_time is NETWORK_TIME else self.network_time(t)
+        if column:
+            rows = times_of(time.to(x.device, self.dtype or x.dtype), x.shape[0], column=True)
+        else:
+            rows = times_of(VelocityBase.time_for(self, time, x), x.shape[0])
+        held = own, own["_modules"], self.conditioning, *_hooks_of(own)
+        entries = *((DICT, d, tuple(d), tuple(d.values())) for d in held), AS_IMPORTED
+        bare = not (self.conditioning or self.x_name or self.time_name or self.dtype)
+        known = look, entries, self.net, type(self.net), column, bare
+        return zip(rows, itertools.repeat(known), itertools.repeat(t), itertools.count())
+
+    def _is_call_of_network(self) -> bool:
+        """Whether an evaluation is one call of a network, at times that are the same whatever is in x."""
+        own = type(self) is VelocityField and not overridden(self) and not any(_hooks_of(self.__dict__))
+        return own and not self.is_guided and _takes_rounded(self.net)
+
+    def velocities_at(
+        self, x: Tensor, moment: Any, embedding: Embedding | None = None
+    ) -> tuple[Tensor, Tensor | None, float]:
+        if type(moment) is not tuple:
+            return super().velocities_at(x, moment, embedding)
+        time, (look, entries, net, kind, column, bare), t, i = moment
+        if look(entries) >= 0 or type(net) is not kind or VelocityField.__call__ is not CALL:  # not what it was
+            return super().velocities_at(x, t[i].expand(len(x)).clone(), embedding)
+        if not bare or embedding is not None:
+            times = (None, time) if column else (time, None)
+            return self._called(net, x, *times, self.conditioning, embedding), None, 1.0
+        v = net(torch.cat([x, time], 1)) if column else net(x, time)
+        return self._of_result(v), None, 1.0  # whose sign is what it is after the call
+
     def _guided(self, v: Tensor, v_uncond: Tensor, t: Tensor, x: Tensor) -> Tensor:
         if callable(self.guidance):
             return guided_by(self.guidance, v, v_uncond, VelocityBase.time_for(self, t, x), x)
@@ -436,7 +507,7 @@ def _weighted(weight: Tensor, cond: Tensor, uncond: Tensor, t: Tensor) -> Tensor
 
 REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 OWN = {name: getattr(VelocityField, name) for name in ("forward", "pair", "call_network", "__call__", "velocities")}
-EMBED = VelocityField.time_embedding
+EMBED, NETWORK_TIME = VelocityField.time_embedding, VelocityField.network_time
 HOOKS = (*FORWARD_HOOKS, *BACKWARD_HOOKS)
 
 
@@ -445,6 +516,10 @@ def overridden(field: VelocityField) -> dict[str, Any]:
     found = {name: getattr(type(field), name) for name, own in OWN.items() if getattr(type(field), name) is not own}
     own = field.__dict__  # not vars(field), which the compiler of torch 2.6 does not know
     return found | {name: getattr(field, name) for name in OWN if name in own}
+
+
+_hooks_of, CALL = operator.itemgetter(*HOOKS), OWN["__call__"]
+AS_IMPORTED = CLASS, VelocityField, tuple(vars(VelocityField)), tuple(vars(VelocityField).values())
 
 
 def is_called_whole(field: VelocityField) -> bool:
@@ -471,6 +546,11 @@ def _same_leaf(a: Any, b: Any) -> bool:
 
 
 # ---- times ----
+
+
+def _takes_rounded(net: Any) -> bool:
+    """Whether a network takes times as any callable does: it is no velocity, and wraps none."""
+    return not (isinstance(net, VelocityBase) or wraps(type(net)))
 
 
 def float64_device(device: torch.device) -> torch.device:

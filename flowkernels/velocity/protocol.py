@@ -12,7 +12,7 @@ from flowkernels._guidance import Guidance
 from flowkernels.runtime.torch_private import tree_leaves, tree_map
 from flowkernels.velocity.hashes import unwrapped
 from flowkernels.velocity.provenance import Identity, network_identity
-from flowkernels.velocity.time_embedding import Embedding, expand_embedding, exposes_time_embedding
+from flowkernels.velocity.time_embedding import Embedding, expand_embedding, exposes_time_embedding, times_of
 
 if TYPE_CHECKING:
     from flowkernels.solver import Solver
@@ -79,6 +79,17 @@ class VelocityBase:
         embedding: of that time, of one row; None leaves it to the velocity.
         """
         return _called(self, x, t, embedding), None, 1.0
+
+    def moments(self, t: Tensor, x: Tensor) -> Iterator[Any]:
+        """A loop's times t `[M]`, as `model_times` gives them, one by one, as `velocities_at` takes them with states
+        like x: each `[n]`, and what can be known of an evaluation there."""
+        return times_of(t, len(x))
+
+    def velocities_at(
+        self, x: Tensor, moment: Any, embedding: Embedding | None = None
+    ) -> tuple[Tensor, Tensor | None, float]:
+        """`velocities` at one of the `moments`; what has changed since these were made is seen."""
+        return self.velocities(x, self.time_for(moment, x), embedding)
 
     def rows(self, index: Tensor | slice, n: int) -> "VelocityBase":
         """The velocity for the samples `index` of n: what it holds with one row a sample is indexed."""
@@ -152,8 +163,8 @@ class Called(VelocityBase):
     def __init__(self, function: Callable):
         self.function = function
         self._wrapped = None if torch.compiler.is_compiling() else unwrapped(function)
-        inside = self._inside()
-        self.forced_knots = () if inside is None else inside.forced_knots
+        if (inside := self._inside()) is not None:
+            self.forced_knots = inside.forced_knots
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.function(x, t)
@@ -164,6 +175,11 @@ class Called(VelocityBase):
 
     def velocities(self, x: Tensor, t: Tensor, embedding: Embedding | None = None):
         return _called(self.function, x, t, embedding), None, 1.0
+
+    def velocities_at(self, x: Tensor, moment: Tensor, embedding: Embedding | None = None):
+        if self._inside() is None:  # the time is as `time_for` gives it
+            return _called(self.function, x, moment, embedding), None, 1.0
+        return super().velocities_at(x, moment, embedding)
 
     def rows(self, index: Tensor | slice, n: int) -> "Called":
         inside = self._inside()

@@ -95,8 +95,11 @@ def expand_embedding(embedding: Embedding, n: int) -> Embedding:
 ROWS = 1 << 20  # times that are expanded to the samples at once
 
 
-def times_of(t: Tensor, n: int) -> Iterator[Tensor]:
-    """The times t `[N]` of a schedule's steps one by one, each `[n]` for n samples and the network's to write to."""
-    parts = (t,) if len(t) * n <= ROWS else t.split(max(1, ROWS // n))
-    expanded = (p.unsqueeze(1).expand(-1, n).clone(memory_format=torch.contiguous_format).unbind() for p in parts)
-    return itertools.chain.from_iterable(expanded)
+def times_of(t: Tensor, n: int, column: bool = False) -> Iterator[Tensor]:
+    """The times t `[N]` of a schedule's steps one by one, each `[n]` for n samples, as a column `[n, 1]`, and the
+    network's to write to."""
+    column_of_times, shape = (t.view(-1, 1, 1), (-1, n, 1)) if column else (t.view(-1, 1), (-1, n))
+    if t.shape[0] * n <= ROWS:
+        return iter(column_of_times.expand(shape).clone(memory_format=torch.contiguous_format).unbind())
+    parts = (p.expand(shape) for p in column_of_times.split(max(1, ROWS // n)))
+    return itertools.chain.from_iterable(p.clone(memory_format=torch.contiguous_format).unbind() for p in parts)

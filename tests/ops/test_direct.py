@@ -27,6 +27,8 @@ CALLS = {name: call for op in OPS for name, call in ops_cases.of(op).CALLS.items
 EVERY = pytest.mark.parametrize("op", CALLS)
 ASKING = [m for m in sys.modules.values() if m.__name__.startswith("flowkernels.ops.") and hasattr(m, "direct")]
 ASKING.remove(library)
+PLAIN = [m for m in sys.modules.values() if m.__name__.startswith("flowkernels.ops.") and hasattr(m, "plain")]
+PLAIN.remove(library)
 DIFFERENTIABLE = [op for op in OPS if hasattr(ops_cases.of(op), "GRADIENTS")]
 
 
@@ -50,10 +52,34 @@ def same(a, b):
     )
 
 
+class Told:
+    """The compiled module, of which the calls `<op>_plain` that were made are kept."""
+
+    def __init__(self, C, answers):
+        self.C, self.answers = C, answers
+
+    def __getattr__(self, name):
+        call = getattr(self.C, name)
+
+        def told(*args):
+            made = call(*args)
+            if made and name.endswith("_plain"):
+                self.answers.append(self.C)
+            return made
+
+        return told
+
+
 @pytest.fixture(autouse=True)
 def taken(monkeypatch):
-    """What `direct` answered: True for the way past the dispatcher."""
+    """What `direct` answered: True for the way past the dispatcher, as calls on plain tensors take it unasked."""
     answers = []
+
+    def plain(*args, plain=library.plain):
+        return None if (C := plain(*args)) is None else Told(C, answers)
+
+    for module in PLAIN:
+        monkeypatch.setattr(module, "plain", plain)
 
     def recorded(*args, direct=library.direct, **kwargs):
         answers.append(direct(*args, **kwargs))
@@ -95,6 +121,8 @@ def test_the_same_results_both_ways(op, on, way, monkeypatch):
     assert way() == "direct"
     for module in ASKING:
         monkeypatch.setattr(module, "direct", lambda *_, **__: None)
+    for module in PLAIN:
+        monkeypatch.setattr(module, "plain", lambda *_: None)
     got = call(op)
     assert same(got, expected)
     assert [t.stride() for t in parts(got)] == [t.stride() for t in parts(expected)]

@@ -691,8 +691,8 @@ PYTHON = {
         Bug(
             "time in float64",
             "the network's time is formed in the state's precision",
-            "t = exact_time(t).to(float64_device(t.device), torch.float64, copy=True)",
-            "t = t.to(float64_device(t.device), torch.float64, copy=True)",
+            "t = exact_time(t).to(float64_device(t.device), torch.float64)",
+            "t = t.to(float64_device(t.device), torch.float64)",
             "tests/test_network_times.py",
         ),
     ],

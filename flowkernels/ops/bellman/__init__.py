@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowkernels._checks import expect, expect_number, expect_positive_int, expect_tensor
 from flowkernels.ops.bellman import reference
-from flowkernels.ops.library import direct, dispatch, refused_place, register
+from flowkernels.ops.library import direct, dispatch, plain, refused_place, register
 
 
 def bellman(cost: Tensor, steps: int, carry: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -36,6 +36,11 @@ def bellman(cost: Tensor, steps: int, carry: float = 1.0) -> tuple[Tensor, Tenso
         >>> least[:, 2]  # of reaching the last knot in 0, 1 and 2 steps
         tensor([inf, 9., 3.], dtype=torch.float64)
     """
+    numbers = type(steps) is int and type(carry) is float
+    if numbers and (C := plain("bellman", cost)) is not None and cost.dim() == 2 and 0 < steps < cost.shape[0]:
+        value, parent = _fake(cost, steps, carry)
+        if C.bellman_plain(cost, steps, carry, value, parent):
+            return value, parent
     expect_tensor(cost, "cost", (torch.float64,))
     expect(cost.dim() == 2 and cost.shape[0] == cost.shape[1] >= 2, "cost", "shape [K+1, K+1] with K >= 1", cost)
     steps = expect_positive_int(steps, "steps")

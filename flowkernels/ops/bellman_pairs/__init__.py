@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flowkernels._checks import expect, expect_positive_int, expect_tensor
 from flowkernels.ops.bellman_pairs import reference
-from flowkernels.ops.library import direct, fresh, refused_place, register
+from flowkernels.ops.library import direct, fresh, plain, refused_place, register
 
 
 def bellman_pairs(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -41,6 +41,11 @@ def bellman_pairs(first: Tensor, cost: Tensor, steps: int) -> tuple[Tensor, Tens
         >>> float(least[2, 1, 2])
         3.0
     """
+    C = plain("bellman_pairs", cost)
+    if C is not None and type(steps) is int and cost.dim() == 3 and 0 < steps < cost.shape[0]:
+        value, parent = map(fresh, _fake(first, cost, steps))
+        if C.bellman_pairs_plain(first, cost, steps, value, parent):
+            return value, parent
     expect_tensor(first, "first", (torch.float64,))
     expect_tensor(cost, "cost", (torch.float64,))
     n = cost.shape[0] if cost.dim() else 0

@@ -8,7 +8,17 @@ from torch import Tensor
 from flowkernels._checks import expect, expect_like, expect_low, expect_number, expect_tensor
 from flowkernels.ops._state_op import StateOp, gradient_of_state, velocity_dtypes
 from flowkernels.ops.euler_step import reference
-from flowkernels.ops.library import DTYPE_CODES, direct, dispatch, is_plain, register_autograd, stream_of, threads_or
+from flowkernels.ops.library import (
+    DTYPE_CODES,
+    direct,
+    dispatch,
+    is_plain,
+    plain,
+    register_autograd,
+    stream_of,
+    threads_or,
+)
+from flowkernels.runtime import backends
 
 
 def euler_step(
@@ -51,6 +61,10 @@ def euler_step(
                 [0.5000, 0.5000, 0.5000]])
         >>> x, low = fk.euler_step(x, v, 0.5, out=x, low=torch.bfloat16)  # in place, and rounded for the next call
     """
+    if out is low is None and (C := plain("euler_step", x)) is not None and type(h) is type(guidance) is float:
+        new = OP.made(x)
+        if C.euler_step_plain(x, v, h, v_uncond, guidance, new, torch.is_grad_enabled(), torch.get_num_threads()):
+            return new
     expect_tensor(x, "x", (torch.float32, torch.float64))
     expect_tensor(v, "v", velocity_dtypes(x))
     expect_like(v, "v", x)
@@ -74,11 +88,13 @@ def stepper(x: Tensor):
     What does not change from step to step is decided here, once, from the loop's state x.
     """
     way, device = direct("euler_step_out", x), x.device
+    C = None if way is None or way[1] else backends.reader()
 
     def step(x, v, h, v_uncond, guidance, out) -> Tensor:
-        if way is not None and is_plain(v, device) and (v_uncond is None or is_plain(v_uncond, device)):
-            C, where = way
-            _launch(C, x, v, h, v_uncond, guidance, out, None, *(where and stream_of(x)))
+        if C is not None and C.euler_step_plain(x, v, h, v_uncond, guidance, out, False, torch.get_num_threads()):
+            torch.autograd.graph.increment_version(out)
+        elif way is not None and is_plain(v, device) and (v_uncond is None or is_plain(v_uncond, device)):
+            _launch(way[0], x, v, h, v_uncond, guidance, out, None, *(way[1] and stream_of(x)))
             torch.autograd.graph.increment_version(out)
         else:
             dispatch("euler_step_out", x, v, h, v_uncond, guidance, out, None)

@@ -18,7 +18,7 @@ from flowkernels._checks import (
     expect_tensor,
 )
 from flowkernels.ops._state_op import StateOp, velocity_dtypes
-from flowkernels.ops.library import DTYPE_CODES, threads_or
+from flowkernels.ops.library import DTYPE_CODES, plain, threads_or
 from flowkernels.ops.linear_euler import reference
 
 ORDERS = ("pqc", "cpq")
@@ -104,6 +104,14 @@ def linear_euler(
         >>> torch.allclose(step, x + 0.1 * head(tokens), atol=1e-6)
         True
     """
+    bare = norm is norm_weight is norm_bias is scale is shift is patch is guidance is out is low is velocity_out is None
+    if bare and (C := plain("linear_euler", x)) is not None:
+        alone = type(history) is type(b) is tuple and not history and not b and type(x_scale) is float and x_scale == 1
+        if alone and type(h) is float and type(order) is str and order == "pqc":
+            new = OP.made(x)
+            gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
+            if C.linear_euler_plain(x, z, weight, bias, h, new, gradients, threads):
+                return new
     expect_tensor(x, "x", (torch.float32, torch.float64))
     expect(x.dim() >= 1, "x", "shape [n, *shape]", x)
     expect_tensor(z, "z", velocity_dtypes(x))

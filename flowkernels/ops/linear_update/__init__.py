@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowkernels._checks import expect, expect_like, expect_list, expect_low, expect_number, expect_tensor
 from flowkernels.ops._state_op import StateOp, gradient_of_state, velocity_dtypes
-from flowkernels.ops.library import DTYPE_CODES, register_autograd, threads_or
+from flowkernels.ops.library import DTYPE_CODES, plain, register_autograd, threads_or
 from flowkernels.ops.linear_update import reference
 
 TERMS = "a sequence, one entry for each term"
@@ -52,6 +52,10 @@ def linear_update(
         >>> fk.linear_update(x, [v, before], [0.75, -0.25])  # a step of 0.5 by Adams-Bashforth 2
         tensor([[0.2500, 0.2500]])
     """
+    if out is low is None and (C := plain("linear_update", x)) is not None and type(scale) is float:
+        new = OP.made(x)
+        if C.linear_update_plain(x, v, b, scale, new, torch.is_grad_enabled(), torch.get_num_threads()):
+            return new
     expect_tensor(x, "x", (torch.float32, torch.float64))
     v, b = expect_list(v, "v", TERMS), expect_list(b, "b", TERMS)
     expect(len(v) > 0, "v", "at least one velocity", "none")
@@ -72,6 +76,20 @@ def linear_update(
     if type(scale) is not float:
         scale = expect_number(scale, "scale")
     return OP.call((x, v, b, scale), (x, *v), out, low)
+
+
+def adder(x: Tensor):
+    """`add(x, v, b, scale, out)`: `linear_update` for one loop, of which x is the state."""
+    C = plain("linear_update_out", x)
+
+    def add(x, v, b, scale, out) -> Tensor:
+        gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
+        if C is not None and C.linear_update_plain(x, v, b, scale, out, gradients, threads):
+            torch.autograd.graph.increment_version(out)
+            return out
+        return linear_update(x, v, b, scale=scale, out=out)
+
+    return add
 
 
 def _launch(C, x, v, b, scale, out, low, *where) -> None:

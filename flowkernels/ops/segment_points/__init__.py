@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import expect, expect_tensor
-from flowkernels.ops.library import DTYPE_CODES, direct, fresh, register, threads_or
+from flowkernels.ops.library import DTYPE_CODES, direct, fresh, plain, register, threads_or
 from flowkernels.ops.segment_points import reference
 
 
@@ -37,6 +37,12 @@ def segment_points(
         tensor([[0.5000],
                 [2.5000]])
     """
+    if type(interval) is Tensor and (C := plain("segment_points", bank)) is not None:
+        known = dtype is None or dtype is torch.bfloat16 or dtype is torch.float16 or dtype is bank.dtype
+        if known and bank.dim() > 2 and interval.dim() == 1:
+            out = fresh(_fake(bank, interval, sample, u, bank.dtype if dtype is None else dtype))
+            if C.segment_points_plain(bank, interval, sample, u, out, torch.get_num_threads()):
+                return out
     expect_bank(bank, interval, sample)
     if u is not None:
         expect_tensor(u, "u", (torch.float32, torch.float64, torch.bfloat16, torch.float16))

@@ -15,6 +15,7 @@ from flowkernels.ops.library import (
     fresh,
     is_batched,
     is_transformed,
+    plain,
     register,
     register_autograd,
     stream_of,
@@ -84,6 +85,16 @@ def straighten_loss(
         tensor([0., 1.])
         >>> found.loss.backward()
     """
+    huber = type(loss) is str and loss == "huber"
+    constant = type(huber_c) is float and (0 < huber_c < math.inf if huber else type(loss) is str and loss == "l2")
+    C = plain("straighten_loss", bank) if constant and type(interval) is Tensor else None
+    if C is not None and bank.dim() > 2 and interval.dim() == 1 and plain("straighten_loss", v) is not None:
+        gradient = torch.is_grad_enabled() and v.requires_grad
+        losses = bank.new_empty(()), bank.new_empty(interval.shape[0]), bank.new_empty(bank.shape[0] - 1)
+        grad = torch.empty_like(v, memory_format=torch.contiguous_format) if gradient else None
+        args = v, bank, step_sizes, interval, sample, weight, huber_c if huber else 0.0, *losses, grad
+        if C.straighten_loss_plain(*args, torch.get_num_threads()):
+            return StraightenLosses(_Given.apply(v, (losses[0], grad)) if gradient else losses[0], *losses[1:])
     expect_bank(bank, interval, sample)
     wide = bank.dtype == torch.float64
     expect_tensor(v, "v", (torch.float64,) if wide else (torch.float32, torch.bfloat16, torch.float16))
@@ -211,11 +222,29 @@ class _Direct(torch.autograd.Function):
         return (None, None, *_backward(ctx, grad, scaled=scaled)[:-1])
 
 
+class _Given(torch.autograd.Function):
+    """A loss and its gradient that are there already."""
+
+    @staticmethod
+    def forward(ctx, v, given):
+        loss, gradient = given
+        ctx.save_for_backward(gradient)
+        ctx.set_materialize_grads(False)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        C = None if torch.is_grad_enabled() else plain("straighten_loss", grad)
+        if C is not None and C.is_one(grad) and not graph_is_kept():  # as in `_scaled`, in less time
+            return *ctx.saved_tensors, None
+        return _backward(ctx, grad)[:2]
+
+
 def _scaled(ctx, grad: Tensor) -> Tensor:
     """The gradient that forward has left, times `grad`."""
     (gradient,) = ctx.saved_tensors
-    plain = not is_batched(grad) and grad.is_cpu and direct("straighten_loss", grad, gradient=True)
-    if plain and not graph_is_kept() and grad.item() == 1:  # what a kept one holds is not given away
+    known = not is_batched(grad) and grad.is_cpu and direct("straighten_loss", grad, gradient=True)
+    if known and not graph_is_kept() and grad.item() == 1:  # what a kept one holds is not given away
         return gradient
     # in grad's dtype: a gradient scaler's 65,536 is more than float16 holds
     return (gradient.to(grad.dtype) * grad).to(gradient.dtype)

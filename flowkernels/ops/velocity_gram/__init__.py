@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._checks import FLOATS, expect, expect_tensor, expect_times
-from flowkernels.ops.library import DTYPE_CODES, direct, register
+from flowkernels.ops.library import DTYPE_CODES, direct, plain, register
 from flowkernels.ops.velocity_gram import reference
 
 
@@ -41,6 +41,10 @@ def velocity_gram(v: Tensor, *, x: Tensor | None = None, times: Tensor | None = 
         tensor([[1., 2.],
                 [2., 4.]], dtype=torch.float64)
     """
+    if x is times is None and (C := plain("velocity_gram", v)) is not None and v.dim() > 1 and v.shape[0] > 1:
+        gram = _fake(v, None, None)
+        if C.velocity_gram_plain(v, gram, torch.get_num_threads()):
+            return gram
     expect_tensor(v, "v", FLOATS)
     expect(v.dim() >= 2 and v.shape[0] >= 1, "v", "shape [K, n, *shape] with K >= 1", v)
     if x is None:
