@@ -2,8 +2,8 @@
 
     flowkernels bench --out benchmarks/results && python scripts/performance_report.py
 
-What stands above the mark in docs/performance.md is written by hand and stays, and a run on one kind of processor leaves
-the rows of the others in the files.
+What stands above the mark in docs/performance.md is written by hand and stays, and a run on one kind of processor
+leaves the rows of the others in the files.
 """
 
 import argparse

@@ -126,7 +126,7 @@ class SolverSampler:
 
     def _chosen(self, sigmas: Tensor) -> tuple[Solver, int]:
         """What runs on these sigmas, and how many of its evaluations."""
-        given = sigmas.detach().double().cpu()
+        given = sigmas.detach().cpu().double()  # in this order: not every device has float64
         falls = given.dim() == 1 and bool((given.diff() < 0).all())
         expect(falls and bool(given[-1] >= 0), "sigmas", "falling numbers, none below 0", _shown(sigmas))
         if self.plan is None:
