@@ -53,6 +53,19 @@ class Labelled(nn.Module):
         return self.body(x) + self.embedding(y) * t[:, None]
 
 
+class Host:
+    """A policy whose loop is its own, of four steps."""
+
+    def denoise_step(self, x_t, timestep, obs):
+        return torch.tanh(x_t) * timestep + obs.mean(1, keepdim=True)
+
+    def sample_actions(self, obs):
+        x = torch.randn(len(obs), 4)
+        for i in range(4):
+            x = x - self.denoise_step(x_t=x, timestep=1 - i / 4, obs=obs) / 4
+        return x
+
+
 def blocks(page: str) -> list[str]:
     """The indented blocks of a page that are Python of this library."""
     found = re.findall(r"(?:^    .+\n(?:\n(?=    ))?)+", text_of(page), re.MULTILINE)
@@ -84,6 +97,7 @@ CODE = {
     "docs/bank.md": (1, 4, "x1"),
     "docs/evaluating.md": (5, 4, "x1"),
     "docs/trainers.md": (1, 4, "x1"),
+    "docs/integrations/host-loops.md": (1, 4, "actions"),
     "docs/integrations/denoisers.md": (1, 4, "x1"),
     "docs/integrations/k-diffusion.md": (1, 4, "x"),
 }
@@ -96,6 +110,7 @@ def test_code_runs(page, tmp_path, monkeypatch):
     torch.manual_seed(0)
     count, features, last = CODE[page]
     names = dict(net=Policy(features).eval(), noise=normal(16, features), policy=Policy(64).eval(), torch=torch, nn=nn)
+    names |= dict(model=Host(), observations=[normal(16, 3)], observation=[normal(16, 3)])
     names |= dict(obs=normal(16, 3), zeros=torch.zeros(1, 3), next_obs=normal(16, 3, seed=1), fk=fk, np=np)
     images = normal(256, features, seed=2)
     student = Policy(features)
