@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import flowkernels as fk
-from flowkernels.integrations import diffusers, host_loops, k_diffusion
+from flowkernels.integrations import diffusers, host_loops, k_diffusion, torchdiffeq
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # what a caller neither makes nor calls
@@ -26,7 +26,7 @@ PUBLIC = {name: getattr(fk, name) for name in fk.__all__ if name not in WITHOUT}
 # pipeline_velocity's is run by tests/pipelines: diffusers has few pipelines without transformers
 PUBLIC |= {name: getattr(diffusers, name) for name in diffusers.__all__ if name != "pipeline_velocity"}
 
-PUBLIC |= {name: getattr(module, name) for module in (host_loops, k_diffusion) for name in module.__all__}
+PUBLIC |= {name: getattr(module, name) for module in (host_loops, k_diffusion, torchdiffeq) for name in module.__all__}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -35,7 +35,7 @@ def test_the_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     text, module = inspect.getdoc(PUBLIC[name]), inspect.getmodule(PUBLIC[name])
-    modules = diffusers, host_loops, k_diffusion
+    modules = diffusers, host_loops, k_diffusion, torchdiffeq
     names = dict(fk=fk, torch=torch) | {k: getattr(module, k) for module in modules for k in module.__all__}
     example = doctest.DocTestParser().get_doctest(text, names, name, module.__file__, None)
     assert example.examples, f"{name} has no example"
