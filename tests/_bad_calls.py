@@ -1304,7 +1304,7 @@ def _host_loops() -> None:
         sign=(1, lambda v: type(v) is int and v in (1, -1)),
         check=(True, is_flag),
     )
-    from_noise = lambda v: is_plan(v) and fk.Solver.of(v).times[0] == 0  # noqa: E731
+    from_noise = lambda v: is_plan(v) and (s := fk.Solver.of(v)).times[0] == 0 and s.reaches_data  # noqa: E731
     place("host_loop", host_loops.host_loop, **where, solver=(3, from_noise), times=(None, or_none(nothing_else)))
     velocity_of = host_loops.host_velocity
     # called once beside the call that is recorded, whose arguments say the rest

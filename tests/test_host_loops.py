@@ -725,7 +725,8 @@ def test_owners_of_other_kinds():
         (dict(times=[0, 1, 2, 3, 4]), "times: expected times from 0 to 1, or `ends`"),
         (dict(sign=0), "sign: expected 1 or -1, got 0"),
         (dict(check=None), "check: expected True or False"),
-        (dict(solver=[0.5, 1]), "solver: expected a solver from t = 0"),
+        (dict(solver=[0.5, 1]), "solver: expected a solver from t = 0 to 1"),
+        (dict(solver=[0, 0.5]), "solver: expected a solver from t = 0 to 1"),
         (dict(solver=fk.Solver.euler(4, inverse=True)), "solver: expected a solver from noise to data"),
     ],
 )
