@@ -32,6 +32,23 @@ class NotFusable(ValueError):
     """A network that is not a stack of linear layers, or does not look like one."""
 
 
+class Refused(list[str]):
+    """What stops a network from being fused, each as "module: what"."""
+
+    def raise_any(self) -> None:
+        where: dict[str, dict[str, None]] = {}
+        for message in self:
+            place, _, what = message.partition(": ")
+            where.setdefault(what, {})[place] = None
+        if where:
+            said = [(*places, what) for what, places in where.items()]
+            raise NotFusable(
+                "; ".join(
+                    f"{first}: {what}" + (f" (so in {', '.join(rest)})" if rest else "") for first, *rest, what in said
+                )
+            )
+
+
 @dataclass(frozen=True)
 class Ref:
     """A tensor in the arguments of a recorded call, by its place in `Record.tensors`."""
@@ -53,13 +70,17 @@ class Record(TorchDispatchMode):
     """The operations of one call on `rows` samples, and what each of their values depends on."""
 
     SHAPE_OF = ("zeros_like", "ones_like", "full_like", "empty_like")
+    OVER = ("fill", "zero", "copy")  # what was in their first argument does not matter
 
     def __init__(self, net: nn.Module | None, rows: int):
         super().__init__()
         self.rows, self.calls, self.tensors, self.kinds, self.overwritten = rows, [], [], [], set()
+        self.refused = Refused()
+        self._views: dict[int, _View] = {}  # by the identity of the tensor that is one
         self.given: set[int] = set()  # inputs, and what was computed from them
         self.mixed: set[int] = set()  # what has no row for each sample any more
         self._places: dict[int, int] = {}
+        self._stale: set[int] = set()  # overwritten views of tensors whose values are known
         self._names = {id(m): name or type(m).__name__ for name, m in net.named_modules()} if net is not None else {}
 
     def input(self, t: Tensor, *kind: str) -> int:
@@ -77,7 +98,7 @@ class Record(TorchDispatchMode):
         """Record `call()`; where its result is."""
         with torch.no_grad(), uncompiled(), self, _Reads(self):
             out = call()
-        return self._places[id(out)]
+        return self._fresh(out, "the network")
 
     @property
     def where(self) -> str:
@@ -94,8 +115,12 @@ class Record(TorchDispatchMode):
         """Whether it is one of the inputs, or was computed from them."""
         return self._places.get(id(t)) in self.given
 
-    def refuse_reading(self, name: str):
-        raise NotFusable(f"{self.where}: {name} reads a value, and what follows may depend on it")
+    def is_current(self, place: int) -> bool:
+        """Whether the tensor of a value was not written to since."""
+        return self._places.get(id(self.tensors[place])) == place and place not in self.overwritten
+
+    def refuse_reading(self, name: str) -> None:
+        self.refused.append(f"{self.where}: {name} reads a value, and what follows may depend on it")
 
     def _new_place(self, t: Tensor) -> int:
         """Of what the recording has not seen yet: parameters, constants, but not the inputs' memory by another way."""
@@ -113,39 +138,93 @@ class Record(TorchDispatchMode):
             if not isinstance(a, Tensor):
                 return a
             place = self._places.get(id(a))
-            place = self._new_place(a) if place is None else place
+            place = self._new_place(a) if place is None else self._fresh(a, where)
             if place in self.overwritten:
-                raise NotFusable(f"{where}: reads a tensor after {function} has overwritten it through another")
+                self.refused.append(f"{where}: reads a tensor that was overwritten through another one")
             refs.append(place)
             return Ref(place)
 
         seen_args, seen_kwargs = tree_map(see, args), tree_map(see, kwargs)
         out = function(*args, **kwargs)
-        kind, given = frozenset().union(*(self.kinds[r] for r in refs)), not self.given.isdisjoint(refs)
-        name = function._schema.name.split("::")[1]
+        name = _base_name(function)
         if torch.Tag.nondeterministic_seeded in function.tags:
-            raise NotFusable(f"{where}: {name} draws random numbers")
-        if given and torch.Tag.dynamic_output_shape in function.tags:
+            self.refused.append(f"{where}: {name} draws random numbers")
+        if not self.given.isdisjoint(refs) and self._has_free_shape(function, name, seen_args):
             self.refuse_reading(name)
+        if not self.mixed.isdisjoint(refs):
+            self.refused.append(f"{where}: {name} reads what was made of several samples or several times")
+        outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        if not self.given.isdisjoint(refs) and not outputs and out is not None:
+            self.refuse_reading(name)
+        known = {id(t) for t in outputs if id(t) in self._places}
+        self._add(function, seen_args, seen_kwargs, outputs, refs, where)
+        for i, t in enumerate(outputs):
+            if id(t) in known:
+                self._written(t, where)
+            elif args and isinstance(args[0], Tensor) and t is not args[0] and _is_view(function):
+                self._views[id(t)] = _View(args[0], function, seen_args, seen_kwargs, outputs, i)
+        return out
+
+    def _add(self, function, args, kwargs, outputs: list[Tensor], refs: list[int], where: str) -> None:
+        name = _base_name(function)
+        read = refs[1:] if name in self.OVER else refs
+        kind, given = frozenset().union(*(self.kinds[r] for r in read)), not self.given.isdisjoint(refs)
         if name.startswith("new_"):
             kind = frozenset()
         elif name in self.SHAPE_OF:
             kind -= {STATE}
-        if not self.mixed.isdisjoint(refs):
-            raise NotFusable(f"{where}: {name} reads what was made of several samples or several times")
-        outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
-        if given and not outputs and out is not None:
-            self.refuse_reading(name)
-        for t in outputs:
-            if id(t) in self._places:  # written in place: what else shows that memory may not be read again
-                self.overwritten |= {i for i, u in enumerate(self.tensors) if u is not t and _overlap(t, u)}
         places = [self._place(t, kind) for t in outputs]
         if given:
             self.given.update(places)
-        if kind & {TIME, ROWS} and STATE not in kind:
+        if kind & {TIME, ROWS} and STATE not in kind and self.mixed.isdisjoint(refs):  # which is said once
             self.mixed.update(p for p in places if not any(d and d % self.rows == 0 for d in self.tensors[p].shape))
-        self.calls.append(Call(function, seen_args, seen_kwargs, places, kind, where))
-        return out
+        self.calls.append(Call(function, args, kwargs, places, kind, where))
+
+    def _has_free_shape(self, function, name: str, args: tuple) -> bool:
+        """Whether what the operation returns has a shape that depends on values which are given, or made of them."""
+        if name == "index":
+            masks = [a.index for a in tree_flatten(args[1])[0] if isinstance(a, Ref)]
+            masks = [m for m in masks if self.tensors[m].dtype in (torch.bool, torch.uint8)]
+            return not self.given.isdisjoint(masks)
+        return torch.Tag.dynamic_output_shape in function.tags
+
+    # ---- writes in place: a tensor that others are views of, or that is a view of one, is a new value then ----
+
+    def _written(self, t: Tensor, where: str) -> None:
+        """What t is a view of is made anew of what is in t now; other views of that, when they are read."""
+        above, linked = [], t
+        while (view := self._views.get(id(linked))) is not None:
+            above.append(view.base)
+            scatter = view.scattered()
+            if scatter is None:
+                break
+            function, args = scatter
+            refs = [self._places[id(view.base)], self._places[id(linked)]]
+            args = tree_map(lambda a, refs=refs: Ref(refs[a.index]) if isinstance(a, Ref) else a, args)
+            self._add(function, args, {}, [view.base], refs, where)
+            linked = view.base
+        current = {self._places[id(u)] for u in (t, *above)} if view is None else {self._places[id(t)]}
+        for i, u in enumerate(self.tensors):
+            if i in current or u is t or not _overlap(t, u):
+                continue
+            self.overwritten.add(i)
+            if view is None and self._root(u) is linked:
+                self._stale.add(i)
+
+    def _root(self, t: Tensor) -> Tensor:
+        while (view := self._views.get(id(t))) is not None:
+            t = view.base
+        return t
+
+    def _fresh(self, t: Tensor, where: str) -> int:
+        """The place of what is in t now: a view is taken again of what has been written to."""
+        place = self._places[id(t)]
+        if place not in self._stale or (view := self._views.get(id(t))) is None:
+            return place
+        base = self._fresh(view.base, where)
+        args = tree_map(lambda a: Ref(base) if isinstance(a, Ref) else a, view.args)
+        self._add(view.function, args, view.kwargs, view.outputs, [base], where)
+        return self._places[id(t)]
 
     def free_tensors(self) -> list[Tensor]:
         """What was read but neither given nor computed: parameters, buffers, constants."""
@@ -174,16 +253,20 @@ class Record(TorchDispatchMode):
         for call in reversed(self.calls):
             if wanted.intersection(call.outputs):
                 order.append(call)
-                wanted |= {a.index for a in tree_flatten((call.args, call.kwargs))[0] if isinstance(a, Ref)}
+                read = call.args[1:] if _base_name(call.function) in self.OVER else call.args
+                refs = (a.index for a in tree_flatten((read, call.kwargs))[0] if isinstance(a, Ref))
+                wanted.update(r for r in refs if STATE not in self.kinds[r])  # of others the shape alone is used
         values = dict(inputs)
 
-        def argument(a, kind, rows):
+        def argument(a, kind, rows, over=False):
             if isinstance(a, int) and not isinstance(a, bool) and a and a % self.rows == 0:
                 return a // self.rows * rows
             if not isinstance(a, Ref):
                 return a
-            if STATE in self.kinds[a.index]:  # of which the shape alone is used
-                return self.tensors[a.index][:1]
+            if STATE in self.kinds[a.index] or over:
+                dim = self._dim_of_rows(a.index)
+                value = self.tensors[a.index]
+                return value if dim is None else value.narrow(dim, 0, 1).repeat_interleave(rows, dim)
             value = values.get(a.index, self.tensors[a.index])
             mine = self.kinds[a.index]
             if mine == kind or (dim := self._dim_of_rows(a.index)) is None:
@@ -206,6 +289,8 @@ class Record(TorchDispatchMode):
                 )
                 if call.function._schema.is_mutable:
                     args = (args[0].clone(), *args[1:])
+                if _base_name(call.function) in self.OVER:
+                    args = (argument(call.args[0], call.kind, rows, over=True).clone(), *args[1:])
                 try:
                     out = call.function(*args, **kwargs)
                 except (RuntimeError, ValueError, IndexError) as e:
@@ -216,6 +301,54 @@ class Record(TorchDispatchMode):
                 ):
                     values[place] = t
         return {place: values.get(place, self.tensors[place]) for place in needed}
+
+
+@dataclass
+class _View:
+    """A tensor that an operation has made on the memory of another; one of its outputs."""
+
+    base: Tensor
+    function: Any
+    args: tuple
+    kwargs: dict
+    outputs: list[Tensor]
+    number: int
+
+    def scattered(self) -> tuple[Any, tuple] | None:
+        """What makes the base anew, of Ref(0), its old value, and Ref(1), the view; None where it is not known."""
+        aten, name, base = torch.ops.aten, _base_name(self.function), self.base
+        rest = self.args[1:]
+        if self.kwargs:
+            return None
+        if name == "slice":
+            return aten.slice_scatter.default, (Ref(0), Ref(1), *rest)
+        if name == "select":
+            return aten.select_scatter.default, (Ref(0), Ref(1), *rest)
+        if name in ("split", "split_with_sizes"):
+            dim = rest[1] if len(rest) > 1 else 0
+            first = sum(t.shape[dim] for t in self.outputs[: self.number])
+            last = first + self.outputs[self.number].shape[dim]
+            return aten.slice_scatter.default, (Ref(0), Ref(1), dim, first, last)
+        if name == "unbind":
+            return aten.select_scatter.default, (Ref(0), Ref(1), rest[0] if rest else 0, self.number)
+        if name in ("transpose", "t"):
+            return (aten.t.default, (Ref(1),)) if name == "t" else (aten.transpose.int, (Ref(1), *rest))
+        if name == "permute":
+            back = sorted(range(base.dim()), key=lambda d: rest[0][d] % base.dim())
+            return aten.permute.default, (Ref(1), back)
+        if name in ("view", "unsqueeze", "squeeze", "alias", "detach"):
+            return aten.reshape.default, (Ref(1), list(base.shape))
+        return None
+
+
+def _base_name(function) -> str:
+    """Of an operation, without the underscore of one in place."""
+    return function._schema.name.split("::")[1].rstrip("_")
+
+
+def _is_view(function) -> bool:
+    returned = function._schema.returns
+    return bool(returned) and any(r.alias_info is not None and not r.alias_info.is_write for r in returned)
 
 
 def _memory(t: Tensor) -> int:

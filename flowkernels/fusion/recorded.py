@@ -119,15 +119,16 @@ class Recorded:
         }
         try:
             with executed() as codes:
-                out = self.record.run(lambda: self.field.call_network(x, t, kwargs))
-        except NotFusable as e:
-            raise NotFusable(f"velocity: expected a stack of linear layers, but {e}; {WAY_OUT}") from None
-        except Exception as e:
-            expected = "expected the shape of one sample of this network, but a call on"
-            raise NotFusable(f"shape: {expected} {list(x.shape)} raised {type(e).__name__}: {e}") from e
-        try:
+                try:
+                    out = self.record.run(lambda: self.field.call_network(x, t, kwargs))
+                except Exception as e:
+                    self.record.refused.raise_any()  # it may come of that
+                    expected = "expected the shape of one sample of this network, but a call on"
+                    raise NotFusable(f"shape: {expected} {list(x.shape)} raised {type(e).__name__}: {e}") from e
             self.lowering = Lowering(self.record, x_place, out, self.dim)
         except NotFusable as e:
+            if str(e).startswith("shape: "):
+                raise
             raise NotFusable(f"velocity: expected a stack of linear layers, but {e}; {WAY_OUT}") from None
         self.codes = codes
         self.look()

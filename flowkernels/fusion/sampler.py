@@ -46,8 +46,9 @@ def fuse(
 ) -> "FusedSampler":
     """A sampler that evaluates the network and makes all steps of a schedule or of a `Solver` in one call.
 
-    For networks that are stacks of linear layers, found out by recording one call: activations (ReLU, LeakyReLU, SiLU,
-    GELU, ELU, SELU, Tanh, Sigmoid, Mish, GLU), residual sums, gates, LayerNorm, slices and concatenations of features.
+    For networks that are stacks of linear layers, found out by recording one call: activations (ReLU, LeakyReLU, PReLU,
+    SiLU, GELU, ELU, SELU, Tanh, Sigmoid, Mish, Softplus, GLU, clamp, ...), residual sums, gates, LayerNorm, RMSNorm,
+    BatchNorm in eval mode, and whatever puts features elsewhere. docs/fused-samplers.md has the whole list.
     Time and conditioning may enter in any way that does not involve x before a concatenation, a sum or a product: what
     depends on them alone is computed once a schedule by the network's own operations.
 
@@ -65,7 +66,7 @@ def fuse(
         network's to float32 rounding (2^-9 a product with bfloat16 weights), which is checked on a few samples here.
 
     Raises:
-        NotFusable: naming the module that stopped it.
+        NotFusable: naming all modules that stopped it, each with the operation and the reason.
         TypeError, ValueError: naming the argument.
 
     Examples:

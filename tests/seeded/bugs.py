@@ -664,9 +664,16 @@ PYTHON = {
         Bug(
             "gate",
             "GLU's halves",
-            'Source(v.draft, v.first + half, half), half, activation="sigmoid")',
-            'Source(v.draft, v.first, half), half, activation="sigmoid")',
+            'self._source(b), b.width, activation="sigmoid")',
+            'self._source(a), b.width, activation="sigmoid")',
             "tests/test_fuse.py",
+        ),
+        Bug(
+            "alpha",
+            "torch.add's alpha where the value that it multiplies is the earlier one",
+            "(p, q) if alpha != 1 else sorted((p, q)",
+            "sorted((p, q)",
+            "tests/test_fuse_operations.py",
         ),
     ],
     "flowkernels/fusion/sampler.py": [
