@@ -184,7 +184,8 @@ def cases(device) -> Iterator[Case]:
         yield solved(n, fitted_like(8), "dense solver")
         yield solved(n, with_free_start(fitted_like(8)), "dense solver, free start")
     yield residual(512, 100)
-    yield case(4)
+    for n in (2, 4, 8):
+        yield case(n)
     yield case(4096, main=True)
     for width in (64, 128, 512, 1024):
         yield case(1, width)

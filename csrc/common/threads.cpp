@@ -69,6 +69,10 @@ struct Job {
   void* ctx;
   int parts;
 };
+struct TeamJob {
+  void (*body)(void*, int, int);
+  void* ctx;
+};
 
 }  // namespace
 
@@ -85,6 +89,17 @@ void run_parts(int parts, void (*body)(void*, int), void* ctx) {
         for (int p = runtime().thread_num(); p < job.parts; p += step) job.body(job.ctx, p);
       },
       &job, unsigned(parts), 0);
+}
+
+void run_team(int most, void (*body)(void*, int, int), void* ctx) {
+  if (most <= 1 || forked || !runtime().parallel) return body(ctx, 0, 1);
+  TeamJob job{body, ctx};
+  runtime().parallel(
+      [](void* j) {
+        const TeamJob& job = *static_cast<TeamJob*>(j);
+        job.body(job.ctx, runtime().thread_num(), runtime().team_size());
+      },
+      &job, unsigned(most), 0);
 }
 
 const char* thread_runtime() {

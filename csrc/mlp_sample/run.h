@@ -10,7 +10,8 @@
 //   multiply       the products for a range of panels, into the layer's output
 //
 // A thread takes a tile of samples through every layer and every step. The tile's rows stay in the second-level cache,
-// where the weights of small networks are as well. Few samples on large weights share out each layer over the threads.
+// where the weights of small networks are as well. Few samples are all threads' work: a thread takes the same columns
+// of every layer in every step, so that its weights stay in its own caches, and waits for the others after each layer.
 #pragma once
 
 #include <atomic>
@@ -25,8 +26,9 @@ namespace FK_ISA {
 namespace {
 
 constexpr int64_t kPlace = 16;                 // values begin at a multiple of it
-constexpr double kGrain = 4e6;                 // multiply-adds a thread must have for a second one to pay
-constexpr int64_t kSplitBytes = 1 << 20;     // of a layer's weights, from which few samples share it out
+constexpr double kGrain = 4e6;        // multiply-adds a thread must have for a second one to pay
+constexpr double kSharedGrain = 2e4;  // ... in each layer, where threads wait for one another after it
+constexpr int64_t kFewOnLarge = 16;   // samples that share out layers of weights past the second-level cache
 
 FK_INLINE int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -168,42 +170,90 @@ inline void normalise(const float* in, float* out, int64_t n, float eps, bool ce
   for (int64_t i = 0; i < n; i += kFloats) store(out + i, (load(in + i) - mean) * inverse);
 }
 
-// ---- one layer on one tile ----
+// The threads at work on one tile: one alone, or a team that meets
+struct Team {
+  int part = 0, parts = 1;
+  Meeting* meeting = nullptr;
+  unsigned round = 0;
+
+  void meet() {
+    if (parts > 1) meeting->wait(parts, &round);
+  }
+};
+struct Range {
+  int64_t first, last;
+};
+FK_INLINE Range share_of(const Team& team, int64_t whole) {
+  return {whole * team.part / team.parts, whole * (team.part + 1) / team.parts};
+}
+// Columns of a value, in whole panels of the products: the same for every value of a width
 template <class Linear>
-void run_layer(const MlpLayer& l, const MlpTable* tables, int64_t step, const Tile& t, int threads) {
-  if (l.map == MlpMap::linear) {
-    Linear::prepare(l, t);
-    const int64_t panels = (l.out_width + Linear::kPanel - 1) / Linear::kPanel;
-    auto range = [&](int64_t first, int64_t last) {
-      Linear::multiply(l, t, first, last);
-      const int64_t c = first * Linear::kPanel, end = smaller(last * Linear::kPanel, l.out_width);
-      finish_columns(l, tables, step, t, l.out, c, end - c);
-    };
-    const bool large = l.in_width * l.out_width * int64_t(sizeof(float)) >= kSplitBytes;
-    const int parts = large ? int(smaller(threads, panels)) : 1;
-    parallel(parts, [&](int p) { range(panels * p / parts, panels * (p + 1) / parts); });
-    return;
-  }
-  int64_t in = l.in;
-  if (l.map >= MlpMap::layer_norm) {
-    in = l.out;
-    for (int64_t i = 0; i < t.n; i++) {
-      float* row = t.rows + i * t.pitch;
-      normalise(row + l.in, row + l.out, l.in_width, float(l.eps), l.map == MlpMap::layer_norm);
-    }
-  }
-  finish_columns(l, tables, step, t, in, 0, l.out_width);
+FK_INLINE Range columns_of(const Team& team, int64_t width) {
+  const Range panels = share_of(team, (width + Linear::kPanel - 1) / Linear::kPanel);
+  return {panels.first * Linear::kPanel, smaller(panels.last * Linear::kPanel, width)};
 }
 
-// ---- all steps of one tile ----
+// Lines that other threads have written or read last come from their caches, or leave them: all of them at once, before
+// the first is waited for.
+FK_INLINE void fetch_line(const float* p, bool to_write) {
+#if defined(__x86_64__)
+  if (to_write) {
+    asm volatile("prefetchw %0" ::"m"(*p));
+    return;
+  }
+#endif
+  (void)to_write;
+  __builtin_prefetch(p);
+}
+inline void fetch_columns(const Tile& t, int64_t first, int64_t last, bool to_write) {
+  for (int64_t i = 0; i < t.n; i++)
+    for (int64_t c = first; c < last; c += kPlace) fetch_line(t.rows + i * t.pitch + c, to_write);
+}
+
+// ---- one layer on one tile: this thread's part of it ----
 template <class Linear>
-int64_t run_tile(const MlpSampleArgs& a, const Tile& t, int threads) {
-  const int64_t D = a.D, row_bytes = D * int64_t(sizeof(float)), kept = round_up(a.row, kPlace);
+void run_layer(const MlpLayer& l, const MlpTable* tables, int64_t step, const Tile& t, const Team& team) {
+  if (l.map >= MlpMap::layer_norm) {  // whole rows
+    const Range rows = share_of(team, t.n);
+    const Tile own = {t.rows + rows.first * t.pitch, t.pitch, rows.last - rows.first, t.sample + rows.first, nullptr};
+    for (int64_t i = 0; i < own.n; i++) {
+      float* row = own.rows + i * t.pitch;
+      normalise(row + l.in, row + l.out, l.in_width, float(l.eps), l.map == MlpMap::layer_norm);
+    }
+    return finish_columns(l, tables, step, own, l.out, 0, l.out_width);
+  }
+  const Range own = columns_of<Linear>(team, l.out_width);
+  if (own.first >= own.last) return;
+  if (team.parts > 1) {
+    if (l.map == MlpMap::linear) fetch_columns(t, l.in, l.in + l.in_width, false);
+    fetch_columns(t, l.out + own.first, l.out + own.last, true);
+  }
+  if (l.map == MlpMap::linear) {
+    Linear::prepare(l, t);
+    Linear::multiply(l, t, own.first / Linear::kPanel, (own.last + Linear::kPanel - 1) / Linear::kPanel);
+  }
+  finish_columns(l, tables, step, t, l.map == MlpMap::linear ? l.out : l.in, own.first, own.last - own.first);
+}
+
+// ---- all steps of one tile: this thread's columns of the state ----
+template <class Linear>
+int64_t run_tile(const MlpSampleArgs& a, const Tile& t, Team team) {
+  const int64_t D = a.D, kept = round_up(a.row, kPlace);
+  const Range own = columns_of<Linear>(team, D);
+  const size_t own_bytes = own.first < own.last ? size_t(own.last - own.first) * sizeof(float) : 0;
   auto record = [&](float* to, int64_t from) {  // [n, D] of one step
-    for (int64_t i = 0; i < t.n; i++) memcpy(to + (t.sample + i) * D, t.rows + i * t.pitch + from, row_bytes);
+    for (int64_t i = 0; i < t.n; i++)
+      memcpy(to + (t.sample + i) * D + own.first, t.rows + i * t.pitch + from + own.first, own_bytes);
   };
+  // Whether the velocity's columns are their thread's own until the state is updated, which no other thread reads then
+  const MlpLayer& last = a.layers[a.layer_count - 1];
+  const bool apart = last.map < MlpMap::layer_norm && last.out == a.velocity && last.out_width == D && last.in >= D &&
+                     (last.combine == MlpCombine::none || last.other >= D);
   auto evaluate = [&](const MlpTable* tables, int64_t step) {
-    for (int64_t l = 0; l < a.layer_count; l++) run_layer<Linear>(a.layers[l], tables, step, t, threads);
+    for (int64_t l = 0; l < a.layer_count; l++) {
+      run_layer<Linear>(a.layers[l], tables, step, t, team);
+      if (l + 1 < a.layer_count || !apart) team.meet();
+    }
   };
   const int64_t room = round_up(D, kPlace), start = kept + (a.tables_uncond ? room : 0), past = start + room;
   const float w = float(a.guidance);
@@ -218,9 +268,10 @@ int64_t run_tile(const MlpSampleArgs& a, const Tile& t, int threads) {
   };
   for (int64_t i = 0; i < t.n; i++) {
     float* row = t.rows + i * t.pitch;
-    memcpy(row, a.x + (t.sample + i) * D, row_bytes);
-    if (a.updates) memcpy(row + start, row, row_bytes);
+    memcpy(row + own.first, a.x + (t.sample + i) * D + own.first, own_bytes);
+    if (a.updates) memcpy(row + start + own.first, row + own.first, own_bytes);
   }
+  team.meet();
   if (a.states) record(a.states, 0);
   const MlpTerm* terms = a.terms;
   for (int64_t s = 0; s < a.steps; s++) {
@@ -228,8 +279,9 @@ int64_t run_tile(const MlpSampleArgs& a, const Tile& t, int threads) {
       evaluate(a.tables_uncond, s);
       for (int64_t i = 0; i < t.n; i++) {
         float* row = t.rows + i * t.pitch;
-        memcpy(row + kept, row + a.velocity, row_bytes);
+        memcpy(row + kept + own.first, row + a.velocity + own.first, own_bytes);
       }
+      team.meet();
     }
     evaluate(a.tables, s);
     if (a.updates) {
@@ -237,7 +289,7 @@ int64_t run_tile(const MlpSampleArgs& a, const Tile& t, int threads) {
       const float scale = a.scales ? float(a.scales[s]) : 1.0f;
       for (int64_t i = 0; i < t.n; i++) {
         float *x = t.rows + i * t.pitch, *from = u.from_start ? x + start : x;
-        for (int64_t c = 0; c < D; c += kFloats) {
+        for (int64_t c = own.first; c < own.last; c += kFloats) {
           const vf v = velocity(x, c);
           vf sum = rounded(scale * load(from + c));
           for (int64_t k = 0; k < u.terms; k++)
@@ -251,7 +303,7 @@ int64_t run_tile(const MlpSampleArgs& a, const Tile& t, int threads) {
       const float h = float(a.h[s]);
       for (int64_t i = 0; i < t.n; i++) {
         float* x = t.rows + i * t.pitch;
-        for (int64_t c = 0; c < D; c += kFloats) {
+        for (int64_t c = own.first; c < own.last; c += kFloats) {
           const vf v = velocity(x, c);
           store(x + c, load(x + c) + h * v);
         }
@@ -259,25 +311,31 @@ int64_t run_tile(const MlpSampleArgs& a, const Tile& t, int threads) {
     }
     if (a.velocities) record(a.velocities + s * a.n * D, a.velocity);
     if (a.states) record(a.states + (s + 1) * a.n * D, 0);
+    team.meet();
   }
   record(a.out, 0);
   for (int64_t i = 0; i < t.n; i++)
-    for (int64_t c = 0; c < D; c++)
+    for (int64_t c = own.first; c < own.last; c++)
       if (!(__builtin_fabsf(t.rows[i * t.pitch + c]) < __builtin_inff())) return t.sample + i;
   return -1;
 }
 
 template <class Linear>
 int64_t run_sampler(const MlpSampleArgs& a) {
-  double work = 0;  // multiply-adds
-  int64_t widest = 0;
+  double work = 0;  // multiply-adds of a sample's velocity
+  int64_t widest = 0, heaviest = 0;
   for (int64_t l = 0; l < a.layer_count; l++)
     if (a.layers[l].map == MlpMap::linear) {
-      work += double(a.layers[l].in_width) * double(a.layers[l].out_width);
+      const int64_t weights = a.layers[l].in_width * a.layers[l].out_width;
+      work += double(weights);
       widest = larger(widest, a.layers[l].in_width);
+      heaviest = larger(heaviest, weights * int64_t(a.low ? sizeof(bf16) : sizeof(float)));
     }
-  work *= double(a.n) * double(a.steps) * (a.tables_uncond ? 2 : 1);
-  const int threads = int(larger(1, smaller(a.threads, int64_t(work / kGrain))));
+  // few samples, and more of them where weights that no cache keeps would be read once a thread
+  const bool share = a.n <= Linear::kFew || (a.n <= kFewOnLarge && heaviest > level2_bytes());
+  const double each = work * double(a.n), all = each * double(a.steps) * (a.tables_uncond ? 2 : 1);
+  const double pay = share ? each / double(larger(a.layer_count, 1)) / kSharedGrain : all / kGrain;
+  const int threads = int(larger(1, smaller(a.threads, int64_t(pay))));
 
   // an odd number of cache lines, so that rows do not fall on one another in the first-level cache
   const int64_t more = (a.tables_uncond ? 1 : 0) + (a.updates ? 1 + a.places : 0);  // velocities, and x_0
@@ -286,7 +344,6 @@ int64_t run_sampler(const MlpSampleArgs& a) {
   const int64_t sample_bytes = pitch * int64_t(sizeof(float)) + Linear::input_bytes(1, widest);
   const int64_t fit = smaller(level2_bytes() / 2 / sample_bytes, Linear::kTile) / Linear::kRows * Linear::kRows;
   const int64_t most = larger(fit, Linear::kRows);
-  const bool share = a.n <= Linear::kFew;  // the threads share out layers, not samples
   const int64_t tiles = share ? smaller(a.n, 1) : smaller(round_up((a.n + most - 1) / most, threads), a.n);
   const int workers = share ? 1 : int(smaller(threads, tiles));
 
@@ -295,18 +352,33 @@ int64_t run_sampler(const MlpSampleArgs& a) {
   auto begin = [&](int64_t tile) { return smaller(units * tile / tiles * unit, a.n); };
   const int64_t room = round_up(tiles ? (units + tiles - 1) / tiles * unit : 0, Linear::kRows);
   const int64_t row_bytes = round_up((room * pitch + kPlace) * int64_t(sizeof(float)), 64);
-  const int64_t bytes = row_bytes + round_up(Linear::input_bytes(room, widest), 64);
-  char* scratch = static_cast<char*>(allocate(size_t(bytes * workers)));
+  const int64_t input_bytes = round_up(Linear::input_bytes(room, widest), 64);
   std::atomic<int64_t> next{0}, bad{a.n};
+  auto run = [&](const Tile& t, const Team& team) {
+    const int64_t found = run_tile<Linear>(a, t, team);
+    for (int64_t least = bad; found >= 0 && found < least && !bad.compare_exchange_weak(least, found);) {
+    }
+  };
+  if (share && threads > 1) {  // one row of scratch for each sample, and inputs for each thread
+    const int64_t bytes = row_bytes + input_bytes * threads;
+    char* scratch = static_cast<char*>(allocate(size_t(bytes)));
+    memset(scratch, 0, size_t(bytes));
+    Meeting meeting;
+    team(threads, [&](int part, int parts) {
+      run({reinterpret_cast<float*>(scratch), pitch, a.n, 0, scratch + row_bytes + input_bytes * part},
+          {part, parts, &meeting});
+    });
+    release(scratch);
+    return bad < a.n ? int64_t(bad) : -1;
+  }
+  const int64_t bytes = row_bytes + input_bytes;
+  char* scratch = static_cast<char*>(allocate(size_t(bytes * workers)));
   parallel(workers, [&](int p) {
     char* mine = scratch + bytes * p;
     memset(mine, 0, size_t(bytes));
     for (int64_t i; (i = next.fetch_add(1)) < tiles;) {
       const int64_t first = begin(i), n = begin(i + 1) - first;
-      const Tile t = {reinterpret_cast<float*>(mine), pitch, n, first, mine + row_bytes};
-      const int64_t found = run_tile<Linear>(a, t, share ? threads : 1);
-      for (int64_t least = bad; found >= 0 && found < least && !bad.compare_exchange_weak(least, found);) {
-      }
+      run({reinterpret_cast<float*>(mine), pitch, n, first, mine + row_bytes}, {});
     }
   });
   release(scratch);

@@ -317,6 +317,20 @@ TEST(mlp_sample) {
       net.check(1, false, true);
     }
 
+  for (bool low : {false, true})  // columns that threads share: a last layer that reads the state, or adds to it
+    for (int64_t n : {1, 6}) {
+      CASE("mlp_sample last layer on the state n %ld low %d", long(n), low);
+      Network alone(n, 290, 3, true, low);
+      alone.add(MlpMap::linear, 0, 290, alone.value(290), 290, Activation::tanh, {0, 2, 0});
+      alone.check(1, false, true);
+      Network sum(n, 290, 3, n == 6, low);
+      const int64_t first = sum.value(290), normed = sum.value(290), v = sum.value(290);
+      sum.add(MlpMap::linear, 0, 290, first, 290, Activation::silu, {0, 2, 0});
+      sum.add(MlpMap::layer_norm, first, 290, normed, 290, plain, {2, 0, 0});
+      sum.add(MlpMap::linear, normed, 290, v, 290, plain, {0, 2, 0}, MlpCombine::add, 0);
+      sum.check(1, n == 6, true);
+    }
+
   CASE("mlp_sample not finite");
   Network net(97, 5, 2, false, false);
   const int64_t v = net.value(5);
