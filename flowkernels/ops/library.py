@@ -268,6 +268,8 @@ def plain(op: str, t: Tensor):
     them, which memory for results may be made like."""
     if _watched() or type(t) is not Tensor or not t.is_cpu or t.layout is not torch.strided or t.is_nested:
         return None
+    if backends.requested() not in ("auto", "cpu"):  # which may not be there: arguments are looked at first
+        return None
     return backends.reader() if backends.choose(op, "cpu") == "cpu" else None
 
 

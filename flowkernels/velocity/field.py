@@ -464,7 +464,7 @@ class VelocityField(nn.Module, VelocityBase):
             rows = times_of(time.to(x.device, self.dtype or x.dtype), x.shape[0], column=True)
         else:
             rows = times_of(VelocityBase.time_for(self, time, x), x.shape[0])
-        held = own, own["_modules"], self.conditioning, *_hooks_of(own)
+        held = own, self._modules, self.conditioning, *_hooks_of(own)
         entries = *((DICT, d, tuple(d), tuple(d.values())) for d in held), AS_IMPORTED
         bare = not (self.conditioning or self.x_name or self.time_name or self.dtype)
         known = look, entries, self.net, type(self.net), column, bare

@@ -161,6 +161,11 @@ def test_other_numbers_too(h, monkeypatch):
     assert found == said()
 
 
+def test_arguments_are_looked_at_before_a_backend_that_is_not_there():
+    with fk.backend("cuda"), pytest.raises(TypeError, match="v: expected"):
+        fk.euler_step(g(3), None, 0.1)
+
+
 def test_a_call_that_somebody_watches_goes_by_the_dispatcher():
     with torch.profiler.profile() as profile, fk.profile_ranges():
         fk.euler_step(g(3), g(3), 0.1)
