@@ -21,9 +21,11 @@ constexpr int64_t kColumns = 1536;  // of kCols rows of W that fit in the first 
 constexpr int64_t kBlock = 16;  // outputs
 constexpr int kRows = 4;
 #if defined(__AVX512F__)
-constexpr int kCols = 6;  // 24 accumulators + 4 + 1 of 32 registers
+constexpr int kCols = 6;  // 24 accumulators + 6 + 1 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kCols = 3;  // 12 accumulators + 3 + 1 of 16 registers
 #else
-constexpr int kCols = 2;  // 8 accumulators + 4 + 1 of 16 registers
+constexpr int kCols = 2;  // 8 accumulators + 2 + 1 + a product of 16 registers
 #endif
 
 FK_INLINE int64_t round_up(int64_t n, int64_t to) {
@@ -132,17 +134,26 @@ void prepare(const LinearEulerArgs& a, const Shared<X>& s, const Token<Z>* token
     scale[r] = a.scale.p ? static_cast<const M*>(a.scale.p) + token[r].sample * a.scale.stride : nullptr;
     shift[r] = a.shift.p ? static_cast<const M*>(a.shift.p) + token[r].sample * a.shift.stride : nullptr;
   }
-  for (int64_t i = 0; i < d; i += L)
+  const bool shared = token[0].sample == token[kRows - 1].sample;  // they are neighbours
+  for (int64_t i = 0; i < d; i += L) {
+    V by{}, to{};
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; r++) {
       X* row = tile + r * ld + i;
       V f = (load(row) - mean[r]) * inverse[r];
       if (s.norm_weight) f *= load(s.norm_weight + i);
       if (s.norm_bias) f += load(s.norm_bias + i);
-      if (scale[r]) f += f * load_some(scale[r] + i, d - i);
-      if (shift[r]) f += load_some(shift[r] + i, d - i);
+      if (scale[r]) {
+        if (r == 0 || !shared) by = load_some(scale[r] + i, d - i);
+        f += f * by;
+      }
+      if (shift[r]) {
+        if (r == 0 || !shared) to = load_some(shift[r] + i, d - i);
+        f += to;
+      }
       store(row, f);
     }
+  }
   for (int r = 0; r < kRows && whole < d; r++)
     for (int64_t i = d; i < whole + L; i++) tile[r * ld + i] = 0;
 }
@@ -157,14 +168,19 @@ FK_INLINE void dot_tile(const X* const* rows, const X* W, int64_t w_row, int64_t
 #pragma GCC unroll 8
     for (int b = 0; b < NJ; b++) acc[a][b] = V{};
   for (int64_t c = 0; c < n; c += Vector<X>::n) {
-    V av[NR];
-#pragma GCC unroll 8
-    for (int a = 0; a < NR; a++) av[a] = load(rows[a] + c);
+    V bv[NJ];
 #pragma GCC unroll 8
     for (int b = 0; b < NJ; b++) {
-      const V bv = load(W + b * w_row + c);
+      V v = load(W + b * w_row + c);
+      hold(v);
+      bv[b] = v;
+    }
 #pragma GCC unroll 8
-      for (int a = 0; a < NR; a++) acc[a][b] += av[a] * bv;
+    for (int a = 0; a < NR; a++) {
+      V av = load(rows[a] + c);
+      hold(av);
+#pragma GCC unroll 8
+      for (int b = 0; b < NJ; b++) acc[a][b] += av * bv[b];
     }
   }
 #pragma GCC unroll 8
@@ -175,8 +191,10 @@ template <class X, int NR>
 void dot_tile_edge(int64_t nj, const X* const* rows, const X* W, int64_t w_row, int64_t n, double* sums, int64_t ld) {
   switch (nj) {
     case 1: return dot_tile<X, NR, 1>(rows, W, w_row, n, sums, ld);
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     case 2: return dot_tile<X, NR, 2>(rows, W, w_row, n, sums, ld);
+#endif
+#if defined(__AVX512F__)
     case 3: return dot_tile<X, NR, 3>(rows, W, w_row, n, sums, ld);
     case 4: return dot_tile<X, NR, 4>(rows, W, w_row, n, sums, ld);
     case 5: return dot_tile<X, NR, 5>(rows, W, w_row, n, sums, ld);
@@ -192,16 +210,19 @@ void multiply(const Shared<X>& s, const X* const* rows, int64_t count, int64_t n
   memset(sums, 0, size_t(outputs * ld) * sizeof(double));
   const int64_t chunks = (n + kColumns - 1) / kColumns, chunk = round_up((n + chunks - 1) / chunks, Vector<X>::n);
   for (int64_t begin = 0; begin < n; begin += chunk)
-    for (int64_t o = 0; o < outputs; o += kCols)  // these rows of W stay in the first cache while the tile's pass
+    for (int64_t o = 0, nj = 0; o < outputs; o += nj) {  // these rows of W stay in L1 while the tile's pass
+      const int64_t left = outputs - o;
+      nj = left <= kCols ? left : left < 2 * kCols ? (left + 1) / 2 : kCols;  // one row alone is slow
       for (int64_t r = 0; r < count; r += kRows) {
         const X *at[kRows], *W = s.weight + o * s.weight_row + begin;
         for (int i = 0; i < kRows; i++) at[i] = rows[r + i] + begin;
-        const int64_t nj = smaller(kCols, outputs - o), columns = smaller(chunk, n - begin);
+        const int64_t columns = smaller(chunk, n - begin);
         if (count == 1)
           dot_tile_edge<X, 1>(nj, at, W, s.weight_row, columns, sums + o * ld, ld);
         else
           dot_tile_edge<X, kRows>(nj, at, W, s.weight_row, columns, sums + o * ld + r, ld);
       }
+    }
 }
 
 // count elements of the state from element `at`

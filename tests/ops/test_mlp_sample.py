@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pairs import exhaustive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -516,8 +517,9 @@ def test_low_is_the_network_of_rounded_weights_and_inputs():
 
 
 def grid():
-    """Every exponent with 128 fractions and both signs, and the range in which things happen more densely."""
-    bits = torch.arange(0, 0x7F800000, 1 << 16, dtype=torch.int32).view(F32)
+    """Every exponent with 128 fractions and both signs, of `--exhaustive` 32,768 and 2^24 numbers in all; and the range
+    in which things happen more densely."""
+    bits = torch.arange(0, 0x7F800000, 1 << (8 if exhaustive() else 16), dtype=torch.int32).view(F32)
     return torch.cat([bits, -bits, torch.linspace(-100, 100, 1 << 17)])
 
 
