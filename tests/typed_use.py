@@ -30,7 +30,7 @@ def pipeline(net: nn.Module, noise: Tensor, pipe: DiffusionPipeline) -> Tensor:
     assert_type(cal.report(), str)
     schedule = cal[4]
     assert_type(schedule, fk.Schedule)
-    each = fk.SampleSchedules([[0.0, 0.5, 1.0], [0.0, 0.8, 1.0]], ("a", "b"))
+    each = fk.SampleSchedules(torch.tensor([[0.0, 0.5, 1.0], [0.0, 0.8, 1.0]]), ("a", "b"))
     assert_type(fk.sample(velocity, noise, each.of(["b", "a", "b"])), Tensor)
     cal.save("model.boss.json")
     assert_type(fk.Calibration.load("model.boss.json", velocity), fk.Calibration)

@@ -1,7 +1,7 @@
 """F5-TTS' own `CFM.sample` with a tiny random DiT, by schedules and solvers of ours.
 
-It needs torchaudio, whose releases for other versions of torch do not load beside this one: where it cannot be imported
-this is skipped, and docs/integrations/f5-tts.md says what ran by hand.
+It needs torchaudio, whose releases for other versions of torch do not load beside this one: run by hand, as
+docs/integrations/f5-tts.md says.
 """
 
 import runpy
@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from f5_tts.model import cfm
 
 import flowkernels as fk
-
-cfm = pytest.importorskip("f5_tts.model.cfm", reason="F5-TTS is not installed", exc_type=ImportError)
 
 N = 8
 run = runpy.run_path(str(Path(__file__).parents[2] / "examples/integrations/f5_speech.py"))["run"]

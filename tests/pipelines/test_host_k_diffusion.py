@@ -19,25 +19,14 @@ import flowkernels as fk
 from flowkernels.integrations.k_diffusion import sampler, solver
 
 QUIET = dict(disable=True)
-SPEC = importlib.util.find_spec("k_diffusion")
-pytestmark = pytest.mark.skipif(SPEC is None, reason="k-diffusion is not installed: scripts/test_pipelines")
 
 
 @pytest.fixture(scope="module")
-def K():
+def K(torchvision):
     with pytest.MonkeyPatch.context() as patch:
         package = types.ModuleType("k_diffusion")
-        package.__path__ = list(SPEC.submodule_search_locations)
+        package.__path__ = list(importlib.util.find_spec("k_diffusion").submodule_search_locations)
         patch.setitem(sys.modules, "k_diffusion", package)
-        try:
-            importlib.import_module("torchvision.transforms.functional")
-        except Exception:  # a torchvision of another torch raises RuntimeError
-            names = "torchvision", "torchvision.transforms", "torchvision.transforms.functional"
-            for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-                patch.delitem(sys.modules, name)
-            for name in names:
-                patch.setitem(sys.modules, name, types.ModuleType(name))
-            sys.modules[names[1]].functional = sys.modules[names[2]]
         found = {n: importlib.import_module(f"k_diffusion.{n}") for n in ("sampling", "external", "layers")}
         yield types.SimpleNamespace(**found)
         for name in [n for n in sys.modules if n.split(".")[0] == "k_diffusion"]:

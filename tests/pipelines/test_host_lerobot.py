@@ -1,7 +1,6 @@
 """lerobot's own `sample_actions` of pi0 and SmolVLA, tiny and random, by schedules and solvers of ours.
 
-lerobot names other versions of torch and needs Python 3.12: where it is not installed this is skipped, and
-docs/integrations/lerobot.md says what ran by hand.
+lerobot names other versions of torch and needs Python 3.12: run by hand, as docs/integrations/lerobot.md says.
 """
 
 import copy
@@ -15,8 +14,6 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels.integrations.host_loops import host_loop, host_velocity
-
-pytest.importorskip("lerobot.policies.common.flow_matching", reason="lerobot is not installed")
 
 N, WIDTH = 4, 16
 

@@ -17,9 +17,6 @@ KNOTS = [0, 0.1, 0.3, 0.62, 1]
 
 @pytest.fixture
 def example(monkeypatch):
-    pytest.importorskip("einops")
-    if importlib.util.find_spec("stable_audio_tools") is None:
-        pytest.skip("without stable-audio-tools")
     monkeypatch.setitem(sys.modules, "k_diffusion", types.ModuleType("k_diffusion"))
     spec = importlib.util.spec_from_file_location("stable_audio_example", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
