@@ -66,6 +66,23 @@ def test_what_is_wrong_is_named(right, given, said):
         field(**given).check(field(**right), X)
 
 
+@pytest.mark.parametrize("raised", [ValueError, IndexError])
+def test_a_network_may_refuse_other_times(raised):
+    """As those on a path of diffusion do, and embeddings of steps: the conventions that it takes are compared."""
+    net = Net()
+
+    def strict(x, t):
+        if (t > 1).any():
+            raise raised("t")
+        return net(x, t)
+
+    message = r"velocity agrees with the reference if sign is reversed \(sign=1\)$"
+    with pytest.raises(ValueError, match=message):
+        fk.VelocityField(strict, sign=-1).check(fk.VelocityField(strict), X)
+    with pytest.raises(raised, match=r"^t$"):
+        fk.VelocityField(strict, time_scale=1000).check(fk.VelocityField(net), X)
+
+
 def test_what_is_no_convention_is_not_taken_for_one():
     other = field(conditioning={"y": torch.full((1, 1), 3.0)})
     with pytest.raises(ValueError, match=r"agrees with no other sign.*conditioning, guidance, weights, dtype or x may"):

@@ -157,6 +157,12 @@ def test_callback(guider, name):
     if name == "schedule":  # the last denoised is where Euler's last step ends
         close(told[-1][2], rollout)
 
+    def spoil(step, denoised, x, total_steps):
+        denoised.zero_()
+
+    same = [made.sample(noise, torch.zeros_like(noise), callback=each, **run) for each in (None, spoil)]
+    assert torch.equal(*same)
+
     def interrupt(*args):
         raise KeyboardInterrupt
 
@@ -288,14 +294,17 @@ def test_models_and_latents_that_are_refused(guider):
     ("plan", "error", "message"),
     [
         (fk.Solver.heun(4, inverse=True), ValueError, "plan: expected a solver from noise to data"),
+        ([0, 0.5], ValueError, "plan: expected a solver from noise to data"),
+        (fk.Solver.adams_bashforth([0, 0.2, 0.5]), ValueError, "plan: expected a solver from noise to data"),
         (fk.Solver.euler(2, model_times=[0, 1]), ValueError, "plan: expected model times before t = 1"),
         ("lms", ValueError, "plan: expected 'euler', 'heun', .*, got lms"),
         ({}, TypeError, "plan: expected"),
     ],
 )
 def test_plans_that_are_refused(plan, error, message):
-    with pytest.raises(error, match=f"^{message}"):
-        solver_sampler(plan)
+    for made in (solver_sampler, solver_sigmas)[: 2 if "noise to data" in message else 1]:
+        with pytest.raises(error, match=f"^{message}"):
+            made(plan)
 
 
 def test_refused_sigmas_and_calibrations(tmp_path):

@@ -186,6 +186,12 @@ def test_its_own_times_and_states(name):
         torch.testing.assert_close(v.own_state(v.state(x, t[i]), t[i]), x)
     torch.testing.assert_close(v.state(x), x / (alpha + sigma)[-1])
     torch.testing.assert_close(v.initial(x), (1 - t[-1]) * x)
+    for outside in ([v.path.whole[0] - 0.5], [v.path.whole[1] + 0.5]):
+        if math.isfinite(outside[0]):
+            with pytest.raises(ValueError, match=r"^own: expected the path's times, from "):
+                v.times(outside)
+    with pytest.raises(ValueError, match=r"^t: expected times from .* to 1.*, got 1.5"):
+        v(x, torch.tensor([0.9, 1.5]))
     grid = v.grid(10)
     assert (len(grid), grid[0], grid[-1]) == (11, v.start, 1)
     assert grid[-2] <= v.end

@@ -195,3 +195,24 @@ def test_transforms_of_torch_func():
     whole = torch.autograd.functional.jacobian(lambda x: by_hand(net, x, Solver.adams_bashforth(3)), noise)
     torch.testing.assert_close(pushed, torch.einsum("abcd,cd->ab", whole, tangent), rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(torch.func.jacrev(sampled)(noise), whole, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("plan", [3, Solver.adams_bashforth(3), Solver.heun(3)], ids=["euler", "multistep", "heun"])
+def test_inside_vmap(plan, differentiable):
+    """Over samples, over parameters, and back; where values cannot be looked at, NaN shows."""
+    net, noise = Curved(), normal(4, 3, dtype=F64)
+    run = dict(differentiable=differentiable)
+    expected = fk.sample(net, noise, plan)
+    each = torch.vmap(lambda x: fk.sample(net, x[None], plan, **run)[0])
+    torch.testing.assert_close(each(noise), expected, rtol=1e-12, atol=1e-13)
+    many = {name: torch.stack([value, 2 * value]).detach() for name, value in net.named_parameters()}
+
+    def of(parameters):
+        return fk.sample(lambda x, t: torch.func.functional_call(net, parameters, (x, t)), noise, plan, **run)
+
+    torch.testing.assert_close(torch.vmap(of)(many)[0], expected, rtol=1e-12, atol=1e-13)
+    back = torch.vmap(lambda x: fk.invert(net, x[None], 3, round_trip=False).noise[0])(noise)
+    torch.testing.assert_close(back, fk.invert(net, noise, 3).noise, rtol=1e-12, atol=1e-13)
+    noise[1] = torch.nan
+    assert each(noise).isnan().any(1).tolist() == [False, True, False, False]

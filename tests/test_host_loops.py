@@ -4,7 +4,7 @@ import itertools
 import math
 import threading
 import types
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -477,10 +477,37 @@ def test_what_is_no_velocity_is_refused():
 
 
 def test_nan_is_told_as_such():
+    """After the last step too."""
     host, noise = made(Lerobot)
     noise[3] = float("nan")
-    with pytest.raises(ValueError, match=r"NaN or Inf in sample 3"), host_loop(host, "denoise_step", N):
-        host.sample(noise, N)
+    for steps in (N, 1):
+        told = r"NaN or Inf in sample 3 at step 0"
+        with pytest.raises(ValueError, match=told), host_loop(host, "denoise_step", steps):
+            host.sample(noise, steps)
+
+
+class Named(NamedTuple):
+    velocity: torch.Tensor
+    cache: int
+
+
+@pytest.mark.parametrize("form", [lambda v: (v, 1), lambda v: [v, 1], lambda v: Named(v, 1)])
+def test_what_is_returned_keeps_its_form(form):
+    class Host:
+        def velocity(self, x_t, time):
+            return form(-x_t)
+
+        def sample(self, x, steps):
+            for i in range(steps):
+                returned = self.velocity(x, i / steps)
+                assert type(returned) is type(form(x))
+                assert returned[1] == 1
+                x = x + returned[0] / steps
+            return x
+
+    host, noise = Host(), torch.randn(3, 2)
+    with host_loop(host, "velocity", [0, 0.2, 1]):
+        torch.testing.assert_close(host.sample(noise, 2), fk.sample(lambda x, t: -x, noise, [0, 0.2, 1]))
 
 
 # ---- caches, batches, copies ----

@@ -72,12 +72,16 @@ def test_the_callback_is_told_of_each_step_once():
         for d in told:
             assert set(d) == {"x", "i", "sigma", "sigma_hat", "denoised"}
             torch.testing.assert_close(d["denoised"], model(d["x"], d["sigma"].expand(4)))
+        x = 9 * normal(4, 3)
+        spoil = {"callback": lambda told: (told["x"].zero_(), told["denoised"].zero_(), told["sigma"].zero_())}
+        assert torch.equal(sampler(plan)(model, x, SIGMAS, **spoil, **QUIET), sampler(plan)(model, x, SIGMAS, **QUIET))
 
 
 REFUSED = [
     (lambda: sampler(4), r"plan: expected times after 0, as in .grid\(steps\) of fk.from_denoiser"),
     (lambda: sampler([0, 0.5, 1]), "plan: expected times after 0"),
     (lambda: sampler(fk.Solver.heun(TIMES, inverse=True)), "plan: expected a solver from noise to data"),
+    (lambda: sampler([0.1, 0.5]), "plan: expected a solver from noise to data"),
     (lambda: sampler(TIMES, steps=3), "steps: expected None for a plan that is no Calibration, got 3"),
     (lambda: sampler(TIMES, flow=1), "flow: expected True or False, got 1"),
     (lambda: sampler(lambda: 0), "plan: expected a Solver, or what makes one of times"),
@@ -100,8 +104,14 @@ REFUSED = [
     (lambda: solver(euler, SIGMAS.flip(0)), "sigmas: expected falling sigmas with the last 0"),
     (lambda: solver(euler, SIGMAS, other=1), r"sample: expected a sampler \(model, x, sigmas\)"),
     (lambda: solver(lambda m, x, s, disable: x, SIGMAS), "sample: expected a sampler that calls the model"),
+    (lambda: solver(silent, SIGMAS), "sample: expected a sampler that returns the last state, of x's shape, got None"),
+    (lambda: run(TIMES, SIGMAS, model=lambda x, s: (x,), callback=print), "model: expected a torch.Tensor, got tuple"),
     (lambda: solver(3, SIGMAS), r"sample: expected a sampler \(model, x, sigmas\)"),
 ]
+
+
+def silent(model, x, sigmas, disable):
+    model(x, sigmas[:1])
 
 
 def run(plan, sigmas, model=model, x=None, flow=False, disable=True, **more):

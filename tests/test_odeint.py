@@ -133,6 +133,7 @@ def test_refusals():
         "plan: expected what makes a Solver": lambda: odeint(lambda times: 3)(net, y0, t),
         "plan: expected strictly increasing": lambda: odeint([0, 0.5, 0.5, 1]),
         "func: expected a callable": lambda: odeint(2)(3, y0, t),
+        r"func: expected a callable func\(t, y\), got .*too many": lambda: odeint(2)(lambda y: -y, y0, t),
     }
     for message, call in cases.items():
         with pytest.raises((TypeError, ValueError), match=f"^{message}"):

@@ -244,10 +244,10 @@ BAD_GRIDS = {
         ValueError,
         r"times from 0 \(noise\), or later, to 1 .*got times from -0.1 to 1",
     ),
-    "does not end at 1": (
-        [0, 0.5, 0.9],
+    "ends after 1": (
+        [0, 0.5, 1.1],
         ValueError,
-        r"times from 0 \(noise\), or later, to 1 .*got times from 0 to 0.9",
+        r"times from 0 \(noise\), or later, to 1 .*got times from 0 to 1.1",
     ),
     "NaN": ([0, math.nan, 1], ValueError, r"finite times"),
     "one time": ([0.0], ValueError, r".*at least two times"),

@@ -164,20 +164,21 @@ class _Flow(VelocityBase):
 
     def velocities(self, x: Tensor, t: Tensor, embedding=None) -> tuple[Tensor, None, float]:
         denoised, first = self.model(x, t, **self.extra_args), self.first[self.calls]
+        v = (denoised.to(x.dtype) - x) / t.reshape(-1, *[1] * (x.dim() - 1))  # before the callback, which may write
         self.calls += 1
         if first:
             if self.callback is not None:
                 told = self.sigmas[self.step]
                 self.callback(dict(x=x, i=self.step, sigma=told, sigma_hat=told, denoised=denoised))
             self.step += 1
-        return (denoised.to(x.dtype) - x) / t.reshape(-1, *[1] * (x.dim() - 1)), None, 1.0
+        return v, None, 1.0
 
 
 def _expect_plan(plan) -> Solver:
     if isinstance(plan, Calibration):
         expect(False, "plan", "one plan of it: cal.best(N)", "a Calibration", TypeError)
     solver = expect_solver(plan, "plan")
-    expect(not solver.is_inverse, "plan", "a solver from noise to data", solver)
+    expect(solver.reaches_data, "plan", "a solver from noise to data", solver)
     before = bool(((1 - solver.model_times).float() > 0).all())
     expect(before, "plan", "model times before t = 1, where a model that denoises has no velocity", solver)
     return solver

@@ -522,8 +522,11 @@ class HostLoop(_Replaced):
         moves = ((x - y.to(x.dtype)) / by).to(dtype)
         now.calls = i + 1
         if now.calls == N:
+            if check:
+                self._expect_finite(x, i)
             self._end(now)
-        return moves if returned is v else type(returned)((moves, *returned[1:]))
+        made = getattr(type(returned), "_make", type(returned))  # of a named tuple
+        return moves if returned is v else made((moves, *returned[1:]))
 
     def _moved(self, now: _Progress, i: int, v: Tensor) -> Tensor:
         """Our state after evaluation i, whose velocity the host has as v."""
@@ -545,14 +548,18 @@ class HostLoop(_Replaced):
             self.state = now.x
         now.calls, now.x, now.start, now.past = 0, None, None, {}
 
+    def _expect_finite(self, x: Tensor, step: int) -> None:
+        if not torch.isfinite(x).all():
+            bad = (~torch.isfinite(x.flatten(1) if x.dim() > 1 else x[:, None]).all(1)).nonzero()[0].item()
+            expect(False, "velocity", "finite velocities", f"NaN or Inf in sample {bad} at step {step}", FlowError)
+
     def _expect_state(self, y: Tensor, now: _Progress) -> None:
         """That the host's velocity has moved its state to ours, and nothing else has."""
         x, i, name = now.x, now.calls, self.function.state.name
         if y.shape == x.shape and bool(((y.to(x.dtype) - x).abs() <= now.rounding).all()):
             return
-        if y.shape == x.shape and not torch.isfinite(x).all():
-            bad = (~torch.isfinite(x.flatten(1) if x.dim() > 1 else x[:, None]).all(1)).nonzero()[0].item()
-            expect(False, "velocity", "finite velocities", f"NaN or Inf in sample {bad} at step {i - 1}", FlowError)
+        if y.shape == x.shape:
+            self._expect_finite(x, i - 1)
         expected = f"the state that {self.function.name}'s velocity leads to at call {i + 1}: of a loop that adds "
         expected += f"{self._course.step(i - 1, self.solver.evaluations):.6g} times the velocity and does nothing else"
         got = y if y.shape != x.shape else f"one that differs from it by {(y.to(x.dtype) - x).abs().max().item():.3g}"

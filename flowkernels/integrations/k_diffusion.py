@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels._checks import (
+    FLOATS,
     LOW,
     FlowError,
     expect,
@@ -26,7 +27,9 @@ from flowkernels._checks import (
     expect_float64,
     expect_mapping,
     expect_noise,
+    expect_shown,
     expect_takes,
+    expect_tensor,
 )
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.sampling.loop import initial_state
@@ -163,7 +166,8 @@ class _Asked:
         kept = x.clone() if step is not None else x  # which the model may write to
         denoised = self.model(x, sigma, **self.extra)
         if step is not None:
-            self.callback(dict(x=kept, i=step, sigma=now, sigma_hat=now, denoised=denoised))
+            told = expect_tensor(denoised, "model", FLOATS).clone()  # which the callback may write to
+            self.callback(dict(x=kept, i=step, sigma=now, sigma_hat=now, denoised=told))
         return denoised
 
 
@@ -197,7 +201,7 @@ def _times(sigmas: Tensor, flow: bool) -> Tensor:
 
 
 def _expect_usable(solver: Solver, flow: bool) -> None:
-    expect(not solver.is_inverse, "plan", "a solver from noise to data", solver)
+    expect(solver.reaches_data, "plan", "a solver from noise to data", solver)
     begins = min(solver.times[0].item(), solver.model_times.min().item())
     got = f"one from t = {begins:.6g}, where sigma is infinite (flow=True: of a flow model, whose sigma is 1 - t)"
     expect(flow or begins > 0, "plan", "times after 0, as in .grid(steps) of fk.from_denoiser(model)", got)
@@ -295,6 +299,8 @@ def _run_on_units(
         torch.manual_seed(seed)
         last = sample(model, begin, sigmas, disable=True, **settings)
     expect(len(states) > 0, "sample", "a sampler that calls the model", "one that does not")
+    fits = isinstance(last, Tensor) and last.shape == begin.shape
+    expect_shown(fits, "sample", "a sampler that returns the last state, of x's shape", last)
     return torch.stack([*states, last[0]]), torch.stack(times)
 
 

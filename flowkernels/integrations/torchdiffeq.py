@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkernels._checks import FLOATS, expect, expect_callable, expect_tensor, expect_values
+from flowkernels._checks import FLOATS, expect, expect_callable, expect_takes, expect_tensor, expect_values
 from flowkernels.sampling.loop import initial_state, steps
 from flowkernels.sampling.teacher_solver import KnotStates
 from flowkernels.schedule import Schedule
@@ -76,7 +76,7 @@ def odeint(
         options: Any = None,
         event_fn: None = None,
     ) -> Tensor:
-        expect_callable(func, "func", "a callable func(t, y)")
+        expect_takes(func, "func", "a callable func(t, y)", t, y0)
         expect_values(y0, "y0", FLOATS)
         expect(y0.numel() > 0, "y0", "at least one number", y0)
         expect(event_fn is None, "event_fn", "None: the steps are the plan's", event_fn)

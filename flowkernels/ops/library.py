@@ -279,9 +279,10 @@ def is_plain_state(t) -> bool:
 
 
 def is_finite(t: Tensor) -> bool:
-    """No NaN or Inf; of small tensors of the CPU without torch's operations."""
+    """No NaN or Inf; of small tensors of the CPU without torch's operations. Inside vmap, where values cannot be looked
+    at, it is taken to have none."""
     known = -1 if (C := backends.reader()) is None else C.is_finite(t)
-    return every_is_finite(t) if known < 0 else bool(known)
+    return is_batched(t) or every_is_finite(t) if known < 0 else bool(known)
 
 
 def direct_triton(op: str, t: Tensor):

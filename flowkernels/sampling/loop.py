@@ -11,7 +11,7 @@ from flowkernels.ops.euler_step import euler_step, stepper
 from flowkernels.ops.euler_step import reference as euler_reference
 from flowkernels.ops.linear_update import adder, linear_update
 from flowkernels.ops.linear_update import reference as linear_reference
-from flowkernels.runtime.torch_private import while_loop
+from flowkernels.runtime.torch_private import innermost_transform, while_loop
 from flowkernels.solver import Solver, Update, euler_sizes, last_uses
 from flowkernels.velocity.evaluate import checked, evaluate
 from flowkernels.velocity.protocol import Velocity, resolve
@@ -46,7 +46,8 @@ def steps(
         expect(not differentiable, "velocity", DIFFERENTIABLE, type(velocity).__name__)
         return fused
     t = velocity.model_times(solver.model_times, x)
-    return evaluated_steps(velocity, x, solver, t, out, keep, OPS if differentiable else None)
+    transformed = out is None and innermost_transform() is not None  # into whose tensors none can be written
+    return evaluated_steps(velocity, x, solver, t, out, keep, OPS if differentiable or transformed else None)
 
 
 class AsFunctions:

@@ -16,7 +16,7 @@ from flowkernels._checks import (
     expect_times,
     is_waited_for,
 )
-from flowkernels.ops.library import is_finite, is_plain_state
+from flowkernels.ops.library import is_batched, is_finite, is_plain_state
 from flowkernels.runtime.torch_private import number_of_modes
 from flowkernels.sampling import capture as capture_module
 from flowkernels.sampling.loop import (
@@ -73,8 +73,8 @@ def sample(
             no tensors, modules (TorchScript's are such objects), functions or short containers; it goes on with the
             tensors that they had.
         check: look for NaN and Inf, and raise. On a GPU noise and samples are looked at together, so that it is waited
-            for once, behind the last step. False looks at nothing and waits for nothing: they show in the samples. A
-            `FusedSampler` looks for them on a CPU, in passing, and not on a GPU.
+            for once, behind the last step. False looks at nothing and waits for nothing: they show in the samples, as
+            they do inside `torch.vmap`. A `FusedSampler` looks for them on a CPU, in passing, and not on a GPU.
         progress: show a progress bar; a captured loop, which is one call, has none.
         differentiable: False: no gradients go through, whatever requires them. True: those of a loop written in torch,
             of any order, to the noise, the network's parameters and its conditioning, where the caller has gradients
@@ -156,7 +156,7 @@ def run(
         x0 = noise
     else:
         x0 = initial_state(expect_noise(noise, name, look=False))
-        if check and not is_waited_for(x0):
+        if check and not (is_waited_for(x0) or is_batched(x0)):
             expect_finite(noise, name)
     mode = capture_module.choose(capture, x0.device)
     if mode != "graph":  # which knows what it has looked at before

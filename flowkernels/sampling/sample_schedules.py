@@ -116,7 +116,7 @@ class SampleSchedules:
         known = {name: row for row, name in enumerate(range(len(self)) if self.names is None else self.names)}
         lacking = sorted({repr(name) for name in names if name not in known})
         expected = f"rows, 0 to {len(self) - 1}" if self.names is None else f"some of {list(known)}"
-        expect_shown(not lacking, argument, expected, ", ".join(lacking))
+        expect(not lacking, argument, expected, ", ".join(lacking))
         return [known[name] for name in names]
 
     def groups(self) -> list[tuple[Schedule, Tensor]]:

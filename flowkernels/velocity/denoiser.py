@@ -1,6 +1,7 @@
 """`from_denoiser`: a network of diffusion, which predicts data, noise or v on a path of its own, as a velocity."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -66,16 +67,20 @@ class Denoiser(Composite):
 
     def times(self, own: Sequence[float] | Tensor) -> Tensor:
         """The times t, float64 `[N]`, of the network's own: sigmas of "variance_exploding", steps of a table. Of a
-        sigma of 0 it is 1."""
+        sigma of 0 it is 1. ValueError for times that the path has not."""
         s = expect_float64(own, "own", "a sequence of the network's times")
         expect(s.dim() == 1 and bool(s.isfinite().all()), "own", "a sequence of finite times", own)
-        return self.path.times(s)
+        low, high = self.path.whole
+        near = EARLY * max(abs(end) for end in self.path.whole if math.isfinite(end))
+        fits = bool(((s >= low - near) & (s <= high + near)).all())
+        expect(fits, "own", f"the path's times, from {low:g} to {high:g}", s.tolist())
+        return self.path.times(s.clamp(low, high))
 
     def own_times(self, t: Sequence[float] | Tensor) -> Tensor:
         """The network's times, float64 `[N]`, of times t; after `end` the one there."""
         t = expect_float64(t, "t", "a sequence of times")
         expect(t.dim() == 1 and bool(t.isfinite().all()), "t", "a sequence of finite times", t)
-        self._expect_late(t, "t")
+        self._expect_inside(t, "t")
         s = self.path.own(t.clamp(max=self.end))
         return s.round() if self.rounded else s
 
@@ -119,8 +124,8 @@ class Denoiser(Composite):
 
     # ---- evaluation ----
 
-    def _is_early(self, t: Tensor) -> Tensor:
-        found = t < self.start * (1 - EARLY)
+    def _is_outside(self, t: Tensor) -> Tensor:
+        found = (t < self.start * (1 - EARLY)) | (t > 1 + EARLY)
         return found | ((t > 0) & (t < self.path.first * (1 - EARLY))) if self.path.first else found
 
     def _expected(self) -> str:
@@ -132,17 +137,17 @@ class Denoiser(Composite):
 
     def time_for(self, t: Tensor, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and innermost_transform() is None and type(t) is Tensor and t.is_cpu:
-            self._expect_late(t, "t")
+            self._expect_inside(t, "t")
         return t
 
     def model_times(self, times: Tensor, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            self._expect_late(times, "velocity")
+            self._expect_inside(times, "velocity")
         return times.to(float64_device(x.device), non_blocking=True)
 
-    def _expect_late(self, t: Tensor, name: str) -> None:
-        if bool((early := self._is_early(t.detach())).any()):
-            expect(False, name, self._expected(), f"{t.detach()[early][0].item():.6g}")
+    def _expect_inside(self, t: Tensor, name: str) -> None:
+        if bool((outside := self._is_outside(t.detach())).any()):
+            expect(False, name, self._expected(), f"{t.detach()[outside][0].item():.6g}")
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(scale, own time, factor, of x, rest) at times `[n]`, float64: the network's answer p to scale x at its own
@@ -162,7 +167,7 @@ class Denoiser(Composite):
             rest = rest + ratio.square() * (2 * held - 1) / square
         last = t >= 1
         factor, rest = torch.where(last, 0.0, factor), torch.where(last, 1.0, rest)
-        factor = torch.where(self._is_early(t), torch.nan, factor)  # where values are not looked at
+        factor = torch.where(self._is_outside(t), torch.nan, factor)  # where values are not looked at
         return self.path.scale(held, s) * ratio, s, factor, of_x, rest
 
     def network_time(self, t: Tensor, s: Tensor) -> Tensor:
@@ -238,9 +243,9 @@ def from_denoiser(
             function of s, such as `lambda s: 1000 * s`.
         rounded: with a table, the network is told the nearest step, as int64, and `grid` has no others.
 
-    Times are formed in float64 and rounded once, to float32, or float64 for a float64 state. Before `start` the
-    network is not defined: ValueError; on a GPU, in a direct call, NaN. After `end` the noise that it predicts there
-    stays; at t = 1 the velocity is x, the limit for data that have a density.
+    Times are formed in float64 and rounded once, to float32, or float64 for a float64 state. Before `start` and
+    after 1 the network is not defined: ValueError; on a GPU, in a direct call, NaN. After `end` the noise that it
+    predicts there stays; at t = 1 the velocity is x, the limit for data that have a density.
 
     Raises:
         TypeError, ValueError: naming the argument, such as for a table that does not fall.

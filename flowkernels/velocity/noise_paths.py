@@ -21,9 +21,11 @@ PathLike: TypeAlias = str | Tensor | Sequence[float] | Callable[[Tensor], tuple[
 class NoisePath(nn.Module):
     """A path from s = `least`, next to the data, to s = `most`, next to the noise. All in float64.
 
-    preserves: `alpha^2 + sigma^2 = 1`. first: the least t after 0 that it has, where one at 0 stands apart.
+    whole: all times that it has. preserves: `alpha^2 + sigma^2 = 1`. first: the least t after 0 that it has, where one
+        at 0 stands apart.
     """
 
+    whole = (0.0, math.inf)
     preserves = False
     first = 0.0
 
@@ -72,6 +74,8 @@ class VarianceExploding(NoisePath):
 class Straight(NoisePath):
     """alpha = 1 - s, sigma = s."""
 
+    whole = (0.0, 1.0)
+
     def times(self, s: Tensor) -> Tensor:
         return 1 - s
 
@@ -84,6 +88,7 @@ class Straight(NoisePath):
 class Cosine(NoisePath):
     """alpha = cos(pi s / 2), sigma = sin(pi s / 2)."""
 
+    whole = (0.0, 1.0)
     preserves = True
 
     def times(self, s: Tensor) -> Tensor:
@@ -98,6 +103,7 @@ class Cosine(NoisePath):
 class Linear(NoisePath):
     """alpha^2 = exp(-B), B the integral of betas that rise linearly to s = 1."""
 
+    whole = (0.0, 1.0)
     preserves = True
 
     def times(self, s: Tensor) -> Tensor:
@@ -118,6 +124,7 @@ class Table(NoisePath):
 
     def __init__(self, alphas_cumprod: Tensor, least: float, most: float):
         super().__init__(least, most)
+        self.whole = (0.0, len(alphas_cumprod) - 1.0)
         levels = (torch.log1p(-alphas_cumprod) - alphas_cumprod.log()) / 2
         self.register_buffer("levels", levels, persistent=False)
         if levels[-1].isinf():  # of which nothing lies between it and the one before
@@ -143,6 +150,7 @@ class Function(NoisePath):
 
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, Tensor]], least: float, most: float):
         super().__init__(least, most)
+        self.whole = (min(least, most), max(least, most))
         self.function = function
         s = torch.linspace(least, most, NODES, dtype=torch.float64, device="cpu")
         alpha, sigma = self._parts(s)
@@ -199,11 +207,11 @@ class Function(NoisePath):
         return alpha + sigma
 
 
-NAMED: Mapping[str, tuple[type[NoisePath], tuple[float, float] | None]] = {
-    "variance_exploding": (VarianceExploding, None),
-    "cosine": (Cosine, (0.0, 1.0)),
-    "linear": (Linear, (0.0, 1.0)),
-    "straight": (Straight, (0.0, 1.0)),
+NAMED: Mapping[str, type[NoisePath]] = {
+    "variance_exploding": VarianceExploding,
+    "cosine": Cosine,
+    "linear": Linear,
+    "straight": Straight,
 }
 KNOWN = f"{one_of(NAMED)}, a table alphas_cumprod (or what has one), or a function s -> (alpha, sigma)"
 RANGE = "the model's times next to the data and next to the noise, such as (0.002, 80.0)"
@@ -218,8 +226,10 @@ def path_of(path: PathLike, time_range: Sequence[float] | None, model: Any) -> N
     path = getattr(path, "alphas_cumprod", path)
     if isinstance(path, str):
         expect_shown(path in NAMED, "path", KNOWN, path)
-        kind, whole = NAMED[path]
-        return kind(*_within(_of_model(model) if ends is None and whole is None else ends or whole, whole))
+        kind = NAMED[path]
+        if ends is None:
+            ends = _of_model(model) if kind.whole[1] == math.inf else kind.whole
+        return kind(*_within(ends, kind.whole))
     if callable(path) and not isinstance(path, (Tensor, type, nn.Module)):
         expect_takes(path, "path", KNOWN, None)
         expect(ends is not None, "time_range", f"{RANGE}, with a path that is a function", "None")
@@ -236,9 +246,8 @@ def path_of(path: PathLike, time_range: Sequence[float] | None, model: Any) -> N
     return Table(table, *_within(ends or (0.0, last), (0.0, last)))
 
 
-def _within(ends: Sequence[float], whole: tuple[float, float] | None, rising: bool = True) -> tuple[float, float]:
-    least, most = ends
-    low, high = whole or (0.0, math.inf)
+def _within(ends: Sequence[float], whole: tuple[float, float], rising: bool = True) -> tuple[float, float]:
+    (least, most), (low, high) = ends, whole
     ok = low <= min(ends) and max(ends) <= high and (least < most if rising else least != most)
     told = (
         "different ones" if not rising else f"{low:g} or more" if high == math.inf else f"within {low:g} and {high:g}"
