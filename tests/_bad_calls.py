@@ -357,6 +357,10 @@ def are_finite(v) -> bool:
         return False
 
 
+def are_from(v, low: float, high: float) -> bool:
+    return are_finite(v) and bool(((t := torch.as_tensor(v).double()) >= low - 1e-6).all() and (t <= high + 1e-6).all())
+
+
 def are_callbacks(v) -> bool:
     return isinstance(v, (list, tuple)) and all(is_function(each) for each in v)
 
@@ -986,8 +990,8 @@ def _stages(cal) -> None:
     place("from_denoiser path", denoised, path=("variance_exploding", lambda v: is_table(v) or is_function(v)))
     made = fk.from_denoiser(Net(), time_range=(0.01, 2.0))
     are_times = lambda v: not isinstance(v, (str, bytes)) and not is_number(v)  # noqa: E731
-    place("Denoiser.times", made.times, own=([0.01, 1.0], lambda v: are_times(v) and are_finite(v)))
-    place("Denoiser.own_times", made.own_times, t=([0.5, 1.0], lambda v: are_times(v) and are_finite(v)))
+    place("Denoiser.times", made.times, own=([0.01, 1.0], lambda v: are_times(v) and are_from(v, 0, 1e300)))
+    place("Denoiser.own_times", made.own_times, t=([0.5, 1.0], lambda v: are_times(v) and are_from(v, made.start, 1)))
     place("Denoiser.grid", made.grid, steps=(3, is_int(1, 10**6)))
     place("Denoiser.initial", made.initial, noise=(lambda: rand(N, D), is_noise))
     at = (0.5, or_none(lambda v: isinstance(v, fractions.Fraction) or within(0.1, 1, "[]")(v)))
@@ -1263,8 +1267,9 @@ def _others(cal) -> None:
     place("load_weights", fk.load_weights, (OSError,), net=of_net, path=of_path, prefer=prefer)
     place("network_notes", bundled.network_notes, (OSError,), path=of_path)
     _host_loops(), _k_diffusion()
-    place("solver_sigmas", comfy.solver_sigmas, plan=(3, is_plan))
-    place("solver_sampler", comfy.solver_sampler, plan=(3, lambda v: is_plan(v) or is_one_of(*comfy.SOLVERS)(v)))
+    whole = lambda v: is_plan(v) and fk.Solver.of(v).reaches_data  # noqa: E731
+    place("solver_sigmas", comfy.solver_sigmas, plan=(3, whole))
+    place("solver_sampler", comfy.solver_sampler, plan=(3, lambda v: whole(v) or is_one_of(*comfy.SOLVERS)(v)))
     with contextlib.suppress(ImportError):
         diffusers = importlib.import_module("diffusers")
         from flowkernels.integrations.diffusers import sigmas_for, solver_scheduler
@@ -1331,7 +1336,10 @@ def _k_diffusion() -> None:
         except Exception:
             return False
 
-    late = lambda v: not isinstance(v, (int, np.integer)) and is_plan(v) and fk.Solver.of(v).times[0] > 0  # noqa: E731
+    def late(v) -> bool:
+        given = not isinstance(v, (int, np.integer)) and is_plan(v)
+        return given and (plan := fk.Solver.of(v)).times[0] > 0 and plan.reaches_data
+
     makes = lambda v: is_function(v) and not isinstance(v, nn.Module)  # noqa: E731
     place(
         "k_diffusion.sampler",

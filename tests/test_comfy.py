@@ -291,6 +291,26 @@ def test_models_and_latents_that_are_refused(guider):
 
 
 @pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(sigmas=torch.tensor(1.0)), "sigmas: expected falling numbers in one dimension"),
+        (dict(sigmas=solver_sigmas(KNOTS)[None]), "sigmas: expected falling numbers in one dimension"),
+        (dict(sigmas=[1.0, 0.0]), "sigmas: expected a torch.Tensor"),
+        (dict(x=None), "x: expected a torch.Tensor"),
+        (dict(x=torch.ones(2, 3, dtype=torch.int64)), "x: expected torch.float32 or"),
+        (dict(extra_args=[1]), "extra_args: expected a dict"),
+        (dict(callback="preview"), "callback: expected a function of a dict"),
+        (dict(denoises=lambda x, sigma: (x,)), "model: expected a torch.Tensor, got tuple"),
+        (dict(denoises=lambda x, sigma: x[:1]), r"model: expected denoised states of x's shape \[2, 3\]"),
+    ],
+)
+def test_calls_that_are_refused(guider, changed, message):
+    call = dict(x=normal(2, 3), sigmas=solver_sigmas(KNOTS), disable=True, denoises=lambda x, sigma: x / 2) | changed
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        solver_sampler("euler")(flow(call.pop("denoises")), **call)
+
+
+@pytest.mark.parametrize(
     ("plan", "error", "message"),
     [
         (fk.Solver.heun(4, inverse=True), ValueError, "plan: expected a solver from noise to data"),

@@ -252,6 +252,10 @@ def test_they_are_kept_as_json():
         (lambda cal, v: cal.find(2, each=CONDITIONS)[2].of(["cat", "cow"]), r"names: .*, got 'cow'$"),
         (lambda cal, v: cal.find(2, each=True)[2].of([0, 6]), r"names: .*rows, 0 to 5, got 6$"),
         (
+            lambda cal, v: fk.sample(v, normal(3, DIM), cal.find(2, each=CONDITIONS)[2]),  # of three conditions
+            r"schedule: .*3 rows.*`of` picks them by names.*got SampleSchedules\(3 conditions",
+        ),
+        (
             lambda cal, v: fk.sample(v, normal(3, DIM), cal.find(2, each=CONDITIONS)[2].of(["cat"])),
             r"schedule: .*3 rows",
         ),

@@ -14,7 +14,7 @@ imported before it is needed.
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowkernels._casts import no_grad
-from flowkernels._checks import FlowError, expect, expect_choice, expect_path, expect_tensor
+from flowkernels._checks import (
+    FLOATS,
+    FlowError,
+    expect,
+    expect_callable,
+    expect_choice,
+    expect_mapping,
+    expect_path,
+    expect_tensor,
+)
 from flowkernels.calibration.calibration import Calibration
 from flowkernels.sampling.loop import OPS, evaluated_steps, initial_state
 from flowkernels.schedule import Schedule
@@ -106,7 +115,12 @@ class SolverSampler:
         callback: Callable[[dict[str, Any]], Any] | None = None,
         disable: bool | None = None,
     ) -> Tensor:
-        if len(expect_tensor(sigmas, "sigmas")) < 2:
+        expect_tensor(x, "x", FLOATS)
+        expect(expect_tensor(sigmas, "sigmas").dim() == 1, "sigmas", "falling numbers in one dimension", sigmas)
+        if callback is not None:
+            expect_callable(callback, "callback", "a function of a dict, or None")
+        extra = {} if extra_args is None else expect_mapping(extra_args, "extra_args")
+        if len(sigmas) < 2:
             return x
         solver, evaluations = self._chosen(sigmas)
         _expect_flow(model)
@@ -114,7 +128,7 @@ class SolverSampler:
             _expect_start(model, sigmas)
         steps = len(sigmas) - 1
         first = [i == 0 or i * steps // evaluations > (i - 1) * steps // evaluations for i in range(evaluations)]
-        flow = _Flow(model, extra_args or {}, sigmas, first, callback)
+        flow = _Flow(model, extra, sigmas, first, callback)
         state = initial_state(x)
         made = evaluated_steps(flow, state, solver, flow.model_times(solver.model_times, state), functions=OPS)
         made = itertools.islice(made, evaluations)  # each of them a state of its own, which nodes may keep
@@ -155,7 +169,9 @@ class SolverSampler:
 class _Flow(VelocityBase):
     """A model that denoises, as a velocity. Its time is sigma: `model_times` makes it of t in float64."""
 
-    def __init__(self, model, extra_args: dict, sigmas: Tensor, first: list[bool], callback: Callable | None):
+    def __init__(
+        self, model, extra_args: Mapping[str, Any], sigmas: Tensor, first: list[bool], callback: Callable | None
+    ):
         self.model, self.extra_args, self.sigmas, self.callback = model, extra_args, sigmas, callback
         self.first, self.calls, self.step = first, 0, 0
 
@@ -164,6 +180,8 @@ class _Flow(VelocityBase):
 
     def velocities(self, x: Tensor, t: Tensor, embedding=None) -> tuple[Tensor, None, float]:
         denoised, first = self.model(x, t, **self.extra_args), self.first[self.calls]
+        like = expect_tensor(denoised, "model", FLOATS).shape == x.shape
+        expect(like, "model", f"denoised states of x's shape {list(x.shape)}", denoised)
         v = (denoised.to(x.dtype) - x) / t.reshape(-1, *[1] * (x.dim() - 1))  # before the callback, which may write
         self.calls += 1
         if first:

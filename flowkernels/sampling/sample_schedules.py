@@ -179,7 +179,8 @@ def run_each(velocity: VelocityBase, noise: Tensor, plans: SampleSchedules, chec
     expect(not velocity.is_fused, "velocity", expected, type(velocity).__name__)
     x = initial_state(expect_noise(noise, look=check))
     expected = f"{len(noise)} rows, one for each sample of noise (`of` picks them by names)"
-    expect(len(plans) == len(noise), "schedule", expected, f"{len(plans)}")
+    got = f"{len(plans)}" if plans.names is None else f"{plans!r}"
+    expect(plans.names is None and len(plans) == len(noise), "schedule", expected, got)
     for step in _steps(velocity, x, plans):
         x, _ = step
     if check and not torch.isfinite(x).all():
