@@ -31,7 +31,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -817,7 +817,7 @@ def _stages(cal) -> None:
         "noise",
         fk.noise,
         n=(N, is_int(1)),
-        shape=((2, 3), lambda v: isinstance(v, (list, tuple, torch.Size)) and all(is_int(1)(d) for d in v)),
+        shape=((2, 3), lambda v: isinstance(v, Iterator) or (isinstance(v, (list, tuple)) and all(map(is_int(1), v)))),
         seed=(3, is_int(-(2**63), 2**64 - 1)),
         rows=(None, lambda v: v is None or (isinstance(v, slice) and v.step in (None, 1))),
         dtype=(F32, is_one_of(F32, F64)),

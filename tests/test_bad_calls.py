@@ -59,6 +59,15 @@ def test_tensors_that_are_not_dense_are_named(layout):
         odd = torch.nested.nested_tensor([dense[0], dense[0, :2]])
     else:
         odd = dense.to_mkldnn() if layout is torch._mkldnn else dense.to_sparse(layout=layout)
-    for call in (lambda: fk.sample(lambda x, t: x, odd, 2), lambda: fk.velocity_gram(odd)):
-        with pytest.raises(TypeError, match=r"^(noise|v): expected a dense tensor \(.to_dense\(\)\), got a \w+ "):
+    calls = [
+        lambda: fk.sample(lambda x, t: x, odd, 2),
+        lambda: fk.velocity_gram(odd),
+        lambda: fk.linear_update(dense, [odd], [1.0]),
+        lambda: fk.linear_euler(dense, dense, dense, 0.1, scale=odd),
+        lambda: fk.linear_euler(dense, dense, dense, 0.1, bias=odd),
+    ]
+    for call in calls:
+        with pytest.raises(
+            TypeError, match=r"^(noise|v|v\[0\]|scale|bias): expected a dense tensor \(.to_dense\(\)\), got a \w+ "
+        ):
             call()

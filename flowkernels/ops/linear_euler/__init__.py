@@ -140,7 +140,8 @@ def linear_euler(
 
 def _expect_parameter(t, name: str, shape: tuple[int, ...], x: Tensor, z: Tensor) -> None:
     """A parameter in z's dtype or the state's; of rows `[m, d]`, one may be for all."""
-    if not isinstance(t, Tensor) or t.layout is not torch.strided or (t.dtype != z.dtype and t.dtype != x.dtype):
+    dense = isinstance(t, Tensor) and t.layout is torch.strided and not t.is_nested
+    if not dense or (t.dtype != z.dtype and t.dtype != x.dtype):
         expect_tensor(t, name, tuple(dict.fromkeys((z.dtype, x.dtype))))
     shared = len(shape) == 2 and t.shape == (1, shape[1])
     if (t.shape != shape and not shared) or t.device != x.device:

@@ -64,7 +64,8 @@ def linear_update(
         expect_like(expect_tensor(v[0], "v[0]", allowed), "v[0]", x)  # which tells a v that is no list of velocities
         expect(False, "b", f"{len(v)} coefficients, one for each velocity", f"{len(b)}")
     for i, (term, factor) in enumerate(zip(v, b, strict=True)):
-        if not isinstance(term, Tensor) or term.dtype not in allowed or term.layout is not torch.strided:
+        dense = isinstance(term, Tensor) and term.layout is torch.strided and not term.is_nested
+        if not dense or term.dtype not in allowed:
             expect_tensor(term, f"v[{i}]", allowed)
         allowed = (term.dtype,)
         if term.shape != x.shape or term.device != x.device:
