@@ -326,6 +326,8 @@ def expect_out(t, name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
         stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)
     ):
         expect(False, name, "a tensor with memory for each element", f"an expanded one, {describe(t)}")
+    if t.is_neg():
+        expect(False, name, "a tensor that is not a negated view (.resolve_neg())", f"one, {describe(t)}")
 
 
 def expect_low(low, x: Tensor) -> None:

@@ -609,6 +609,22 @@ def test_nothing_is_left_behind():
     assert gone() is None
 
 
+@pytest.mark.parametrize("call", [lambda s, x: s(x), lambda s, x: fk.sample(s, x, 4), lambda s, x: s.on(3)(x)])
+def test_inside_compiled_functions(call):
+    """It breaks the graph and runs as it is, after a change of the weights too."""
+    net, x = randomised(mlp([9, 16, 8])), noise(3, 8)
+    sampler = fk.fuse(net, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: 2 * call(sampler, x), backend="eager")
+    before = compiled(x)
+    assert torch.equal(before, 2 * call(sampler, x))
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    after = compiled(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, 2 * call(sampler, x))
+
+
 def test_several_threads():
     net = randomised(Policy())
     sampler = fk.fuse(fk.VelocityField(net, conditioning={"obs": noise(1, 11)}), 4)

@@ -486,8 +486,10 @@ class Lowering:
 
         def masked(v: Value | Static, mine: Static) -> Value | Static:
             if isinstance(v, Static):  # whatever it is elsewhere
-                return v.combine(mine, lambda v, m: torch.where(m != 0, v, 0.0))
-            return self._times(v, mine)
+                return _where(v, mine)
+            d, value = self._draft(v, lambda d: d.is_affine)
+            d.scale, d.shifts = _where(d.scale or Static.number(1), mine), [_where(s, mine) for s in d.shifts]
+            return value
 
         a, b = masked(a, mask), masked(b, mask.map(lambda m: (m == 0).double()))
         self._result(call, self._plus(a, b))
@@ -1032,6 +1034,11 @@ def _name(call: Call) -> str:
     """The operation's name, without the underscore of one that works in place."""
     name = call.function._schema.name.split("::")[1]
     return name[:-1] if name.endswith("_") else name
+
+
+def _where(v: Static, mask: Static) -> Static:
+    """0 where the mask is not set, also of what is not finite there."""
+    return v.combine(mask, lambda v, m: torch.where(m != 0, v, 0.0))
 
 
 def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:

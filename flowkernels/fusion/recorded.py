@@ -17,7 +17,7 @@ from flowkernels.fusion.lowering import Lowering, Replayed
 from flowkernels.fusion.record import ROWS, STATE, TIME, NotFusable, Numbers, Record, sample_rows
 from flowkernels.ops.library import Made, is_captured
 from flowkernels.ops.mlp_sample import Layer, plan_for
-from flowkernels.runtime.torch_private import tree_flatten, uncompiled
+from flowkernels.runtime.torch_private import tree_flatten, uncompiled, untraced
 from flowkernels.runtime.watch import Unwatchable, Watch, executed
 from flowkernels.solver import Update
 from flowkernels.velocity.field import HOOKS, VelocityField, float64_device, overridden
@@ -73,8 +73,10 @@ class Network:
 
 
 def _undisturbed(f):
-    """Without gradients and autocast, and outside of the caller's inference mode, whose tensors count no writes."""
+    """Without gradients, autocast and compiler, and outside of the caller's inference mode, whose tensors count no
+    writes."""
 
+    @untraced
     @functools.wraps(f)
     def run(self, network, *args):
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(network.device.type, enabled=False):

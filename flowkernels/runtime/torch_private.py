@@ -5,9 +5,10 @@ Tried on torch 2.6, 2.13 and 2.14 on the CPU; `scripts/test_versions` tries the 
 """
 
 import contextlib
+import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -93,6 +94,18 @@ def compiler_errors() -> tuple[type[Exception], ...]:
     from torch._dynamo import exc
 
     return exc.TorchDynamoException, *([exc.FailOnRecompileLimitHit] if hasattr(exc, "FailOnRecompileLimitHit") else [])
+
+
+def untraced(f: Callable) -> Callable:
+    """f, which torch.compile leaves as it is, with all that f calls. The compiler is not imported for that."""
+
+    @functools.wraps(f)
+    def run(*args, **kwargs):
+        if "torch._dynamo" not in sys.modules:
+            return f(*args, **kwargs)
+        return torch.compiler.disable(f)(*args, **kwargs)
+
+    return run
 
 
 _STANCE = threading.Lock()

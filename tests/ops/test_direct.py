@@ -1,5 +1,6 @@
 """`library.direct`: past torch's dispatcher where it has nothing to do, through it where it has."""
 
+import itertools
 import sys
 
 import ops_cases
@@ -11,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import flowkernels as fk
 from flowkernels.ops import library
 from flowkernels.ops.euler_step import euler_step
 from flowkernels.ops.linear_update import linear_update
@@ -312,15 +314,22 @@ def test_negated_places():
     assert same(straighten_loss(v, bank, h, i, s), straighten_loss(v, bank, h, *PLACES))
 
 
-@pytest.mark.parametrize("op", ["euler_step_out", "linear_euler_out", "linear_update_out"])
-def test_writing_to_a_negated_view(op, way):
-    """Torch's fallback for negations takes no operator that returns nothing: an error, and nothing is written."""
-    memory = torch.zeros(3, 5, dtype=torch.complex64)
-    tensors = inputs(op)
-    tensors[CALLS[op].written[0]] = memory.conj().imag
-    with pytest.raises(RuntimeError, match="Expected Tensor but got None"):
-        call(op, tensors)
-    assert way() == "dispatcher"
+@pytest.mark.parametrize(
+    ("op", "target"),
+    [
+        *itertools.product(("euler_step", "linear_update"), ("out", "low")),
+        *itertools.product(("linear_euler",), ("out", "low", "velocity_out")),
+    ],
+)
+def test_negated_views_are_not_written_to(op, target):
+    """A view that torch negates when it is read, as the imaginary part of a conjugate is."""
+    x, weight = torch.ones(2, 4), torch.ones(2, 3)
+    args = dict(
+        euler_step=(x, x, 0.5), linear_update=(x, [x], [0.5]), linear_euler=(x, torch.ones(2, 2, 3), weight, 0.5)
+    )
+    memory = torch.zeros(2, 4, dtype=torch.float16 if target == "low" else torch.float32)
+    with pytest.raises((TypeError, ValueError), match=rf"^{target}: expected a tensor that is not a negated view"):
+        getattr(fk, op)(*args[op], **{target: torch._neg_view(memory)})
     assert not memory.any()
 
 
