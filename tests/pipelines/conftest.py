@@ -1,6 +1,7 @@
 """`--write-matrix` writes what the tests found below the marks of two pages: of test_matrix.py in docs/pipelines.md, of
 the other codebases (test_host_*.py) in docs/integrations/index.md."""
 
+import importlib.machinery
 import importlib.util
 import platform
 import sys
@@ -45,13 +46,17 @@ def host_row(record_property):
 class Empty(types.ModuleType):
     """In the place of a package that is imported and not called."""
 
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)  # which packages that look for it ask for
+
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
         return Empty(name)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def torchvision():
     """torchvision; empty where there is none, or one built for another torch, for packages that import it and call
     nothing of it here."""
