@@ -263,8 +263,9 @@ def test_the_code_of_watching_a_training_runs(tmp_path, monkeypatch):
 
 def test_every_page_with_code_is_run():
     """Diffusers' by test_solver_scheduler.py and pipelines/test_pipeline_velocity.py, with pipelines; LoRA's by
-    pipelines/test_lora.py, with peft."""
+    pipelines/test_lora.py, with peft; those of other codebases by the examples of pipelines/test_host_*.py."""
     elsewhere = {f"docs/{name}.md" for name in ("many-devices", "straightening", "diffusers", "lora")}
+    elsewhere |= {f"docs/integrations/{name}.md" for name in ("f5-tts", "lerobot", "ode-libraries")}
     assert {page for page in PAGES if blocks(page)} == {*CODE, *elsewhere}
 
 
