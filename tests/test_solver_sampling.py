@@ -170,14 +170,24 @@ def test_times_and_embeddings_are_those_of_the_model():
 
 @pytest.fixture
 def updates(monkeypatch):
-    """(velocities, whether it writes in place) of every call of `linear_update`."""
-    calls, op = [], loop.linear_update
+    """(velocities, whether it writes in place) of every call of `linear_update`, and of those by `adder`."""
+    calls, op, of_loop = [], loop.linear_update, loop.adder
 
     def counted(x, v, b, **kwargs):
         calls.append(([t.dtype for t in v], "out" in kwargs))
         return op(x, v, b, **kwargs)
 
+    def counting(x):
+        add = of_loop(x)
+
+        def counted(x, v, b, scale, out):
+            calls.append(([t.dtype for t in v], True))
+            return add(x, v, b, scale, out)
+
+        return counted
+
     monkeypatch.setattr(loop, "linear_update", counted)
+    monkeypatch.setattr(loop, "adder", counting)
     return calls
 
 
