@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import flowkernels as fk
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.networks import DiT, ResidualMLP, UNet
+from flowkernels.runtime import backends
 from flowkernels.runtime.torch_private import uncompiled
 from flowkernels.sampling import capture, state
 from flowkernels.sampling import rollout as rollout_module
@@ -264,6 +265,7 @@ def far(monkeypatch):
     """The CPU is a device that is waited for."""
     for module in (sample_module, rollout_module):
         monkeypatch.setattr(module, "is_waited_for", lambda t: True)
+    monkeypatch.setattr(backends, "reader", lambda: None)  # whose memory C++ does not read
 
 
 STAGES = {

@@ -139,7 +139,7 @@ class Detached(nn.Module):
     [
         (dict(data=DATA * torch.inf), ValueError, "data: expected finite values"),
         (dict(solver=0), ValueError, "solver: expected at least 1"),
-        (dict(solver=fk.Solver.heun(3)), ValueError, "solver: expected a solver from data to noise"),
+        (dict(solver=fk.Solver.heun(3)), ValueError, "solver: expected a solver from data, at t = 1, to noise"),
         (dict(solver=fk.Schedule([0.2, 1])), ValueError, "solver: expected a schedule from t = 0"),
         (dict(probes=-1), ValueError, "probes: expected a number of probes, 0"),
         (dict(distribution="normal"), ValueError, "distribution: expected 'rademacher' or 'gaussian'"),

@@ -422,6 +422,8 @@ def tampered(op, monkeypatch):
         return result
 
     monkeypatch.setattr(holder, name, wrong)
+    if hasattr(module, "plain"):  # which goes by it
+        monkeypatch.setattr(module, "plain", lambda *args: None)
 
 
 @pytest.mark.parametrize("op", OPS)

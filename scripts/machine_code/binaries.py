@@ -120,9 +120,14 @@ class Kernel:
 
     @property
     def hot_loop(self) -> range | None:
-        """The innermost loop with most multiply-adds, else that computes or loads most, else the longest."""
+        """The innermost loop with most multiply-adds, of one that is mostly those if there is one (an activation's has
+        many among other work), else that computes or loads most, else the longest."""
         by = ("HMMA", "FFMA", "FP32", "FP64", "LDG")
-        weight = lambda loop: (*(self.count(what, loop) for what in by), len(loop))  # noqa: E731
+
+        def weight(loop: range):
+            counts = [self.count(what, loop) for what in by]
+            return counts[0], counts[1] * (2 * counts[1] > len(loop)), *counts[1:], len(loop)
+
         return max(self.loops, key=weight, default=None)
 
 
