@@ -73,8 +73,8 @@ class Schedule:
             checked["samples_needed"] = expect_int(
                 self.samples_needed, "samples_needed", "a number of samples, at least 1", 1
             )
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        for name, value in checked.items():  # tensors of its own: the caller may write to what it gave
+            object.__setattr__(self, name, value.clone() if isinstance(value, Tensor) else value)
 
     @classmethod
     def uniform(cls, steps: int, start: float = 0.0, forced_knots: Sequence[float] | Tensor = ()) -> "Schedule":

@@ -112,7 +112,7 @@ class Solver:
             expect(bool(torch.isfinite(a).all()), "start_coefficients", "finite numbers", a.tolist())
         tables = {"model_times": t, "coefficients": b, "start_coefficients": a}
         for name, value in {"times": times if falls else known, **tables}.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value.clone())  # the caller may write to what it gave
         object.__setattr__(self, "_updates", self._find_updates())  # here, where torch.compile does not look at values
 
     def __getattr__(self, name: str):
@@ -260,7 +260,7 @@ class Solver:
             given = expect_float64(model_times, "model_times", "a sequence of times")
             expect(given.shape == times[:-1].shape, "model_times", f"{len(times) - 1} times, one for each step", given)
             expect(bool(torch.isfinite(given).all()), "model_times", "finite times", given.tolist())
-        return cls._euler(times, given)
+        return cls._euler(times.clone(), given.clone())  # the caller may write to what it gave
 
     @classmethod
     def _euler(cls, times: Tensor, model_times: Tensor) -> "Solver":

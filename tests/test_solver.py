@@ -8,6 +8,7 @@ import pickle
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from _flows import even_grid, normal, uneven_grid
@@ -382,3 +383,27 @@ def test_pickles(make):
     assert old.updates() == solver.updates()
     assert old.is_euler == solver.is_euler
     assert torch.equal(fk.sample(lambda x, t: -x, normal(2, 3), old), fk.sample(lambda x, t: -x, normal(2, 3), solver))
+
+
+OF_TENSORS = {
+    "Schedule": lambda times: fk.Schedule(times, grid=times, indices=range(len(times))),
+    "Solver": lambda times: fk.Solver(times, times[1:], [[0.1, 0, 0], [0.1, 0.2, 0], [0, 0, 1]]),
+    "Solver.euler": lambda times: fk.Solver.euler(times),
+    "Solver.euler, model_times": lambda times: fk.Solver.euler(times, model_times=times[:-1]),
+    "Solver.heun": lambda times: fk.Solver.heun(times),
+    "Solver.midpoint": lambda times: fk.Solver.midpoint(times),
+    "Solver.adams_bashforth": lambda times: fk.Solver.adams_bashforth(times),
+    "SampleSchedules": lambda times: fk.SampleSchedules(times[None], cost=times[1:2]),
+}
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array"])
+@pytest.mark.parametrize("name", OF_TENSORS)
+def test_what_is_given_may_be_written_to_later(name, kind):
+    times = np.array([0, 0.25, 0.5, 1])
+    given = torch.from_numpy(times) if kind == "tensor" else times
+    made = OF_TENSORS[name](given)
+    before = {key: value.clone() for key, value in vars(made).items() if isinstance(value, torch.Tensor)}
+    times[:] = 7
+    assert "times" in before
+    assert all(torch.equal(vars(made)[key], value) for key, value in before.items())

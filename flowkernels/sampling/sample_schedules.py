@@ -78,8 +78,8 @@ class SampleSchedules:
         expect(known, "shared", "a Schedule or None", self.shared, TypeError)
         together = (self.shared is None) == (self.shared_cost is None)
         expect(together, "shared_cost", "what the shared schedule costs each, with one, and None without", "another")
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        for name, value in checked.items():  # tensors of its own: the caller may write to what it gave
+            object.__setattr__(self, name, value.clone() if isinstance(value, Tensor) else value)
 
     def __len__(self) -> int:
         return len(self.times)
