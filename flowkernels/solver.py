@@ -390,7 +390,7 @@ def expect_solver(
     if isinstance(schedule, Solver):
         return schedule
     if shared and type(schedule) is int and 1 <= schedule <= MOST_SHARED:
-        return _uniform(schedule)
+        return _uniform(schedule, False)
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, name, whole=False)
     return Solver._euler(times, times[:-1])
 
@@ -398,10 +398,21 @@ def expect_solver(
 MOST_SHARED = 1024
 
 
-@functools.lru_cache(16)
+@functools.lru_cache(32)
 @torch.inference_mode(False)
-def _uniform(steps: int) -> Solver:
-    return expect_solver(steps, "steps")
+def _uniform(steps: int, inverse: bool) -> Solver:
+    return Solver.euler(steps, inverse=inverse)
+
+
+def expect_inverse(schedule: Schedule | Solver | int | Sequence[float] | Tensor, *, shared: bool = False) -> Solver:
+    """A solver from data to noise as it is, and Euler's steps back on a schedule. shared: as in `expect_solver`."""
+    if shared and type(schedule) is int and 1 <= schedule <= MOST_SHARED:
+        return _uniform(schedule, True)
+    if not isinstance(schedule, Solver):
+        return Solver.euler(schedule, inverse=True)
+    expected = "a solver from data to noise (Solver.adams_bashforth(..., inverse=True), fit_solver(inverse=True))"
+    expect(schedule.is_inverse, "schedule", expected, schedule)
+    return schedule
 
 
 def _knots(schedule, inverse: bool, table: bool = False) -> Tensor:

@@ -396,3 +396,26 @@ def test_the_network_keeps_its_mode(stage):
     net = Dropping(nn.Dropout(0.5)).eval()
     STAGES[stage](fk.VelocityField(net), normal(5, 3))
     assert not any(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, fk.VelocityField], ids=["network", "field"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_stages_and_networks_write_to_is_theirs(wrap, dtype):
+    """Steps of a number are made once for all calls: what a call hands out is not of them."""
+
+    def velocity(x, t):
+        return x * t.mul_(2)[:, None]
+
+    def run():
+        field = wrap(velocity)
+        trajectory = fk.rollout(field, x, 5)
+        trajectory.times.mul_(3)
+        inversion = fk.invert(field, x, 5)
+        return trajectory.x, trajectory.v, fk.sample(field, x, 5), inversion.noise, inversion.error
+
+    x = normal(2, 3, dtype=dtype)
+    before = run()
+    assert all(map(torch.equal, run(), before))
+    schedule = Schedule([0, 0.3, 1])
+    fk.rollout(velocity, x, schedule).times.mul_(3)
+    assert schedule.times.tolist() == [0, 0.3, 1]

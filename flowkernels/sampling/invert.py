@@ -7,9 +7,10 @@ from torch import Tensor
 
 from flowkernels._casts import no_grad
 from flowkernels._checks import expect, expect_bool, expect_noise
+from flowkernels.sampling.loop import shares_solvers
 from flowkernels.sampling.sample import run
 from flowkernels.schedule import Schedule
-from flowkernels.solver import Solver, expect_solver
+from flowkernels.solver import Solver, expect_inverse, expect_solver
 from flowkernels.velocity.protocol import Velocity, resolve
 
 
@@ -26,15 +27,6 @@ class Inversion:
     noise: Tensor
     error: Tensor | None
     evaluations: int
-
-
-def expect_inverse(schedule: Schedule | Solver | int | Sequence[float] | Tensor) -> Solver:
-    """A solver from data to noise as it is, and Euler's steps back on a schedule."""
-    if not isinstance(schedule, Solver):
-        return Solver.euler(schedule, inverse=True)
-    expected = "a solver from data to noise (Solver.adams_bashforth(..., inverse=True), fit_solver(inverse=True))"
-    expect(schedule.is_inverse, "schedule", expected, schedule)
-    return schedule
 
 
 @no_grad
@@ -85,7 +77,8 @@ def invert(
         True
     """
     round_trip = expect_bool(round_trip, "round_trip")
-    solver = expect_inverse(schedule)
+    known = resolve(velocity)
+    solver = expect_inverse(schedule, shared=shares_solvers(known))
     backward = isinstance(resample_with, Solver) and resample_with.is_inverse
     expect(not backward, "resample_with", "a solver from noise to data", resample_with)
     expect(round_trip or resample_with is None, "resample_with", "None without round_trip", resample_with)
@@ -99,7 +92,6 @@ def invert(
         meets = (back.times[[0, -1]] - solver.times[[-1, 0]]).abs().max().item() <= 1e-9
         expected = f"times from {end:.6g} to {begin:.6g}, where the inversion ends and begins"
         expect(meets, "resample_with", expected, back)
-    known = resolve(velocity)
     if known.fused_run(solver) is not None:  # which would speak of noise
         expect_noise(data, "data", look=expect_bool(check, "check"))
     noise = run(known, data, solver, capture, check, progress, "data", "invert")

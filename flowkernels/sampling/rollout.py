@@ -18,7 +18,7 @@ from flowkernels._checks import (
     is_waited_for,
 )
 from flowkernels.ops.library import fresh, is_finite, is_plain_state
-from flowkernels.sampling.loop import initial_state, steps
+from flowkernels.sampling.loop import initial_state, shares_solvers, steps
 from flowkernels.sampling.teacher import Teacher
 from flowkernels.sampling.teacher_solver import KnotStates
 from flowkernels.schedule import Schedule
@@ -75,7 +75,7 @@ def rollout(
     """
     known = resolve(velocity)
     expect_bool(progress, "progress")
-    solver = expect_solver(grid, "grid")
+    solver = expect_solver(grid, "grid", shared=shares_solvers(known))
     if isinstance(grid, Solver):
         expect(not solver.is_inverse, "grid", "a solver from noise to data", solver)
         if not solver.is_euler:
@@ -83,7 +83,7 @@ def rollout(
     fused = known.fused_run(solver)
     if fused is not None:
         _, x, v = fused.run(noise, states=True, velocities=True)
-        return Trajectory(solver.times, x, v)
+        return Trajectory(solver.times.clone(), x, v)
     if is_plain_state(noise):  # most: what follows, in less time
         x0 = noise
     else:
@@ -103,7 +103,7 @@ def rollout(
     if not is_finite(states[-1]):
         expect_finite(noise, "noise")
         expect_finite_flow(states[-1], velocities, solver.times)
-    return Trajectory(solver.times, states, velocities)
+    return Trajectory(solver.times.clone(), states, velocities)
 
 
 def _at_knots(velocity: VelocityBase, noise: Tensor, solver: Solver, progress: bool) -> Trajectory:
@@ -118,4 +118,4 @@ def _at_knots(velocity: VelocityBase, noise: Tensor, solver: Solver, progress: b
 
     with tqdm(total=knots.evaluations, desc="rollout", disable=not progress, leave=False) as bar:
         velocities = knots.fill(teacher, x0, 0, states, made_for, bar.update)
-    return Trajectory(solver.times, states, velocities)
+    return Trajectory(solver.times.clone(), states, velocities)

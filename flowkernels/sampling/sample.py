@@ -17,13 +17,13 @@ from flowkernels._checks import (
     is_waited_for,
 )
 from flowkernels.ops.library import is_batched, is_finite, is_plain_state
-from flowkernels.runtime.torch_private import number_of_modes
 from flowkernels.sampling import capture as capture_module
 from flowkernels.sampling.loop import (
     DIFFERENTIABLE,
     OPS,
     initial_state,
     last_state,
+    shares_solvers,
     steps,
     traced_euler,
     velocities_along,
@@ -32,8 +32,7 @@ from flowkernels.sampling.sample_schedules import SampleSchedules, run_each
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, expect_solver
 from flowkernels.velocity.evaluate import warn_if_training
-from flowkernels.velocity.field import VelocityField
-from flowkernels.velocity.protocol import Called, Velocity, as_given, resolve
+from flowkernels.velocity.protocol import Velocity, as_given, resolve
 from flowkernels.velocity.provenance import warn_of_another_pipeline
 
 
@@ -125,8 +124,7 @@ def sample(
         expect(False, "schedule", "a solver from noise to data (fk.invert runs it)", schedule)
     known = resolve(velocity)
     warn_of_another_pipeline(schedule, known.provenance, stacklevel=4)
-    shared = type(known) in (Called, VelocityField) and not number_of_modes()
-    solver = expect_solver(schedule, "schedule", shared=shared)
+    solver = expect_solver(schedule, "schedule", shared=shares_solvers(known))
     return run(known, noise, solver, capture, check, progress, differentiable=differentiable)
 
 

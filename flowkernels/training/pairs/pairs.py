@@ -19,10 +19,10 @@ from flowkernels._checks import (
     expect_room,
     expect_values,
 )
-from flowkernels.sampling.invert import expect_inverse, invert
+from flowkernels.sampling.invert import invert
 from flowkernels.sampling.loop import initial_state
 from flowkernels.schedule import Schedule
-from flowkernels.solver import Solver
+from flowkernels.solver import Solver, expect_inverse
 from flowkernels.training.bank.batch import BankBatch, generator_on
 from flowkernels.velocity.protocol import Velocity, resolve
 
