@@ -93,7 +93,13 @@ FK_INLINE vd load(const double* p) {
   return *(const vd_mem*)p;
 }
 FK_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__)  // gcc widens the halves one by one
+  return as_float((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return as_float((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   return as_float(__builtin_convertvector(*(const vh_mem*)p, vu) << 16);
+#endif
 }
 FK_INLINE vf load(const f16* p) {
 #if defined(__AVX512F__)
