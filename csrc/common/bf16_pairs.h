@@ -18,7 +18,7 @@ namespace below = ::fk::avx512;
 #endif
 
 typedef vu bf16_pairs;  // the first of each pair in the low bits
-typedef uint32_t bf16_pairs_mem __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+typedef uint32_t bf16_pairs_mem __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
 
 FK_INLINE bf16_pairs load_pairs(const void* p) {
   return *(const bf16_pairs_mem*)p;

@@ -81,14 +81,15 @@ inline bool linear_euler_plain(py::handle x, py::handle z, py::handle weight, py
   args.n = n, args.T = T, args.d = d, args.outputs = outputs;
   args.h = h, args.guidance = args.x_scale = 1, args.threads = threads;
   py::gil_scoped_release others_run;
-  FK_SELECT(linear_euler)(args);
+  FK_SELECT_BF16(linear_euler)(args);
   return true;
 }
 
 template <class Module>
 void bind_linear_euler(Module& m) {
   m.def("linear_euler_plain", &linear_euler_plain);
-  m.def("linear_euler", ON_THREADS(linear_euler, LinearEulerArgs), py::call_guard<py::gil_scoped_release>());
+  auto run = [](const fk::LinearEulerArgs& a) { FK_SELECT_BF16(linear_euler)(a); };
+  m.def("linear_euler", on_threads(linear_euler_args, run), py::call_guard<py::gil_scoped_release>());
 }
 
 template <class... A>

@@ -1,385 +1,104 @@
-// Memory bound on z where a token has few outputs: z is read once. A tile of tokens, normalised and modulated in the
-// first cache, is multiplied with the rows of W, 4 x NJ dot products at a time in registers; its velocities go from
-// there into the state.
-//
-//   z [tokens, d]  --four rows-->  tile [rows, d]  --products-->  sums [outputs, rows]  --place-->  runs of the state
-//
-// A row's arithmetic does not depend on what shares its tile, so results do not depend on the threads.
-#include "common/memory.h"
-#include "common/simd.h"
-#include "common/threads.h"
-#include "linear_euler/linear_euler.h"
+// Multiply-adds in the state's type, of features in it: normalised and modulated where wanted.
+#include "linear_euler/run.h"
 
 namespace fk {
 namespace FK_ISA {
 namespace {
 
-constexpr int64_t kGrain = 1 << 19;       // multiply-adds that a thread must have for a second one to pay
-constexpr int64_t kTileBytes = 256 << 10;  // of rows that stay near the core while W passes
-constexpr int64_t kMostRows = 32;
-constexpr int64_t kColumns = 1536;  // of kCols rows of W that fit in the first cache
-constexpr int64_t kBlock = 16;  // outputs
-constexpr int kRows = 4;
-#if defined(__AVX512F__)
-constexpr int kCols = 6;  // 24 accumulators + 6 + 1 of 32 registers
-#elif defined(__AVX2__)
-constexpr int kCols = 3;  // 12 accumulators + 3 + 1 of 16 registers
-#else
-constexpr int kCols = 2;  // 8 accumulators + 2 + 1 + a product of 16 registers
-#endif
-
-FK_INLINE int64_t round_up(int64_t n, int64_t to) {
-  return (n + to - 1) / to * to;
-}
-FK_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
-// ---- a vector of which `rest` elements exist ----
-template <class T>
-FK_INLINE auto load_some(const T* p, int64_t rest) {
-  constexpr int64_t L = Vector<T>::n;
-  if (rest >= L) return load(p);
-  T some[L] = {};
-  memcpy(static_cast<void*>(some), p, size_t(rest) * sizeof(T));
-  return load(some);
-}
-template <class T, class V>
-FK_INLINE void store_some(T* p, V v, int64_t rest) {
-  constexpr int64_t L = sizeof(V) / sizeof(v[0]);
-  if (rest >= L) return store(p, v);
-  T some[L];
-  store(some, v);
-  memcpy(static_cast<void*>(p), some, size_t(rest) * sizeof(T));
-}
 template <class X>
-FK_INLINE typename Vector<X>::type get(const void* p, Dtype type, int64_t i, int64_t rest) {
-  if constexpr (sizeof(X) == 8) {
-    return load_some(static_cast<const double*>(p) + i, rest);
-  } else {
-    if (type == Dtype::bf16) return load_some(static_cast<const bf16*>(p) + i, rest);
-    if (type == Dtype::f16) return load_some(static_cast<const f16*>(p) + i, rest);
-    return load_some(static_cast<const float*>(p) + i, rest);
-  }
-}
-template <class V>
-FK_INLINE void put(void* p, Dtype type, int64_t i, V v, int64_t rest) {
-  if (type == Dtype::bf16) return store_some(static_cast<bf16*>(p) + i, v, rest);
-  if (type == Dtype::f16) return store_some(static_cast<f16*>(p) + i, v, rest);
-  if constexpr (sizeof(v[0]) == 8)
-    store_some(static_cast<double*>(p) + i, v, rest);
-  else
-    store_some(static_cast<float*>(p) + i, v, rest);
-}
+struct MultiplyAdds {
+  typedef X State, Element;
+  typedef typename Vector<X>::type Held;
+  static constexpr Dtype kType = sizeof(X) == 8 ? Dtype::f64 : Dtype::f32;
+  static constexpr int kLanes = Vector<X>::n;
 
-// A row in X, zero up to a whole vector
-template <class X>
-void widen(const void* p, Dtype type, int64_t offset, int64_t n, X* out) {
-  constexpr int L = Vector<X>::n;
-  for (int64_t i = 0; i < n; i += L) store(out + i, get<X>(p, type, offset + i, n - i));
-}
-
-// What all tiles share, in X: padded to whole vectors, and without gaps
-template <class X>
-struct Shared {
-  const X* weight;  // [outputs, weight_row]
-  int64_t weight_row;
-  const X *bias, *norm_weight, *norm_bias;  // null where there is none
+  FK_INLINE Held held(const X* p) { return load(p); }
+  FK_INLINE Held add(Held sum, Held a, Held b) { return sum + a * b; }
 };
 
-template <class Z>
-struct Token {
-  const Z* z;      // [d]
-  int64_t sample;  // of m
-};
+template <class X, class Given, class M>  // M: elements of the modulation
+struct Head {
+  typedef Given Z;
+  typedef MultiplyAdds<X> Product;
 
-// Four rows of the tile: z in X, normalised and modulated, zero from d to a whole vector
-template <class X, class Z, class M>
-void prepare(const LinearEulerArgs& a, const Shared<X>& s, const Token<Z>* token, X* tile, int64_t ld) {
-  using V = typename Vector<X>::type;
-  constexpr int L = Vector<X>::n;
-  const int64_t d = a.d, whole = d / L * L;
-  V sum[kRows] = {};
-  for (int64_t i = 0; i < d; i += L)
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; r++) {
-      const V v = load_some(token[r].z + i, d - i);
-      store(tile + r * ld + i, v);
-      sum[r] += v;
-    }
-  if (!a.normed && !a.scale.p && !a.shift.p) return;
-
-  X mean[kRows] = {}, inverse[kRows] = {1, 1, 1, 1};
-  if (a.normed) {  // squares of deviations: those of z would cancel where the mean is large
-    double total[kRows] = {}, square[kRows] = {};
-    add_lane_sums(total, sum[0], sum[1], sum[2], sum[3]);
-    for (int r = 0; r < kRows; r++) mean[r] = X(total[r] / double(d)), sum[r] = V{};
-    for (int64_t i = 0; i < whole; i += L)
+  static void prepare(const LinearEulerArgs& a, const Shared<Product>& s, const Token<Z>* token, X* tile, int64_t ld) {
+    using V = typename Vector<X>::type;
+    constexpr int L = Vector<X>::n;
+    const int64_t d = a.d, whole = d / L * L;
+    V sum[kRows] = {};
+    for (int64_t i = 0; i < d; i += L)
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; r++) {
-        const V e = load(tile + r * ld + i) - mean[r];
-        sum[r] += e * e;
+        const V v = load_some(token[r].z + i, d - i);
+        store(tile + r * ld + i, v);
+        sum[r] += v;
       }
-    add_lane_sums(square, sum[0], sum[1], sum[2], sum[3]);
-    for (int r = 0; r < kRows; r++) {
-      for (int64_t i = whole; i < d; i++) {
-        const double e = double(tile[r * ld + i] - mean[r]);
-        square[r] += e * e;
-      }
-      inverse[r] = X(1 / __builtin_sqrt(square[r] / double(d) + a.eps));
-    }
-  }
-  const M *scale[kRows], *shift[kRows];
-  for (int r = 0; r < kRows; r++) {
-    scale[r] = a.scale.p ? static_cast<const M*>(a.scale.p) + token[r].sample * a.scale.stride : nullptr;
-    shift[r] = a.shift.p ? static_cast<const M*>(a.shift.p) + token[r].sample * a.shift.stride : nullptr;
-  }
-  const bool shared = token[0].sample == token[kRows - 1].sample;  // they are neighbours
-  for (int64_t i = 0; i < d; i += L) {
-    V by{}, to{};
+    if (is_plain(a)) return;
+
+    X mean[kRows] = {}, inverse[kRows] = {1, 1, 1, 1};
+    if (a.normed) {  // squares of deviations: those of z would cancel where the mean is large
+      double total[kRows] = {}, square[kRows] = {};
+      add_lane_sums(total, sum[0], sum[1], sum[2], sum[3]);
+      for (int r = 0; r < kRows; r++) mean[r] = X(total[r] / double(d)), sum[r] = V{};
+      for (int64_t i = 0; i < whole; i += L)
 #pragma GCC unroll 4
+        for (int r = 0; r < kRows; r++) {
+          const V e = load(tile + r * ld + i) - mean[r];
+          sum[r] += e * e;
+        }
+      add_lane_sums(square, sum[0], sum[1], sum[2], sum[3]);
+      for (int r = 0; r < kRows; r++) {
+        for (int64_t i = whole; i < d; i++) {
+          const double e = double(tile[r * ld + i] - mean[r]);
+          square[r] += e * e;
+        }
+        inverse[r] = X(1 / __builtin_sqrt(square[r] / double(d) + a.eps));
+      }
+    }
+    const M *scale[kRows], *shift[kRows];
     for (int r = 0; r < kRows; r++) {
-      X* row = tile + r * ld + i;
-      V f = (load(row) - mean[r]) * inverse[r];
-      if (s.norm_weight) f *= load(s.norm_weight + i);
-      if (s.norm_bias) f += load(s.norm_bias + i);
-      if (scale[r]) {
-        if (r == 0 || !shared) by = load_some(scale[r] + i, d - i);
-        f += f * by;
-      }
-      if (shift[r]) {
-        if (r == 0 || !shared) to = load_some(shift[r] + i, d - i);
-        f += to;
-      }
-      store(row, f);
+      scale[r] = a.scale.p ? static_cast<const M*>(a.scale.p) + token[r].sample * a.scale.stride : nullptr;
+      shift[r] = a.shift.p ? static_cast<const M*>(a.shift.p) + token[r].sample * a.shift.stride : nullptr;
     }
-  }
-  for (int r = 0; r < kRows && whole < d; r++)
-    for (int64_t i = d; i < whole + L; i++) tile[r * ld + i] = 0;
-}
-
-// sums[b * ld + a] += <rows[a], W_b> over n columns, n a multiple of the vector length
-template <class X, int NR, int NJ>
-FK_INLINE void dot_tile(const X* const* rows, const X* W, int64_t w_row, int64_t n, double* sums, int64_t ld) {
-  using V = typename Vector<X>::type;
-  V acc[kRows][NJ];
-#pragma GCC unroll 8
-  for (int a = 0; a < kRows; a++)
-#pragma GCC unroll 8
-    for (int b = 0; b < NJ; b++) acc[a][b] = V{};
-  for (int64_t c = 0; c < n; c += Vector<X>::n) {
-    V bv[NJ];
-#pragma GCC unroll 8
-    for (int b = 0; b < NJ; b++) {
-      V v = load(W + b * w_row + c);
-      hold(v);
-      bv[b] = v;
-    }
-#pragma GCC unroll 8
-    for (int a = 0; a < NR; a++) {
-      V av = load(rows[a] + c);
-      hold(av);
-#pragma GCC unroll 8
-      for (int b = 0; b < NJ; b++) acc[a][b] += av * bv[b];
-    }
-  }
-#pragma GCC unroll 8
-  for (int b = 0; b < NJ; b++) add_lane_sums(sums + b * ld, acc[0][b], acc[1][b], acc[2][b], acc[3][b]);
-}
-
-template <class X, int NR>
-void dot_tile_edge(int64_t nj, const X* const* rows, const X* W, int64_t w_row, int64_t n, double* sums, int64_t ld) {
-  switch (nj) {
-    case 1: return dot_tile<X, NR, 1>(rows, W, w_row, n, sums, ld);
-#if defined(__AVX2__)
-    case 2: return dot_tile<X, NR, 2>(rows, W, w_row, n, sums, ld);
-#endif
-#if defined(__AVX512F__)
-    case 3: return dot_tile<X, NR, 3>(rows, W, w_row, n, sums, ld);
-    case 4: return dot_tile<X, NR, 4>(rows, W, w_row, n, sums, ld);
-    case 5: return dot_tile<X, NR, 5>(rows, W, w_row, n, sums, ld);
-#endif
-    default: return dot_tile<X, NR, kCols>(rows, W, w_row, n, sums, ld);
-  }
-}
-
-// sums [outputs, ld] of `count` rows, whose pointers are repeated up to a multiple of kRows
-template <class X>
-void multiply(const Shared<X>& s, const X* const* rows, int64_t count, int64_t n, int64_t outputs, double* sums,
-              int64_t ld) {
-  memset(sums, 0, size_t(outputs * ld) * sizeof(double));
-  const int64_t chunks = (n + kColumns - 1) / kColumns, chunk = round_up((n + chunks - 1) / chunks, Vector<X>::n);
-  for (int64_t begin = 0; begin < n; begin += chunk)
-    for (int64_t o = 0, nj = 0; o < outputs; o += nj) {  // these rows of W stay in L1 while the tile's pass
-      const int64_t left = outputs - o;
-      nj = left <= kCols ? left : left < 2 * kCols ? (left + 1) / 2 : kCols;  // one row alone is slow
-      for (int64_t r = 0; r < count; r += kRows) {
-        const X *at[kRows], *W = s.weight + o * s.weight_row + begin;
-        for (int i = 0; i < kRows; i++) at[i] = rows[r + i] + begin;
-        const int64_t columns = smaller(chunk, n - begin);
-        if (count == 1)
-          dot_tile_edge<X, 1>(nj, at, W, s.weight_row, columns, sums + o * ld, ld);
-        else
-          dot_tile_edge<X, kRows>(nj, at, W, s.weight_row, columns, sums + o * ld + r, ld);
+    const bool shared = token[0].sample == token[kRows - 1].sample;  // they are neighbours
+    for (int64_t i = 0; i < d; i += L) {
+      V by{}, to{};
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++) {
+        X* row = tile + r * ld + i;
+        V f = (load(row) - mean[r]) * inverse[r];
+        if (s.norm_weight) f *= load(s.norm_weight + i);
+        if (s.norm_bias) f += load(s.norm_bias + i);
+        if (scale[r]) {
+          if (r == 0 || !shared) by = load_some(scale[r] + i, d - i);
+          f += f * by;
+        }
+        if (shift[r]) {
+          if (r == 0 || !shared) to = load_some(shift[r] + i, d - i);
+          f += to;
+        }
+        store(row, f);
       }
     }
-}
-
-// count elements of the state from element `at`
-template <class X>
-void update(const LinearEulerArgs& a, const X* v, int64_t at, int64_t count) {
-  constexpr int L = Vector<X>::n;
-  for (int64_t i = 0; i < count; i += L) {
-    const int64_t rest = count - i;
-    const auto velocity = load(v + i);
-    auto sum = rounded(X(a.x_scale) * get<X>(a.x, a.x_type, at + i, rest)) + X(a.h) * velocity;
-    for (int64_t t = 0; t < a.terms; t++) sum += X(a.b[t]) * get<X>(a.history[t], a.history_type, at + i, rest);
-    put(a.out, a.x_type, at + i, sum, rest);
-    if (a.low) put(a.low, a.low_type, at + i, sum, rest);
-    if (a.velocity) put(a.velocity, a.velocity_type, at + i, velocity, rest);
-  }
-}
-
-template <class X>
-struct Scratch {
-  X* tile;        // [rows of both halves, padded d]
-  X* place;       // velocities in runs of the state, each padded to whole vectors
-  double* sums;   // [outputs, rows of both halves]
-};
-
-// `count` neighbouring tokens from token k of all n * T: of one line of patches, or of the whole batch without patches
-template <class X, class Z, class M>
-void token_tile(const LinearEulerArgs& a, const Shared<X>& s, const Scratch<X>& scratch, int64_t k, int64_t count) {
-  constexpr int L = Vector<X>::n;
-  const int64_t half = round_up(count, kRows), columns = round_up(a.d, L), P = a.patch;
-  const bool in_place = sizeof(X) == sizeof(Z) && !a.normed && !a.scale.p && !a.shift.p && columns == a.d;
-  const X* rows[2 * kMostRows];
-  for (int64_t r = 0; r < (a.guided ? 2 : 1) * half; r += kRows) {
-    Token<Z> token[kRows];
-    for (int i = 0; i < kRows; i++) {  // past the last token: it once more
-      const int64_t t = k + smaller(r % half + i, count - 1), sample = t / a.T + (r < half ? 0 : a.n);
-      token[i] = {static_cast<const Z*>(a.z.p) + sample * a.z.stride + t % a.T * a.z_token, sample};
-      rows[r + i] = in_place ? reinterpret_cast<const X*>(token[i].z) : scratch.tile + (r + i) * columns;
-    }
-    if (!in_place) prepare<X, Z, M>(a, s, token, scratch.tile + r * columns, columns);
-  }
-  const int64_t all = a.guided ? 2 * half : count, ld = round_up(all, kRows);
-  multiply(s, rows, all, columns, a.outputs, scratch.sums, ld);
-
-  const int64_t run = round_up(count * (P ? P : a.outputs), L);
-  const int64_t step = P ? P : a.outputs, other = a.guided ? half : 0;
-  const int64_t channels = P ? a.outputs / (P * P) : 0;  // of which the state has the first C
-  for (int64_t o = 0; o < a.outputs; o += kBlock) {  // a few outputs of one token after another
-    const int64_t width = smaller(kBlock, a.outputs - o);
-    int64_t first[kBlock];
-    double bias[kBlock];
-    for (int64_t i = 0; i < width; i++) {
-      first[i] = o + i;
-      bias[i] = s.bias ? double(s.bias[o + i]) : 0;
-      if (!P) continue;
-      const int64_t c = a.channels_first ? (o + i) / (P * P) : (o + i) % channels;
-      const int64_t pq = a.channels_first ? (o + i) % (P * P) : (o + i) / channels;
-      first[i] = c < a.C ? (c * P + pq / P) * run + pq % P : -1;
-    }
-    for (int64_t r = 0; r < count; r++)
-      for (int64_t i = 0; i < width; i++) {
-        const double *sum = scratch.sums + (o + i) * ld + r, v = *sum + bias[i], base = sum[other] + bias[i];
-        if (first[i] >= 0) scratch.place[first[i] + r * step] = X(a.guided ? base + a.guidance * (v - base) : v);
-      }
-  }
-  if (!P) return update(a, scratch.place, k * a.outputs, count * a.outputs);
-  const int64_t wide = a.W / P, line = k / wide, high = a.H / P;  // line `line % high` of patches of its sample
-  for (int64_t i = 0; i < a.C * P; i++) {
-    const int64_t y = line % high * P + i % P;
-    update(a, scratch.place + i * run, ((line / high * a.C + i / P) * a.H + y) * a.W + k % wide * P, count * P);
-  }
-}
-
-// Parts of one block of scratch memory, each on lines of its own
-struct Arena {
-  char* begin = nullptr;
-  size_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = begin ? reinterpret_cast<T*>(begin + used) : nullptr;
-    used += size_t(round_up(count * int64_t(sizeof(T)), 64));
-    return p;
+    for (int r = 0; r < kRows && whole < d; r++)
+      for (int64_t i = d; i < whole + L; i++) tile[r * ld + i] = 0;
   }
 };
-
-template <class X, class Z, class M>
-void run(const LinearEulerArgs& a) {
-  constexpr int L = Vector<X>::n;
-  const int64_t tokens = a.n * a.T, halves = a.guided ? 2 : 1, columns = round_up(a.d, L);
-  if (tokens == 0) return;
-  const int64_t line = a.patch ? a.W / a.patch : tokens, lines = tokens / line;
-  const int64_t want = (halves * tokens * a.d * (a.outputs + kRows) + kGrain - 1) / kGrain;
-  int64_t rows = kTileBytes / int64_t(sizeof(X)) / (columns * halves) / kRows * kRows;
-  rows = smaller(rows < kRows ? kRows : rows, kMostRows);
-  rows = smaller(rows, round_up((tokens + a.threads - 1) / a.threads, kRows));  // a tile for every thread
-  const int64_t tiles = (line + rows - 1) / rows;                              // of a line
-  const int parts = int(smaller(smaller(want, a.threads), lines * tiles));
-
-  const bool convert = a.weight.type != a.x_type || columns != a.d;
-  Shared<X> s{static_cast<const X*>(a.weight.p), a.weight.stride, nullptr, nullptr, nullptr};
-  X *weight, *vectors[3];
-  const Rows given[3] = {a.bias, a.norm_weight, a.norm_bias};
-  const int64_t length[3] = {a.outputs, a.d, a.d};
-  const int64_t place = round_up(rows * (a.patch ? a.patch : a.outputs), L) * (a.patch ? a.C * a.patch : 1);
-  char* memory = nullptr;
-  Scratch<X> first{};
-  size_t step = 0;
-  for (int pass = 0; pass < 2; pass++) {  // how much, then where
-    Arena arena{memory};
-    weight = arena.take<X>(convert ? a.outputs * columns : 0);
-    for (int i = 0; i < 3; i++) vectors[i] = arena.take<X>(given[i].p ? round_up(length[i], L) : 0);
-    const size_t before = arena.used;
-    first = {arena.take<X>(halves * rows * columns), arena.take<X>(place),
-             arena.take<double>(a.outputs * halves * rows)};
-    step = arena.used - before;
-    if (!memory) memory = static_cast<char*>(allocate(before + step * size_t(parts)));
-  }
-
-  for (int i = 0; i < 3; i++)
-    if (given[i].p) widen(given[i].p, given[i].type, 0, length[i], vectors[i]);
-  s.bias = given[0].p ? vectors[0] : nullptr;
-  s.norm_weight = given[1].p ? vectors[1] : nullptr;
-  s.norm_bias = given[2].p ? vectors[2] : nullptr;
-  if (convert) {
-    parallel(a.outputs * a.d < kGrain ? 1 : parts, [&](int p) {
-      const int64_t shares = a.outputs * a.d < kGrain ? 1 : parts;
-      for (int64_t o = a.outputs * p / shares; o < a.outputs * (p + 1) / shares; o++)
-        widen(a.weight.p, a.weight.type, o * a.weight.stride, a.d, weight + o * columns);
-    });
-    s.weight = weight, s.weight_row = columns;
-  }
-
-  parallel(parts, [&](int p) {
-    auto own = [&](auto* t) { return reinterpret_cast<decltype(t)>(reinterpret_cast<char*>(t) + step * size_t(p)); };
-    const Scratch<X> scratch{own(first.tile), own(first.place), own(first.sums)};
-    const int64_t end = lines * tiles * (p + 1) / parts;
-    for (int64_t i = lines * tiles * p / parts; i < end; i++) {
-      const int64_t begin = i % tiles * rows;
-      token_tile<X, Z, M>(a, s, scratch, i / tiles * line + begin, smaller(rows, line - begin));
-    }
-  });
-  release(memory);
-}
 
 template <class Z>
 void by_modulation(const LinearEulerArgs& a) {
   const Rows& given = a.scale.p ? a.scale : a.shift;
-  given.p&& given.type == Dtype::f32 ? run<float, Z, float>(a) : run<float, Z, Z>(a);
+  given.p&& given.type == Dtype::f32 ? run<Head<float, Z, float>>(a) : run<Head<float, Z, Z>>(a);
 }
 
 }  // namespace
 
 void linear_euler(const LinearEulerArgs& a) {
-  if (a.x_type == Dtype::f64) return run<double, double, double>(a);
+  if (a.x_type == Dtype::f64) return run<Head<double, double, double>>(a);
   switch (a.z.type) {
     case Dtype::bf16: return by_modulation<bf16>(a);
     case Dtype::f16: return by_modulation<f16>(a);
-    default: return run<float, float, float>(a);
+    default: return run<Head<float, float, float>>(a);
   }
 }
 

@@ -48,6 +48,7 @@ struct LinearEulerArgs {
 
 using linear_euler_fn = void(const LinearEulerArgs&);
 FK_DECLARE(linear_euler_fn, linear_euler)
+FK_DECLARE_BF16(linear_euler_fn, linear_euler)
 namespace cuda {
 // weight, norm_weight, norm_bias, scale and shift are of one type. Unless that is float64, a row starts at a multiple
 // of the size of four entries, and d is a multiple of 4 or there are zeros behind the row up to one.

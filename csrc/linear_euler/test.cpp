@@ -11,6 +11,7 @@ struct HeadCase {
   bool normed, affine, modulated, guided;
   int terms, layout;  // layout 1: misaligned, rows apart; 2: that, in place, the velocity over the last of the history
   Dtype low_type;
+  bool subnormal = false;  // some tokens and weights
 };
 
 // x + h v + sum b v' by plain loops, with a bound on the error of each sum in the kernel's type
@@ -31,6 +32,11 @@ void linear_euler_case(Dtype x_type, Dtype z_type, Dtype weight_type, HeadCase k
   Tensor scale(weight_type, k.modulated ? m * row : 0, shift), move(weight_type, k.modulated ? k.d : 0, shift);
   Tensor velocity(z_type, k.layout ? elements : 0, shift), b(f64, k.terms);
   for (Tensor* t : {&x, &z, &weight, &bias, &norm_weight, &norm_bias, &scale, &move, &b}) t->random(-3, 0);
+  for (Tensor* t : {&z, &weight})
+    for (int64_t i = 0; k.subnormal && i < t->n; i++) {  // times large ones
+      const int64_t column = (t == &z ? i % sample % token : i % row) % 3;
+      if (column < 2) t->set(i, (*t)[i] * power_of_two((column == 0) == (t == &z) ? -128 : 120));
+    }
   for (int64_t i = 0; i < z.n; i++)
     if (i % sample >= k.T * token || i % sample % token >= k.d) z.set(i, NAN);
   for (Tensor* t : {&weight, &scale})
@@ -49,7 +55,7 @@ void linear_euler_case(Dtype x_type, Dtype z_type, Dtype weight_type, HeadCase k
 
   auto kernel = [&](int threads) {
     if (k.layout == 2) out.copy(x), velocity.copy(*history.back());
-    FK_SELECT(linear_euler)
+    FK_SELECT_BF16(linear_euler)
     ({k.layout == 2 ? out.as() : x.as(),
       {z.as(), z_type, sample},
       token,
@@ -86,8 +92,12 @@ void linear_euler_case(Dtype x_type, Dtype z_type, Dtype weight_type, HeadCase k
       x_scale,
       threads});
   };
+  // products of pairs of bfloat16 take subnormal ones for zero
+  const bool emulated = fk::isa() == fk::Isa::emulated_bf16, bf16_only = z_type == bf16 && weight_type == bf16;
+  const bool pairs = (emulated || fk::isa() >= fk::Isa::avx512_bf16) && bf16_only && !k.normed && !k.modulated;
+  auto flushed = [&](double v) { return pairs && std::fabs(v) < 0x1p-126 ? 0 : v; };
   // a lane sums d / lanes terms, then lanes add up
-  const double adds = double(k.d) / lanes(x_type) + 12, d = double(k.d);
+  const double adds = double(k.d) / (pairs ? 16 : lanes(x_type)) + 12, d = double(k.d);
   struct Sum {
     double v, error, size;
   };
@@ -95,7 +105,7 @@ void linear_euler_case(Dtype x_type, Dtype z_type, Dtype weight_type, HeadCase k
   auto features = [&](int64_t s, int64_t t) {  // of one token, and what they may be off by
     double mean = 0, size = 0, square = 0, worst = 0;
     for (int64_t i = 0; i < k.d; i++)
-      f[i] = z[s * sample + t * token + i], mean += f[i] / d, size += std::fabs(f[i]) / d;
+      f[i] = flushed(z[s * sample + t * token + i]), mean += f[i] / d, size += std::fabs(f[i]) / d;
     for (int64_t i = 0; i < k.d; i++) {
       f_error[i] = 0;
       if (k.normed) {
@@ -119,7 +129,7 @@ void linear_euler_case(Dtype x_type, Dtype z_type, Dtype weight_type, HeadCase k
   auto product = [&](int64_t o) {
     Sum s = {bias[o], 0, std::fabs(bias[o])};
     for (int64_t i = 0; i < k.d; i++) {
-      const double W = weight[o * row + i];
+      const double W = flushed(weight[o * row + i]);
       s.v += f[i] * W, s.size += std::fabs(f[i] * W), s.error += f_error[i] * std::fabs(W);
     }
     s.error += adds * e * s.size;
@@ -190,9 +200,28 @@ TEST(linear_euler) {
               i++;
             }
     }
+  int i = 0;
+  for (Dtype weight_type : {bf16, f32}) {  // plain heads, of products in pairs: edges of tiles and chunks, subnormals
+    for (int64_t d : {1, 2, 31, 32, 33, 63, 64, 95, 130, 1537, 3104})
+      for (int64_t outputs = 1; outputs <= 13; outputs++, i++) {
+        const bool guided = i % 3 == 0, subnormal = i % 2 == 0;
+        linear_euler_case(f32, bf16, weight_type,
+                          {i % 4 ? 2 : 1, i % 8 ? i % 7 + 1 : 1, d, outputs, 0, 0, 0, 0, false, false, false, guided,
+                           i % 3, i % 5 % 3, i % 2 ? bf16 : f32, subnormal});
+      }
+    for (int64_t P : {1, 2, 3})
+      for (int64_t more : {0, 1})
+        for (int64_t d : {32, 67}) {
+          const int64_t H = 2 * P, W = (i % 2 * 40 + 3) * P;
+          linear_euler_case(f32, bf16, weight_type,
+                            {2, H * W / P / P, d, (3 + more) * P * P, P, 3, H, W, false, false, false, i++ % 3 == 0,
+                             i % 3, i % 5 % 3, f16});
+        }
+  }
   for (auto [x_type, z_type] : kStates) {  // several tiles for each thread; a weight that threads convert together
     linear_euler_case(x_type, z_type, z_type, {4, 33, 700, 9, 0, 0, 0, 0, true, false, true, true, 1, 2, bf16});
     linear_euler_case(x_type, z_type, z_type, {7, 1, 900, 600, 0, 0, 0, 0, true, true, true, false, 0, 1, f16});
+    linear_euler_case(x_type, z_type, z_type, {3, 70, 800, 30, 0, 0, 0, 0, false, false, false, true, 1, 1, bf16});
     linear_euler_case(x_type, z_type, z_type, {0, 5, 16, 8, 0, 0, 0, 0, true, false, false, true, 1, 0, bf16});
   }
 }

@@ -85,8 +85,9 @@ def linear_euler(
         velocity_out: a tensor of x's shape to store v in, guidance applied, of any dtype that `history` may have. It
             may be one of `history`, which is read first.
 
-    It computes in the state's dtype. There are no gradients; asking for them raises. Inside torch.func's transforms
-    and forward-mode differentiation it runs as plain torch.
+    It computes in the state's dtype. Without norm and modulation, subnormal bfloat16 tokens and weights count as zero
+    on a CPU with AVX512-BF16. There are no gradients; asking for them raises. Inside torch.func's transforms and
+    forward-mode differentiation it runs as plain torch.
 
     Returns:
         The new state, in x's dtype; with `low`, the pair (state, copy).
