@@ -14,6 +14,8 @@ from flowkernels.ops.mlp_sample import Plan, Prepared, Tables, mlp_sample
 from flowkernels.ops.mlp_sample.samples import Network, error_and_bound
 from flowkernels.runtime import backends
 
+WITHOUT = "flowkernels without activations"
+
 
 def perceptron(dim: int, width: int, device) -> nn.Sequential:
     """x and t in one row -> three hidden layers with SiLU -> velocity."""
@@ -83,7 +85,7 @@ def relative_error(got, truth) -> float:
 
 
 def cases(device) -> Iterator[Case]:
-    def case(n, width=256, dim=64, steps=8, weights=torch.float32, **which):
+    def case(n, width=256, dim=64, steps=8, weights=torch.float32, shares=False, **which):
         def make():
             net, x = perceptron(dim, width, device), torch.randn(n, dim, device=device)
             sampler = fk.fuse(net, steps, weights=weights)
@@ -102,8 +104,15 @@ def cases(device) -> Iterator[Case]:
                 peers["torch compile, bfloat16"] = lambda: low_compiled(x)
                 bound = 2 * relative_error(low(x), truth)
             macs = n * steps * (2 * dim * width + 2 * width * width)
+            calls = ours(lambda: sampler(x), device)
+            if shares:  # what the activations take; the result is the other call's
+                linear = fk.fuse(
+                    nn.Sequential(*(layer for layer in net if isinstance(layer, nn.Linear))), steps, weights=weights
+                )
+                result = sampler(x)
+                calls[WITHOUT] = lambda: (linear(x), result)[1]
             return Work(
-                ours(lambda: sampler(x), device) | peers,
+                calls | peers,
                 lambda got: (relative_error(got, truth), bound),
                 moved=x.nbytes * 2,
                 flops=2 * macs,
@@ -176,9 +185,9 @@ def cases(device) -> Iterator[Case]:
 
     yield case(1, quick=True)
     for n in (16, 64, 256, 1024):
-        yield case(n)
+        yield case(n, shares=n >= 64)
     for n in (1, 64, 256, 1024):
-        yield case(n, weights=torch.bfloat16, main=n == 1024)
+        yield case(n, weights=torch.bfloat16, shares=n >= 64, main=n == 1024)
     for n in (1, 256):
         yield solved(n, fk.Solver.adams_bashforth(8), "Adams-Bashforth 2")
         yield solved(n, fitted_like(8), "dense solver")

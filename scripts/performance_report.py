@@ -26,6 +26,7 @@ from flowkernels.bench.suite import cases, entries  # noqa: E402
 from flowkernels.bench.tables import TEXT  # noqa: E402
 from flowkernels.ops.public import OPS  # noqa: E402
 
+WITHOUT = "flowkernels without activations"
 OURS, EAGER, COMPILED = "flowkernels cpu", "torch eager", "torch compile"
 HEAD = "1,024 tokens of 1,152 -> 4 channels of 2x2, guided, float32"
 GRAM, GUIDED = "K=100, n=100, D=3072", "Ki elements, guided, bfloat16 velocities and copy, given"
@@ -112,6 +113,11 @@ def targets(r: Results):
     for n in (256, 1024):
         figure = r.times("mlp_sample", f"{mlp}{n}, bfloat16 weights", f"{COMPILED}, bfloat16")
         yield at_least(f"... n={n}, bfloat16 weights: over torch.compile in bfloat16", 1.4, figure)
+    for dtype in ("float32", "bfloat16"):
+        for n in (64, 256, 1024):
+            case = f"{mlp}{n}, {dtype} weights"
+            without = value("mlp_sample", case, "p50_us", WITHOUT) / value("mlp_sample", case, "p50_us")
+            yield at_most(f"... n={n}, {dtype} weights: the activations' share", 15, 100 * (1 - without), " %")
     figure = r.times("mlp_sample", "digits model, rollout, K=100, n=512", COMPILED)
     yield at_least("... digits model, rollout of K=100, n=512: over torch.compile", 3, figure)
     figure = r.times("linear_euler", HEAD, EAGER)
