@@ -18,8 +18,8 @@ struct Pairs {
 
   FK_INLINE bf16_pairs held(const bf16* p) { return load_pairs(p); }
   FK_INLINE vf add(vf sum, bf16_pairs a, bf16_pairs b) { return add_products(sum, a, b); }
-  static void prepare(const LinearEulerArgs& a, const Shared<Pairs>&, const Token<bf16>* token, bf16* tile,
-                      int64_t ld) {
+  static void prepare(const LinearEulerArgs& a, const Shared<Pairs>&, const Token<bf16>* token, bf16* tile, int64_t ld,
+                      Modulation<float>&) {
     for (int r = 0; r < kRows; r++) widen(token[r].z, kType, 0, a.d, tile + r * ld);
   }
 };

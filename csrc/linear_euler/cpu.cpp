@@ -20,68 +20,101 @@ template <class X, class Given, class M>  // M: elements of the modulation
 struct Head {
   typedef Given Z;
   typedef MultiplyAdds<X> Product;
+  using V = typename Vector<X>::type;
+  static constexpr int L = Vector<X>::n;
 
-  static void prepare(const LinearEulerArgs& a, const Shared<Product>& s, const Token<Z>* token, X* tile, int64_t ld) {
-    using V = typename Vector<X>::type;
-    constexpr int L = Vector<X>::n;
-    const int64_t d = a.d, whole = d / L * L;
-    V sum[kRows] = {};
-    for (int64_t i = 0; i < d; i += L)
+  // The norm's weight and bias and a sample's scale and shift, in one factor and one term of its normalised tokens
+  struct Factors {
+    const LinearEulerArgs& a;
+    const Shared<Product>& s;
+    const M *scale, *shift;  // null where there is none
+
+    Factors(const LinearEulerArgs& a, const Shared<Product>& s, int64_t sample)
+        : a(a), s(s), scale(static_cast<const M*>(a.scale.p)), shift(static_cast<const M*>(a.shift.p)) {
+      if (scale) scale += sample * a.scale.stride;
+      if (shift) shift += sample * a.shift.stride;
+    }
+    void at(int64_t i, V* by, V* to) const {
+      V factor = X(1) - V{};
+      if (scale) factor += load_some(scale + i, a.d - i);
+      *by = s.norm_weight ? factor * load(s.norm_weight + i) : factor;
+      *to = s.norm_bias ? factor * load(s.norm_bias + i) : V{};
+      if (shift) *to += load_some(shift + i, a.d - i);
+      *to = rounded(*to);  // the same whether it is kept or used at once
+    }
+  };
+
+  // Four rows of z - mean, of which squares do not cancel where the mean is large, and what remains to multiply with
+  static void centre(const LinearEulerArgs& a, const Token<Z>* token, X* tile, int64_t ld, X* inverse) {
+    const int64_t whole = a.d / L * L, rest = a.d - whole, next = kRows * a.z_token;
+    V mean[kRows], sum[kRows] = {};
+    double total[kRows] = {}, square[kRows] = {};
+    for (int64_t i = 0; i < whole; i += L)
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++) sum[r] += load(token[r].z + i);
+    for (int r = 0; r < kRows && rest; r++) sum[r] += load_some(token[r].z + whole, rest);
+    add_lane_sums(total, sum[0], sum[1], sum[2], sum[3]);
+    for (int r = 0; r < kRows; r++) mean[r] = X(total[r] / double(a.d)) - V{}, sum[r] = V{};
+    for (int64_t i = 0; i < whole; i += L) {
+      if (i % (64 / int64_t(sizeof(Z))) == 0)
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; r++) __builtin_prefetch(token[r].z + next + i);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; r++) {
-        const V v = load_some(token[r].z + i, d - i);
-        store(tile + r * ld + i, v);
-        sum[r] += v;
+        const V e = load(token[r].z + i) - mean[r];
+        store(tile + r * ld + i, e);
+        sum[r] += e * e;
       }
+    }
+    for (int r = 0; r < kRows && rest; r++) {
+      X* last = tile + r * ld + whole;
+      store(last, load_some(token[r].z + whole, rest) - mean[r]);
+      for (int64_t i = rest; i < L; i++) last[i] = 0;
+      sum[r] += load(last) * load(last);
+    }
+    add_lane_sums(square, sum[0], sum[1], sum[2], sum[3]);
+    for (int r = 0; r < kRows; r++) inverse[r] = X(1 / __builtin_sqrt(square[r] / double(a.d) + a.eps));
+  }
+
+  static void prepare(const LinearEulerArgs& a, const Shared<Product>& s, const Token<Z>* token, X* tile, int64_t ld,
+                      Modulation<X>& of) {
+    X inverse[kRows] = {1, 1, 1, 1};
+    if (a.normed)
+      centre(a, token, tile, ld, inverse);
+    else
+      for (int r = 0; r < kRows; r++)
+        for (int64_t i = 0; i < a.d; i += L) store(tile + r * ld + i, load_some(token[r].z + i, a.d - i));
     if (is_plain(a)) return;
-
-    X mean[kRows] = {}, inverse[kRows] = {1, 1, 1, 1};
-    if (a.normed) {  // squares of deviations: those of z would cancel where the mean is large
-      double total[kRows] = {}, square[kRows] = {};
-      add_lane_sums(total, sum[0], sum[1], sum[2], sum[3]);
-      for (int r = 0; r < kRows; r++) mean[r] = X(total[r] / double(d)), sum[r] = V{};
-      for (int64_t i = 0; i < whole; i += L)
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; r++) {
-          const V e = load(tile + r * ld + i) - mean[r];
-          sum[r] += e * e;
-        }
-      add_lane_sums(square, sum[0], sum[1], sum[2], sum[3]);
+    if (token[0].sample != token[kRows - 1].sample) {  // they are neighbours
       for (int r = 0; r < kRows; r++) {
-        for (int64_t i = whole; i < d; i++) {
-          const double e = double(tile[r * ld + i] - mean[r]);
-          square[r] += e * e;
+        const Factors factors(a, s, token[r].sample);
+        for (int64_t i = 0; i < a.d; i += L) {
+          V by, to;
+          factors.at(i, &by, &to);
+          X* row = tile + r * ld + i;
+          store(row, load(row) * inverse[r] * by + to);
         }
-        inverse[r] = X(1 / __builtin_sqrt(square[r] / double(d) + a.eps));
+      }
+      return;
+    }
+    if (of.sample != token[0].sample) {
+      const Factors factors(a, s, of.sample = token[0].sample);
+      for (int64_t i = 0; i < a.d; i += L) {
+        V by, to;
+        factors.at(i, &by, &to);
+        store(of.by + i, by), store(of.to + i, to);
       }
     }
-    const M *scale[kRows], *shift[kRows];
-    for (int r = 0; r < kRows; r++) {
-      scale[r] = a.scale.p ? static_cast<const M*>(a.scale.p) + token[r].sample * a.scale.stride : nullptr;
-      shift[r] = a.shift.p ? static_cast<const M*>(a.shift.p) + token[r].sample * a.shift.stride : nullptr;
-    }
-    const bool shared = token[0].sample == token[kRows - 1].sample;  // they are neighbours
-    for (int64_t i = 0; i < d; i += L) {
-      V by{}, to{};
+    V rows[kRows];
+    for (int r = 0; r < kRows; r++) rows[r] = inverse[r] - V{};
+    for (int64_t i = 0; i < a.d; i += L) {
+      const V by = load(of.by + i), to = load(of.to + i);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; r++) {
         X* row = tile + r * ld + i;
-        V f = (load(row) - mean[r]) * inverse[r];
-        if (s.norm_weight) f *= load(s.norm_weight + i);
-        if (s.norm_bias) f += load(s.norm_bias + i);
-        if (scale[r]) {
-          if (r == 0 || !shared) by = load_some(scale[r] + i, d - i);
-          f += f * by;
-        }
-        if (shift[r]) {
-          if (r == 0 || !shared) to = load_some(shift[r] + i, d - i);
-          f += to;
-        }
-        store(row, f);
+        store(row, load(row) * rows[r] * by + to);
       }
     }
-    for (int r = 0; r < kRows && whole < d; r++)
-      for (int64_t i = d; i < whole + L; i++) tile[r * ld + i] = 0;
   }
 };
 

@@ -197,11 +197,19 @@ void update(const LinearEulerArgs& a, const X* v, int64_t at, int64_t count) {
   }
 }
 
+// What the tokens of a sample are multiplied with and what is added to them, made once for those of a tile
+template <class X>
+struct Modulation {
+  X *by, *to;  // [padded d]
+  int64_t sample;
+};
+
 template <class Dot>
 struct Scratch {
   typename Dot::Element* tile;  // [rows of both halves, padded d]
   typename Dot::State* place;   // velocities in runs of the state, each padded to whole vectors
   double* sums;               // [outputs, rows of both halves]
+  typename Dot::State *by, *to;  // of a Modulation
 };
 
 // `count` neighbouring tokens from token k of all n * T: of one line of patches, or of the whole batch without patches
@@ -214,6 +222,7 @@ void token_tile(const LinearEulerArgs& a, const Shared<Dot>& s, const Scratch<Do
   const int64_t half = round_up(count, kRows), columns = round_up(a.d, Dot::kLanes), P = a.patch;
   const bool in_place = sizeof(E) == sizeof(Z) && is_plain(a) && columns == a.d;
   const E* rows[2 * kMostRows];
+  Modulation<X> of{scratch.by, scratch.to, -1};
   for (int64_t r = 0; r < (a.guided ? 2 : 1) * half; r += kRows) {
     Token<Z> token[kRows];
     for (int i = 0; i < kRows; i++) {  // past the last token: it once more
@@ -221,7 +230,7 @@ void token_tile(const LinearEulerArgs& a, const Shared<Dot>& s, const Scratch<Do
       token[i] = {static_cast<const Z*>(a.z.p) + sample * a.z.stride + t % a.T * a.z_token, sample};
       rows[r + i] = in_place ? reinterpret_cast<const E*>(token[i].z) : scratch.tile + (r + i) * columns;
     }
-    if (!in_place) D::prepare(a, s, token, scratch.tile + r * columns, columns);
+    if (!in_place) D::prepare(a, s, token, scratch.tile + r * columns, columns, of);
   }
   const int64_t all = a.guided ? 2 * half : count, ld = round_up(all, kRows);
   multiply(s, rows, all, columns, a.outputs, scratch.sums, ld);
@@ -280,6 +289,7 @@ void run(const LinearEulerArgs& a) {
   rows = smaller(rows < kRows ? kRows : rows, kMostRows);
   rows = smaller(rows, round_up((tokens + a.threads - 1) / a.threads, kRows));  // a tile for every thread
   const int64_t tiles = (line + rows - 1) / rows;                              // of a line
+  rows = round_up((line + tiles - 1) / tiles, kRows);                          // in each about as many
   const int parts = int(smaller(smaller(want, a.threads), lines * tiles));
 
   const bool convert = a.weight.type != Dot::kType || columns != a.d;
@@ -298,7 +308,8 @@ void run(const LinearEulerArgs& a) {
     for (int i = 0; i < 3; i++) vectors[i] = arena.take<X>(given[i].p ? round_up(length[i], L) : 0);
     const size_t before = arena.used;
     first = {arena.take<E>(halves * rows * columns), arena.take<X>(place),
-             arena.take<double>(a.outputs * halves * rows)};
+             arena.take<double>(a.outputs * halves * rows), arena.take<X>(is_plain(a) ? 0 : columns),
+             arena.take<X>(is_plain(a) ? 0 : columns)};
     step = arena.used - before;
     if (!memory) memory = static_cast<char*>(allocate(before + step * size_t(parts)));
   }
@@ -319,7 +330,7 @@ void run(const LinearEulerArgs& a) {
 
   parallel(parts, [&](int p) {
     auto own = [&](auto* t) { return reinterpret_cast<decltype(t)>(reinterpret_cast<char*>(t) + step * size_t(p)); };
-    const Scratch<Dot> scratch{own(first.tile), own(first.place), own(first.sums)};
+    const Scratch<Dot> scratch{own(first.tile), own(first.place), own(first.sums), own(first.by), own(first.to)};
     const int64_t end = lines * tiles * (p + 1) / parts;
     for (int64_t i = lines * tiles * p / parts; i < end; i++) {
       const int64_t begin = i % tiles * rows;

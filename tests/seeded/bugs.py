@@ -148,8 +148,15 @@ CPU = {
         Bug(
             "variance's tail",
             "LayerNorm of features that are no whole vectors",
-            "const double e = double(tile[r * ld + i] - mean[r]);",
-            "const double e = double(tile[r * ld + i]);",
+            "for (int64_t i = rest; i < L; i++) last[i] = 0;",
+            "for (int64_t i = rest; i < L - 1; i++) last[i] = 0;",
+            of_op("linear_euler"),
+        ),
+        Bug(
+            "another sample's modulation",
+            "tokens of a tile that are of several samples, as both halves of a guided one",
+            "if (of.sample != token[0].sample) {",
+            "if (of.sample < 0) {",
             of_op("linear_euler"),
         ),
     ],
