@@ -96,6 +96,7 @@ struct Tiles {
   static int64_t input_bytes(int64_t samples, int64_t in) {
     return samples * input_pitch(in) * int64_t(sizeof(uint16_t));
   }
+  static int64_t panel_bytes(int64_t) { return 0; }
 
   static void prepare(const MlpLayer& l, const Tile& t) {
     const int64_t pitch = input_pitch(l.in_width), whole = l.in_width / kDepth * kDepth, rest = l.in_width - whole;

@@ -23,6 +23,7 @@ struct Floats {
 struct Rounded : Floats {
   typedef uint32_t Weight;
   typedef bf16 Packed;
+  typedef Floats Wide;
   static constexpr int kDepth = 2, kParts = 2;
 
   FK_INLINE vf weight(const Weight* w, int part) {

@@ -9,6 +9,7 @@
 //   weight, input  a vector of weights, and an input in all lanes, of one part
 //   add            sum + input * weight
 //   prepare        a sample's inputs
+//   Wide           where kParts > 1: the same products, of weights taken apart before
 #pragma once
 
 #include "mlp_sample/run.h"
@@ -120,10 +121,20 @@ struct Panels {
   typedef typename D::Weight Weight;
   typedef typename D::Input Input;
   static constexpr int64_t kRows = kMost, kFew = kMost, kTile = 48, kPanel = kWide * kFloats;
+  static constexpr int64_t kApart = 2;  // groups of samples that take a panel's weights as they are
 
   static int64_t steps_of(int64_t in) { return (in + D::kDepth - 1) / D::kDepth; }
   static int64_t input_bytes(int64_t samples, int64_t in) {
     return samples * D::input_pitch(in) * int64_t(sizeof(Input));
+  }
+  static int64_t panel_bytes(int64_t in) {
+    return D::kParts > 1 ? steps_of(in) * D::kParts * kPanel * int64_t(sizeof(float)) : 0;
+  }
+  // The parts of a panel's weights one after another, for many groups of samples
+  static void take_apart(const Weight* w, int64_t steps, int64_t width, float* to) {
+    for (int64_t k = 0; k < steps; k++)
+      for (int part = 0; part < D::kParts; part++, to += width)
+        for (int64_t c = 0; c < width; c += kFloats) store(to + c, D::weight(w + k * width + c, part));
   }
   static void prepare(const MlpLayer& l, const Tile& t) {
     const int64_t pitch = D::input_pitch(l.in_width);
@@ -140,6 +151,16 @@ struct Panels {
       const int64_t vectors = smaller((l.out_width - p * kPanel + kFloats - 1) / kFloats, kWide);
       float* y = t.rows + l.out + p * kPanel;
       taken = 1;
+      if constexpr (D::kParts > 1)
+        if (groups > kApart) {
+          take_apart(w, steps, vectors * kFloats, t.panel);
+          for (int64_t g = 0; g < groups; g++) {
+            const int64_t r = t.n * g / groups, rows = t.n * (g + 1) / groups - r;
+            Product<typename D::Wide>* run = product_of<typename D::Wide>(rows, vectors);
+            run(t.panel, 0, x + r * pitch, pitch, steps * D::kParts, y + r * t.pitch, t.pitch);
+          }
+          continue;
+        }
       for (int64_t g = 0; g < groups; g++) {
         const int64_t r = t.n * g / groups, rows = t.n * (g + 1) / groups - r;
         Product<D>* run = product_of<D>(rows, vectors);

@@ -6,6 +6,7 @@
 //   kTile          samples of a tile at most
 //   kPanel         outputs whose weights lie together
 //   input_bytes    what `prepare` needs for some samples of a layer's input
+//   panel_bytes    what `multiply` needs for a panel of a layer
 //   prepare        brings a layer's input into the form that the products take
 //   multiply       the products for a range of panels, into the layer's output
 //
@@ -114,7 +115,8 @@ FinishRow* finish_of(Activation a) {
 struct Tile {
   float* rows;
   int64_t pitch, n, sample;
-  void* input;  // what the products make of a layer's input
+  void* input;   // what the products make of a layer's input
+  float* panel;  // ... and of a panel of its weights
 };
 
 FK_INLINE const float* table_row(const MlpTable* tables, int64_t table, int64_t step, int64_t sample, int64_t column) {
@@ -353,32 +355,34 @@ int64_t run_sampler(const MlpSampleArgs& a) {
   const int64_t room = round_up(tiles ? (units + tiles - 1) / tiles * unit : 0, Linear::kRows);
   const int64_t row_bytes = round_up((room * pitch + kPlace) * int64_t(sizeof(float)), 64);
   const int64_t input_bytes = round_up(Linear::input_bytes(room, widest), 64);
+  const int64_t panel_bytes = round_up(Linear::panel_bytes(widest), 64), own_bytes = input_bytes + panel_bytes;
   std::atomic<int64_t> next{0}, bad{a.n};
   auto run = [&](const Tile& t, const Team& team) {
     const int64_t found = run_tile<Linear>(a, t, team);
     for (int64_t least = bad; found >= 0 && found < least && !bad.compare_exchange_weak(least, found);) {
     }
   };
-  if (share && threads > 1) {  // one row of scratch for each sample, and inputs for each thread
-    const int64_t bytes = row_bytes + input_bytes * threads;
+  if (share && threads > 1) {  // one row of scratch for each sample, and the rest for each thread
+    const int64_t bytes = row_bytes + own_bytes * threads;
     char* scratch = static_cast<char*>(allocate(size_t(bytes)));
     memset(scratch, 0, size_t(bytes));
     Meeting meeting;
     team(threads, [&](int part, int parts) {
-      run({reinterpret_cast<float*>(scratch), pitch, a.n, 0, scratch + row_bytes + input_bytes * part},
+      char* own = scratch + row_bytes + own_bytes * part;
+      run({reinterpret_cast<float*>(scratch), pitch, a.n, 0, own, reinterpret_cast<float*>(own + input_bytes)},
           {part, parts, &meeting});
     });
     release(scratch);
     return bad < a.n ? int64_t(bad) : -1;
   }
-  const int64_t bytes = row_bytes + input_bytes;
+  const int64_t bytes = row_bytes + own_bytes;
   char* scratch = static_cast<char*>(allocate(size_t(bytes * workers)));
   parallel(workers, [&](int p) {
-    char* mine = scratch + bytes * p;
+    char *mine = scratch + bytes * p, *own = mine + row_bytes;
     memset(mine, 0, size_t(bytes));
     for (int64_t i; (i = next.fetch_add(1)) < tiles;) {
       const int64_t first = begin(i), n = begin(i + 1) - first;
-      run({reinterpret_cast<float*>(mine), pitch, n, first, mine + row_bytes}, {});
+      run({reinterpret_cast<float*>(mine), pitch, n, first, own, reinterpret_cast<float*>(own + input_bytes)}, {});
     }
   });
   release(scratch);
