@@ -22,6 +22,7 @@
 #include "common/memory.h"
 #include "common/simd.h"
 #include "common/threads.h"
+#include "common/tiles.h"
 #include "linear_euler/linear_euler.h"
 
 namespace fk {
@@ -33,23 +34,9 @@ constexpr int64_t kTileBytes = 256 << 10;  // of rows that stay near the core wh
 constexpr int64_t kMostRows = 32;
 constexpr int64_t kColumns = 1536;  // of kCols rows of W that fit in the first cache
 constexpr int64_t kBlock = 16;  // outputs
-constexpr int kRows = 4;
-#if defined(__AVX512F__) || defined(FK_EMULATED_BF16)
-constexpr int kCols = 6;  // 24 accumulators + 6 + 1 of 32 registers
-#elif defined(__AVX2__)
-constexpr int kCols = 3;  // 12 accumulators + 3 + 1 of 16 registers
-#else
-constexpr int kCols = 2;  // 8 accumulators + 2 + 1 + a product of 16 registers
-#endif
 
-FK_INLINE int64_t round_up(int64_t n, int64_t to) {
-  return (n + to - 1) / to * to;
-}
 FK_INLINE bool is_plain(const LinearEulerArgs& a) {  // features are the tokens
   return !a.normed && !a.scale.p && !a.shift.p;
-}
-FK_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
 }
 
 // ---- a vector of which `rest` elements exist ----

@@ -20,6 +20,7 @@
 #include "common/activations.h"
 #include "common/memory.h"
 #include "common/threads.h"
+#include "common/tiles.h"
 #include "mlp_sample/mlp_sample.h"
 
 namespace fk {
@@ -30,16 +31,6 @@ constexpr int64_t kPlace = 16;                 // values begin at a multiple of 
 constexpr double kGrain = 4e6;        // multiply-adds a thread must have for a second one to pay
 constexpr double kSharedGrain = 2e4;  // ... in each layer, where threads wait for one another after it
 constexpr int64_t kFewOnLarge = 16;   // samples that share out layers of weights past the second-level cache
-
-FK_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-FK_INLINE int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-FK_INLINE int64_t round_up(int64_t n, int64_t to) {
-  return (n + to - 1) / to * to;
-}
 
 template <Activation A>
 FK_INLINE vf activate(vf x, float alpha) {
@@ -217,7 +208,8 @@ template <class Linear>
 void run_layer(const MlpLayer& l, const MlpTable* tables, int64_t step, const Tile& t, const Team& team) {
   if (l.map >= MlpMap::layer_norm) {  // whole rows
     const Range rows = share_of(team, t.n);
-    const Tile own = {t.rows + rows.first * t.pitch, t.pitch, rows.last - rows.first, t.sample + rows.first, nullptr};
+    const Tile own = {t.rows + rows.first * t.pitch, t.pitch, rows.last - rows.first,
+                      t.sample + rows.first,         nullptr, nullptr};
     for (int64_t i = 0; i < own.n; i++) {
       float* row = own.rows + i * t.pitch;
       normalise(row + l.in, row + l.out, l.in_width, float(l.eps), l.map == MlpMap::layer_norm);

@@ -8,31 +8,14 @@
 #include "common/memory.h"
 #include "common/simd.h"
 #include "common/threads.h"
+#include "common/tiles.h"
 #include "velocity_gram/velocity_gram.h"
 
 namespace fk {
 namespace FK_ISA {
 namespace {
 
-constexpr int kRows = 4;
-#if defined(__AVX512F__)
-constexpr int kCols = 6;  // 24 accumulators + 6 + 1 of 32 registers
-#elif defined(__AVX2__)
-constexpr int kCols = 3;  // 12 accumulators + 3 + 1 of 16 registers
-#else
-constexpr int kCols = 2;  // 8 accumulators + 2 + 1 + a product of 16 registers
-#endif
 constexpr int64_t kLeastColumns = 512, kMostColumns = 1024;  // of a chunk: a tile's end costs what 64 columns do
-
-int64_t round_up(int64_t n, int64_t to) {
-  return (n + to - 1) / to * to;
-}
-int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
 
 // G[j0+b, i0+a] += <A_a, B_b> over n columns, n a multiple of the vector length
 template <class T, int NJ>
