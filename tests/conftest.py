@@ -41,6 +41,14 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)  # after the fixtures of a file are gone
+def pytest_runtest_teardown(item, nextitem):
+    """So does what a file leaves: torch's compiler by itself holds more objects than all tests."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cuda_on_the_host():
     """Backend "cuda" is, where a test asks for it, the CUDA kernels compiled for the host. scripts/test_versions asks
