@@ -9,7 +9,6 @@ import functools
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 FAR, HERE = torch.device("meta"), torch.device("cpu")
 aten = torch.ops.aten
@@ -63,8 +62,9 @@ def near(t: Tensor) -> Tensor:
 
 
 def compute(func, args, kwargs, waits: list | None):
-    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    is_far = any(isinstance(t, FarTensor) for t in given)
+    given = {}  # of each tensor there that is given, by its values
+    plain_args, plain_kwargs = here(args, given), {key: here(a, given) for key, a in kwargs.items()}
+    is_far = bool(given)
     device = kwargs.get("device")
     device = None if device is None else torch.device(device)
     packet = func.overloadpacket
@@ -82,13 +82,26 @@ def compute(func, args, kwargs, waits: list | None):
         elif crosses and not (to_far and kwargs.get("non_blocking")):
             waits.append(f"{func} to {'it' if to_far else 'the host'}")
     if to_far and device is not None:
-        kwargs = {**kwargs, "device": HERE}
-    plain = tree_map_only(FarTensor, lambda t: t.there, (args, kwargs))
-    out = func(*plain[0], **plain[1])
-    written = {id(t.there): t for t in given if isinstance(t, FarTensor)}
+        plain_kwargs["device"] = HERE
+    out = func(*plain_args, **plain_kwargs)
     if packet is aten._local_scalar_dense or not (to_far or (is_far and not to_here)):
         return out
-    return tree_map_only(Tensor, lambda t: written.get(id(t)) if id(t) in written else FarTensor(t), out)
+    return there(out, given)
+
+
+def here(value, given: dict):
+    """The value, or one of its tensors, on the CPU."""
+    if isinstance(value, FarTensor):
+        given[id(value.there)] = value
+        return value.there
+    return type(value)(here(v, given) for v in value) if type(value) in (tuple, list) else value
+
+
+def there(value, given: dict):
+    """The result there: what was written is the tensor that was given."""
+    if isinstance(value, Tensor):
+        return given[id(value)] if id(value) in given else FarTensor(value)
+    return type(value)(there(v, given) for v in value) if type(value) in (tuple, list) else value
 
 
 class Waits(TorchDispatchMode):

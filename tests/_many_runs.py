@@ -17,10 +17,12 @@ RUNS = {
     "boss": dict(accumulate=2, refresh=3, refresh_fraction=0.3, held_out=7, evaluate_every=2, patience=9),
     "reflow": dict(target="reflow", ema=None, clip=0.01, t_sampling="uniform"),
     "on_policy": dict(target="on_policy", rollout_every=3),
-    "solver": dict(target="solver", rollout_every=3, bank=90),
-    "endpoint": dict(target="endpoint", bank=90),
+    "solver": dict(target="solver", rollout_every=3, bank=90, grid=8),
+    "endpoint": dict(target="endpoint", bank=90, grid=8, plan=fk.Schedule([0, 0.5, 1])),
     "blockwise": dict(target="blockwise"),
-    "pairs": dict(target="reflow", noise=None, grid=None, bank=lambda n, g: fk.Pairs(drawn(2 * n, g).view(2, n, 3))),
+    "pairs": dict(
+        target="reflow", noise=None, grid=None, bank=lambda n, g: fk.Pairs(drawn(2 * n, g).view(2, n, 3)), plan=END
+    ),
 }
 
 
@@ -56,9 +58,9 @@ def trained(name: str, kind: str = "bare", **changed):
     """(history, weights, errors, coefficients, evaluations) of a run, plain."""
     settings = dict(noise=drawn, bank=70, grid=16, iterations=8, batch=12, log_every=2, lr=1e-2, warmup=2)
     settings |= dict(progress=False, group=dist.group.WORLD) | RUNS[name] | changed
-    plan = END if name == "pairs" else BOSS
+    plan = settings.pop("plan", BOSS)
     if settings.get("target") in ("solver", "endpoint"):
-        plan = fk.Solver.adams_bashforth(BOSS, 2)
+        plan = fk.Solver.adams_bashforth(plan, 2)
     velocity, student = settings.pop("velocity", None) or teacher(), settings.pop("student", None)
     if kind == "sharded":
         student = sharded(student or teacher())
@@ -159,7 +161,6 @@ def on_three(rank: int, folder: str) -> dict:
             found[f"{name} {kind} {now}"] = trained(name, now, checkpoint=path)
     for name in RUNS:
         found[name] = trained(name)
-    found["endpoint sharded"] = trained("endpoint", "sharded")
     if rank < 2:
         found["missing"] = said(lambda: trained("boss", checkpoint=folder / "bare-bare" / "boss-bare"))
     return found

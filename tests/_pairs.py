@@ -28,6 +28,16 @@ def pairs(*choices: Iterable) -> list[tuple]:
     return [rows[i] for i in _cover([list(enumerate(place)) for place in places])]
 
 
+def beside(*groups: Sequence[tuple]) -> list[tuple]:
+    """Rows of one of each group, for groups that have nothing to do with one another: as many as the longest has, the
+    rows of the others again and again."""
+    if exhaustive():
+        chosen = itertools.product(*groups)
+    else:
+        chosen = zip(*([group[i % len(group)] for i in range(max(map(len, groups)))] for group in groups), strict=True)
+    return [tuple(itertools.chain(*rows)) for rows in chosen]
+
+
 def covering(cases: Sequence, words: Callable[..., Iterable[Hashable]], together: int = 2) -> list:
     """Of these cases the ones that have every word that some case has, with every other one and without; or, with
     `together=1`, every word, and are without it."""

@@ -18,7 +18,8 @@ TIMEOUT = 60.0  # seconds, of the group
 def in_ranks(folder: Path, world: int, work: Callable, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """What `work(rank, *args)` returns in each of `world` new processes of one group, None of one that has ended by
     itself; an AssertionError with the traceback where it raised. work: of a module, not of a function."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # which imports once what takes seconds
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "flowkernels"])
     meeting, common = folder / f"meeting-{len(list(folder.iterdir()))}", (world, timeout, work, args)
     ranks = [context.Process(target=_begin, args=(rank, str(meeting), *common)) for rank in range(world)]
     try:
