@@ -10,6 +10,7 @@ specialises and launches as on a GPU, on tensors in host memory.
 
 import ctypes
 import functools
+import gc
 import importlib
 import json
 import os
@@ -162,6 +163,7 @@ def run_op(op: str) -> Iterator[dict]:
 if __name__ == "__main__":
     os.environ |= dict(TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1", FLOWKERNELS_TRITON_CONFIGS="")
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    gc.disable()  # it would look again and again at all that torch and Triton import
     torch.use_deterministic_algorithms(True)  # every torch.empty holds NaN, or the largest integer
     drive()
     for of in sys.argv[1:]:

@@ -1,6 +1,8 @@
 """The scripts, those for a GPU as far as they go without one; and what a build needs."""
 
 import ast
+import contextlib
+import io
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import cmake
@@ -241,6 +244,21 @@ def test_what_another_tree_found_goes(copied_tree):
     assert sorted(path.name for path in out.iterdir()) == ["notes", "tree"]
 
 
+def gpu_report(*arguments):
+    """The script in this process: it takes seconds to import torch."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["gpu_report", *map(str, arguments)])
+        patch.setattr(sys, "path", [*sys.path])
+        try:
+            runpy.run_path(str(ROOT / "scripts/gpu_report"), run_name="__main__")
+            status = 0
+        except SystemExit as e:  # with a text, or a number
+            status = 1 if isinstance(e.code, str) else e.code or 0
+            print(e.code if isinstance(e.code, str) else "", file=err)
+    return types.SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+
+
 LAUNCH = """\
   {kernel} (264, 1, 1)x(320, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
     Section: GPU Speed Of Light Throughput
@@ -275,7 +293,7 @@ def test_profiles_and_tables_of_a_gpu(tmp_path):
         (folder / "machine.json").write_text(json.dumps(machine))
         row = dict(entry="bellman", case="K=16", provider="flowkernels cuda", gate="ok", p50_us=len(kernels))
         tables.write_csv(folder / "bench/bellman.csv", [row])
-    done = run(sys.executable, ROOT / "scripts/gpu_report", one, two, "--out", tmp_path / "results")
+    done = gpu_report(one, two, "--out", tmp_path / "results")
     assert done.returncode == 0, done.stderr
     results = tmp_path / "results/nvidia-h200-2026-11-29"
     found = tables.read_csv(results / "kernels.csv")
@@ -300,13 +318,13 @@ def test_profiles_and_tables_of_a_gpu(tmp_path):
                 tar.add(folder, "gpu")
     cut.write_bytes(whole.read_bytes()[:200])
     broken = [cut, empty, other, tmp_path / "nowhere.tar.gz", one / "bench", one / "machine.json"]
-    done = run(sys.executable, ROOT / "scripts/gpu_report", *broken, whole, "--out", tmp_path / "of_whole")
+    done = gpu_report(*broken, whole, "--out", tmp_path / "of_whole")
     assert done.returncode == 1
     assert [line.split(": ")[1] for line in done.stderr.splitlines()] == list(map(str, broken))
     assert "1 rows of the benchmark, 1 tests, 1 launches profiled" in done.stdout
 
     (two / "profile/log").write_text("bellman, case K=16\n==PROF== Profiling k: 0%\n")
-    done = run(sys.executable, ROOT / "scripts/gpu_report", two, "--out", tmp_path / "results")
+    done = gpu_report(two, "--out", tmp_path / "results")
     assert "differ in the ops profiled" in done.stderr
     assert {row["case"] for row in tables.read_csv(results / "kernels.csv")} == {""}
 
