@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from _flows import ConstantField, Counted, ElementwiseField, linear_field, normal, uneven_grid
+from _pairs import pairs
 from _transformers import field_of
 from test_capture import Labelled, aot_eager, host_cuda, narrow_field, no_loops, scrambled  # noqa: F401
 from test_fuse_head import PROOF, Counting, Perceptron
@@ -432,9 +433,10 @@ class Tables(SimpleNamespace):
         super().__init__(**{name: torch.from_numpy(t) for name, t in tables.items()})
 
 
-@pytest.mark.parametrize("starts", [(0.9, 1.3, -0.2, 0.6, 0.8), (1, 1, 1, 1, 0.7), (0.5, 0.5, 0.5, 0.5, 0)], ids=str)
-@pytest.mark.parametrize("name", ["dense", "ab2"])
-@pytest.mark.parametrize("way", WAYS)
+STARTS = [(0.9, 1.3, -0.2, 0.6, 0.8), (1, 1, 1, 1, 0.7), (0.5, 0.5, 0.5, 0.5, 0)]
+
+
+@pytest.mark.parametrize(("way", "name", "starts"), pairs(WAYS, ["dense", "ab2"], STARTS), ids=str)
 def test_a_free_start_in_every_way(way, name, starts, aot_eager, host_cuda):  # noqa: F811
     net, noise, solver = scrambled(Perceptron()), normal(7, 3, 4), replace(SOLVERS[name], start_coefficients=starts)
     if "invert" in way:
