@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from test_capture import aot_eager  # noqa: F401
 from torch import Tensor, nn
 
 import flowkernels as fk
@@ -108,7 +109,7 @@ STAGES = {
 
 @pytest.mark.filterwarnings("ignore:verify_noise")
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stranger_does_what_a_field_does(stage):
+def test_a_stranger_does_what_a_field_does(stage, aot_eager):  # noqa: F811
     found, expected = STAGES[stage](stranger()), STAGES[stage](field())
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
 
