@@ -31,6 +31,7 @@ struct Exchange {
 
 struct TorchTensors {
   PyObject* type = nullptr;  // torch.Tensor
+  PyObject* parameter = nullptr;  // torch.nn.Parameter, which no Plain is
   int (*read)(void*, dlpack::Tensor*) = nullptr;
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
@@ -38,7 +39,7 @@ struct TorchTensors {
 inline TorchTensors torch_tensors;
 
 // Whether torch.Tensor can be read so; before, nothing is a plain tensor.
-inline bool read_tensors_of(py::object type) {
+inline bool read_tensors_of(py::object type, py::object parameter) {
   if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return false;
   const py::object capsule = type.attr("__dlpack_c_exchange_api__");
   const auto* table = static_cast<dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -46,7 +47,26 @@ inline bool read_tensors_of(py::object type) {
   if (table->major != 1 || !table->read) return false;
   torch_tensors.read = table->read;
   torch_tensors.type = type.release().ptr();
+  torch_tensors.parameter = parameter.release().ptr();
   return true;
+}
+
+// Whether a tensor lies where it lay, as Python's numbers say: 1 or 0; -1 where Python has to be asked.
+inline int lies_at(PyObject* t, PyObject* address, PyObject* shape, PyObject* strides) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(t));
+  if (!torch_tensors.read || (type != torch_tensors.type && type != torch_tensors.parameter)) return -1;
+  dlpack::Tensor now;
+  if (torch_tensors.read(t, &now) || !now.strides) {
+    PyErr_Clear();
+    return -1;
+  }
+  if (static_cast<char*>(now.data) + now.byte_offset != PyLong_AsVoidPtr(address)) return 0;
+  if (now.dims != PyTuple_GET_SIZE(shape) || now.dims != PyTuple_GET_SIZE(strides)) return 0;
+  for (int d = 0; d < now.dims; d++) {
+    if (now.shape[d] != PyLong_AsLongLong(PyTuple_GET_ITEM(shape, d))) return 0;
+    if (now.strides[d] != PyLong_AsLongLong(PyTuple_GET_ITEM(strides, d))) return 0;
+  }
+  return 1;
 }
 
 // A tensor whose memory on the CPU holds its values, one after the other; of no subclass, not empty, and, under

@@ -481,6 +481,56 @@ def test_layouts_and_dtypes_of_noise(dtype):
     torch.testing.assert_close(got, fk.sample(net, x, 2), rtol=1e-4, atol=1e-5)
 
 
+OTHER_NOISE = {
+    "of another dtype": lambda x: x.bfloat16(),
+    "strided": lambda x: x.T.contiguous().T,
+    "a subclass": nn.Parameter,
+    "with a gradient": lambda x: x.clone().requires_grad_(),
+    "negated": lambda x: torch.complex(x, -x).conj().imag,
+    "in another shape": lambda x: x[:, None],
+}
+
+
+@torch.no_grad()
+def test_plain_noise_takes_the_short_way_and_other_noise_does_not(monkeypatch):
+    sampler, x = fk.fuse(randomised(nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 3))), 4), noise(6, 3)
+    expected, taken = sampler.run(x)[0], []
+    for other in OTHER_NOISE.values():
+        assert torch.equal(sampler(other(x)), sampler.run(other(x))[0])
+    monkeypatch.setattr(sampler, "run", lambda noise, conditioning: taken.append(noise) or [noise])
+    for rows in (slice(None), slice(1, 4)):
+        assert torch.equal(sampler(x[rows]), expected[rows])
+        assert torch.equal(fk.sample(sampler, x[rows], 4), expected[rows])
+    assert not taken
+    others = [other(x) for other in OTHER_NOISE.values()]
+    others += [x[:0], x[0], x[:, :2], x.double(), x.to_sparse(), x / 0, [1.0], None]
+    for other in others:
+        sampler(other)
+    with backend("reference"):
+        sampler(x)
+    with torch.profiler.profile():
+        sampler(x)
+    with fk.profile_ranges():
+        sampler(x)
+    torch.func.vmap(sampler)(x)
+    sampler.velocity.net[0].bias.add_(1)
+    sampler(x)
+    assert len(taken) == len(others) + 5
+
+
+def test_times_are_the_callers():
+    net = randomised(nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 3)))
+    sampler, x = fk.fuse(net, 4), noise(6, 3)
+    expected = sampler(x)
+    for made in (sampler, sampler.on(4), fk.fuse(net, 4)):
+        made.times.zero_()
+    fk.rollout(sampler, x, 4).times.zero_()
+    for made in (sampler, sampler.on(4), fk.fuse(net, 4)):
+        assert made.times.tolist() == [0, 0.25, 0.5, 0.75, 1]
+        assert torch.equal(made(x), expected)
+    assert torch.equal(fk.sample(sampler, x, 4), expected)
+
+
 def test_reference_backend_agrees():
     net, x = BUNDLED["digits"].load(), noise(3, 1, 8, 8)
     sampler = fk.fuse(net, 5)

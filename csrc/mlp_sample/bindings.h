@@ -1,9 +1,25 @@
 #pragma once
 #include "bindings.h"
 #include "mlp_sample/mlp_sample.h"
+#include "tensors.h"
+
+// False as well where a result is not finite: then `out` is nothing.
+inline bool mlp_sample_plain(Address prepared, py::handle x, const py::tuple& shape, py::handle out, int threads) {
+  const Plain from(x, true), to(out, true);
+  if (!from || !to || from.type() != Plain::f32 || to.type() != Plain::f32 || !to.is_like(from)) return false;
+  if (from.dims() != 1 + int(shape.size())) return false;
+  for (int d = 1; d < from.dims(); d++) {
+    if (from.size(d) != shape[size_t(d - 1)].cast<int64_t>()) return false;
+  }
+  const fk::MlpSampleArgs args = {
+      *at<fk::MlpPrepared>(prepared), from.data<float>(), to.data<float>(), from.size(0), nullptr, nullptr, threads};
+  py::gil_scoped_release others_run;
+  return FK_SELECT_BF16_AMX(mlp_sample)(args) < 0;
+}
 
 template <class Module>
 void bind_mlp_sample(Module& m) {
+  m.def("mlp_sample_plain", &mlp_sample_plain);
   m.def("mlp_pack", [](Address weight, int64_t out, int64_t in, int type, Address packed) {
     return FK_SELECT_BF16_AMX(mlp_pack)({at<float>(weight), out, in, fk::Dtype(type), at(packed)});
   });

@@ -1,10 +1,9 @@
 // Whether what a recorded loop has taken in of a velocity is as it was: flowkernels/sampling/state.py, whose
 // `holds_reference` this is, mark for mark. A few nanoseconds for a setting, some hundred for a tensor.
-#include <Python.h>
-
 #include <cmath>
 #include <vector>
 
+#include "tensors.h"
 #include "watch/watch.h"
 
 namespace {
@@ -181,10 +180,14 @@ class Walk {
 
   bool is_tensor(PyObject* t, PyObject* mark) {
     auto is = [mark](int i, const Ref& now) { return now && equal(now.get(), PyTuple_GET_ITEM(mark, i)); };
-    return is(2, Ref(PyObject_CallMethodNoArgs(t, names_.data_ptr))) && is(3, Ref(PyObject_GetAttr(t, names_.dtype))) &&
-           is(4, Ref(PyObject_GetAttr(t, names_.shape))) && is(5, Ref(PyObject_CallMethodNoArgs(t, names_.stride))) &&
-           is(6, Ref(PyObject_CallMethodNoArgs(t, names_.is_conj))) &&
-           is(7, Ref(PyObject_CallMethodNoArgs(t, names_.is_neg)));
+    const int known = lies_at(t, PyTuple_GET_ITEM(mark, 2), PyTuple_GET_ITEM(mark, 4), PyTuple_GET_ITEM(mark, 5));
+    if (known == 0 || !is(3, Ref(PyObject_GetAttr(t, names_.dtype))) ||
+        !is(6, Ref(PyObject_CallMethodNoArgs(t, names_.is_conj))) ||
+        !is(7, Ref(PyObject_CallMethodNoArgs(t, names_.is_neg))))
+      return false;
+    return known > 0 ||
+           (is(2, Ref(PyObject_CallMethodNoArgs(t, names_.data_ptr))) &&
+            is(4, Ref(PyObject_GetAttr(t, names_.shape))) && is(5, Ref(PyObject_CallMethodNoArgs(t, names_.stride))));
   }
 
   // read: of each value whether it is a part; null: all are.

@@ -1,9 +1,8 @@
 // Whether anything that a network's Python reads is not what it was: flowkernels/runtime/watch.py, whose `_changed`
-// this is, entry for entry. A few nanoseconds for an attribute, some fifty for a tensor's address, version, shape or
-// strides.
+// this is, entry for entry. A few nanoseconds for an attribute, some hundred for a tensor.
 #include "watch/watch.h"
 
-#include <Python.h>
+#include "tensors.h"
 
 namespace {
 
@@ -76,11 +75,13 @@ PyObject* class_dict(PyObject* type) {  // borrowed: the class keeps it
 }
 
 bool tensor_is(const Names& names, PyObject* t, PyObject* then) {
-  PyObject* version = PyTuple_GET_ITEM(then, 1);
-  return is_equal(PyObject_CallMethodNoArgs(t, names.data_ptr), PyTuple_GET_ITEM(then, 0)) &&
-         (version == Py_None || is_equal(PyObject_GetAttr(t, names.version), version)) &&
-         is_equal(PyObject_GetAttr(t, names.shape), PyTuple_GET_ITEM(then, 2)) &&
-         is_equal(PyObject_CallMethodNoArgs(t, names.stride), PyTuple_GET_ITEM(then, 3));
+  PyObject *address = PyTuple_GET_ITEM(then, 0), *version = PyTuple_GET_ITEM(then, 1);
+  PyObject *shape = PyTuple_GET_ITEM(then, 2), *strides = PyTuple_GET_ITEM(then, 3);
+  if (version != Py_None && !is_equal(PyObject_GetAttr(t, names.version), version)) return false;
+  if (const int known = lies_at(t, address, shape, strides); known >= 0) return known;
+  return is_equal(PyObject_CallMethodNoArgs(t, names.data_ptr), address) &&
+         is_equal(PyObject_GetAttr(t, names.shape), shape) &&
+         is_equal(PyObject_CallMethodNoArgs(t, names.stride), strides);
 }
 
 bool holds(const Names& names, PyObject* entry) {

@@ -269,17 +269,20 @@ class Batch:
         same = n == self.n and now.keys() == self.given.keys() and all(v is self.given[k] for k, v in now.items())
         return not same or [_version(v) for v in now.values()] != self.versions
 
+    def ready(self, C):
+        """What `prepared` has made for samples that no CUDA graph held, or None."""
+        return self._prepared.get(C)
+
     @torch.no_grad()
     def prepared(self, C, steps: Tensor | Sequence[Update], x: Tensor):
         """For samples like x."""
-        if (found := self._prepared.get(C)) is None:
-            network = self.network
-            self.made.use()
-            if (plan := network.plans.get(C)) is None:
-                plan = plan_for(C, network.dim, self.layers, network.low)
-            found = plan.prepare(steps, self.layers, self.unconditional, network.field.guidance)
-            if not is_captured(x):
-                network.plans[C], self._prepared[C] = plan, found
+        network = self.network
+        self.made.use()
+        if (plan := network.plans.get(C)) is None:
+            plan = plan_for(C, network.dim, self.layers, network.low)
+        found = plan.prepare(steps, self.layers, self.unconditional, network.field.guidance)
+        if not is_captured(x):
+            network.plans[C], self._prepared[C] = plan, found
         return found
 
 

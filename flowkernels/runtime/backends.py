@@ -49,7 +49,7 @@ def extension():
 def reader():
     """The compiled module, where it reads torch's tensors itself (csrc/tensors.h): from torch 2.10 on; or None."""
     read = getattr(extension(), "read_tensors_of", None)
-    return extension() if read is not None and read(torch.Tensor) else None
+    return extension() if read is not None and read(torch.Tensor, torch.nn.Parameter) else None
 
 
 def extension_error() -> str | None:

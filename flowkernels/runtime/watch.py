@@ -90,7 +90,7 @@ class Watch:
         self._places = tuple(walk.places)
         self._fused_writes = tuple((t, _WRITES.get(t, 0)) for t in walk.tensors)
         self._entries = (*walk.entries, _epoch_entry())
-        self._find = getattr(backends.extension(), "watch_changed", changed_reference)
+        self._find = getattr(backends.reader() or backends.extension(), "watch_changed", changed_reference)
 
     def changed(self) -> str | None:
         """The place of something that is not what it was; None if all is."""

@@ -78,18 +78,19 @@ def invert(
     """
     round_trip = expect_bool(round_trip, "round_trip")
     known = resolve(velocity)
-    solver = expect_inverse(schedule, shared=shares_solvers(known))
+    shared = shares_solvers(known)
+    solver = expect_inverse(schedule, shared=shared)
     backward = isinstance(resample_with, Solver) and resample_with.is_inverse
     expect(not backward, "resample_with", "a solver from noise to data", resample_with)
     expect(round_trip or resample_with is None, "resample_with", "None without round_trip", resample_with)
-    if round_trip and resample_with is None and solver.is_euler:
-        resample_with = solver.times.flip(0)
+    if round_trip and resample_with is None and (not isinstance(schedule, Solver) or solver.is_euler):
+        resample_with = schedule if type(schedule) is int else solver.times.flip(0)
     expected = "a schedule or solver for the way back of this solver, or round_trip=False"
     expect(resample_with is not None or not round_trip, "resample_with", expected, "None")
-    back = expect_solver(resample_with, "resample_with") if round_trip else None
+    back = expect_solver(resample_with, "resample_with", shared=shared) if round_trip else None
     if back is not None:
-        end, begin = solver.times[[-1, 0]].tolist()
-        meets = (back.times[[0, -1]] - solver.times[[-1, 0]]).abs().max().item() <= 1e-9
+        (begin, *_, end), (start, *_, stop) = solver.times.tolist(), back.times.tolist()
+        meets = max(abs(start - end), abs(stop - begin)) <= 1e-9
         expected = f"times from {end:.6g} to {begin:.6g}, where the inversion ends and begins"
         expect(meets, "resample_with", expected, back)
     if known.fused_run(solver) is not None:  # which would speak of noise

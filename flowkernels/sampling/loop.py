@@ -14,16 +14,16 @@ from flowkernels.ops.linear_update import reference as linear_reference
 from flowkernels.runtime.torch_private import innermost_transform, number_of_modes, while_loop
 from flowkernels.solver import Solver, Update, euler_sizes, last_uses
 from flowkernels.velocity.evaluate import checked, evaluate
-from flowkernels.velocity.field import VelocityField
-from flowkernels.velocity.protocol import Called, Velocity, VelocityBase, resolve
+from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
 from flowkernels.velocity.time_embedding import rows_of_times
 
 DIFFERENTIABLE = "one that gradients go through (differentiable=True), as the network that it is made of"
 
 
 def shares_solvers(velocity: VelocityBase) -> bool:
-    """Whether its loops may run on a solver that others run on as well: it hands none on, and no mode sees tensors."""
-    return type(velocity) in (Called, VelocityField) and not number_of_modes()
+    """Whether its loops may run on a solver that others run on as well: its class, which may be no other's base here,
+    hands none on, and no mode sees tensors."""
+    return vars(type(velocity)).get("shares_solvers", False) and not number_of_modes()
 
 
 def initial_state(noise: Tensor) -> Tensor:

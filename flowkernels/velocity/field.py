@@ -95,6 +95,8 @@ class VelocityField(nn.Module, VelocityBase):
         tensor([[250., 250.]])
     """
 
+    shares_solvers = True  # sampling/loop.py
+
     def __init__(
         self,
         net: Any,

@@ -160,6 +160,8 @@ class Called(VelocityBase):
     """Any callable as a velocity. A wrapper, such as torch.compile's or DataParallel, takes times as what it wraps
     does."""
 
+    shares_solvers = True  # sampling/loop.py
+
     def __init__(self, function: Callable):
         self.function = function
         self._wrapped = None if torch.compiler.is_compiling() else unwrapped(function)
