@@ -15,6 +15,7 @@ from flowkernels.ops.mlp_sample.samples import Network, error_and_bound
 from flowkernels.runtime import backends
 
 WITHOUT = "flowkernels without activations"
+READ = "a loop that reads the weights"
 
 
 def perceptron(dim: int, width: int, device) -> nn.Sequential:
@@ -111,6 +112,10 @@ def cases(device) -> Iterator[Case]:
                 )
                 result = sampler(x)
                 calls[WITHOUT] = lambda: (linear(x), result)[1]
+            if n == 1 and (C := backends.extension()) is not None and x.is_cpu and weights == torch.float32:
+                read, result = torch.zeros(macs // steps), sampler(x)
+                where = read.data_ptr(), len(read), steps
+                calls[READ] = lambda: (read, C.read_again(*where, torch.get_num_threads()), result)[2]
             return Work(
                 calls | peers,
                 lambda got: (relative_error(got, truth), bound),

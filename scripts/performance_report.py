@@ -27,6 +27,7 @@ from flowkernels.bench.tables import TEXT  # noqa: E402
 from flowkernels.ops.public import OPS  # noqa: E402
 
 WITHOUT = "flowkernels without activations"
+READ = "a loop that reads the weights"
 OURS, EAGER, COMPILED = "flowkernels cpu", "torch eager", "torch compile"
 HEAD = "1,024 tokens of 1,152 -> 4 channels of 2x2, guided, float32"
 GRAM, GUIDED = "K=100, n=100, D=3072", "Ki elements, guided, bfloat16 velocities and copy, given"
@@ -107,6 +108,9 @@ def targets(r: Results):
     for n, least in ((1, 10), (4, 8), (16, 5.5), (64, 2.6), (256, 2.6), (1024, 2.6)):
         figure = r.times("mlp_sample", f"{mlp}{n}, float32 weights", COMPILED)
         yield at_least(f"... n={n}: over torch.compile of the loop", least, figure)
+    wide = mlp.replace("256", "512") + "1, float32 weights"
+    figure = 100 * r.times("mlp_sample", wide, READ)
+    yield at_least("... width 512, n=1: of the rate of a loop that reads the weights", 80, figure, " %")
     for n in (64, 256, 1024):
         figure = r.times("mlp_sample", f"{mlp}{n}, bfloat16 weights", COMPILED)
         yield at_least(f"... n={n}, bfloat16 weights: over the same", 4, figure)

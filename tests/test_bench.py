@@ -111,6 +111,14 @@ def test_extra_memory(clock):
     assert found != found or 0.9 * size / 1e6 < found < 1.9 * size / 1e6
 
 
+def test_the_loop_that_reads_reads_all_of_it_every_time():
+    C, ones = backends.extension(), torch.ones(6400)
+    once = C.read_again(ones.data_ptr(), 3200, 1, 1)  # a lane's share of the sum
+    assert 0 < once <= 3200 / 4
+    assert C.read_again(ones.data_ptr(), 6400, 5, 1) == 10 * once
+    assert C.read_again(ones.data_ptr(), 6400, 5, 2) == 5 * once  # of the first thread
+
+
 def test_every_backend_of_ours_is_a_provider():
     seen = []
     calls = ours(lambda: seen.append(backends.choose("bellman", "cpu")), CPU)

@@ -12,6 +12,14 @@ void bind_ceilings(Module& m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
+      "read_again",
+      [](Address a, int64_t n, int64_t rounds, int threads) {
+        float sink;
+        FK_SELECT(read_again)(at<float>(a), n, rounds, threads, &sink);
+        return sink;
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
       "triad",
       [](Address a, Address b, float s, Address out, int64_t n, int threads) {
         FK_SELECT(triad)(at<float>(a), at<float>(b), s, at<float>(out), n, threads);

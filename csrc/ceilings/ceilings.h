@@ -18,7 +18,12 @@ using triad_fn = void(const float* a,  // [n]
                       float* out,  // [n], aligned to 64 bytes
                       int64_t n, int threads);
 
+// Reads n floats `rounds` times, each thread the same part of them every time, and does nothing else.
+using read_again_fn = void(const float* a,  // [n]
+                           int64_t n, int64_t rounds, int threads, float* sink);
+
 FK_DECLARE(multiply_adds_fn, multiply_adds)
 FK_DECLARE(triad_fn, triad)
+FK_DECLARE(read_again_fn, read_again)
 
 }  // namespace fk

@@ -32,5 +32,19 @@ void triad(const float* a, const float* b, float s, float* out, int64_t n, int t
   for (int64_t i = n / 64 * 64; i < n; i++) out[i] = a[i] + s * b[i];
 }
 
+void read_again(const float* a, int64_t n, int64_t rounds, int threads, float* sink) {
+  constexpr int kSums = 8;  // so that no sum waits for itself
+  parallel(threads, [&](int p) {
+    const int64_t blocks = n / (kSums * kFloats), end = blocks * (p + 1) / threads * kSums * kFloats;
+    vf sum[kSums] = {};
+    for (int64_t r = 0; r < rounds; r++)
+      for (int64_t i = blocks * p / threads * kSums * kFloats; i < end; i += kSums * kFloats)
+#pragma GCC unroll 8
+        for (int k = 0; k < kSums; k++) sum[k] += load(a + i + k * kFloats);
+    for (int k = 1; k < kSums; k++) sum[0] += sum[k];
+    if (p == 0) *sink = sum[0][0];
+  });
+}
+
 }  // namespace FK_ISA
 }  // namespace fk
