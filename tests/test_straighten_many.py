@@ -28,7 +28,7 @@ def many(tmp_path_factory):
     for kind, now in (("bare", "bare"), ("bare", "sharded"), ("sharded", "bare"), ("sharded", "sharded")):
         for name in ("boss", "on_policy"):
             shutil.copytree(folder / f"{name}-{kind}", folder / f"{kind}-{now}" / f"{name}-{kind}")
-    three = in_ranks(folder / "meet", 3, runs.on_three, str(folder), timeout=10)
+    three = in_ranks(folder / "meet", 3, runs.on_three, str(folder), timeout=20)
     return two, three, folder
 
 
