@@ -1,6 +1,7 @@
 """The command line, end to end on tiny settings, and the demo's report folder."""
 
 import base64
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -575,9 +576,11 @@ QUICK = demo.Settings(
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
-    """(folder, results) of a demo on reduced settings."""
+    """(folder, results, what it says) of a demo on reduced settings."""
     out = tmp_path_factory.mktemp("demo") / "report"
-    return out, demo.run("digits", out, settings=QUICK, progress=False)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        results = demo.run("digits", out, settings=QUICK)
+    return out, results, said.getvalue()
 
 
 def numbers(value):
@@ -589,7 +592,7 @@ def numbers(value):
 
 
 def test_report_folder_is_complete(reported):
-    out, _ = reported
+    out, *_ = reported
     assert {p.name for p in out.iterdir()} == report.FILES
     assert [p.name for p in out.parent.iterdir()] == ["report"]
     student, calibration = load_network(out / "student.safetensors"), fk.Calibration.load(out / "schedule.boss.json")
@@ -600,7 +603,7 @@ def test_report_folder_is_complete(reported):
 
 
 def test_report_json(reported):
-    out, results = reported
+    out, results, _ = reported
     told = json.loads((out / "report.json").read_text())
     assert told["table"] == results["table"]
     assert all(math.isfinite(n) for n in numbers(told))
@@ -634,7 +637,7 @@ def test_the_demo_samples_as_the_loop_does(reported, tmp_path, monkeypatch):
 
 
 def test_endpoint_errors_are_those_of_the_samples(reported):
-    out, results = reported
+    out, results, _ = reported
     velocity, calibration = BUNDLED["digits"].load(), fk.Calibration.load(out / "schedule.boss.json")
     noise = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     student = load_network(out / "student.safetensors")
@@ -651,7 +654,7 @@ def test_endpoint_errors_are_those_of_the_samples(reported):
 
 
 def test_page_is_self_contained_and_drawn(reported):
-    out, _ = reported
+    out, *_ = reported
     page = (out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|<script|<link|@import|url\(", page)
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
@@ -692,8 +695,7 @@ def test_a_report_replaces_only_a_report(reported, tmp_path):
         report.expect_report_folder(out)
 
 
-def test_demo_says_what_it_does(tmp_path, capsys):
-    results = demo.run("digits", tmp_path / "report", settings=QUICK, seed=1)
-    out = capsys.readouterr().out
-    assert report.table(results) in out
-    assert [line.split()[0] for line in out.splitlines()[:7]] == [*results["seconds"]]
+def test_demo_says_what_it_does(reported):
+    _, results, said = reported
+    assert report.table(results) in said
+    assert [line.split()[0] for line in said.splitlines()[:7]] == [*results["seconds"]]
