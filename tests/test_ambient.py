@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import flowkernels as fk
+from flowkernels import solver
 from flowkernels.calibration.objectives import OBJECTIVES
 from flowkernels.models.bundled import BUNDLED
 from flowkernels.models.closed_form import GaussianMixtureVelocity
@@ -471,6 +472,49 @@ def test_state(name, state, tmp_path):
     expected = usual(name)
     tolerance = 1e-3 if state in ROUNDING else 0.0
     assert not differences(run(name, tmp_path, STATES[state]), expected, tolerance)
+
+
+class OfMode(Tensor):
+    pass
+
+
+def as_narrow(t):
+    return t.float() if t.dtype == torch.float64 else t
+
+
+RESULTS = {"subclass": lambda t: t.as_subclass(OfMode), "narrow": as_narrow, "copy": torch.clone}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_what_a_function_mode_hands_on_stays_with_its_calls(name):
+    made = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if type(out) is Tensor:
+                made.append(out := RESULTS[name](out))
+            return out
+
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 3)).requires_grad_(False), torch.randn(5, 3)
+    field = fk.VelocityField(net, time_column=True)
+
+    def all_of(velocity):
+        trajectory, inversion = fk.rollout(velocity, x, 7), fk.invert(velocity, x, 7)
+        return fk.sample(velocity, x, 7), trajectory.times, trajectory.x, inversion.noise, inversion.error
+
+    expected = [all_of(field), all_of(fk.fuse(field, 7))]
+    solver._uniform.cache_clear()
+    with Mode():
+        for call in (fk.sample, fk.rollout, fk.invert):
+            call(field, x, 7)
+        with contextlib.suppress(fk.NotFusable):  # which says that the network returns tensors of a subclass
+            fk.fuse(field, 7)
+    for t in made:
+        t.zero_() if t.dtype == torch.float64 else None
+    for found, usual_ones in zip([all_of(field), all_of(fk.fuse(field, 7))], expected, strict=True):
+        assert not differences(found, usual_ones)
+        assert {type(t) for t in found} == {Tensor}
 
 
 NETWORKLESS = {"step_cost", "every_op", "fuse", *(f"plan {name}" for name in OBJECTIVES if name not in EVALUATING)}

@@ -902,6 +902,75 @@ def test_recording_leaves_other_threads_alone():
     assert not failed
 
 
+MEANWHILE = {
+    "attribute": lambda net: setattr(net, "factor", 2.0),
+    "tensor": lambda net: setattr(net, "gain", torch.tensor(3.0)),
+    "parameter": lambda net: setattr(net.b, "bias", nn.Parameter(torch.ones(6))),
+    "module": lambda net: setattr(net, "a", randomised(nn.Linear(6, 16), 7)),
+    "hook": lambda net: net.a.register_forward_hook(lambda module, args, out: 2 * out),
+}
+
+
+class Changing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 6)
+        self.gain, self.factor = torch.tensor(1.5), 1.0
+
+    def forward(self, x, t):
+        return self.b(torch.tanh(self.a(x)) * self.gain) * self.factor
+
+
+@pytest.mark.parametrize("name", MEANWHILE)
+def test_what_another_thread_changes_while_a_network_is_recorded(name, monkeypatch):
+    net, x, look, left = randomised(Changing()), noise(4, 6), recorded_module.Recorded.look, [MEANWHILE[name]]
+    sampler = fk.fuse(net, 3, shape=(6,))
+    with torch.no_grad():
+        net.b.weight.mul_(2)
+
+    def changed_before(recorded):
+        if left:
+            left.pop()(net)
+        look(recorded)
+
+    monkeypatch.setattr(recorded_module.Recorded, "look", changed_before)
+    sampler(x)
+    assert not left
+    torch.testing.assert_close(sampler(x), fk.sample(net, x, 3), rtol=1e-4, atol=1e-5)
+    assert not sampler.stale
+
+
+class OfWeights(nn.Parameter):
+    pass
+
+
+def test_memory_of_a_subclass_that_is_exchanged():
+    net, x = randomised(Changing()), noise(4, 6)
+    net.b.bias = OfWeights(torch.ones(6))
+    sampler = fk.fuse(net, 3, shape=(6,))
+    for other in (torch.zeros(6), torch.ones(12)[::2], torch.full((1,), 2.0).expand(6)):
+        net.b.bias.data = other
+        torch.testing.assert_close(sampler(x), fk.sample(net, x, 3), rtol=1e-4, atol=1e-5)
+
+
+class OfResults(torch.Tensor):
+    pass
+
+
+def test_networks_that_cannot_be_recorded():
+    net, x = randomised(Changing()), noise(4, 6)
+    sampler = fk.fuse(net, 3, shape=(6,))
+    net.to("meta")
+    with pytest.raises(ValueError, match="velocity: expected a network with values, on the CPU or a GPU, got one on"):
+        sampler(x)
+    with pytest.raises(ValueError, match="velocity: expected a network with values, on the CPU or a GPU, got one on"):
+        fk.fuse(net, 3, shape=(6,))
+    net = randomised(Changing())
+    net.gain = net.gain.as_subclass(OfResults)
+    with pytest.raises(fk.NotFusable, match=r"velocity: .*none of the operations made, such as a tensor of a subclass"):
+        fk.fuse(net, 3, shape=(6,))
+
+
 # Devices. There is one here that holds values; tensors that would be made on the default device show on "meta".
 
 

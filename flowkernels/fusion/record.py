@@ -98,6 +98,9 @@ class Record(TorchDispatchMode):
         """Record `call()`; where its result is."""
         with torch.no_grad(), uncompiled(), self, _Reads(self):
             out = call()
+        if id(out) not in self._places:
+            self.refused.append("the network: returns what none of the operations made, such as a tensor of a subclass")
+            self.refused.raise_any()
         return self._fresh(out, "the network")
 
     @property

@@ -24,6 +24,7 @@ from flowkernels.velocity.field import HOOKS, VelocityField, float64_device, ove
 from flowkernels.velocity.protocol import expect_rows, is_per_sample
 
 FEW = 3  # samples of a call that looks for the numbers that a network deals with
+TRIES = 3  # recordings of a network that is changed, by another thread or by its own calls, while it is recorded
 WAY_OUT = "fk.sample(velocity, noise, schedule, capture=...) captures the loop of any network"
 
 
@@ -68,7 +69,15 @@ class Network:
         """The network recorded, with its weights as they are and conditioning of this form."""
         with self.lock:
             if self.recorded is None or self.recorded.is_stale() or not self.recorded.fits(n, given):
-                self.recorded = Recorded(self, n, given)
+                here = self.device.type != "meta"
+                expect(here, "velocity", "a network with values, on the CPU or a GPU", f"one on {self.device}")
+                for _ in range(TRIES):
+                    found = Recorded(self, n, given)
+                    if found.repeats(self, given):
+                        break
+                else:
+                    found.look()  # a network that counts its calls is not another one
+                self.recorded = found
             return self.recorded
 
 
@@ -127,6 +136,7 @@ class Recorded:
                     self.record.refused.raise_any()  # it may come of that
                     expected = "expected the shape of one sample of this network, but a call on"
                     raise NotFusable(f"shape: {expected} {list(x.shape)} raised {type(e).__name__}: {e}") from e
+            self.out = self.record.tensors[out]
             self.lowering = Lowering(self.record, x_place, out, self.dim)
         except NotFusable as e:
             if str(e).startswith("shape: "):
@@ -175,6 +185,16 @@ class Recorded:
 
     def is_stale(self) -> bool:
         return self.watch.changed() is not None
+
+    @_undisturbed
+    def repeats(self, network: Network, given: Mapping[str, Any]) -> bool:
+        """Whether the network that was looked at does what was recorded: another thread may have changed it between."""
+        x, t, kwargs = self._inputs(network, given, self.record.rows)
+        if is_captured(x):
+            return True
+        with contextlib.suppress(Exception), uncompiled():  # the next recording says what is wrong
+            return torch.equal(self.field.call_network(x, t, kwargs), self.out) and not self.is_stale()
+        return False
 
     def _expect_tensors_or_equal(self, key: str, value: Any) -> None:
         """Conditioning is tensors, or something that is the same in every call, the unconditional one included."""

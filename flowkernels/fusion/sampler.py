@@ -26,7 +26,7 @@ from flowkernels.fusion.record import NotFusable
 from flowkernels.fusion.recorded import WAY_OUT, Batch, Network
 from flowkernels.ops.library import direct, direct_triton, fresh, is_captured, plain
 from flowkernels.ops.mlp_sample import mlp_sample
-from flowkernels.runtime.torch_private import number_of_modes
+from flowkernels.runtime.torch_private import modes_are_on
 from flowkernels.schedule import Schedule
 from flowkernels.solver import Solver, euler_sizes, expect_solver
 from flowkernels.velocity.evaluate import warn_if_training
@@ -83,7 +83,7 @@ def fuse(
     known = weights is None or weights is torch.float32 or weights is torch.bfloat16
     expect(known, "weights", "float32, bfloat16 or None", weights, TypeError)
     shape = None if shape is None else expect_shape(shape, "shape", "the sizes of one sample, each at least 1")
-    solver = expect_solver(schedule, "schedule", shared=not number_of_modes())
+    solver = expect_solver(schedule, "schedule", shared=not modes_are_on())
     warn_if_training(velocity)
     field = VelocityField.of(velocity)
     shape = _shape_of_sample(field) if shape is None else shape

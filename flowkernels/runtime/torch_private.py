@@ -17,8 +17,10 @@ from torch._C import (
     DisableTorchFunctionSubclass,  # the same, of subclasses alone
 )
 from torch._C import _functorch as functorch  # which tensors live inside a transform of torch.func, and what is in them
+from torch._C import _get_function_stack_at as function_mode  # by its number
 from torch._C import _get_tracing_state as tracing_state  # of torch.jit.trace, None outside
 from torch._C import _len_torch_dispatch_stack as number_of_modes  # of dispatch modes that are on
+from torch._C import _len_torch_function_stack as number_of_function_modes
 from torch._C._functorch import peek_interpreter_stack as innermost_transform  # of torch.func, None outside
 from torch._higher_order_ops.while_loop import while_loop  # a loop that stays one in a compiled graph
 from torch._ops import OpOverload  # what a dispatch mode is called with
@@ -94,6 +96,13 @@ def compiler_errors() -> tuple[type[Exception], ...]:
     from torch._dynamo import exc
 
     return exc.TorchDynamoException, *([exc.FailOnRecompileLimitHit] if hasattr(exc, "FailOnRecompileLimitHit") else [])
+
+
+def modes_are_on() -> bool:
+    """Whether a mode sees what is made now, and may hand on something else: of dispatch, or of functions, but for a
+    default device's."""
+    modes = map(function_mode, range(number_of_function_modes()))
+    return number_of_modes() > 0 or any(type(mode) is not of_devices.DeviceContext for mode in modes)
 
 
 def untraced(f: Callable) -> Callable:

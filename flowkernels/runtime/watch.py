@@ -489,7 +489,10 @@ def _values(a: np.ndarray) -> tuple:
 def _version_of_subclass(t: Tensor) -> tuple:
     with DisableTorchFunctionSubclass():
         shape = None if nn.parameter.is_lazy(t) else t.shape  # of which one without values has none
-        return shape, None if t.is_inference() else t._version
+        where = None
+        with contextlib.suppress(Exception):  # of what has no memory, or none of its own
+            where = t.data_ptr(), t.stride(), t.dtype
+        return shape, where, None if t.is_inference() else t._version
 
 
 # Optimisers with fused=True raise no version counter

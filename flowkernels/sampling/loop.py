@@ -11,7 +11,7 @@ from flowkernels.ops.euler_step import euler_step, stepper
 from flowkernels.ops.euler_step import reference as euler_reference
 from flowkernels.ops.linear_update import adder, linear_update
 from flowkernels.ops.linear_update import reference as linear_reference
-from flowkernels.runtime.torch_private import innermost_transform, number_of_modes, while_loop
+from flowkernels.runtime.torch_private import innermost_transform, modes_are_on, while_loop
 from flowkernels.solver import Solver, Update, euler_sizes, last_uses
 from flowkernels.velocity.evaluate import checked, evaluate
 from flowkernels.velocity.protocol import Velocity, VelocityBase, resolve
@@ -23,7 +23,7 @@ DIFFERENTIABLE = "one that gradients go through (differentiable=True), as the ne
 def shares_solvers(velocity: VelocityBase) -> bool:
     """Whether its loops may run on a solver that others run on as well: its class, which may be no other's base here,
     hands none on, and no mode sees tensors."""
-    return vars(type(velocity)).get("shares_solvers", False) and not number_of_modes()
+    return vars(type(velocity)).get("shares_solvers", False) and not modes_are_on()
 
 
 def initial_state(noise: Tensor) -> Tensor:
