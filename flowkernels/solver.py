@@ -392,6 +392,7 @@ def expect_solver(
     if shared and type(schedule) is int and 1 <= schedule <= MOST_SHARED:
         return _uniform(schedule, False)
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, name, whole=False)
+    times = times.clone()  # the caller may write to what it gave
     return Solver._euler(times, times[:-1])
 
 

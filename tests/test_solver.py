@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from _flows import even_grid, normal, uneven_grid
+from torch import nn
 
 import flowkernels as fk
 from flowkernels import Schedule, Solver
@@ -393,7 +394,13 @@ OF_TENSORS = {
     "Solver.heun": lambda times: fk.Solver.heun(times),
     "Solver.midpoint": lambda times: fk.Solver.midpoint(times),
     "Solver.adams_bashforth": lambda times: fk.Solver.adams_bashforth(times),
+    "Solver.of": lambda times: fk.Solver.of(times),
+    "Solver.of a Schedule": lambda times: fk.Solver.of(fk.Schedule(times)),
     "SampleSchedules": lambda times: fk.SampleSchedules(times[None], cost=times[1:2]),
+    "StepCost": lambda times: fk.StepCost(times),
+    "Calibration": lambda times: fk.calibrate(lambda x, t: -x, normal(8, 2), grid=times, steps=[2], progress=False),
+    "FusedSampler": lambda times: fk.fuse(nn.Linear(3, 2), times)._solver,
+    "FusedSampler.on": lambda times: fk.fuse(nn.Linear(3, 2), 3).on(times)._solver,
 }
 
 

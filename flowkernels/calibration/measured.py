@@ -45,7 +45,7 @@ class Measured:
         sample_costs: SampleCosts | None = None,
         forced_knots: Sequence[float] | Tensor = (),
     ):
-        self.times = times = expect_times(times, "times")
+        self.times = times = expect_times(times, "times").clone()  # the caller may write to what it gave
         K = len(times) - 1
         expect_values(cost, "cost", (torch.float64,))
         expect(cost.shape == (K + 1, K + 1), "cost", f"shape {[K + 1, K + 1]}, a row for each knot", cost)

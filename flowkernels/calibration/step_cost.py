@@ -42,7 +42,7 @@ class StepCost:
         states: bool = False,
         device: torch.device | str | int | None = None,
     ):
-        self.times = expect_times(times, "times")
+        self.times = expect_times(times, "times").clone()  # the caller may write to what it gave
         self.states, device = expect_bool(states, "states"), expect_device(device) or "cpu"
         K = len(self.times) - 1
         self._rows = 2 * K - 1 if states else K - 1

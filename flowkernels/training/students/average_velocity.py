@@ -120,7 +120,7 @@ class AverageVelocity(VelocityField):
         schedule that leaves out one of its knots, from the first that they take on.
         """
         times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, "schedule")
-        return self.replaced(knots=times, _tables={})
+        return self.replaced(knots=times.clone(), _tables={})  # the caller may write to what it gave
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
         expect_tensor(x, "x", FLOATS), expect_tensor(t, "t", FLOATS)
