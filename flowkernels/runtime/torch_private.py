@@ -101,8 +101,9 @@ def compiler_errors() -> tuple[type[Exception], ...]:
 def modes_are_on() -> bool:
     """Whether a mode sees what is made now, and may hand on something else: of dispatch, or of functions, but for a
     default device's."""
-    modes = map(function_mode, range(number_of_function_modes()))
-    return number_of_modes() > 0 or any(type(mode) is not of_devices.DeviceContext for mode in modes)
+    if number_of_modes() or not (n := number_of_function_modes()):  # as most calls are
+        return number_of_modes() > 0
+    return any(type(function_mode(i)) is not of_devices.DeviceContext for i in range(n))
 
 
 def untraced(f: Callable) -> Callable:
