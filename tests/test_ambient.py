@@ -474,6 +474,21 @@ def test_state(name, state, tmp_path):
     assert not differences(run(name, tmp_path, STATES[state]), expected, tolerance)
 
 
+@pytest.mark.parametrize("capture", [None, "compile"])
+def test_times_that_a_velocity_writes_to_are_its_own(capture, monkeypatch):
+    net, x = nn.Linear(4, 3).requires_grad_(False), torch.randn(5, 3)
+    made = [fk.VelocityField(net, time_column=True) for _ in range(2)]
+
+    def model_times(times, x):
+        return times.mul_(0.5)
+
+    monkeypatch.setattr(made[0], "model_times", model_times)
+    expected = fk.sample(made[1], x, 7)
+    for _ in range(2):
+        fk.sample(made[0], x, 7, capture=capture)
+        assert torch.equal(fk.sample(made[1], x, 7), expected)
+
+
 class OfMode(Tensor):
     pass
 

@@ -953,6 +953,15 @@ def test_memory_of_a_subclass_that_is_exchanged():
         torch.testing.assert_close(sampler(x), fk.sample(net, x, 3), rtol=1e-4, atol=1e-5)
 
 
+def test_memory_that_is_read_as_another_type():
+    net, x = randomised(Changing()), noise(4, 6)
+    net.gain = torch.ones(1)
+    sampler = fk.fuse(net, 3, shape=(6,))
+    sampler(x)
+    net.gain.data = net.gain.data.view(torch.int32)
+    torch.testing.assert_close(sampler(x), fk.sample(net, x, 3), rtol=1e-4, atol=1e-5)
+
+
 class OfResults(torch.Tensor):
     pass
 

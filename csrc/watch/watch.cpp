@@ -11,6 +11,7 @@ struct Names {
   PyObject* version = PyUnicode_InternFromString("_version");
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* stride = PyUnicode_InternFromString("stride");
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
 };
 
 bool is_same(PyObject* now, PyObject* then) {
@@ -78,6 +79,7 @@ bool tensor_is(const Names& names, PyObject* t, PyObject* then) {
   PyObject *address = PyTuple_GET_ITEM(then, 0), *version = PyTuple_GET_ITEM(then, 1);
   PyObject *shape = PyTuple_GET_ITEM(then, 2), *strides = PyTuple_GET_ITEM(then, 3);
   if (version != Py_None && !is_equal(PyObject_GetAttr(t, names.version), version)) return false;
+  if (!is_equal(PyObject_GetAttr(t, names.dtype), PyTuple_GET_ITEM(then, 4))) return false;
   if (const int known = lies_at(t, address, shape, strides); known >= 0) return known;
   return is_equal(PyObject_CallMethodNoArgs(t, names.data_ptr), address) &&
          is_equal(PyObject_GetAttr(t, names.shape), shape) &&

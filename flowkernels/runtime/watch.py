@@ -376,7 +376,7 @@ class _Walk:
         if type(t) in (Tensor, nn.Parameter, nn.Buffer) and t.layout is torch.strided:
             if t.device.type != "meta":
                 version = None if t.is_inference() else t._version
-                self.add(TENSOR, t, (t.data_ptr(), version, t.shape, t.stride()), None, place)
+                self.add(TENSOR, t, (t.data_ptr(), version, t.shape, t.stride(), t.dtype), None, place)
         else:
             self.call(functools.partial(_version_of_subclass, t), place)
             inside = t.__tensor_flatten__()[0] if hasattr(t, "__tensor_flatten__") else ()
@@ -546,9 +546,9 @@ def _holds(kind: int, thing, a, b) -> bool:
     if kind == LOOKUP:
         return thing.get(a, thing) is b
     if kind == TENSOR:
-        pointer, version, shape, stride = a
+        pointer, version, shape, stride, dtype = a
         same = thing.data_ptr() == pointer and thing.shape == shape and thing.stride() == stride
-        return same and (version is None or thing._version == version)
+        return same and thing.dtype is dtype and (version is None or thing._version == version)
     if kind == CLASS:
         return _same(vars(thing).keys(), a) and _same(vars(thing).values(), b)
     try:

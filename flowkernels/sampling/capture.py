@@ -80,7 +80,7 @@ def run(mode: str, velocity: Velocity, x: Tensor, solver: Solver) -> Tensor:
         with LOOPS.lock:
             loop = LOOPS.find(velocity, key)
             if loop is None:
-                t = known.model_times(solver.model_times, x)
+                t = known.model_times(solver.model_times.clone(), x)
                 next(evaluated_steps(velocity, x, solver, t))  # the velocity's own errors, not the compiler's
                 compiled = _compiled(solver, REFERENCE if backend == "reference" else OPS)
                 loop = LOOPS.keep(velocity, key, functools.partial(_call_compiled, compiled, t=t))
@@ -93,7 +93,7 @@ def run(mode: str, velocity: Velocity, x: Tensor, solver: Solver) -> Tensor:
         warns = (state is None or state.warns) and warn_if_training(velocity, stacklevel=6)
         graph = None if state is None else LOOPS.find(velocity, key, state)
         if graph is None or (graph.guidance is not None and graph.guidance.changed() is not None):
-            t = known.model_times(solver.model_times, x)
+            t = known.model_times(solver.model_times.clone(), x)
             with torch.autocast(kind, autocast[1], autocast[0], cache_enabled=False):  # cached casts would be freed
                 watch = _watch_guidance(velocity)
                 graph = _Graph(lambda x, t: last_state(velocity, x, solver, t), x, t, watch)

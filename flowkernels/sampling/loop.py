@@ -51,7 +51,7 @@ def steps(
     if fused is not None:
         expect(not differentiable, "velocity", DIFFERENTIABLE, type(velocity).__name__)
         return fused
-    t = velocity.model_times(solver.model_times, x)
+    t = velocity.model_times(solver.model_times.clone(), x)
     transformed = out is None and innermost_transform() is not None  # into whose tensors none can be written
     return evaluated_steps(velocity, x, solver, t, out, keep, OPS if differentiable or transformed else None)
 
