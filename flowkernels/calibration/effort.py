@@ -73,7 +73,8 @@ class Budget:
     def part(self, share: float, spent: float) -> "Budget":
         """A share of what is left, from now on."""
         now = time.monotonic()
-        return Budget(spent + share * (self.evaluations - spent), now + share * (self.deadline - now))
+        evaluations, deadline = spent + share * (self.evaluations - spent), now + share * (self.deadline - now)
+        return replace(self, evaluations=evaluations, deadline=deadline)
 
     def allows(self, spent: float, more: float, seconds_each: float) -> bool:
         return spent + more <= self.evaluations and self.in_time(more, seconds_each)
