@@ -260,7 +260,7 @@ class Solver:
             given = expect_float64(model_times, "model_times", "a sequence of times")
             expect(given.shape == times[:-1].shape, "model_times", f"{len(times) - 1} times, one for each step", given)
             expect(bool(torch.isfinite(given).all()), "model_times", "finite times", given.tolist())
-        return cls._euler(times.clone(), given.clone())  # the caller may write to what it gave
+        return cls._euler(times, given)
 
     @classmethod
     def _euler(cls, times: Tensor, model_times: Tensor) -> "Solver":
@@ -270,8 +270,8 @@ class Solver:
             return cls(times, model_times, h.expand(len(h), -1).tril(), "euler")
         steps = itertools.pairwise(times.tolist())
         updates = tuple(Update(False, (i,), (end - begin,)) for i, (begin, end) in enumerate(steps))
-        solver = cls.__new__(cls)
-        vars(solver).update(times=times, model_times=model_times, name="euler", notes={}, _updates=updates)
+        solver, own = cls.__new__(cls), dict(times=times.clone(), model_times=model_times.clone())  # as in __init__
+        vars(solver).update(own, name="euler", notes={}, _updates=updates)
         return solver
 
     @classmethod
@@ -392,7 +392,6 @@ def expect_solver(
     if shared and type(schedule) is int and 1 <= schedule <= MOST_SHARED:
         return _uniform(schedule, False)
     times = schedule.times if isinstance(schedule, Schedule) else expect_times(schedule, name, whole=False)
-    times = times.clone()  # the caller may write to what it gave
     return Solver._euler(times, times[:-1])
 
 

@@ -522,7 +522,8 @@ def test_what_a_function_mode_hands_on_stays_with_its_calls(name):
     solver._uniform.cache_clear()
     with Mode():
         for call in (fk.sample, fk.rollout, fk.invert):
-            call(field, x, 7)
+            with contextlib.suppress(ValueError):  # of a mode that hands on copies, what was to be written stays unset
+                call(field, x, 7)
         with contextlib.suppress(fk.NotFusable):  # which says that the network returns tensors of a subclass
             fk.fuse(field, 7)
     for t in made:

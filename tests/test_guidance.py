@@ -11,7 +11,6 @@ from torch import nn
 
 import flowkernels as fk
 from flowkernels.calibration.calibration import Calibration
-from flowkernels.sampling import capture
 from flowkernels.velocity.identity import identity
 
 W, LIMIT, QUIET = 2.5, 0.5, dict(progress=False)
@@ -91,9 +90,9 @@ STAGES = {
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "two calls"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_function_is_what_its_weight_is(stage, packed, monkeypatch):
+def test_a_function_is_what_its_weight_is(stage, packed, request):
     if not packed:  # Inductor's code for one of them
-        monkeypatch.setattr(capture, "COMPILER", "aot_eager")
+        request.getfixturevalue("aot_eager")
     run = STAGES[stage]
     torch.testing.assert_close(run(field(by_weight, packed)), run(field(W, packed)), rtol=2e-5, atol=2e-6)
 

@@ -101,9 +101,9 @@ def compiler_errors() -> tuple[type[Exception], ...]:
 def modes_are_on() -> bool:
     """Whether a mode sees what is made now, and may hand on something else: of dispatch, or of functions, but for a
     default device's."""
-    if number_of_modes() or not (n := number_of_function_modes()):  # as most calls are
-        return number_of_modes() > 0
-    return any(type(function_mode(i)) is not of_devices.DeviceContext for i in range(n))
+    n = number_of_function_modes()
+    others = n > 0 and any(type(function_mode(i)) is not of_devices.DeviceContext for i in range(n))
+    return others or number_of_modes() > 0
 
 
 def untraced(f: Callable) -> Callable:
