@@ -522,7 +522,7 @@ def test_what_a_function_mode_hands_on_stays_with_its_calls(name):
     solver._uniform.cache_clear()
     with Mode():
         for call in (fk.sample, fk.rollout, fk.invert, lambda velocity, x, steps: fk.fuse(velocity, steps)):
-            # a mode that hands on copies leaves unset what was to be written, and no network that returns a subclass fuses
+            # copies leave unset what was to be written, and no network that returns a subclass is fused
             with contextlib.suppress(ValueError, fk.NotFusable):
                 call(field, x, 7)
     for t in made:
